@@ -1,0 +1,25 @@
+"""Raw input to discrete codes and back: one vector-quantised tokenizer per modality."""
+
+from anytoken.tokenizers.base import (
+    MODALITIES,
+    Codes,
+    CodeShape,
+    Grid,
+    ModalityTokenizer,
+    Run,
+    TokenizerError,
+    load_tokenizer,
+    register_modality,
+)
+
+__all__ = [
+    "MODALITIES",
+    "CodeShape",
+    "Codes",
+    "Grid",
+    "ModalityTokenizer",
+    "Run",
+    "TokenizerError",
+    "load_tokenizer",
+    "register_modality",
+]

@@ -1,0 +1,314 @@
+"""What a modality tokenizer is: raw input to discrete codes and back, plus the shape its codes may have.
+
+A language model needs very little from a tokenizer: `encode`, `decode`, how many codebooks of what size, and
+which code sequences are legal. The last is declared as data (`Grid` or `Run`), and the grammar is derived from
+it, so a new modality never writes decoding rules. Shapes in this room: N codes positions, Q codebooks,
+K codebook size, D codebook dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anytoken.segments import Segment
+
+
+class TokenizerError(ValueError):
+    """Raised when a segment cannot be encoded, codes cannot be decoded, or a tokenizer folder is unusable."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order."""
+
+    axes: tuple[str, ...]
+    min_size: tuple[int, ...]
+    max_size: tuple[int, ...]
+    num_codebooks: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("axes", "min_size", "max_size"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.axes or not len(self.axes) == len(self.min_size) == len(self.max_size):
+            raise TokenizerError(f"Grid needs one min and one max per axis; got {self}.")
+        if any(lo < 1 or hi < lo for lo, hi in zip(self.min_size, self.max_size, strict=True)):
+            raise TokenizerError(f"Grid needs 1 <= min_size <= max_size on every axis; got {self}.")
+        if self.num_codebooks < 1:
+            raise TokenizerError(f"Grid needs at least one codebook; got {self.num_codebooks}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The declaration as JSON-ready data."""
+        return {"type": "grid", **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each."""
+
+    min_length: int
+    max_length: int
+    num_codebooks: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
+            raise TokenizerError(f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The declaration as JSON-ready data."""
+        return {"type": "run", **asdict(self)}
+
+
+CodeShape = Grid | Run
+
+
+def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
+    """Read back what `to_dict` wrote; TokenizerError on an unknown type."""
+    fields = {k: v for k, v in data.items() if k != "type"}
+    types: dict[str, type[CodeShape]] = {"grid": Grid, "run": Run}
+    if data.get("type") not in types:
+        raise TokenizerError(f"Unknown code shape {data.get('type')!r}; allowed: {', '.join(types)}.")
+    return types[data["type"]](**fields)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Discrete codes of one segment: `values` int64 [N, Q]; `size` is the grid size, or () for a run."""
+
+    values: np.ndarray
+    size: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, dtype=np.int64)
+        if values.ndim != 2:
+            raise TokenizerError(f"Codes need an array [N, Q]; got shape {values.shape}.")
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codes) and self.size == other.size and np.array_equal(self.values, other.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class ModalityTokenizer(nn.Module):
+    """Turns one kind of segment into codes and back. Subclass it, declare `shape`, and register it.
+
+    A subclass sets the class variables `kind` and `segment_type`, keeps every constructor argument in
+    `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode` and `decode`.
+    Batched versions fall back to loops; override them where batching pays. A trainable tokenizer also
+    implements `training_loss`.
+    """
+
+    kind: ClassVar[str]
+    segment_type: ClassVar[type[Segment]]
+
+    def __init__(self, *, shape: CodeShape, codebook_sizes: Sequence[int], config: dict[str, Any]) -> None:
+        super().__init__()
+        if len(codebook_sizes) != shape.num_codebooks:
+            raise TokenizerError(
+                f"{type(self).__name__} declares {shape.num_codebooks} codebooks in its shape "
+                f"but {len(codebook_sizes)} codebook sizes."
+            )
+        self.shape = shape
+        self.codebook_sizes = tuple(int(k) for k in codebook_sizes)
+        self.config = dict(config)
+        self.frame_rate_hz: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The modality's name in the token space."""
+        return self.kind
+
+    def encode(self, segment: Segment) -> Codes:
+        """Segment to codes; TokenizerError for a wrong kind or an input outside the declared limits."""
+        return self.encode_batch([segment])[0]
+
+    def decode(self, codes: Codes) -> Segment:
+        """Codes to segment; TokenizerError for codes outside the declared shape or range."""
+        return self.decode_batch([codes])[0]
+
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """`encode` for many segments, in order."""
+        if type(self).encode is ModalityTokenizer.encode:
+            raise TypeError(f"{type(self).__name__} must implement encode or encode_batch.")
+        return [self.encode(segment) for segment in segments]
+
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """`decode` for many code arrays, in order."""
+        if type(self).decode is ModalityTokenizer.decode:
+            raise TypeError(f"{type(self).__name__} must implement decode or decode_batch.")
+        return [self.decode(one) for one in codes]
+
+    def autoencode(self, segment: Segment) -> Segment:
+        """decode(encode(segment)): what the codes keep."""
+        return self.decode(self.encode(segment))
+
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
+        raise TokenizerError(f"{type(self).__name__} has nothing to train.")
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """Codebook entries [K, D], used to initialise a language model's new embedding rows."""
+        size = self.codebook_sizes[codebook]
+        return torch.randn(size, 8, generator=torch.Generator().manual_seed(codebook))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are (CPU for a tokenizer without weights)."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    # ---- checks shared by every tokenizer ----
+
+    def check_segment(self, segment: Segment) -> None:
+        """TokenizerError unless the segment is of this tokenizer's kind."""
+        if not isinstance(segment, self.segment_type):
+            raise TokenizerError(
+                f"The {self.name} tokenizer encodes {self.segment_type.__name__} segments; "
+                f"received {type(segment).__name__}."
+            )
+
+    def check_codes(self, codes: Codes) -> None:
+        """TokenizerError unless the codes fit the declared shape and codebook sizes."""
+        count, books = codes.values.shape
+        if books != self.shape.num_codebooks:
+            raise TokenizerError(f"{self.name} codes have {self.shape.num_codebooks} codebooks; received {books}.")
+        if isinstance(self.shape, Grid):
+            limits = list(zip(self.shape.min_size, self.shape.max_size, strict=True))
+            fits = len(codes.size) == len(limits) and all(
+                lo <= n <= hi for n, (lo, hi) in zip(codes.size, limits, strict=True)
+            )
+            if not fits or count != math.prod(codes.size):
+                raise TokenizerError(
+                    f"{self.name} codes need a size {dict(zip(self.shape.axes, limits, strict=True))} "
+                    f"with one position per cell; received size {codes.size} with {count} positions."
+                )
+        elif not self.shape.min_length <= count <= self.shape.max_length:
+            raise TokenizerError(
+                f"{self.name} takes {self.shape.min_length} to {self.shape.max_length} frames; received {count}."
+            )
+        low, high = codes.values.min(axis=0), codes.values.max(axis=0)
+        for book, size in enumerate(self.codebook_sizes):
+            if low[book] < 0 or high[book] >= size:
+                raise TokenizerError(
+                    f"{self.name} codebook {book} has codes 0 to {size - 1}; "
+                    f"received values from {low[book]} to {high[book]}."
+                )
+
+    # ---- saving and loading ----
+
+    def fingerprint(self) -> str:
+        """sha256 over configuration and weights: two tokenizers with one fingerprint give the same codes."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.config], sort_keys=True).encode())
+        for key, tensor in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write config.json and model.safetensors; floating tensors are cast to `dtype` if given.
+
+        Written beside the target and renamed, so an interrupted save leaves nothing half-written.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            tensors = {
+                key: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+                for key, value in self.state_dict().items()
+            }
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+            header = {
+                "kind": self.kind,
+                "class": f"{type(self).__module__}:{type(self).__qualname__}",
+                "shape": self.shape.to_dict(),
+                "codebook_sizes": list(self.codebook_sizes),
+                "config": self.config,
+            }
+            (scratch / "config.json").write_text(json.dumps(header, indent=2) + "\n")
+            folder.mkdir(exist_ok=True)
+            for path in scratch.iterdir():
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ModalityTokenizer:
+        """Load a folder written by `save_pretrained`, in float32 and evaluation mode.
+
+        Raises TokenizerError naming the file that is missing, truncated or does not fit.
+        """
+        header, weights = _read_header(Path(folder)), Path(folder) / "model.safetensors"
+        if not weights.is_file():
+            raise TokenizerError(f"{weights} is missing: the tokenizer folder is incomplete; copy it again.")
+        try:
+            tokenizer = cls(**header["config"])
+            state = load_file(weights)
+            tokenizer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+            raise TokenizerError(f"{weights} does not load as {cls.__name__}: {error}") from error
+        return tokenizer.eval()
+
+
+MODALITIES: dict[str, type[ModalityTokenizer]] = {}
+
+
+def register_modality(cls: type[ModalityTokenizer]) -> type[ModalityTokenizer]:
+    """Make a tokenizer class known by its `kind`, so that checkpoints that hold one can be loaded.
+
+    Works as a decorator. TokenizerError if another class already holds the name.
+    """
+    kind = getattr(cls, "kind", None)
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise TokenizerError(f"{cls.__name__}.kind must be an identifier such as 'protein'; got {kind!r}.")
+    known = MODALITIES.get(kind)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TokenizerError(f"Modality {kind!r} is already registered by {known.__module__}.{known.__qualname__}.")
+    MODALITIES[kind] = cls
+    return cls
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise TokenizerError(f"{path} is missing: expected a tokenizer folder with config.json and model.safetensors.")
+    try:
+        header = json.loads(path.read_text())
+        return {"kind": header["kind"], "class": header["class"], "config": header["config"]}
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} is not a tokenizer configuration ({error!r}); copy the folder again.") from error
+
+
+def load_tokenizer(folder: str | Path) -> ModalityTokenizer:
+    """Load whichever registered tokenizer a folder holds.
+
+    Only registered classes, and the built-in ones, are ever loaded: a folder cannot name code to import.
+    """
+    header = _read_header(Path(folder))
+    builtin = {"image", "speech", "video", "dna"}
+    if header["kind"] not in MODALITIES and header["kind"] in builtin:
+        import_module(f"anytoken.tokenizers.{header['kind']}")
+    if header["kind"] not in MODALITIES:
+        raise TokenizerError(
+            f"{folder} holds a {header['kind']!r} tokenizer ({header['class']}), which is not registered; "
+            f"import the module that defines it first. Registered: {', '.join(sorted(builtin | set(MODALITIES)))}."
+        )
+    return MODALITIES[header["kind"]].from_pretrained(folder)
