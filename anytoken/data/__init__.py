@@ -1,0 +1,1 @@
+"""Training data: building the sets, tokenizing them once, views, mixture and packing."""

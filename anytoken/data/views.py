@@ -1,0 +1,145 @@
+"""Views: how a record becomes a training sequence, in id space.
+
+``"text->image"`` puts the text in the user's turn and the picture in the assistant's. Both sides list keys of the
+record, separated by commas, and quoted literals: ``'text,", voice ",voice->speech'``. Neighbouring strings are joined
+before they are tokenized, so that training sees the ids that a prompt has. ``"interleaved"`` strings all text and
+media of a record in one assistant turn, in random order; ``"messages"`` replays a conversation.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+Piece = str | list[int]
+Turn = tuple[str, list[Piece]]
+_TERM = re.compile(r'\s*(?:"(?P<literal>[^"]*)"|(?P<key>[\w.-]+))\s*')
+
+
+class ViewError(ValueError):
+    """A view string that cannot be read, or a record that lacks what a view needs."""
+
+
+class ControlIds(Protocol):
+    """The control ids a sequence needs; a TokenSpace has them."""
+
+    bos: int
+    end: int
+    null: int
+    system: int
+    user: int
+    assistant: int
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Fixed text inside a view."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A parsed view; ``special`` is "interleaved" or "messages" for the views that have no arrow."""
+
+    name: str
+    sources: tuple[str | Literal, ...] = ()
+    targets: tuple[str | Literal, ...] = ()
+    special: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The record keys this view needs."""
+        if self.special == "messages":
+            return ("messages",)
+        return tuple(term for term in (*self.sources, *self.targets) if isinstance(term, str))
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One training sequence: ids int32 [T] and, for each, whether it is to be learnt."""
+
+    ids: np.ndarray
+    learn: np.ndarray
+
+
+def parse_view(name: str) -> View:
+    """Read a view string; ViewError says what is wrong with it."""
+    if name in ("interleaved", "messages"):
+        return View(name, special=name)
+    left, arrow, right = name.partition("->")
+    if not arrow:
+        raise ViewError(f"unknown view {name!r}; write 'text->image', 'interleaved' or 'messages'")
+    sources, targets = _parse_terms(left, name), _parse_terms(right, name)
+    if not targets:
+        raise ViewError(f"view {name!r} has nothing to learn: name a key after '->'")
+    return View(name, sources, targets)
+
+
+def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
+    terms: list[str | Literal] = []
+    position = 0
+    while side.strip() and position <= len(side):
+        match = _TERM.match(side, position)
+        if match is None:
+            raise ViewError(f"cannot read {side[position:]!r} in view {name!r}; list keys and \"quoted text\" with commas")
+        terms.append(Literal(match["literal"]) if match["literal"] is not None else match["key"])
+        position = match.end()
+        if position < len(side) and side[position] != ",":
+            raise ViewError(f"expected a comma before {side[position:]!r} in view {name!r}")
+        if position == len(side):
+            break
+        position += 1
+    return tuple(terms)
+
+
+def view_turns(view: View, item: Mapping[str, Piece], rng: np.random.Generator) -> list[Turn]:
+    """Fill a view with an item's pieces: strings for text, ids for media. A view without sources has no user turn."""
+    if view.special == "interleaved":
+        names = list(item)
+        return [("assistant", [item[names[i]] for i in rng.permutation(len(names))])]
+    turns: list[Turn] = []
+    if view.sources:
+        turns.append(("user", _fill(view.sources, item, view)))
+    return [*turns, ("assistant", _fill(view.targets, item, view))]
+
+
+def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: View) -> list[Piece]:
+    pieces: list[Piece] = []
+    for term in terms:
+        if isinstance(term, str) and term not in item:
+            raise ViewError(f"view {view.name!r} needs {term!r}; the record has {sorted(item)}")
+        piece = term.text if isinstance(term, Literal) else item[term]
+        if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+            pieces[-1] += piece
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def drop_prompt(turns: list[Turn]) -> list[Turn]:
+    """Empty every user turn (None stands for the null prompt), so that classifier-free guidance has a mate."""
+    return [(role, [] if role == "user" else pieces) for role, pieces in turns]
+
+
+def build_sequence(
+    turns: Sequence[Turn],
+    controls: ControlIds,
+    encode_text: Callable[[str], list[int]],
+    learn_all: bool = False,
+) -> TrainingSequence:
+    """Write turns as ids: bos, then role, content, end for each turn; an empty user turn becomes the null prompt.
+
+    What the assistant says and the end of its turn is learnt; with ``learn_all`` everything but the first token.
+    """
+    ids, learn = [controls.bos], [False]
+    for role, pieces in turns:
+        content = [id_ for piece in pieces for id_ in (encode_text(piece) if isinstance(piece, str) else piece)]
+        if role == "user" and not content:
+            content = [controls.null]
+        spoken = role == "assistant"
+        ids += [getattr(controls, role), *content, controls.end]
+        learn += [learn_all] + [spoken or learn_all] * (len(content) + 1)
+    return TrainingSequence(np.array(ids, dtype=np.int32), np.array(learn, dtype=bool))

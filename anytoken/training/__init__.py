@@ -1,0 +1,1 @@
+"""Training: recipes as data, one loop, modality-aware losses, LoRA."""

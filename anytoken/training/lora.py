@@ -1,0 +1,56 @@
+"""LoRA adapters (arXiv 2106.09685) through PEFT: attention, routed experts, router, and whole vocabulary rows.
+
+Experts are three-dimensional parameters, so they are adapted by name (``target_parameters``); new vocabulary rows
+are trained in full through ``trainable_token_indices``, which stays small and keeps a tied head tied.
+"""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anytoken.token_space import TokenSpace
+from anytoken.training.stage import LoraSpec, StageError
+from anytoken.training.trainable import modality_rows
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ROUTER = "mlp.gate.weight"
+
+
+def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> LoraConfig:
+    """The PEFT configuration of a stage's ``lora`` section; StageError for settings that PEFT cannot combine."""
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [*(EXPERTS if spec.experts else []), *([ROUTER] if spec.router else [])]
+    parameters = [target for target in parameters if any(name.endswith(target) for name in names)]
+    if parameters and spec.dropout:
+        raise StageError("lora.dropout cannot be combined with experts or router; set it to 0 or both to false")
+    if not (spec.attention or parameters or spec.new_rows):
+        raise StageError("lora trains nothing; switch on attention, experts, router or name new_rows")
+    rows = modality_rows(space, spec.new_rows)
+    tied = model.config.tie_word_embeddings
+    return LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=ATTENTION if spec.attention else [],
+        target_parameters=parameters or None,
+        trainable_token_indices=(rows if tied else {"embed_tokens": rows, "lm_head": rows}) if rows else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace) -> PeftModel:
+    """Wrap a model in an adapter; only the adapter is trainable."""
+    return get_peft_model(model, lora_config(spec, model, space))
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal LM itself, adapted in place if it is wrapped."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """The rows of the output head [V, D], with trained vocabulary rows in place."""
+    head = model.get_output_embeddings()
+    adapter = getattr(head, "token_adapter", None)
+    return head.weight if adapter is None else adapter.get_merged_weights(adapter.active_adapters)

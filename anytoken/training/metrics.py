@@ -1,0 +1,101 @@
+"""What training reports: loss, accuracy and bits per group, tokens a second, expert load; one JSON object a line."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anytoken.training.losses import LossParts, bits
+
+
+class GroupMeter:
+    """Sums of LossParts between two reports."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new interval; the clock starts too."""
+        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64)
+        self.terms: dict[str, float] = {}
+        self.load: Tensor | None = None
+        self.batches = self.tokens = 0
+        self.started = time.monotonic()
+
+    def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
+        """Count one batch; ``tokens``: all its ids; ``load``: its expert counts [G, E]."""
+        self.sums += torch.stack([parts.nll, parts.right, parts.count]).double().cpu()
+        for name, value in parts.terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + float(value)
+        if load is not None:
+            self.load = load.cpu() if self.load is None else self.load + load.cpu()
+        self.batches += 1
+        self.tokens += tokens
+
+    def report(self) -> dict[str, Any]:
+        """Per group with targets: loss (nats), bits, accuracy, tokens; the terms' means; both overall means."""
+        found: dict[str, Any] = {}
+        for name, nll, right, count in zip(self.names, *self.sums.tolist(), strict=True):
+            if count:
+                found[name] = {
+                    "loss": nll / count,
+                    "bits": bits(nll / count),
+                    "accuracy": right / count,
+                    "tokens": int(count),
+                }
+        means = [found[name]["loss"] for name in found if name != "control"]
+        nll, _, count = self.sums.sum(1).tolist()
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        if self.load is not None:
+            shares = zip(self.names, self.load / self.load.sum(-1, keepdim=True).clamp(min=1), strict=True)
+            found_load = {name: [round(x, 4) for x in share.tolist()] for name, share in shares if share.any()}
+        return {
+            "groups": found,
+            **({"expert_load": found_load} if self.load is not None else {}),
+            "mean_over_modalities": sum(means) / max(len(means), 1),
+            "mean_over_tokens": nll / max(count, 1),
+            **{name: value / max(self.batches, 1) for name, value in self.terms.items()},
+            "tokens_per_second": self.tokens / seconds,
+        }
+
+
+def expert_counts(router_logits: Sequence[Tensor], groups: Tensor, num_groups: int, top_k: int) -> Tensor:
+    """How often each expert was chosen by the tokens of each group, summed over layers: float32 [G, E].
+
+    router_logits: per layer [T, E]; groups: int64 [T], the group of each token.
+    """
+    num_experts = router_logits[0].shape[-1]
+    counts = torch.zeros(num_groups * num_experts, device=groups.device)
+    for logits in router_logits:
+        chosen = logits.detach().topk(top_k, -1).indices + groups[:, None] * num_experts
+        counts += torch.bincount(chosen.reshape(-1), minlength=len(counts))
+    return counts.reshape(num_groups, num_experts)
+
+
+class MetricsLog:
+    """``metrics.jsonl``: append-only, and cut back to the resumed step so that a line per step remains."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps after ``step``."""
+        if self.path.is_file():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append one entry; it must hold ``step``."""
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All entries of a ``metrics.jsonl``."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

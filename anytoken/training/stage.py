@@ -1,0 +1,202 @@
+"""The recipe schema: a stage of training as data.
+
+A stage names where the weights come from, what data in which views, what is trained, and where the checkpoint goes.
+Unknown keys are errors. Any value can be overridden from the command line as ``a.b=value`` (``data.0.weight=2``).
+Relative paths are relative to the working directory, so recipes can be copied anywhere.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from anytoken.data.mixture import SourceSpec
+
+
+class StageError(ValueError):
+    """A recipe that cannot be run; the message names the key, the value and what is allowed."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class OptimizerSpec(_Part):
+    """AdamW. Norms, biases and embeddings have no weight decay."""
+
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    grad_clip: float = Field(1.0, ge=0)
+
+
+class ScheduleSpec(_Part):
+    """Learning rate over the steps: linear warm-up, then cosine, WSD (flat, then linear decay) or constant."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "wsd"
+    warmup_steps: int = Field(100, ge=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    final_fraction: float = Field(0.0, ge=0, le=1)
+
+
+class LossSpec(_Part):
+    """How the losses of the modalities become one number."""
+
+    modality_weights: Literal["equal", "tokens"] | dict[str, float] = "equal"
+    control_weight: float = Field(0.1, ge=0)
+    grammar_restricted: bool = True
+    on: Literal["assistant", "everything"] = "assistant"
+    z_loss: float = Field(1e-4, ge=0)
+
+
+class MoeSpec(_Part):
+    """Router losses."""
+
+    router_aux_loss: float = Field(0.01, ge=0)
+    router_z_loss: float = Field(1e-3, ge=0)
+
+
+class EvalSpec(_Part):
+    """Held-out loss per modality: every so many steps (0: only at the end), over so many batches of these sources."""
+
+    every: int = Field(0, ge=0)
+    batches: int = Field(8, ge=1)
+    data: list[SourceSpec] = []
+
+
+class LoraSpec(_Part):
+    """A LoRA adapter instead of full training; see ``lora.py``."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = 32
+    dropout: float = Field(0.0, ge=0, lt=1)
+    attention: bool = True
+    experts: bool = True
+    router: bool = False
+    new_rows: list[str] = Field([], description="modalities whose vocabulary rows are trained in full")
+
+
+class DistributedSpec(_Part):
+    """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
+
+    world_size: int = Field(1, ge=1)
+    deepspeed: str | None = None
+    ddp_backend: Literal["gloo", "nccl"] | None = None
+
+
+class Stage(_Part):
+    """One training run. ``tokens_per_batch`` counts all ids of one optimizer step over all processes."""
+
+    init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
+    output: str
+    tokenizers: dict[str, str] = Field({}, description="for scratch: text and each modality -> tokenizer folder")
+    model: dict[str, Any] = Field({}, description="for scratch: overrides of AnyTokenConfig")
+    data: list[SourceSpec] = Field(min_length=1)
+    trainable: list[str] = ["*"]
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    steps: int = Field(gt=0)
+    max_minutes: float | None = Field(None, gt=0)
+    tokens_per_batch: int = Field(8192, gt=0)
+    accumulate: int = Field(1, ge=1)
+    context: int = Field(1024, gt=0)
+    prompt_drop: float = Field(0.1, ge=0, le=1)
+    loss: LossSpec = LossSpec()
+    moe: MoeSpec = MoeSpec()
+    eval: EvalSpec = EvalSpec()
+    lora: LoraSpec | None = None
+    distributed: DistributedSpec = DistributedSpec()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    save_every: int = Field(500, gt=0)
+    log_every: int = Field(20, gt=0)
+    threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        if self.init_from == "scratch" and "text" not in self.tokenizers:
+            raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
+        if self.init_from != "scratch" and (self.tokenizers or self.model):
+            raise ValueError(f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own")
+        share = self.context * self.accumulate * self.distributed.world_size
+        if self.tokens_per_batch % share:
+            raise ValueError(
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of context x accumulate x world_size ({share})"
+            )
+        if self.lora is not None and self.trainable != ["*"]:
+            raise ValueError("trainable has no effect beside lora; remove one of them")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Rows of ``context`` ids in one micro-batch of one process."""
+        return self.tokens_per_batch // (self.context * self.accumulate * self.distributed.world_size)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Stage":
+        """Read a recipe and apply ``a.b=value`` overrides; StageError names whatever is wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise StageError(f"{path} is no recipe file; give the path of a stage .yaml")
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise StageError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(recipe, dict):
+            raise StageError(f"{path} holds no mapping of stage settings")
+        return cls.from_dict(apply_overrides(recipe, overrides), source=str(path))
+
+    @classmethod
+    def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "Stage":
+        """Validate a mapping; StageError lists every offending key with the value received."""
+        try:
+            return cls.model_validate(recipe)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'stage'}: {item['msg']} (got {_short(item['input'])})"
+                for item in error.errors()
+            )
+            raise StageError(f"{source}: {problems}") from None
+
+
+def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set ``a.b.0.c=value`` entries in a copy of a nested recipe; values are read as YAML."""
+    recipe = yaml.safe_load(yaml.safe_dump(recipe))
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise StageError(f"cannot read override {override!r}; write key=value, for example steps=10")
+        *parents, last = name.split(".")
+        node: Any = recipe
+        for key in parents:
+            node = _child(node, key, override)
+        if isinstance(node, list):
+            node[_index(node, last, override)] = yaml.safe_load(value)
+        else:
+            node[last] = yaml.safe_load(value)
+    return recipe
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    child = node.setdefault(key, {})
+    if child is None:
+        child = node[key] = {}
+    if not isinstance(child, (dict, list)):
+        raise StageError(f"override {override!r}: {key} is a value ({child!r}), not a group of settings")
+    return child
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise StageError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
+    return int(key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,83 @@
+"""Where a run begins: the processor and the model that a stage's ``init_from`` names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import load_tokenizer
+from anytoken.tokenizers.text import TextTokenizer
+from anytoken.training.stage import Stage, StageError
+
+MINI = Path(__file__).parent.parent / "pretrained" / "mini"
+
+
+def build_processor(folders: Mapping[str, str]) -> Processor:
+    """Assemble a processor from tokenizer folders {"text": ..., "image": ..., ...}; ids follow the mapping's order."""
+    missing = [f"{kind}: {folder}" for kind, folder in folders.items() if not Path(folder).is_dir()]
+    if missing or "text" not in folders:
+        raise StageError(f"tokenizers need existing folders, with text among them; missing {missing or 'text'}")
+    text = TextTokenizer.from_pretrained(folders["text"])
+    tokenizers = {kind: load_tokenizer(folder) for kind, folder in folders.items() if kind != "text"}
+    space = TokenSpace(text.vocab_size)
+    for kind, tokenizer in tokenizers.items():
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
+    return Processor(space, text, tokenizers)
+
+
+def checkpoint_folder(init_from: str) -> Path:
+    """The folder that ``init_from`` means; StageError if it holds no checkpoint."""
+    folder = MINI if init_from == "mini" else Path(init_from)
+    if not (folder / "token_space.json").is_file():
+        raise StageError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
+    return folder
+
+
+def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
+    """The processor and the model (float32) a stage starts from."""
+    if stage.init_from != "scratch":
+        folder = checkpoint_folder(stage.init_from)
+        return Processor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    processor = build_processor(stage.tokenizers)
+    space = processor.token_space
+    config = AnyTokenConfig(
+        vocab_size=space.vocab_size,
+        modality_boundaries=space.bucket_boundaries(),
+        modality_index=space.bucket_modalities(),
+        bos_token_id=space.bos,
+        eos_token_id=space.end,
+        pad_token_id=space.pad,
+        **stage.model,
+    )
+    torch.manual_seed(stage.seed)
+    model = AnyTokenForCausalLM(config)
+    initialise_code_rows(model, processor)
+    return processor, model
+
+
+@torch.no_grad()
+def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
+    """Give codes that are near in their codebook near embeddings: a random projection of the codebook vectors.
+
+    Rows keep the scale of the model's initialisation, half of their variance from the projection.
+    """
+    table = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    for kind, tokenizer in processor.tokenizers.items():
+        for codebook in range(len(tokenizer.codebook_sizes)):
+            span = processor.token_space.code_range(kind, codebook)
+            rows = projected_rows(tokenizer.codebook_vectors(codebook), table.shape[1], generator)
+            table[span.start : span.stop] = (table[span.start : span.stop] + rows * model.config.initializer_range) / 2**0.5
+
+
+def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Project codebook vectors [K, D] to [K, width] with unit variance."""
+    centred = vectors.float() - vectors.float().mean(0)
+    rows = centred @ torch.randn(vectors.shape[1], width, generator=generator)
+    return rows / rows.std().clamp(min=1e-6)

@@ -1,0 +1,85 @@
+"""Which parameters a stage trains: name patterns, or only some vocabulary rows."""
+
+import fnmatch
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from anytoken.token_space import TokenSpace
+from anytoken.training.stage import StageError
+
+ROWS = "rows:"
+
+
+def select_trainable(model: nn.Module, patterns: Sequence[str], space: TokenSpace) -> list[str]:
+    """Freeze all but the parameters that match a pattern; returns their names.
+
+    A pattern is a shell pattern over parameter names (``*.experts.*``) or ``rows:image``: the vocabulary rows of one
+    modality, while other rows of the same matrices keep their values. StageError for a pattern that matches nothing.
+    """
+    names = {name: parameter for name, parameter in model.named_parameters()}
+    chosen: set[str] = set()
+    row_modalities = [pattern.removeprefix(ROWS) for pattern in patterns if pattern.startswith(ROWS)]
+    for pattern in patterns:
+        if pattern.startswith(ROWS):
+            continue
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise StageError(f"trainable pattern {pattern!r} matches no parameter; names look like {next(iter(names))!r}")
+        chosen.update(found)
+    for name, parameter in names.items():
+        parameter.requires_grad_(name in chosen)
+    if row_modalities:
+        rows = modality_rows(space, row_modalities)
+        vocabulary = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        for name, parameter in names.items():
+            if id(parameter) in vocabulary and name not in chosen:
+                _train_rows_only(parameter, rows)
+                chosen.add(name)
+    return sorted(chosen)
+
+
+def modality_rows(space: TokenSpace, modalities: Sequence[str]) -> list[int]:
+    """All vocabulary rows of these modalities: their codes, open and close ids."""
+    rows: list[int] = []
+    for name in modalities:
+        if name not in space.modalities:
+            raise StageError(f"no modality {name!r} in the vocabulary; there are {', '.join(space.modalities)}")
+        rows += [space.open_token(name), space.close_token(name)]
+        for span in space.ranges:
+            if span.kind == "code" and span.modality == name:
+                rows += range(span.start, span.stop)
+    return sorted(rows)
+
+
+def _train_rows_only(parameter: nn.Parameter, rows: list[int]) -> None:
+    mask = torch.zeros(len(parameter), 1)
+    mask[rows] = 1
+    parameter.requires_grad_(True)
+
+    def keep_rows(gradient: Tensor) -> Tensor:
+        return gradient * mask.to(gradient)
+
+    parameter.register_hook(keep_rows)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Optimizer groups: matrices decay; vectors and the vocabulary do not (frozen rows must keep their values)."""
+    vocabulary: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            vocabulary.add(id(module.weight))
+    head = model.get_output_embeddings()
+    if head is not None and isinstance(getattr(head, "weight", None), Tensor):
+        vocabulary.add(id(head.weight))
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or id(parameter) in vocabulary else decay).append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
