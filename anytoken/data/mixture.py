@@ -41,11 +41,11 @@ class _Spec(BaseModel):
 
 
 class PairSpec(_Spec):
-    """A second tokenized set whose keys join each record: equal ``on``, or any record if ``on`` is null."""
+    """A second tokenized set whose keys join each record: one with an equal key ``by``, or any if ``by`` is null."""
 
     path: str
     take: dict[str, str] = Field(description="new key -> key of the partner", min_length=1)
-    on: str | None = None
+    by: str | None = None
     split: str | None = "train"
     where: dict[str, Any] = {}
 
@@ -65,7 +65,9 @@ def matches(record: dict[str, Any], split: str | None, where: dict[str, Any]) ->
     """Whether a record is of the split (records without one train) and has the wanted values (a list: any of)."""
     if split is not None and record.get("split", "train") != split:
         return False
-    return all(record.get(key) in (value if isinstance(value, list) else [value]) for key, value in where.items())
+    return all(
+        record.get(key) in (value if isinstance(value, list) else [value]) for key, value in where.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class _Source:
             self.partner_shards = Shards(pair.path, processor.tokenizers)
             for index, record in enumerate(self.partner_shards.records):
                 if matches(record, pair.split, pair.where):
-                    self.partners[record.get(pair.on) if pair.on else None].append(index)
+                    self.partners[record.get(pair.by) if pair.by else None].append(index)
 
     def choices(self) -> list[tuple[_Choice, float]]:
         """Every view with the rows that can fill it, and its weight in the whole mixture."""
@@ -117,8 +119,8 @@ class _Source:
         return all(key in taken or record.get(key) is not None for key in view.keys)
 
     def _partner_key(self, record: dict[str, Any]) -> Any:
-        on = self.spec.pair_with.on if self.spec.pair_with else None
-        return record.get(on) if on else None
+        by = self.spec.pair_with.by if self.spec.pair_with else None
+        return record.get(by) if by else None
 
     def turns(self, index: int, view: View, rng: np.random.Generator) -> list[Turn]:
         record = self.shards.records[index]
@@ -141,7 +143,9 @@ class _Source:
             return self.processor.codes_to_ids(key, shards.codes(index, key))
         value = shards.records[index].get(key)
         if not isinstance(value, str) or key in self.processor.tokenizers:
-            raise ViewError(f"{shards.path} record {index}: {key!r} is neither text nor a tokenized medium ({value!r})")
+            raise ViewError(
+                f"{shards.path} record {index}: {key!r} is neither text nor a tokenized medium ({value!r})"
+            )
         return value
 
     def _conversation(self, index: int) -> list[Turn]:
@@ -154,7 +158,9 @@ class _Source:
                 if kind == "text":
                     pieces.append(part["text"])
                 else:
-                    pieces.append(self.processor.codes_to_ids(kind, self.shards.codes(index, kind, part["row"])))
+                    pieces.append(
+                        self.processor.codes_to_ids(kind, self.shards.codes(index, kind, part["row"]))
+                    )
             turns.append((message["role"], pieces))
         return turns
 

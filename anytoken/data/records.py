@@ -75,7 +75,9 @@ def _validate_message(message: Any) -> None:
             raise RecordError(f'a content part is {{"type": "image", "image": path}}, got {part!r}')
 
 
-def media_parts(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any] | None]]:
+def media_parts(
+    record: Mapping[str, Any], kinds: Mapping[str, Any]
+) -> list[tuple[str, str, dict[str, Any] | None]]:
     """List the media of a record as (kind, value, content part); the part is None outside conversations.
 
     kinds: the modalities that have a tokenizer. Raises RecordError for a content part of another kind.

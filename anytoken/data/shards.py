@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from anytoken.data.records import RecordError, media_parts, open_media, read_records
-from anytoken.tokenizers.base import Codes, ModalityTokenizer
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 
 MANIFEST = "manifest.json"
 _worker_tokenizers: dict[str, ModalityTokenizer] = {}
@@ -48,6 +48,8 @@ def tokenize_records(
     lines = list(read_records(records))
     if not lines:
         raise RecordError(f"{records} holds no record")
+    used = {kind for line in lines for kind, _, _ in media_parts(line, tokenizers)}
+    tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items() if kind in used}
     manifest = {
         "version": 1,
         "source": records.name,
@@ -66,14 +68,27 @@ def tokenize_records(
     with tqdm(total=len(lines), desc=f"tokenize {records.name}", unit="rec", disable=not progress) as bar:
         bar.update(len(lines) - sum(len(job[0]) for job in jobs))
         if workers > 1 and len(jobs) > 1:
-            context = multiprocessing.get_context("spawn")  # forking after torch used its threads can deadlock
-            with ProcessPoolExecutor(workers, context, _start_worker, (dict(tokenizers),)) as pool:
+            context = multiprocessing.get_context(
+                "spawn"
+            )  # forking after torch used its threads can deadlock
+            with ProcessPoolExecutor(workers, context, _start_worker, (tokenizers,)) as pool:
                 for done in pool.map(_encode_part_in_worker, jobs):
                     bar.update(done)
         else:
             for job in jobs:
                 bar.update(_encode_part(tokenizers, *job))
     return out
+
+
+def load_tokenizers(folder: str | Path) -> dict[str, ModalityTokenizer]:
+    """All modality tokenizers under a folder with one subfolder each (a checkpoint's ``tokenizers``); text is skipped."""
+    found = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/config.json"))}
+    tokenizers = [load_tokenizer(path) for name, path in found.items() if name != "text"]
+    if not tokenizers:
+        raise ShardError(
+            f"{folder} holds no tokenizer; expected folders such as {folder}/image with a config.json"
+        )
+    return {tokenizer.name: tokenizer for tokenizer in tokenizers}
 
 
 def _part_path(out: Path, index: int) -> Path:
@@ -111,36 +126,43 @@ def _encode_part(
 ) -> int:
     """Encode one part and write it, arrays last and by renaming: a part that exists is whole."""
     values: dict[str, dict[str, int]] = {kind: {} for kind in tokenizers}
-    with path.with_suffix(".jsonl").open("w", encoding="utf-8") as handle:
-        for line in lines:
-            rows = {}
-            for kind, value, part in media_parts(line, tokenizers):
-                row = values[kind].setdefault(value, len(values[kind]))
-                if part is None:
-                    rows[kind] = row
-                else:
-                    part["row"] = row
-            handle.write(json.dumps({"record": line, "rows": rows}, ensure_ascii=False) + "\n")
+    entries = []
+    for line in lines:
+        rows = {}
+        for kind, value, part in media_parts(line, tokenizers):
+            row = values[kind].setdefault(value, len(values[kind]))
+            if part is None:
+                rows[kind] = row
+            else:
+                part["row"] = row
+        entries.append(json.dumps({"record": line, "rows": rows}, ensure_ascii=False) + "\n")
     arrays: dict[str, np.ndarray] = {}
     for kind, rows in values.items():
         if rows:
             codes = _encode_all(tokenizers[kind], list(rows), root, batch_size)
             arrays |= {f"{kind}.{name}": array for name, array in _pack_codes(codes).items()}
+    path.with_suffix(".jsonl").write_text("".join(entries), encoding="utf-8")
     partial = path.with_suffix(".tmp")
     save_file(arrays, partial)
     partial.replace(path)
     return len(lines)
 
 
-def _encode_all(tokenizer: ModalityTokenizer, values: Sequence[str], root: Path, batch_size: int) -> list[Codes]:
+def _encode_all(
+    tokenizer: ModalityTokenizer, values: Sequence[str], root: Path, batch_size: int
+) -> list[Codes]:
     codes: list[Codes] = []
     with torch.no_grad():
         for start in range(0, len(values), batch_size):
             batch = values[start : start + batch_size]
             try:
-                codes += tokenizer.encode_batch([open_media(value, tokenizer.segment_type, root) for value in batch])
+                codes += tokenizer.encode_batch(
+                    [open_media(value, tokenizer.segment_type, root) for value in batch]
+                )
             except (ValueError, OSError) as error:
-                raise RecordError(f"{tokenizer.kind} among {batch[0]!r} ... {batch[-1]!r}: {error}") from error
+                raise RecordError(
+                    f"{tokenizer.kind} among {batch[0]!r} ... {batch[-1]!r}: {error}"
+                ) from error
     return codes
 
 
@@ -159,7 +181,9 @@ class Shards:
         """Read a shard folder; ShardError if it is missing, unfinished or made by other tokenizers."""
         self.path = Path(path)
         if not (self.path / MANIFEST).is_file():
-            raise ShardError(f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`")
+            raise ShardError(
+                f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`"
+            )
         self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
         self._check_tokenizers(tokenizers)
         self.records: list[dict[str, Any]] = []
@@ -180,9 +204,11 @@ class Shards:
     def _read_part(self, index: int) -> None:
         path = _part_path(self.path, index)
         if not path.is_file():
-            raise ShardError(f"{self.path} is unfinished ({path.name} is missing); run `anytoken data tokenize` again")
+            raise ShardError(
+                f"{self.path} is unfinished ({path.name} is missing); run `anytoken data tokenize` again"
+            )
         self._arrays.append(load_file(path))
-        for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines():
+        for line in path.with_suffix(".jsonl").open(encoding="utf-8"):
             entry = json.loads(line)
             self.records.append(entry["record"])
             self._rows.append(entry["rows"])

@@ -84,7 +84,9 @@ def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
     while side.strip() and position <= len(side):
         match = _TERM.match(side, position)
         if match is None:
-            raise ViewError(f"cannot read {side[position:]!r} in view {name!r}; list keys and \"quoted text\" with commas")
+            raise ViewError(
+                f'cannot read {side[position:]!r} in view {name!r}; list keys and "quoted text" with commas'
+            )
         terms.append(Literal(match["literal"]) if match["literal"] is not None else match["key"])
         position = match.end()
         if position < len(side) and side[position] != ",":
@@ -136,7 +138,9 @@ def build_sequence(
     """
     ids, learn = [controls.bos], [False]
     for role, pieces in turns:
-        content = [id_ for piece in pieces for id_ in (encode_text(piece) if isinstance(piece, str) else piece)]
+        content = [
+            id_ for piece in pieces for id_ in (encode_text(piece) if isinstance(piece, str) else piece)
+        ]
         if role == "user" and not content:
             content = [controls.null]
         spoken = role == "assistant"

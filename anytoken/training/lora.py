@@ -23,7 +23,9 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
     parameters = [*(EXPERTS if spec.experts else []), *([ROUTER] if spec.router else [])]
     parameters = [target for target in parameters if any(name.endswith(target) for name in names)]
     if parameters and spec.dropout:
-        raise StageError("lora.dropout cannot be combined with experts or router; set it to 0 or both to false")
+        raise StageError(
+            "lora.dropout cannot be combined with experts or router; set it to 0 or both to false"
+        )
     if not (spec.attention or parameters or spec.new_rows):
         raise StageError("lora trains nothing; switch on attention, experts, router or name new_rows")
     rows = modality_rows(space, spec.new_rows)

@@ -54,7 +54,9 @@ def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight
     if weights == "equal":
         weights = {}
     if isinstance(weights, str):
-        raise LossError(f"modality_weights is {weights!r}; use equal, tokens, or a mapping such as {{image: 2}}")
+        raise LossError(
+            f"modality_weights is {weights!r}; use equal, tokens, or a mapping such as {{image: 2}}"
+        )
     unknown = set(weights) - set(names)
     if unknown:
         raise LossError(f"modality_weights names {sorted(unknown)}; there are {', '.join(names)}")
@@ -71,7 +73,9 @@ def full_log_probs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
     return _score(F.linear(hidden, head), targets)
 
 
-def grammar_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, grammar: Grammar) -> tuple[Tensor, Tensor, Tensor]:
+def grammar_log_probs(
+    hidden: Tensor, head: Tensor, targets: Tensor, grammar: Grammar
+) -> tuple[Tensor, Tensor, Tensor]:
     """Score targets under the softmax over the rows that the grammar's loss class of each target names.
 
     Equal to the full softmax with all other logits at minus infinity. A class of one row has no loss.
@@ -79,7 +83,10 @@ def grammar_log_probs(hidden: Tensor, head: Tensor, targets: Tensor, grammar: Gr
     """
     classes = grammar.loss_rows(targets)
     pieces = _split_rows(head, grammar.class_ranges)
-    nll, log_z = hidden.new_zeros(len(targets), dtype=torch.float32), hidden.new_zeros(len(targets), dtype=torch.float32)
+    nll, log_z = (
+        hidden.new_zeros(len(targets), dtype=torch.float32),
+        hidden.new_zeros(len(targets), dtype=torch.float32),
+    )
     right = torch.ones(len(targets), dtype=torch.bool, device=hidden.device)
     for index in torch.unique(classes).tolist():
         ranges = grammar.class_ranges[index]
@@ -155,7 +162,9 @@ class BalancedLoss(nn.Module):
         self.names = group_names(space)
         self.end, self.text_size = space.end, space.text_size
         self.register_buffer("table", group_table(space), persistent=False)
-        self.register_buffer("weights", group_weights(modality_weights, self.names, control_weight), persistent=False)
+        self.register_buffer(
+            "weights", group_weights(modality_weights, self.names, control_weight), persistent=False
+        )
 
     def groups(self, targets: Tensor, previous: Tensor) -> Tensor:
         """Group of each target [N]; the end id counts as text where it ends a text (``previous`` is a text id)."""
@@ -199,7 +208,9 @@ def router_losses(router_logits: Sequence[Tensor], top_k: int) -> tuple[Tensor, 
     for logits in router_logits:
         logits = logits.float()
         probabilities = logits.softmax(-1)
-        chosen = F.one_hot(logits.topk(top_k, dim=-1).indices, logits.shape[-1]).float().sum(1).mean(0) / top_k
+        chosen = (
+            F.one_hot(logits.topk(top_k, dim=-1).indices, logits.shape[-1]).float().sum(1).mean(0) / top_k
+        )
         balance.append(logits.shape[-1] * (chosen * probabilities.mean(0)).sum())
         z_loss.append(torch.logsumexp(logits, -1).square().mean())
     return torch.stack(balance).mean(), torch.stack(z_loss).mean()

@@ -53,7 +53,9 @@ class GroupMeter:
         seconds = max(time.monotonic() - self.started, 1e-9)
         if self.load is not None:
             shares = zip(self.names, self.load / self.load.sum(-1, keepdim=True).clamp(min=1), strict=True)
-            found_load = {name: [round(x, 4) for x in share.tolist()] for name, share in shares if share.any()}
+            found_load = {
+                name: [round(x, 4) for x in share.tolist()] for name, share in shares if share.any()
+            }
         return {
             "groups": found,
             **({"expert_load": found_load} if self.load is not None else {}),

@@ -2,7 +2,7 @@
 
 A stage names where the weights come from, what data in which views, what is trained, and where the checkpoint goes.
 Unknown keys are errors. Any value can be overridden from the command line as ``a.b=value`` (``data.0.weight=2``).
-Relative paths are relative to the working directory, so recipes can be copied anywhere.
+Relative paths start at the working directory (those of data at ``data_root``), so recipes can be copied anywhere.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class LossSpec(_Part):
     modality_weights: Literal["equal", "tokens"] | dict[str, float] = "equal"
     control_weight: float = Field(0.1, ge=0)
     grammar_restricted: bool = True
-    on: Literal["assistant", "everything"] = "assistant"
+    learn: Literal["assistant", "everything"] = "assistant"
     z_loss: float = Field(1e-4, ge=0)
 
 
@@ -92,8 +92,11 @@ class Stage(_Part):
 
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
     output: str
-    tokenizers: dict[str, str] = Field({}, description="for scratch: text and each modality -> tokenizer folder")
+    tokenizers: dict[str, str] = Field(
+        {}, description="for scratch: text and each modality -> tokenizer folder"
+    )
     model: dict[str, Any] = Field({}, description="for scratch: overrides of AnyTokenConfig")
+    data_root: str = Field("", description="where relative paths of data and eval.data start")
     data: list[SourceSpec] = Field(min_length=1)
     trainable: list[str] = ["*"]
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -120,7 +123,9 @@ class Stage(_Part):
         if self.init_from == "scratch" and "text" not in self.tokenizers:
             raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
         if self.init_from != "scratch" and (self.tokenizers or self.model):
-            raise ValueError(f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own")
+            raise ValueError(
+                f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own"
+            )
         share = self.context * self.accumulate * self.distributed.world_size
         if self.tokens_per_batch % share:
             raise ValueError(
@@ -134,6 +139,17 @@ class Stage(_Part):
     def rows(self) -> int:
         """Rows of ``context`` ids in one micro-batch of one process."""
         return self.tokens_per_batch // (self.context * self.accumulate * self.distributed.world_size)
+
+    def sources(self, specs: Sequence[SourceSpec]) -> list[SourceSpec]:
+        """The sources with their paths under ``data_root``."""
+        resolved = []
+        for spec in specs:
+            pair = spec.pair_with
+            if pair is not None:
+                pair = pair.model_copy(update={"path": str(Path(self.data_root) / pair.path)})
+            path = str(Path(self.data_root) / spec.path)
+            resolved.append(spec.model_copy(update={"path": path, "pair_with": pair}))
+        return resolved
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Stage":

@@ -22,7 +22,9 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
     """Assemble a processor from tokenizer folders {"text": ..., "image": ..., ...}; ids follow the mapping's order."""
     missing = [f"{kind}: {folder}" for kind, folder in folders.items() if not Path(folder).is_dir()]
     if missing or "text" not in folders:
-        raise StageError(f"tokenizers need existing folders, with text among them; missing {missing or 'text'}")
+        raise StageError(
+            f"tokenizers need existing folders, with text among them; missing {missing or 'text'}"
+        )
     text = TextTokenizer.from_pretrained(folders["text"])
     tokenizers = {kind: load_tokenizer(folder) for kind, folder in folders.items() if kind != "text"}
     space = TokenSpace(text.vocab_size)
@@ -43,7 +45,9 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
     """The processor and the model (float32) a stage starts from."""
     if stage.init_from != "scratch":
         folder = checkpoint_folder(stage.init_from)
-        return Processor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return Processor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        )
     processor = build_processor(stage.tokenizers)
     space = processor.token_space
     config = AnyTokenConfig(
@@ -73,7 +77,9 @@ def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
         for codebook in range(len(tokenizer.codebook_sizes)):
             span = processor.token_space.code_range(kind, codebook)
             rows = projected_rows(tokenizer.codebook_vectors(codebook), table.shape[1], generator)
-            table[span.start : span.stop] = (table[span.start : span.stop] + rows * model.config.initializer_range) / 2**0.5
+            table[span.start : span.stop] = (
+                table[span.start : span.stop] + rows * model.config.initializer_range
+            ) / 2**0.5
 
 
 def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:

@@ -26,7 +26,9 @@ def select_trainable(model: nn.Module, patterns: Sequence[str], space: TokenSpac
             continue
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise StageError(f"trainable pattern {pattern!r} matches no parameter; names look like {next(iter(names))!r}")
+            raise StageError(
+                f"trainable pattern {pattern!r} matches no parameter; names look like {next(iter(names))!r}"
+            )
         chosen.update(found)
     for name, parameter in names.items():
         parameter.requires_grad_(name in chosen)
@@ -45,7 +47,9 @@ def modality_rows(space: TokenSpace, modalities: Sequence[str]) -> list[int]:
     rows: list[int] = []
     for name in modalities:
         if name not in space.modalities:
-            raise StageError(f"no modality {name!r} in the vocabulary; there are {', '.join(space.modalities)}")
+            raise StageError(
+                f"no modality {name!r} in the vocabulary; there are {', '.join(space.modalities)}"
+            )
         rows += [space.open_token(name), space.close_token(name)]
         for span in space.ranges:
             if span.kind == "code" and span.modality == name:

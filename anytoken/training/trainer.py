@@ -49,7 +49,9 @@ class ModelWithLoss(nn.Module):
         self.top_k = getattr(config, "num_experts_per_tok", 1)
         self.routed = getattr(config, "num_experts", 0) > 1
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, loss_index: Tensor, targets: Tensor) -> dict[str, Any]:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, loss_index: Tensor, targets: Tensor
+    ) -> dict[str, Any]:
         """One packed batch (see ``packing.pack``) to {"loss", "parts", "load"}."""
         base = base_model(self.lm)
         outputs = base.model(
@@ -63,14 +65,18 @@ class ModelWithLoss(nn.Module):
             balance, router_z = router_losses(outputs.router_logits, self.top_k)
             parts.loss = parts.loss + self.moe.router_aux_loss * balance + self.moe.router_z_loss * router_z
             parts.terms |= {"load_balance": balance.detach(), "router_z": router_z.detach()}
-            load = expert_counts(outputs.router_logits, self.loss.table[flat], len(self.loss.names), self.top_k)
+            load = expert_counts(
+                outputs.router_logits, self.loss.table[flat], len(self.loss.names), self.top_k
+            )
         return {"loss": parts.loss, "parts": parts, "load": load}
 
 
 class StageTrainer(Trainer):
     """transformers' Trainer for one stage; see the module's docstring for what it adds."""
 
-    def __init__(self, stage: Stage, processor: Processor, model: ModelWithLoss, stream: PackedStream) -> None:
+    def __init__(
+        self, stage: Stage, processor: Processor, model: ModelWithLoss, stream: PackedStream
+    ) -> None:
         self.stage, self.processor, self.stream = stage, processor, stream
         self.schedule = Schedule(stage.schedule, stage.steps)
         self.meter = GroupMeter(model.loss.names)
@@ -172,7 +178,9 @@ class _Loop(TrainerCallback):
         stage = self.trainer.stage
         if stage.eval.data:
             self.eval_mixture = _mixture(stage, stage.eval.data, self.trainer.processor, prompt_drop=0.0)
-        self.bar = tqdm(total=stage.steps, initial=state.global_step, desc=self.trainer.folder.name, unit="step")
+        self.bar = tqdm(
+            total=stage.steps, initial=state.global_step, desc=self.trainer.folder.name, unit="step"
+        )
         self.bar.disable = self.bar.disable or not state.is_world_process_zero
         self.trainer.meter.reset()
         self.last = time.monotonic()
@@ -188,9 +196,13 @@ class _Loop(TrainerCallback):
         self.bar.total = schedule.total
         self.bar.update()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if logs and "groups" in logs:
-            shown = {name: f"{group['loss']:.3f}" for name, group in logs["groups"].items() if name != "control"}
+            shown = {
+                name: f"{group['loss']:.3f}" for name, group in logs["groups"].items() if name != "control"
+            }
             self.bar.set_postfix(shown | {"tok/s": f"{logs['tokens_per_second']:.0f}"})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -241,7 +253,9 @@ def train(stage: Stage) -> Path:
         stage.loss.grammar_restricted,
         stage.loss.z_loss,
     )
-    trainer = StageTrainer(stage, processor, ModelWithLoss(lm, loss, stage), _stream(stage, mixture, processor))
+    trainer = StageTrainer(
+        stage, processor, ModelWithLoss(lm, loss, stage), _stream(stage, mixture, processor)
+    )
     states = saved_states(folder)
     trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
     if trainer.is_world_process_zero():
@@ -256,8 +270,8 @@ def saved_states(folder: Path) -> list[Path]:
 
 
 def _mixture(stage: Stage, sources: list[SourceSpec], processor: Processor, prompt_drop: float) -> Mixture:
-    learn_all = stage.loss.on == "everything"
-    return Mixture(sources, processor, stage.context, stage.seed, prompt_drop, learn_all)
+    learn_all = stage.loss.learn == "everything"
+    return Mixture(stage.sources(sources), processor, stage.context, stage.seed, prompt_drop, learn_all)
 
 
 def _stream(stage: Stage, mixture: Mixture, processor: Processor) -> PackedStream:
@@ -298,7 +312,9 @@ def _claim_folder(folder: Path, stage: Stage) -> bool:
         before = yaml.safe_load(path.read_text())
         changed = sorted(key for key in recipe if before.get(key) != recipe[key] and key not in FREE_SETTINGS)
         if changed:
-            raise StageError(f"{folder} holds a run with another {', '.join(changed)}; remove it or change output")
+            raise StageError(
+                f"{folder} holds a run with another {', '.join(changed)}; remove it or change output"
+            )
         if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return True
     folder.mkdir(parents=True, exist_ok=True)

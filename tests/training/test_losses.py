@@ -1,0 +1,134 @@
+"""Losses: the restricted softmax is the masked full one; every modality counts the same; routers are kept even."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anytoken.grammar import Grammar
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import Grid, Run
+from anytoken.training.losses import (
+    CONTROL,
+    BalancedLoss,
+    LossError,
+    full_log_probs,
+    grammar_log_probs,
+    router_losses,
+)
+
+WIDTH = 6
+
+
+@pytest.fixture
+def grammar() -> Grammar:
+    space = TokenSpace(text_size=11)
+    space.append_modality("image", [13], Grid(("rows", "cols"), (1, 1), (4, 4)))
+    space.append_modality("speech", [7, 5], Run(1, 20, num_codebooks=2))
+    return Grammar(space)
+
+
+def every_target(grammar: Grammar) -> torch.Tensor:
+    """Each id of the vocabulary that the grammar's loss classes contain."""
+    ids = torch.arange(grammar.token_space.vocab_size)
+    classes = grammar.loss_rows(ids).tolist()
+    inside = [any(a <= i < b for a, b in grammar.class_ranges[c]) for i, c in enumerate(classes)]
+    return ids[torch.tensor(inside)]
+
+
+def example(count: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, WIDTH, generator=generator).requires_grad_()
+    head = torch.randn(vocabulary, WIDTH, generator=generator).requires_grad_()
+    return hidden, head
+
+
+def test_restricted_equals_masked_full_softmax_in_value_and_gradient(grammar: Grammar) -> None:
+    targets = every_target(grammar)
+    targets = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(1))]
+    hidden, head = example(len(targets), grammar.token_space.vocab_size)
+    nll, log_z, right = grammar_log_probs(hidden, head, targets, grammar)
+    weights = torch.linspace(0.5, 2, len(targets))
+    gradients = torch.autograd.grad((nll * weights).sum() + log_z.square().sum(), (hidden, head))
+
+    allowed = torch.zeros(len(targets), grammar.token_space.vocab_size, dtype=torch.bool)
+    for row, index in enumerate(grammar.loss_rows(targets).tolist()):
+        for start, stop in grammar.class_ranges[index]:
+            allowed[row, start:stop] = True
+    logits = F.linear(hidden, head).masked_fill(~allowed, float("-inf"))
+    single = allowed.sum(1) == 1
+    wanted = F.cross_entropy(logits, targets, reduction="none").masked_fill(single, 0)
+    wanted_z = torch.logsumexp(logits, 1).masked_fill(single, 0)
+    wanted_gradients = torch.autograd.grad((wanted * weights).sum() + wanted_z.square().sum(), (hidden, head))
+
+    torch.testing.assert_close(nll, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(log_z, wanted_z, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(right, logits.argmax(1) == targets)
+
+
+def test_full_softmax_is_cross_entropy(grammar: Grammar) -> None:
+    targets = every_target(grammar)
+    hidden, head = example(len(targets), grammar.token_space.vocab_size)
+    nll, _, right = full_log_probs(hidden, head, targets)
+    torch.testing.assert_close(nll, F.cross_entropy(hidden @ head.T, targets, reduction="none"))
+    assert torch.equal(right, (hidden @ head.T).argmax(1) == targets)
+
+
+def batch(grammar: Grammar, texts: int, codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets and the ids before them: some text ids, then some picture codes."""
+    start = grammar.token_space.code_range("image").start
+    targets = torch.tensor([index % 11 for index in range(texts)] + [start + index % 13 for index in range(codes)])
+    return targets, torch.zeros_like(targets)
+
+
+@pytest.mark.parametrize("weights", ["equal", "tokens", {"image": 3.0}])
+def test_weighting(grammar: Grammar, weights: object) -> None:
+    targets, previous = batch(grammar, 4, 28)
+    hidden, head = example(len(targets), grammar.token_space.vocab_size)
+    loss = BalancedLoss(grammar, weights, grammar_restricted=False, z_loss=0.0)  # type: ignore[arg-type]
+    each = F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    text, image = each[:4].mean(), each[4:].mean()
+    wanted = {"equal": (text + image) / 2, "tokens": each.mean()}
+    expected = wanted[weights] if isinstance(weights, str) else (text + 3 * image) / 4
+    parts = loss(hidden, head, targets, previous)
+    torch.testing.assert_close(parts.loss, expected)
+    assert parts.count.tolist() == [4, 28, 0, 0]
+    torch.testing.assert_close(parts.nll[:2], torch.stack([each[:4].sum(), each[4:].sum()]).detach())
+
+
+def test_groups(grammar: Grammar) -> None:
+    space = grammar.token_space
+    loss = BalancedLoss(grammar)
+    targets = torch.tensor(
+        [3, space.end, space.end, space.open_token("image"), space.close_token("speech"), space.size_token(2)]
+        + [space.code_range("speech", 1).start]
+    )
+    code = space.code_range("image").start
+    previous = torch.tensor([1, 3, code, 1, code, code, code])
+    names = [loss.names[index] for index in loss.groups(targets, previous).tolist()]
+    assert names == ["text", "text", CONTROL, CONTROL, "speech", CONTROL, "speech"]
+
+
+def test_z_loss_is_the_mean_square_of_the_normaliser(grammar: Grammar) -> None:
+    targets, previous = batch(grammar, 3, 5)
+    hidden, head = example(8, grammar.token_space.vocab_size)
+    with_z = BalancedLoss(grammar, grammar_restricted=False, z_loss=0.5)(hidden, head, targets, previous)
+    without = BalancedLoss(grammar, grammar_restricted=False, z_loss=0.0)(hidden, head, targets, previous)
+    expected = 0.5 * torch.logsumexp(hidden @ head.T, 1).square().mean()
+    torch.testing.assert_close(with_z.loss - without.loss, expected)
+    torch.testing.assert_close(with_z.terms["z_loss"], expected.detach())
+
+
+def test_unknown_modality_weight_is_named(grammar: Grammar) -> None:
+    with pytest.raises(LossError, match="smell"):
+        BalancedLoss(grammar, {"smell": 1.0})
+
+
+def test_router_losses() -> None:
+    even = torch.eye(4).repeat(5, 1) * 1e-3
+    collapsed = torch.tensor([[9.0, 0, 0, 0]]).repeat(20, 1)
+    balance, z_loss = router_losses([even, even], top_k=1)
+    assert balance.item() == pytest.approx(1.0, abs=1e-3)
+    assert z_loss.item() == pytest.approx(torch.logsumexp(even, 1).square().mean().item())
+    assert router_losses([collapsed], top_k=1)[0].item() == pytest.approx(4.0, abs=0.01)

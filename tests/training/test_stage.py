@@ -1,0 +1,94 @@
+"""The recipe schema: what it refuses, how overrides reach any value, and that every shipped recipe is valid."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from anytoken.training.stage import Stage, StageError, apply_overrides
+
+STAGES = Path(__file__).parents[2] / "stages"
+RECIPES = sorted(STAGES.glob("*.yaml"))
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    return {
+        "init_from": "somewhere",
+        "output": "out",
+        "steps": 4,
+        "data": [{"path": "a", "views": {"text->image": 1}}],
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert Stage.load(path).rows >= 1
+
+
+def test_stages_follow_each_other() -> None:
+    stages = [Stage.load(STAGES / f"{name}.yaml") for name in ("1_alignment", "2_interleaved", "3_speech", "4_instruct")]
+    assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stepps": 3}, "stepps"),
+        ({"steps": 0}, "steps.*greater than 0.*got 0"),
+        ({"optimizer": {"rate": 1}}, r"optimizer.rate"),
+        ({"data": []}, "data"),
+        ({"data": [{"path": "a", "views": {"text->image": 1}, "wieght": 2}]}, "data.0.wieght"),
+        ({"schedule": {"kind": "step"}}, "'cosine', 'wsd' or 'constant'"),
+        ({"tokens_per_batch": 1000, "context": 512}, "no multiple"),
+        ({"init_from": "scratch"}, "text tokenizer"),
+        ({"model": {"hidden_size": 8}}, "belong to init_from"),
+        ({"lora": {}, "trainable": ["*.gate.*"]}, "no effect"),
+        ({"loss": {"modality_weights": "fair"}}, "modality_weights"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(StageError, match=said):
+        Stage.from_dict(recipe(**changes))
+
+
+def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
+    before = recipe()
+    changed = apply_overrides(before, ["steps=9", "data.0.weight=2.5", "optimizer.lr=1e-4", "trainable=['*.gate.*']"])
+    stage = Stage.from_dict(changed)
+    assert (stage.steps, stage.data[0].weight, stage.optimizer.lr) == (9, 2.5, 1e-4)
+    assert stage.trainable == ["*.gate.*"] and before == recipe()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("steps", "key=value"), ("steps.x=1", "not a group"), ("data.7.path=x", "no index"), ("data.x.path=x", "no index")],
+)
+def test_bad_overrides(override: str, said: str) -> None:
+    with pytest.raises(StageError, match=said):
+        apply_overrides(recipe(), [override])
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="no recipe file"):
+        Stage.load(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(StageError, match="no mapping"):
+        Stage.load(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(StageError, match="not valid YAML"):
+        Stage.load(tmp_path / "broken.yaml")
+
+
+def test_data_root_applies_to_partners_too() -> None:
+    pair = {"path": "b", "take": {"speech": "speech"}}
+    data = [{"path": "a", "views": {"text->image": 1}, "pair_with": pair}]
+    stage = Stage.from_dict(recipe(data=data, data_root="root"))
+    (spec,) = stage.sources(stage.data)
+    assert spec.path == "root/a" and spec.pair_with is not None and spec.pair_with.path == "root/b"
+
+
+def test_dump_is_a_recipe_again() -> None:
+    stage = Stage.load(STAGES / "1_alignment.yaml")
+    assert Stage.from_dict(yaml.safe_load(yaml.safe_dump(stage.model_dump(mode="json")))) == stage

@@ -1,0 +1,161 @@
+"""The loop: it learns, goes on after a kill as if nothing had happened, and ends in a loadable folder."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from anytoken.processor import Processor
+from anytoken.training.metrics import read_metrics
+from anytoken.training.stage import Stage, StageError
+from anytoken.training.start import load_start
+from anytoken.training.trainable import modality_rows
+from anytoken.training.trainer import StageTrainer, saved_states, train
+
+
+def losses(folder: str | Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in read_metrics(Path(folder) / "metrics.jsonl") if "loss" in entry}
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+class Killed(Exception):
+    """Stands for the signal that ends a run."""
+
+
+def run_until(recipe: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train, and die when ``step`` begins."""
+    inner = StageTrainer.compute_loss
+
+    def dying(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise Killed
+        return inner(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "compute_loss", dying)
+        with pytest.raises(Killed):
+            train(Stage.from_dict(recipe))
+
+
+def test_it_learns_and_leaves_a_loadable_checkpoint(recipe: dict[str, Any]) -> None:
+    recipe["steps"] = 60
+    recipe["eval"] = {"batches": 1, "data": [{"path": "things", "views": {"text->tile": 1}, "split": "test"}]}
+    folder = train(Stage.from_dict(recipe))
+    entries = read_metrics(folder / "metrics.jsonl")
+    first, last = entries[0], [entry for entry in entries if "loss" in entry][-1]
+    assert set(last["groups"]) == {"text", "tile", "beep", "control"}
+    assert last["groups"]["tile"]["loss"] < 0.5 * first["groups"]["tile"]["loss"]
+    assert last["groups"]["text"]["loss"] < 0.5 * first["groups"]["text"]["loss"]
+    assert 0 <= last["groups"]["beep"]["accuracy"] <= 1 and last["tokens_per_second"] > 0
+    assert all(sum(load) == pytest.approx(1, abs=1e-3) for load in last["expert_load"].values())
+    assert [entry["step"] for entry in entries if "eval" in entry] == [60]
+    assert entries[-1]["eval"]["groups"]["tile"]["tokens"] > 0
+    processor = Processor.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == processor.token_space.vocab_size
+    assert isinstance(json.loads((folder / "sampling.json").read_text()), dict)
+    assert not (folder / "state").exists()
+
+
+def test_resumed_equals_uninterrupted(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = copy.deepcopy(recipe) | {"output": str(tmp_path / "whole")}
+    train(Stage.from_dict(whole))
+    run_until(recipe, step=6, monkeypatch=monkeypatch)
+    assert [state.name for state in saved_states(Path(recipe["output"]))] == ["checkpoint-4"]
+    assert set(losses(recipe["output"])) == set(range(1, 7))
+    train(Stage.from_dict(recipe))
+    assert losses(recipe["output"]) == losses(whole["output"])
+    ours, theirs = weights(recipe["output"]), weights(whole["output"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_accumulated_batches_resume_too(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["accumulate"] = 2
+    whole = copy.deepcopy(recipe) | {"output": str(tmp_path / "whole")}
+    train(Stage.from_dict(whole))
+    run_until(recipe, step=5, monkeypatch=monkeypatch)
+    train(Stage.from_dict(recipe))
+    assert losses(recipe["output"]) == losses(whole["output"])
+
+
+def test_a_half_written_state_is_never_taken(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(self: StageTrainer, output_dir: str) -> None:
+        (Path(output_dir) / "optimizer.pt").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_save_optimizer_and_scheduler", dying)
+        with pytest.raises(Killed):
+            train(Stage.from_dict(recipe))
+    assert saved_states(Path(recipe["output"])) == []
+    train(Stage.from_dict(recipe))
+    assert max(losses(recipe["output"])) == 8
+
+
+def test_finished_runs_are_kept_and_other_settings_refused(recipe: dict[str, Any]) -> None:
+    folder = train(Stage.from_dict(recipe))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert train(Stage.from_dict(recipe | {"log_every": 3})) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(StageError, match="another seed"):
+        train(Stage.from_dict(recipe | {"seed": 1}))
+
+
+def test_a_stage_starts_from_the_last_ones_output(recipe: dict[str, Any], tmp_path: Path) -> None:
+    first = train(Stage.from_dict(recipe | {"steps": 2}))
+    second = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
+    second |= {"init_from": str(first), "output": str(tmp_path / "second"), "steps": 1}
+    _, model = load_start(Stage.from_dict(second))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights(first).items())
+    assert train(Stage.from_dict(second)) == tmp_path / "second"
+
+
+def test_only_named_parameters_change(recipe: dict[str, Any], tmp_path: Path) -> None:
+    first = train(Stage.from_dict(recipe | {"steps": 2}))
+    second = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
+    second |= {"init_from": str(first), "steps": 2, "trainable": ["*.q_proj.weight", "rows:tile"]}
+    stage = Stage.from_dict(second | {"output": str(tmp_path / "second")})
+    before, after = weights(first), weights(train(stage))
+    space = Processor.from_pretrained(first).token_space
+    tile = torch.zeros(space.vocab_size, dtype=torch.bool)
+    tile[modality_rows(space, ["tile"])] = True
+    for name, value in after.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert torch.equal(value[~tile], before[name][~tile]) and not torch.equal(value[tile], before[name][tile])
+        else:
+            assert torch.equal(value, before[name]) != name.endswith("q_proj.weight")
+
+
+def test_patterns_and_modalities_that_match_nothing(recipe: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match=r"\*\.wings matches no parameter|'\*\.wings'"):
+        train(Stage.from_dict(recipe | {"trainable": ["*.wings"]}))
+    with pytest.raises(StageError, match="no modality 'smell'"):
+        train(Stage.from_dict(recipe | {"trainable": ["rows:smell"], "output": recipe["output"] + "2"}))
+
+
+def test_a_time_limit_ends_the_run_early_with_a_checkpoint(recipe: dict[str, Any]) -> None:
+    stage = Stage.from_dict(recipe | {"steps": 100_000, "max_minutes": 0.02, "save_every": 100_000})
+    folder = train(stage)
+    entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
+    assert entries[-1]["step"] < 1000 and (folder / "model.safetensors").is_file()
+    assert entries[-1]["learning_rate"] < entries[len(entries) // 2]["learning_rate"]
+
+
+def test_wrong_world_size_is_an_error(recipe: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match="torchrun --nproc_per_node 2"):
+        train(Stage.from_dict(recipe | {"distributed": {"world_size": 2}}))
+
+
+def test_init_from_a_folder_without_a_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
+    bad = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
+    with pytest.raises(StageError, match="no checkpoint folder"):
+        train(Stage.from_dict(bad | {"init_from": str(tmp_path)}))
