@@ -1,7 +1,8 @@
 """Conversations with requests in words, made from the built sets: "Draw a red apple, 3d", "What is this?".
 
-Every answer comes from a record, every wording from the tables below, every choice from the seed; so the file can be
-made again. A conversation is of the split of its records, and media paths are relative to the written file.
+Every answer comes from a record, every wording from the tables below, every choice from the seed; so the file
+can be made again. A conversation is of the split of its records, and media paths are relative to the written
+file.
 """
 
 import json

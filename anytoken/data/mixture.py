@@ -1,8 +1,8 @@
 """A weighted, deterministic mixture of (source, view) pairs over tokenized sets.
 
-Sample ``i`` depends on nothing but the seed and ``i``, so any worker can draw any sample and resuming needs only a
-counter. A source may be joined with another at sampling time (``pair_with``): a random training picture of a
-concept with a random training utterance of its name gives speech->image from k x n combinations.
+Sample ``i`` depends on nothing but the seed and ``i``, so any worker can draw any sample and resuming needs
+only a counter. A source may be joined with another at sampling time (``pair_with``): a random training
+picture of a concept with a random training utterance of its name gives speech->image from k x n combinations.
 Weights count samples, not tokens.
 """
 
@@ -41,7 +41,7 @@ class _Spec(BaseModel):
 
 
 class PairSpec(_Spec):
-    """A second tokenized set whose keys join each record: one with an equal key ``by``, or any if ``by`` is null."""
+    """A second tokenized set that joins each record: one with an equal key ``by``, any if that is null."""
 
     path: str
     take: dict[str, str] = Field(description="new key -> key of the partner", min_length=1)
@@ -62,7 +62,7 @@ class SourceSpec(_Spec):
 
 
 def matches(record: dict[str, Any], split: str | None, where: dict[str, Any]) -> bool:
-    """Whether a record is of the split (records without one train) and has the wanted values (a list: any of)."""
+    """Whether a record is of the split (without one: train) and has the wanted values (a list: any of)."""
     if split is not None and record.get("split", "train") != split:
         return False
     return all(

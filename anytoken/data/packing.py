@@ -1,8 +1,8 @@
 """Best-fit packing of training sequences into rows of T ids, with position ids that restart at each sequence.
 
-There is no attention mask: restarting positions alone keep sequences apart (with ``use_cache=False``). A sequence
-goes to the fullest row that still has room; one that fits nowhere waits for the next batch, so no token is lost
-and long sequences are not drawn less often.
+There is no attention mask: restarting positions alone keep sequences apart (with ``use_cache=False``). A
+sequence goes to the fullest row that still has room; one that fits nowhere waits for the next batch, so no
+token is lost and long sequences are not drawn less often.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,8 +48,8 @@ def best_fit(lengths: list[int], rows: list[int]) -> list[int | None]:
 def pack(bins: list[list[TrainingSequence]], context: int, pad: int) -> dict[str, Tensor]:
     """Lay bins of sequences out as one batch of B rows of T ids.
 
-    Returns ``input_ids`` and ``position_ids`` int64 [B, T]; ``loss_index`` int64 [N], the flat positions whose next
-    id is learnt; ``targets`` int64 [N], those ids. Padding is a sequence of its own, never learnt.
+    Returns ``input_ids`` and ``position_ids`` int64 [B, T]; ``loss_index`` int64 [N], the flat positions
+    whose next id is learnt; ``targets`` int64 [N], those ids. Padding is a sequence of its own, never learnt.
     """
     ids = np.full((len(bins), context), pad, dtype=np.int64)
     positions = np.zeros((len(bins), context), dtype=np.int64)
@@ -96,7 +96,7 @@ class PackedStream(IterableDataset):
         self._states: dict[int, PackState] = {0: PackState()}
 
     def state(self, batch_index: int) -> PackState:
-        """The state from which batch ``batch_index`` is made; kept for the last 64 batches, since loaders prefetch."""
+        """The state that batch ``batch_index`` is made from; the last 64 are kept, as loaders prefetch."""
         return self._states[batch_index]
 
     def restore(self, batch_index: int, state: PackState) -> None:

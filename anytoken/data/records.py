@@ -24,8 +24,8 @@ class RecordError(ValueError):
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the validated records of a ``.jsonl`` or ``.jsonl.gz`` file, in order.
 
-    Raises RecordError, naming file and line, for a missing file, a line that is not a JSON object, and a record
-    or conversation of the wrong shape.
+    Raises RecordError, naming file and line, for a missing file, a line that is not a JSON object, and a
+    record or conversation of the wrong shape.
     """
     path = Path(path)
     if not path.is_file():

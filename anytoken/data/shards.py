@@ -1,9 +1,10 @@
 """Tokenize media once: JSONL records to folders of codes, resumable and with many workers.
 
-A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each modality,
-``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1] and ``sizes`` int32 [R, axes], beside a JSONL file with the
-records; a line says which row of which modality holds its codes. Codes are stored, not ids, so shards outlive a new
-text vocabulary and appended modalities; the manifest's fingerprints tie them to the tokenizers that wrote them.
+A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each
+modality, ``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1] and ``sizes`` int32 [R, axes], beside a
+JSONL file with the records; a line says which row of which modality holds its codes. Codes are stored, not
+ids, so shards outlive a new text vocabulary and appended modalities; the manifest's fingerprints tie them to
+the tokenizers that wrote them.
 """
 
 import hashlib
@@ -81,7 +82,7 @@ def tokenize_records(
 
 
 def load_tokenizers(folder: str | Path) -> dict[str, ModalityTokenizer]:
-    """All modality tokenizers under a folder with one subfolder each (a checkpoint's ``tokenizers``); text is skipped."""
+    """All modality tokenizers in the subfolders of a folder (a checkpoint's ``tokenizers``), without text."""
     found = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/config.json"))}
     tokenizers = [load_tokenizer(path) for name, path in found.items() if name != "text"]
     if not tokenizers:
@@ -197,8 +198,8 @@ class Shards:
         for kind, written in self.manifest["tokenizers"].items():
             if kind in tokenizers and tokenizers[kind].fingerprint() != written:
                 raise ShardError(
-                    f"{self.path} was written by another {kind} tokenizer (fingerprint {written[:12]}, the checkpoint's "
-                    f"is {tokenizers[kind].fingerprint()[:12]}); tokenize the records again with the checkpoint's"
+                    f"{self.path} was written by another {kind} tokenizer (fingerprint {written[:12]}, the "
+                    f"checkpoint's is {tokenizers[kind].fingerprint()[:12]}); tokenize the records again"
                 )
 
     def _read_part(self, index: int) -> None:

@@ -1,9 +1,10 @@
 """Views: how a record becomes a training sequence, in id space.
 
-``"text->image"`` puts the text in the user's turn and the picture in the assistant's. Both sides list keys of the
-record, separated by commas, and quoted literals: ``'text,", voice ",voice->speech'``. Neighbouring strings are joined
-before they are tokenized, so that training sees the ids that a prompt has. ``"interleaved"`` strings all text and
-media of a record in one assistant turn, in random order; ``"messages"`` replays a conversation.
+``"text->image"`` puts the text in the user's turn and the picture in the assistant's. Both sides list keys of
+the record, separated by commas, and quoted literals: ``'text,", voice ",voice->speech'``. Neighbouring
+strings are joined before they are tokenized, so that training sees the ids that a prompt has.
+``"interleaved"`` strings all text and media of a record in one assistant turn, in random order;
+``"messages"`` replays a conversation.
 """
 
 import re
@@ -98,7 +99,7 @@ def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
 
 
 def view_turns(view: View, item: Mapping[str, Piece], rng: np.random.Generator) -> list[Turn]:
-    """Fill a view with an item's pieces: strings for text, ids for media. A view without sources has no user turn."""
+    """Fill a view with an item's pieces: strings for text, ids for media. No sources: no user turn."""
     if view.special == "interleaved":
         names = list(item)
         return [("assistant", [item[names[i]] for i in rng.permutation(len(names))])]
@@ -122,7 +123,7 @@ def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: Vie
 
 
 def drop_prompt(turns: list[Turn]) -> list[Turn]:
-    """Empty every user turn (None stands for the null prompt), so that classifier-free guidance has a mate."""
+    """Empty every user turn, which makes it the null prompt, so that classifier-free guidance has a mate."""
     return [(role, [] if role == "user" else pieces) for role, pieces in turns]
 
 
@@ -132,9 +133,10 @@ def build_sequence(
     encode_text: Callable[[str], list[int]],
     learn_all: bool = False,
 ) -> TrainingSequence:
-    """Write turns as ids: bos, then role, content, end for each turn; an empty user turn becomes the null prompt.
+    """Write turns as ids: bos, then role, content, end each; an empty user turn becomes the null prompt.
 
-    What the assistant says and the end of its turn is learnt; with ``learn_all`` everything but the first token.
+    What the assistant says and the end of its turn is learnt; with ``learn_all`` everything but the first
+    token.
     """
     ids, learn = [controls.bos], [False]
     for role, pieces in turns:

@@ -1,7 +1,7 @@
-"""LoRA adapters (arXiv 2106.09685) through PEFT: attention, routed experts, router, and whole vocabulary rows.
+"""LoRA adapters (arXiv 2106.09685) through PEFT: attention, experts, router, whole vocabulary rows.
 
-Experts are three-dimensional parameters, so they are adapted by name (``target_parameters``); new vocabulary rows
-are trained in full through ``trainable_token_indices``, which stays small and keeps a tied head tied.
+Experts are three-dimensional parameters, so they are adapted by name (``target_parameters``); new vocabulary
+rows are trained in full through ``trainable_token_indices``, which stays small and keeps a tied head tied.
 """
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +18,7 @@ ROUTER = "mlp.gate.weight"
 
 
 def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> LoraConfig:
-    """The PEFT configuration of a stage's ``lora`` section; StageError for settings that PEFT cannot combine."""
+    """The PEFT configuration of a ``lora`` section; StageError for settings that PEFT cannot combine."""
     names = [name for name, _ in model.named_parameters()]
     parameters = [*(EXPERTS if spec.experts else []), *([ROUTER] if spec.router else [])]
     parameters = [target for target in parameters if any(name.endswith(target) for name in names)]

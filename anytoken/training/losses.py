@@ -1,9 +1,10 @@
-"""Losses over hidden states: cross-entropy balanced over modalities, optionally normalised over the grammar's rows.
+"""Losses over hidden states: cross-entropy balanced over modalities, optionally within the grammar.
 
-Only positions with a target meet the head. With ``grammar_restricted`` the softmax runs over the ids the grammar
-would allow there (an image code competes with image codes alone), which is what decoding does, and costs a few
-thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser near zero (PaLM, arXiv 2204.02311);
-the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router z-loss ST-MoE's (arXiv 2202.08906).
+Only positions with a target meet the head. With ``grammar_restricted`` the softmax runs over the ids the
+grammar would allow there (an image code competes with image codes alone), which is what decoding does, and
+costs a few thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser near zero (PaLM,
+arXiv 2204.02311); the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router z-loss
+ST-MoE's (arXiv 2202.08906).
 
 Shapes: N targets, V vocabulary, D model width, E experts, T tokens.
 """
@@ -35,7 +36,7 @@ def group_names(space: TokenSpace) -> list[str]:
 
 
 def group_table(space: TokenSpace) -> Tensor:
-    """Group of every id, int64 [V]: codes and the close id of a modality are its own, other controls "control"."""
+    """Group of every id, int64 [V]: codes and close ids are their modality's, other controls "control"."""
     table = space.modality_of(torch.arange(space.vocab_size)).clone()
     control = len(space.modality_names)
     for span in space.ranges:
@@ -67,8 +68,8 @@ def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight
 def full_log_probs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Score targets under the softmax over the whole vocabulary.
 
-    hidden [N, D], head [V, D], targets [N]. Returns per target the negative log-likelihood, log Z, and whether it
-    was the likeliest, all [N], float32.
+    hidden [N, D], head [V, D], targets [N]. Returns per target the negative log-likelihood, log Z, and
+    whether it was the likeliest, all [N], float32.
     """
     return _score(F.linear(hidden, head), targets)
 
@@ -114,7 +115,7 @@ def _split_rows(head: Tensor, class_ranges: Sequence[Ranges]) -> "_Rows":
 
 @dataclass(frozen=True)
 class _Rows:
-    """The head cut once at every class edge: its gradient is then one concatenation, not a full zero per slice."""
+    """The head cut once at every class edge: its gradient is one concatenation, not a full zero a slice."""
 
     cuts: list[int]
     pieces: tuple[Tensor, ...]
@@ -167,7 +168,7 @@ class BalancedLoss(nn.Module):
         )
 
     def groups(self, targets: Tensor, previous: Tensor) -> Tensor:
-        """Group of each target [N]; the end id counts as text where it ends a text (``previous`` is a text id)."""
+        """Group of each target [N]; the end id counts as text where it follows a text id."""
         ends_text = (targets == self.end) & (previous < self.text_size)
         return self.table[targets].masked_fill(ends_text, 0)
 
@@ -201,8 +202,8 @@ class BalancedLoss(nn.Module):
 def router_losses(router_logits: Sequence[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
     """Load-balance loss and router z-loss, each the mean over layers.
 
-    router_logits: per layer [T, E], minus infinity where an expert is closed to a token. The load-balance loss is 1
-    when tokens and probability spread evenly over the experts.
+    router_logits: per layer [T, E], minus infinity where an expert is closed to a token. The load-balance
+    loss is 1 when tokens and probability spread evenly over the experts.
     """
     balance, z_loss = [], []
     for logits in router_logits:

@@ -1,4 +1,4 @@
-"""What training reports: loss, accuracy and bits per group, tokens a second, expert load; one JSON object a line."""
+"""What training reports: loss, accuracy and bits per group, tokens a second, expert load, as JSON lines."""
 
 import json
 import time
@@ -38,7 +38,7 @@ class GroupMeter:
         self.tokens += tokens
 
     def report(self) -> dict[str, Any]:
-        """Per group with targets: loss (nats), bits, accuracy, tokens; the terms' means; both overall means."""
+        """Per group with targets: loss (nats), bits, accuracy, tokens; the means of the terms and overall."""
         found: dict[str, Any] = {}
         for name, nll, right, count in zip(self.names, *self.sums.tolist(), strict=True):
             if count:

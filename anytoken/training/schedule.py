@@ -1,7 +1,7 @@
-"""Learning-rate schedules: cosine, warm-up-stable-decay (WSD, arXiv 2404.06395) and constant, all with warm-up.
+"""Learning-rate schedules with warm-up: cosine, WSD (warm-up, stable, decay; arXiv 2404.06395), constant.
 
-The schedule is an object whose few numbers are saved with the optimizer, because a time limit may shorten it: once
-the flat part has had its share of the minutes, the decay starts at once and takes the rest.
+The schedule is an object whose few numbers are saved with the optimizer, because a time limit may shorten it:
+once the flat part has had its share of the minutes, the decay starts at once and takes the rest.
 """
 
 import math
@@ -32,7 +32,7 @@ class Schedule:
         return factor
 
     def tick(self, step: int, seconds: float, max_minutes: float | None) -> None:
-        """Account for the time of the step just finished (number ``step``); shorten the schedule if time runs out."""
+        """Account for the time of step number ``step``; shorten the schedule if time runs out."""
         self.seconds += seconds
         if max_minutes is None or self.shortened:
             return

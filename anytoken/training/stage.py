@@ -1,8 +1,9 @@
 """The recipe schema: a stage of training as data.
 
-A stage names where the weights come from, what data in which views, what is trained, and where the checkpoint goes.
-Unknown keys are errors. Any value can be overridden from the command line as ``a.b=value`` (``data.0.weight=2``).
-Relative paths start at the working directory (those of data at ``data_root``), so recipes can be copied anywhere.
+A stage names where the weights come from, what data in which views, what is trained, and where the checkpoint
+goes. Unknown keys are errors. Any value can be overridden from the command line as ``a.b=value``
+(``data.0.weight=2``). Relative paths start at the working directory (those of data at ``data_root``), so
+recipes can be copied anywhere.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class OptimizerSpec(_Part):
 
 
 class ScheduleSpec(_Part):
-    """Learning rate over the steps: linear warm-up, then cosine, WSD (flat, then linear decay) or constant."""
+    """Learning rate over the steps: warm-up, then cosine, WSD (flat, then linear decay) or constant."""
 
     kind: Literal["cosine", "wsd", "constant"] = "wsd"
     warmup_steps: int = Field(100, ge=0)
@@ -60,7 +61,7 @@ class MoeSpec(_Part):
 
 
 class EvalSpec(_Part):
-    """Held-out loss per modality: every so many steps (0: only at the end), over so many batches of these sources."""
+    """Held-out loss per modality every so many steps (0: only at the end), over so many batches."""
 
     every: int = Field(0, ge=0)
     batches: int = Field(8, ge=1)
@@ -129,7 +130,8 @@ class Stage(_Part):
         share = self.context * self.accumulate * self.distributed.world_size
         if self.tokens_per_batch % share:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is no multiple of context x accumulate x world_size ({share})"
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of context x accumulate x world_size "
+                f"({share})"
             )
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")

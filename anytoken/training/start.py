@@ -19,7 +19,7 @@ MINI = Path(__file__).parent.parent / "pretrained" / "mini"
 
 
 def build_processor(folders: Mapping[str, str]) -> Processor:
-    """Assemble a processor from tokenizer folders {"text": ..., "image": ..., ...}; ids follow the mapping's order."""
+    """Assemble a processor from folders {"text": ..., "image": ..., ...}; ids follow that order."""
     missing = [f"{kind}: {folder}" for kind, folder in folders.items() if not Path(folder).is_dir()]
     if missing or "text" not in folders:
         raise StageError(
@@ -67,7 +67,7 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
 
 @torch.no_grad()
 def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
-    """Give codes that are near in their codebook near embeddings: a random projection of the codebook vectors.
+    """Give codes that are near in their codebook near embeddings, by random projection.
 
     Rows keep the scale of the model's initialisation, half of their variance from the projection.
     """

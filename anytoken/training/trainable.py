@@ -15,8 +15,9 @@ ROWS = "rows:"
 def select_trainable(model: nn.Module, patterns: Sequence[str], space: TokenSpace) -> list[str]:
     """Freeze all but the parameters that match a pattern; returns their names.
 
-    A pattern is a shell pattern over parameter names (``*.experts.*``) or ``rows:image``: the vocabulary rows of one
-    modality, while other rows of the same matrices keep their values. StageError for a pattern that matches nothing.
+    A pattern is a shell pattern over parameter names (``*.experts.*``) or ``rows:image``: the vocabulary rows
+    of one modality, while other rows of the same matrices keep their values. StageError for a pattern that
+    matches nothing.
     """
     names = {name: parameter for name, parameter in model.named_parameters()}
     chosen: set[str] = set()
@@ -69,7 +70,7 @@ def _train_rows_only(parameter: nn.Parameter, rows: list[int]) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Optimizer groups: matrices decay; vectors and the vocabulary do not (frozen rows must keep their values)."""
+    """Optimizer groups: matrices decay; vectors and the vocabulary (frozen rows must stay) do not."""
     vocabulary: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding):

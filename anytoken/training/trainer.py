@@ -1,8 +1,9 @@
-"""The training loop: transformers' Trainer with packed data, losses on hidden states, and metrics per modality.
+"""The training loop: transformers' Trainer with packed data, losses on hidden states, and metrics per
+modality.
 
-``train(stage)`` runs a recipe and leaves a checkpoint folder that ``anytoken.load`` opens. A killed run goes on from
-its last saved step and meets the same losses as one that was never killed. Checkpoints are written to a temporary
-folder and renamed.
+``train(stage)`` runs a recipe and leaves a checkpoint folder that ``anytoken.load`` opens. A killed run goes
+on from its last saved step and meets the same losses as one that was never killed. Checkpoints are written to
+a temporary folder and renamed.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from anytoken.processor import Processor
 from anytoken.training.lora import add_lora, base_model, head_weight
 from anytoken.training.losses import BalancedLoss, LossParts, router_losses
 from anytoken.training.metrics import GroupMeter, MetricsLog, expert_counts
+from anytoken.training.report import write_report
 from anytoken.training.schedule import Schedule
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.start import checkpoint_folder, load_start
@@ -87,8 +89,8 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.args.world_size != stage.distributed.world_size:
             raise StageError(
-                f"distributed.world_size is {stage.distributed.world_size} but {self.args.world_size} processes run; "
-                f"launch with torchrun --nproc_per_node {stage.distributed.world_size} or change the recipe"
+                f"distributed.world_size is {stage.distributed.world_size} but {self.args.world_size} processes "
+                f"run; launch with torchrun --nproc_per_node {stage.distributed.world_size} or change the recipe"
             )
 
     @property
@@ -230,7 +232,8 @@ class _Loop(TrainerCallback):
 
 
 def train(stage: Stage) -> Path:
-    """Run a stage and return its output folder; a finished run is returned as it is, an unfinished one goes on.
+    """Run a stage and return its output folder; a finished run is returned as it is, an unfinished one goes
+    on.
 
     Raises StageError if the output folder holds a run with other settings.
     """
@@ -336,6 +339,7 @@ def _finish(trainer: StageTrainer) -> None:
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
+    write_report(folder)
     shutil.rmtree(folder / STATE_FOLDER)
 
 

@@ -60,13 +60,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sets: dict[str, list[dict[str, Any]]] = {
         "beeps": [
             {"text": name, "beep": str(length), "name": name, "split": split, "loud": length > 2}
-            for name, length, split in [("a", 1, "train"), ("b", 2, "train"), ("a", 3, "train"), ("c", 4, "test")]
+            for name, length, split in [
+                ("a", 1, "train"),
+                ("b", 2, "train"),
+                ("a", 3, "train"),
+                ("c", 4, "test"),
+            ]
         ],
         "words": [{"word": word, "name": word[0]} for word in ("ax", "ay", "cz")],
         "talk": [
             {
                 "messages": [
-                    {"role": "user", "content": [{"type": "beep", "beep": "2"}, {"type": "text", "text": "?"}]},
+                    {
+                        "role": "user",
+                        "content": [{"type": "beep", "beep": "2"}, {"type": "text", "text": "?"}],
+                    },
                     {"role": "assistant", "content": "b"},
                 ]
             }
@@ -112,7 +120,9 @@ def test_split_and_where_choose_records(shards: Path) -> None:
     assert set(train) == {(BOS, USER, *beep(n), END, *answer(t)) for n, t in ((1, "a"), (2, "b"), (3, "a"))}
     test = drawn(mixture({"path": path, "views": views, "split": "test"}))
     assert set(test) == {(BOS, USER, *beep(4), END, *answer("c"))}
-    loud = drawn(mixture({"path": path, "views": views, "split": None, "where": {"loud": True, "name": ["a", "b"]}}))
+    loud = drawn(
+        mixture({"path": path, "views": views, "split": None, "where": {"loud": True, "name": ["a", "b"]}})
+    )
     assert set(loud) == {(BOS, USER, *beep(3), END, *answer("a"))}
 
 
@@ -136,7 +146,9 @@ def test_join_takes_any_partner_with_the_same_key(shards: Path) -> None:
 
 def test_join_without_a_key_takes_any_record(shards: Path) -> None:
     pair = {"path": str(shards / "beeps"), "take": {"text2": "text"}, "split": "test"}
-    found = drawn(mixture({"path": str(shards / "beeps"), "views": {'text->text2,"!"': 1}, "pair_with": pair}))
+    found = drawn(
+        mixture({"path": str(shards / "beeps"), "views": {'text->text2,"!"': 1}, "pair_with": pair})
+    )
     assert set(found) == {(BOS, USER, ord(t), END, *answer("c!")) for t in "ab"}
 
 
@@ -147,7 +159,9 @@ def test_conversation(shards: Path) -> None:
 
 def test_prompts_are_dropped_at_the_asked_rate(shards: Path) -> None:
     spec = {"path": str(shards / "beeps"), "views": {"beep->text": 1}}
-    dropped = sum(count for ids, count in drawn(mixture(spec, prompt_drop=0.25), 2000).items() if ids[2] == NULL)
+    dropped = sum(
+        count for ids, count in drawn(mixture(spec, prompt_drop=0.25), 2000).items() if ids[2] == NULL
+    )
     assert dropped / 2000 == pytest.approx(0.25, abs=0.04)
 
 

@@ -1,4 +1,4 @@
-"""A toy world for the training tests: text, pictures of 2x2 codes and beeps, and a recipe that learns them."""
+"""A toy world for the training tests: text, tiles of 2x2 codes and beeps, and a recipe that learns them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Losses: the restricted softmax is the masked full one; every modality counts the same; routers are kept even."""
+"""Losses: the restricted softmax is the masked full one; modalities count the same; routers stay even."""
 
 import pytest
 import torch
@@ -78,7 +78,9 @@ def test_full_softmax_is_cross_entropy(grammar: Grammar) -> None:
 def batch(grammar: Grammar, texts: int, codes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets and the ids before them: some text ids, then some picture codes."""
     start = grammar.token_space.code_range("image").start
-    targets = torch.tensor([index % 11 for index in range(texts)] + [start + index % 13 for index in range(codes)])
+    targets = torch.tensor(
+        [index % 11 for index in range(texts)] + [start + index % 13 for index in range(codes)]
+    )
     return targets, torch.zeros_like(targets)
 
 

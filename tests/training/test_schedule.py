@@ -30,7 +30,9 @@ def test_enough_time_changes_nothing() -> None:
     plain, timed = schedule("wsd"), schedule("wsd")
     for step in range(1, 101):
         timed.tick(step, 1.0, max_minutes=10)
-    assert not timed.shortened and [plain(step) for step in range(101)] == [timed(step) for step in range(101)]
+    assert not timed.shortened and [plain(step) for step in range(101)] == [
+        timed(step) for step in range(101)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["wsd", "cosine"])

@@ -1,4 +1,4 @@
-"""The recipe schema: what it refuses, how overrides reach any value, and that every shipped recipe is valid."""
+"""The recipe schema: what it refuses, how overrides reach any value; every shipped recipe is valid."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
 
 def test_stages_follow_each_other() -> None:
-    stages = [Stage.load(STAGES / f"{name}.yaml") for name in ("1_alignment", "2_interleaved", "3_speech", "4_instruct")]
+    stages = [
+        Stage.load(STAGES / f"{name}.yaml")
+        for name in ("1_alignment", "2_interleaved", "3_speech", "4_instruct")
+    ]
     assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
 
 
@@ -55,7 +58,9 @@ def test_bad_recipes_say_what_is_wrong(changes: dict[str, Any], said: str) -> No
 
 def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
     before = recipe()
-    changed = apply_overrides(before, ["steps=9", "data.0.weight=2.5", "optimizer.lr=1e-4", "trainable=['*.gate.*']"])
+    changed = apply_overrides(
+        before, ["steps=9", "data.0.weight=2.5", "optimizer.lr=1e-4", "trainable=['*.gate.*']"]
+    )
     stage = Stage.from_dict(changed)
     assert (stage.steps, stage.data[0].weight, stage.optimizer.lr) == (9, 2.5, 1e-4)
     assert stage.trainable == ["*.gate.*"] and before == recipe()
@@ -63,7 +68,12 @@ def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("steps", "key=value"), ("steps.x=1", "not a group"), ("data.7.path=x", "no index"), ("data.x.path=x", "no index")],
+    [
+        ("steps", "key=value"),
+        ("steps.x=1", "not a group"),
+        ("data.7.path=x", "no index"),
+        ("data.x.path=x", "no index"),
+    ],
 )
 def test_bad_overrides(override: str, said: str) -> None:
     with pytest.raises(StageError, match=said):

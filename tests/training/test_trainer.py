@@ -18,7 +18,11 @@ from anytoken.training.trainer import StageTrainer, saved_states, train
 
 
 def losses(folder: str | Path) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in read_metrics(Path(folder) / "metrics.jsonl") if "loss" in entry}
+    return {
+        entry["step"]: entry["loss"]
+        for entry in read_metrics(Path(folder) / "metrics.jsonl")
+        if "loss" in entry
+    }
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -64,7 +68,9 @@ def test_it_learns_and_leaves_a_loadable_checkpoint(recipe: dict[str, Any]) -> N
     assert not (folder / "state").exists()
 
 
-def test_resumed_equals_uninterrupted(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_equals_uninterrupted(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = copy.deepcopy(recipe) | {"output": str(tmp_path / "whole")}
     train(Stage.from_dict(whole))
     run_until(recipe, step=6, monkeypatch=monkeypatch)
@@ -130,7 +136,9 @@ def test_only_named_parameters_change(recipe: dict[str, Any], tmp_path: Path) ->
     tile[modality_rows(space, ["tile"])] = True
     for name, value in after.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            assert torch.equal(value[~tile], before[name][~tile]) and not torch.equal(value[tile], before[name][tile])
+            assert torch.equal(value[~tile], before[name][~tile]) and not torch.equal(
+                value[tile], before[name][tile]
+            )
         else:
             assert torch.equal(value, before[name]) != name.endswith("q_proj.weight")
 

@@ -1,0 +1,50 @@
+"""A page about a finished run, made from its ``metrics.jsonl``: is this loss normal, and where did it stand
+when?
+
+The table gives each group's loss in bits at a few moments and on the held-out sources, so that anyone who
+repeats a recipe can compare.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anytoken.training.metrics import read_metrics
+
+MOMENTS = 6
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``training.md`` beside the metrics of a run; returns its path."""
+    folder = Path(folder)
+    entries = read_metrics(folder / "metrics.jsonl")
+    train = [entry for entry in entries if "groups" in entry]
+    held_out = [{"step": entry["step"], **entry["eval"]} for entry in entries if "eval" in entry]
+    speed = sorted(entry["tokens_per_second"] for entry in train)[len(train) // 2] if train else 0
+    parts = [
+        f"# {folder.name}",
+        f"Steps: {train[-1]['step'] if train else 0}. Median speed: {speed:.0f} tokens/s.",
+        "Bits per target while training:",
+        _table(_moments(train)),
+    ]
+    if held_out:
+        parts += ["Bits per target on the held-out sources:", _table(held_out)]
+    path = folder / "training.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _moments(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few entries, evenly spaced, the first and the last among them."""
+    if len(entries) <= MOMENTS:
+        return list(entries)
+    return [entries[round(i * (len(entries) - 1) / (MOMENTS - 1))] for i in range(MOMENTS)]
+
+
+def _table(entries: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for entry in entries for name in entry["groups"]))
+    rows = [["step", *names], ["---:"] * (len(names) + 1)]
+    for entry in entries:
+        groups = entry["groups"]
+        rows.append([str(entry["step"]), *(f"{groups[n]['bits']:.2f}" if n in groups else "" for n in names)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
