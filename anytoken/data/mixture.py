@@ -55,7 +55,7 @@ class SourceSpec(_Spec):
 
     path: str
     views: dict[str, float] = Field(min_length=1)
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     split: str | None = "train"
     where: dict[str, Any] = {}
     pair_with: PairSpec | None = None

@@ -5,13 +5,14 @@ rows are trained in full through ``trainable_token_indices``, which stays small 
 """
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
 from anytoken.training.stage import LoraSpec, StageError
 from anytoken.training.trainable import modality_rows
 
+LanguageModel = PreTrainedModel | PeftModel
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = "mlp.gate.weight"
@@ -46,9 +47,11 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace) -> PeftM
     return get_peft_model(model, lora_config(spec, model, space))
 
 
-def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def base_model(model: nn.Module) -> PreTrainedModel:
     """The causal LM itself, adapted in place if it is wrapped."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:

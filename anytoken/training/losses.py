@@ -148,6 +148,7 @@ class BalancedLoss(nn.Module):
     """Cross-entropy over the targets of a packed batch, averaged over modalities, plus the output z-loss."""
 
     table: Tensor
+    weights: Tensor | None
 
     def __init__(
         self,

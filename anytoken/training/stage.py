@@ -27,63 +27,65 @@ class _Part(BaseModel):
 class OptimizerSpec(_Part):
     """AdamW. Norms, biases and embeddings have no weight decay."""
 
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    grad_clip: float = Field(1.0, ge=0)
+    grad_clip: float = Field(default=1.0, ge=0)
 
 
 class ScheduleSpec(_Part):
     """Learning rate over the steps: warm-up, then cosine, WSD (flat, then linear decay) or constant."""
 
     kind: Literal["cosine", "wsd", "constant"] = "wsd"
-    warmup_steps: int = Field(100, ge=0)
-    decay_fraction: float = Field(0.2, gt=0, le=1)
-    final_fraction: float = Field(0.0, ge=0, le=1)
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
 
 
 class LossSpec(_Part):
     """How the losses of the modalities become one number."""
 
     modality_weights: Literal["equal", "tokens"] | dict[str, float] = "equal"
-    control_weight: float = Field(0.1, ge=0)
+    control_weight: float = Field(default=0.1, ge=0)
     grammar_restricted: bool = True
     learn: Literal["assistant", "everything"] = "assistant"
-    z_loss: float = Field(1e-4, ge=0)
+    z_loss: float = Field(default=1e-4, ge=0)
 
 
 class MoeSpec(_Part):
     """Router losses."""
 
-    router_aux_loss: float = Field(0.01, ge=0)
-    router_z_loss: float = Field(1e-3, ge=0)
+    router_aux_loss: float = Field(default=0.01, ge=0)
+    router_z_loss: float = Field(default=1e-3, ge=0)
 
 
 class EvalSpec(_Part):
     """Held-out loss per modality every so many steps (0: only at the end), over so many batches."""
 
-    every: int = Field(0, ge=0)
-    batches: int = Field(8, ge=1)
+    every: int = Field(default=0, ge=0)
+    batches: int = Field(default=8, ge=1)
     data: list[SourceSpec] = []
 
 
 class LoraSpec(_Part):
     """A LoRA adapter instead of full training; see ``lora.py``."""
 
-    r: int = Field(16, ge=1)
-    alpha: float = 32
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     attention: bool = True
     experts: bool = True
     router: bool = False
-    new_rows: list[str] = Field([], description="modalities whose vocabulary rows are trained in full")
+    new_rows: list[str] = Field(
+        default=[], description="modalities whose vocabulary rows are trained in full"
+    )
 
 
 class DistributedSpec(_Part):
     """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
 
-    world_size: int = Field(1, ge=1)
+    world_size: int = Field(default=1, ge=1)
     deepspeed: str | None = None
     ddp_backend: Literal["gloo", "nccl"] | None = None
 
@@ -94,20 +96,20 @@ class Stage(_Part):
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
     output: str
     tokenizers: dict[str, str] = Field(
-        {}, description="for scratch: text and each modality -> tokenizer folder"
+        default={}, description="for scratch: text and each modality -> tokenizer folder"
     )
-    model: dict[str, Any] = Field({}, description="for scratch: overrides of AnyTokenConfig")
-    data_root: str = Field("", description="where relative paths of data and eval.data start")
+    model: dict[str, Any] = Field(default={}, description="for scratch: overrides of AnyTokenConfig")
+    data_root: str = Field(default="", description="where relative paths of data and eval.data start")
     data: list[SourceSpec] = Field(min_length=1)
     trainable: list[str] = ["*"]
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     steps: int = Field(gt=0)
-    max_minutes: float | None = Field(None, gt=0)
-    tokens_per_batch: int = Field(8192, gt=0)
-    accumulate: int = Field(1, ge=1)
-    context: int = Field(1024, gt=0)
-    prompt_drop: float = Field(0.1, ge=0, le=1)
+    max_minutes: float | None = Field(default=None, gt=0)
+    tokens_per_batch: int = Field(default=8192, gt=0)
+    accumulate: int = Field(default=1, ge=1)
+    context: int = Field(default=1024, gt=0)
+    prompt_drop: float = Field(default=0.1, ge=0, le=1)
     loss: LossSpec = LossSpec()
     moe: MoeSpec = MoeSpec()
     eval: EvalSpec = EvalSpec()
@@ -115,9 +117,9 @@ class Stage(_Part):
     distributed: DistributedSpec = DistributedSpec()
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
-    save_every: int = Field(500, gt=0)
-    log_every: int = Field(20, gt=0)
-    threads: int | None = Field(None, ge=1)
+    save_every: int = Field(default=500, gt=0)
+    log_every: int = Field(default=20, gt=0)
+    threads: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> "Stage":
@@ -130,8 +132,8 @@ class Stage(_Part):
         share = self.context * self.accumulate * self.distributed.world_size
         if self.tokens_per_batch % share:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is no multiple of context x accumulate x world_size "
-                f"({share})"
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, "
+                "which is context x accumulate x world_size"
             )
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")

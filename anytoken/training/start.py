@@ -71,15 +71,15 @@ def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
 
     Rows keep the scale of the model's initialisation, half of their variance from the projection.
     """
-    table = model.get_input_embeddings().weight
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    scale: float = model.config.initializer_range
     generator = torch.Generator().manual_seed(0)
     for kind, tokenizer in processor.tokenizers.items():
         for codebook in range(len(tokenizer.codebook_sizes)):
             span = processor.token_space.code_range(kind, codebook)
             rows = projected_rows(tokenizer.codebook_vectors(codebook), table.shape[1], generator)
-            table[span.start : span.stop] = (
-                table[span.start : span.stop] + rows * model.config.initializer_range
-            ) / 2**0.5
+            table[span.start : span.stop] += scale * rows
+            table[span.start : span.stop] /= 2**0.5
 
 
 def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
 from anytoken.training.stage import StageError
@@ -12,7 +13,7 @@ from anytoken.training.stage import StageError
 ROWS = "rows:"
 
 
-def select_trainable(model: nn.Module, patterns: Sequence[str], space: TokenSpace) -> list[str]:
+def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: TokenSpace) -> list[str]:
     """Freeze all but the parameters that match a pattern; returns their names.
 
     A pattern is a shell pattern over parameter names (``*.experts.*``) or ``rows:image``: the vocabulary rows
@@ -69,7 +70,7 @@ def _train_rows_only(parameter: nn.Parameter, rows: list[int]) -> None:
     parameter.register_hook(keep_rows)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
     """Optimizer groups: matrices decay; vectors and the vocabulary (frozen rows must stay) do not."""
     vocabulary: set[int] = set()
     for module in model.modules():
@@ -80,9 +81,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         vocabulary.add(id(head.weight))
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or id(parameter) in vocabulary else decay).append(parameter)
+            spared = parameter.ndim < 2 or id(parameter) in vocabulary or "trainable_tokens" in name
+            (plain if spared else decay).append(parameter)
     groups: list[dict[str, object]] = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.processor import Processor
-from anytoken.training.lora import add_lora, base_model, head_weight
+from anytoken.training.lora import LanguageModel, add_lora, base_model, head_weight
 from anytoken.training.losses import BalancedLoss, LossParts, router_losses
 from anytoken.training.metrics import GroupMeter, MetricsLog, expert_counts
 from anytoken.training.report import write_report
@@ -44,7 +44,7 @@ FREE_SETTINGS = {"save_every", "log_every", "threads", "eval", "max_minutes"}
 class ModelWithLoss(nn.Module):
     """A causal LM and its loss as one module, so that wrappers for many devices see the whole step."""
 
-    def __init__(self, lm: PreTrainedModel, loss: BalancedLoss, stage: Stage) -> None:
+    def __init__(self, lm: LanguageModel, loss: BalancedLoss, stage: Stage) -> None:
         super().__init__()
         self.lm, self.loss, self.moe = lm, loss, stage.moe
         config = base_model(lm).config
@@ -87,14 +87,15 @@ class StageTrainer(Trainer):
         super().__init__(model=model, args=_training_arguments(stage), callbacks=[_Loop(self)])
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if self.args.world_size != stage.distributed.world_size:
+        wanted, running = stage.distributed.world_size, self.args.world_size
+        if running != wanted:
             raise StageError(
-                f"distributed.world_size is {stage.distributed.world_size} but {self.args.world_size} processes "
-                f"run; launch with torchrun --nproc_per_node {stage.distributed.world_size} or change the recipe"
+                f"distributed.world_size is {wanted} but {running} processes run; "
+                f"launch with torchrun --nproc_per_node {wanted} or change the recipe"
             )
 
     @property
-    def lm(self) -> PreTrainedModel:
+    def lm(self) -> LanguageModel:
         """The language model that is trained (a PeftModel with LoRA)."""
         return self.accelerator.unwrap_model(self.model).lm
 
@@ -106,17 +107,19 @@ class StageTrainer(Trainer):
         """AdamW, fused, with weight decay on matrices only."""
         if self.optimizer is None:
             spec = self.stage.optimizer
-            groups = parameter_groups(self.lm, spec.weight_decay)
+            groups = parameter_groups(base_model(self.lm), spec.weight_decay)
             self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The stage's schedule; its numbers are saved with the optimizer."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.schedule)
+            self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), self.schedule)
         return self.lr_scheduler
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **unused: Any) -> Tensor:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *unused: Any, **ignored: Any
+    ) -> Tensor:
         """The batch's loss; its parts go to the meter."""
         outputs = model(**inputs)
         self.meter.add(outputs["parts"], inputs["input_ids"].numel(), outputs["load"])
@@ -159,7 +162,7 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.stage.lora is not None:
-            self.lm.load_adapter(folder, self.lm.active_adapter, is_trainable=True)
+            self.lm.load_adapter(str(folder), "default", is_trainable=True)
         else:
             saved = type(self.lm).from_pretrained(folder, dtype=torch.float32)
             self.lm.load_state_dict(saved.state_dict())
@@ -220,6 +223,7 @@ class _Loop(TrainerCallback):
         trainer, stage = self.trainer, self.trainer.stage
         meter = GroupMeter(trainer.meter.names)
         batches = iter(_stream(stage, self.eval_mixture, trainer.processor))
+        assert isinstance(trainer.model, ModelWithLoss)
         model = trainer.model.eval()
         with torch.no_grad():
             for _ in range(stage.eval.batches):
@@ -232,8 +236,7 @@ class _Loop(TrainerCallback):
 
 
 def train(stage: Stage) -> Path:
-    """Run a stage and return its output folder; a finished run is returned as it is, an unfinished one goes
-    on.
+    """Run a stage and return its output folder; a finished run is kept, an unfinished one goes on.
 
     Raises StageError if the output folder holds a run with other settings.
     """
@@ -242,13 +245,14 @@ def train(stage: Stage) -> Path:
         return folder
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
-    processor, lm = load_start(stage)
+    processor, start = load_start(stage)
+    lm: LanguageModel = start
     mixture = _mixture(stage, stage.data, processor, stage.prompt_drop)
     torch.manual_seed(stage.seed)
     if stage.lora is not None:
-        lm = add_lora(lm, stage.lora, processor.token_space)
+        lm = add_lora(start, stage.lora, processor.token_space)
     else:
-        select_trainable(lm, stage.trainable, processor.token_space)
+        select_trainable(start, stage.trainable, processor.token_space)
     loss = BalancedLoss(
         processor.grammar,
         stage.loss.modality_weights,

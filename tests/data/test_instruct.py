@@ -1,4 +1,4 @@
-"""Conversations made from sets: the same from the same seed, splits kept apart, answers true to their records."""
+"""Conversations made from sets: reproducible, splits kept apart, answers true to their records."""
 
 import json
 from pathlib import Path
