@@ -84,7 +84,6 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after ``step``."""
@@ -94,6 +93,7 @@ class MetricsLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must hold ``step``."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from anytoken.data.mixture import Mixture, SourceSpec
@@ -35,7 +36,6 @@ from anytoken.training.start import checkpoint_folder, load_start
 from anytoken.training.trainable import parameter_groups, select_trainable
 
 STATE_FOLDER = "state"
-STREAM_FILE = "stream.json"
 KEPT_CHECKPOINTS = 2
 # Settings that may differ when a run goes on: they do not change what is learnt at a step.
 FREE_SETTINGS = {"save_every", "log_every", "threads", "eval", "max_minutes"}
@@ -77,22 +77,28 @@ class StageTrainer(Trainer):
     """transformers' Trainer for one stage; see the module's docstring for what it adds."""
 
     def __init__(
-        self, stage: Stage, processor: Processor, model: ModelWithLoss, stream: PackedStream
+        self,
+        stage: Stage,
+        arguments: TrainingArguments,
+        processor: Processor,
+        model: ModelWithLoss,
+        mixture: Mixture,
     ) -> None:
-        self.stage, self.processor, self.stream = stage, processor, stream
+        self.stage, self.processor = stage, processor
+        self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
         self.meter = GroupMeter(model.loss.names)
         self.folder = Path(stage.output)
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl")
-        super().__init__(model=model, args=_training_arguments(stage), callbacks=[_Loop(self)])
+        super().__init__(model=model, args=arguments, callbacks=[_Loop(self)])
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        wanted, running = stage.distributed.world_size, self.args.world_size
-        if running != wanted:
-            raise StageError(
-                f"distributed.world_size is {wanted} but {running} processes run; "
-                f"launch with torchrun --nproc_per_node {wanted} or change the recipe"
-            )
+
+    def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
+        """Packed batches of this process's share of a mixture."""
+        stage, pad = self.stage, self.processor.token_space.pad
+        split = arguments.world_size, arguments.process_index
+        return PackedStream(mixture.sample, stage.rows, stage.context, pad, *split)
 
     @property
     def lm(self) -> LanguageModel:
@@ -144,18 +150,25 @@ class StageTrainer(Trainer):
         step = self.state.global_step
         partial = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         stream = dataclasses.asdict(self.stream.state(step * self.args.gradient_accumulation_steps))
-        (partial / STREAM_FILE).write_text(json.dumps(stream))
-        final = self.folder / STATE_FOLDER / partial.name
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in saved_states(self.folder)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        (partial / self._stream_file).write_text(json.dumps(stream))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            final = self.folder / STATE_FOLDER / partial.name
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in saved_states(self.folder)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _stream_file(self) -> str:
+        return f"stream-{self.args.process_index}.json"
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.folder)
         if state_dict is not None:  # a sharding wrapper gathered it, with this module's prefix
             state_dict = {key.removeprefix("lm."): value for key, value in state_dict.items()}
-        self.lm.save_pretrained(folder, state_dict=state_dict)
+        self.lm.save_pretrained(str(folder), state_dict=state_dict)
         if self.stage.lora is None:
             self.processor.save_pretrained(folder)
 
@@ -164,10 +177,10 @@ class StageTrainer(Trainer):
         if self.stage.lora is not None:
             self.lm.load_adapter(str(folder), "default", is_trainable=True)
         else:
-            saved = type(self.lm).from_pretrained(folder, dtype=torch.float32)
+            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             self.lm.load_state_dict(saved.state_dict())
         step = int(folder.name.split("-")[1])
-        state = PackState(**json.loads((folder / STREAM_FILE).read_text()))
+        state = PackState(**json.loads((folder / self._stream_file).read_text()))
         self.stream.restore(step * self.args.gradient_accumulation_steps, state)
         self.metrics_log.rewind(step)
 
@@ -222,7 +235,7 @@ class _Loop(TrainerCallback):
             return
         trainer, stage = self.trainer, self.trainer.stage
         meter = GroupMeter(trainer.meter.names)
-        batches = iter(_stream(stage, self.eval_mixture, trainer.processor))
+        batches = iter(trainer.make_stream(self.eval_mixture, trainer.args))
         assert isinstance(trainer.model, ModelWithLoss)
         model = trainer.model.eval()
         with torch.no_grad():
@@ -241,8 +254,9 @@ def train(stage: Stage) -> Path:
     Raises StageError if the output folder holds a run with other settings.
     """
     folder = Path(stage.output)
-    if _claim_folder(folder, stage):
+    if _is_finished(folder, stage):
         return folder
+    arguments = _training_arguments(stage)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
     processor, start = load_start(stage)
@@ -260,13 +274,13 @@ def train(stage: Stage) -> Path:
         stage.loss.grammar_restricted,
         stage.loss.z_loss,
     )
-    trainer = StageTrainer(
-        stage, processor, ModelWithLoss(lm, loss, stage), _stream(stage, mixture, processor)
-    )
+    trainer = StageTrainer(stage, arguments, processor, ModelWithLoss(lm, loss, stage), mixture)
     states = saved_states(folder)
-    trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
     if trainer.is_world_process_zero():
-        _finish(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.yaml").write_text(yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False))
+    trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
+    _finish(trainer)
     return folder
 
 
@@ -281,15 +295,9 @@ def _mixture(stage: Stage, sources: list[SourceSpec], processor: Processor, prom
     return Mixture(stage.sources(sources), processor, stage.context, stage.seed, prompt_drop, learn_all)
 
 
-def _stream(stage: Stage, mixture: Mixture, processor: Processor) -> PackedStream:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    pad = processor.token_space.pad
-    return PackedStream(mixture.sample, stage.rows, stage.context, pad, stage.distributed.world_size, rank)
-
-
 def _training_arguments(stage: Stage) -> TrainingArguments:
-    return TrainingArguments(
+    """The stage as transformers' arguments; StageError if other than ``world_size`` processes run."""
+    arguments = TrainingArguments(
         output_dir=stage.output,
         max_steps=stage.steps,
         per_device_train_batch_size=stage.rows,
@@ -301,6 +309,7 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
         save_strategy="steps",
         save_steps=stage.save_every,
         seed=stage.seed,
+        use_cpu=not torch.cuda.is_available(),  # said outright, or processes on CPUs train apart, unnoticed
         bf16=stage.precision == "bf16",
         deepspeed=stage.distributed.deepspeed,
         ddp_backend=stage.distributed.ddp_backend,
@@ -309,32 +318,38 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
     )
+    wanted, running = stage.distributed.world_size, arguments.world_size
+    together = running == 1 or arguments.parallel_mode == ParallelMode.DISTRIBUTED
+    if running != wanted or not together:
+        raise StageError(
+            f"distributed.world_size is {wanted} but {running} processes run"
+            f"{'' if together else ' apart from each other'}; "
+            f"launch with torchrun --nproc_per_node {wanted} or change the recipe"
+        )
+    return arguments
 
 
-def _claim_folder(folder: Path, stage: Stage) -> bool:
-    """Record the stage in its output folder; True if the run there is finished already."""
-    recipe = json.loads(stage.model_dump_json())
+def _is_finished(folder: Path, stage: Stage) -> bool:
+    """Whether the output folder holds this run's end; StageError if it holds a run with other settings."""
     path = folder / "stage.yaml"
-    if path.is_file():
-        before = yaml.safe_load(path.read_text())
-        changed = sorted(key for key in recipe if before.get(key) != recipe[key] and key not in FREE_SETTINGS)
-        if changed:
-            raise StageError(
-                f"{folder} holds a run with another {', '.join(changed)}; remove it or change output"
-            )
-        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-            return True
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return False
+    if not path.is_file():
+        return False
+    before, recipe = yaml.safe_load(path.read_text()), stage.model_dump(mode="json")
+    changed = sorted(key for key in recipe if before.get(key) != recipe[key] and key not in FREE_SETTINGS)
+    if changed:
+        raise StageError(
+            f"{folder} holds a run with another {', '.join(changed)}; remove it or change output"
+        )
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
 
 
 def _finish(trainer: StageTrainer) -> None:
     """Move the final checkpoint into the output folder, the file that marks it complete last."""
     folder = trainer.folder
     partial = folder / STATE_FOLDER / "final"
-    shutil.rmtree(partial, ignore_errors=True)
     trainer.save_model(str(partial))
+    if not trainer.is_world_process_zero():
+        return
     if trainer.stage.lora is None:
         (partial / "sampling.json").write_text(_sampling_defaults(trainer.stage))
     last = {"config.json", "adapter_config.json"}
