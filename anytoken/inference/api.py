@@ -1,0 +1,299 @@
+"""The front door: a model that takes typed segments and answers with typed segments."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from transformers import PreTrainedModel
+
+from anytoken.inference.chat import Chat
+from anytoken.inference.checkpoint import check_target, find_checkpoint, load_folder, pick_device, replacing
+from anytoken.inference.engine import Engine, Token
+from anytoken.inference.reply import Reply, count_usage
+from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
+from anytoken.inference.stream import Event, SegmentStream
+from anytoken.processor import Processor
+from anytoken.segments import Segment
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import ModalityTokenizer
+
+TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
+Output = str | Sequence[str] | None
+Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
+
+
+class RequestError(ValueError):
+    """A generation request that cannot be served as asked."""
+
+
+class Options(TypedDict, total=False):
+    """How to generate: the settings of `Sampling` for all kinds, and those below. None means the default.
+
+    sampling: settings of one kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they win.
+    max_new_tokens: limit of the whole reply, controls included; the reply is complete within it.
+    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch.
+    sizes: pins the grid of a kind, {"image": (8, 8)} in codes.
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    cfg_scale: float | None
+    sampling: Mapping[str, Sampling | Mapping[str, Any]] | None
+    max_new_tokens: int | None
+    seed: int | None
+    sizes: Mapping[str, tuple[int, ...]] | None
+
+
+class AnyToken:
+    """A language model over all modalities with its processor: segments in, segments out."""
+
+    def __init__(
+        self, lm: PreTrainedModel, processor: Processor, sampling: Mapping[str, Sampling] | None = None
+    ) -> None:
+        self.lm = lm
+        self.processor = processor
+        self.sampling = dict(sampling or {})
+        self.card: str | None = None
+        self._engine: Engine | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, device: str | torch.device = "auto", adapter: str | Path | None = None
+    ) -> "AnyToken":
+        """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
+
+        `adapter` is a PEFT folder; it is merged into the weights. ValueError (CheckpointError and the like)
+        names the file that is missing or damaged, the unknown name, or the device that cannot be used.
+        """
+        chosen = pick_device(device)
+        folder = find_checkpoint(name_or_path)
+        lm, processor = load_folder(folder, chosen, adapter)
+        model = cls(lm, processor, load_sampling(folder / "sampling.json"))
+        card = folder / "README.md"
+        model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        return model
+
+    @property
+    def token_space(self) -> TokenSpace:
+        """Which id means what."""
+        return self.processor.token_space
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of segments this model reads and writes: "text" and its modalities."""
+        return list(self.token_space.modality_names)
+
+    @property
+    def engine(self) -> Engine:
+        """The generation loop for the present weights and grammar."""
+        engine, grammar = self._engine, self.processor.grammar
+        if engine is None or engine.lm is not self.lm or engine.grammar is not grammar:
+            engine = self._engine = Engine(self.lm, grammar)
+        return engine
+
+    def __repr__(self) -> str:
+        millions = sum(parameter.numel() for parameter in self.lm.parameters()) / 1e6
+        return f"AnyToken({', '.join(self.kinds)}; {millions:.1f} M parameters, {self.lm.device})"
+
+    def tokenize(self, segment: Segment) -> list[int]:
+        """A segment as ids; ValueError for a kind this model has no tokenizer for."""
+        return self.processor.tokenize(segment)
+
+    def detokenize(self, ids: Sequence[int]) -> list[Segment]:
+        """Ids as segments; ValueError for ids that are no legal sequence."""
+        return self.processor.detokenize(list(ids))
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """A prompt as ids, up to and with the assistant's opening; PromptError says what is wrong with it."""
+        return self.processor.encode_chat(self.processor.messages(prompt), add_generation_prompt=True)
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: Literal[False] = False,
+        num_return: Literal[1] = 1,
+        **options: Unpack[Options],
+    ) -> Reply: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: bool = False,
+        num_return: int = 1,
+        **options: Unpack[Options],
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: bool = False,
+        num_return: int = 1,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Answer a prompt with a Reply.
+
+        prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
+        a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
+        or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
+        Options: see `Options`. ValueError (RequestError, PromptError, SamplingError, EngineError) says what
+        does not fit.
+        """
+        if num_return < 1:
+            raise RequestError(f"num_return must be at least 1; received {num_return}.")
+        if batch and not (isinstance(prompt, list | tuple) and prompt):
+            raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
+        prompts = [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
+        rows = [number for _ in prompts for number in range(num_return)]
+        replies = self.generate_ids(
+            [ids for ids in prompts for _ in range(num_return)], output, rows, **options
+        )
+        grouped = [replies[start : start + num_return] for start in range(0, len(replies), num_return)]
+        found = [group if num_return > 1 else group[0] for group in grouped]
+        return found if batch else found[0]
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: Output = None,
+        rows: Sequence[int] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Reply]:
+        """`generate` for prompts that are ids already, one reply each.
+
+        Each reply draws from (seed, its number in `rows`); by default all numbers are 0.
+        """
+        began = time.perf_counter()
+        collected: list[list[int]] = [[] for _ in prompts]
+        ends: dict[int, tuple[str, float]] = {}
+        for token in self._tokens(prompts, output, rows, **options):
+            collected[token.row].append(token.id)
+            if token.finish_reason is not None:
+                ends[token.row] = (token.finish_reason, time.perf_counter() - began)
+        replies = []
+        for row, (prompt, ids) in enumerate(zip(prompts, collected, strict=True)):
+            segments = SegmentStream(self.processor)
+            for token_id in ids:
+                segments.push(token_id)
+            reason, seconds = ends[row]
+            usage = count_usage(self.token_space, len(prompt), ids, seconds)
+            replies.append(Reply(segments.segments, ids, usage, reason))
+        return replies
+
+    def stream(
+        self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
+    ) -> Generator[Event, None, Reply]:
+        """Answer one prompt as events: SegmentStarted, TextDelta, SegmentFinished, and Usage at the end.
+
+        The generator's return value is the Reply. What does not fit is raised before the first event.
+        """
+        return self.stream_ids(self.encode_prompt(prompt), output, **options)
+
+    def stream_ids(
+        self, prompt: Sequence[int], output: Output = None, **options: Unpack[Options]
+    ) -> Generator[Event, None, Reply]:
+        """`stream` for a prompt that is ids already."""
+        return self._events(len(prompt), self._tokens([prompt], output, **options))
+
+    def _events(self, prompt_tokens: int, tokens: Iterator[Token]) -> Generator[Event, None, Reply]:
+        began, segments, ids, reason = time.perf_counter(), SegmentStream(self.processor), [], "stop"
+        for token in tokens:
+            ids.append(token.id)
+            reason = token.finish_reason or reason
+            yield from segments.push(token.id)
+        usage = count_usage(self.token_space, prompt_tokens, ids, time.perf_counter() - began)
+        yield usage
+        return Reply(segments.segments, ids, usage, reason)
+
+    def _tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: Output,
+        rows: Sequence[int] | None = None,
+        *,
+        sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+        **settings: Any,
+    ) -> Iterator[Token]:
+        unknown = sorted(set(settings) - set(NAMES))
+        if unknown:
+            raise RequestError(
+                f"Unknown option {unknown[0]!r}{_choices(unknown[0], Options.__annotations__)}."
+            )
+        plan = self._plan(output)
+        return self.engine.stream(
+            prompts,
+            [plan] * len(prompts),
+            merge_sampling(self.kinds, self.sampling, settings, sampling),
+            self._limit(plan) if max_new_tokens is None else max_new_tokens,
+            seed,
+            self.processor.null_prompt(),
+            [0] * len(prompts) if rows is None else rows,
+            sizes,
+        )
+
+    def _plan(self, output: Output) -> tuple[str, ...] | None:
+        if output is None:
+            return None
+        plan = tuple(output) if isinstance(output, list | tuple) else (output,)
+        if not plan:
+            raise RequestError(f"output is empty; allowed: {', '.join(self.kinds)}, a list of them, or None.")
+        for kind in plan:
+            if kind not in self.kinds:
+                raise RequestError(
+                    f"Unknown output {kind!r}{_choices(kind, self.kinds)}, a list of them, or None."
+                )
+        return plan
+
+    def _limit(self, plan: tuple[str, ...] | None) -> int | None:
+        """Room for TEXT_TOKENS a text segment and any form of each medium; None is up to the context."""
+        if plan is None:
+            return None
+        return 1 + sum(TEXT_TOKENS if kind == "text" else self._longest(kind) for kind in plan)
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation that remembers, with an optional system text."""
+        return Chat(self, system)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.
+
+        CheckpointError if the path holds something that is no checkpoint.
+        """
+        target = Path(path)
+        check_target(target, "token_space.json")
+        with replacing(target) as folder:
+            self.lm.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            save_sampling(self.sampling, folder / "sampling.json")
+            if self.card is not None:
+                (folder / "README.md").write_text(self.card, encoding="utf-8")
+        return target
+
+
+def load(
+    name_or_path: str | Path, device: str | torch.device = "auto", adapter: str | Path | None = None
+) -> AnyToken:
+    """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
+    return AnyToken.from_pretrained(name_or_path, device, adapter)
+
+
+def _choices(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str:
+    """What an error says after an unknown name: the nearest known one, and all."""
+    near = get_close_matches(str(given), list(allowed), n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{hint}; allowed: {', '.join(allowed)}"

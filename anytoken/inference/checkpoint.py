@@ -1,0 +1,181 @@
+"""Checkpoint folders: finding them, refusing damaged ones, loading and saving.
+
+A folder holds config.json, model.safetensors, token_space.json, text_tokenizer/, tokenizers/<kind>/ and
+sampling.json. A truncated weights file is found from its header before anything is loaded, so the error names
+the file and says what to do. Weights are safetensors only; nothing is unpickled and no code from a folder is
+run.
+"""
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
+from anytoken.processor import Processor
+
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
+REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json")
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not found, not complete or not readable."""
+
+
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """The folder behind a bundled name, a local folder or a hub id; CheckpointError if there is none."""
+    name = str(name_or_path)
+    if (PRETRAINED / name / "config.json").is_file() and not Path(name).is_dir():
+        return PRETRAINED / name
+    if Path(name).is_dir():
+        return Path(name)
+    bundled = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))) or "none"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise CheckpointError(
+            f"No checkpoint {name!r}: give a bundled name ({bundled}), a local folder, "
+            "or a hub id like owner/name."
+        )
+    from huggingface_hub import snapshot_download  # only who asks for a hub id needs it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"{name!r} is no bundled name ({bundled}), no local folder, and the hub did not give it "
+            f"({type(error).__name__}). Without a network, pass the path of a downloaded folder."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """CheckpointError naming the first file that is missing, truncated or not JSON."""
+    for name in REQUIRED:
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} is missing: {folder} is no complete checkpoint; copy it again."
+            )
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again.") from error
+    for path in [*_weight_files(folder), *sorted(folder.glob("tokenizers/*/*.safetensors"))]:
+        _check_safetensors(path)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+
+
+def _check_safetensors(path: Path) -> None:
+    """Compare a file's length with what its header promises."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
+            ends = [
+                entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError):
+            header, ends = None, []
+    expected = None if header is None else 8 + length + max(ends, default=0)
+    if expected != size:
+        promise = "a readable header" if expected is None else f"{expected:,} bytes"
+        raise CheckpointError(
+            f"{path} is truncated or damaged: {size:,} bytes, expected {promise}; copy it again."
+        )
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device to run on; "auto" takes CUDA if it is there. CheckpointError for an unusable name."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"device {device!r} is not usable here: {reason}. Use 'auto' or 'cpu'."
+        ) from error
+    return chosen
+
+
+def load_folder(
+    folder: Path, device: torch.device, adapter: str | Path | None = None
+) -> tuple[PreTrainedModel, Processor]:
+    """The language model, with an adapter merged if one is given, and the processor of a checked folder.
+
+    Weights are float32 on a CPU, where bfloat16 is many times slower, and as stored elsewhere.
+    """
+    check_folder(folder)
+    processor = Processor.from_pretrained(folder)
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not load as a language model: {error}") from error
+    lost = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
+    if lost:
+        raise CheckpointError(f"{folder} lacks weights for {lost[0]} ({len(lost)} in all); copy it again.")
+    if lm.config.vocab_size < processor.token_space.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'token_space.json'} has {processor.token_space.vocab_size} ids, "
+            f"but the model only {lm.config.vocab_size}; the files are of different checkpoints."
+        )
+    if adapter is not None:
+        lm = _merge_adapter(lm, Path(adapter))
+    return lm.eval().to(device), processor
+
+
+def _merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Load a PEFT adapter and fold it into the weights, so that generation is as fast as without."""
+    from peft import PeftModel  # a second to import, and only adapters need it
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing: {folder} is no adapter folder.")
+    _check_safetensors(folder / "adapter_model.safetensors")
+    try:
+        return PeftModel.from_pretrained(lm, folder).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"The adapter {folder} does not fit this model: {error}") from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder: it takes the target's place if the block ends well, and goes if it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        old = scratch.with_name(scratch.name + "-old")
+        if target.exists():
+            target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_target(target: Path, marker: str) -> None:
+    """CheckpointError if `target` exists and is neither empty nor a folder with `marker` in it."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
+        raise CheckpointError(
+            f"{target} exists and holds something else; choose another folder or remove it."
+        )

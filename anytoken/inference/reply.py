@@ -1,0 +1,87 @@
+"""What a generation gives back: typed segments, their ids, and what they cost."""
+
+import html
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
+from anytoken.token_space import TokenSpace
+
+S = TypeVar("S", bound=Segment)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of one reply: prompt and new tokens, new tokens by modality (controls count as text), time.
+
+    `seconds` runs from the call to the reply's last token; `tokens_per_second` is this reply's own rate.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    tokens: dict[str, int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of this reply over its seconds."""
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+def count_usage(space: TokenSpace, prompt_tokens: int, ids: list[int], seconds: float) -> Usage:
+    """The usage of a reply with these ids."""
+    counts = Counter(space.modality_of(torch.tensor(ids, dtype=torch.long)).tolist())
+    tokens = {space.modality_names[index]: count for index, count in sorted(counts.items())}
+    return Usage(prompt_tokens, len(ids), tokens, seconds)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply: `segments` in order, the `ids` they were decoded from, `usage`, and `finish_reason`.
+
+    finish_reason is "stop", or "length" when max_new_tokens or the context ended it.
+    """
+
+    segments: list[Segment]
+    ids: list[int] = field(repr=False)
+    usage: Usage = field(repr=False)
+    finish_reason: str
+
+    @property
+    def text(self) -> str:
+        """All text of the reply, joined."""
+        return "".join(segment.text for segment in self.of(Text))
+
+    @property
+    def images(self) -> list[Image]:
+        """The pictures, in order."""
+        return self.of(Image)
+
+    @property
+    def speech(self) -> list[Speech]:
+        """The spoken clips, in order."""
+        return self.of(Speech)
+
+    @property
+    def videos(self) -> list[Video]:
+        """The videos, in order."""
+        return self.of(Video)
+
+    @property
+    def dna(self) -> list[DNA]:
+        """The DNA sequences, in order."""
+        return self.of(DNA)
+
+    def of(self, segment_type: type[S]) -> list[S]:
+        """The segments of one type, in order; for kinds that a plug-in modality adds."""
+        return [segment for segment in self.segments if isinstance(segment, segment_type)]
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for segment in self.segments:
+            show = getattr(segment, "_repr_html_", None)
+            parts.append(show() if show is not None else html.escape(repr(segment)))
+        return "".join(f"<div>{part}</div>" for part in parts)

@@ -1,0 +1,43 @@
+"""Talk with a model in the terminal; what it draws, says or animates is saved beside the conversation.
+
+    python inference/chat.py
+    python inference/chat.py --save talk          # continues there if the folder exists
+
+A line may begin with files: `@cat.png What is this?`. An empty line ends the conversation.
+"""
+
+import argparse
+from pathlib import Path
+
+import anytoken
+from anytoken.inference.stream import SegmentFinished, TextDelta
+from anytoken.segments import open_segment
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="mini", help="bundled name, folder or hub id")
+parser.add_argument("--system", help="what the model is told before the conversation begins")
+parser.add_argument("--save", type=Path, default=Path("out/chat"), help="folder of the conversation")
+arguments = parser.parse_args()
+
+model = anytoken.load(arguments.model)
+if (arguments.save / "chat.json").is_file():
+    chat = anytoken.Chat.load(arguments.save, model)
+else:
+    chat = model.chat(system=arguments.system)
+
+while line := input("> ").strip():
+    words = line.split()
+    files = [word[1:] for word in words if word.startswith("@")]
+    text = " ".join(word for word in words if not word.startswith("@"))
+    try:
+        prompt = [open_segment(name) for name in files] + ([text] if text else [])
+        for event in chat.stream(prompt):
+            if isinstance(event, TextDelta):
+                print(event.text, end="", flush=True)
+            elif isinstance(event, SegmentFinished) and event.segment.kind != "text":
+                print(event.segment)
+        print()
+    except ValueError as error:  # the conversation is as it was: say why and go on
+        print(error)
+        continue
+    print(f"[{chat.save(arguments.save)}]")

@@ -1,0 +1,195 @@
+"""The public API: every way to call generate, what a reply holds, and what is refused."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anytoken.inference.api import AnyToken
+from anytoken.inference.reply import Reply
+from anytoken.inference.sampling import Sampling
+from anytoken.segments import Image, Text
+
+PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
+
+
+def test_a_reply_holds_segments_ids_and_usage(model: AnyToken, toys: SimpleNamespace) -> None:
+    reply = model.generate(
+        [PICTURE, "What is this?"], output=["text", "image", "tone"], seed=0, max_new_tokens=60
+    )
+    assert [segment.kind for segment in reply.segments] == ["text", "image", "tone"]
+    assert reply.text == reply.segments[0].text and reply.images == [reply.segments[1]]
+    assert reply.of(toys.Tone) == [reply.segments[2]] and reply.speech == reply.videos == reply.dna == []
+    assert model.detokenize(reply.ids) == reply.segments
+    assert reply.usage.new_tokens == len(reply.ids) == sum(reply.usage.tokens.values())
+    assert set(reply.usage.tokens) == {"text", "image", "tone"}
+    rows, cols = (side // 8 for side in reply.images[0].pixels.shape[:2])
+    assert reply.usage.tokens["image"] == rows * cols
+    assert reply.usage.prompt_tokens == len(model.encode_prompt([PICTURE, "What is this?"]))
+    assert reply.usage.seconds > 0 and reply.usage.tokens_per_second > 0
+    assert reply._repr_html_().count("<div>") >= 3
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "red apple",
+        PICTURE,
+        ["red", PICTURE, "and", PICTURE],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "what?"}],
+            }
+        ],
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "red apple"}],
+    ],
+)
+@pytest.mark.parametrize("output", [None, "text", "image", ["tone", "image"]])
+def test_every_form_of_prompt_and_output(model: AnyToken, prompt: Any, output: Any) -> None:
+    reply = model.generate(prompt, output=output, seed=1, max_new_tokens=40)
+    assert isinstance(reply, Reply)
+    if output is not None:
+        wanted = [output] if isinstance(output, str) else output
+        assert [segment.kind for segment in reply.segments] == wanted
+
+
+def test_batch_equals_single_and_num_return_varies(model: AnyToken) -> None:
+    prompts = ["red apple", [PICTURE, "What is this?"], "a"]
+    together = model.generate(prompts, "image", batch=True, num_return=2, seed=7)
+    for prompt, group in zip(prompts, together, strict=True):
+        alone = model.generate(prompt, "image", num_return=2, seed=7)
+        assert [reply.ids for reply in alone] == [reply.ids for reply in group]
+        assert group[0].ids == model.generate(prompt, "image", seed=7).ids != group[1].ids
+        assert alone[0].segments == group[0].segments
+
+
+def test_sampling_per_kind_and_for_all(model: AnyToken, toys: SimpleNamespace) -> None:
+    greedy = model.generate("a", ["tone", "image"], temperature=0).ids
+    assert model.generate("a", ["tone", "image"], temperature=0, seed=9).ids == greedy
+    mixed = [
+        model.generate(
+            "a", ["tone", "image"], temperature=0, sampling={"image": {"temperature": 1.5}}, seed=seed
+        )
+        for seed in range(3)
+    ]
+    assert all(reply.of(toys.Tone) == mixed[0].of(toys.Tone) for reply in mixed)
+    assert len({tuple(reply.ids) for reply in mixed}) > 1
+    guided = model.generate("a", "image", temperature=0, cfg_scale=4.0)
+    assert guided.ids != model.generate("a", "image", temperature=0).ids
+
+
+def test_defaults_of_the_checkpoint_count(own_model: AnyToken) -> None:
+    own_model.sampling = {kind: Sampling(temperature=0) for kind in own_model.kinds}
+    assert own_model.generate("a", "tone", seed=1).ids == own_model.generate("a", "tone", seed=2).ids
+    assert own_model.generate("a", "tone", seed=1).ids == own_model.generate("a", "tone", temperature=0).ids
+
+
+def test_sizes_pin_a_grid(model: AnyToken) -> None:
+    assert model.generate("a", "image", sizes={"image": (2, 1)}, seed=0).images[0].pixels.shape == (16, 8, 3)
+
+
+def test_text_alone_has_a_sensible_limit(toys: SimpleNamespace) -> None:
+    long = toys.make_model(context=600)
+    reply = long.generate("a", "text", seed=0)
+    assert len(reply.ids) <= 257
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "smell"}, "'smell'.*text, image, tone"),
+        ({"output": "images"}, "'images'.*did you mean 'image'"),
+        ({"output": ["text", "imgae"]}, "'imgae'.*did you mean 'image'"),
+        ({"output": []}, "empty"),
+        ({"output": 3}, "3"),
+        ({"temprature": 1}, "'temprature'.*did you mean 'temperature'"),
+        ({"temperature": -1}, "temperature.*-1"),
+        ({"num_return": 0}, "num_return"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*0"),
+        ({"seed": -3}, "seed.*-3"),
+        ({"sampling": {"smell": Sampling()}}, "'smell'"),
+        ({"batch": True}, "list of prompts"),
+        ({"output": "image", "max_new_tokens": 4}, "4"),
+    ],
+)
+def test_bad_requests_say_what_is_allowed(model: AnyToken, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate("red apple", **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], "", [None], [{"role": "judge", "content": "x"}]])
+def test_bad_prompts_are_value_errors(model: AnyToken, prompt: Any) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        model.generate(prompt, "text")
+
+
+def test_a_segment_outside_its_shape_is_a_value_error(model: AnyToken, toys: SimpleNamespace) -> None:
+    for segment in (toys.Tone([(1, 1)]), toys.Hum([(1, 1)] * 2)):  # too short; a kind the model lacks
+        with pytest.raises(ValueError, match=segment.kind):
+            model.generate(segment, "text")
+
+
+def test_prompt_longer_than_the_context(model: AnyToken) -> None:
+    with pytest.raises(ValueError, match="context"):
+        model.generate("xyz " * 200, "text")
+
+
+def test_bad_ids_are_value_errors(model: AnyToken) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        model.detokenize([model.token_space.open_token("image")])
+
+
+def test_added_modality_moves_nothing(own_model: AnyToken, toys: SimpleNamespace) -> None:
+    space = own_model.token_space
+    before = {
+        "names": [space.token_name(token) for token in range(space.vocab_size)],
+        "greedy": own_model.generate("red apple", ["text", "image"], temperature=0, max_new_tokens=50).ids,
+    }
+    ids = torch.tensor([own_model.encode_prompt("red apple")])
+    with torch.no_grad():
+        old_logits = own_model.lm(ids).logits
+    own_model.add_modality(toys.HumTokenizer())
+    with torch.no_grad():
+        new_logits = own_model.lm(ids).logits
+    space, old = own_model.token_space, len(before["names"])
+    assert (
+        own_model.kinds == ["text", "image", "tone", "hum"] and space.vocab_size == new_logits.shape[-1] > old
+    )
+    assert torch.equal(new_logits[..., :old], old_logits)
+    assert [space.token_name(token) for token in range(old)] == before["names"]
+    again = own_model.generate("red apple", ["text", "image"], temperature=0, max_new_tokens=50).ids
+    assert again == before["greedy"]
+    reply = own_model.generate("red apple", "hum", seed=0)
+    assert [segment.kind for segment in reply.segments] == ["hum"]
+    assert own_model.lm.config.vocab_size == space.vocab_size
+
+
+def test_added_rows_come_from_the_codebook(own_model: AnyToken, toys: SimpleNamespace) -> None:
+    """Codes that are near in the codebook get near rows, at the scale of the rows there are."""
+
+    class Graded(toys.HumTokenizer):
+        def codebook_vectors(self, codebook: int = 0) -> torch.Tensor:
+            return torch.arange(float(self.codebook_sizes[codebook]))[:, None].expand(-1, 4).contiguous()
+
+    old = own_model.lm.get_input_embeddings().weight.clone()
+    own_model.add_modality(Graded())
+    span = own_model.token_space.code_range("hum", 0)
+    rows = own_model.lm.get_input_embeddings().weight[span.start : span.stop]
+    assert torch.dist(rows[0], rows[1]) < torch.dist(rows[0], rows[6])
+    assert 0.2 < rows.std() / old.std() < 5
+
+
+def test_a_modality_is_added_once(own_model: AnyToken, toys: SimpleNamespace) -> None:
+    size = own_model.token_space.vocab_size
+    with pytest.raises(ValueError, match="tone"):
+        own_model.add_modality(toys.ToneTokenizer())
+    assert own_model.token_space.vocab_size == own_model.lm.config.vocab_size == size
+    assert own_model.generate("a", "tone", seed=0).of(toys.Tone)
+
+
+def test_text_of_two_segments_is_joined() -> None:
+    reply = Reply([Text("a "), PICTURE, Text("b")], [], None, "stop")  # type: ignore[arg-type]
+    assert reply.text == "a b" and reply.images == [PICTURE]

@@ -1,0 +1,173 @@
+"""Checkpoint folders: written whole, read back the same, refused when damaged."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from anytoken.inference.api import AnyToken
+from anytoken.inference.checkpoint import CheckpointError, find_checkpoint, pick_device, replacing
+
+
+@pytest.fixture(scope="module")
+def folder(toys: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = toys.make_model()
+    model.card = "# A card\n"
+    return model.save_pretrained(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_saved_and_loaded_answer_the_same(folder: Path, toys: SimpleNamespace) -> None:
+    first, second = toys.make_model(), AnyToken.from_pretrained(folder, device="cpu")
+    assert second.sampling == first.sampling and second.card == "# A card\n"
+    assert second.token_space == first.token_space
+    for output in ("text", ["tone", "image"], None):
+        options = {"seed": 3, "max_new_tokens": 40}
+        old, new = first.generate("a", output, **options), second.generate("a", output, **options)
+        assert old.ids == new.ids and old.segments == new.segments
+
+
+def test_saving_over_a_checkpoint_replaces_it(folder: Path, tmp_path: Path) -> None:
+    model = AnyToken.from_pretrained(folder)
+    target = model.save_pretrained(tmp_path / "copy")
+    (target / "stale.txt").write_text("old")
+    model.save_pretrained(target)
+    assert not (target / "stale.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["copy"]
+    assert AnyToken.from_pretrained(target).kinds == model.kinds
+
+
+def test_saving_over_something_else_is_refused(model: AnyToken, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"sun")
+    with pytest.raises(CheckpointError, match="holds something else"):
+        model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").write_text("1")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "target") as scratch:
+        (scratch / "new").write_text("2")
+        raise KeyboardInterrupt
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["target", "target/old"]
+
+
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "token_space.json",
+    "text_tokenizer/tokenizer.json",
+    "tokenizers/image/config.json",
+    "tokenizers/image/model.safetensors",
+]
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [remove, truncate, empty])
+def test_a_missing_or_truncated_file_is_named(
+    folder: Path, tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    harm(broken / name)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        AnyToken.from_pretrained(broken)
+
+
+def test_damaged_sampling_is_named(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "sampling.json").write_text('{"image": {"heat": 1}}')
+    with pytest.raises(ValueError, match="heat"):
+        AnyToken.from_pretrained(broken)
+
+
+def test_files_of_different_checkpoints_do_not_mix(
+    folder: Path, toys: SimpleNamespace, tmp_path: Path
+) -> None:
+    bigger = toys.make_model()
+    bigger.add_modality(toys.HumTokenizer())
+    bigger.save_pretrained(tmp_path / "bigger")
+    shutil.copytree(folder, tmp_path / "mixed")
+    shutil.copy(tmp_path / "bigger" / "token_space.json", tmp_path / "mixed")
+    with pytest.raises(ValueError, match=r"tokenizer|token_space"):
+        AnyToken.from_pretrained(tmp_path / "mixed")
+
+
+def test_an_added_modality_is_saved(toys: SimpleNamespace, tmp_path: Path) -> None:
+    model = toys.make_model()
+    model.add_modality(toys.HumTokenizer())
+    loaded = AnyToken.from_pretrained(model.save_pretrained(tmp_path / "grown"))
+    assert loaded.kinds[-1] == "hum"
+    assert loaded.generate("a", "hum", seed=0).ids == model.generate("a", "hum", seed=0).ids
+    assert torch.equal(loaded.lm.get_input_embeddings().weight, model.lm.get_input_embeddings().weight)
+
+
+def test_an_adapter_changes_the_answers_and_is_merged(folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = AnyToken.from_pretrained(folder)
+    space = base.token_space
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["mlp.experts.down_proj"],
+        trainable_token_indices=[space.open_token("image"), space.close_token("image")],
+    )
+    before = base.generate("a", "image", temperature=0).ids
+    wrapped = get_peft_model(base.lm, config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapted = base.generate("a", "image", temperature=0).ids
+    loaded = AnyToken.from_pretrained(folder, adapter=tmp_path / "adapter")
+    assert loaded.generate("a", "image", temperature=0).ids == adapted != before
+    assert not any("lora" in name for name, _ in loaded.lm.named_parameters())
+
+
+def test_a_damaged_adapter_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        AnyToken.from_pretrained(folder, adapter=tmp_path)
+
+
+def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match=r"no such model.*bundled name"):
+        find_checkpoint("no such model")
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(CheckpointError, match=r"owner/name.*Without a network"):
+        find_checkpoint("owner/name")
+
+
+def test_hub_ids_are_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    assert AnyToken.from_pretrained("owner/name").kinds == ["text", "image", "tone"]
+
+
+def test_devices() -> None:
+    assert pick_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(CheckpointError, match="abacus"):
+        pick_device("abacus")
