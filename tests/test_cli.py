@@ -1,0 +1,245 @@
+"""The command line: quick help, one red line and exit code 2 for a mistake, prompt parts in order, recipes."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from anytoken import recipes, terminal
+from anytoken.cli import app
+from anytoken.segments import DNA, Image, Text
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words, **options):
+    return CliRunner().invoke(app, list(map(str, words)), **options)
+
+
+def complaint(result) -> str:
+    """The one red line of a failed command; fails unless there is exactly one, no traceback, and exit code 2."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("anytoken: ") and result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr.removeprefix("anytoken: ").strip()
+
+
+def test_help_names_every_command_and_answers_at_once():
+    began = time.perf_counter()
+    found = subprocess.run(
+        [sys.executable, "-m", "anytoken", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert found.returncode == 0 and time.perf_counter() - began < 5
+    names = "demo chat generate tokenize detokenize tokenizer data train eval info recipes"
+    for command in names.split(" "):
+        assert re.search(rf"\b{command}\b", found.stdout), command
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, anytoken.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]", found.stdout + found.stderr
+
+
+def commands(group, words=()):
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name)
+
+
+def all_commands():
+    from typer.main import get_command
+
+    return list(commands(get_command(app)))
+
+
+@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
+def test_every_command_has_help(words):
+    found = run(*words, "--help")
+    assert found.exit_code == 0 and "Usage" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["bogus"], "bogus"),
+        (["train"], "stage"),
+        (["generate", "hello", "--bogus"], "--bogus"),
+        (["generate", "--image"], "--image needs a value"),
+        (["generate", "no-such-cat.png"], "no-such-cat.png"),
+        (["generate", "--image", "no-such-cat.png"], "no-such-cat.png"),
+        (["generate", "hello", "--model", "no-such-model"], "no-such-model"),
+        (["train", "stages/no_such_stage.yaml"], "stages/no_such_stage.yaml"),
+        (["train", "stages/lora.yaml", "bogus=1"], "bogus"),
+        (["detokenize", "no-such-ids.json"], "no-such-ids.json"),
+        (["tokenizer", "train", "no-such-recipe", "--data", "d", "--out", "o"], "no-such-recipe"),
+        (["data", "tokenize", "no-such.jsonl", "--tokenizers", "t", "--out", "o"], "t holds no tokenizer"),
+        (["recipes", "copy", "stages/1_aligment.yaml"], "stages/1_alignment.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in complaint(run(*words))
+    assert not list(tmp_path.iterdir()), "a failed command left something behind"
+
+
+def test_debug_shows_the_traceback():
+    found = run("detokenize", "no-such-ids.json", "--debug")
+    assert isinstance(found.exception, ValueError) and "no-such-ids.json" in str(found.exception)
+
+
+def test_a_bare_call_shows_help_and_complains_of_nothing():
+    found = run()
+    assert found.exit_code == 2 and "Usage" in found.stdout and not found.stderr
+
+
+def test_prompt_parts_keep_their_order(tmp_path):
+    image = tmp_path / "cat.png"
+    Image(np.zeros((8, 8, 3), np.uint8)).save(image)
+    words = [
+        "first",
+        "--image",
+        str(image),
+        "--text=cat.png",
+        "--dna",
+        "ACGT",
+        str(image),
+        "--output",
+        "text",
+    ]
+    marked = terminal.mark_parts(words)
+    assert marked[-2:] == ["--output", "text"]
+    segments = [terminal.read_part(one) for one in marked[:-2]]
+    assert [segment.kind for segment in segments] == ["text", "image", "text", "dna", "image"]
+    assert segments[0] == Text("first") and segments[2] == Text("cat.png") and segments[3] == DNA("ACGT")
+
+
+def test_parts_after_a_double_dash_are_words():
+    assert terminal.mark_parts(["--", "--image", "x"]) == ["--", "--image", "x"]
+
+
+def test_a_long_prompt_is_words():
+    assert terminal.read_part("word " * 2000) == Text("word " * 2000)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", '{"tokens": [1]}', "[1, 2.5]", "[true]", '["1"]'])
+def test_ids_that_are_no_ids_are_refused(text, tmp_path):
+    path = tmp_path / "ids.json"
+    path.write_text(text)
+    with pytest.raises(terminal.PartError, match=re.escape(str(path))):
+        terminal.read_ids(str(path))
+
+
+def test_ids_are_read_from_a_list_and_from_generates_json(tmp_path):
+    path = tmp_path / "ids.json"
+    for data in ([3, 1, 2], {"ids": [3, 1, 2], "segments": []}):
+        path.write_text(json.dumps(data))
+        assert terminal.read_ids(str(path)) == [3, 1, 2]
+
+
+def test_written_media_never_overwrite(tmp_path):
+    for number in range(2):
+        parts = terminal.write_segments([Text("hi"), DNA("ACGT"), DNA("TTTT")], tmp_path)
+        assert parts[0] == {"type": "text", "text": "hi"}
+        assert [Path(part["dna"]).name for part in parts[1:]] == [
+            f"dna-{2 * number + i:03d}.fasta" for i in (0, 1)
+        ]
+    assert DNA.open(tmp_path / "dna-003.fasta").bases == "TTTT"
+
+
+class FakeChat:
+    """Answers with what it was asked for, as events; refuses the word "no"."""
+
+    def __init__(self):
+        self.sent = []
+
+    def stream(self, prompt, output=None, **options):
+        from anytoken.inference.stream import SegmentFinished, TextDelta
+
+        if "no" in prompt:
+            raise ValueError("does not\nfit")
+        self.sent.append(([getattr(part, "kind", part) for part in prompt], output, options))
+        yield TextDelta("he")
+        yield TextDelta("llo")
+        yield SegmentFinished(Text("hello"))
+        yield SegmentFinished(DNA("ACGT"))
+
+    def save(self, path):
+        return path
+
+
+def talk(tmp_path, *lines):
+    chat, screen, rest = FakeChat(), StringIO(), iter(lines)
+
+    def read():
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    terminal.chat_loop(chat, tmp_path, Console(file=screen, width=200), read, seed=1)
+    return chat.sent, screen.getvalue()
+
+
+def test_chat_attaches_files_and_asks_for_kinds(tmp_path):
+    sent, screen = talk(
+        tmp_path, "/dna ACGT", "what is it?", "/draw a red apple", "/say hi", "", "/quit", "never"
+    )
+    assert sent == [
+        (["dna", "what is it?"], None, {"seed": 1}),
+        (["a red apple"], "image", {"seed": 1}),
+        (["hi"], "speech", {"seed": 1}),
+    ]
+    assert "hello\n" in screen and (tmp_path / "dna-002.fasta").exists()
+
+
+def test_a_mistake_in_chat_costs_one_line_and_no_attachment(tmp_path):
+    sent, screen = talk(tmp_path, "/image none.png", "/bogus", "/dna ACGT", "no", "again", "/save there")
+    assert sent == [(["dna", "again"], None, {"seed": 1})]
+    assert (
+        "none.png" in screen and "/bogus" in screen and "does not fit" in screen and "saved there" in screen
+    )
+
+
+def test_recipes_are_listed_found_and_copied(tmp_path, monkeypatch):
+    listed = run("recipes", "list").stdout
+    assert "stages/1_alignment.yaml" in listed and "tokenizers/image/recipe.yaml" in listed
+    assert "inference/generate.py" in listed and "Stage 1" in listed
+    monkeypatch.chdir(tmp_path)
+    assert run("recipes", "copy", "stages/lora.yaml").stdout.strip() == "lora.yaml"
+    assert Path("lora.yaml").read_bytes() == (ROOT / "stages/lora.yaml").read_bytes()
+    assert "exists" in complaint(run("recipes", "copy", "stages/lora.yaml"))
+    assert run("recipes", "copy", "tokenizers/image", "mine").exit_code == 0
+    assert (tmp_path / "mine/recipe.yaml").is_file()
+
+
+def test_a_wheel_carries_the_recipes_and_no_second_package(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.split("/")[0] for name in archive.namelist()}
+        assert {top for top in tops if not top.endswith(".dist-info")} == {"anytoken"}
+        archive.extractall(tmp_path / "site")
+    code = "import sys; sys.path.insert(0, 'site'); from anytoken import recipes; print('\\n'.join(recipes.names()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == recipes.names()

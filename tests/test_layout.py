@@ -1,0 +1,103 @@
+"""The house: recipe folders are no packages, rooms import only to their left, optional packages stay optional."""
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("tokenizers", "stages", "inference")
+ROOMS = (
+    "segments",
+    "tokenizers",
+    "token_space",
+    "grammar",
+    "processor",
+    "data",
+    "model",
+    "training",
+    "inference",
+    "evaluation",
+    "serving",
+)
+
+
+@pytest.mark.parametrize("folder", RECIPES)
+def test_recipe_folders_are_never_packages(folder):
+    files = list((ROOT / folder).rglob("*"))
+    assert files, f"{folder} is empty"
+    assert not [path for path in files if path.name == "__init__.py"]
+    shadowing = [path for path in files if path.suffix == ".py" and path.stem in sys.stdlib_module_names]
+    assert not shadowing
+
+
+def test_the_working_directory_does_not_shadow_hugging_face_tokenizers(monkeypatch):
+    from importlib.machinery import PathFinder
+
+    spec = PathFinder.find_spec("tokenizers", [str(ROOT), *sys.path])
+    assert (
+        spec is not None
+        and spec.origin is not None
+        and not Path(spec.origin).is_relative_to(ROOT / "tokenizers")
+    )
+
+
+def imported_rooms(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+    parts = [name.split(".") for name in modules if name.startswith("anytoken.")]
+    return {part[1] for part in parts}
+
+
+def room_files() -> list[tuple[str, Path]]:
+    found = []
+    for room in ROOMS:
+        found += [(room, path) for path in [ROOT / "anytoken" / f"{room}.py"] if path.exists()]
+        found += [(room, path) for path in sorted((ROOT / "anytoken" / room).rglob("*.py"))]
+    return found
+
+
+@pytest.mark.parametrize(("room", "path"), room_files(), ids=lambda value: getattr(value, "stem", value))
+def test_a_room_imports_only_rooms_to_its_left(room, path):
+    right = set(ROOMS[ROOMS.index(room) + 1 :]) | {"cli", "terminal"}
+    assert not imported_rooms(path) & right
+
+
+def test_optional_packages_are_never_imported_at_the_top_of_a_module():
+    optional = {
+        "deepspeed",
+        "flash_attn",
+        "gradio",
+        "fastapi",
+        "piper",
+        "resvg_py",
+        "pocketsphinx",
+        "matplotlib",
+    }
+    for path in (ROOT / "anytoken").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & optional, path
+
+
+def test_every_dependency_has_a_pin_that_its_range_admits():
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["eval"] + extras["data"]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "anytoken":
+            pin = pins[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(pin), f"{requirement} does not admit the pin {pin}"

@@ -1,0 +1,79 @@
+"""Every command the README and CONTRIBUTING show exists and is spelled right, checked offline."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from anytoken.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md")
+
+
+def command_lines() -> list[str]:
+    lines = []
+    for page in PAGES:
+        blocks = re.findall(
+            r"^```(?:bash|sh)\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL
+        )
+        for block in blocks:
+            joined = block.replace("\\\n", " ")
+            lines += [
+                line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")
+            ]
+    return lines
+
+
+def parse_anytoken(words: list[str]) -> None:
+    """Parse a command line down to its last option without running it; raises what the command would."""
+    command = get_command(app)
+    context = command.make_context("anytoken", words)
+    while hasattr(command, "commands"):
+        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, list(words), parent=context)
+
+
+def check_make(words: list[str]) -> None:
+    subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
+
+
+def check_pip(words: list[str]) -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert words[0] == "install"
+    for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+        assert set(extra.split(",")) <= set(extras)
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_a_shown_command_exists(line):
+    program, *words = shlex.split(line, comments=True)
+    if program == "anytoken":
+        parse_anytoken(words)
+    elif program == "make":
+        check_make(words)
+    elif program == "pip":
+        check_pip(words)
+    elif program == "python":
+        assert (ROOT / words[0]).is_file()
+    elif program.endswith(".sh"):
+        subprocess.run(["bash", "-n", ROOT / program], check=True)
+        assert all(word in (ROOT / program).read_text() for word in words)
+    else:
+        assert program == ".venv/bin/pre-commit" and (ROOT / ".pre-commit-config.yaml").is_file()
+
+
+def test_a_misspelled_option_would_be_found():
+    with pytest.raises(Exception, match="--no-such-option"):
+        parse_anytoken(["generate", "hello", "--no-such-option", "1"])
+
+
+def test_shown_files_exist():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`((?:anytoken|stages|tokenizers|inference|tests)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
