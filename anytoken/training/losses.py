@@ -9,6 +9,7 @@ ST-MoE's (arXiv 2202.08906).
 Shapes: N targets, V vocabulary, D model width, E experts, T tokens.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight
     unknown = set(weights) - set(names)
     if unknown:
         raise LossError(f"modality_weights names {sorted(unknown)}; there are {', '.join(names)}")
-    default = {name: 1.0 for name in names} | {CONTROL: control_weight}
+    default = dict.fromkeys(names, 1.0) | {CONTROL: control_weight}
     return torch.tensor([float({**default, **weights}[name]) for name in names])
 
 
@@ -110,7 +111,7 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _split_rows(head: Tensor, class_ranges: Sequence[Ranges]) -> "_Rows":
     cuts = sorted({0, len(head), *(edge for ranges in class_ranges for span in ranges for edge in span)})
-    return _Rows(cuts, head.split([stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]))
+    return _Rows(cuts, head.split([stop - start for start, stop in itertools.pairwise(cuts)]))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,12 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
         return Processor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32
         )
+    default = AnyTokenConfig()
+    unknown = [key for key in stage.model if not hasattr(default, key)]
+    if unknown:
+        raise StageError(
+            f"model.{unknown[0]} is no setting of AnyTokenConfig; there are {', '.join(sorted(default.to_dict()))}"
+        )
     processor = build_processor(stage.tokenizers)
     space = processor.token_space
     config = AnyTokenConfig(

@@ -20,7 +20,7 @@ def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: Tok
     of one modality, while other rows of the same matrices keep their values. StageError for a pattern that
     matches nothing.
     """
-    names = {name: parameter for name, parameter in model.named_parameters()}
+    names = dict(model.named_parameters())
     chosen: set[str] = set()
     row_modalities = [pattern.removeprefix(ROWS) for pattern in patterns if pattern.startswith(ROWS)]
     for pattern in patterns:

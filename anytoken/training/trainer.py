@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.training_args import ParallelMode
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import ParallelMode
 
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState

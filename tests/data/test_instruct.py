@@ -96,5 +96,5 @@ def test_answers_are_those_of_the_records(sets: Path, tmp_path: Path) -> None:
 
 
 def test_missing_sets_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InstructError, match="images.jsonl"):
+    with pytest.raises(InstructError, match=r"images\.jsonl"):
         build_instruct(tmp_path, tmp_path / "out", progress=False)

@@ -1,5 +1,7 @@
 """Packing loses no token, keeps sequences apart, and goes on where it stopped."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def sequences_of(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     found = []
     for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True):
         starts = [i for i, position in enumerate(positions) if position == 0] + [len(ids)]
-        found += [ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        found += [ids[a:b] for a, b in itertools.pairwise(starts)]
     return [sequence for sequence in found if sequence[0] != PAD]
 
 

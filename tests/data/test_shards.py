@@ -85,7 +85,7 @@ def test_another_tokenizer_is_refused_and_starts_anew(records: Path, tmp_path: P
 
 def test_what_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text('{"text": "a", "image": "missing.png"}\n')
-    with pytest.raises(RecordError, match="missing.png"):
+    with pytest.raises(RecordError, match=r"missing\.png"):
         tokenize(tmp_path / "set.jsonl", tmp_path / "out", tiny_tokenizer())
     assert not list((tmp_path / "out").glob("*.safetensors"))
     (tmp_path / "empty.jsonl").write_text("")

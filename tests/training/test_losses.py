@@ -102,10 +102,8 @@ def test_weighting(grammar: Grammar, weights: object) -> None:
 def test_groups(grammar: Grammar) -> None:
     space = grammar.token_space
     loss = BalancedLoss(grammar)
-    targets = torch.tensor(
-        [3, space.end, space.end, space.open_token("image"), space.close_token("speech"), space.size_token(2)]
-        + [space.code_range("speech", 1).start]
-    )
+    controls = [space.open_token("image"), space.close_token("speech"), space.size_token(2)]
+    targets = torch.tensor([3, space.end, space.end, *controls, space.code_range("speech", 1).start])
     code = space.code_range("image").start
     previous = torch.tensor([1, 3, code, 1, code, code, code])
     names = [loss.names[index] for index in loss.groups(targets, previous).tolist()]

@@ -1,0 +1,47 @@
+"""Where a run begins: the id layout, the first embedding rows, folders that are not what they should be."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from anytoken.training.stage import Stage, StageError
+from anytoken.training.start import build_processor, load_start, projected_rows
+
+
+def test_ids_follow_the_order_of_the_recipe(recipe: dict[str, Any]) -> None:
+    processor = build_processor(recipe["tokenizers"])
+    assert processor.token_space.modalities == ["tile", "beep"]
+    turned = {kind: recipe["tokenizers"][kind] for kind in ("beep", "text", "tile")}
+    assert build_processor(turned).token_space.modalities == ["beep", "tile"]
+
+
+def test_scratch_is_the_seeds_model_with_the_token_spaces_size(recipe: dict[str, Any]) -> None:
+    processor, model = load_start(Stage.from_dict(recipe))
+    _, again = load_start(Stage.from_dict(recipe))
+    _, other = load_start(Stage.from_dict(recipe | {"seed": 1}))
+    table = model.get_input_embeddings().weight
+    assert len(table) == processor.token_space.vocab_size and model.config.hidden_size == 32
+    assert torch.equal(table, again.get_input_embeddings().weight)
+    assert not torch.equal(table, other.get_input_embeddings().weight)
+    assert table.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)
+
+
+def test_rows_of_near_codes_are_near() -> None:
+    line = torch.linspace(0, 1, 9)[:, None]
+    rows = projected_rows(line, 64, torch.Generator().manual_seed(0))
+    distances = (rows - rows[0]).norm(dim=1)
+    assert torch.all(distances.diff() > 0)
+    assert rows.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_missing_tokenizer_folders_are_named(recipe: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match="tile: nowhere"):
+        build_processor(recipe["tokenizers"] | {"tile": "nowhere"})
+    with pytest.raises(StageError, match="text"):
+        build_processor({"tile": recipe["tokenizers"]["tile"]})
+
+
+def test_an_unknown_model_setting_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(StageError, match="hiden_size"):
+        load_start(Stage.from_dict(recipe | {"model": {"hiden_size": 32}}))
