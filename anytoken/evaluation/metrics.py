@@ -1,0 +1,98 @@
+"""Numbers that stand beside a baseline: shares with an interval, text and sequence agreement, picture distance.
+
+A share of right answers carries its 95 % Wilson interval (Wilson 1927): with 200 cases a difference of a few per cent
+means nothing, and the reader should see that.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log10, sqrt
+from typing import Any
+
+import numpy as np
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `total` cases; `value` is their quotient, `low` and `high` its 95 % Wilson interval."""
+
+    right: float
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share, 0 where there is no case."""
+        return self.right / self.total if self.total else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval; (0, 1) where there is no case."""
+        if not self.total:
+            return 0.0, 1.0
+        n, p = self.total, self.value
+        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+    def to_dict(self) -> dict[str, float | int]:
+        """JSON-ready: value, low, high, total."""
+        low, high = self.interval
+        return {"value": round(self.value, 4), "low": round(low, 4), "high": round(high, 4), "total": self.total}
+
+
+def share(scores: Sequence[float]) -> Share:
+    """The mean of scores in [0, 1] as a Share."""
+    return Share(float(sum(scores)), len(scores))
+
+
+def same_text(answer: str, target: str) -> bool:
+    """Exact match up to letter case and runs of white space."""
+    return answer.casefold().split() == target.casefold().split()
+
+
+def sequence_identity(answer: Sequence[Any], target: Sequence[Any]) -> float:
+    """The share of positions that agree, over the longer of the two: missing and surplus elements count as wrong."""
+    longest = max(len(answer), len(target))
+    agree = sum(one == other for one, other in zip(answer, target, strict=False))
+    return agree / longest if longest else 1.0
+
+
+def majority(answers: Sequence[str]) -> str:
+    """The most frequent answer; the first in order among equals."""
+    if not answers:
+        raise ValueError("majority() needs at least one answer.")
+    counts = Counter(answers)
+    return max(counts, key=lambda answer: counts[answer])
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite where they are equal."""
+    if one.shape != other.shape:
+        raise ValueError(f"psnr needs equal shapes; received {one.shape} and {other.shape}.")
+    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
+    return 10 * log10(255**2 / error) if error else float("inf")
+
+
+def nearest(queries: np.ndarray, items: np.ndarray, block: int = 256) -> np.ndarray:
+    """For each query [N, D] the index of the nearest item [M, D] by Euclidean distance; int64 [N]."""
+    items = items.astype(np.float32)
+    norms = (items**2).sum(1)
+    found = []
+    for start in range(0, len(queries), block):
+        part = queries[start : start + block].astype(np.float32)
+        found.append((norms - 2 * part @ items.T).argmin(1))
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def nearest_text(query: str, texts: Sequence[str]) -> int:
+    """The index of the text that shares the most words with the query (Jaccard); the first among equals."""
+    words = set(query.casefold().replace(",", " ").split())
+
+    def overlap(text: str) -> float:
+        other = set(text.casefold().replace(",", " ").split())
+        return len(words & other) / max(1, len(words | other))
+
+    return max(range(len(texts)), key=lambda index: overlap(texts[index]))
