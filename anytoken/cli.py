@@ -23,6 +23,7 @@ from anytoken.terminal import (
     mark_parts,
     read_ids,
     read_part,
+    show_model,
     show_parts,
     show_reply,
     write_segments,
@@ -239,12 +240,38 @@ def train(stage: Annotated[str, typer.Argument(help="A stage recipe.")], overrid
     print(run(Stage.load(recipes.find(stage), overrides or [])))
 
 
+@app.command("eval")
+def evaluate(
+    model: ModelArgument = "mini",
+    data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/scores.json"),
+    directions: Annotated[str | None, typer.Option(help="Some only: text->image,image->text.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out prompts a direction.")] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+    judge_steps: Annotated[int, typer.Option(min=1, help="Training steps of the picture judges.")] = 1500,
+    fill: Annotated[
+        list[Path] | None, typer.Option(help="Markdown whose score table is written anew.")
+    ] = None,
+    device: Device = "auto",
+    adapter: Adapter = None,
+) -> None:
+    """Score a model on held-out prompts in every direction, beside chance and simple baselines."""
+    from anytoken.evaluation import gallery, report
+    from anytoken.evaluation.tasks import World
+
+    chosen = directions.split(",") if directions else None
+    found = report.evaluate(load(model, device, adapter), World(data, judge_steps, seed), chosen, count, seed)
+    report.save(found, out)
+    for page in fill or []:
+        report.fill(page, found)
+    Console().print(gallery.score_table(found))
+    print(out)
+
+
 @app.command()
 def info(model: ModelArgument = "mini") -> None:
     """Show a model's size, kinds, id ranges and sampling defaults, and the versions underneath."""
-    from anytoken.evaluation.report import describe_model
-
-    Console().print(describe_model(load(model)))
+    show_model(load(model))
 
 
 @tokenizer_app.command("train")

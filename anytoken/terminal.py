@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
+    from anytoken.inference.api import AnyToken
     from anytoken.inference.chat import Chat
     from anytoken.inference.reply import Reply
     from anytoken.segments import Segment
@@ -129,6 +131,27 @@ def show_reply(reply: Reply, out: Path, as_json: bool) -> None:
         print(json.dumps(record, ensure_ascii=False))
     else:
         show_parts(parts)
+
+
+def show_model(model: AnyToken) -> None:
+    """Print a model's size, id ranges, sampling defaults, and the versions underneath."""
+    from importlib.metadata import version
+
+    config, space = model.lm.config, model.token_space
+    console = Console()
+    console.print(repr(model), markup=False)
+    console.print(
+        f"from {config._name_or_path}, {model.lm.dtype}, context {config.max_position_embeddings} tokens"
+    )
+    table = Table("ids", "range", "kind", "modality", "codebook")
+    for one in space.ranges:
+        book = "" if one.codebook is None else str(one.codebook)
+        table.add_row(f"{one.start}–{one.stop - 1}", one.name, one.kind, one.modality, book)
+    console.print(table)
+    for kind, sampling in model.sampling.items():
+        console.print(f"{kind}: {sampling}", markup=False)
+    names = ("anytoken", "torch", "transformers", "peft", "vector-quantize-pytorch")
+    console.print(", ".join(f"{name} {version(name)}" for name in names), markup=False, highlight=False)
 
 
 def read_ids(source: str) -> list[int]:

@@ -40,7 +40,12 @@ class Share:
     def to_dict(self) -> dict[str, float | int]:
         """JSON-ready: value, low, high, total."""
         low, high = self.interval
-        return {"value": round(self.value, 4), "low": round(low, 4), "high": round(high, 4), "total": self.total}
+        return {
+            "value": round(self.value, 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "total": self.total,
+        }
 
 
 def share(scores: Sequence[float]) -> Share:

@@ -1,0 +1,252 @@
+"""Ask a model in every direction, judge its answers beside the baselines, and write the figures down.
+
+`evaluate` returns one JSON-ready report, which is the only source of figures in README, cards and the demo page:
+`fill` writes its table between `<!-- scores -->` and `<!-- /scores -->` of a Markdown file.
+"""
+
+import json
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from anytoken.evaluation.metrics import majority, nearest, share
+from anytoken.evaluation.tasks import DIRECTIONS, Case, Direction, Parts, World, features
+from anytoken.segments import Segment, Text
+
+if TYPE_CHECKING:
+    from anytoken.inference.api import AnyToken
+    from anytoken.inference.reply import Reply
+
+OPEN, CLOSE = "<!-- scores -->", "<!-- /scores -->"
+BASELINES = ("chance", "majority", "nearest")
+
+
+class ReportError(ValueError):
+    """A report that cannot be made, read or written where it was asked for."""
+
+
+def evaluate(
+    model: "AnyToken",
+    world: World,
+    directions: Sequence[str] | None = None,
+    count: int = 200,
+    seed: int = 0,
+    batch: int = 20,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Judge `count` held-out prompts a direction; ReportError for an unknown direction or sets that hold none.
+
+    Directions whose sets are not there, or whose kinds the model does not have, are listed under "left_out".
+    """
+    began = time.perf_counter()
+    unknown = sorted(set(directions or ()) - set(DIRECTIONS))
+    if unknown:
+        raise ReportError(f"Unknown direction {unknown[0]!r}; there are {', '.join(DIRECTIONS)}.")
+    asked = [DIRECTIONS[name] for name in directions or DIRECTIONS]
+    able = [one for one in asked if world.has(one) and {*one.sources, one.target} <= set(model.kinds)]
+    if not able:
+        raise ReportError(f"{world.sets} holds no records for {', '.join(one.name for one in asked)}.")
+    scores = {}
+    for direction in tqdm(able, desc="directions", disable=not progress):
+        cases = world.cases(direction, "test", count, seed)
+        if cases:
+            replies = answer(model, cases, direction, seed, batch)
+            scores[direction.name] = score(world, direction, cases, replies, model, seed)
+    return {
+        "version": 1,
+        "seed": seed,
+        "commit": commit(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "model": {"name": str(model.lm.config._name_or_path), "parameters": model.lm.num_parameters()},
+        "directions": scores,
+        "left_out": [one.name for one in asked if one.name not in scores],
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def answer(
+    model: "AnyToken", cases: Sequence[Case], direction: Direction, seed: int, batch: int = 20
+) -> list["Reply"]:
+    """The model's replies to the cases, in batches; the checkpoint's own sampling."""
+    replies: list[Reply] = []
+    for start in range(0, len(cases), batch):
+        prompts = [list(case.prompt) for case in cases[start : start + batch]]
+        replies += model.generate(prompts, direction.target, batch=True, seed=seed + start)
+    return replies
+
+
+def score(
+    world: World,
+    direction: Direction,
+    cases: Sequence[Case],
+    replies: Sequence["Reply"],
+    model: "AnyToken",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One direction's figures: the model's parts, its valid share, the judge's ceiling, and the baselines."""
+    main = main_part(direction)
+    answers = [reply.segments[0] if reply.segments else None for reply in replies]
+    judged = {"model": _judge_all(world, direction, cases, answers)}
+    judged["ceiling"] = _judge_all(world, direction, cases, [case.answer for case in cases])
+    for name, guesses in baseline_answers(world, direction, cases, seed).items():
+        judged[name] = _judge_all(world, direction, cases, guesses)
+    valid = share([float(is_valid(model, direction, reply)) for reply in replies])
+    figures = {
+        name: share([parts.get(main, 0.0) for parts in rows]).to_dict() for name, rows in judged.items()
+    }
+    names = {name for parts in judged["model"] for name in parts} - {main}
+    parts = {
+        name: round(share([row.get(name, 0.0) for row in judged["model"]]).value, 4) for name in sorted(names)
+    }
+    tokens = sum(reply.usage.new_tokens for reply in replies)
+    return {
+        "held_out": direction.held_out,
+        "measure": main,
+        "valid": valid.to_dict(),
+        **figures,
+        "parts": parts,
+        "better": all(
+            figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
+        ),
+        "tokens_per_reply": round(tokens / max(1, len(replies)), 1),
+    }
+
+
+def main_part(direction: Direction) -> str:
+    """What a direction's score counts: residues in the right place for DNA, else answers right as a whole."""
+    return "identity" if "dna" in (*direction.sources, direction.target) else "right"
+
+
+def is_valid(model: "AnyToken", direction: Direction, reply: "Reply") -> bool:
+    """Whether a reply is exactly one whole segment of the kind asked for, and its ids decode again."""
+    if reply.finish_reason != "stop" or [segment.kind for segment in reply.segments] != [direction.target]:
+        return False
+    ids = [token for token in reply.ids if token != model.token_space.end]
+    return [segment.kind for segment in model.detokenize(ids)] == [direction.target]
+
+
+def baseline_answers(
+    world: World, direction: Direction, cases: Sequence[Case], seed: int, pool: int = 2000
+) -> dict[str, list[Segment]]:
+    """What would be answered without a model: at random, the most frequent text, the nearest training prompt's."""
+    known = world.cases(direction, "train", pool, seed)
+    if not known:
+        return {}
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[Segment]] = {"chance": [known[int(rng.integers(len(known)))].answer for _ in cases]}
+    texts = [case.answer.text for case in known if isinstance(case.answer, Text)]
+    if texts:
+        found["majority"] = [Text(majority(texts))] * len(cases)
+    vectors = features([case.prompt for case in [*cases, *known]])
+    found["nearest"] = [
+        known[index].answer for index in nearest(vectors[: len(cases)], vectors[len(cases) :])
+    ]
+    return found
+
+
+def _judge_all(
+    world: World, direction: Direction, cases: Sequence[Case], answers: Iterable[Segment | None]
+) -> list[Parts]:
+    return [world.judge(direction, case, answer) for case, answer in zip(cases, answers, strict=True)]
+
+
+def commit() -> str | None:
+    """The commit of the checkout that runs, or None outside one."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return found.stdout.strip()[:12] or None
+
+
+def save(report: dict[str, Any], path: str | Path) -> Path:
+    """Write a report as JSON, whole or not at all."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(target.name + ".part")
+    draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(target)
+    return target
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read what `save` wrote; ReportError for anything else."""
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(report["directions"], dict):
+            raise ReportError(f"{path} is not an evaluation report.")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ReportError(f"{path} is not an evaluation report ({type(error).__name__}: {error}).") from error
+    return report
+
+
+def rows(report: dict[str, Any]) -> list[list[str]]:
+    """The report as rows of text, the first being the head: direction, model, baselines, ceiling, valid."""
+    table = [["direction", "score", "95 %", *BASELINES, "ceiling", "valid", "better than all"]]
+    for name, one in report["directions"].items():
+        baselines = [percent(one[key]["value"]) if key in one else "" for key in BASELINES]
+        interval = f"{100 * one['model']['low']:.0f}–{100 * one['model']['high']:.0f}"
+        measured = percent(one["model"]["value"]) + (" of residues" if one["measure"] == "identity" else "")
+        ends = [
+            percent(one["ceiling"]["value"]),
+            percent(one["valid"]["value"]),
+            "yes" if one["better"] else "no",
+        ]
+        table.append([name, measured, interval, *baselines, *ends])
+    return table
+
+
+def percent(value: float) -> str:
+    """A share as text."""
+    return f"{100 * value:.1f} %"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table and what it rests on, as Markdown."""
+    head, *body = rows(report)
+    counts = defaultdict(list)
+    for name, one in report["directions"].items():
+        counts[one["valid"]["total"]].append(name)
+    cases = ", ".join(f"{total}" for total in sorted(counts, reverse=True))
+    worse = [name for name, one in report["directions"].items() if not one["better"]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    lines += [
+        "",
+        f"{cases} held-out prompts a direction, seed {report['seed']}, commit {report['commit']}, {report['machine']}.",
+    ]
+    lines += [
+        f"Not better than every baseline: {', '.join(worse)}."
+        if worse
+        else "Better than every baseline in all."
+    ]
+    return "\n".join(lines)
+
+
+def fill(page: str | Path, report: dict[str, Any]) -> None:
+    """Put the report's table between the markers of a Markdown file; ReportError if it has none."""
+    path = Path(page)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path} cannot be read ({error}).") from error
+    before, opened, rest = text.partition(OPEN)
+    _, closed, after = rest.partition(CLOSE)
+    if not (opened and closed):
+        raise ReportError(
+            f"{path} has no place for the table: write {OPEN} and {CLOSE} on lines of their own."
+        )
+    path.write_text(f"{before}{OPEN}\n{markdown(report)}\n{CLOSE}{after}", encoding="utf-8")

@@ -1,0 +1,349 @@
+"""The directions a model is asked in, the held-out cases of each, and what counts as a right answer.
+
+A direction is data: which records, what of them is the prompt, what the answer. Everything else is the same for all:
+the model's answers, the truth (the judge's ceiling), a random training answer (chance), the most frequent training
+answer (majority, for text) and the answer of the nearest training prompt all go through one judge.
+"""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anytoken.data.records import open_media, read_records
+from anytoken.evaluation.judges import (
+    BackgroundJudge,
+    PictureClassifier,
+    VoiceJudge,
+    WordJudge,
+    fit_classifier,
+    mel_frames,
+    motion,
+    translate,
+)
+from anytoken.evaluation.metrics import same_text, sequence_identity
+from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video
+
+Record = dict[str, Any]
+Parts = dict[str, float]
+IMAGES, VIDEOS, JOINT = "emoji/images.jsonl", "emoji/videos.jsonl", "emoji/joint.jsonl"
+SPEECH, TRANSLATE = "speech/speech.jsonl", "dna/translate.jsonl"
+# Which styles a concept judge must not have seen, by the style it judges: close relatives are left out together.
+RELATIVES = {"3d": ("3d",), "line": ("line", "noto"), "noto": ("line", "noto"), "flat": ("flat", "twemoji")}
+RELATIVES["twemoji"] = RELATIVES["flat"]
+
+
+class TaskError(ValueError):
+    """Sets from which a direction cannot be judged."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What is asked of a model: `sources` of a record are the prompt, `target` is the answer's kind.
+
+    file: the records. pair: another file whose record of the same name lends its medium. words: text after the
+    media. held_out: the hold-outs that the cases come from.
+    """
+
+    name: str
+    file: str
+    sources: tuple[str, ...]
+    target: str
+    held_out: str
+    pair: str | None = None
+    words: str = ""
+    twice: bool = False
+
+
+DIRECTIONS: dict[str, Direction] = {
+    one.name: one
+    for one in (
+        Direction("text->image", IMAGES, ("text",), "image", "drawing or background unseen for the concept"),
+        Direction("image->text", IMAGES, ("image",), "text", "drawing or background unseen for the concept"),
+        Direction("text->speech", SPEECH, ("text",), "speech", "voice that never said the name"),
+        Direction("speech->text", SPEECH, ("speech",), "text", "voice never heard"),
+        Direction("speech->image", SPEECH, ("speech",), "image", "voice never heard", pair=IMAGES),
+        Direction("image->speech", IMAGES, ("image",), "speech", "drawing or background unseen", pair=SPEECH),
+        Direction("text->video", VIDEOS, ("text",), "video", "concept never animated, or background unseen"),
+        Direction("video->text", VIDEOS, ("video",), "text", "concept never animated, or background unseen"),
+        Direction("image->video", JOINT, ("image",), "video", "concept never animated, or background unseen"),
+        Direction("dna->text", TRANSLATE, ("dna",), "text", "genes of unseen products"),
+        Direction("text->dna", TRANSLATE, ("text",), "dna", "genes of unseen products"),
+        Direction(
+            "image,image->text",
+            IMAGES,
+            ("image",),
+            "text",
+            "two unseen drawings",
+            words="What are these?",
+            twice=True,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: the prompt, the true answer, and the record (with what the judges need) it comes from."""
+
+    prompt: list[Segment]
+    answer: Segment
+    record: Record
+
+
+class World:
+    """The built sets, and the judges that are made from them, each when it is first needed."""
+
+    def __init__(self, sets: str | Path, judge_steps: int = 1500, seed: int = 0) -> None:
+        self.sets = Path(sets)
+        self.judge_steps = judge_steps
+        self.seed = seed
+        self._records: dict[str, list[Record]] = {}
+        self._classifiers: dict[str, PictureClassifier] = {}
+
+    def records(self, file: str) -> list[Record]:
+        """The records of one file of the sets; TaskError where it is not there."""
+        if file not in self._records:
+            path = self.sets / file
+            if not path.is_file():
+                raise TaskError(f"{path} is missing: build the sets with `anytoken data` first.")
+            self._records[file] = list(read_records(path))
+        return self._records[file]
+
+    def has(self, direction: Direction) -> bool:
+        """Whether the sets hold what a direction is made from."""
+        return all(
+            (self.sets / file).is_file() for file in (direction.file, direction.pair or direction.file)
+        )
+
+    def media(self, file: str, record: Record, kind: str) -> Segment:
+        """One medium of a record."""
+        if kind == "text":
+            return Text(record["text"])
+        return open_media(record[kind], KINDS[kind], (self.sets / file).parent)
+
+    def cases(self, direction: Direction, split: str, count: int, seed: int = 0) -> list[Case]:
+        """Up to `count` cases of a split, drawn without return, the same for the same seed."""
+        rng = np.random.default_rng((seed, zlib.crc32(f"{direction.name} {split}".encode())))
+        records = [
+            one
+            for one in self.records(direction.file)
+            if one.get("split") == split and self._fits(direction, one)
+        ]
+        order = rng.permutation(len(records))
+        partners = self._partners(direction, split)
+        cases = []
+        for place, index in enumerate(order):
+            if len(cases) == count:
+                break
+            record = records[index]
+            if direction.twice:
+                cases.append(self._two(direction, record, records[order[(place + 1) % len(order)]]))
+            elif direction.pair is None:
+                cases.append(self._one(direction, record))
+            elif partners.get(record["name"]):
+                options = partners[record["name"]]
+                cases.append(self._paired(direction, record, options[int(rng.integers(len(options)))]))
+        return cases
+
+    def _fits(self, direction: Direction, record: Record) -> bool:
+        kinds = {*direction.sources, direction.target} - ({direction.target} if direction.pair else set())
+        if any(record.get(kind) is None for kind in kinds):
+            return False
+        if direction.file == SPEECH and not record.get("core", True):
+            return False
+        if direction.name == "text->speech":
+            asked = record["split"] == "train" or record.get("holdout") == "spoken"
+            return asked and self.words.knows(record["text"])
+        return direction.target != "speech" or self.words.knows(record["name"])
+
+    def _partners(self, direction: Direction, split: str) -> dict[str, list[Record]]:
+        """Records that lend their medium, by name. A train answer comes with a train prompt; a test prompt with any."""
+        found: dict[str, list[Record]] = defaultdict(list)
+        for record in self.records(direction.pair) if direction.pair else []:
+            if split != "train" or record.get("split") == "train":
+                found[record["name"]].append(record)
+        return found
+
+    def _one(self, direction: Direction, record: Record) -> Case:
+        prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
+        if direction.name == "text->speech":
+            prompt = [Text(f"{record['text']}, voice {record['voice']}")]
+        return Case(prompt, self.media(direction.file, record, direction.target), record)
+
+    def _paired(self, direction: Direction, record: Record, partner: Record) -> Case:
+        """Only the concept is asked for: nothing in the prompt says a style, a background or a voice."""
+        prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
+        answer = self.media(str(direction.pair), partner, direction.target)
+        return Case(prompt, answer, {"name": record["name"]})
+
+    def _two(self, direction: Direction, record: Record, other: Record) -> Case:
+        pictures = [self.media(direction.file, one, "image") for one in (record, other)]
+        answer = " and ".join(str(one["text"]).split(",")[0] for one in (record, other))
+        return Case(
+            [*pictures, Text(direction.words)], Text(answer), {"name": record["name"], "text": answer}
+        )
+
+    @cached_property
+    def words(self) -> WordJudge:
+        """Hears the core names."""
+        return WordJudge(sorted({one["name"] for one in self.records(SPEECH) if one.get("core", True)}))
+
+    @cached_property
+    def voices(self) -> VoiceJudge:
+        """Knows the voices of the training clips, by clips of other names than the core ones where there are any."""
+        clips: dict[str, list[Record]] = defaultdict(list)
+        for record in sorted(self.records(SPEECH), key=lambda one: bool(one.get("core"))):
+            if record["split"] == "train":
+                clips[record["voice"]].append(record)
+        chosen = [one for group in clips.values() for one in group[:80]]
+        heard = [self.media(SPEECH, one, "speech") for one in chosen]
+        return VoiceJudge([one for one in heard if isinstance(one, Speech)], [one["voice"] for one in chosen])
+
+    def concepts(self, style: str) -> PictureClassifier:
+        """Names a concept in a style, trained on drawings of other styles only."""
+        return self._classifier("name", RELATIVES.get(style, (style,)))
+
+    @cached_property
+    def styles(self) -> PictureClassifier:
+        """Names a drawing style, trained on training pictures."""
+        return self._classifier("style", ())
+
+    @cached_property
+    def backgrounds(self) -> BackgroundJudge:
+        """Names a background colour."""
+        records = [one for one in self.records(IMAGES) if one["split"] == "train"]
+        pictures = np.stack([self.picture(one) for one in records[:: max(1, len(records) // 800)]])
+        return BackgroundJudge(
+            pictures, [one["background"] for one in records[:: max(1, len(records) // 800)]]
+        )
+
+    @cached_property
+    def least_motion(self) -> float:
+        """What 19 of 20 real training videos move by: less is no video."""
+        records = [one for one in self.records(VIDEOS) if one["split"] == "train"][::7][:200]
+        videos = [self.media(VIDEOS, one, "video") for one in records]
+        return float(np.percentile([motion(one) for one in videos if isinstance(one, Video)], 5))
+
+    def picture(self, record: Record) -> np.ndarray:
+        """The pixels of an image record."""
+        image = self.media(IMAGES, record, "image")
+        assert isinstance(image, Image)
+        return image.pixels
+
+    def _classifier(self, label: str, unseen: tuple[str, ...]) -> PictureClassifier:
+        key = "-".join((label, *unseen))
+        if key not in self._classifiers:
+            records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
+            if label == "style":
+                records = [one for one in records if one["split"] == "train"]
+            pictures = (
+                np.stack([self.picture(one) for one in records])
+                if records
+                else np.zeros((0, 64, 64, 3), np.uint8)
+            )
+            steps = self.judge_steps if label == "name" else max(1, self.judge_steps // 3)
+            self._classifiers[key] = fit_classifier(
+                pictures, [one[label] for one in records], steps, self.seed
+            )
+        return self._classifiers[key]
+
+    def judge(self, direction: Direction, case: Case, answer: Segment | None) -> Parts:
+        """What is right about an answer: "right" is the whole of it, the other parts say where it failed."""
+        if answer is None or answer.kind != direction.target:
+            return {"right": 0.0}
+        return JUDGES[direction.target](self, case, answer)
+
+
+def _judge_text(world: World, case: Case, answer: Any) -> Parts:
+    target = case.answer
+    assert isinstance(target, Text)
+    if "dna" in case.record:
+        identity = sequence_identity(answer.text.split(), target.text.split())
+        return {"right": float(same_text(answer.text, target.text)), "identity": identity}
+    parts = {"right": float(same_text(answer.text, target.text))}
+    if "name" in case.record:
+        parts["concept"] = float(same_text(answer.text.split(",")[0], target.text.split(",")[0]))
+    return parts
+
+
+def _judge_image(world: World, case: Case, answer: Any) -> Parts:
+    record, drawn = case.record, world.styles.tell(answer)
+    concept = world.concepts(record.get("style", drawn)).tell(answer) == record["name"]
+    if "style" not in record:
+        return {"right": float(concept)}
+    style = drawn == record["style"]
+    background = world.backgrounds.tell(answer) == record["background"]
+    parts = {"concept": concept, "style": style, "background": background}
+    return {"right": float(all(parts.values())), **{key: float(value) for key, value in parts.items()}}
+
+
+def _judge_speech(world: World, case: Case, answer: Any) -> Parts:
+    words = world.words.hear(answer) == case.record["name"]
+    if "voice" not in case.record:
+        return {"right": float(words)}
+    voice = world.voices.tell(answer) == case.record["voice"]
+    return {"right": float(words and voice), "words": float(words), "voice": float(voice)}
+
+
+def _judge_video(world: World, case: Case, answer: Any) -> Parts:
+    concept = world.concepts("3d").tell(answer) == case.record["name"]
+    background = world.backgrounds.tell(answer) == case.record["background"]
+    moves = motion(answer) >= world.least_motion
+    parts = {"concept": concept, "background": background, "moves": moves}
+    return {"right": float(all(parts.values())), **{key: float(value) for key, value in parts.items()}}
+
+
+def _judge_dna(world: World, case: Case, answer: Any) -> Parts:
+    residues = case.record["text"].split()
+    identity = sequence_identity(translate(answer.bases), residues)
+    return {"right": float(identity == 1), "identity": identity}
+
+
+JUDGES: Mapping[str, Callable[[World, Case, Any], Parts]] = {
+    "text": _judge_text,
+    "image": _judge_image,
+    "speech": _judge_speech,
+    "video": _judge_video,
+    "dna": _judge_dna,
+}
+
+
+def features(prompts: Sequence[list[Segment]]) -> np.ndarray:
+    """One vector a prompt, for the nearest-neighbour baseline: its words, pixels, spectrum or bases; [N, D]."""
+    vocabulary: dict[str, int] = {}
+    for prompt in prompts:
+        for segment in prompt:
+            for word in _words(segment):
+                vocabulary.setdefault(word, len(vocabulary))
+    return np.stack(
+        [np.concatenate([_vector(segment, vocabulary) for segment in prompt]) for prompt in prompts]
+    )
+
+
+def _words(segment: Segment) -> list[str]:
+    return segment.text.casefold().replace(",", " ").split() if isinstance(segment, Text) else []
+
+
+def _vector(segment: Any, vocabulary: Mapping[str, int]) -> np.ndarray:
+    if segment.kind == "text":
+        vector = np.zeros(len(vocabulary), np.float32)
+        for word in _words(segment):
+            vector[vocabulary[word]] += 1
+        return vector / max(1e-6, float(np.linalg.norm(vector)))
+    if segment.kind == "image":
+        return segment.resize(16, 16).pixels.astype(np.float32).ravel() / 255
+    if segment.kind == "video":
+        steps = np.linspace(0, len(segment.frames) - 1, 4).round().astype(int)
+        return np.concatenate([_vector(Image(segment.frames[step]), vocabulary) for step in steps])
+    if segment.kind == "speech":
+        frames = mel_frames(segment).numpy()
+        steps = np.linspace(0, len(frames) - 1, 32).round().astype(int)
+        return (frames[steps] - frames.mean()).ravel()
+    letters = np.frombuffer(segment.bases[:48].ljust(48).encode(), np.uint8)
+    return np.concatenate([letters == ord(base) for base in "ACGT"]).astype(np.float32)
