@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import check_target, find_checkpoint, load_folder, pick_device, replacing
 from anytoken.inference.engine import Engine, Token
+from anytoken.inference.modalities import add_modality, longest_segment
 from anytoken.inference.reply import Reply, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
 from anytoken.inference.stream import Event, SegmentStream
@@ -263,11 +264,20 @@ class AnyToken:
         """Room for TEXT_TOKENS a text segment and any form of each medium; None is up to the context."""
         if plan is None:
             return None
-        return 1 + sum(TEXT_TOKENS if kind == "text" else self._longest(kind) for kind in plan)
+        tokenizers = self.processor.tokenizers
+        return 1 + sum(TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in plan)
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""
         return Chat(self, system)
+
+    def add_modality(self, tokenizer: ModalityTokenizer) -> None:
+        """Append a modality: new ids at the end, new rows from the codebook; nothing old moves.
+
+        ValueError if the model has a modality of that name. The new rows are to be trained before they mean
+        anything; what is generated is well-formed from the start.
+        """
+        self.processor = add_modality(self.lm, self.processor, tokenizer)
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +100,13 @@ class Chat:
         ChatError names a file that is missing or damaged.
         """
         folder = Path(path)
+        types = KINDS | {kind: one.segment_type for kind, one in model.processor.tokenizers.items()}
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))
             messages = [
                 {
                     "role": message["role"],
-                    "content": [_load_part(part, folder) for part in message["content"]],
+                    "content": [_load_part(part, folder, types) for part in message["content"]],
                 }
                 for message in data["messages"]
             ]
@@ -136,11 +137,13 @@ def _save_part(segment: Segment, folder: Path, stem: str) -> dict[str, str]:
     return {"type": segment.kind, segment.kind: name}
 
 
-def _load_part(part: dict[str, str], folder: Path) -> Segment:
+def _load_part(part: dict[str, str], folder: Path, types: Mapping[str, type[Segment]]) -> Segment:
     kind = part["type"]
     if kind == "text":
         return Text(part["text"])
-    path = folder / part[kind]
+    if kind not in types:
+        raise ChatError(f"The chat in {folder} holds {kind!r}; this model knows {', '.join(types)}.")
+    path = folder / Path(part[kind]).name
     if not path.is_file():
         raise ChatError(f"{path} is missing: the saved chat is incomplete.")
-    return KINDS[kind].open(path)
+    return types[kind].open(path)

@@ -67,7 +67,7 @@ def test_another_model_reads_the_media_anew(model: AnyToken, toys: SimpleNamespa
     chat.send("a", output="image", seed=0)
     chat.save(tmp_path / "talk")
     other = toys.make_model()
-    other.processor.tokenizers["image"].decoder[0].weight.data.add_(1)
+    next(other.processor.tokenizers["image"].parameters()).data.add_(0.1)
     loaded = Chat.load(tmp_path / "talk", other)
     assert loaded.messages == chat.messages
     assert loaded.ids == other.processor.encode_chat(loaded.messages, add_generation_prompt=False)

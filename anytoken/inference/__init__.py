@@ -1,0 +1,1 @@
+"""From a prompt to a reply: the generation loop, sampling, events, conversations, and the public API."""

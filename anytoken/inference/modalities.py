@@ -1,0 +1,54 @@
+"""A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved.
+
+A new row is half noise, half a random projection of its codebook vector, around the mean of the trained rows and at
+their scale: codes that sound or look alike start alike, and no new id stands out before it is trained.
+"""
+
+import copy
+import math
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anytoken.processor import Processor
+from anytoken.tokenizers.base import Grid, ModalityTokenizer
+
+
+def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
+    """Grow the model's vocabulary in place; the processor that knows the new modality, the old one unchanged.
+
+    TokenSpaceError, before anything is changed, if the modality is there already.
+    """
+    space = copy.deepcopy(processor.token_space)
+    first = space.vocab_size
+    space.append_modality(tokenizer.name, tokenizer.codebook_sizes, tokenizer.shape)
+    old = lm.get_input_embeddings().weight.detach()[:first].float().cpu()
+    rows = torch.randn(space.vocab_size - first, old.shape[1], generator=torch.Generator().manual_seed(first))
+    for codebook in range(len(tokenizer.codebook_sizes)):
+        span = space.code_range(tokenizer.name, codebook)
+        place = slice(span.start - first, span.stop - first)
+        rows[place] = (
+            rows[place] + _projected(tokenizer.codebook_vectors(codebook), old.shape[1])
+        ) / math.sqrt(2)
+    rows = old.mean(0) + rows * old.std(0).mean()
+    lm.grow_vocabulary(space.vocab_size, rows)
+    lm.config.modality_boundaries = space.bucket_boundaries()
+    lm.config.modality_index = space.bucket_modalities()
+    return Processor(space, processor.text_tokenizer, {**processor.tokenizers, tokenizer.name: tokenizer})
+
+
+def _projected(vectors: Tensor, width: int) -> Tensor:
+    """Codebook vectors [K, D] as rows [K, width] of unit variance that keep their distances, up to scale."""
+    vectors = vectors.detach().float().cpu()
+    generator = torch.Generator().manual_seed(vectors.shape[1])
+    rows = (vectors - vectors.mean(0)) @ torch.randn(vectors.shape[1], width, generator=generator)
+    return rows / rows.std().clamp(min=1e-6)
+
+
+def longest_segment(tokenizer: ModalityTokenizer) -> int:
+    """The most ids one segment of this kind takes, with its opening, size header and closing."""
+    shape = tokenizer.shape
+    if isinstance(shape, Grid):
+        return 2 + len(shape.axes) + math.prod(shape.max_size) * shape.num_codebooks
+    return 2 + shape.max_length * shape.num_codebooks
