@@ -75,6 +75,9 @@ class Engine:
         space = grammar.token_space
         self._opens = {space.open_token(name): name for name in space.modalities}
         self._closes = {space.close_token(name) for name in space.modalities}
+        self._controls = {
+            id_ for one in space.ranges if one.kind == "control" for id_ in range(one.start, one.stop)
+        }
         self._tables: dict[Ranges, Tensor] = {}
         self._head: Head | None = None
 
@@ -202,9 +205,8 @@ class Engine:
                 logits = guide(logits, head(features[mates], ranges), setting.cfg_scale)
             table = self._table(ranges)
             if setting.repetition_penalty != 1:
-                logits = penalise(
-                    logits, [_columns(rows[i], table) for i in members], setting.repetition_penalty
-                )
+                seen = [_columns(table, set(rows[i].ids) - self._controls) for i in members]
+                logits = penalise(logits, seen, setting.repetition_penalty)
             uniforms = torch.tensor([rows[i].random.random() for i in members], dtype=torch.float64)
             for i, token in zip(members, table[draw(logits, setting, uniforms)].tolist(), strict=True):
                 chosen[i] = token
@@ -256,8 +258,8 @@ def _single(ranges: Ranges) -> bool:
     return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1
 
 
-def _columns(row: _Row, table: Tensor) -> Tensor:
-    """Columns of the allowed ids that the reply already holds."""
-    seen = torch.tensor(sorted(set(row.ids)), dtype=torch.long)
-    columns = torch.searchsorted(table, seen).clamp(max=len(table) - 1)
-    return columns[table[columns] == seen]
+def _columns(table: Tensor, ids: set[int]) -> Tensor:
+    """Where those of `ids` that are in the ascending `table` stand in it."""
+    wanted = torch.tensor(sorted(ids), dtype=torch.long)
+    columns = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
+    return columns[table[columns] == wanted]
