@@ -156,8 +156,8 @@ def fit_classifier(
     pictures: np.ndarray,
     labels: Sequence[str],
     steps: int = 1500,
-    batch: int = 64,
     seed: int = 0,
+    batch: int = 64,
     width: int = 32,
 ) -> PictureClassifier:
     """Train on pictures uint8 [B, 64, 64, 3] with random shifts, scales, blur and noise; JudgeError without any."""

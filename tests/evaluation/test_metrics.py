@@ -58,6 +58,10 @@ def test_nearest_agrees_with_brute_force():
 
 
 def test_nearest_text_shares_most_words():
-    texts = ["a dog, 3d, blue background", "a red apple, flat, blue background", "a red apple, 3d, black background"]
+    texts = [
+        "a dog, 3d, blue background",
+        "a red apple, flat, blue background",
+        "a red apple, 3d, black background",
+    ]
     assert metrics.nearest_text("a red apple, 3d, blue background", texts[:2]) == 1
     assert metrics.nearest_text("a dog, flat", texts) == 0

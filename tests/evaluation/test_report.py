@@ -1,0 +1,101 @@
+"""Scores: a model that knows the answers reaches the ceiling, an ignorant one nothing; figures reach the pages."""
+
+import numpy as np
+import pytest
+
+from anytoken.evaluation import report
+from anytoken.evaluation.tasks import DIRECTIONS, TaskError, World, features
+from anytoken.segments import Text
+
+DEAF = [name for name, one in DIRECTIONS.items() if one.target != "speech"]  # tones are no words
+
+
+def knowing(world, fake_model):
+    """A model that has seen the test cases: it finds the prompt among them."""
+    known = {}
+    for direction in DIRECTIONS.values():
+        cases = world.cases(direction, "test", 50)
+        known[direction.target, len(known)] = (
+            cases,
+            features([case.prompt for case in cases]) if cases else None,
+        )
+
+    def answer(prompt, output):
+        for (target, _), (cases, _) in known.items():
+            for case in cases if target == output else []:
+                if len(case.prompt) == len(prompt) and all(
+                    a.kind == b.kind
+                    and np.array_equal(features([[a]]), features([[b]]))
+                    and getattr(a, "text", None) == getattr(b, "text", None)
+                    for a, b in zip(case.prompt, prompt, strict=True)
+                ):
+                    return [case.answer]
+        raise AssertionError("asked something that is no test case")
+
+    return fake_model(answer)
+
+
+def test_knowing_all_is_the_ceiling_and_knowing_nothing_is_nothing(world, fake_model, ignorant):
+    best = report.evaluate(knowing(world, fake_model), world, DEAF, count=20, progress=False)
+    worst = report.evaluate(ignorant, world, DEAF, count=20, progress=False)
+    assert set(best["directions"]) == set(DEAF) and best["left_out"] == []
+    for name in DEAF:
+        one, other = best["directions"][name], worst["directions"][name]
+        assert one["model"] == one["ceiling"] and one["valid"]["value"] == 1, name
+        assert other["model"]["value"] <= min(one["model"]["value"], 0.5), name
+        assert other["valid"]["value"] == 1 and not other["better"], name
+        assert {"chance", "nearest"} <= set(one), name
+    for name in ("image->text", "speech->text", "dna->text"):
+        assert best["directions"][name]["ceiling"]["value"] == 1, name
+
+
+def test_cases_are_held_out_repeatable_and_differ_from_training(world):
+    for direction in DIRECTIONS.values():
+        cases = world.cases(direction, "test", 5)
+        assert cases, direction.name
+        again = world.cases(direction, "test", 5)
+        assert [case.record for case in cases] == [case.record for case in again]
+        train = {str(case.record) for case in world.cases(direction, "train", 1000) if "split" in case.record}
+        assert not train & {str(case.record) for case in cases}
+
+
+def test_a_reply_that_is_cut_short_or_of_another_kind_is_not_valid(world, fake_model, anything):
+    direction = DIRECTIONS["text->image"]
+    model = fake_model(lambda prompt, output: [anything("image")])
+    reply = model.generate([Text("x")], "image")
+    assert report.is_valid(model, direction, reply)
+    reply.finish_reason = "length"
+    assert not report.is_valid(model, direction, reply)
+    wrong = fake_model(lambda prompt, output: [Text("an image")])
+    assert not report.is_valid(wrong, direction, wrong.generate([Text("x")], "image"))
+    assert world.judge(direction, world.cases(direction, "test", 1)[0], Text("an image")) == {"right": 0.0}
+
+
+def test_mistakes_are_named(world, ignorant, tmp_path):
+    with pytest.raises(report.ReportError, match="text->smell"):
+        report.evaluate(ignorant, world, ["text->smell"])
+    with pytest.raises(report.ReportError, match="holds no records"):
+        report.evaluate(ignorant, World(tmp_path), progress=False)
+    with pytest.raises(TaskError, match="anytoken data"):
+        World(tmp_path).records("emoji/images.jsonl")
+
+
+def test_a_report_is_saved_read_and_filled_into_a_page(world, ignorant, tmp_path):
+    found = report.evaluate(ignorant, world, ["dna->text"], count=5, progress=False)
+    path = report.save(found, tmp_path / "deep" / "scores.json")
+    assert report.read(path) == found and list(path.parent.iterdir()) == [path]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.OPEN}\nold\n{report.CLOSE}\nafter\n")
+    report.fill(page, found)
+    once = page.read_text()
+    report.fill(page, found)
+    assert page.read_text() == once and once.startswith("before\n") and once.endswith("\nafter\n")
+    assert (
+        "old" not in once and "| dna->text |" in once and "Not better than every baseline: dna->text" in once
+    )
+    page.write_text("no markers")
+    with pytest.raises(report.ReportError, match="no place"):
+        report.fill(page, found)
+    path.write_text("[]")
+    with pytest.raises(report.ReportError, match="not an evaluation report"):
+        report.read(path)
