@@ -1,0 +1,163 @@
+"""Pictures to a grid of codes and back: one code for each 8x8 patch, any size through the size header.
+
+A VQ autoencoder (VQ-VAE, arXiv 1711.00937) on patches: convolutional trunk at patch resolution, finite scalar
+quantisation (2309.15505), a deeper trunk, and a short refining stage at a quarter of the patch size so that
+patch borders do not show. 64x64 pixels are 64 codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anytoken.segments import Image, Segment
+from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
+from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
+from anytoken.tokenizers.quantizers import Quantizer
+
+PATCH_PX = 8
+REFINE_PX = 4  # the refining stage works on 4x4 pixels a position
+
+
+def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error for PSNR, absolute error for clean flats, and absolute error of gradients for edges.
+
+    output, target: [..., H, W] in [-1, 1].
+    """
+    loss = 2.0 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target)
+    for axis in (-1, -2):
+        loss = loss + 0.5 * F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
+    return loss
+
+
+def psnr_db(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per item of [B, ...] values in [-1, 1] (peak-to-peak 2)."""
+    error = (output.clamp(-1, 1) - target).square().flatten(1).mean(1)
+    return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
+
+
+def to_unit_range(pixels: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> np.ndarray:
+    """float [..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3]."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+
+
+def fit_side(height: int, width: int, side_px: int) -> tuple[int, int]:
+    """Height and width in whole patches with the longer side at `side_px` and the aspect ratio nearly kept."""
+    scale = side_px / max(height, width)
+    return tuple(max(PATCH_PX, round(n * scale / PATCH_PX) * PATCH_PX) for n in (height, width))  # type: ignore[return-value]
+
+
+@register_modality
+class ImageTokenizer(ModalityTokenizer):
+    """8x8 pixels a code; `encode` first scales the picture so that its longer side is `side_px`.
+
+    Every size is welcome: 1x1 and 5000x5000 both become `side_px` on the longer side, the aspect ratio is kept
+    to whole patches. With `side_px=0` pictures keep their size (rounded to whole patches, at most 128 px a side).
+    """
+
+    kind = "image"
+    segment_type = Image
+    max_cells = 16
+
+    def __init__(
+        self,
+        width: int = 192,
+        encoder_depth: int = 3,
+        decoder_depth: int = 6,
+        refine_width: int = 64,
+        refine_depth: int = 2,
+        quantizer: str = "fsq",
+        levels: Sequence[int] = (8, 5, 5, 5),
+        codebook_size: int = 1024,
+        side_px: int = 64,
+    ) -> None:
+        config = {
+            "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth,
+            "refine_width": refine_width, "refine_depth": refine_depth, "quantizer": quantizer,
+            "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
+        }  # fmt: skip
+        quantize = Quantizer(width, quantizer, levels, codebook_size)
+        shape = Grid(("rows", "cols"), (1, 1), (self.max_cells, self.max_cells))
+        super().__init__(shape=shape, codebook_sizes=[quantize.codebook_size], config=config)
+        self.quantize = quantize
+        kernel = (7, 7)
+        self.encoder = nn.Sequential(
+            ChannelLinear(3 * PATCH_PX**2, width), Trunk(width, encoder_depth, kernel), ChannelNorm(width)
+        )
+        up = PATCH_PX // REFINE_PX
+        self.decoder = nn.Sequential(
+            Trunk(width, decoder_depth, kernel), ChannelNorm(width), ChannelLinear(width, refine_width * up**2)
+        )
+        self.refine = nn.Sequential(
+            Trunk(refine_width, refine_depth, kernel),
+            ChannelNorm(refine_width),
+            ChannelLinear(refine_width, 3 * REFINE_PX**2),
+        )
+
+    def reconstruct(self, codes: Tensor) -> Tensor:
+        """Codes [B, rows, cols] to pixels [B, 3, H, W] in about [-1, 1]."""
+        return self._decode_vectors(self.quantize.lookup(codes.flatten(1)), codes.shape[1:])
+
+    def _decode_vectors(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        x = vectors.transpose(1, 2).unflatten(2, tuple(grid))
+        up = PATCH_PX // REFINE_PX
+        return unpatchify(self.refine(unpatchify(self.decoder(x), (up, up))), (REFINE_PX, REFINE_PX))
+
+    def _encode_pixels(self, x: Tensor) -> Tensor:
+        return self.encoder(patchify(x, (PATCH_PX, PATCH_PX)))
+
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """batch: pixels [B, 3, H, W] in [-1, 1], H and W multiples of 8."""
+        latent = self._encode_pixels(batch)
+        quantized = self.quantize(latent.flatten(2).transpose(1, 2))
+        output = self._decode_vectors(quantized.vectors, latent.shape[2:])
+        loss = pixel_loss(output, batch) + quantized.loss
+        return loss, {"psnr_db": psnr_db(output.detach(), batch).mean().item()}
+
+    def _prepare(self, segment: Segment) -> np.ndarray:
+        self.check_segment(segment)
+        assert isinstance(segment, Image)
+        limit = self.max_cells * PATCH_PX
+        side = self.config["side_px"] or min(limit, max(segment.height, segment.width))
+        height, width = fit_side(segment.height, segment.width, side)
+        return segment.resize(height, width).pixels
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Pictures to codes; pictures of one size share a forward pass."""
+        pictures = [self._prepare(segment) for segment in segments]
+        result: list[Codes | None] = [None] * len(pictures)
+        for shape in {p.shape for p in pictures}:
+            rows = [i for i, p in enumerate(pictures) if p.shape == shape]
+            x = to_unit_range(np.stack([pictures[i] for i in rows])).to(self.device)
+            latent = self._encode_pixels(x)
+            codes = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
+            for i, values in zip(rows, codes, strict=True):
+                result[i] = Codes(values[:, None], tuple(latent.shape[2:]))
+        return [codes for codes in result if codes is not None]
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to pictures of rows*8 by cols*8 pixels."""
+        for one in codes:
+            self.check_codes(one)
+        result: list[Segment | None] = [None] * len(codes)
+        for size in {one.size for one in codes}:
+            rows = [i for i, one in enumerate(codes) if one.size == size]
+            values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            for i, pixels in zip(rows, to_pixels(self.reconstruct(values.unflatten(1, size))), strict=True):
+                result[i] = Image(pixels)
+        return [segment for segment in result if segment is not None]
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """Quantised vectors [K, width] in the decoder's input space."""
+        return self.quantize.codebook()
