@@ -1,0 +1,170 @@
+"""Speech to a line of codes and back: one codebook, 50 codes a second of 16 kHz sound.
+
+Log-mel frames every 20 ms go through 1-D ConvNeXt blocks and finite scalar quantisation (arXiv 2309.15505); the
+decoder predicts magnitude and phase of a short-time spectrum and inverts it, which is cheap and makes the
+waveform directly (Vocos, 2306.00814). Trained with multi-resolution spectral losses, no adversary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anytoken.segments import Segment, Speech
+from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
+from anytoken.tokenizers.quantizers import Quantizer
+
+SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
+MAX_FRAMES = 400  # eight seconds
+LOSS_WINDOWS = (256, 512, 1024, 2048)
+
+
+class LogMel(nn.Module):
+    """Log-mel frames [B, 80, T] of samples [B, T * 320]; frame t is centred on its 320 samples."""
+
+    def __init__(self, window: int = WINDOW, hop: int = HOP, mels: int = MELS) -> None:
+        super().__init__()
+        from torchaudio.functional import melscale_fbanks
+
+        self.window_size, self.hop = window, hop
+        filters = melscale_fbanks(window // 2 + 1, 0.0, SAMPLE_RATE_HZ / 2, mels, SAMPLE_RATE_HZ, norm="slaney")
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Samples in [-1, 1] to natural log of mel energy, floored at 1e-5."""
+        padded = F.pad(samples, ((self.window_size - self.hop) // 2,) * 2)
+        spectrum = torch.stft(
+            padded, self.window_size, self.hop, window=self.window, center=False, return_complex=True
+        )
+        magnitude = spectrum.abs().transpose(1, 2)
+        return (magnitude @ self.filters).clamp_min(1e-5).log().transpose(1, 2)
+
+
+class WaveHead(nn.Module):
+    """Magnitude and phase of each frame, overlap-added into samples by an inverse short-time transform."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = ChannelLinear(width, WINDOW + 2)
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features [B, D, T] to samples [B, T * 320]."""
+        log_magnitude, phase = self.project(x).float().chunk(2, dim=1)
+        spectrum = torch.polar(log_magnitude.clamp_max(6.0).exp(), phase)
+        frames = torch.fft.irfft(spectrum, WINDOW, dim=1) * self.window[:, None]
+        length = (x.shape[2] - 1) * HOP + WINDOW
+        samples = _overlap_add(frames, length)
+        weight = _overlap_add(self.window.square()[None, :, None].expand(1, -1, x.shape[2]), length)
+        edge = (WINDOW - HOP) // 2
+        return (samples / weight.clamp_min(1e-3))[:, edge : edge + x.shape[2] * HOP]
+
+
+def _overlap_add(frames: Tensor, length: int) -> Tensor:
+    return F.fold(frames, (1, length), (1, WINDOW), stride=(1, HOP))[:, 0, 0]
+
+
+def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Log-magnitude and convergence error at several resolutions; output, target [B, samples]."""
+    loss = output.new_zeros(())
+    for size in LOSS_WINDOWS:
+        window = torch.hann_window(size, device=output.device)
+        a, b = (
+            torch.stft(x, size, size // 4, window=window, return_complex=True).abs().clamp_min(1e-5)
+            for x in (output, target)
+        )
+        loss = loss + F.l1_loss(a.log(), b.log()) + (a - b).norm() / b.norm().clamp_min(1e-3)
+    return loss / len(LOSS_WINDOWS)
+
+
+@register_modality
+class SpeechTokenizer(ModalityTokenizer):
+    """16 kHz mono, 20 ms a code, at most eight seconds; other rates are resampled, other lengths padded to 20 ms."""
+
+    kind = "speech"
+    segment_type = Speech
+
+    def __init__(
+        self,
+        width: int = 256,
+        encoder_depth: int = 4,
+        decoder_depth: int = 6,
+        quantizer: str = "fsq",
+        levels: Sequence[int] = (8, 8, 8, 8),
+        codebook_size: int = 4096,
+        max_frames: int = MAX_FRAMES,
+    ) -> None:
+        config = {
+            "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
+            "levels": list(levels), "codebook_size": codebook_size, "max_frames": max_frames,
+        }  # fmt: skip
+        quantize = Quantizer(width, quantizer, levels, codebook_size)
+        super().__init__(shape=Run(1, max_frames), codebook_sizes=[quantize.codebook_size], config=config)
+        self.frame_rate_hz = SAMPLE_RATE_HZ / HOP
+        self.quantize = quantize
+        self.mel = LogMel()
+        self.encoder = nn.Sequential(
+            nn.Conv1d(MELS, width, 3, padding=1), Trunk(width, encoder_depth, (7,)), ChannelNorm(width)
+        )
+        self.decoder = nn.Sequential(Trunk(width, decoder_depth, (7,)), ChannelNorm(width), WaveHead(width))
+        self.mel_for_loss = LogMel(1024, 256, MELS)
+
+    def _features(self, samples: Tensor) -> Tensor:
+        return self.encoder((self.mel(samples) + 5.0) / 4.0).transpose(1, 2)
+
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """batch: samples [B, T * 320] in [-1, 1]."""
+        quantized = self.quantize(self._features(batch))
+        output = self.decoder(quantized.vectors.transpose(1, 2))
+        mel = F.l1_loss(self.mel_for_loss(output), self.mel_for_loss(batch))
+        spectral = spectral_loss(output, batch)
+        return 2.0 * mel + spectral + quantized.loss, {"mel_l1": mel.item(), "spectral": spectral.item()}
+
+    def _samples(self, segment: Segment) -> np.ndarray:
+        self.check_segment(segment)
+        assert isinstance(segment, Speech)
+        frames = math.ceil(segment.seconds * SAMPLE_RATE_HZ / HOP)
+        limit = self.config["max_frames"]
+        if frames > limit:
+            raise TokenizerError(
+                f"Speech of {segment.seconds:.1f} s is {frames} codes; at most {limit} "
+                f"({limit * HOP / SAMPLE_RATE_HZ:g} s) are taken: cut it into pieces."
+            )
+        samples = segment.resample(SAMPLE_RATE_HZ).samples
+        return np.pad(samples, (0, -len(samples) % HOP))
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Clips to codes; clips of one length share a forward pass, so a batch gives what single clips give."""
+        clips = [self._samples(segment) for segment in segments]
+        codes: dict[int, Codes] = {}
+        for length in {len(clip) for clip in clips}:
+            rows = [i for i, clip in enumerate(clips) if len(clip) == length]
+            batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
+            values = self.quantize(self._features(batch)).codes.cpu().numpy()
+            codes.update({i: Codes(one[:, None]) for i, one in zip(rows, values, strict=True)})
+        return [codes[i] for i in range(len(clips))]
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to 16 kHz clips of 320 samples a code."""
+        result: dict[int, Segment] = {}
+        for one in codes:
+            self.check_codes(one)
+        for length in {len(one) for one in codes}:
+            rows = [i for i, one in enumerate(codes) if len(one) == length]
+            values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            samples = self.decoder(self.quantize.lookup(values).transpose(1, 2)).clamp(-1, 1).cpu().numpy()
+            result.update({i: Speech(one, SAMPLE_RATE_HZ) for i, one in zip(rows, samples, strict=True)})
+        return [result[i] for i in range(len(codes))]
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """Quantised vectors [K, width] in the decoder's input space."""
+        return self.quantize.codebook()

@@ -1,0 +1,118 @@
+"""Video to a space-time grid of codes and back: one code for 4 frames of 8x8 pixels.
+
+The image tokenizer's autoencoder with a third axis: tubelets instead of patches (ViViT, arXiv 2103.15691),
+3-D depthwise convolutions, finite scalar quantisation (2309.15505). Eight frames of 64x64 are 128 codes, so
+what stands still is written once in four frames instead of four times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from anytoken.segments import Image, Segment, Video
+from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
+from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
+from anytoken.tokenizers.image import PATCH_PX, fit_side, pixel_loss, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.quantizers import Quantizer
+
+STEP_FRAMES = 4
+TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
+KERNEL = (3, 5, 5)
+
+
+@register_modality
+class VideoTokenizer(ModalityTokenizer):
+    """4 frames of 8x8 pixels a code. `encode` scales the longer side to `side_px` and takes 4 or 8 frames.
+
+    Clips of up to 5 frames become 4, longer ones 8, spread evenly over the clip (a single frame is repeated).
+    Decoded video runs at `frame_rate_hz` frames a second; the clip's own rate is not part of the codes.
+    """
+
+    kind = "video"
+    segment_type = Video
+
+    def __init__(
+        self,
+        width: int = 192,
+        encoder_depth: int = 3,
+        decoder_depth: int = 6,
+        quantizer: str = "fsq",
+        levels: Sequence[int] = (8, 5, 5, 5),
+        codebook_size: int = 1024,
+        side_px: int = 64,
+        video_frame_rate_hz: float = 4.0,
+    ) -> None:
+        config = {
+            "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
+            "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
+            "video_frame_rate_hz": video_frame_rate_hz,
+        }  # fmt: skip
+        quantize = Quantizer(width, quantizer, levels, codebook_size)
+        cells = side_px // PATCH_PX
+        shape = Grid(("steps", "rows", "cols"), (1, 1, 1), (2, cells, cells))
+        super().__init__(shape=shape, codebook_sizes=[quantize.codebook_size], config=config)
+        self.quantize = quantize
+        patch = int(np.prod(TUBELET)) * 3
+        self.encoder = nn.Sequential(
+            ChannelLinear(patch, width), Trunk(width, encoder_depth, KERNEL), ChannelNorm(width)
+        )
+        self.decoder = nn.Sequential(
+            Trunk(width, decoder_depth, KERNEL), ChannelNorm(width), ChannelLinear(width, patch)
+        )
+
+    def _encode_pixels(self, x: Tensor) -> Tensor:
+        return self.encoder(patchify(x, TUBELET))
+
+    def _decode_vectors(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        return unpatchify(self.decoder(vectors.transpose(1, 2).unflatten(2, tuple(grid))), TUBELET)
+
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """batch: pixels [B, 3, T, H, W] in [-1, 1], T a multiple of 4, H and W of 8."""
+        latent = self._encode_pixels(batch)
+        quantized = self.quantize(latent.flatten(2).transpose(1, 2))
+        output = self._decode_vectors(quantized.vectors, latent.shape[2:])
+        return pixel_loss(output, batch) + quantized.loss, {"psnr_db": psnr_db(output.detach(), batch).mean().item()}
+
+    def _prepare(self, segment: Segment) -> np.ndarray:
+        self.check_segment(segment)
+        assert isinstance(segment, Video)
+        count, height, width, _ = segment.frames.shape
+        frames = STEP_FRAMES * min(2, max(1, round(count / STEP_FRAMES)))
+        rows, cols = fit_side(height, width, self.config["side_px"])
+        picked = segment.frames[[int(i * count / frames) for i in range(frames)]]
+        return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Clips to codes; clips of one size share a forward pass."""
+        clips = [self._prepare(segment) for segment in segments]
+        result: dict[int, Codes] = {}
+        for shape in {clip.shape for clip in clips}:
+            rows = [i for i, clip in enumerate(clips) if clip.shape == shape]
+            x = to_unit_range(np.stack([clips[i] for i in rows])).transpose(1, 2).to(self.device)
+            latent = self._encode_pixels(x)
+            values = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
+            result.update({i: Codes(v[:, None], tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)})
+        return [result[i] for i in range(len(clips))]
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to clips of steps*4 frames of rows*8 by cols*8 pixels."""
+        for one in codes:
+            self.check_codes(one)
+        result: dict[int, Segment] = {}
+        for size in {one.size for one in codes}:
+            rows = [i for i, one in enumerate(codes) if one.size == size]
+            values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            clips = to_pixels(self._decode_vectors(self.quantize.lookup(values), size).transpose(1, 2))
+            rate = self.config["video_frame_rate_hz"]
+            result.update({i: Video(clip, rate) for i, clip in zip(rows, clips, strict=True)})
+        return [result[i] for i in range(len(codes))]
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """Quantised vectors [K, width] in the decoder's input space."""
+        return self.quantize.codebook()
