@@ -1,0 +1,320 @@
+"""Segments and messages to ids, and ids back to segments.
+
+A prompt becomes the sequence of DESIGN's format: bos, then a role id, the content and the end id for every turn.
+Text is tokenized on its own, so no text can ever smuggle in a control id. Messages follow the chat convention of
+transformers: content is a string or a list of parts such as ``{"type": "image", "image": path}``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as Picture
+
+from anytoken.grammar import ROLES, Grammar, GrammarError, Piece
+from anytoken.segments import Image, Segment, Text, open_segment
+from anytoken.token_space import TokenSpace, TokenSpaceError
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
+from anytoken.tokenizers.text import TextTokenizer
+
+SPACE_FILE = "token_space.json"
+Message = dict[str, Any]
+Open = Callable[[], Segment]  # media are opened only once the whole prompt is known to be well-formed
+
+
+class PromptError(ValueError):
+    """A prompt, message or segment that cannot be turned into ids."""
+
+
+class Processor:
+    """The tokenizers of all kinds over one token space, and the grammar of it."""
+
+    def __init__(
+        self,
+        token_space: TokenSpace,
+        text_tokenizer: TextTokenizer,
+        tokenizers: Mapping[str, ModalityTokenizer],
+    ) -> None:
+        """Put the parts together; TokenSpaceError if a tokenizer is missing or does not fit the space."""
+        self.token_space = token_space
+        self.text_tokenizer = text_tokenizer
+        self.tokenizers = dict(tokenizers)
+        self._check_fit()
+        self.grammar = Grammar(token_space)
+
+    def _check_fit(self) -> None:
+        space = self.token_space
+        if self.text_tokenizer.vocab_size != space.text_size:
+            raise TokenSpaceError(
+                f"The text tokenizer has {self.text_tokenizer.vocab_size} ids, but the token space keeps "
+                f"{space.text_size} for text; use the tokenizer that the space was made for."
+            )
+        if set(self.tokenizers) != set(space.modalities):
+            raise TokenSpaceError(
+                f"The token space has {space.modalities}, but there are tokenizers for {list(self.tokenizers)}; "
+                "they must be the same."
+            )
+        for kind, tokenizer in self.tokenizers.items():
+            given = (tokenizer.shape, tokenizer.codebook_sizes)
+            wanted = (space.shapes[kind], space.codebook_sizes(kind))
+            if given != wanted or tokenizer.name != kind:
+                raise TokenSpaceError(
+                    f"The token space has {kind} with {wanted[0]} and codebooks {wanted[1]}, but its tokenizer is "
+                    f"{tokenizer.name} with {given[0]} and {given[1]}; use the tokenizer that the space was made for."
+                )
+
+    @property
+    def kinds(self) -> dict[str, type[Segment]]:
+        """Every kind that can be read and written, with its segment type."""
+        return {"text": Text, **{kind: one.segment_type for kind, one in self.tokenizers.items()}}
+
+    def __repr__(self) -> str:
+        return f"Processor({self.token_space!r})"
+
+    # ---- segments and ids ----
+
+    def segment_ids(self, segment: Segment) -> list[int]:
+        """One segment as ids: bare text ids, or open id, size ids, codes, close id.
+
+        PromptError for a kind without a tokenizer; TokenizerError if the tokenizer cannot take the input.
+        """
+        if not isinstance(segment, Segment):
+            raise PromptError(
+                f"Expected a segment ({', '.join(self.kinds)}); received {type(segment).__name__}."
+            )
+        if isinstance(segment, Text):
+            return self.text_tokenizer.encode(segment.text)
+        tokenizer = self._tokenizer(segment.kind)
+        with torch.no_grad():
+            codes = tokenizer.encode(segment)
+        return self.codes_to_ids(segment.kind, codes)
+
+    tokenize = segment_ids
+
+    def _tokenizer(self, kind: str) -> ModalityTokenizer:
+        if kind not in self.tokenizers:
+            raise PromptError(f"No tokenizer for {kind!r}{_choices(kind, list(self.kinds))}.")
+        return self.tokenizers[kind]
+
+    def codes_to_ids(self, kind: str, codes: Codes) -> list[int]:
+        """Codes of one segment as ids, with open, size and close ids; TokenizerError if they break its shape."""
+        tokenizer, space = self._tokenizer(kind), self.token_space
+        tokenizer.check_codes(codes)
+        starts = np.array(
+            [space.code_range(kind, book).start for book in range(len(tokenizer.codebook_sizes))]
+        )
+        return [
+            space.open_token(kind),
+            *(space.size_token(n) for n in codes.size),
+            *(codes.values + starts).ravel().tolist(),
+            space.close_token(kind),
+        ]
+
+    def ids_to_codes(self, ids: Sequence[int]) -> tuple[str, Codes]:
+        """Kind and codes of the ids of exactly one medium, open to close id; GrammarError otherwise."""
+        pieces = self.grammar.parse(ids)
+        if len(pieces) != 1 or pieces[0].kind == "text":
+            found = ", ".join(piece.kind for piece in pieces) or "nothing"
+            raise GrammarError(
+                f"Expected the ids of one medium, from its open to its close id; received {found}."
+            )
+        return pieces[0].kind, Codes(pieces[0].values, pieces[0].size)
+
+    def detokenize(self, ids: Sequence[int]) -> list[Segment]:
+        """Ids as segments, in order: those of a segment, a reply, a turn, or a whole conversation.
+
+        Bytes that are no UTF-8, as at the end of a text that was cut, become U+FFFD. GrammarError for ids that are
+        no legal sequence, or stop inside a medium.
+        """
+        pieces = self.grammar.parse(ids)
+        segments: dict[int, Segment] = {}
+        for kind in dict.fromkeys(piece.kind for piece in pieces):
+            places = [place for place, piece in enumerate(pieces) if piece.kind == kind]
+            segments |= zip(places, self._decode(kind, [pieces[place] for place in places]), strict=True)
+        return [segments[place] for place in range(len(pieces))]
+
+    def _decode(self, kind: str, pieces: list[Piece]) -> list[Segment]:
+        if kind == "text":
+            return [Text(self.text_tokenizer.decode(piece.values.tolist())) for piece in pieces]
+        with torch.no_grad():
+            return self.tokenizers[kind].decode_batch([Codes(piece.values, piece.size) for piece in pieces])
+
+    # ---- prompts and messages ----
+
+    def messages(self, prompt: Any) -> list[Message]:
+        """A prompt as messages {"role", "content": [Segment, ...]}, its media opened.
+
+        prompt: a string, a segment, a list of both, or messages in the chat convention. A list may also hold
+        paths (pathlib.Path), PIL images and uint8 [H, W, 3] arrays; a part of a message may give its medium as a
+        segment, a path, bytes, a PIL image or an array. PromptError says which part is wrong and what is
+        allowed; nothing is opened before all parts have been looked at.
+        """
+        parts = prompt if isinstance(prompt, list | tuple) else [prompt]
+        if any(isinstance(part, Mapping) and "role" in part for part in parts):
+            turns = [self._turn(message, number) for number, message in enumerate(parts)]
+        else:
+            turns = [("user", self._content(prompt, "The prompt"))]
+        return [{"role": role, "content": [open_() for open_ in content]} for role, content in turns]
+
+    def _turn(self, message: Any, number: int) -> tuple[str, list[Open]]:
+        where = f"Message {number}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise PromptError(
+                f'{where} of the prompt needs "role" and "content"; received {message!r:.80}. '
+                "A list holds messages only, or no message."
+            )
+        role = message["role"]
+        if role not in ROLES:
+            raise PromptError(f"{where} has the role {role!r}{_choices(role, ROLES)}.")
+        return role, self._content(message["content"], f"{where} ({role})")
+
+    def _content(self, content: Any, where: str) -> list[Open]:
+        parts = content if isinstance(content, list | tuple) else [content]
+        opens = [self._part(part, where) for part in parts if not _is_empty_text(part)]
+        if not opens:
+            raise PromptError(f"{where} is empty; give it a text, or a segment of {', '.join(self.kinds)}.")
+        return opens
+
+    def _part(self, part: Any, where: str) -> Open:
+        """How to get the segment of one part of a content."""
+        if isinstance(part, Mapping):
+            return self._typed_part(part, where)
+        if isinstance(part, str):
+            return partial(Text, part)
+        if isinstance(part, Segment):
+            if part.kind not in self.kinds:
+                raise PromptError(
+                    f"{where}: no tokenizer for {part.kind!r}{_choices(part.kind, list(self.kinds))}."
+                )
+            return lambda: part
+        if isinstance(part, os.PathLike):
+            return partial(open_segment, Path(part))
+        if isinstance(part, Picture | np.ndarray):
+            return partial(Image.open, part)
+        raise PromptError(
+            f"{where} holds {part!r:.80} ({type(part).__name__}); allowed: a string, a segment, a path, a PIL image, an "
+            'array, or a part such as {"type": "image", "image": "cat.png"}.'
+        )
+
+    def _typed_part(self, part: Mapping[str, Any], where: str) -> Open:
+        kind = part.get("type")
+        if not isinstance(kind, str) or kind not in self.kinds:
+            raise PromptError(f"{where}: content of type {kind!r}{_choices(kind, list(self.kinds))}.")
+        value = part.get(kind, part.get("path"))
+        if value is None:
+            raise PromptError(
+                f'{where}: a part of type {kind} holds its content under "{kind}"; '
+                f"received the keys {', '.join(map(str, part))}."
+            )
+        if kind == "text" and isinstance(part.get("text"), str):
+            return partial(Text, value)
+        segment_type = self.kinds[kind]
+        if isinstance(value, segment_type):
+            return lambda: value
+        if isinstance(value, Segment):
+            raise PromptError(f"{where}: a part of type {kind} holds a segment of kind {value.kind!r}.")
+        settings = {key: one for key, one in part.items() if key not in ("type", kind, "path")}
+        return partial(_open_medium, segment_type, value, settings, where)
+
+    def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+        """A conversation (or anything `messages` takes) as ids, from bos; with the assistant's opening at the end.
+
+        Neighbouring texts of one message become one text, as in training.
+        """
+        ids = [self.token_space.bos]
+        for message in self.messages(messages):
+            ids += self._turn_ids(message)
+        return [*ids, self.token_space.assistant] if add_generation_prompt else ids
+
+    def _turn_ids(self, message: Message) -> list[int]:
+        ids, text = [getattr(self.token_space, message["role"])], ""
+        for segment in message["content"]:
+            if isinstance(segment, Text):
+                text += segment.text
+                continue
+            ids += [*self.text_tokenizer.encode(text), *self.segment_ids(segment)]
+            text = ""
+        return [*ids, *self.text_tokenizer.encode(text), self.token_space.end]
+
+    def encode_training(self, messages: Any) -> tuple[list[int], list[bool]]:
+        """A conversation as ids, and for each id whether it is to be learnt: the assistant's content and end ids."""
+        ids, learn = [self.token_space.bos], [False]
+        for message in self.messages(messages):
+            turn = self._turn_ids(message)
+            ids += turn
+            learn += [False, *[message["role"] == "assistant"] * (len(turn) - 1)]
+        return ids, learn
+
+    def null_prompt(self) -> list[int]:
+        """The prompt that says nothing, for classifier-free guidance (arXiv 2207.12598)."""
+        space = self.token_space
+        return [space.bos, space.user, space.null, space.end, space.assistant]
+
+    # ---- saving and loading ----
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write token_space.json, text_tokenizer/ and tokenizers/<kind>/; weights as `dtype` if given."""
+        folder = Path(folder)
+        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
+        for kind, tokenizer in self.tokenizers.items():
+            tokenizer.save_pretrained(folder / "tokenizers" / kind, dtype)
+        self.token_space.save(folder / SPACE_FILE)  # last: a folder that has it is whole
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Processor:
+        """Load a folder that `save_pretrained` wrote.
+
+        ValueError (TokenSpaceError or TokenizerError) names the file that is missing, truncated or of another
+        checkpoint.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise TokenSpaceError(
+                f"{folder} is no folder; give a checkpoint folder, which holds {SPACE_FILE}."
+            )
+        space = TokenSpace.load(folder / SPACE_FILE)
+        text = TextTokenizer.from_pretrained(folder / "text_tokenizer")
+        tokenizers = {kind: load_tokenizer(folder / "tokenizers" / kind) for kind in space.modalities}
+        try:
+            return cls(space, text, tokenizers)
+        except TokenSpaceError as error:
+            raise TokenSpaceError(f"{folder} mixes files of different checkpoints: {error}") from None
+
+
+def _is_empty_text(part: Any) -> bool:
+    if isinstance(part, Mapping) and part.get("type") == "text":
+        part = part.get("text")
+    return isinstance(part, str | Text) and not str(part)
+
+
+def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str, Any], where: str) -> Segment:
+    """The segment of a part's value: a path, bytes, a PIL image, an array with its settings, or DNA's letters."""
+    kind = segment_type.kind
+    build: Callable[..., Segment] = segment_type
+    opener: Callable[..., Segment] = getattr(segment_type, "open", build)
+    inline = kind == "dna" and isinstance(value, str) and value.isalpha() and not os.path.exists(value)
+    try:
+        if isinstance(value, np.ndarray) or inline:
+            return build(value, **settings)
+        return opener(value, **settings)
+    except (TypeError, OSError) as error:
+        more = f" with {', '.join(settings)}" if settings else ""
+        raise PromptError(
+            f"{where}: {value!r:.80}{more} does not open as {kind} ({error}); give a path, a segment, or an array "
+            f"with what {segment_type.__name__}(...) takes."
+        ) from error
+
+
+def _choices(given: object, allowed: Sequence[str]) -> str:
+    """What an error says after an unknown name: the nearest known one, and all."""
+    near = get_close_matches(str(given), allowed, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{hint}; allowed: {', '.join(allowed)}"
