@@ -37,17 +37,13 @@ ICONIFY = {"noto": "@iconify-json/noto", "twemoji": "@iconify-json/twemoji", "fl
 THREE_D = "@lobehub/fluent-emoji-3d"
 ANIMATED = [f"@lobehub/fluent-emoji-anim-{part}" for part in range(1, 5)]
 PACKAGE_NAMES = ["openmoji", *ICONIFY.values(), THREE_D, *ANIMATED]
-CORE_GROUPS = ("animals-nature", "food-drink", "travel-places", "objects", "activities")
-# Families whose members differ by a detail that 64 pixels do not show, and symbols that are hard to picture.
+# In order of preference. Few things besides animals and vehicles move, so faces come last and only to fill up.
+CORE_GROUPS = ("animals-nature", "food-drink", "travel-places", "objects", "activities", "smileys-emotion")
+# Families whose members differ by a detail that 64 pixels do not show, and names that are hard to picture.
 NOT_CORE = re.compile(
-    r"clock|o.clock|thirty|moon|face|book$|envelope|mailbox|pin\b|calendar|folder|chart|hand|medal|button|"
-    r"japanese|heart|office|building|station|person|people|man|woman|place|card|scroll|sign|globe|paper|yen|euro|"
-    r"pound|dollar|banknote|castle|church|mosque|temple|shrine|fog|wind|mail|package|box|newspaper|label|cooking|guide|service|pouring|wilted"
+    r"\b(clock|calendar|guide|service|wilted|oncoming|departure|done|small|glowing|hearts?|exclamation|decoration)\b"
 )
-NO_ARTICLE = re.compile(
-    r"(rice|bacon|cheese|bread|sushi|spaghetti|broccoli|popcorn|sake|garlic|salt|butter|ice|oden|fondue|custard|food|"
-    r"falafel|(?<!octop)(?<!hibisc)(?<!wine glas)(?<!tumbler glas)(?<!rhinocero)(?<!walru)s)$"
-)
+NO_ARTICLE = re.compile(r"((?<![suio])s|wood|voltage)$")
 
 
 class EmojiError(ValueError):
@@ -56,7 +52,7 @@ class EmojiError(ValueError):
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that every style draws; `file` is its name in the 3-D package."""
+    """One thing that every style draws; `file` is its name in the 3-D package, `animated` a clip that moves."""
 
     hexcode: str
     name: str
@@ -113,27 +109,33 @@ def find_concepts(roots: dict[str, Path]) -> list[Concept]:
             wanted = row["group"] not in ("people-body", "flags", "extras-openmoji", "extras-unicode", "component")
             if wanted and not row["skintone"] and code in three_d and all(code in names for names in drawn):
                 name = row["annotation"].lower().replace("’", "'")
-                found.append(Concept(row["hexcode"], name, row["group"], three_d[code], animated.get(code)))
+                clip = animated.get(code)
+                moving = clip if clip and _moves(clip) else None
+                found.append(Concept(row["hexcode"], name, row["group"], three_d[code], moving))
     if not found:
         raise EmojiError("No concept is drawn in all five styles: the packages are not what was pinned.")
     return found
 
 
 def choose_core(known: list[Concept], count: int) -> list[Concept]:
-    """The concepts the bundled model knows: animated, picturable, at most two plain words, spread over groups."""
+    """The concepts the bundled model knows: they move, are called by at most two plain words and look distinct.
+
+    Groups in order of preference, within a group by hash; none is a concept that tokenizers are tested on.
+    """
+    names = {one.name for one in known}
     fit = [
         one
         for one in known
         if one.animated
         and one.group in CORE_GROUPS
         and re.fullmatch(r"[a-z]+( [a-z]+)?", one.name)
+        and one.name.removesuffix(" face") not in names - {one.name}
         and not NOT_CORE.search(one.name)
         and not splits.tokenizer_held_out(one.hexcode)
     ]
-    if len(fit) < count:
-        raise EmojiError(f"{count} core concepts were asked for; {len(fit)} are animated and plainly named.")
-    rank = {group: index for index, group in enumerate(CORE_GROUPS)}
-    order = sorted(fit, key=lambda one: (rank[one.group] // 2, splits.fraction(one.hexcode, "core")))
+    if not 0 < count <= len(fit):
+        raise EmojiError(f"{count} core concepts were asked for; 1 to {len(fit)} are animated and plainly named.")
+    order = sorted(fit, key=lambda one: (CORE_GROUPS.index(one.group), "face" in one.name, splits.fraction(one.hexcode, "core")))
     return order[:count]
 
 
@@ -173,6 +175,12 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 def _plain(code: str) -> str:
     return code.lower().replace("-fe0f", "")
+
+
+def _moves(clip: str) -> bool:
+    """The animated packages also hold one-frame files for what was never animated."""
+    with Picture.open(clip) as picture:
+        return int(getattr(picture, "n_frames", 1)) > 1
 
 
 @memoize
@@ -229,7 +237,7 @@ def _sprites(
     folder: Path, known: list[Concept], roots: dict[str, Path], pool: ProcessPoolExecutor, progress: bool
 ) -> np.ndarray:
     path, size = folder / "sprites.npy", (len(known) * len(STYLES), SPRITE_PX, SPRITE_PX, 4)
-    if not _has(path, size):
+    if not _has(path, size, [one for one in known for _ in STYLES]):
         jobs = [(concept, roots) for concept in known]
         drawn = _map(pool, _draw, jobs, "sprites", progress)
         _save(path, np.concatenate(drawn))
@@ -242,7 +250,7 @@ def _animations(
     folder: Path, known: list[Concept], pool: ProcessPoolExecutor, progress: bool
 ) -> dict[str, np.ndarray]:
     path, size = folder / "animations.npy", (len(known), FRAMES, CANVAS_PX, CANVAS_PX, 4)
-    if not _has(path, size):
+    if not _has(path, size, known):
         drawn = _map(pool, _animate, known, "animations", progress)
         _save(path, np.stack([frames for frames, _ in drawn]))
         rows = [{**describe(one), "duration_seconds": t} for one, (_, t) in zip(known, drawn, strict=True)]
@@ -310,8 +318,12 @@ def _keep(path: Path, write: Callable[[Path], None]) -> None:
     scratch.replace(path)
 
 
-def _has(path: Path, size: tuple[int, ...]) -> bool:
-    return path.is_file() and np.load(path, mmap_mode="r").shape == size
+def _has(path: Path, size: tuple[int, ...], owners: list[Concept]) -> bool:
+    """Whether the array is there and holds the rows of just these concepts, in this order."""
+    rows = path.with_suffix(".jsonl")
+    if not (path.is_file() and rows.is_file() and np.load(path, mmap_mode="r").shape == size):
+        return False
+    return [json.loads(line)["hexcode"] for line in rows.read_text().splitlines()] == [one.hexcode for one in owners]
 
 
 def _save(path: Path, array: np.ndarray) -> None:

@@ -33,7 +33,7 @@ def pair_held_out(hexcode: str, background: str) -> bool:
 
 def spoken_held_out(hexcode: str, voice: str) -> bool:
     """Whether this training voice never says the concept's name in the language model's training."""
-    return voice in ("kal16", "slt") and fraction(hexcode, voice, "spoken") < SPOKEN_SHARE
+    return voice in ("kal16", "joe") and fraction(hexcode, voice, "spoken") < SPOKEN_SHARE
 
 
 def tokenizer_held_out(hexcode: str) -> bool:
