@@ -201,24 +201,6 @@ class BalancedLoss(nn.Module):
         return (weights * sums / count.clamp(min=1)).sum() / weights.sum().clamp(min=1e-9)
 
 
-def router_losses(router_logits: Sequence[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
-    """Load-balance loss and router z-loss, each the mean over layers.
-
-    router_logits: per layer [T, E], minus infinity where an expert is closed to a token. The load-balance
-    loss is 1 when tokens and probability spread evenly over the experts.
-    """
-    balance, z_loss = [], []
-    for logits in router_logits:
-        logits = logits.float()
-        probabilities = logits.softmax(-1)
-        chosen = (
-            F.one_hot(logits.topk(top_k, dim=-1).indices, logits.shape[-1]).float().sum(1).mean(0) / top_k
-        )
-        balance.append(logits.shape[-1] * (chosen * probabilities.mean(0)).sum())
-        z_loss.append(torch.logsumexp(logits, -1).square().mean())
-    return torch.stack(balance).mean(), torch.stack(z_loss).mean()
-
-
 def bits(nats: float) -> float:
     """Nats to bits."""
     return nats / math.log(2)

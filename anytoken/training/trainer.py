@@ -27,7 +27,8 @@ from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.processor import Processor
 from anytoken.training.lora import LanguageModel, add_lora, base_model, head_weight
-from anytoken.training.losses import BalancedLoss, LossParts, router_losses
+from anytoken.model.moe import router_losses
+from anytoken.training.losses import BalancedLoss, LossParts
 from anytoken.training.metrics import GroupMeter, MetricsLog, expert_counts
 from anytoken.training.report import write_report
 from anytoken.training.schedule import Schedule

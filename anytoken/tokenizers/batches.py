@@ -1,0 +1,209 @@
+"""Endless training batches for the tokenizers, drawn from packed arrays or from a user's own files.
+
+Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions
+vary without end, so the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on
+the seed and `n` alone, so an interrupted training goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.image import PATCH_PX, to_unit_range
+from anytoken.tokenizers.speech import HOP, SAMPLE_RATE_HZ
+from anytoken.tokenizers.video import STEP_FRAMES
+
+Batches = Callable[[int], Tensor]  # step -> batch
+BACKGROUNDS = [
+    (255, 255, 255), (20, 20, 20), (225, 60, 60), (245, 150, 50),
+    (250, 225, 90), (80, 175, 90), (70, 120, 225), (150, 90, 190),
+]  # fmt: skip
+CROP_SECONDS = 1.0
+
+
+def batches_for(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
+    """The batches of a kind from `source`: an .npy array, or a folder or glob of files.
+
+    TokenizerError if there is nothing there, naming what is expected.
+    """
+    if source.suffix == ".npy":
+        makers = {"image": sprite_batches, "video": animation_batches, "speech": audio_batches}
+        if not source.is_file():
+            raise TokenizerError(f"{source} is missing: build the set first, or name your own files in `data`.")
+        return makers[kind](source, batch_size, seed)
+    return file_batches(kind, source, batch_size, seed)
+
+
+def training_rows(index: Path) -> np.ndarray:
+    """Row numbers of an index.jsonl whose concepts tokenizers may see."""
+    lines = [json.loads(line) for line in index.read_text().splitlines()]
+    return np.array([line["row"] for line in lines if not line["tokenizer_held_out"]])
+
+
+def sprite_batches(path: Path, batch_size: int, seed: int) -> Batches:
+    """Pictures [B, 3, H, W] in [-1, 1]: sprites on a colour, half of them as the composed set has them."""
+    sprites, rows = np.load(path), training_rows(path.with_suffix(".jsonl"))
+
+    def batch(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        picked = sprites[rng.choice(rows, batch_size)]
+        height = width = 64
+        if rng.random() < 0.15:  # other sizes, so that the size header means something
+            height, width = (PATCH_PX * int(n) for n in rng.integers(4, 13, 2))
+        return place(torch.from_numpy(picked), height, width, rng)
+
+    return batch
+
+
+def animation_batches(path: Path, batch_size: int, seed: int) -> Batches:
+    """Clips [B, 3, 8, 64, 64] in [-1, 1]: animations on a colour, placed alike in all frames."""
+    clips, rows = np.load(path, mmap_mode="r"), training_rows(path.with_suffix(".jsonl"))
+
+    def batch(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        picked = torch.from_numpy(np.stack([clips[row] for row in rng.choice(rows, batch_size)]))
+        count = picked.shape[1]
+        placed = place(picked.flatten(0, 1), 64, 64, rng, repeat=count)
+        return placed.unflatten(0, (batch_size, count)).transpose(1, 2)
+
+    return batch
+
+
+def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, repeat: int = 1) -> Tensor:
+    """Compose sprites uint8 [B, S, S, 4] on plain colours: float [B, 3, H, W] in [-1, 1].
+
+    Half stand as in the composed set (56/64 of the side, centred), half at a random size and position; groups
+    of `repeat` consecutive sprites share colour, size and position.
+    """
+    count = len(sprites) // repeat
+    side = min(height, width)
+    fixed = rng.random(count) < 0.5
+    scale = np.where(fixed, 56 / 64, rng.uniform(0.4, 1.0, count)) * side
+    room = np.array([height, width]) - scale[:, None]
+    offset = np.where(fixed[:, None], room / 2, rng.random((count, 2)) * room)
+    known = np.array(BACKGROUNDS, dtype=np.float32)[rng.integers(len(BACKGROUNDS), size=count)]
+    color = np.where(rng.random((count, 1)) < 0.7, known, rng.uniform(0, 255, (count, 3)))
+    # Affine map from output coordinates [-1, 1] to sprite coordinates [-1, 1].
+    theta = np.zeros((count, 2, 3), dtype=np.float32)
+    for axis, (row, size) in enumerate(((1, height), (0, width))):
+        theta[:, row, row] = size / scale
+        theta[:, row, 2] = (size - 2 * offset[:, axis]) / scale - 1
+    full = torch.from_numpy(theta).repeat_interleave(repeat, 0)
+    rgba = sprites.permute(0, 3, 1, 2).float() / 255
+    rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)  # premultiplied: no dark fringes
+    grid = F.affine_grid(full, [len(sprites), 4, 2 * height, 2 * width], align_corners=False)
+    drawn = F.avg_pool2d(F.grid_sample(rgba, grid, align_corners=False), 2)
+    back = torch.from_numpy(color.astype(np.float32) / 255).repeat_interleave(repeat, 0)[:, :, None, None]
+    return (drawn[:, :3] + back * (1 - drawn[:, 3:])) * 2 - 1
+
+
+def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
+    """One-second crops [B, 16000] of one long int16 recording, at varied level and speed."""
+    from torchaudio.functional import resample
+
+    audio = np.load(path, mmap_mode="r")
+    length = int(CROP_SECONDS * SAMPLE_RATE_HZ)
+
+    def batch(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        ratio = int(rng.choice([9, 10, 10, 11]))  # ten in `ratio` out: pitch and speed of other speakers
+        need = length * 10 // ratio + 10
+        starts = rng.integers(0, max(1, len(audio) - need), batch_size)
+        crops = torch.from_numpy(np.stack([audio[s : s + need] for s in starts]).astype(np.float32) / 32768)
+        crops = (crops if ratio == 10 else resample(crops, 10, ratio))[:, :length]
+        return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (batch_size, 1)).astype(np.float32))
+
+    return batch
+
+
+def file_batches(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
+    """Batches from a user's own pictures, clips or recordings: a folder, or a glob such as photos/*.png."""
+    suffixes = {
+        "image": (".png", ".jpg", ".jpeg", ".webp"),
+        "video": (".mp4", ".webm", ".gif", ".webp"),
+        "speech": (".wav", ".flac", ".ogg", ".mp3"),
+    }[kind]
+    pattern = source / "**" / "*" if source.is_dir() else source
+    root = Path(pattern.anchor or ".")
+    names = sorted(root.glob(str(pattern.relative_to(root) if pattern.is_absolute() else pattern)))
+    files = [path for path in names if path.suffix.lower() in suffixes]
+    if not files:
+        raise TokenizerError(f"{source} holds no {kind} files; expected {', '.join(suffixes)}.")
+    load = {"image": _picture, "video": _clip, "speech": _sound}[kind]
+    items = [load(path) for path in files]
+
+    def batch(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        picked = [items[i] for i in rng.integers(0, len(items), batch_size)]
+        if kind == "speech":
+            length = int(CROP_SECONDS * SAMPLE_RATE_HZ) // HOP * HOP
+            picked = [_crop(item, length, rng) for item in picked]
+        return torch.stack(picked)
+
+    return batch
+
+
+def _picture(path: Path) -> Tensor:
+    return to_unit_range(Image.open(path).resize(64, 64).pixels)
+
+
+def _clip(path: Path) -> Tensor:
+    frames = Video.open(path).frames
+    count = 2 * STEP_FRAMES
+    picked = [Image(frames[int(i * len(frames) / count)]).resize(64, 64).pixels for i in range(count)]
+    return to_unit_range(np.stack(picked)).transpose(0, 1)
+
+
+def _sound(path: Path) -> Tensor:
+    return torch.from_numpy(Speech.open(path).resample(SAMPLE_RATE_HZ).samples)
+
+
+def _crop(samples: Tensor, length: int, rng: np.random.Generator) -> Tensor:
+    if len(samples) <= length:
+        return F.pad(samples, (0, length - len(samples)))
+    start = int(rng.integers(0, len(samples) - length))
+    return samples[start : start + length]
+
+
+def held_out_segments(kind: str, data: Path, count: int, seed: int) -> list[Segment]:
+    """Real segments a tokenizer has never seen: held-out concepts in all styles, or held-out voices.
+
+    From the built set in `data`; falls back to the `test` lines of its records where the arrays are absent.
+    """
+    rng = np.random.default_rng((seed, 1))
+    arrays = {"image": "emoji/sprites", "video": "emoji/animations"}
+    index = data / f"{arrays.get(kind, 'none')}.jsonl"
+    if index.is_file():
+        lines = [json.loads(line) for line in index.read_text().splitlines()]
+        rows = np.array([line["row"] for line in lines if line["tokenizer_held_out"]])
+        rows = rng.choice(rows, min(count, len(rows)), replace=False)
+        array = np.load(index.with_suffix(".npy"), mmap_mode="r")
+        if kind == "image":
+            placed = place(torch.from_numpy(np.stack([array[r] for r in rows])), 64, 64, rng)
+            return [Image(p) for p in _uint8(placed)]
+        clips = torch.from_numpy(np.stack([array[r] for r in rows]))
+        placed = place(clips.flatten(0, 1), 64, 64, rng, repeat=clips.shape[1])
+        return [Video(p) for p in _uint8(placed).reshape(len(rows), -1, 64, 64, 3)]
+    records = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}[kind]
+    if not (data / records).is_file():
+        raise TokenizerError(f"{data / records} is missing: --data names the folder of the built sets.")
+    lines = [json.loads(line) for line in (data / records).read_text().splitlines()]
+    test = [one for one in lines if one["split"] == "test" and one.get("holdout") != "spoken"]
+    if not test:
+        raise TokenizerError(f"{data / records} has no held-out lines to measure on.")
+    picked = [test[i] for i in rng.permutation(len(test))[:count]]
+    opener = {"image": Image.open, "video": Video.open, "speech": Speech.open}[kind]
+    return [opener((data / records).parent / one[kind]) for one in picked]
+
+
+def _uint8(x: Tensor) -> np.ndarray:
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()

@@ -1,0 +1,219 @@
+"""Text to ids and back: byte-level byte-pair encoding, exact for every UTF-8 string.
+
+The 256 bytes are the first part of every vocabulary, so nothing is ever unknown (byte-level BPE as in GPT-2; byte
+pair encoding of words: arXiv 1508.07909). The merging is Hugging Face `tokenizers`, which trains in seconds and
+whose `tokenizer.json` other programs read.
+
+A corpus of captions learns whole words, but not necessarily the short pieces a task needs to be single tokens, such
+as one amino acid a token in "M K L V". `train(..., always=[" K", ...])` guarantees those: see there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from anytoken import recipes
+from anytoken.tokenizers.base import TokenizerError
+
+NUM_BYTES = 256
+FILE = "tokenizer.json"
+RECIPE_KEYS = {"kind", "data", "vocab_size", "corpus", "texts", "always"}
+log = logging.getLogger(__name__)
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one visible letter: itself if printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(NUM_BYTES + i): byte for i, byte in enumerate(hidden)
+    }
+
+
+class TextTokenizer:
+    """Ids 0 to `vocab_size - 1`, each standing for a few bytes. Equal files give equal ids everywhere."""
+
+    def __init__(self, bpe: Tokenizer) -> None:
+        letters = _byte_of_letter()
+        vocabulary = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+        readable = all(letter in letters for token, _ in vocabulary for letter in token)
+        if not readable or [id_ for _, id_ in vocabulary] != list(range(len(vocabulary))):
+            raise TokenizerError(
+                "This is no byte-level vocabulary with ids 0, 1, 2, ...; train one with `train`."
+            )
+        self._bpe = bpe
+        self._bytes = [bytes(letters[letter] for letter in token) for token, _ in vocabulary]
+        if len({piece for piece in self._bytes if len(piece) == 1}) != NUM_BYTES:
+            raise TokenizerError(
+                "The vocabulary lacks single bytes, so some text would be lost; train it anew."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, at least 256."""
+        return len(self._bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a string; empty for "". TokenizerError for what UTF-8 cannot hold (lone surrogates)."""
+        if not isinstance(text, str):
+            raise TokenizerError(f"The text tokenizer encodes str; received {type(text).__name__}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"The text is not valid Unicode ({error}); repair it before encoding."
+            ) from error
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The string of ids; bytes that are no UTF-8, which only a model writes, become U+FFFD."""
+        return b"".join(self.id_bytes(id_) for id_ in ids).decode("utf-8", errors="replace")
+
+    def id_bytes(self, id_: int) -> bytes:
+        """The bytes one id stands for; TokenizerError outside 0 to vocab_size - 1."""
+        if not 0 <= id_ < self.vocab_size:
+            raise TokenizerError(f"Text ids run from 0 to {self.vocab_size - 1}; received {id_}.")
+        return self._bytes[id_]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, always: Sequence[str] = ()) -> TextTokenizer:
+        """Learn merges from texts until there are `vocab_size` ids, or no pair is seen twice.
+
+        always: strings that must become exactly one id wherever they stand as a piece of their own (" K" in
+        "M K L"). Byte-pair encoding merges the most frequent pair first, so each of them is added once more often
+        than the most frequent pair of bytes in `texts`: some pair inside an unfinished one then always comes before
+        every other merge. Two runs on the same texts give the same file.
+        TokenizerError if vocab_size is under 256 or too small for `always`, or if one of these is not one piece
+        (a word or sign with at most one space before it).
+        """
+        if vocab_size < NUM_BYTES:
+            raise TokenizerError(
+                f"A byte-level vocabulary has at least {NUM_BYTES} ids; received {vocab_size}."
+            )
+        corpus = list(texts)
+        pairs: Counter[tuple[int, int]] = Counter()
+        for text in [*corpus, *always]:
+            data = text.encode()
+            pairs.update(zip(data, data[1:], strict=False))
+        copies = max(pairs.values(), default=1) + 1
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        bpe.train_from_iterator([*corpus, *(piece for piece in always for _ in range(copies))], trainer)
+        tokenizer = cls(bpe)
+        split = [piece for piece in always if len(tokenizer.encode(piece)) != 1]
+        if split:
+            raise TokenizerError(
+                f"With {vocab_size} ids, {split} cannot be one id each; raise vocab_size, or give single pieces: "
+                "a word or sign with at most one space before it."
+            )
+        return tokenizer
+
+    def fingerprint(self) -> str:
+        """sha256 of the saved form: two tokenizers with one fingerprint give the same ids."""
+        return hashlib.sha256(self._bpe.to_str().encode()).hexdigest()
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write tokenizer.json, whole or not at all; returns the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{FILE}.{os.getpid()}"
+        partial.write_text(self._bpe.to_str(pretty=True), encoding="utf-8")
+        partial.replace(folder / FILE)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> TextTokenizer:
+        """Load tokenizer.json; TokenizerError if it is missing, truncated or not byte-level."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise TokenizerError(f"{path} is missing: expected a folder that a text tokenizer was saved to.")
+        try:
+            bpe = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the package raises nothing more specific for a damaged file
+            raise TokenizerError(f"{path} is not a tokenizer ({error}); copy the folder again.") from error
+        return cls(bpe)
+
+
+def train_text_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
+    """Train by a recipe such as tokenizers/text/recipe.yaml and save to `out`; returns that folder.
+
+    recipe: `vocab_size`; `data`, the folder of the built sets; `corpus`, a list of {file, fields}, the files being
+    .jsonl or .json under `data` or else among the recipes; `texts`, strings given in place; `always`, as for
+    `TextTokenizer.train`. Lines of the test split are not learnt from: training.json says how many bytes an id
+    covers on them. A corpus file that was not built is left out with a warning; TokenizerError if nothing at all
+    is left, or for an unknown key.
+    """
+    unknown = sorted(set(recipe) - RECIPE_KEYS)
+    if unknown or "vocab_size" not in recipe:
+        raise TokenizerError(
+            f"A text recipe has vocab_size and the keys {', '.join(sorted(RECIPE_KEYS))}; "
+            f"received {', '.join(unknown) or 'no vocab_size'}."
+        )
+    data = Path(recipe.get("data", "data/sets"))
+    texts, held_out, missing = list(recipe.get("texts", ())), [], []
+    for source in recipe.get("corpus", ()):
+        path = _find_corpus(source["file"], data)
+        if path is None:
+            log.warning("%s is neither under %s nor a recipe: left out of the corpus", source["file"], data)
+            missing.append(source["file"])
+            continue
+        for text, is_test in _read_fields(path, source["fields"]):
+            (held_out if is_test else texts).append(text)
+    if not texts:
+        raise TokenizerError(
+            f"No text to train on: {data} has none of the recipe's files; build the sets first."
+        )
+    tokenizer = TextTokenizer.train(texts, recipe["vocab_size"], recipe.get("always", ()))
+    folder = tokenizer.save_pretrained(out)
+    report = {
+        "vocab_size": tokenizer.vocab_size, "texts": len(texts), "missing": missing, "held_out_texts": len(held_out),
+        "held_out_bytes_per_token": _bytes_per_token(tokenizer, held_out),
+        "held_out_exact": all(tokenizer.decode(tokenizer.encode(text)) == text for text in held_out),
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _find_corpus(name: str, data: Path) -> Path | None:
+    if (data / name).is_file():
+        return data / name
+    try:
+        return recipes.find(name)
+    except recipes.RecipeError:
+        return None
+
+
+def _read_fields(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """The strings, or lists of strings, in these fields, and whether their line is of the test split."""
+    content = path.read_text(encoding="utf-8")
+    lines = content.split("\n") if path.suffix == ".jsonl" else [content]
+    try:
+        records = [json.loads(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{path} is not JSON ({error}); build it again.") from error
+    for record in records:
+        for field in fields:
+            value = record.get(field) or []
+            for text in [value] if isinstance(value, str) else value:
+                yield text, record.get("split") == "test"
+
+
+def _bytes_per_token(tokenizer: TextTokenizer, texts: Sequence[str]) -> float | None:
+    ids = sum(len(tokenizer.encode(text)) for text in texts)
+    return sum(len(text.encode()) for text in texts) / ids if ids else None
