@@ -78,7 +78,6 @@ class Engine:
         self._controls = {
             id_ for one in space.ranges if one.kind == "control" for id_ in range(one.start, one.stop)
         }
-        self._tables: dict[Ranges, Tensor] = {}
         self._head: Head | None = None
 
     @property
@@ -203,7 +202,7 @@ class Engine:
             if setting.cfg_scale != 1:
                 mates = [place[mate] for i in members if (mate := rows[i].mate) is not None]
                 logits = guide(logits, head(features[mates], ranges), setting.cfg_scale)
-            table = self._table(ranges)
+            table = self.grammar.index(ranges)
             if setting.repetition_penalty != 1:
                 seen = [_columns(table, set(rows[i].ids) - self._controls) for i in members]
                 logits = penalise(logits, seen, setting.repetition_penalty)
@@ -236,12 +235,6 @@ class Engine:
                 return
             row.cut = row.cut or not _single(self.grammar.allowed(row.state))
             yield self._append(row, ranges[0][0])
-
-    def _table(self, ranges: Ranges) -> Tensor:
-        """The ids that the columns of logits over `ranges` stand for, int64 [K], ascending."""
-        if ranges not in self._tables:
-            self._tables[ranges] = torch.cat([torch.arange(start, stop) for start, stop in ranges])
-        return self._tables[ranges]
 
 
 def _checked_seed(seed: int) -> int:

@@ -1,5 +1,6 @@
 """What a generation gives back: typed segments, their ids, and what they cost."""
 
+import base64
 import html
 from collections import Counter
 from dataclasses import dataclass, field
@@ -80,8 +81,13 @@ class Reply:
         return [segment for segment in self.segments if isinstance(segment, segment_type)]
 
     def _repr_html_(self) -> str:
-        parts = []
-        for segment in self.segments:
-            show = getattr(segment, "_repr_html_", None)
-            parts.append(show() if show is not None else html.escape(repr(segment)))
-        return "".join(f"<div>{part}</div>" for part in parts)
+        return "".join(f"<div>{_html(segment)}</div>" for segment in self.segments)
+
+
+def _html(segment: Segment) -> str:
+    """A segment as a notebook shows it."""
+    if hasattr(segment, "_repr_html_"):
+        return str(segment._repr_html_())
+    if hasattr(segment, "_repr_png_"):
+        return f"<img src='data:image/png;base64,{base64.b64encode(segment._repr_png_()).decode()}'>"
+    return html.escape(repr(segment))
