@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -190,6 +190,16 @@ class TokenSpace:
         if token > self._size_zero:
             return f"<|size:{token - self._size_zero}|>"
         return f"<|{CONTROLS[token - self.text_size]}|>"
+
+    def describe(self, spans: Iterable[tuple[int, int]]) -> str:
+        """Half-open spans of ids for people, such as "text:0 to text:299, <|end|>"; "nothing" if there is none."""
+        parts = []
+        for start, stop in spans:
+            inner = [span.start for span in self.ranges if start < span.start < stop]
+            for first, after in zip([start, *inner], [*inner, stop], strict=True):
+                name = self.token_name(first)
+                parts.append(name if after - first == 1 else f"{name} to {self.token_name(after - 1)}")
+        return ", ".join(parts) or "nothing"
 
     # ---- modality of ids, vectorised ----
 

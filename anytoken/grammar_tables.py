@@ -1,0 +1,138 @@
+"""What the grammar looks up instead of working it out at every id: token ranges, compiled once.
+
+A `SegmentTable` holds one modality's ids and limits; a `TaskTable` what a reply's plan needs and offers at each of
+its steps; `loss_classes` the coarse allowed sets of the grammar-restricted loss. `grammar.py` walks over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import CodeShape, Grid
+
+Span = tuple[int, int]
+Ranges = tuple[Span, ...]
+Size = tuple[int, ...]
+ROLES = ("system", "user", "assistant")
+
+
+class Task(NamedTuple):
+    """What a reply is to hold: its kinds in order (None: the model decides), and grid sizes that are pinned."""
+
+    plan: tuple[str, ...] | None = None
+    sizes: tuple[tuple[str, Size], ...] = ()
+
+
+class SegmentTable:
+    """One modality's ids and limits."""
+
+    def __init__(self, space: TokenSpace, name: str) -> None:
+        self.name = name
+        self.shape: CodeShape = space.shapes[name]
+        self.open, self.close = space.open_token(name), space.close_token(name)
+        self.num_codebooks = self.shape.num_codebooks
+        books = [space.code_range(name, codebook) for codebook in range(self.num_codebooks)]
+        self.starts = np.array([book.start for book in books])
+        self.codes: list[Ranges] = [((book.start, book.stop),) for book in books]
+        self.close_only: Ranges = (one(self.close),)
+        self.code_or_close = merge_ranges([one(self.close), *self.codes[0]])
+
+
+class TaskTable:
+    """A task compiled: grid limits, and what each step of the plan, or free content, needs and offers.
+
+    limits: smallest and largest grid size of each modality. tails[i]: the fewest ids that parts i, i + 1... of
+    the plan and the end id take.
+    """
+
+    def __init__(self, space: TokenSpace, task: Task) -> None:
+        pins = dict(task.sizes)
+        self.plan = task.plan
+        self.limits: dict[str, tuple[Size, Size]] = {}
+        shortest = {"text": 1}
+        for name, shape in space.shapes.items():
+            if isinstance(shape, Grid):
+                pin = pins.get(name)
+                self.limits[name] = (pin or shape.min_size, pin or shape.max_size)
+            shortest[name] = segment_length(shape, pins.get(name))
+        self.tails = [1]
+        for kind in reversed(task.plan or ()):
+            self.tails.insert(0, self.tails[0] + shortest[kind])
+        self._compile_free(space, shortest)
+        self._compile_plan(space)
+
+    def _compile_free(self, space: TokenSpace, shortest: Mapping[str, int]) -> None:
+        """For free content the answer changes only at a few budgets, so all answers are kept.
+
+        A budget of thresholds[i] up to thresholds[i + 1] - 1 has the i-th answer of each table.
+        """
+        needs = [(2, (0, space.text_size))]
+        needs += [(shortest[name] + 1, one(space.open_token(name))) for name in space.shapes]
+        self.thresholds = sorted({1, *(need for need, _ in needs)})
+        fitting = [[span for need, span in needs if need <= budget] for budget in self.thresholds]
+        self.begin_turn = [merge_ranges(spans) for spans in fitting]
+        self.begin_user = [merge_ranges([*spans, one(space.null)]) for spans in fitting]
+        self.go_on = [merge_ranges([*spans, one(space.end)]) for spans in fitting]
+
+    def _compile_plan(self, space: TokenSpace) -> None:
+        """begin[i]: the ids that begin part i of the plan (the end id after the last); or_text: those and text."""
+        text = (0, space.text_size)
+        first = [text if kind == "text" else one(space.open_token(kind)) for kind in self.plan or ()]
+        self.begin: list[Ranges] = [(span,) for span in [*first, one(space.end)]]
+        self.or_text = [merge_ranges([text, *spans]) for spans in self.begin]
+
+
+def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ranges]:
+    """Disjoint sets of ids: each holds all that `allowed` offers wherever one of its own ids stands.
+
+    Content (text, end, null, the open ids) | roles | sizes | each codebook, a run's first one with its close
+    id | close ids of grids, bos and pad, each alone.
+    """
+    text = (0, space.text_size)
+    opens = [one(space.open_token(name)) for name in space.shapes]
+    sets: list[Ranges] = [
+        merge_ranges([text, one(space.end), one(space.null), *opens]),
+        role_ranges(space),
+        ((space.size_token(1), space.size_token(space.max_size_token) + 1),),
+        (one(space.bos),),
+        (one(space.pad),),
+    ]
+    for segment in segments:
+        if isinstance(segment.shape, Grid):
+            sets += [segment.close_only, *segment.codes]
+        else:
+            sets += [segment.code_or_close, *segment.codes[1:]]
+    return sets
+
+
+def role_ranges(space: TokenSpace) -> Ranges:
+    """The ids that begin a turn."""
+    return merge_ranges(one(getattr(space, role)) for role in ROLES)
+
+
+def segment_length(shape: CodeShape, size: Size | None = None) -> int:
+    """Ids of one segment with its open, size and close ids: of a grid at `size`, else the fewest it can have."""
+    if isinstance(shape, Grid):
+        return 2 + len(shape.axes) + math.prod(size or shape.min_size) * shape.num_codebooks
+    return 2 + shape.min_length * shape.num_codebooks
+
+
+def one(token: int) -> Span:
+    """A single id as a half-open span."""
+    return (token, token + 1)
+
+
+def merge_ranges(spans: Iterable[Span]) -> Ranges:
+    """Sort half-open spans and join those that touch or overlap."""
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
