@@ -64,7 +64,9 @@ _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 class _RegisterWithTransformers(MetaPathFinder, Loader):
     """Loads transformers' Auto classes as usual, then registers our model with them."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _AUTO_CLASSES or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)

@@ -317,21 +317,20 @@ def emoji(
     """Build the emoji world: pictures in five styles and videos, with captions."""
     from anytoken.data.emoji import build_emoji
 
-    print(build_emoji(out, cache, concepts, workers, limit))
+    print(build_emoji(out, cache=cache, concepts=concepts, workers=workers, limit=limit))
 
 
 @data_app.command()
 def speech(
     out: Out,
     emoji: Annotated[Path | None, typer.Option(help="The built emoji set; by default OUT/emoji.")] = None,
-    cache: Cache = None,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
     """Build the spoken names, said by real speech engines."""
     from anytoken.data.speech import build_speech
 
-    print(build_speech(out, emoji or out / "emoji", cache, workers, limit))
+    print(build_speech(out, emoji or out / "emoji", workers=workers, limit=limit))
 
 
 @data_app.command()
@@ -339,7 +338,7 @@ def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
     """Build the genes, proteins and intergenic stretches of real bacterial genomes."""
     from anytoken.data.dna import build_dna
 
-    print(build_dna(out, cache, limit))
+    print(build_dna(out, cache=cache, limit=limit))
 
 
 @data_app.command()

@@ -199,8 +199,8 @@ class Processor:
         if isinstance(part, Picture | np.ndarray):
             return partial(Image.open, part)
         raise PromptError(
-            f"{where} holds {part!r:.80} ({type(part).__name__}); allowed: a string, a segment, a path, a PIL image, an "
-            'array, or a part such as {"type": "image", "image": "cat.png"}.'
+            f"{where} holds {part!r:.80} ({type(part).__name__}); allowed: a string, a segment, a path, a PIL image, "
+            'an array, or a part such as {"type": "image", "image": "cat.png"}.'
         )
 
     def _typed_part(self, part: Mapping[str, Any], where: str) -> Open:

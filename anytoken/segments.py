@@ -107,7 +107,9 @@ class Image(Segment):
             return cls(source)
         if isinstance(source, Picture.Image):
             return cls(_flatten(source))
-        data, name = (source, "the given bytes") if isinstance(source, bytes) else (_read(source, "image"), source)
+        data, name = (
+            (source, "the given bytes") if isinstance(source, bytes) else (_read(source, "image"), source)
+        )
         with _decode_picture(data, name, "image") as picture:
             return cls(_flatten(ImageOps.exif_transpose(picture)))
 
@@ -171,7 +173,9 @@ class Speech(Segment):
         """Sound from a wav, flac, ogg or mp3 file or its bytes, at its own rate; channels are averaged."""
         import soundfile
 
-        data, name = (source, "the given bytes") if isinstance(source, bytes) else (_read(source, "speech"), source)
+        data, name = (
+            (source, "the given bytes") if isinstance(source, bytes) else (_read(source, "speech"), source)
+        )
         try:
             samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
         except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
@@ -189,7 +193,8 @@ class Speech(Segment):
         suffix = _suffix(path, SPEECH_SUFFIXES, "speech")
         samples = self.samples.clip(-1, 1)
         return _write_whole(
-            path, lambda scratch: soundfile.write(scratch, samples, self.sample_rate_hz, format=suffix[1:].upper())
+            path,
+            lambda scratch: soundfile.write(scratch, samples, self.sample_rate_hz, format=suffix[1:].upper()),
         )
 
     def resample(self, sample_rate_hz: int) -> Speech:
@@ -264,7 +269,12 @@ class Video(Segment):
         first, *rest = (Picture.fromarray(frame) for frame in self.frames)
         lossless = {"lossless": True} if path.suffix == ".webp" else {}
         first.save(
-            path, save_all=True, append_images=rest, duration=round(1000 / self.frame_rate_hz), loop=0, **lossless
+            path,
+            save_all=True,
+            append_images=rest,
+            duration=round(1000 / self.frame_rate_hz),
+            loop=0,
+            **lossless,
         )
 
     def _save_container(self, path: Path, suffix: str) -> None:
@@ -279,7 +289,9 @@ class Video(Segment):
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
             stream.options = {"crf": "14"}
             for frame in self.frames:
-                even = np.pad(frame, ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)), mode="edge")
+                even = np.pad(
+                    frame, ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)), mode="edge"
+                )
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
             container.mux(stream.encode())
 
@@ -301,7 +313,12 @@ class Video(Segment):
         buffer = io.BytesIO()
         first, *rest = (Picture.fromarray(frame) for frame in self.frames)
         first.save(
-            buffer, "WEBP", save_all=True, append_images=rest, duration=round(1000 / self.frame_rate_hz), loop=0
+            buffer,
+            "WEBP",
+            save_all=True,
+            append_images=rest,
+            duration=round(1000 / self.frame_rate_hz),
+            loop=0,
         )
         return f"<img alt='{self!r}' src='data:image/webp;base64,{_base64(buffer)}'>"
 
@@ -368,7 +385,9 @@ class DNA(Segment):
 
     def _repr_html_(self) -> str:
         colors = {"A": "#2a9d3a", "C": "#2a62c9", "G": "#c98a1b", "T": "#c9302c", "U": "#c9302c"}
-        letters = "".join(f"<span style='color:{colors.get(b.upper(), '#888')}'>{b}</span>" for b in self.bases[:600])
+        letters = "".join(
+            f"<span style='color:{colors.get(b.upper(), '#888')}'>{b}</span>" for b in self.bases[:600]
+        )
         more = f"… {len(self.bases)} bases" if len(self.bases) > 600 else ""
         return f"<code style='word-break:break-all'>{letters}{more}</code>"
 
@@ -430,7 +449,9 @@ def _write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
 def _suffix(path: str | Path, allowed: tuple[str, ...], what: str) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in allowed:
-        raise SegmentError(f"Cannot save {what} as {suffix or 'a file without suffix'}; allowed: {' '.join(allowed)}.")
+        raise SegmentError(
+            f"Cannot save {what} as {suffix or 'a file without suffix'}; allowed: {' '.join(allowed)}."
+        )
     return suffix
 
 
@@ -445,7 +466,9 @@ def _decode_picture(data: bytes, name: object, kind: str) -> Picture.Image:
     except (OSError, SyntaxError, ValueError, EOFError, Picture.DecompressionBombError) as error:
         if isinstance(error, SegmentError):
             raise
-        raise SegmentError(f"{name} is not a readable {kind} ({error}); expected png, jpg or webp.") from error
+        raise SegmentError(
+            f"{name} is not a readable {kind} ({error}); expected png, jpg or webp."
+        ) from error
     return picture
 
 
@@ -501,7 +524,9 @@ def _text_lines(path: str | Path) -> Iterator[str]:
             for line in handle:
                 yield line.rstrip()
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SegmentError(f"{path} cannot be read as DNA: {error}; expected FASTA or plain bases.") from error
+        raise SegmentError(
+            f"{path} cannot be read as DNA: {error}; expected FASTA or plain bases."
+        ) from error
 
 
 def _base64(buffer: io.BytesIO) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,55 @@ from anytoken.cli import app
 from anytoken.segments import DNA, Image, Text
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random model of text, pictures and DNA, saved as a checkpoint folder."""
+    import torch
+
+    from anytoken import AnyToken
+    from anytoken.model.configuration import AnyTokenConfig
+    from anytoken.model.modeling import AnyTokenForCausalLM
+    from anytoken.processor import Processor
+    from anytoken.token_space import TokenSpace
+    from anytoken.tokenizers.image import ImageTokenizer
+    from anytoken.tokenizers.text import TextTokenizer
+
+    torch.manual_seed(0)
+    text = TextTokenizer.train(["a red apple", "what is this?"], 280)
+    image = ImageTokenizer(
+        width=8, encoder_depth=1, decoder_depth=1, refine_width=4, refine_depth=1, levels=[4, 3], side_px=16
+    )
+    space = TokenSpace(text.vocab_size)
+    space.append_modality("image", image.codebook_sizes, image.shape)
+    config = AnyTokenConfig(
+        vocab_size=space.vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=0,
+        max_position_embeddings=128,
+        modality_boundaries=space.bucket_boundaries(),
+        modality_index=space.bucket_modalities(),
+        bos_token_id=space.bos,
+        eos_token_id=space.end,
+        pad_token_id=space.pad,
+    )
+    model = AnyToken(AnyTokenForCausalLM(config).eval(), Processor(space, text, {"image": image.eval()}))
+    return model.save_pretrained(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "cat.png"
+    Image(np.full((16, 16, 3), 200, np.uint8)).save(path)
+    return path
 
 
 def run(*words, **options):
@@ -158,6 +208,86 @@ def test_written_media_never_overwrite(tmp_path):
             f"dna-{2 * number + i:03d}.fasta" for i in (0, 1)
         ]
     assert DNA.open(tmp_path / "dna-003.fasta").bases == "TTTT"
+
+
+def test_generate_writes_media_and_json_that_detokenizes_to_the_same(checkpoint, picture, tmp_path):
+    out = tmp_path / "out"
+    words = ["generate", picture, "what is this?", "-m", checkpoint, "--out", out, "--seed", 3, "--json"]
+    found = run(*words, "-o", "text,image", "--max-new-tokens", 60)
+    assert found.exit_code == 0, found.stderr
+    reply = json.loads(found.stdout)
+    assert [part["type"] for part in reply["segments"]] == ["text", "image"]
+    assert reply["usage"]["new_tokens"] == len(reply["ids"]) and reply["finish_reason"] == "stop"
+    made = Image.open(reply["segments"][1]["image"])
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps(reply["ids"][:-1]))
+    again = run("detokenize", ids, "-m", checkpoint, "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    assert Image.open(again.stdout.splitlines()[-1]) == made
+
+
+def test_several_replies_are_several_lines_and_files(checkpoint, tmp_path):
+    found = run(
+        "generate", "a red apple", "-m", checkpoint, "-o", "image", "--num-return", 2, "--out", tmp_path / "o"
+    )
+    assert [Path(line).name for line in found.stdout.split()] == ["image-000.png", "image-001.png"]
+
+
+def test_tokenize_prints_ids_that_detokenize_reads(checkpoint, picture, tmp_path):
+    found = run("tokenize", "what is this?", picture, "-m", checkpoint)
+    assert found.exit_code == 0, found.stderr
+    again = run("detokenize", "-", "-m", checkpoint, "--out", tmp_path / "o", input=found.stdout)
+    assert again.stdout.splitlines() == ["what is this?", str(tmp_path / "o" / "image-000.png")]
+
+
+def test_chat_runs_from_a_pipe(checkpoint, picture, tmp_path):
+    lines = f"/image {picture}\n/draw again\n/save {tmp_path / 'kept'}\n"
+    found = run("chat", "-m", checkpoint, "--out", tmp_path / "chat", "--seed", 0, input=lines)
+    assert found.exit_code == 0, found.stderr
+    assert (tmp_path / "chat/image-000.png").is_file() and (tmp_path / "kept/chat.json").is_file()
+
+
+def test_info_shows_the_id_space(checkpoint):
+    found = run("info", checkpoint)
+    assert found.exit_code == 0 and "image" in found.stdout and "transformers" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "hi", "-o", "smell"], "smell"),
+        (["generate", "hi", "-o", "speech"], "speech"),
+        (["generate", "hi", "--temperature", "-1"], "temperature"),
+        (["generate", "hi", "--num-return", "0"], "num_return"),
+        (["generate", "word " * 400, "-o", "text"], "128"),
+        (["generate", "--image", "EMPTY"], "EMPTY"),
+        (["generate", "--image", "CORRUPT"], "CORRUPT"),
+        (["tokenize", "--dna", "ACGT"], "dna"),
+        (["detokenize", "IDS"], "999999"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:30],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(words, says, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("EMPTY").write_bytes(b"")
+    Path("CORRUPT").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    Path("IDS").write_text("[999999]")
+    assert says in complaint(run(*words, "-m", checkpoint))
+    assert {path.name for path in tmp_path.iterdir()} == {"EMPTY", "CORRUPT", "IDS"}
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "token_space.json", "tokenizers/image/model.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_one_line(file, damage, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    path = folder / file
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    complaint(run("generate", "hi", "-m", folder, "-o", "text"))
 
 
 class FakeChat:

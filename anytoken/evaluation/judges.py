@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment, Speech, Video
 
-PIXELS = 64
+PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
 RATE_HZ = 16_000
 BASES = "TCAG"
 RESIDUES = "FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEEGGGG"
@@ -115,12 +115,12 @@ class VoiceJudge:
 
 
 class PictureClassifier(nn.Module):
-    """A small convolutional classifier of 64x64 pictures."""
+    """A small convolutional classifier of pictures at 32x32."""
 
     def __init__(self, labels: Sequence[str], width: int = 32) -> None:
         super().__init__()
         self.labels = list(labels)
-        sizes = [3, width, 2 * width, 4 * width, 4 * width]
+        sizes = [3, width, 2 * width, 4 * width]
         blocks: list[nn.Module] = []
         for inner, outer in pairwise(sizes):
             blocks += [nn.Conv2d(inner, outer, 3, stride=2, padding=1), nn.GroupNorm(8, outer), nn.GELU()]
@@ -128,7 +128,7 @@ class PictureClassifier(nn.Module):
         self.head = nn.Linear(sizes[-1] * 16, len(self.labels))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B, C] of pictures [B, 3, 64, 64] in [-1, 1]."""
+        """Logits [B, C] of pictures [B, 3, 32, 32] in [-1, 1]."""
         return self.head(F.dropout(self.trunk(pixels).flatten(1), 0.3, self.training))
 
     @torch.no_grad()
@@ -139,17 +139,18 @@ class PictureClassifier(nn.Module):
 
 
 def pixels_of(segment: Segment) -> Tensor:
-    """A picture [1, 3, 64, 64], or a video's frames [F, 3, 64, 64], in [-1, 1]."""
+    """A picture [1, 3, 32, 32], or a video's frames [F, 3, 32, 32], in [-1, 1]."""
     if isinstance(segment, Image):
-        frames = segment.pixels[None]
-    elif isinstance(segment, Video):
-        frames = segment.frames
-    else:
-        raise JudgeError(f"A picture judge looks at Image and Video; received {type(segment).__name__}.")
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    if pixels.shape[-2:] != (PIXELS, PIXELS):
-        pixels = F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False)
-    return pixels
+        return _shrink(segment.pixels[None])
+    if isinstance(segment, Video):
+        return _shrink(segment.frames)
+    raise JudgeError(f"A picture judge looks at Image and Video; received {type(segment).__name__}.")
+
+
+def _shrink(pictures: np.ndarray) -> Tensor:
+    """Pictures uint8 [B, H, W, 3] as [B, 3, 32, 32] in [-1, 1]."""
+    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False)
 
 
 def fit_classifier(
@@ -160,7 +161,7 @@ def fit_classifier(
     batch: int = 64,
     width: int = 32,
 ) -> PictureClassifier:
-    """Train on pictures uint8 [B, 64, 64, 3] with random shifts, scales, blur and noise; JudgeError without any."""
+    """Train on pictures uint8 [B, H, W, 3] with random shifts, scales, blur and noise; JudgeError without any."""
     if not len(labels):
         raise JudgeError("A picture judge needs labelled pictures; received none.")
     generator = torch.Generator().manual_seed(seed)
@@ -169,13 +170,13 @@ def fit_classifier(
         model = PictureClassifier(sorted(set(labels)), width).train()
         index = {label: number for number, label in enumerate(model.labels)}
         targets = torch.tensor([index[label] for label in labels])
-        everything = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        everything = torch.cat([_shrink(part) for part in np.array_split(pictures, 1 + len(pictures) // 512)])
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
             rows = torch.randint(len(targets), (batch,), generator=generator)
-            pixels = _augment(everything[rows].float() / 127.5 - 1, generator)
+            pixels = _augment(everything[rows], generator)
             loss = F.cross_entropy(model(pixels), targets[rows], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -198,7 +199,7 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     ]
     grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    small = F.interpolate(pixels, scale_factor=0.4, mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(pixels, scale_factor=0.5, mode="bilinear", antialias=True, align_corners=False)
     blurred = F.interpolate(small, pixels.shape[-2:], mode="bilinear", align_corners=False)
     amount = uniform(0, 1)[:, None, None, None]
     pixels = pixels + amount * (blurred - pixels)

@@ -106,6 +106,9 @@ def score(
     parts = {
         name: round(share([row.get(name, 0.0) for row in judged["model"]]).value, 4) for name in sorted(names)
     }
+    groups: dict[str, list[float]] = defaultdict(list)
+    for case, row in zip(cases, judged["model"], strict=True):
+        groups[str(case.record.get("holdout") or "all")].append(row.get(main, 0.0))
     tokens = sum(reply.usage.new_tokens for reply in replies)
     return {
         "held_out": direction.held_out,
@@ -113,6 +116,7 @@ def score(
         "valid": valid.to_dict(),
         **figures,
         "parts": parts,
+        "by_holdout": {name: share(scores).to_dict() for name, scores in sorted(groups.items())},
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),

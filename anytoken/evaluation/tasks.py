@@ -66,8 +66,15 @@ DIRECTIONS: dict[str, Direction] = {
         Direction("text->image", IMAGES, ("text",), "image", "drawing or background unseen for the concept"),
         Direction("image->text", IMAGES, ("image",), "text", "drawing or background unseen for the concept"),
         Direction("text->speech", SPEECH, ("text",), "speech", "voice that never said the name"),
-        Direction("speech->text", SPEECH, ("speech",), "text", "voice never heard"),
-        Direction("speech->image", SPEECH, ("speech",), "image", "voice never heard", pair=IMAGES),
+        Direction("speech->text", SPEECH, ("speech",), "text", "voice never heard, or never with the name"),
+        Direction(
+            "speech->image",
+            SPEECH,
+            ("speech",),
+            "image",
+            "voice never heard, or never with the name",
+            pair=IMAGES,
+        ),
         Direction("image->speech", IMAGES, ("image",), "speech", "drawing or background unseen", pair=SPEECH),
         Direction("text->video", VIDEOS, ("text",), "video", "concept never animated, or background unseen"),
         Direction("video->text", VIDEOS, ("video",), "text", "concept never animated, or background unseen"),
@@ -180,7 +187,7 @@ class World:
         """Only the concept is asked for: nothing in the prompt says a style, a background or a voice."""
         prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
         answer = self.media(str(direction.pair), partner, direction.target)
-        return Case(prompt, answer, {"name": record["name"]})
+        return Case(prompt, answer, {"name": record["name"], "holdout": record.get("holdout")})
 
     def _two(self, direction: Direction, record: Record, other: Record) -> Case:
         pictures = [self.media(direction.file, one, "image") for one in (record, other)]

@@ -6,6 +6,7 @@ their scale: codes that sound or look alike start alike, and no new id stands ou
 
 import copy
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,11 +16,16 @@ from anytoken.processor import Processor
 from anytoken.tokenizers.base import Grid, ModalityTokenizer
 
 
+class ModalityError(ValueError):
+    """A modality that a model cannot take on."""
+
+
 def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
     """Grow the model's vocabulary in place; the processor that knows the new modality, the old one unchanged.
 
-    TokenSpaceError, before anything is changed, if the modality is there already.
+    ValueError, before anything is changed, if the modality is there already or has no experts to route to.
     """
+    _check_experts(lm, tokenizer.name)
     space = copy.deepcopy(processor.token_space)
     first = space.vocab_size
     space.append_modality(tokenizer.name, tokenizer.codebook_sizes, tokenizer.shape)
@@ -32,10 +38,35 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
             rows[place] + _projected(tokenizer.codebook_vectors(codebook), old.shape[1])
         ) / math.sqrt(2)
     rows = old.mean(0) + rows * old.std(0).mean()
-    lm.grow_vocabulary(space.vocab_size, rows)
-    lm.config.modality_boundaries = space.bucket_boundaries()
-    lm.config.modality_index = space.bucket_modalities()
+    _write_rows(lm, first, rows)
+    if hasattr(lm.config, "modality_boundaries"):
+        lm.config.modality_boundaries = space.bucket_boundaries()
+        lm.config.modality_index = space.bucket_modalities()
+        lm.config.modality_names = space.modality_names
     return Processor(space, processor.text_tokenizer, {**processor.tokenizers, tokenizer.name: tokenizer})
+
+
+def _check_experts(lm: PreTrainedModel, name: str) -> None:
+    """With expert groups the new ids route to the common group; they must find enough experts there."""
+    groups = getattr(lm.config, "expert_groups", None)
+    if groups and groups.get("common", 0) < lm.config.num_experts_per_tok:
+        raise ModalityError(
+            f"{name} would have no experts: the model's groups are {groups} and tokens take "
+            f"{lm.config.num_experts_per_tok}; only a model with a common group that large can grow."
+        )
+
+
+@torch.no_grad()
+def _write_rows(lm: PreTrainedModel, first: int, rows: Tensor) -> None:
+    """Put rows [N, D] at ids first, first + 1, ... of the embedding and the head; older rows keep their bits."""
+    size = first + len(rows)
+    if size > lm.config.get_text_config().vocab_size:
+        grow = getattr(lm, "grow_vocabulary", None) or partial(
+            lm.resize_token_embeddings, mean_resizing=False
+        )
+        grow(size)
+    for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        layer.weight[first:size] = rows.to(layer.weight)
 
 
 def _projected(vectors: Tensor, width: int) -> Tensor:

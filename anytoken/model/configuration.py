@@ -62,7 +62,9 @@ class AnyTokenConfig(Qwen3MoeConfig):
         if sum(groups.values()) != self.num_experts or min(groups.values()) < 1:
             raise ModelConfigError(f"expert_groups {groups} must add up to num_experts={self.num_experts}.")
         if not self.modality_names or not self.modality_boundaries or not self.modality_index:
-            raise ModelConfigError("expert_groups needs modality_names, modality_boundaries and modality_index.")
+            raise ModelConfigError(
+                "expert_groups needs modality_names, modality_boundaries and modality_index."
+            )
         unknown = set(groups) - {"common", *self.modality_names}
         if unknown:
             raise ModelConfigError(

@@ -31,7 +31,9 @@ from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.moe import AnyTokenExperts, AnyTokenMoE, AnyTokenRouter, group_mask, router_losses
 
 # Experts are saved one by one under Qwen3-MoE's names, which serving engines and converters expect.
-register_checkpoint_conversion_mapping("anytoken", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True)
+register_checkpoint_conversion_mapping(
+    "anytoken", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
 
 
 class PackingError(ValueError):
@@ -99,7 +101,11 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         Restarting `position_ids` mark packed samples, which never attend to each other. PackingError if a mask
         or a cache is given with them: either would silently let them.
         """
-        if position_ids is not None and kwargs.get("past_key_values") is None and is_packed(position_ids, attention_mask):
+        if (
+            position_ids is not None
+            and kwargs.get("past_key_values") is None
+            and is_packed(position_ids, attention_mask)
+        ):
             if attention_mask is not None or use_cache:
                 raise PackingError(
                     "position_ids restart, so the batch is packed: give no attention_mask and use_cache=False "
@@ -113,7 +119,11 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
             assert mask is not None
             kwargs["open_experts"] = mask.to(input_ids.device)[self.modality_of(input_ids).flatten()]
         return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **kwargs,
         )
 
     def modality_of(self, input_ids: Tensor) -> Tensor:
@@ -191,7 +201,9 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
             rows = modality == index
             if rows.any():
                 top_k = self.config.num_experts_per_tok
-                picked = torch.cat([logits[rows].topk(top_k).indices.flatten() for logits in output.router_logits])
+                picked = torch.cat(
+                    [logits[rows].topk(top_k).indices.flatten() for logits in output.router_logits]
+                )
                 load[name] = torch.bincount(picked, minlength=self.config.num_experts) / len(picked)
         return load
 
@@ -199,9 +211,15 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         """Parameters that one token passes: all but the routed experts that it does not choose."""
         total = sum(parameter.numel() for parameter in self.parameters())
         routed = sum(
-            p.numel() for m in self.modules() if isinstance(m, AnyTokenExperts) for p in m.parameters(recurse=False)
+            p.numel()
+            for m in self.modules()
+            if isinstance(m, AnyTokenExperts)
+            for p in m.parameters(recurse=False)
         )
-        return total - routed * (self.config.num_experts - self.config.num_experts_per_tok) // self.config.num_experts
+        return (
+            total
+            - routed * (self.config.num_experts - self.config.num_experts_per_tok) // self.config.num_experts
+        )
 
 
 def is_packed(position_ids: Tensor, attention_mask: Tensor | None) -> bool:

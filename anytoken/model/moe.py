@@ -22,7 +22,9 @@ from anytoken.model.configuration import AnyTokenConfig
 class AnyTokenRouter(Qwen3MoeTopKRouter):
     """Qwen3-MoE's router, computed in float32, with experts closed to a token by its modality."""
 
-    def forward(self, hidden_states: Tensor, open_experts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, open_experts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [T, H], open_experts bool [T, E] to logits [T, E], weights [T, K], experts [T, K]."""
         logits = F.linear(hidden_states.float(), self.weight.float())
         if open_experts is not None:
@@ -74,7 +76,9 @@ def router_losses(router_logits: Sequence[Tensor], top_k: int) -> tuple[Tensor, 
     balance, z_loss = [], []
     for logits in router_logits:
         probabilities = logits.float().softmax(-1)
-        chosen = F.one_hot(logits.topk(top_k, dim=-1).indices, logits.shape[-1]).float().sum(1).mean(0) / top_k
+        chosen = (
+            F.one_hot(logits.topk(top_k, dim=-1).indices, logits.shape[-1]).float().sum(1).mean(0) / top_k
+        )
         balance.append(logits.shape[-1] * (chosen * probabilities.mean(0)).sum())
         z_loss.append(torch.logsumexp(logits.float(), -1).square().mean())
     return torch.stack(balance).mean(), torch.stack(z_loss).mean()

@@ -54,7 +54,10 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """The declaration as JSON-ready data."""
-        return {"type": "grid", **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+        return {
+            "type": "grid",
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
-            raise TokenizerError(f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}.")
+            raise TokenizerError(
+                f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The declaration as JSON-ready data."""
@@ -101,7 +106,9 @@ class Codes:
         object.__setattr__(self, "size", tuple(int(n) for n in self.size))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Codes) and self.size == other.size and np.array_equal(self.values, other.values)
+        return (
+            isinstance(other, Codes) and self.size == other.size and np.array_equal(self.values, other.values)
+        )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -188,7 +195,9 @@ class ModalityTokenizer(nn.Module):
         """TokenizerError unless the codes fit the declared shape and codebook sizes."""
         count, books = codes.values.shape
         if books != self.shape.num_codebooks:
-            raise TokenizerError(f"{self.name} codes have {self.shape.num_codebooks} codebooks; received {books}.")
+            raise TokenizerError(
+                f"{self.name} codes have {self.shape.num_codebooks} codebooks; received {books}."
+            )
         if isinstance(self.shape, Grid):
             limits = list(zip(self.shape.min_size, self.shape.max_size, strict=True))
             fits = len(codes.size) == len(limits) and all(
@@ -231,7 +240,10 @@ class ModalityTokenizer(nn.Module):
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
             tensors = {
-                key: value.detach().cpu().to(dtype if dtype and value.is_floating_point() else value.dtype).contiguous()
+                key: value.detach()
+                .cpu()
+                .to(dtype if dtype and value.is_floating_point() else value.dtype)
+                .contiguous()
                 for key, value in self.state_dict().items()
             }
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
@@ -262,7 +274,9 @@ class ModalityTokenizer(nn.Module):
         try:
             tokenizer = cls(**header["config"])
             state = load_file(weights)
-            tokenizer.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+            tokenizer.load_state_dict(
+                {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+            )
         except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
             raise TokenizerError(f"{weights} does not load as {cls.__name__}: {error}") from error
         return tokenizer.eval()
@@ -281,7 +295,9 @@ def register_modality(cls: type[ModalityTokenizer]) -> type[ModalityTokenizer]:
         raise TokenizerError(f"{cls.__name__}.kind must be an identifier such as 'protein'; got {kind!r}.")
     known = MODALITIES.get(kind)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise TokenizerError(f"Modality {kind!r} is already registered by {known.__module__}.{known.__qualname__}.")
+        raise TokenizerError(
+            f"Modality {kind!r} is already registered by {known.__module__}.{known.__qualname__}."
+        )
     MODALITIES[kind] = cls
     return cls
 
@@ -289,12 +305,16 @@ def register_modality(cls: type[ModalityTokenizer]) -> type[ModalityTokenizer]:
 def _read_header(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise TokenizerError(f"{path} is missing: expected a tokenizer folder with config.json and model.safetensors.")
+        raise TokenizerError(
+            f"{path} is missing: expected a tokenizer folder with config.json and model.safetensors."
+        )
     try:
         header = json.loads(path.read_text())
         return {"kind": header["kind"], "class": header["class"], "config": header["config"]}
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} is not a tokenizer configuration ({error!r}); copy the folder again.") from error
+        raise TokenizerError(
+            f"{path} is not a tokenizer configuration ({error!r}); copy the folder again."
+        ) from error
 
 
 def load_tokenizer(folder: str | Path) -> ModalityTokenizer:

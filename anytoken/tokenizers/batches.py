@@ -38,7 +38,9 @@ def batches_for(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
     if source.suffix == ".npy":
         makers = {"image": sprite_batches, "video": animation_batches, "speech": audio_batches}
         if not source.is_file():
-            raise TokenizerError(f"{source} is missing: build the set first, or name your own files in `data`.")
+            raise TokenizerError(
+                f"{source} is missing: build the set first, or name your own files in `data`."
+            )
         return makers[kind](source, batch_size, seed)
     return file_batches(kind, source, batch_size, seed)
 
@@ -193,7 +195,9 @@ def held_out_segments(kind: str, data: Path, count: int, seed: int) -> list[Segm
         clips = torch.from_numpy(np.stack([array[r] for r in rows]))
         placed = place(clips.flatten(0, 1), 64, 64, rng, repeat=clips.shape[1])
         return [Video(p) for p in _uint8(placed).reshape(len(rows), -1, 64, 64, 3)]
-    records = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}[kind]
+    records = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}[
+        kind
+    ]
     if not (data / records).is_file():
         raise TokenizerError(f"{data / records} is missing: --data names the folder of the built sets.")
     lines = [json.loads(line) for line in (data / records).read_text().splitlines()]

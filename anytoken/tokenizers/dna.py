@@ -295,7 +295,7 @@ def train_dna_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
     windows, which are all the data there is), `lr`, `weight_decay`, `warmup_steps`, `seed`, `threads`. Training goes in
     rounds of `steps` and ends with the first round that `verify` accepts. TokenizerError after ten rounds.
     """
-    plan = {
+    plan: dict[str, Any] = {
         "config": {}, "steps": 200, "batch_size": 2480, "lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 20, "seed": 0,
     } | dict(recipe)  # fmt: skip
     if "threads" in plan:
@@ -303,8 +303,10 @@ def train_dna_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
     torch.manual_seed(plan["seed"])
     tokenizer = DNATokenizer(**plan["config"])
     start = time.perf_counter()
-    for finished in range(1, MAX_ROUNDS + 1):
+    steps = 0
+    while steps < MAX_ROUNDS * plan["steps"]:
         seen = _train_round(tokenizer.train(), plan)
+        steps += plan["steps"]
         if tokenizer.eval().verify():
             tokenizer.settle()
         report = tokenizer.verify()
@@ -317,7 +319,7 @@ def train_dna_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
         )
     folder = tokenizer.save_pretrained(out)
     training = {
-        "recipe": plan, "steps": finished * plan["steps"], "seconds": round(time.perf_counter() - start, 1),
+        "recipe": plan, "steps": steps, "seconds": round(time.perf_counter() - start, 1),
         "last": seen, "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "windows": len(all_windows()), "windows_lost": len(report.wrong), "margin": report.margin,
         "torch": torch.__version__,

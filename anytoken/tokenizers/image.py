@@ -95,7 +95,9 @@ class ImageTokenizer(ModalityTokenizer):
         )
         up = PATCH_PX // REFINE_PX
         self.decoder = nn.Sequential(
-            Trunk(width, decoder_depth, kernel), ChannelNorm(width), ChannelLinear(width, refine_width * up**2)
+            Trunk(width, decoder_depth, kernel),
+            ChannelNorm(width),
+            ChannelLinear(width, refine_width * up**2),
         )
         self.refine = nn.Sequential(
             Trunk(refine_width, refine_depth, kernel),

@@ -33,7 +33,9 @@ class LogMel(nn.Module):
         from torchaudio.functional import melscale_fbanks
 
         self.window_size, self.hop = window, hop
-        filters = melscale_fbanks(window // 2 + 1, 0.0, SAMPLE_RATE_HZ / 2, mels, SAMPLE_RATE_HZ, norm="slaney")
+        filters = melscale_fbanks(
+            window // 2 + 1, 0.0, SAMPLE_RATE_HZ / 2, mels, SAMPLE_RATE_HZ, norm="slaney"
+        )
         self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("window", torch.hann_window(window), persistent=False)
 

@@ -16,6 +16,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from anytoken.tokenizers.base import TokenizerError
 
 NUM_BYTES = 256
 FILE = "tokenizer.json"
-RECIPE_KEYS = {"kind", "data", "vocab_size", "corpus", "texts", "always"}
+RECIPE_KEYS = {"kind", "data", "vocab_size", "corpus", "texts", "texts_weight", "always"}
 log = logging.getLogger(__name__)
 
 
@@ -102,8 +103,7 @@ class TextTokenizer:
         corpus = list(texts)
         pairs: Counter[tuple[int, int]] = Counter()
         for text in [*corpus, *always]:
-            data = text.encode()
-            pairs.update(zip(data, data[1:], strict=False))
+            pairs.update(pairwise(text.encode()))
         copies = max(pairs.values(), default=1) + 1
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -153,11 +153,11 @@ class TextTokenizer:
 def train_text_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
     """Train by a recipe such as tokenizers/text/recipe.yaml and save to `out`; returns that folder.
 
-    recipe: `vocab_size`; `data`, the folder of the built sets; `corpus`, a list of {file, fields}, the files being
-    .jsonl or .json under `data` or else among the recipes; `texts`, strings given in place; `always`, as for
-    `TextTokenizer.train`. Lines of the test split are not learnt from: training.json says how many bytes an id
-    covers on them. A corpus file that was not built is left out with a warning; TokenizerError if nothing at all
-    is left, or for an unknown key.
+    recipe: `vocab_size`; `data`, the folder of the built sets; `corpus`, a list of {file, fields, weight}, the files
+    being .jsonl or .json under `data` or else among the recipes; `texts`, strings given in place, which count
+    `texts_weight` times (1); `always`, as for `TextTokenizer.train`. Lines of the test split are not learnt from:
+    training.json says how many bytes an id covers on them. A corpus file that was not built is left out with a
+    warning; TokenizerError if nothing at all is left, or for an unknown key.
     """
     unknown = sorted(set(recipe) - RECIPE_KEYS)
     if unknown or "vocab_size" not in recipe:
@@ -166,7 +166,9 @@ def train_text_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
             f"received {', '.join(unknown) or 'no vocab_size'}."
         )
     data = Path(recipe.get("data", "data/sets"))
-    texts, held_out, missing = list(recipe.get("texts", ())), [], []
+    texts: list[str] = list(recipe.get("texts", ())) * recipe.get("texts_weight", 1)
+    held_out: list[str] = []
+    missing: list[str] = []
     for source in recipe.get("corpus", ()):
         path = _find_corpus(source["file"], data)
         if path is None:
@@ -174,7 +176,10 @@ def train_text_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
             missing.append(source["file"])
             continue
         for text, is_test in _read_fields(path, source["fields"]):
-            (held_out if is_test else texts).append(text)
+            if is_test:
+                held_out.append(text)
+            else:
+                texts += [text] * source.get("weight", 1)
     if not texts:
         raise TokenizerError(
             f"No text to train on: {data} has none of the recipe's files; build the sets first."

@@ -69,14 +69,18 @@ def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
         raise TokenizerError(f"{path}: {wrong}. Keys: {', '.join(Recipe.model_fields)}.") from error
 
 
-def train_tokenizer(recipe: str | Path, data: str | Path, out: str | Path, overrides: list[str] | None = None) -> Path:
+def train_tokenizer(
+    recipe: str | Path, data: str | Path, out: str | Path, overrides: list[str] | None = None
+) -> Path:
     """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`.
 
     Run again after an interruption it goes on from its last checkpoint; a finished one is left as it is.
     """
     recipe_path, data, out = Path(recipe), Path(data), Path(out)
     if not recipe_path.is_file():
-        raise TokenizerError(f"{recipe_path} is not a file; expected a recipe such as tokenizers/image/recipe.yaml.")
+        raise TokenizerError(
+            f"{recipe_path} is not a file; expected a recipe such as tokenizers/image/recipe.yaml."
+        )
     raw = yaml.safe_load(recipe_path.read_text()) or {}
     if raw.get("kind") == "text":
         return _train_text(raw, data, out, overrides or [])
@@ -86,8 +90,12 @@ def train_tokenizer(recipe: str | Path, data: str | Path, out: str | Path, overr
     if plan.kind not in MODALITIES and plan.kind in BUILTIN:
         import_module(f"anytoken.tokenizers.{plan.kind}")
     if plan.kind not in MODALITIES:
-        raise TokenizerError(f"Unknown tokenizer kind {plan.kind!r}; known: {', '.join(sorted({*BUILTIN, *MODALITIES}))}.")
-    if (out / "training.json").is_file() and json.loads((out / "training.json").read_text())["recipe"] == plan.model_dump():
+        raise TokenizerError(
+            f"Unknown tokenizer kind {plan.kind!r}; known: {', '.join(sorted({*BUILTIN, *MODALITIES}))}."
+        )
+    if (out / "training.json").is_file() and json.loads((out / "training.json").read_text())[
+        "recipe"
+    ] == plan.model_dump():
         return out
     return _Loop(plan, data, out).run()
 
@@ -125,7 +133,9 @@ class _Loop:
                 bar.update()
                 if self.step % plan.log_every == 0 or self.step == plan.steps:
                     bar.set_postfix({k: f"{v:.3f}" for k, v in seen.items()})
-                    log.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **seen}) + "\n")
+                    log.write(
+                        json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **seen}) + "\n"
+                    )
                     log.flush()
                 if self.step % plan.save_every == 0:
                     self._checkpoint()
@@ -145,7 +155,9 @@ class _Loop:
             group["lr"] = self.plan.lr * self._schedule(self.step)
         loss, seen = self.tokenizer.training_loss(self.batch(self.step))
         if not torch.isfinite(loss):
-            raise TokenizerError(f"The loss is {loss.item()} at step {self.step}: lower lr (now {self.plan.lr}).")
+            raise TokenizerError(
+                f"The loss is {loss.item()} at step {self.step}: lower lr (now {self.plan.lr})."
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
@@ -194,7 +206,9 @@ def _train_dna(plan: Recipe, out: Path) -> Path:
 # ---- measuring ----
 
 
-def evaluate_tokenizer(tokenizer: str | Path, data: str | Path, count: int = 400, seed: int = 0) -> dict[str, Any]:
+def evaluate_tokenizer(
+    tokenizer: str | Path, data: str | Path, count: int = 400, seed: int = 0
+) -> dict[str, Any]:
     """Held-out figures of a trained tokenizer: distortion, codebook usage and perplexity, tokens per unit, speed."""
     loaded = load_tokenizer(tokenizer).eval()
     if loaded.kind == "dna":
@@ -267,7 +281,9 @@ def _measure_dna(tokenizer: ModalityTokenizer, data: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     bases = [DNA(line["dna"]) for line in lines if line["split"] == "test"]
     codes = tokenizer.encode_batch(bases)
-    same = [a == b.bases for a, b in zip((one.bases for one in bases), tokenizer.decode_batch(codes), strict=True)]  # type: ignore[attr-defined]
+    same = [
+        a == b.bases for a, b in zip((one.bases for one in bases), tokenizer.decode_batch(codes), strict=True)
+    ]  # type: ignore[attr-defined]
     letters = sum(len(one.bases) for one in bases)
     return {
         "kind": "dna", "items": len(bases), "exact": float(np.mean(same)), "bases": letters,

@@ -75,7 +75,9 @@ class VideoTokenizer(ModalityTokenizer):
         latent = self._encode_pixels(batch)
         quantized = self.quantize(latent.flatten(2).transpose(1, 2))
         output = self._decode_vectors(quantized.vectors, latent.shape[2:])
-        return pixel_loss(output, batch) + quantized.loss, {"psnr_db": psnr_db(output.detach(), batch).mean().item()}
+        return pixel_loss(output, batch) + quantized.loss, {
+            "psnr_db": psnr_db(output.detach(), batch).mean().item()
+        }
 
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
@@ -96,7 +98,9 @@ class VideoTokenizer(ModalityTokenizer):
             x = to_unit_range(np.stack([clips[i] for i in rows])).transpose(1, 2).to(self.device)
             latent = self._encode_pixels(x)
             values = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
-            result.update({i: Codes(v[:, None], tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)})
+            result.update(
+                {i: Codes(v[:, None], tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)}
+            )
         return [result[i] for i in range(len(clips))]
 
     @torch.inference_mode()

@@ -25,9 +25,9 @@ from transformers.training_args import ParallelMode
 
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
+from anytoken.model.moe import router_losses
 from anytoken.processor import Processor
 from anytoken.training.lora import LanguageModel, add_lora, base_model, head_weight
-from anytoken.model.moe import router_losses
 from anytoken.training.losses import BalancedLoss, LossParts
 from anytoken.training.metrics import GroupMeter, MetricsLog, expert_counts
 from anytoken.training.report import write_report

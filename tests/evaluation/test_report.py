@@ -45,6 +45,7 @@ def test_knowing_all_is_the_ceiling_and_knowing_nothing_is_nothing(world, fake_m
         assert other["model"]["value"] <= min(one["model"]["value"], 0.5), name
         assert other["valid"]["value"] == 1 and not other["better"], name
         assert {"chance", "nearest"} <= set(one), name
+    assert set(best["directions"]["image->text"]["by_holdout"]) == {"pair", "style"}
     for name in ("image->text", "speech->text", "dna->text"):
         assert best["directions"][name]["ceiling"]["value"] == 1, name
 

@@ -13,7 +13,6 @@ from anytoken.training.losses import (
     LossError,
     full_log_probs,
     grammar_log_probs,
-    router_losses,
 )
 
 WIDTH = 6
@@ -123,12 +122,3 @@ def test_z_loss_is_the_mean_square_of_the_normaliser(grammar: Grammar) -> None:
 def test_unknown_modality_weight_is_named(grammar: Grammar) -> None:
     with pytest.raises(LossError, match="smell"):
         BalancedLoss(grammar, {"smell": 1.0})
-
-
-def test_router_losses() -> None:
-    even = torch.eye(4).repeat(5, 1) * 1e-3
-    collapsed = torch.tensor([[9.0, 0, 0, 0]]).repeat(20, 1)
-    balance, z_loss = router_losses([even, even], top_k=1)
-    assert balance.item() == pytest.approx(1.0, abs=1e-3)
-    assert z_loss.item() == pytest.approx(torch.logsumexp(even, 1).square().mean().item())
-    assert router_losses([collapsed], top_k=1)[0].item() == pytest.approx(4.0, abs=0.01)
