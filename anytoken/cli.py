@@ -41,13 +41,13 @@ PROMPT_HELP = (
 class OneLineErrors(TyperGroup):
     """The top command group: turns a user's mistake into one line and exit code 2."""
 
-    def main(self, args: Sequence[str] | None = None, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *unused: Any, **extra: Any) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in words
         if debug:
             words.remove("--debug")
         try:
-            code = super().main(words, standalone_mode=False, **extra)
+            code = super().main(words, **{**extra, "standalone_mode": False})
         except (ValueError, OSError, TyperException) as error:
             if debug:
                 raise

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image as Picture
@@ -42,6 +42,15 @@ class Segment:
     """Base of all kinds; a subclass sets `kind` and compares by value."""
 
     kind: ClassVar[str]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read a file; SegmentError for one that does not hold this kind."""
+        raise SegmentError(f"{cls.__name__} does not say how it is opened; write {cls.__name__}.open(path).")
+
+    def save(self, path: str | Path) -> Path:
+        """Write a file, whole or not at all; SegmentError for a suffix that is not known."""
+        raise SegmentError(f"{type(self).__name__} does not say how it is saved; write its save(path).")
 
 
 @dataclass(frozen=True)

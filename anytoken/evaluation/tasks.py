@@ -144,7 +144,7 @@ class World:
         ]
         order = rng.permutation(len(records))
         partners = self._partners(direction, split)
-        cases = []
+        cases: list[Case] = []
         for place, index in enumerate(order):
             if len(cases) == count:
                 break

@@ -68,7 +68,7 @@ def merge_sampling(
     unknown = sorted(set(per_kind or {}) - set(kinds))
     if unknown:
         raise SamplingError(f"sampling names {unknown[0]!r}; this model has {', '.join(kinds)}.")
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     merged = {kind: replace(defaults.get(kind, Sampling()), **given) for kind in kinds}
     for kind, value in (per_kind or {}).items():
         merged[kind] = (

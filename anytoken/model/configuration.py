@@ -18,8 +18,9 @@ class AnyTokenConfig(Qwen3MoeConfig):
     """Qwen3-MoE's settings with small defaults, and:
 
     shared_expert_intermediate_size: width of a dense expert every token passes (0: none).
-    expert_groups: experts a group, in order, such as {"common": 2, "image": 2}; a token may route to the
-        common group and to its own modality's. None or {} lets every token route to every expert.
+    expert_groups: experts a group, such as {"common": 2, "image": 2}; a token may route to the common group and to
+        its own modality's. Experts lie in the order common, then `modality_names`. None or {} lets every token
+        route to every expert.
     modality_boundaries, modality_index: the token space's ranges; an id's modality is
         ``modality_index[bucketize(id, modality_boundaries, right=True)]``.
     modality_names: names by that index; 0 is text.

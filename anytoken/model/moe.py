@@ -63,7 +63,8 @@ def group_mask(config: AnyTokenConfig) -> Tensor | None:
     if not config.expert_groups:
         return None
     assert config.modality_names
-    owner = [name for name, count in config.expert_groups.items() for _ in range(count)]
+    groups = ["common", *config.modality_names]  # not the dict's order: config.json is saved with sorted keys
+    owner = [name for name in groups for _ in range(config.expert_groups.get(name, 0))]
     return torch.tensor([[group in ("common", name) for group in owner] for name in config.modality_names])
 
 

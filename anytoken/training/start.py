@@ -77,7 +77,7 @@ def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
 
     Rows keep the scale of the model's initialisation, half of their variance from the projection.
     """
-    table: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    table: Tensor = model.get_input_embeddings().weight
     scale: float = model.config.initializer_range
     generator = torch.Generator().manual_seed(0)
     for kind, tokenizer in processor.tokenizers.items():

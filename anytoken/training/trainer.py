@@ -77,6 +77,9 @@ class ModelWithLoss(nn.Module):
 class StageTrainer(Trainer):
     """transformers' Trainer for one stage; see the module's docstring for what it adds."""
 
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
+
     def __init__(
         self,
         stage: Stage,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM, PackingError
 from anytoken.model.configuration import ModelConfigError
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+GOLDEN = Path(__file__).parents[1] / "goldens" / "model_tiny.safetensors"
 TINY = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2,
@@ -236,8 +236,12 @@ def golden_run() -> dict[str, Tensor]:
 
 
 def test_golden_logits_and_losses() -> None:
-    path = GOLDENS / "model_tiny.safetensors"
-    if not path.is_file():  # written once, deliberately: delete the file to renew it
-        save_file(golden_run(), path)
-    for name, expected in load_file(path).items():
-        torch.testing.assert_close(golden_run()[name], expected, rtol=1e-4, atol=1e-4)
+    """After a change that is meant, renew the file: python tests/model/test_modeling.py"""
+    fresh, golden = golden_run(), load_file(GOLDEN)
+    assert fresh.keys() == golden.keys()
+    for name, expected in golden.items():
+        torch.testing.assert_close(fresh[name], expected, rtol=1e-4, atol=1e-4)
+
+
+if __name__ == "__main__":
+    save_file(golden_run(), GOLDEN)
