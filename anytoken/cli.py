@@ -291,13 +291,22 @@ def tokenizer_train(
 def tokenizer_eval(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    card: Annotated[
+        Path | None, typer.Option(help="A folder for figures.json, README.md and before/after samples.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out items at most.")] = 400,
+    seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
-    """Measure a tokenizer on held-out data: reconstruction, codebook usage, tokens per unit."""
+    """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
     import json
 
-    from anytoken.tokenizers.trainer import evaluate_tokenizer
+    from anytoken.tokenizers.cards import make_card
+    from anytoken.tokenizers.measures import measure
 
-    print(json.dumps(evaluate_tokenizer(tokenizer, data), indent=2))
+    if card is None:
+        print(json.dumps(measure(tokenizer, data, count, seed).figures, indent=2, ensure_ascii=False))
+    else:
+        print(make_card(tokenizer, data, card, count, seed))
 
 
 Cache = Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")]

@@ -11,19 +11,34 @@ import base64
 import gzip
 import html
 import io
-import os
+import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
+from PIL import ExifTags
 from PIL import Image as Picture
-from PIL import ImageOps, ImageSequence
 
-MAX_PIXELS = 64_000_000  # a picture beyond this is more likely an attack than an input
+from anytoken.media_files import (
+    TIMING,
+    SegmentError,
+    check_side,
+    container_frames,
+    decode_picture,
+    picture_frames,
+    read_bytes,
+    reason,
+    save_suffix,
+    text_lines,
+    timing_note,
+    upright,
+    write_whole,
+)
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPEECH_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 CONTAINER_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
@@ -31,11 +46,11 @@ FRAMES_SUFFIXES = (".gif", ".webp")
 VIDEO_SUFFIXES = CONTAINER_SUFFIXES + FRAMES_SUFFIXES
 DNA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".seq", ".fa.gz", ".fasta.gz", ".fna.gz", ".ffn.gz")
 TEXT_SUFFIXES = (".txt", ".md")
+SOUND_BLOCK = 1 << 24  # samples read at once: a header that lies about the length cannot ask for all memory
 _NOT_IUPAC = re.compile(r"[^ACGTURYSWKMBDHVNacgturyswkmbdhvn]")
 
 
-class SegmentError(ValueError):
-    """A file or value that cannot become, or be saved as, a segment of the asked kind."""
+Kind = TypeVar("Kind", bound="Segment")
 
 
 class Segment:
@@ -68,13 +83,13 @@ class Text(Segment):
     def open(cls, path: str | Path) -> Text:
         """Read a UTF-8 text file."""
         try:
-            return cls(_read(path, "text").decode("utf-8"))
+            return cls(read_bytes(path, "text").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise SegmentError(f"{path} is not UTF-8 text ({error}).") from error
 
     def save(self, path: str | Path) -> Path:
         """Write a UTF-8 text file."""
-        return _write_whole(path, lambda scratch: scratch.write_text(self.text, encoding="utf-8"))
+        return write_whole(path, lambda scratch: scratch.write_text(self.text, encoding="utf-8"))
 
     def __str__(self) -> str:
         return self.text
@@ -110,23 +125,27 @@ class Image(Segment):
     def open(cls, source: str | Path | bytes | Picture.Image | np.ndarray) -> Image:
         """A picture from a file, encoded bytes, a PIL image or an array.
 
-        EXIF orientation is applied, transparency is flattened on white, grey and palette pictures become RGB.
+        EXIF orientation is applied, transparency is flattened on white, grey and palette pictures become RGB; of an
+        animation it is the first picture.
         """
         if isinstance(source, np.ndarray):
             return cls(source)
         if isinstance(source, Picture.Image):
-            return cls(_flatten(source))
+            return cls(upright(source, "the given picture"))
         data, name = (
-            (source, "the given bytes") if isinstance(source, bytes) else (_read(source, "image"), source)
+            (source, "the given bytes")
+            if isinstance(source, bytes)
+            else (read_bytes(source, "image"), source)
         )
-        with _decode_picture(data, name, "image") as picture:
-            return cls(_flatten(ImageOps.exif_transpose(picture)))
+        with decode_picture(data, name, "image") as picture:
+            return cls(upright(picture, name))
 
     def save(self, path: str | Path) -> Path:
         """Write png, jpg, webp (lossless) or bmp, chosen by the suffix."""
-        suffix = _suffix(path, IMAGE_SUFFIXES, "an image")
-        options = {"lossless": True} if suffix == ".webp" else {}
-        return _write_whole(path, lambda scratch: self.to_pil().save(scratch, **options))
+        suffix = save_suffix(path, IMAGE_SUFFIXES, "an image")
+        check_side(suffix, self.height, self.width)
+        options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+        return write_whole(path, lambda scratch: self.to_pil().save(scratch, **options))
 
     def resize(self, height: int, width: int) -> Image:
         """The picture at another size (Lanczos); itself if it already has it."""
@@ -179,32 +198,54 @@ class Speech(Segment):
 
     @classmethod
     def open(cls, source: str | Path | bytes) -> Speech:
-        """Sound from a wav, flac, ogg or mp3 file or its bytes, at its own rate; channels are averaged."""
+        """Sound from a wav, flac, ogg or mp3 file or its bytes, at its own rate; channels are averaged.
+
+        Of a wav or mp3 that was cut short, what is there is read: these formats are made to be streamed.
+        """
         import soundfile
 
         data, name = (
-            (source, "the given bytes") if isinstance(source, bytes) else (_read(source, "speech"), source)
+            (source, "the given bytes")
+            if isinstance(source, bytes)
+            else (read_bytes(source, "speech"), source)
         )
         try:
-            samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+            with soundfile.SoundFile(io.BytesIO(data)) as sound:
+                blocks = []
+                while len(block := sound.read(SOUND_BLOCK, dtype="float32", always_2d=True)):
+                    blocks.append(block.mean(axis=1))
+                rate = sound.samplerate
         except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
             raise SegmentError(
-                f"{name} is not readable sound ({error}); expected wav, flac, ogg or mp3."
+                f"{name} is not readable sound ({reason(error)}); expected wav, flac, ogg or mp3."
             ) from error
-        if not len(samples):
+        if not blocks:
             raise SegmentError(f"{name} holds no sound: its length is zero.")
-        return cls(samples.mean(axis=1), rate)
+        return _named(name, partial(cls, np.concatenate(blocks), rate))
 
     def save(self, path: str | Path) -> Path:
-        """Write wav, flac, ogg or mp3, chosen by the suffix; samples are clipped to [-1, 1]."""
+        """Write wav, flac, ogg or mp3, chosen by the suffix; samples are clipped to [-1, 1].
+
+        SegmentError for a sample rate that the format does not have.
+        """
+        suffix = save_suffix(path, SPEECH_SUFFIXES, "speech")
+        return write_whole(path, lambda scratch: self._save_sound(scratch, suffix))
+
+    def _save_sound(self, path: Path, suffix: str) -> None:
         import soundfile
 
-        suffix = _suffix(path, SPEECH_SUFFIXES, "speech")
-        samples = self.samples.clip(-1, 1)
-        return _write_whole(
-            path,
-            lambda scratch: soundfile.write(scratch, samples, self.sample_rate_hz, format=suffix[1:].upper()),
-        )
+        samples, rate, block = self.samples.clip(-1, 1), self.sample_rate_hz, 1 << 16
+        advice = "resample(48000) gives it a rate that every format has"
+        if suffix == ".ogg" and rate > 200_000:  # libsndfile would end the process
+            raise SegmentError(f"Cannot save speech of {rate} Hz as .ogg, which ends at 200000 Hz; {advice}.")
+        try:
+            with soundfile.SoundFile(path, "w", rate, 1, format=suffix[1:].upper()) as sound:
+                for start in range(0, len(samples), block):  # a minute of ogg at once ends the process, too
+                    sound.write(samples[start : start + block])
+        except soundfile.LibsndfileError as error:
+            raise SegmentError(
+                f"Cannot save speech of {rate} Hz as {suffix} ({reason(error)}); {advice}."
+            ) from error
 
     def resample(self, sample_rate_hz: int) -> Speech:
         """The sound at another rate (windowed sinc, torchaudio); itself if it already has it."""
@@ -249,8 +290,8 @@ class Video(Segment):
         frames = np.asarray(self.frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
             raise SegmentError(f"Video holds uint8 [T, H, W, 3]; received {frames.dtype} {frames.shape}.")
-        if not self.frame_rate_hz > 0:
-            raise SegmentError(f"frame_rate_hz must be positive; received {self.frame_rate_hz}.")
+        if not 0 < self.frame_rate_hz < math.inf:
+            raise SegmentError(f"frame_rate_hz must be positive and finite; received {self.frame_rate_hz}.")
         object.__setattr__(self, "frames", np.ascontiguousarray(frames))
         object.__setattr__(self, "frame_rate_hz", float(self.frame_rate_hz))
 
@@ -261,48 +302,61 @@ class Video(Segment):
 
     @classmethod
     def open(cls, source: str | Path) -> Video:
-        """Frames of an mp4, webm, mov, mkv, gif or animated webp file; a still picture is one frame."""
-        data = _read(source, "video")
-        if str(source).lower().endswith(FRAMES_SUFFIXES):
-            return cls(*_picture_frames(data, source))
-        return cls(*_container_frames(data, source))
+        """Frames of an mp4, webm, mov, mkv, gif or animated webp file; a still picture is one frame.
+
+        Frames come at one rate: a picture of a gif or webp that is shown for longer is repeated. Of a file that was
+        cut short, the whole frames are read if its format lets them be found.
+        """
+        data = read_bytes(source, "video")
+        if str(source).lower().endswith(FRAMES_SUFFIXES + IMAGE_SUFFIXES):
+            return cls(*picture_frames(data, source))
+        return cls(*container_frames(data, source))
 
     def save(self, path: str | Path) -> Path:
-        """Write mp4 (h264), webm (vp9), gif or animated webp (lossless), chosen by the suffix."""
-        suffix = _suffix(path, (".mp4", ".webm", ".gif", ".webp"), "a video")
-        if suffix in FRAMES_SUFFIXES:
-            return _write_whole(path, self._save_pictures)
-        return _write_whole(path, lambda scratch: self._save_container(scratch, suffix))
+        """Write mp4 (h264), webm (vp9), gif or animated webp (lossless), chosen by the suffix.
 
-    def _save_pictures(self, path: Path) -> None:
+        In mp4 and webm an odd height or width grows by one: the last row or column is repeated.
+        """
+        suffix = save_suffix(path, (".mp4", ".webm", ".gif", ".webp"), "a video")
+        check_side(suffix, *self.frames.shape[1:3])
+        if suffix in FRAMES_SUFFIXES:
+            return write_whole(path, lambda scratch: self._save_pictures(scratch, suffix))
+        return write_whole(path, lambda scratch: self._save_container(scratch, suffix))
+
+    def _save_pictures(self, path: Path, suffix: str) -> None:
+        """The writers join equal neighbours and round the rate, so the file also says in words what it was."""
         first, *rest = (Picture.fromarray(frame) for frame in self.frames)
-        lossless = {"lossless": True} if path.suffix == ".webp" else {}
-        first.save(
-            path,
-            save_all=True,
-            append_images=rest,
-            duration=round(1000 / self.frame_rate_hz),
-            loop=0,
-            **lossless,
-        )
+        timing = f"{len(self.frames)} frames at {self.frame_rate_hz!r} Hz"
+        step = 10 * round(100 / self.frame_rate_hz) if suffix == ".gif" else round(1000 / self.frame_rate_hz)
+        options: dict[str, Any] = {"comment": timing.encode()}
+        if suffix == ".webp":
+            description = Picture.Exif()
+            description[ExifTags.Base.ImageDescription] = timing
+            options = {"lossless": True, "exif": description}
+        duration = min(max(step, 10), 655_350)
+        first.save(path, save_all=True, append_images=rest, duration=duration, loop=0, **options)
 
     def _save_container(self, path: Path, suffix: str) -> None:
         from fractions import Fraction
 
         import av
 
-        height, width = (n + n % 2 for n in self.frames.shape[1:3])  # 4:2:0 chroma needs even sides
-        with av.open(str(path), "w", format=suffix[1:]) as container:
-            rate = Fraction(self.frame_rate_hz).limit_denominator(1000)
-            stream: Any = container.add_stream("libx264" if suffix == ".mp4" else "libvpx-vp9", rate=rate)
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = {"crf": "14"}
-            for frame in self.frames:
-                even = np.pad(
-                    frame, ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)), mode="edge"
-                )
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-            container.mux(stream.encode())
+        odd_rows, odd_columns = (n % 2 for n in self.frames.shape[1:3])  # 4:2:0 chroma needs even sides
+        margin = ((0, odd_rows), (0, odd_columns), (0, 0))
+        try:
+            with av.open(str(path), "w", format=suffix[1:]) as container:
+                rate = Fraction(self.frame_rate_hz).limit_denominator(1000)
+                stream: Any = container.add_stream("libx264" if suffix == ".mp4" else "libvpx-vp9", rate=rate)
+                stream.height = self.frames.shape[1] + odd_rows
+                stream.width = self.frames.shape[2] + odd_columns
+                stream.pix_fmt = "yuv420p"
+                stream.options = {"crf": "14"}
+                for frame in self.frames:
+                    even = np.pad(frame, margin, mode="edge")
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+                container.mux(stream.encode())
+        except av.FFmpegError as error:
+            raise SegmentError(f"Cannot save {self!r} as {suffix} ({reason(error)}).") from error
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -367,26 +421,28 @@ class DNA(Segment):
     @classmethod
     def iter_records(cls, path: str | Path) -> Iterator[DNA]:
         """The sequences of a FASTA or plain file one by one, holding one at a time in memory."""
-        name, lines, seen = "", [], False
-        for line in _text_lines(path):
+        name, seen = "", False
+        lines: list[str] = []
+        for line in text_lines(path):
             if line.startswith(">"):
                 if lines:
                     seen = True
-                    yield cls("".join(lines), name)
+                    yield _named(path, partial(cls, "".join(lines), name))
                 name, lines = line[1:].strip(), []
             elif line and not line.startswith(";"):
                 lines.append("".join(line.split()))
         if lines:
-            yield cls("".join(lines), name)
+            yield _named(path, partial(cls, "".join(lines), name))
         elif not seen:
             raise SegmentError(f"{path} holds no sequence; expected FASTA or plain bases.")
 
     def save(self, path: str | Path) -> Path:
         """Write FASTA, 70 bases a line, compressed if the suffix is .gz."""
         rows = [self.bases[i : i + 70] for i in range(0, len(self.bases), 70)]
-        data = "\n".join([f">{self.name or 'sequence'}", *rows, ""]).encode()
-        packed = gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data
-        return _write_whole(path, lambda scratch: scratch.write_bytes(packed))
+        name = " ".join(self.name.splitlines()).strip() or "sequence"  # a header is one line
+        data = "\n".join([f">{name}", *rows, ""]).encode()
+        packed = gzip.compress(data, mtime=0) if Path(path).suffix.lower() == ".gz" else data
+        return write_whole(path, lambda scratch: scratch.write_bytes(packed))
 
     def __repr__(self) -> str:
         head = self.bases if len(self.bases) <= 24 else f"{self.bases[:21]}..."
@@ -405,14 +461,14 @@ KINDS: dict[str, type[Segment]] = {cls.kind: cls for cls in (Text, Image, Speech
 
 
 def open_segment(path: str | Path) -> Segment:
-    """Open a file as the segment its suffix says; an animated webp is a video, a still one an image.
+    """Open a file as the segment its suffix says; a webp is a video if it moves or was saved as one, else an image.
 
     SegmentError for an unknown suffix, listing the known ones, or for a file that does not open.
     """
     name = str(path).lower()
     if name.endswith(".webp"):
-        with _decode_picture(_read(path, "image or video"), path, "image") as picture:
-            moving = getattr(picture, "n_frames", 1) > 1
+        with decode_picture(read_bytes(path, "image or video"), path, "image") as picture:
+            moving = getattr(picture, "n_frames", 1) > 1 or TIMING.fullmatch(timing_note(picture))
         return Video.open(path) if moving else Image.open(path)
     openers: list[tuple[tuple[str, ...], Callable[[str | Path], Segment]]] = [
         (IMAGE_SUFFIXES, Image.open), (SPEECH_SUFFIXES, Speech.open), (VIDEO_SUFFIXES, Video.open),
@@ -425,117 +481,12 @@ def open_segment(path: str | Path) -> Segment:
     raise SegmentError(f"{path} has no suffix that tells its kind; known: {known}.")
 
 
-# ---- files ----
-
-
-def _read(path: str | Path, kind: str) -> bytes:
-    path = Path(path)
+def _named(path: object, build: Callable[[], Kind]) -> Kind:
+    """What `build` makes of a file's content; an error then says which file."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SegmentError(f"{path} cannot be read as {kind}: {error.strerror or error}.") from error
-    if not data:
-        raise SegmentError(f"{path} is empty: there is no {kind} in it.")
-    return data
-
-
-def _write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write beside the target under the same suffix, then rename: no half-written file is ever seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(scratch))
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _suffix(path: str | Path, allowed: tuple[str, ...], what: str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in allowed:
-        raise SegmentError(
-            f"Cannot save {what} as {suffix or 'a file without suffix'}; allowed: {' '.join(allowed)}."
-        )
-    return suffix
-
-
-def _decode_picture(data: bytes, name: object, kind: str) -> Picture.Image:
-    try:
-        picture = Picture.open(io.BytesIO(data))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise SegmentError(
-                f"{name} is {picture.width}x{picture.height} pixels; at most {MAX_PIXELS:,} are taken: shrink it first."
-            )
-        picture.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Picture.DecompressionBombError) as error:
-        if isinstance(error, SegmentError):
-            raise
-        raise SegmentError(
-            f"{name} is not a readable {kind} ({error}); expected png, jpg or webp."
-        ) from error
-    return picture
-
-
-def _flatten(picture: Picture.Image) -> np.ndarray:
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        canvas = Picture.new("RGB", rgba.size, (255, 255, 255))
-        canvas.paste(rgba, (0, 0), rgba)
-        return np.array(canvas)
-    if picture.mode in ("I;16", "I", "F"):  # 16-bit grey: scale, or everything above 255 would be white
-        grey = np.asarray(picture, dtype=np.float64)
-        scale = 255 / max(65535 if grey.max() > 255 else 255, 1)
-        return np.repeat((grey * scale).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-    return np.array(picture.convert("RGB"))
-
-
-def _picture_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
-    with _decode_picture(data, name, "video") as clip:
-        try:
-            frames, durations = [], []
-            for frame in ImageSequence.Iterator(clip):
-                frames.append(_flatten(frame.copy()))
-                durations.append(float(clip.info.get("duration", 0)) or 100.0)
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise SegmentError(f"{name} is not a readable video ({error}).") from error
-    return np.stack(frames), 1000 * len(durations) / sum(durations)
-
-
-def _container_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
-    import av
-
-    try:
-        with av.open(io.BytesIO(data)) as container:
-            if not container.streams.video:
-                raise SegmentError(f"{name} holds no video stream.")
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
-    except (av.FFmpegError, IndexError, EOFError) as error:
-        raise SegmentError(
-            f"{name} is not a readable video ({error}); expected mp4, webm, mov, mkv, gif or animated webp."
-        ) from error
-    if not frames:
-        raise SegmentError(f"{name} holds no frame.")
-    return np.stack(frames), rate
-
-
-def _text_lines(path: str | Path) -> Iterator[str]:
-    path = Path(path)
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="ascii") as handle:
-            for line in handle:
-                yield line.rstrip()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SegmentError(
-            f"{path} cannot be read as DNA: {error}; expected FASTA or plain bases."
-        ) from error
+        return build()
+    except SegmentError as error:
+        raise SegmentError(f"{path}: {error}") from error
 
 
 def _base64(buffer: io.BytesIO) -> str:

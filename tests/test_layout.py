@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RECIPES = ("tokenizers", "stages", "inference")
 ROOMS = (
+    "media_files",
     "segments",
     "tokenizers",
     "token_space",

@@ -37,10 +37,11 @@ RESIDUES = dict(
     )
 )
 COMPLEMENT = str.maketrans("ACGT", "TGCA")
-KEY_RESIDUES = 12  # enough of a protein's end to find its reading frame; shorter proteins are keyed whole
+KEY_RESIDUES = 12  # enough of a protein's end to find its reading frame; proteins no longer are left out
 SHORT_NT, TEST_GENOME_NT = 600, 1_000_000
 INTERGENIC_NT = (60, 1_000)  # longer gaps are likely to hold genes that the database lacks
 FRAGMENT_CODONS, WINDOW_CODONS = (6, 16), (16, 48)
+MAX_TRIES = 1_000  # draws of a piece before the genes are taken to have no other
 TRANSLATE_LINES = {"train": 20_000, "test": 500}
 CODING_LINES = {"train": 8_000, "test": 500}
 
@@ -157,15 +158,16 @@ def fragments(genes: list[Gene], limit: int | None = None) -> Iterator[dict[str,
     """Lines of translate.jsonl: in-frame pieces of 6 to 16 codons, and their residues separated by spaces.
 
     A start codon other than ATG is left out, since inside a gene it is not M: so the text follows from the DNA.
-    A piece never stands in both splits.
+    A piece never stands twice, so not in both splits; a small genome, which has fewer, gives fewer lines.
     """
     rng, seen = random.Random(0), set()
     for split, count in TRANSLATE_LINES.items():
         mine = [gene for gene in genes if gene.split == split and len(gene.protein) > FRAGMENT_CODONS[1]]
         for _ in range(min(count, limit or count) if mine else 0):
-            piece = _piece(rng, rng.choice(mine), FRAGMENT_CODONS)
-            while piece in seen:
-                piece = _piece(rng, rng.choice(mine), FRAGMENT_CODONS)
+            tries = (_piece(rng, rng.choice(mine), FRAGMENT_CODONS) for _ in range(MAX_TRIES))
+            piece = next((one for one in tries if one not in seen), None)
+            if piece is None:
+                break
             seen.add(piece)
             yield {"text": " ".join(translate(piece)), "dna": piece, "split": split, **_holdout(split)}
 

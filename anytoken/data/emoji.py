@@ -336,6 +336,8 @@ def _has(path: Path, size: tuple[int, ...], owners: list[Concept]) -> bool:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
+    """Write an array whole; the index of the last one goes first, or it would vouch for this one's rows."""
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
     scratch = path.with_suffix(".tmp.npy")
     np.save(scratch, array)
     scratch.replace(path)

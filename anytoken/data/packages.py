@@ -145,11 +145,11 @@ def fetch_package(name: str, cache: Path) -> Path:
 
 def unpack(name: str, cache: Path) -> Path:
     """Fetch a package and unpack it beside its archive, once; returns the folder."""
-    archive = fetch_package(name, cache)
+    archive = fetch_package(name, cache.absolute())  # the clients run in other folders
     folder = archive.with_name(archive.stem + ".unpacked")
     if folder.is_dir():
         return folder
-    scratch = Path(tempfile.mkdtemp(dir=cache))
+    scratch = Path(tempfile.mkdtemp(dir=archive.parent))
     try:
         if archive.suffix == ".tgz":
             with tarfile.open(archive) as tar:
@@ -158,7 +158,7 @@ def unpack(name: str, cache: Path) -> Path:
             with zipfile.ZipFile(archive) as wheel:
                 wheel.extractall(scratch)
         else:
-            _run(["dpkg-deb", "-x", str(archive), str(scratch)], cache)
+            _run(["dpkg-deb", "-x", str(archive), str(scratch)], archive.parent)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -167,9 +167,14 @@ def _require_engines() -> None:
 
 @memoize
 def _piper(voice_model: Path) -> Any:
+    """The voice on one thread a worker: waiting threads of onnxruntime spin, and the workers' pools would fight."""
+    from onnxruntime import InferenceSession, SessionOptions
     from piper import PiperVoice
 
-    return PiperVoice.load(voice_model)
+    voice, options = PiperVoice.load(voice_model), SessionOptions()
+    options.intra_op_num_threads = 1
+    voice.session = InferenceSession(str(voice_model), options, providers=["CPUExecutionProvider"])
+    return voice
 
 
 def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:

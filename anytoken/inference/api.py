@@ -1,5 +1,6 @@
 """The front door: a model that takes typed segments and answers with typed segments."""
 
+import copy
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -279,16 +280,18 @@ class AnyToken:
         """
         self.processor = add_modality(self.lm, self.processor, tokenizer)
 
-    def save_pretrained(self, path: str | Path) -> Path:
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.
 
+        dtype: how weights are stored, such as torch.bfloat16 for half the size; by default as they are.
         CheckpointError if the path holds something that is no checkpoint.
         """
         target = Path(path)
         check_target(target, "token_space.json")
+        lm = self.lm if dtype is None else copy.deepcopy(self.lm).to(dtype)
         with replacing(target) as folder:
-            self.lm.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+            lm.save_pretrained(folder)
+            self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
             if self.card is not None:
                 (folder / "README.md").write_text(self.card, encoding="utf-8")

@@ -273,11 +273,15 @@ class ModalityTokenizer(nn.Module):
             raise TokenizerError(f"{weights} is missing: the tokenizer folder is incomplete; copy it again.")
         try:
             tokenizer = cls(**header["config"])
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            config = Path(folder) / "config.json"
+            raise TokenizerError(f"{config} does not describe a {cls.__name__}: {error}") from error
+        try:
             state = load_file(weights)
             tokenizer.load_state_dict(
                 {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
             )
-        except (SafetensorError, RuntimeError, TypeError, KeyError) as error:
+        except (SafetensorError, RuntimeError, ValueError, OSError) as error:
             raise TokenizerError(f"{weights} does not load as {cls.__name__}: {error}") from error
         return tokenizer.eval()
 

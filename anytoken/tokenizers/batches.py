@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.image import PATCH_PX, to_unit_range
 from anytoken.tokenizers.speech import HOP, SAMPLE_RATE_HZ
@@ -174,40 +174,3 @@ def _crop(samples: Tensor, length: int, rng: np.random.Generator) -> Tensor:
         return F.pad(samples, (0, length - len(samples)))
     start = int(rng.integers(0, len(samples) - length))
     return samples[start : start + length]
-
-
-def held_out_segments(kind: str, data: Path, count: int, seed: int) -> list[Segment]:
-    """Real segments a tokenizer has never seen: held-out concepts in all styles, or held-out voices.
-
-    From the built set in `data`; falls back to the `test` lines of its records where the arrays are absent.
-    """
-    rng = np.random.default_rng((seed, 1))
-    arrays = {"image": "emoji/sprites", "video": "emoji/animations"}
-    index = data / f"{arrays.get(kind, 'none')}.jsonl"
-    if index.is_file():
-        lines = [json.loads(line) for line in index.read_text().splitlines()]
-        rows = np.array([line["row"] for line in lines if line["tokenizer_held_out"]])
-        rows = rng.choice(rows, min(count, len(rows)), replace=False)
-        array = np.load(index.with_suffix(".npy"), mmap_mode="r")
-        if kind == "image":
-            placed = place(torch.from_numpy(np.stack([array[r] for r in rows])), 64, 64, rng)
-            return [Image(p) for p in _uint8(placed)]
-        clips = torch.from_numpy(np.stack([array[r] for r in rows]))
-        placed = place(clips.flatten(0, 1), 64, 64, rng, repeat=clips.shape[1])
-        return [Video(p) for p in _uint8(placed).reshape(len(rows), -1, 64, 64, 3)]
-    records = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}[
-        kind
-    ]
-    if not (data / records).is_file():
-        raise TokenizerError(f"{data / records} is missing: --data names the folder of the built sets.")
-    lines = [json.loads(line) for line in (data / records).read_text().splitlines()]
-    test = [one for one in lines if one["split"] == "test" and one.get("holdout") != "spoken"]
-    if not test:
-        raise TokenizerError(f"{data / records} has no held-out lines to measure on.")
-    picked = [test[i] for i in rng.permutation(len(test))[:count]]
-    opener = {"image": Image.open, "video": Video.open, "speech": Speech.open}[kind]
-    return [opener((data / records).parent / one[kind]) for one in picked]
-
-
-def _uint8(x: Tensor) -> np.ndarray:
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()

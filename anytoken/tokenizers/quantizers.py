@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Quantizer(nn.Module):
             raise TokenizerError(f"Unknown quantizer {kind!r}; allowed: {', '.join(KINDS)}.")
         self.kind = kind
         if kind == "fsq":
-            self.inner: nn.Module = FSQ(levels=list(levels), dim=dim)
+            self.inner: Any = FSQ(levels=list(levels), dim=dim)
             self.codebook_size = int(self.inner.codebook_size)
         else:
             # Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).

@@ -28,6 +28,9 @@ LOSS_WINDOWS = (256, 512, 1024, 2048)
 class LogMel(nn.Module):
     """Log-mel frames [B, 80, T] of samples [B, T * 320]; frame t is centred on its 320 samples."""
 
+    filters: Tensor
+    window: Tensor
+
     def __init__(self, window: int = WINDOW, hop: int = HOP, mels: int = MELS) -> None:
         super().__init__()
         from torchaudio.functional import melscale_fbanks
@@ -51,6 +54,8 @@ class LogMel(nn.Module):
 
 class WaveHead(nn.Module):
     """Magnitude and phase of each frame, overlap-added into samples by an inverse short-time transform."""
+
+    window: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Train and measure any tokenizer from its recipe: `anytoken tokenizer train tokenizers/image/recipe.yaml`.
+"""Train any tokenizer from its recipe: `anytoken tokenizer train tokenizers/image/recipe.yaml`.
 
 A recipe names the kind, the constructor's settings, where the data is, and how long. The loop is the shortest
 that is resumable: batch `n` depends on the seed and `n`, and a checkpoint holds weights, optimiser and `n`.
@@ -14,14 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from anytoken.segments import Image, Speech, Video
-from anytoken.tokenizers.base import MODALITIES, Codes, ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.base import MODALITIES, ModalityTokenizer, TokenizerError
 
 BUILTIN = ("image", "speech", "video", "dna")
 
@@ -45,11 +43,29 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `key=value` overrides (values as YAML, dots go into `config`)."""
-    path = Path(path)
+    """Read a recipe and apply `key=value` overrides (values as YAML, dots go into `config`).
+
+    TokenizerError for a file that is missing or not a mapping in YAML, an unknown key, or a value out of range.
+    """
+    return _checked(_read(Path(path)), overrides or [], Path(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TokenizerError(f"{path} is not a file; expected a recipe such as tokenizers/image/recipe.yaml.")
-    return _checked(yaml.safe_load(path.read_text()) or {}, overrides or [], path)
+    raw = _yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(raw, dict):
+        raise TokenizerError(
+            f"{path} holds {type(raw).__name__}; expected the keys {', '.join(Recipe.model_fields)}."
+        )
+    return raw
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TokenizerError(f"{source} is not YAML: {error}") from error
 
 
 def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
@@ -61,7 +77,7 @@ def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
         place = raw
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[leaf] = yaml.safe_load(value)
+        place[leaf] = _yaml(value, item)
     try:
         return Recipe(**raw)
     except ValidationError as error:
@@ -74,14 +90,11 @@ def train_tokenizer(
 ) -> Path:
     """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`.
 
-    Run again after an interruption it goes on from its last checkpoint; a finished one is left as it is.
+    Run again after an interruption it goes on from its last checkpoint, and ends as if there had been none; a
+    finished one is left as it is. TokenizerError for a recipe or data that will not do.
     """
     recipe_path, data, out = Path(recipe), Path(data), Path(out)
-    if not recipe_path.is_file():
-        raise TokenizerError(
-            f"{recipe_path} is not a file; expected a recipe such as tokenizers/image/recipe.yaml."
-        )
-    raw = yaml.safe_load(recipe_path.read_text()) or {}
+    raw = _read(recipe_path)
     if raw.get("kind") == "text":
         return _train_text(raw, data, out, overrides or [])
     plan = _checked(raw, overrides or [], recipe_path)
@@ -110,7 +123,7 @@ class _Loop:
         torch.manual_seed(plan.seed)
         self.plan, self.out = plan, out
         self.batch = batches_for(plan.kind, data / plan.data, plan.batch_size, plan.seed)
-        self.tokenizer = MODALITIES[plan.kind](**plan.config).train()
+        self.tokenizer = self._build().train()
         self.optimizer = torch.optim.AdamW(
             self.tokenizer.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.95)
         )
@@ -119,6 +132,20 @@ class _Loop:
         out.mkdir(parents=True, exist_ok=True)
         if self.state_path.is_file():
             self._resume()
+        self._cut_log()
+
+    def _build(self) -> ModalityTokenizer:
+        try:
+            return MODALITIES[self.plan.kind](**self.plan.config)
+        except TypeError as error:
+            raise TokenizerError(f"config of a {self.plan.kind} tokenizer: {error}.") from error
+
+    def _cut_log(self) -> None:
+        """Forget what was logged after the checkpoint: those steps are done again."""
+        path = self.out / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(f"{line}\n" for line in lines))
 
     def run(self) -> Path:
         """Train to the end, then save the tokenizer and drop the checkpoint."""
@@ -137,10 +164,11 @@ class _Loop:
                         json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **seen}) + "\n"
                     )
                     log.flush()
-                if self.step % plan.save_every == 0:
+                if self.step % plan.save_every == 0 and self.step < plan.steps:
                     self._checkpoint()
         bar.close()
-        self.tokenizer.eval().save_pretrained(self.out)
+        # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
+        self.tokenizer.eval().save_pretrained(self.out, torch.bfloat16)
         report = {
             "recipe": plan.model_dump(), "steps": self.step, "seconds": round(self.seconds, 1), "last": seen,
             "parameters": sum(p.numel() for p in self.tokenizer.parameters()),
@@ -153,6 +181,8 @@ class _Loop:
     def _train_step(self) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr * self._schedule(self.step)
+        # What is random in a step (k-means, dead codes replaced) depends on it alone, as its batch does.
+        torch.manual_seed(self.plan.seed + self.step)
         loss, seen = self.tokenizer.training_loss(self.batch(self.step))
         if not torch.isfinite(loss):
             raise TokenizerError(
@@ -192,8 +222,9 @@ def _train_text(raw: dict[str, Any], data: Path, out: Path, overrides: list[str]
     raw = dict(raw)
     for item in overrides:
         key, _, value = item.partition("=")
-        if key in raw:  # a pipeline hands every recipe the same overrides; text has no steps
-            raw[key] = yaml.safe_load(value)
+        # A pipeline hands every recipe the same overrides; text has no steps.
+        if key in raw or key not in Recipe.model_fields:
+            raw[key] = _yaml(value, item)
     return Path(train_text_tokenizer({**raw, "data": str(data)}, out))
 
 
@@ -201,91 +232,3 @@ def _train_dna(plan: Recipe, out: Path) -> Path:
     from anytoken.tokenizers.dna import train_dna_tokenizer
 
     return Path(train_dna_tokenizer(plan.model_dump(), out))
-
-
-# ---- measuring ----
-
-
-def evaluate_tokenizer(
-    tokenizer: str | Path, data: str | Path, count: int = 400, seed: int = 0
-) -> dict[str, Any]:
-    """Held-out figures of a trained tokenizer: distortion, codebook usage and perplexity, tokens per unit, speed."""
-    loaded = load_tokenizer(tokenizer).eval()
-    if loaded.kind == "dna":
-        return _measure_dna(loaded, Path(data))
-    from anytoken.tokenizers.batches import held_out_segments
-
-    segments = held_out_segments(loaded.kind, Path(data), count, seed)
-    start = time.perf_counter()
-    codes = loaded.encode_batch(segments)
-    middle = time.perf_counter()
-    outputs = loaded.decode_batch(codes)
-    end = time.perf_counter()
-    return {
-        "kind": loaded.kind, "items": len(segments), "seed": seed, **_usage(codes, loaded.codebook_sizes[0]),
-        **_distortion(segments, outputs),
-        "tokens_per_item": float(np.mean([len(one) for one in codes])),
-        "encode_items_per_second": len(segments) / (middle - start),
-        "decode_items_per_second": len(segments) / (end - middle),
-    }  # fmt: skip
-
-
-def _usage(codes: list[Codes], size: int) -> dict[str, float]:
-    counts = np.bincount(np.concatenate([one.values[:, 0] for one in codes]), minlength=size)
-    share = counts[counts > 0] / counts.sum()
-    return {
-        "codebook_size": size,
-        "codebook_usage": float((counts > 0).mean()),
-        "code_perplexity": float(np.exp(-(share * np.log(share)).sum())),
-    }
-
-
-def _distortion(segments: list[Any], outputs: list[Any]) -> dict[str, float]:
-    if isinstance(segments[0], Speech):
-        return _speech_distortion(segments, outputs)
-    pairs = [
-        (a.pixels, b.pixels) if isinstance(a, Image) else (a.frames, b.frames)
-        for a, b in zip(segments, outputs, strict=True)
-        if isinstance(a, (Image, Video))
-    ]
-    errors = [((a.astype(np.float64) - b) ** 2).mean() for a, b in pairs]
-    flat = [((a.astype(np.float64) - a.mean((0, 1), keepdims=True)) ** 2).mean() for a, _ in pairs]
-    return {
-        "psnr_db": float(np.mean([10 * math.log10(255**2 / max(e, 1e-6)) for e in errors])),
-        "mean_colour_psnr_db": float(np.mean([10 * math.log10(255**2 / max(e, 1e-6)) for e in flat])),
-    }
-
-
-def _speech_distortion(segments: list[Speech], outputs: list[Speech]) -> dict[str, float]:
-    seconds = sum(one.seconds for one in segments)
-    found: dict[str, float] = {"seconds": seconds}
-    try:
-        from pystoi import stoi
-    except ImportError:  # an optional extra: `pip install anytoken[eval]`
-        return found
-    scores = []
-    for one, other in zip(segments, outputs, strict=True):
-        clean = one.resample(other.sample_rate_hz).samples
-        if len(clean) > 0.6 * other.sample_rate_hz:  # STOI needs some 30 frames of speech
-            scores.append(stoi(clean, other.samples[: len(clean)], other.sample_rate_hz))
-    found["stoi"] = float(np.mean(scores)) if scores else float("nan")
-    return found
-
-
-def _measure_dna(tokenizer: ModalityTokenizer, data: Path) -> dict[str, Any]:
-    from anytoken.segments import DNA
-
-    path = data / "dna" / "translate.jsonl"
-    if not path.is_file():
-        raise TokenizerError(f"{path} is missing: --data names the folder of the built sets.")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    bases = [DNA(line["dna"]) for line in lines if line["split"] == "test"]
-    codes = tokenizer.encode_batch(bases)
-    same = [
-        a == b.bases for a, b in zip((one.bases for one in bases), tokenizer.decode_batch(codes), strict=True)
-    ]  # type: ignore[attr-defined]
-    letters = sum(len(one.bases) for one in bases)
-    return {
-        "kind": "dna", "items": len(bases), "exact": float(np.mean(same)), "bases": letters,
-        "tokens_per_base": sum(len(one) for one in codes) / letters, **_usage(codes, tokenizer.codebook_sizes[0]),
-    }  # fmt: skip

@@ -1,0 +1,204 @@
+"""Reading and writing the files that segments come from and go to: bytes, pictures, animations, containers, text.
+
+Plain functions from a file's bytes to arrays and back, over Pillow and PyAV. Whatever is wrong with a file is one
+`SegmentError` that names it and says what is expected; whatever is written is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, ImageOps, ImageSequence
+from PIL import Image as Picture
+
+MAX_PIXELS = 64_000_000  # a picture beyond this is more likely an attack than an input
+MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say
+MIN_STEP_MS = 20  # no player shows the pictures of a gif faster
+_PICTURE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
+    Picture.DecompressionBombError,
+)  # fmt: skip
+TIMING = re.compile(r"(\d{1,9}) frames at (\d[\d.e+-]*) Hz")
+
+
+class SegmentError(ValueError):
+    """A file or value that cannot become, or be saved as, a segment of the asked kind."""
+
+
+def read_bytes(path: str | Path, kind: str) -> bytes:
+    """A file's bytes; SegmentError if it cannot be read or is empty."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SegmentError(f"{path} cannot be read as {kind}: {error.strerror or error}.") from error
+    if not data:
+        raise SegmentError(f"{path} is empty: there is no {kind} in it.")
+    return data
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Write beside the target under the same suffix, then rename: no half-written file is ever seen."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(scratch))
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def save_suffix(path: str | Path, allowed: tuple[str, ...], what: str) -> str:
+    """The suffix to save under, in lower case; SegmentError if it is none of `allowed`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in allowed:
+        raise SegmentError(
+            f"Cannot save {what} as {suffix or 'a file without suffix'}; allowed: {' '.join(allowed)}."
+        )
+    return suffix
+
+
+def decode_picture(data: bytes, name: object, kind: str) -> Picture.Image:
+    """A picture or animation that is fully read; SegmentError for damage, or more than MAX_PIXELS."""
+    try:
+        picture = Picture.open(io.BytesIO(data))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise SegmentError(
+                f"{name} is {picture.width}x{picture.height} pixels; at most {MAX_PIXELS:,} are taken: shrink it first."
+            )
+        picture.load()
+    except _PICTURE_ERRORS as error:
+        if isinstance(error, SegmentError):
+            raise
+        expected = "gif or animated webp, as its suffix says" if kind == "video" else "png, jpg or webp"
+        raise SegmentError(
+            f"{name} is not a readable {kind} ({reason(error)}); expected {expected}."
+        ) from error
+    return picture
+
+
+def upright(picture: Picture.Image, name: object) -> np.ndarray:
+    """RGB pixels uint8 [H, W, 3], turned as EXIF says."""
+    try:
+        return flatten(ImageOps.exif_transpose(picture))
+    except _PICTURE_ERRORS as error:
+        raise SegmentError(f"{name} is not a readable image ({reason(error)}).") from error
+
+
+def flatten(picture: Picture.Image) -> np.ndarray:
+    """RGB pixels uint8 [H, W, 3] of any mode: transparency on white, 16-bit grey scaled."""
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        canvas = Picture.new("RGB", rgba.size, (255, 255, 255))
+        canvas.paste(rgba, (0, 0), rgba)
+        return np.array(canvas)
+    if picture.mode in ("I;16", "I", "F"):  # 16-bit grey: scale, or everything above 255 would be white
+        grey = np.asarray(picture, dtype=np.float64)
+        scale = 255 / max(65535 if grey.max() > 255 else 255, 1)
+        return np.repeat((grey * scale).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    return np.array(picture.convert("RGB"))
+
+
+def picture_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
+    """Frames uint8 [T, H, W, 3] of a gif or animated webp at a constant rate, and that rate in Hz."""
+    with decode_picture(data, name, "video") as clip:
+        try:
+            note = timing_note(clip)
+            pictures, milliseconds = [], []
+            for frame in ImageSequence.Iterator(clip):
+                pictures.append(flatten(frame.copy()))
+                milliseconds.append(round(clip.info.get("duration", 0)) or 100)
+            frames = np.stack(pictures)
+        except _PICTURE_ERRORS as error:
+            raise SegmentError(f"{name} is not a readable video ({reason(error)}).") from error
+    times, rate = timing(milliseconds, note, max_frames=MAX_PIXELS // frames[0, ..., 0].size)
+    return np.repeat(frames, times, axis=0), rate
+
+
+def timing_note(clip: Picture.Image) -> str:
+    """What `Video.save` wrote into a gif or webp; another program's words, or none, otherwise."""
+    note = clip.info.get("comment") or clip.getexif().get(ExifTags.Base.ImageDescription, "")
+    return note.decode("latin-1") if isinstance(note, bytes) else str(note)
+
+
+def timing(milliseconds: list[int], note: str, max_frames: int) -> tuple[list[int], float]:
+    """How often each picture comes at a constant rate, and that rate.
+
+    Pictures without a common step, or that would be repeated beyond `max_frames`, come once, at their mean rate.
+    """
+    total, ours = sum(milliseconds), TIMING.fullmatch(note)
+    if ours and int(ours[1]) <= max(max_frames, len(milliseconds)):
+        times = [round(one * int(ours[1]) / total) for one in milliseconds]
+        if all(times) and sum(times) == int(ours[1]):
+            return times, float(ours[2])
+    step = math.gcd(*milliseconds)
+    if step < MIN_STEP_MS or total // step > max_frames:
+        return [1] * len(milliseconds), 1000 * len(milliseconds) / total
+    return [one // step for one in milliseconds], 1000 / step
+
+
+def container_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
+    """Frames uint8 [T, H, W, 3] of an mp4, webm, mov or mkv file, and the rate in Hz."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(data), "r", metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise SegmentError(f"{name} holds no video stream.")
+            stream = container.streams.video[0]
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            if not frames:
+                raise SegmentError(f"{name} holds no frame.")
+            return np.stack(frames), rate
+    except SegmentError:
+        raise
+    except (av.FFmpegError, LookupError, ValueError, EOFError) as error:
+        raise SegmentError(
+            f"{name} is not a readable video ({reason(error)}); expected mp4, webm, mov, mkv, gif or animated webp."
+        ) from error
+
+
+def text_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a text file, plain or gzipped, without trailing white space."""
+    path = Path(path)
+    try:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as handle:
+            for line in handle:
+                yield line.rstrip()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise SegmentError(
+            f"{path} cannot be read as DNA: {getattr(error, 'strerror', None) or error}; expected FASTA or plain bases."
+        ) from error
+
+
+def check_side(suffix: str, height: int, width: int) -> None:
+    """SegmentError if a format cannot hold pictures of this size."""
+    limit = MAX_SIDE_PX.get(suffix, max(height, width))
+    if max(height, width) > limit:
+        raise SegmentError(
+            f"Cannot save {width}x{height} pixels as {suffix}, which has sides up to {limit}; "
+            "resize it, or take another suffix."
+        )
+
+
+def reason(error: Exception) -> str:
+    """What a library says went wrong, without error numbers and the address of the buffer it read."""
+    said = str(getattr(error, "error_string", error))
+    return re.sub(r"\[Errno -?\d+\] |:? '?<[^>]*>'?", "", said).strip(" .")

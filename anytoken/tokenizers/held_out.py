@@ -1,0 +1,149 @@
+"""What no tokenizer was trained on: concepts never seen in any style, voices never heard, genes of other products.
+
+The split was made when the sets were built (a hash of the concept, the voice, or the product text); here its
+held-out side is read back, a fixed choice of items for a seed, each with a name and the group it is scored in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
+from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.batches import place
+from anytoken.tokenizers.dna import MAX_TOKENS, WINDOW
+from anytoken.tokenizers.image import to_pixels
+
+SIDE_PX = 64
+SETS = {
+    "image": ["emoji"],
+    "video": ["emoji"],
+    "speech": ["speech"],
+    "dna": ["dna"],
+    "text": ["emoji", "dna"],
+}
+TEXTS = {  # group: file, field
+    "captions": ("emoji/images.jsonl", "text"),
+    "gene products": ("dna/genes.jsonl", "product"),
+    "proteins": ("dna/translate.jsonl", "text"),
+}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One item: what is encoded, what it is called, and its group (a style, a voice), or ""."""
+
+    segment: Segment
+    name: str
+    group: str = ""
+
+
+def held_out_items(kind: str, data: Path, count: int, seed: int) -> list[HeldOut]:
+    """At most `count` held-out items of a kind from the built sets in `data`, the same for the same seed.
+
+    TokenizerError for a kind that has no held-out set, or a set that is not there.
+    """
+    readers: dict[str, Callable[[Path, int, np.random.Generator], list[HeldOut]]] = {
+        "image": _pictures, "video": _clips, "speech": _voices, "dna": _genes, "text": _texts,
+    }  # fmt: skip
+    if kind not in readers:
+        raise TokenizerError(f"There is no held-out set for {kind!r}; there is one for {', '.join(readers)}.")
+    items = readers[kind](data, count, np.random.default_rng((seed, 1)))
+    if not items:
+        raise TokenizerError(f"{data} has no held-out {kind} items: build the sets whole, without --limit.")
+    return items
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise TokenizerError(f"{path} is missing: --data names the folder of the built sets.")
+    with path.open(encoding="utf-8") as file:  # str.splitlines would also split at U+2028 inside a string
+        return [json.loads(line) for line in file]
+
+
+def _chosen(lines: list[dict[str, Any]], count: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+    return (lines[i] for i in rng.permutation(len(lines))[:count])
+
+
+def _test_lines(path: Path) -> list[dict[str, Any]]:
+    return [line for line in _lines(path) if line["split"] == "test"]
+
+
+def _drawn(index: Path, count: int, rng: np.random.Generator) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Lines of held-out concepts, and their rows uint8 [B, ..., S, S, 4] of the array beside the index."""
+    lines = [line for line in _lines(index) if line["tokenizer_held_out"]]
+    lines = list(_chosen(lines, count, rng))
+    path = index.with_suffix(".npy")
+    if not path.is_file():
+        raise TokenizerError(f"{path} is missing: build the set again.")
+    array = np.load(path, mmap_mode="r")
+    return lines, array[[line["row"] for line in lines]]
+
+
+def _pictures(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+    lines, sprites = _drawn(data / "emoji" / "sprites.jsonl", count, rng)
+    if not lines:
+        return []
+    placed = to_pixels(place(torch.from_numpy(sprites), SIDE_PX, SIDE_PX, rng))
+    return [HeldOut(Image(one), line["name"], line["style"]) for one, line in zip(placed, lines, strict=True)]
+
+
+def _clips(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+    lines, clips = _drawn(data / "emoji" / "animations.jsonl", count, rng)
+    if not lines:
+        return []
+    frames: Tensor = place(
+        torch.from_numpy(clips).flatten(0, 1), SIDE_PX, SIDE_PX, rng, repeat=clips.shape[1]
+    )
+    placed = to_pixels(frames.unflatten(0, clips.shape[:2]))
+    return [HeldOut(Video(one), line["name"]) for one, line in zip(placed, lines, strict=True)]
+
+
+def _voices(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+    folder = data / "speech"
+    lines = [line for line in _test_lines(folder / "speech.jsonl") if line["holdout"] == "voice"]
+    return [
+        HeldOut(Speech.open(folder / line["speech"]), line["text"], line["voice"])
+        for line in _chosen(lines, count, rng)
+    ]
+
+
+def _genes(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+    lines = [
+        one for one in _test_lines(data / "dna" / "genes.jsonl") if len(one["dna"]) <= MAX_TOKENS * WINDOW
+    ]
+    return [HeldOut(DNA(line["dna"]), line["product"]) for line in _chosen(lines, count, rng)]
+
+
+def _texts(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+    """As many of each group, captions first."""
+    share = -(-count // len(TEXTS))
+    items = [
+        HeldOut(Text(line[field]), line[field], group)
+        for group, (file, field) in TEXTS.items()
+        for line in _chosen([one for one in _test_lines(data / file) if one.get(field)], share, rng)
+    ]
+    return items[:count]
+
+
+def made_of(kind: str, data: Path) -> list[dict[str, str]]:
+    """What the sets that a kind is trained and measured on are made of: set, name, version, licence of each source.
+
+    Empty where the sets say nothing of themselves (a manifest.json is written when a set is built).
+    """
+    found = []
+    for name in SETS.get(kind, []):
+        path = data / name / "manifest.json"
+        sources = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []
+        found += [
+            {"set": name} | {key: one[key] for key in ("name", "version", "licence")} for one in sources
+        ]
+    return found

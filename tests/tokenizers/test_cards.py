@@ -1,0 +1,138 @@
+"""Cards: every kind gets one, small and whole, whose numbers are those of figures.json."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image as Picture
+from typer.testing import CliRunner
+
+from anytoken.cli import app
+from anytoken.segments import Speech
+from anytoken.tokenizers import cards
+from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.cards import make_card, read_curve, render
+from anytoken.tokenizers.image import ImageTokenizer
+from anytoken.tokenizers.speech import SpeechTokenizer
+from anytoken.tokenizers.text import TextTokenizer
+from anytoken.tokenizers.video import VideoTokenizer
+
+TINY = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3]}
+KINDS = ("image", "speech", "video", "dna", "text")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, dna_folder):
+    """A saved tokenizer of each kind, two of them with the logs that training leaves."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("tokenizers")
+    ImageTokenizer(**TINY, refine_width=8, refine_depth=1).save_pretrained(root / "image")
+    SpeechTokenizer(**TINY).save_pretrained(root / "speech")
+    VideoTokenizer(**TINY).save_pretrained(root / "video")
+    TextTokenizer.train(["a training, flat, red background", "M K L V"], 300).save_pretrained(root / "text")
+    training = {
+        "recipe": {"kind": "image", "steps": 20, "lr": 0.002},
+        "steps": 20,
+        "seconds": 12.5,
+        "last": {"loss": 0.25},
+    }
+    (root / "image" / "training.json").write_text(json.dumps(training))
+    lines = [{"step": step, "seconds": step / 2, "loss": 1 / step, "psnr_db": step} for step in (10, 20, 10)]
+    (root / "image" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {kind: root / kind for kind in KINDS} | {"dna": dna_folder}
+
+
+@pytest.fixture(scope="module")
+def made(folders, sets, tmp_path_factory):
+    """The card folder of each kind."""
+    root = tmp_path_factory.mktemp("cards")
+    for kind in KINDS:
+        make_card(folders[kind], sets, root / kind, count=6)
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_is_small_and_its_files_are_there(made, kind):
+    page = (made / kind / "README.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert "figures.json" in links and all((made / kind / name).is_file() for name in links)
+    assert sum(path.stat().st_size for path in (made / kind).iterdir()) < 150_000
+    assert (
+        "CC-BY-4.0" in page and "anytoken tokenizer eval" in page and "None" not in page and "nan" not in page
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_page_is_made_of_figures_json_alone(made, kind):
+    figures = json.loads((made / kind / "figures.json").read_text())
+    assert render(figures) == (made / kind / "README.md").read_text()
+    rows = len(
+        set(re.findall(r"[\d.,]+", render({**figures, "bits_per_unit": 123456.0})))
+        ^ set(re.findall(r"[\d.,]+", render(figures)))
+    )
+    assert rows, "a changed figure must change the page"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_path_of_the_machine_is_on_the_page(made, kind, tmp_path_factory):
+    text = (made / kind / "README.md").read_text() + (made / kind / "figures.json").read_text()
+    assert str(tmp_path_factory.getbasetemp()) not in text
+
+
+def test_sheets_show_originals_above_what_came_back(made):
+    for kind in ("image", "video"):
+        sheet = Picture.open(made / kind / "samples.png")
+        assert sheet.height == 2 * 64 + cards.GAP_PX and sheet.width > 6 * 64
+
+
+def test_sounds_come_in_pairs_of_two_voices(made):
+    for number in (1, 2):
+        before = Speech.open(made / "speech" / f"sample_{number}.flac")
+        after = Speech.open(made / "speech" / f"sample_{number}_decoded.flac")
+        assert before.seconds == pytest.approx(after.seconds, abs=0.02)
+    page = (made / "speech" / "README.md").read_text()
+    assert "awb" in page and "rms" in page and "synthetic" in page
+
+
+def test_training_is_on_the_page_with_its_curve(made):
+    page = (made / "image" / "README.md").read_text()
+    assert "![The training curve](curve.png)" in page and "lr: 0.002" in page and "| seconds | 12.5 |" in page
+    assert "curve.png" not in (made / "video" / "README.md").read_text()
+
+
+def test_a_step_logged_twice_counts_once(folders):
+    assert [line["step"] for line in read_curve(folders["image"] / "metrics.jsonl")] == [10, 20]
+    assert read_curve(folders["image"] / "nowhere.jsonl") == []
+
+
+def test_a_missing_package_is_one_clear_error(folders, sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "find_spec", lambda name: None if name == "matplotlib" else True)
+    with pytest.raises(TokenizerError, match=r"matplotlib: pip install 'anytoken\[eval\]'"):
+        make_card(folders["text"], sets, tmp_path / "card")
+    assert not (tmp_path / "card").exists()
+
+
+def test_the_command_prints_figures_or_writes_a_card(folders, sets, tmp_path):
+    words = ["tokenizer", "eval", str(folders["text"]), "--data", str(sets), "--count", "3"]
+    printed = CliRunner().invoke(app, words)
+    assert printed.exit_code == 0 and json.loads(printed.stdout)["exact"] == 1.0
+    written = CliRunner().invoke(app, [*words, "--card", str(tmp_path / "card")])
+    assert written.exit_code == 0 and written.stdout.strip().endswith("README.md")
+    assert (tmp_path / "card" / "figures.json").is_file()
+    missing = CliRunner().invoke(app, ["tokenizer", "eval", str(tmp_path), "--data", str(sets)])
+    assert missing.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1, "100 %"), (0.99999, "99.9 %"), (0.5, "50.0 %"), (0, "0.0 %")]
+)
+def test_only_all_is_a_hundred_percent(value, text):
+    assert cards._share(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.1234, "0.123"), (999.6, "1,000"), (638.2, "638"), (64, "64"), (12345, "12,345")]
+)
+def test_numbers_have_three_digits_that_matter(value, text):
+    assert cards._number(value) == text

@@ -1,0 +1,99 @@
+"""The picture tokenizer: the battery, aspect ratios, sizes, and its losses."""
+
+import numpy as np
+import pytest
+import torch
+from batteries import TokenizerBattery
+
+from anytoken.segments import Image
+from anytoken.tokenizers.image import ImageTokenizer, fit_side, pixel_loss, psnr_db, to_pixels, to_unit_range
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image:
+    """Blocks of random colours, so that it survives scaling."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image(small).resize(height, width)
+
+
+class TestImageTokenizer(TokenizerBattery):
+    tokenizer_class = ImageTokenizer
+    settings = {
+        "width": 16, "encoder_depth": 1, "decoder_depth": 1, "refine_width": 8, "refine_depth": 1,
+        "levels": [5, 5, 4],
+    }  # fmt: skip
+
+    def segment(self, seed):
+        return picture(64, 64, seed)
+
+    def odd(self):
+        noise = np.random.default_rng(1).integers(0, 256, (63, 65, 3), dtype=np.uint8)
+        return {
+            "one pixel": Image(np.zeros((1, 1, 3), np.uint8)),
+            "a row": Image(np.full((1, 300, 3), 255, np.uint8)),
+            "a column": Image(np.full((1000, 1, 3), 90, np.uint8)),
+            "huge": picture(2000, 3001),
+            "noise": Image(noise),
+        }
+
+    def batch(self):
+        return to_unit_range(np.stack([self.segment(seed).pixels for seed in range(3)]))
+
+    def check_same_shape(self, segment, back):
+        assert back.pixels.shape == segment.pixels.shape
+
+    def check_close(self, one, other):
+        assert one.pixels.shape == other.pixels.shape
+        assert np.abs(one.pixels.astype(int) - other.pixels).max() <= 1
+
+    @pytest.mark.parametrize(
+        ("height", "width", "grid"),
+        [
+            (64, 64, (8, 8)),
+            (10, 10, (8, 8)),
+            (128, 64, (8, 4)),
+            (90, 160, (4, 8)),
+            (1, 1000, (1, 8)),
+            (500, 3, (8, 1)),
+        ],
+    )
+    def test_the_aspect_ratio_is_kept_to_whole_patches(self, tokenizer, height, width, grid):
+        codes = tokenizer.encode(picture(height, width))
+        assert codes.size == grid
+        assert tokenizer.decode(codes).pixels.shape == (8 * grid[0], 8 * grid[1], 3)
+
+    def test_without_a_side_pictures_keep_their_size(self):
+        tokenizer = ImageTokenizer(**self.settings, side_px=0)
+        assert tokenizer.encode(picture(40, 72)).size == (5, 9)
+        assert tokenizer.encode(picture(256, 512)).size == (8, 16), "at most 128 pixels a side"
+
+    def test_a_learned_codebook_in_place_of_fsq(self, tmp_path):
+        torch.manual_seed(0)
+        tokenizer = ImageTokenizer(**self.settings, quantizer="vq", codebook_size=32)
+        tokenizer.train().training_loss(self.batch())  # k-means sets the codebook
+        tokenizer.eval().save_pretrained(tmp_path / "vq")
+        loaded = ImageTokenizer.from_pretrained(tmp_path / "vq")
+        assert loaded.codebook_sizes == (32,)
+        assert loaded.encode(self.segment(1)) == tokenizer.encode(self.segment(1))
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    assert np.array_equal(to_pixels(to_unit_range(pixels)), pixels)
+    assert to_unit_range(pixels).shape == (1, 3, 16, 16)
+
+
+def test_psnr_against_known_values():
+    black = torch.full((2, 3, 8, 8), -1.0)
+    nearly = black + torch.tensor([0.2, 2.0])[:, None, None, None]
+    assert psnr_db(nearly, black).tolist() == pytest.approx([20.0, 0.0], abs=1e-4)
+
+
+def test_the_pixel_loss_is_zero_for_equal_pictures_only():
+    x = torch.rand(2, 3, 8, 8)
+    assert pixel_loss(x, x) == 0
+    assert pixel_loss(x + 0.1, x) < pixel_loss(x + 0.2, x)
+
+
+def test_fit_side_never_leaves_a_side_without_a_patch():
+    assert fit_side(1, 5000, 64) == (8, 64)
+    assert fit_side(7, 7, 64) == (64, 64)

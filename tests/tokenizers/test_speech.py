@@ -1,0 +1,93 @@
+"""The speech tokenizer: the battery, other rates and channels, length limits, and its transforms."""
+
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from batteries import TokenizerBattery
+
+from anytoken.segments import Speech
+from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer, spectral_loss
+
+
+def tone(seconds: float, pitch_hz: float = 220.0, rate: int = 16_000) -> Speech:
+    """A harmonic tone that swells, so that frames differ."""
+    time = np.arange(round(seconds * rate)) / rate
+    wave = sum(np.sin(2 * np.pi * pitch_hz * k * time) / k for k in range(1, 8))
+    return Speech((0.2 * wave * np.sin(np.pi * time / seconds) ** 2).astype(np.float32), rate)
+
+
+class TestSpeechTokenizer(TokenizerBattery):
+    tokenizer_class = SpeechTokenizer
+    settings = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "levels": [5, 5, 4], "max_frames": 50}
+
+    def segment(self, seed):
+        return tone(0.4, 150 + 40 * seed)
+
+    def odd(self):
+        noise = np.random.default_rng(1).uniform(-1, 1, 5_001).astype(np.float32)
+        return {
+            "one sample": Speech(np.ones(1)),
+            "one code": tone(0.02),
+            "one sample more": Speech(np.zeros(HOP + 1)),
+            "silence": Speech(np.zeros(8_000)),
+            "noise": Speech(noise),
+            "too loud": Speech(50 * noise),
+            "as long as may be": tone(1.0),
+            "8 kHz": tone(0.3, rate=8_000),
+            "44.1 kHz": tone(0.3, rate=44_100),
+        }
+
+    def batch(self):
+        return torch.from_numpy(np.stack([self.segment(seed).samples for seed in range(2)]))
+
+    def check_same_shape(self, segment, back):
+        assert back.sample_rate_hz == 16_000 and len(back.samples) == len(segment.samples)
+
+    def check_close(self, one, other):
+        np.testing.assert_allclose(one.samples, other.samples, atol=2e-4)
+
+    def test_every_20_ms_are_a_code(self, tokenizer):
+        assert tokenizer.frame_rate_hz == 50
+        for samples in (1, 319, 320, 321, 6_400):
+            assert len(tokenizer.encode(Speech(np.zeros(samples)))) == math.ceil(samples / 320)
+
+    def test_stereo_at_48_khz_is_averaged_and_resampled(self, tokenizer, tmp_path):
+        sound = tone(0.5, rate=48_000).samples
+        soundfile.write(tmp_path / "stereo.wav", np.stack([sound, 0.5 * sound], 1), 48_000, subtype="FLOAT")
+        opened = Speech.open(tmp_path / "stereo.wav")
+        codes = tokenizer.encode(opened)
+        assert len(codes) == 25
+        assert codes == tokenizer.encode(Speech(0.75 * sound, 48_000).resample(16_000))
+        assert tokenizer.decode(codes).sample_rate_hz == 16_000
+
+    def test_too_long_is_a_clear_error(self, tokenizer):
+        assert len(tokenizer.encode(tone(1.0))) == 50
+        with pytest.raises(TokenizerError, match=r"1\.1 s is 55 codes; at most 50 \(1 s\).*cut it"):
+            tokenizer.encode(tone(1.1))
+        with pytest.raises(TokenizerError, match="cut it"):
+            tokenizer.encode(tone(1.1, rate=48_000))
+
+    def test_decoded_samples_stay_within_one(self, tokenizer):
+        loud = tokenizer.autoencode(self.odd()["too loud"])
+        assert np.abs(loud.samples).max() <= 1
+
+
+def test_log_mel_tells_pitch_and_level():
+    mel = LogMel()
+    frames = mel(torch.from_numpy(np.stack([tone(0.4, 200).samples, tone(0.4, 2_000).samples])))
+    assert frames.shape == (2, 80, 20)
+    low, high = frames[:, :, 10].argmax(1).tolist()
+    assert low < high
+    louder = mel(torch.from_numpy(2 * tone(0.4, 200).samples[None]))
+    assert (louder[0, low, 10] - frames[0, low, 10]).item() == pytest.approx(math.log(2), abs=1e-3)
+    assert mel(torch.zeros(1, 3_200)).unique().item() == pytest.approx(math.log(1e-5))
+
+
+def test_the_spectral_loss_is_zero_for_equal_sounds_only():
+    a, b = (torch.from_numpy(tone(0.3, pitch).samples[None]) for pitch in (200, 300))
+    assert spectral_loss(a, a) == 0
+    assert spectral_loss(b, a) > spectral_loss(0.9 * a, a) > 0

@@ -1,0 +1,68 @@
+"""The clip tokenizer: the battery, and how many frames of a clip are taken."""
+
+import numpy as np
+import pytest
+from batteries import TokenizerBattery
+
+from anytoken.segments import Image, Video
+from anytoken.tokenizers.image import to_unit_range
+from anytoken.tokenizers.video import VideoTokenizer
+
+
+def clip(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Video:
+    """Frames of random blocks of colour."""
+    small = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return Video(np.stack([Image(frame).resize(height, width).pixels for frame in small]))
+
+
+class TestVideoTokenizer(TokenizerBattery):
+    tokenizer_class = VideoTokenizer
+    settings = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "levels": [5, 5, 4], "side_px": 32}
+
+    def segment(self, seed):
+        return clip(8, seed=seed)
+
+    def odd(self):
+        return {
+            "one frame": clip(1),
+            "three frames": clip(3),
+            "one pixel": Video(np.zeros((1, 1, 1, 3), np.uint8)),
+            "long": clip(50),
+            "wide": clip(2, 20, 90),
+            "large": clip(4, 700, 901),
+            "noise": Video(np.random.default_rng(1).integers(0, 256, (5, 31, 33, 3), dtype=np.uint8)),
+        }
+
+    def batch(self):
+        return to_unit_range(np.stack([self.segment(seed).frames for seed in range(2)])).transpose(1, 2)
+
+    def check_same_shape(self, segment, back):
+        assert back.frames.shape == segment.frames.shape
+
+    def check_close(self, one, other):
+        assert one.frames.shape == other.frames.shape
+        assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
+
+    @pytest.mark.parametrize(
+        ("count", "steps"), [(1, 1), (3, 1), (4, 1), (5, 1), (6, 2), (8, 2), (9, 2), (100, 2)]
+    )
+    def test_clips_become_four_or_eight_frames(self, tokenizer, count, steps):
+        codes = tokenizer.encode(clip(count))
+        assert codes.size == (steps, 4, 4)
+        assert len(tokenizer.decode(codes).frames) == 4 * steps
+
+    def test_frames_are_spread_evenly_over_the_clip(self, tokenizer):
+        long = clip(16)
+        assert tokenizer.encode(long) == tokenizer.encode(Video(long.frames[::2]))
+
+    def test_a_still_is_one_picture_repeated(self, tokenizer):
+        still = clip(1)
+        assert tokenizer.encode(still) == tokenizer.encode(Video(still.frames.repeat(4, 0)))
+
+    def test_the_rate_of_a_clip_is_no_part_of_its_codes(self, tokenizer):
+        fast = Video(clip(8).frames, 25.0)
+        assert tokenizer.encode(fast) == tokenizer.encode(clip(8))
+        assert tokenizer.autoencode(fast).frame_rate_hz == 4.0
+
+    def test_tall_clips_keep_their_aspect_ratio(self, tokenizer):
+        assert tokenizer.encode(clip(4, 64, 32)).size == (1, 4, 2)
