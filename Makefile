@@ -1,6 +1,7 @@
 # Every target works alone on a fresh clone: it makes .venv and installs into it first, once.
 #   make test    the default test suite        make demo   every direction of the bundled model -> out/demo
 #   make check   format, lint, types           make fix    let ruff mend what it can
+#   make bench   decoding beside transformers' generate
 # No system package is needed beyond Python 3.11+ with its venv module (Debian: python3-venv). Building the raw
 # data sets also needs flite, espeak-ng and npm; tests that use those engines are skipped where they are absent.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: setup demo test test-slow check fix clean
+.PHONY: setup demo test test-slow check fix bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -37,6 +38,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python inference/bench.py --out out/bench.json
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .

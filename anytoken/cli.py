@@ -309,6 +309,23 @@ def tokenizer_eval(
         print(make_card(tokenizer, data, card, count, seed))
 
 
+@tokenizer_app.command("overview")
+def tokenizer_overview(
+    cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
+    fill: Annotated[
+        list[Path] | None, typer.Option(help="Markdown whose table of tokenizers is written anew.")
+    ] = None,
+) -> None:
+    """One line for each tokenizer that has a card: rate, what it keeps beside a baseline, codebook usage."""
+    from anytoken.evaluation.report import fill_between
+    from anytoken.tokenizers.cards import overview
+
+    table = overview(cards)
+    for page in fill or []:
+        fill_between(page, "tokenizers", table)
+    print(table)
+
+
 Cache = Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Build only so many items: a quick look.")]
 

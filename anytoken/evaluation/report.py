@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
     from anytoken.inference.reply import Reply
 
-OPEN, CLOSE = "<!-- scores -->", "<!-- /scores -->"
 BASELINES = ("chance", "majority", "nearest")
 
 
@@ -242,15 +241,20 @@ def markdown(report: dict[str, Any]) -> str:
 
 def fill(page: str | Path, report: dict[str, Any]) -> None:
     """Put the report's table between the markers of a Markdown file; ReportError if it has none."""
-    path = Path(page)
+    fill_between(page, "scores", markdown(report))
+
+
+def fill_between(page: str | Path, name: str, table: str) -> None:
+    """Put a table between `<!-- name -->` and `<!-- /name -->` of a Markdown file; ReportError if it has none."""
+    path, opening, closing = Path(page), f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} cannot be read ({error}).") from error
-    before, opened, rest = text.partition(OPEN)
-    _, closed, after = rest.partition(CLOSE)
+    before, opened, rest = text.partition(opening)
+    _, closed, after = rest.partition(closing)
     if not (opened and closed):
         raise ReportError(
-            f"{path} has no place for the table: write {OPEN} and {CLOSE} on lines of their own."
+            f"{path} has no place for the table: write {opening} and {closing} on lines of their own."
         )
-    path.write_text(f"{before}{OPEN}\n{markdown(report)}\n{CLOSE}{after}", encoding="utf-8")
+    path.write_text(f"{before}{opening}\n{table}\n{closing}{after}", encoding="utf-8")

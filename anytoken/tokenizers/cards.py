@@ -213,6 +213,28 @@ def _table(rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def overview(cards: Path) -> str:
+    """The cards in a folder's subfolders as one Markdown table, a line a tokenizer; TokenizerError without any."""
+    found = [_read_json(path) for path in sorted(Path(cards).glob("*/figures.json"))]
+    if not found:
+        raise TokenizerError(
+            f"{cards} holds no */figures.json; `anytoken tokenizer eval --card` writes them."
+        )
+    head = ("tokenizer", "rate", "held-out items", "what comes back", "beside", "codebook usage")
+    return _table([head, *(_overview_row(figures) for figures in found)])
+
+
+def _overview_row(figures: dict[str, Any]) -> Row:
+    kind, unit = figures["kind"], figures["unit"]
+    rate = f"{_number(figures['tokens_per_unit'])} codes a {unit}"
+    title, *columns = _KEPT[kind](figures)[1]
+    baseline = _KEPT[kind](figures)[0][2] if len(columns) > 1 else ""
+    kept = f"{title}: {columns[0]}"
+    beside = f"{baseline}: {columns[1]}" if baseline else ""
+    usage = f"{_share(figures['codebook_usage'])} of {figures['codebook_size']:,}"
+    return (kind, rate, f"{figures['items']:,}", kept, beside, usage)
+
+
 def _number(value: float) -> str:
     """Three digits that matter, thousands with a comma."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

@@ -86,7 +86,7 @@ def test_a_report_is_saved_read_and_filled_into_a_page(world, ignorant, tmp_path
     path = report.save(found, tmp_path / "deep" / "scores.json")
     assert report.read(path) == found and list(path.parent.iterdir()) == [path]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.OPEN}\nold\n{report.CLOSE}\nafter\n")
+    page.write_text("before\n<!-- scores -->\nold\n<!-- /scores -->\nafter\n")
     report.fill(page, found)
     once = page.read_text()
     report.fill(page, found)

@@ -136,3 +136,18 @@ def test_only_all_is_a_hundred_percent(value, text):
 )
 def test_numbers_have_three_digits_that_matter(value, text):
     assert cards._number(value) == text
+
+
+def test_the_overview_has_a_line_for_each_card_and_fills_a_page(made, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- tokenizers -->\nold\n<!-- /tokenizers -->\nafter\n")
+    done = CliRunner().invoke(app, ["tokenizer", "overview", str(made), "--fill", str(page)])
+    assert done.exit_code == 0, done.output
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {kind}" for kind in sorted(KINDS)]
+    figures = json.loads((made / "image" / "figures.json").read_text())
+    row = next(row for row in rows if row.startswith("| image"))
+    assert f"{figures['psnr_db']:.2f}" in row and f"{figures['thumbnail_psnr_db']:.2f}" in row
+    assert "old" not in page.read_text() and page.read_text().startswith("before\n")
+    with pytest.raises(TokenizerError, match=r"no \*/figures\.json"):
+        cards.overview(tmp_path)
