@@ -251,7 +251,7 @@ def test_conversations_parse_and_can_be_written_again(seed: int) -> None:
     """Pieces hold everything: written by hand from the description's format they give the same ids."""
     chance, grammar, _, _ = draw_case(seed)
     space, state, ids = grammar.token_space, grammar.start(), []
-    while not (grammar.finished(state) and len(ids) > 30):
+    while not (grammar.finished(state) and len(ids) >= 30):
         budget = None if len(ids) < 30 else grammar.min_remaining(state)
         ids.append(chance.choice(sorted(members(grammar.allowed(state, budget)))))
         state = grammar.advance(state, ids[-1])

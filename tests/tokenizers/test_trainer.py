@@ -147,7 +147,7 @@ def test_overrides_reach_into_the_config(recipe):
         (["lr=fast"], "lr: .*valid number"),
         (["steps"], "Overrides are key=value; received 'steps'"),
         (["steps=["], r"steps=\[ is not YAML"),
-        (["kind=smell"], "Unknown tokenizer kind 'smell'; known: dna, image, speech, video"),
+        (["kind=smell"], r"Unknown tokenizer kind 'smell'; known: .*\bdna, .*\bimage\b"),
         (["config.widht=3"], "config of a image tokenizer: .*widht"),
         (["config.quantizer=rvq"], "Unknown quantizer 'rvq'"),
         (["data=nowhere/sprites.npy"], r"nowhere/sprites\.npy is missing"),
