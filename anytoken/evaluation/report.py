@@ -64,7 +64,7 @@ def evaluate(
         "seed": seed,
         "commit": commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "model": {"name": str(model.lm.config._name_or_path), "parameters": model.lm.num_parameters()},
+        "model": {"name": Path(model.lm.config._name_or_path).name, "parameters": model.lm.num_parameters()},
         "directions": scores,
         "left_out": [one.name for one in asked if one.name not in scores],
         "seconds": round(time.perf_counter() - began, 1),
