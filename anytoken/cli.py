@@ -193,7 +193,7 @@ def generate(
 ) -> None:
     """Answer one prompt: `anytoken generate cat.png "What is this?" -o text`."""
     parts = [read_part(part) for part in prompt]
-    kinds = [kind for one in output or [] for kind in one.split(",")] or None
+    kinds = [kind for one in output or [] for kind in one.replace(",", " ").split() or [""]] or None
     replies = load(model, device, adapter).generate(
         parts,
         kinds,

@@ -92,9 +92,10 @@ def _is_file(text: str) -> bool:
 
 
 def _media_suffixes() -> set[str]:
-    images = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
-    sounds = {".wav", ".flac", ".ogg", ".mp3"}
-    return images | sounds | {".mp4", ".webm", ".fa", ".fasta", ".gz"}
+    from anytoken.segments import DNA_SUFFIXES, IMAGE_SUFFIXES, SPEECH_SUFFIXES, VIDEO_SUFFIXES
+
+    known = IMAGE_SUFFIXES + SPEECH_SUFFIXES + VIDEO_SUFFIXES + DNA_SUFFIXES
+    return {Path(f"a{suffix}").suffix for suffix in known}
 
 
 def write_segments(segments: Iterable[Segment], out: Path) -> list[dict[str, str]]:

@@ -25,7 +25,16 @@ if (arguments.save / "chat.json").is_file():
 else:
     chat = model.chat(system=arguments.system)
 
-while line := input("> ").strip():
+
+def ask() -> str:
+    """The next line; an empty one at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+while line := ask():
     words = line.split()
     files = [word[1:] for word in words if word.startswith("@")]
     text = " ".join(word for word in words if not word.startswith("@"))

@@ -4,10 +4,11 @@
     python inference/generate.py cat.png "What is this?" --output text
     python inference/generate.py say.wav --output text image --out answers
 
-Words that name a file are opened as a picture, speech, video or DNA, by their contents.
+Words that name a file are opened as a picture, speech, video or DNA, as their suffix says.
 """
 
 import argparse
+from os.path import isfile  # unlike Path.is_file, it takes words that are too long for a path
 from pathlib import Path
 
 import anytoken
@@ -26,7 +27,7 @@ parser.add_argument("--out", type=Path, default=Path("out"), help="folder for th
 arguments = parser.parse_args()
 
 model = anytoken.load(arguments.model, adapter=arguments.adapter)
-prompt = [open_segment(part) if Path(part).is_file() else part for part in arguments.prompt]
+prompt = [open_segment(part) if isfile(part) else part for part in arguments.prompt]
 reply = model.generate(prompt, output=arguments.output, seed=arguments.seed)
 
 arguments.out.mkdir(parents=True, exist_ok=True)

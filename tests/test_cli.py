@@ -218,7 +218,8 @@ def test_generate_writes_media_and_json_that_detokenizes_to_the_same(checkpoint,
     reply = json.loads(found.stdout)
     assert [part["type"] for part in reply["segments"]] == ["text", "image"]
     assert reply["usage"]["new_tokens"] == len(reply["ids"]) <= 60
-    assert reply["finish_reason"] in ("stop", "length")  # random weights may have their text cut, never the picture
+    # Random weights may have their text cut, never the picture.
+    assert reply["finish_reason"] in ("stop", "length")
     made = Image.open(reply["segments"][1]["image"])
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(reply["ids"][:-1]))

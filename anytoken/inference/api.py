@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -11,7 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.inference.chat import Chat
-from anytoken.inference.checkpoint import check_target, find_checkpoint, load_folder, pick_device, replacing
+from anytoken.inference.checkpoint import (
+    CheckpointError,
+    check_target,
+    find_checkpoint,
+    load_folder,
+    pick_device,
+    replacing,
+)
 from anytoken.inference.engine import Engine, Token
 from anytoken.inference.modalities import add_modality, longest_segment
 from anytoken.inference.reply import Reply, count_usage
@@ -108,6 +115,8 @@ class AnyToken:
 
     def detokenize(self, ids: Sequence[int]) -> list[Segment]:
         """Ids as segments; ValueError for ids that are no legal sequence."""
+        if not isinstance(ids, Iterable):
+            raise RequestError(f"detokenize takes a list of ids; received {ids!r}.")
         return self.processor.detokenize(list(ids))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
@@ -153,8 +162,8 @@ class AnyToken:
         Options: see `Options`. ValueError (RequestError, PromptError, SamplingError, EngineError) says what
         does not fit.
         """
-        if num_return < 1:
-            raise RequestError(f"num_return must be at least 1; received {num_return}.")
+        if isinstance(num_return, bool) or not isinstance(num_return, int) or num_return < 1:
+            raise RequestError(f"num_return must be a whole number from 1 up; received {num_return!r}.")
         if batch and not (isinstance(prompt, list | tuple) and prompt):
             raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
         prompts = [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
@@ -236,6 +245,10 @@ class AnyToken:
             raise RequestError(
                 f"Unknown option {unknown[0]!r}{_choices(unknown[0], Options.__annotations__)}."
             )
+        if not isinstance(sizes or {}, Mapping) or not all(map(_is_size, (sizes or {}).values())):
+            raise RequestError(
+                f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
+            )
         plan = self._plan(output)
         return self.engine.stream(
             prompts,
@@ -284,9 +297,15 @@ class AnyToken:
         """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.
 
         dtype: how weights are stored, such as torch.bfloat16 for half the size; by default as they are.
-        CheckpointError if the path holds something that is no checkpoint.
+        CheckpointError if the path holds something that is no checkpoint, or `lm` carries an adapter.
         """
         target = Path(path)
+        if any(".base_layer." in name for name, _ in self.lm.named_parameters()):
+            raise CheckpointError(
+                "The model carries a PEFT adapter, which is no part of a checkpoint: fold it in first "
+                "(model.lm = peft_model.merge_and_unload()), or save it alone (peft_model.save_pretrained) and "
+                "load it with adapter=."
+            )
         check_target(target, "token_space.json")
         lm = self.lm if dtype is None else copy.deepcopy(self.lm).to(dtype)
         with replacing(target) as folder:
@@ -303,6 +322,10 @@ def load(
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
     return AnyToken.from_pretrained(name_or_path, device, adapter)
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, list | tuple) and all(isinstance(one, int) for one in size)
 
 
 def _choices(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str:

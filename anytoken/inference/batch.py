@@ -43,7 +43,9 @@ class Head:
             return False
         probe = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
         expected = self.lm(input_ids=probe, use_cache=False).logits
-        hidden = self.lm.base_model(input_ids=probe, use_cache=False).last_hidden_state
+        hidden = getattr(self.lm.base_model(input_ids=probe, use_cache=False), "last_hidden_state", None)
+        if hidden is None:  # a PeftModel's base model is the causal LM again
+            return False
         return torch.allclose(self.layer(hidden).float(), expected.float(), rtol=1e-3, atol=1e-4)
 
     def features(self, **inputs: object) -> Tensor:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anytoken.inference.checkpoint import check_target, replacing
 from anytoken.inference.reply import Reply
 from anytoken.inference.stream import Event
-from anytoken.segments import KINDS, Segment, Text
+from anytoken.processor import Message
+from anytoken.segments import DNA, KINDS, Segment, Text
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -52,27 +54,26 @@ class Chat:
 
         A failed call leaves the conversation as it was. EngineError once it no longer fits the context.
         """
-        content, ids = self._turn(prompt)
+        messages, ids = self._turn(prompt)
         [reply] = self.model.generate_ids([ids], output, **options)
-        self._remember(content, ids, reply)
+        self._remember(messages, ids, reply)
         return reply
 
     def stream(self, prompt: Any, output: Any = None, **options: Any) -> Generator[Event, None, Reply]:
         """`send` as typed events; the turn is remembered when the last event has been taken."""
-        content, ids = self._turn(prompt)
+        messages, ids = self._turn(prompt)
         reply = yield from self.model.stream_ids(ids, output, **options)
-        self._remember(content, ids, reply)
+        self._remember(messages, ids, reply)
         return reply
 
-    def _turn(self, prompt: Any) -> tuple[list[Segment], list[int]]:
-        """The user's segments, and all ids up to the assistant's opening."""
+    def _turn(self, prompt: Any) -> tuple[list[Message], list[int]]:
+        """What is said as messages, and all ids up to the assistant's opening."""
         messages = self.model.processor.messages(prompt)
         turn = self.model.processor.encode_chat(messages, add_generation_prompt=True)
-        return [segment for message in messages for segment in message["content"]], self.ids + turn[1:]
+        return messages, self.ids + turn[1:]
 
-    def _remember(self, content: list[Segment], ids: list[int], reply: Reply) -> None:
-        self.messages.append({"role": "user", "content": content})
-        self.messages.append({"role": "assistant", "content": reply.segments})
+    def _remember(self, messages: list[Message], ids: list[int], reply: Reply) -> None:
+        self.messages += [*messages, {"role": "assistant", "content": reply.segments}]
         self.ids = ids + reply.ids
 
     def save(self, path: str | Path) -> Path:
@@ -110,15 +111,18 @@ class Chat:
                 }
                 for message in data["messages"]
             ]
-            ids, digest = [int(token) for token in data["ids"]], data["token_space"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            ids = data["ids"]
+            if data["token_space"] != _digest(model):
+                ids = model.processor.encode_chat(messages, False) if messages else [model.token_space.bos]
+            model.processor.grammar.validate(ids)
+        except ChatError:
+            raise
+        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ChatError(
                 f"{folder} does not hold a saved chat ({type(error).__name__}: {error})."
             ) from error
         chat = cls(model)
-        chat.messages = messages
-        same = digest == _digest(model)
-        chat.ids = ids if same else model.processor.encode_chat(messages, add_generation_prompt=False)
+        chat.messages, chat.ids = messages, ids
         return chat
 
 
@@ -134,7 +138,8 @@ def _save_part(segment: Segment, folder: Path, stem: str) -> dict[str, str]:
         return {"type": "text", "text": segment.text}
     name = stem + SUFFIXES.get(segment.kind, f".{segment.kind}")
     segment.save(folder / name)
-    return {"type": segment.kind, segment.kind: name}
+    part = {"type": segment.kind, segment.kind: name}
+    return {**part, "name": segment.name} if isinstance(segment, DNA) else part  # FASTA knows no empty name
 
 
 def _load_part(part: dict[str, str], folder: Path, types: Mapping[str, type[Segment]]) -> Segment:
@@ -146,4 +151,5 @@ def _load_part(part: dict[str, str], folder: Path, types: Mapping[str, type[Segm
     path = folder / Path(part[kind]).name
     if not path.is_file():
         raise ChatError(f"{path} is missing: the saved chat is incomplete.")
-    return types[kind].open(path)
+    segment = types[kind].open(path)
+    return replace(segment, name=part.get("name", segment.name)) if isinstance(segment, DNA) else segment

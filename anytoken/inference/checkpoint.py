@@ -14,15 +14,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
 from anytoken.processor import Processor
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
-REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json")
+REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +43,8 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
         return PRETRAINED / name
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).exists():
+        raise CheckpointError(f"{name} is a file; give the folder of the checkpoint.")
     bundled = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))) or "none"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise CheckpointError(
@@ -78,7 +83,12 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of weights ({error!r}); copy the checkpoint again."
+        ) from error
 
 
 def _check_safetensors(path: Path) -> None:
@@ -91,9 +101,11 @@ def _check_safetensors(path: Path) -> None:
         try:
             header = json.loads(file.read(length)) if 0 < length <= size - 8 else None
             ends = [
-                entry["data_offsets"][1] for key, entry in (header or {}).items() if key != "__metadata__"
+                int(entry["data_offsets"][1])
+                for key, entry in (header or {}).items()
+                if key != "__metadata__"
             ]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             header, ends = None, []
     expected = None if header is None else 8 + length + max(ends, default=0)
     if expected != size:
@@ -110,7 +122,7 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"device {device!r} is not usable here: {reason}. Use 'auto' or 'cpu'."
@@ -127,14 +139,15 @@ def load_folder(
     """
     check_folder(folder)
     processor = Processor.from_pretrained(folder)
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        lm, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} does not load as a language model: {error}") from error
+    lm, info = _load_lm(folder, torch.float32 if device.type == "cpu" else "auto")
     lost = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
     if lost:
         raise CheckpointError(f"{folder} lacks weights for {lost[0]} ({len(lost)} in all); copy it again.")
+    if info["unexpected_keys"]:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no place for the weights {min(info['unexpected_keys'])} "
+            f"({len(info['unexpected_keys'])} in all); the files are of different checkpoints."
+        )
     if lm.config.vocab_size < processor.token_space.vocab_size:
         raise CheckpointError(
             f"{folder / 'token_space.json'} has {processor.token_space.vocab_size} ids, "
@@ -147,6 +160,21 @@ def load_folder(
     return lm.eval().to(device), processor
 
 
+def _load_lm(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and transformers' report on its keys, which is judged by the caller and not printed here."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # a damaged config.json raises nearly anything, down to a division by zero
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder} does not load as a language model: {type(error).__name__}: {said}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def _merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Load a PEFT adapter and fold it into the weights, so that generation is as fast as without."""
     from peft import PeftModel  # a second to import, and only adapters need it
@@ -157,7 +185,7 @@ def _merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     _check_safetensors(folder / "adapter_model.safetensors")
     try:
         return PeftModel.from_pretrained(lm, folder).merge_and_unload()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"The adapter {folder} does not fit this model: {error}") from error
 
 
@@ -169,6 +197,8 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)
+        for path in scratch.rglob("*"):  # safetensors writes files that only their owner can read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         old = scratch.with_name(scratch.name + "-old")
         if target.exists():
             target.rename(old)

@@ -142,8 +142,11 @@ class Engine:
 
     def _budget(self, state: State, prompt_length: int, max_new_tokens: int | None) -> int:
         """How many ids a reply may have; EngineError if its shortest legal form is longer."""
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise EngineError(f"max_new_tokens must be at least 1; received {max_new_tokens}.")
+        whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
+        if max_new_tokens is not None and not (whole and max_new_tokens >= 1):
+            raise EngineError(
+                f"max_new_tokens must be a whole number from 1 up; received {max_new_tokens!r}."
+            )
         room = self.context - prompt_length
         least = self.grammar.min_remaining(state)
         if room < least:

@@ -25,6 +25,8 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
 
     ValueError, before anything is changed, if the modality is there already or has no experts to route to.
     """
+    if not isinstance(tokenizer, ModalityTokenizer):
+        raise ModalityError(f"A modality is added by its ModalityTokenizer; received {tokenizer!r:.80}.")
     _check_experts(lm, tokenizer.name)
     space = copy.deepcopy(processor.token_space)
     first = space.vocab_size

@@ -10,6 +10,7 @@ models (arXiv 2306.17806). Shapes: N rows, K allowed ids.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are welcome
                 raise SamplingError(f"{name} must be a number; received {value!r}.")
         limits = {
             "temperature": (0 <= self.temperature < float("inf"), "a number from 0 (greedy) up"),
-            "top_k": (self.top_k >= 0 and int(self.top_k) == self.top_k, "a whole number from 0 (off) up"),
+            "top_k": (
+                0 <= self.top_k < float("inf") and self.top_k % 1 == 0,
+                "a whole number from 0 (off) up",
+            ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
             "cfg_scale": (0 <= self.cfg_scale < float("inf"), "a number from 0 up (1 is off)"),
@@ -50,6 +54,10 @@ class Sampling:
         for name, (fits, allowed) in limits.items():
             if not fits:
                 raise SamplingError(f"{name} must be {allowed}; received {getattr(self, name)!r}.")
+        object.__setattr__(self, "top_k", int(self.top_k))
+        for name, value in asdict(self).items():
+            if not isinstance(value, int | float):
+                object.__setattr__(self, name, float(value))
 
 
 NAMES = tuple(field.name for field in fields(Sampling))
@@ -63,14 +71,18 @@ def merge_sampling(
 ) -> dict[str, Sampling]:
     """One Sampling per kind: defaults, then `overrides` (None keeps), then `per_kind`, which wins.
 
-    SamplingError for a kind that is not in `kinds`.
+    SamplingError for a kind that is not in `kinds`, or settings that are no mapping.
     """
-    unknown = sorted(set(per_kind or {}) - set(kinds))
+    if not isinstance(per_kind or {}, Mapping):
+        raise SamplingError(f'sampling is {{kind: settings}}, as {{"image": ...}}; received {per_kind!r}.')
+    unknown = sorted(set(per_kind or {}) - set(kinds), key=str)
     if unknown:
         raise SamplingError(f"sampling names {unknown[0]!r}; this model has {', '.join(kinds)}.")
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     merged = {kind: replace(defaults.get(kind, Sampling()), **given) for kind in kinds}
     for kind, value in (per_kind or {}).items():
+        if not isinstance(value, Sampling | Mapping):
+            raise SamplingError(f"sampling of {kind} is a Sampling or a mapping; received {value!r}.")
         merged[kind] = (
             value if isinstance(value, Sampling) else sampling_from_dict({**asdict(merged[kind]), **value})
         )

@@ -20,14 +20,14 @@ class RecipeError(ValueError):
 
 def root() -> Path:
     """The folder that holds tokenizers/, stages/ and inference/."""
-    checkout = Path(__file__).parents[2]
-    return checkout if (checkout / "pyproject.toml").is_file() else Path(__file__).parent
+    here = Path(__file__).parent
+    return here if (here / "stages").is_dir() else here.parents[1]
 
 
 def assets() -> Path:
     """The folder of small held-out real files that the demo reads."""
-    folder = root()
-    return folder / "tests" / "assets" if (folder / "pyproject.toml").is_file() else folder / "assets"
+    here = Path(__file__).parent
+    return here / "assets" if root() == here else root() / "tests" / "assets"
 
 
 def names() -> list[str]:

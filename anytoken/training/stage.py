@@ -184,7 +184,7 @@ class Stage(_Part):
 
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Set ``a.b.0.c=value`` entries in a copy of a nested recipe; values are read as YAML."""
-    recipe = yaml.safe_load(yaml.safe_dump(recipe))
+    recipe = yaml.safe_load(yaml.safe_dump(recipe, sort_keys=False))  # order is meaning: of ids, for one
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name:

@@ -64,6 +64,9 @@ def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
     stage = Stage.from_dict(changed)
     assert (stage.steps, stage.data[0].weight, stage.optimizer.lr) == (9, 2.5, 1e-4)
     assert stage.trainable == ["*.gate.*"] and before == recipe()
+    tokenizers = {kind: kind for kind in ("text", "image", "dna")}
+    kept = apply_overrides(recipe(tokenizers=tokenizers), ["steps=9"])["tokenizers"]
+    assert list(kept) == list(tokenizers)  # ids are laid out in this order
 
 
 @pytest.mark.parametrize(
