@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,8 @@ def test_every_command_has_help(words):
         (["generate", "hello", "--bogus"], "--bogus"),
         (["generate", "--image"], "--image needs a value"),
         (["generate", "no-such-cat.png"], "no-such-cat.png"),
+        (["generate", "no-such-cat.bmp"], "no-such-cat.bmp"),
+        (["generate", "no-such-cat.mkv"], "no-such-cat.mkv"),
         (["generate", "--image", "no-such-cat.png"], "no-such-cat.png"),
         (["generate", "hello", "--model", "no-such-model"], "no-such-model"),
         (["train", "stages/no_such_stage.yaml"], "stages/no_such_stage.yaml"),
@@ -213,7 +216,7 @@ def test_written_media_never_overwrite(tmp_path):
 def test_generate_writes_media_and_json_that_detokenizes_to_the_same(checkpoint, picture, tmp_path):
     out = tmp_path / "out"
     words = ["generate", picture, "what is this?", "-m", checkpoint, "--out", out, "--seed", 3, "--json"]
-    found = run(*words, "-o", "text,image", "--max-new-tokens", 60)
+    found = run(*words, "-o", "text, image", "--max-new-tokens", 60)
     assert found.exit_code == 0, found.stderr
     reply = json.loads(found.stdout)
     assert [part["type"] for part in reply["segments"]] == ["text", "image"]
@@ -279,7 +282,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(words, says, checkpoint, tmp_p
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "token_space.json", "tokenizers/image/model.safetensors"]
+    "file", ["model.safetensors", "token_space.json", "sampling.json", "tokenizers/image/model.safetensors"]
 )
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_checkpoint_is_one_line(file, damage, checkpoint, tmp_path):
@@ -326,6 +329,23 @@ def talk(tmp_path, *lines):
     return chat.sent, screen.getvalue()
 
 
+def run_program(name, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    return runpy.run_path(str(ROOT / "inference" / name), run_name="__main__")
+
+
+def test_the_generate_program_takes_words_longer_than_a_path(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="context is 128"):
+        run_program("generate.py", monkeypatch, "word " * 400, "--model", checkpoint)
+
+
+def test_the_chat_program_ends_with_its_input(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", StringIO("@no-such.png what?\n"))
+    run_program("chat.py", monkeypatch, "--model", checkpoint)
+
+
 def test_chat_attaches_files_and_asks_for_kinds(tmp_path):
     sent, screen = talk(
         tmp_path, "/dna ACGT", "what is it?", "/draw a red apple", "/say hi", "", "/quit", "never"
@@ -370,7 +390,11 @@ def test_a_wheel_carries_the_recipes_and_no_second_package(tmp_path):
         tops = {name.split("/")[0] for name in archive.namelist()}
         assert {top for top in tops if not top.endswith(".dist-info")} == {"anytoken"}
         archive.extractall(tmp_path / "site")
-    code = "import sys; sys.path.insert(0, 'site'); from anytoken import recipes; print('\\n'.join(recipes.names()))"
+    (tmp_path / "site/pyproject.toml").touch()  # some package is careless, and it is no checkout for that
+    code = (
+        "import sys; sys.path.insert(0, 'site'); from anytoken import recipes; print('\\n'.join(recipes.names()));"
+        "assert (recipes.assets() / 'images.jsonl').is_file()"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )

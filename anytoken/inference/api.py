@@ -325,7 +325,7 @@ def load(
 
 
 def _is_size(size: object) -> bool:
-    return isinstance(size, list | tuple) and all(isinstance(one, int) for one in size)
+    return isinstance(size, list | tuple) and all(hasattr(one, "__index__") for one in size)
 
 
 def _choices(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str:

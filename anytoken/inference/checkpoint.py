@@ -169,7 +169,8 @@ def _load_lm(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, d
     except Exception as error:  # a damaged config.json raises nearly anything, down to a division by zero
         said = " ".join(str(error).split())
         raise CheckpointError(
-            f"{folder} does not load as a language model: {type(error).__name__}: {said}"
+            f"{folder} does not load as a language model: {type(error).__name__}: {said} "
+            "Its config.json and weights are damaged or of different checkpoints; copy it again."
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -98,6 +98,9 @@ def train_tokenizer(
     if raw.get("kind") == "text":
         return _train_text(raw, data, out, overrides or [])
     plan = _checked(raw, overrides or [], recipe_path)
+    report = out / "training.json"
+    if report.is_file() and json.loads(report.read_text())["recipe"] == plan.model_dump():
+        return out
     if plan.kind == "dna":
         return _train_dna(plan, out)
     if plan.kind not in MODALITIES and plan.kind in BUILTIN:
@@ -106,10 +109,6 @@ def train_tokenizer(
         raise TokenizerError(
             f"Unknown tokenizer kind {plan.kind!r}; known: {', '.join(sorted({*BUILTIN, *MODALITIES}))}."
         )
-    if (out / "training.json").is_file() and json.loads((out / "training.json").read_text())[
-        "recipe"
-    ] == plan.model_dump():
-        return out
     return _Loop(plan, data, out).run()
 
 

@@ -108,6 +108,11 @@ def test_text_alone_has_a_sensible_limit(toys: SimpleNamespace) -> None:
         ({"temprature": 1}, "'temprature'.*did you mean 'temperature'"),
         ({"temperature": -1}, "temperature.*-1"),
         ({"num_return": 0}, "num_return"),
+        ({"num_return": "2"}, "num_return.*'2'"),
+        ({"max_new_tokens": "9"}, "max_new_tokens.*'9'"),
+        ({"sizes": {"image": 3}}, "sizes.*3"),
+        ({"sampling": Sampling()}, "sampling is.*received Sampling"),
+        ({"sampling": {"image": 3}}, "image.*3"),
         ({"max_new_tokens": 0}, "max_new_tokens.*0"),
         ({"seed": -3}, "seed.*-3"),
         ({"sampling": {"smell": Sampling()}}, "'smell'"),
@@ -137,8 +142,14 @@ def test_prompt_longer_than_the_context(model: AnyToken) -> None:
         model.generate("xyz " * 200, "text")
 
 
-def test_bad_ids_are_value_errors(model: AnyToken) -> None:
+@pytest.mark.parametrize("ids", [[10**9], [-1], [1.5], ["a"], [[1]], 5, None])
+def test_bad_ids_are_value_errors(model: AnyToken, ids: Any) -> None:
     with pytest.raises(ValueError, match=r"\w"):
+        model.detokenize(ids)
+
+
+def test_ids_that_stop_inside_a_picture_are_a_value_error(model: AnyToken) -> None:
+    with pytest.raises(ValueError, match="image"):
         model.detokenize([model.token_space.open_token("image")])
 
 
@@ -180,6 +191,12 @@ def test_added_rows_come_from_the_codebook(own_model: AnyToken, toys: SimpleName
     rows = own_model.lm.get_input_embeddings().weight[span.start : span.stop]
     assert torch.dist(rows[0], rows[1]) < torch.dist(rows[0], rows[6])
     assert 0.2 < rows.std() / old.std() < 5
+
+
+def test_what_is_no_tokenizer_is_not_added(own_model: AnyToken) -> None:
+    with pytest.raises(ValueError, match=r"ModalityTokenizer.*'hum'"):
+        own_model.add_modality("hum")  # type: ignore[arg-type]
+    assert own_model.kinds == ["text", "image", "tone"]
 
 
 def test_a_modality_is_added_once(own_model: AnyToken, toys: SimpleNamespace) -> None:

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.chat import Chat, ChatError
-from anytoken.segments import Image, Text
+from anytoken.inference.chat import Chat, ChatError, _load_part, _save_part
+from anytoken.segments import DNA, KINDS, Image, Text
 
 PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
 
@@ -86,6 +87,41 @@ def test_damaged_chats_are_named(model: AnyToken, tmp_path: Path) -> None:
     for path in (folder, tmp_path / "nothing"):
         with pytest.raises(ChatError, match=path.name):
             Chat.load(path, model)
+
+
+def test_turns_sent_as_messages_keep_their_roles(
+    model: AnyToken, toys: SimpleNamespace, tmp_path: Path
+) -> None:
+    chat = model.chat()
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    chat.send(turns, output="tone", seed=0)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "user", "assistant"]
+    chat.save(tmp_path / "talk")
+    other = toys.make_model()
+    next(other.processor.tokenizers["image"].parameters()).data.add_(0.1)
+    assert Chat.load(tmp_path / "talk", other).ids == chat.ids  # tokenized anew
+
+
+def test_a_chat_that_has_not_begun_is_kept(model: AnyToken, toys: SimpleNamespace, tmp_path: Path) -> None:
+    path = model.chat().save(tmp_path / "talk")
+    grown = toys.make_model()
+    grown.add_modality(toys.HumTokenizer())
+    assert Chat.load(path, model).ids == Chat.load(path, grown).ids == [model.token_space.bos]
+
+
+@pytest.mark.parametrize("name", ["", "gene 1"])
+def test_dna_keeps_its_name_or_none(name: str, tmp_path: Path) -> None:
+    part = _save_part(DNA("ACGTn", name), tmp_path, "000-0")
+    assert _load_part(part, tmp_path, KINDS) == DNA("ACGTn", name)
+
+
+@pytest.mark.parametrize("ids", [[999_999], ["x"], [1.5], None, []])
+def test_ids_that_are_no_conversation_are_refused(model: AnyToken, tmp_path: Path, ids: Any) -> None:
+    folder = model.chat().save(tmp_path / "talk")
+    data = json.loads((folder / "chat.json").read_text())
+    (folder / "chat.json").write_text(json.dumps(data | {"ids": ids}))
+    with pytest.raises(ChatError, match="talk"):
+        Chat.load(folder, model)
 
 
 def test_save_does_not_replace_something_else(model: AnyToken, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoint folders: written whole, read back the same, refused when damaged."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ FILES = [
     "model.safetensors",
     "token_space.json",
     "text_tokenizer/tokenizer.json",
+    "sampling.json",
     "tokenizers/image/config.json",
     "tokenizers/image/model.safetensors",
 ]
@@ -94,6 +96,35 @@ def test_damaged_sampling_is_named(folder: Path, tmp_path: Path) -> None:
     (broken / "sampling.json").write_text('{"image": {"heat": 1}}')
     with pytest.raises(ValueError, match="heat"):
         AnyToken.from_pretrained(broken)
+
+
+def test_a_config_of_another_model_is_one_error(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, change in enumerate(
+        ({"num_hidden_layers": 1}, {"hidden_size": 64}, {"vocab_size": "many"}, {"num_attention_heads": 0})
+    ):
+        broken = shutil.copytree(folder, tmp_path / str(number))
+        config = json.loads((broken / "config.json").read_text())
+        (broken / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match="different checkpoints"):
+            AnyToken.from_pretrained(broken)
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_a_damaged_header_of_weights_is_named(folder: Path, tmp_path: Path) -> None:
+    for number, harm in enumerate(
+        (lambda data: data.replace(b"F32", b"Q32", 1), lambda data: (2).to_bytes(8, "little") + b"[]")
+    ):
+        broken = shutil.copytree(folder, tmp_path / str(number))
+        path = broken / "model.safetensors"
+        path.write_bytes(harm(path.read_bytes()))
+        with pytest.raises(CheckpointError, match=str(broken)):
+            AnyToken.from_pretrained(broken)
+
+
+def test_a_saved_checkpoint_is_readable_by_all(folder: Path) -> None:
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in folder.rglob("*"))
 
 
 def test_files_of_different_checkpoints_do_not_mix(
@@ -142,12 +173,29 @@ def test_an_adapter_changes_the_answers_and_is_merged(folder: Path, tmp_path: Pa
     assert not any("lora" in name for name, _ in loaded.lm.named_parameters())
 
 
+def test_a_model_in_an_adapter_answers_but_is_no_checkpoint(toys: SimpleNamespace, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = toys.make_model()
+    before = model.generate("a", "image", temperature=0).ids
+    wrapped = get_peft_model(model.lm, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.lm = wrapped
+    assert model.generate("a", "image", temperature=0).ids == before  # an untrained adapter adds nothing
+    with pytest.raises(CheckpointError, match="adapter"):
+        model.save_pretrained(tmp_path / "mixed")
+    assert not list(tmp_path.iterdir())
+    model.lm = wrapped.merge_and_unload()
+    assert AnyToken.from_pretrained(model.save_pretrained(tmp_path / "merged")).kinds == model.kinds
+
+
 def test_a_damaged_adapter_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         AnyToken.from_pretrained(folder, adapter=tmp_path)
 
 
-def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file"):
+        find_checkpoint(folder / "config.json")
     with pytest.raises(CheckpointError, match=r"no such model.*bundled name"):
         find_checkpoint("no such model")
     import huggingface_hub

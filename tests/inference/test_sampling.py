@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,7 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
         {"temperature": "hot"},
         {"top_k": -1},
         {"top_k": 2.5},
+        {"top_k": float("inf")},
         {"top_p": 0},
         {"top_p": 1.1},
         {"repetition_penalty": 0},
@@ -74,6 +76,13 @@ def test_bad_settings_name_setting_and_value(bad: dict[str, Any]) -> None:
     [(name, value)] = bad.items()
     with pytest.raises(SamplingError, match=f"{name}.*{value}"):
         Sampling(**bad)
+
+
+def test_numbers_of_numpy_and_whole_floats_are_taken() -> None:
+    sampling = Sampling(temperature=np.float32(0.5), top_k=2.0, cfg_scale=np.int64(2))  # type: ignore[arg-type]
+    assert sampling == Sampling(temperature=0.5, top_k=2, cfg_scale=2)
+    assert type(sampling.top_k) is int and type(sampling.temperature) is float
+    assert draw(LOGITS[None], sampling, torch.tensor([0.99])).tolist() == [2]
 
 
 def test_merge_order() -> None:
