@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import anytoken
-from anytoken.evaluation.report import commit
 from anytoken.inference.logits_processor import GrammarLogitsProcessor
+from anytoken.tokenizers.measures import commit
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="mini", help="bundled name, folder or hub id")

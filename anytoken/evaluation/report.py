@@ -6,7 +6,6 @@
 
 import json
 import platform
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from anytoken.evaluation.metrics import majority, nearest, share
 from anytoken.evaluation.tasks import DIRECTIONS, Case, Direction, Parts, World, features
 from anytoken.segments import Segment, Text
+from anytoken.tokenizers.measures import commit
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -45,7 +45,7 @@ def evaluate(
 
     Directions whose sets are not there, or whose kinds the model does not have, are listed under "left_out".
     """
-    began = time.perf_counter()
+    began, code = time.perf_counter(), commit()  # of the code that is loaded, not of what comes meanwhile
     unknown = sorted(set(directions or ()) - set(DIRECTIONS))
     if unknown:
         raise ReportError(f"Unknown direction {unknown[0]!r}; there are {', '.join(DIRECTIONS)}.")
@@ -62,7 +62,7 @@ def evaluate(
     return {
         "version": 1,
         "seed": seed,
-        "commit": commit(),
+        "commit": code,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "model": {"name": Path(model.lm.config._name_or_path).name, "parameters": model.lm.num_parameters()},
         "directions": scores,
@@ -101,10 +101,7 @@ def score(
     figures = {
         name: share([parts.get(main, 0.0) for parts in rows]).to_dict() for name, rows in judged.items()
     }
-    names = {name for parts in judged["model"] for name in parts} - {main}
-    parts = {
-        name: round(share([row.get(name, 0.0) for row in judged["model"]]).value, 4) for name in sorted(names)
-    }
+    parts = {name: _parts(rows, main) for name, rows in judged.items()}
     groups: dict[str, list[float]] = defaultdict(list)
     for case, row in zip(cases, judged["model"], strict=True):
         groups[str(case.record.get("holdout") or "all")].append(row.get(main, 0.0))
@@ -114,13 +111,20 @@ def score(
         "measure": main,
         "valid": valid.to_dict(),
         **figures,
-        "parts": parts,
+        "parts": parts.pop("model"),
+        "parts_of_others": parts,
         "by_holdout": {name: share(scores).to_dict() for name, scores in sorted(groups.items())},
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),
         "tokens_per_reply": round(tokens / max(1, len(replies)), 1),
     }
+
+
+def _parts(rows: Sequence[Parts], main: str) -> dict[str, float]:
+    """The share of each part but the main one, such as the concept alone of what was to be right as a whole."""
+    names = sorted({name for row in rows for name in row} - {main})
+    return {name: round(share([row.get(name, 0.0) for row in rows]).value, 4) for name in names}
 
 
 def main_part(direction: Direction) -> str:
@@ -159,20 +163,6 @@ def _judge_all(
     world: World, direction: Direction, cases: Sequence[Case], answers: Iterable[Segment | None]
 ) -> list[Parts]:
     return [world.judge(direction, case, answer) for case, answer in zip(cases, answers, strict=True)]
-
-
-def commit() -> str | None:
-    """The commit of the checkout that runs, or None outside one."""
-    root = Path(__file__).parents[2]
-    if not (root / "pyproject.toml").is_file():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return found.stdout.strip()[:12] or None
 
 
 def save(report: dict[str, Any], path: str | Path) -> Path:
@@ -236,7 +226,31 @@ def markdown(report: dict[str, Any]) -> str:
         if worse
         else "Better than every baseline in all."
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_caveats(report)])
+
+
+def _caveats(report: dict[str, Any]) -> list[str]:
+    """What a reader should know before believing a "yes": intervals that overlap, and the subject taken alone.
+
+    What is held out is often a combination (this drawing on that background), which no training answer can match
+    as a whole: there a baseline is zero by construction, and only the parts can be compared.
+    """
+    thin, alone = [], []
+    for name, one in report["directions"].items():
+        highest = max((one[key]["high"] for key in BASELINES if key in one), default=0.0)
+        if one["better"] and one["model"]["low"] <= highest:
+            thin.append(name)
+        subject = next((part for part in ("concept", "words") if part in one["parts"]), None)
+        near = one.get("parts_of_others", {}).get("nearest", {}) if subject else {}
+        if subject in near:
+            alone.append(f"{name} {percent(one['parts'][subject])} ({percent(near[subject])})")
+    lines = [f"Better, but with 95 % intervals that overlap: {', '.join(thin)}."] if thin else []
+    if alone:
+        lines.append(
+            "A held-out combination as a whole is out of reach of a training answer. The concept alone (of speech the "
+            f"words), with the nearest training prompt's in brackets: {', '.join(alone)}."
+        )
+    return lines
 
 
 def fill(page: str | Path, report: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def measure(tokenizer: str | Path, data: str | Path, count: int = 400, seed: int
 def _circumstances() -> dict[str, Any]:
     """The code and the machine the figures were measured with."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "anytoken": version("anytoken"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -81,7 +81,7 @@ def _circumstances() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout, with "-dirty" if the library differs from it; None outside one or without git."""
     head = _git("rev-parse", "--short=12", "HEAD")
     changed = _git("status", "--porcelain", "--", "anytoken")

@@ -100,3 +100,32 @@ def test_a_report_is_saved_read_and_filled_into_a_page(world, ignorant, tmp_path
     path.write_text("[]")
     with pytest.raises(report.ReportError, match="not an evaluation report"):
         report.read(path)
+
+
+def test_the_page_says_where_a_yes_means_little():
+    def direction(value, low, near_high, near_concept):
+        total = {"total": 200}
+        model, near = (
+            {"value": value, "low": low, "high": 0.9},
+            {"value": 0.0, "low": 0.0, "high": near_high},
+        )
+        return {
+            "measure": "right", "better": True, "model": model | total, "nearest": near | total, "ceiling": model | total,
+            "valid": {"value": 1.0} | total, "parts": {"concept": 0.06}, "parts_of_others": {"nearest": {"concept": near_concept}},
+        }  # fmt: skip
+
+    found = {"seed": 0, "commit": "abc", "machine": "m", "directions": {}}
+    found["directions"] = {
+        "thin": direction(0.02, 0.01, 0.019, 0.8),
+        "clear": direction(0.5, 0.4, 0.019, 0.3),
+    }
+    page = report.markdown(found)
+    assert "overlap: thin.\n" in page
+    assert "thin 6.0 % (80.0 %), clear 6.0 % (30.0 %)." in page
+
+
+def test_every_answerer_has_its_parts(world, ignorant):
+    found = report.evaluate(ignorant, world, ["text->image"], count=5, progress=False)
+    others = found["directions"]["text->image"]["parts_of_others"]
+    assert set(others) == {"ceiling", "chance", "nearest"}
+    assert set(others["nearest"]) == {"concept", "style", "background"}
