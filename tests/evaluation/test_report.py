@@ -110,8 +110,9 @@ def test_the_page_says_where_a_yes_means_little():
             {"value": 0.0, "low": 0.0, "high": near_high},
         )
         return {
-            "measure": "right", "better": True, "model": model | total, "nearest": near | total, "ceiling": model | total,
-            "valid": {"value": 1.0} | total, "parts": {"concept": 0.06}, "parts_of_others": {"nearest": {"concept": near_concept}},
+            "measure": "right", "better": True, "parts": {"concept": 0.06}, "ceiling": model | total,
+            "model": model | total, "nearest": near | total, "valid": {"value": 1.0} | total,
+            "parts_of_others": {"nearest": {"concept": near_concept}},
         }  # fmt: skip
 
     found = {"seed": 0, "commit": "abc", "machine": "m", "directions": {}}
