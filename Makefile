@@ -40,7 +40,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python inference/bench.py --out out/bench.json
+	$(BIN)/anytoken bench generate
 
 fix: $(STAMP)
 	$(BIN)/ruff check --fix .

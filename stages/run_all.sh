@@ -50,7 +50,7 @@ done
 
 say "shards: every file tokenized once"
 anytoken data instruct --sets "$DATA" --out "$RUNS/conversations" "${instruct_tiny[@]}"
-for file in emoji/images emoji/videos emoji/joint speech/speech dna/translate dna/coding; do
+for file in emoji/images emoji/videos emoji/joint speech/speech speech/varied dna/translate dna/coding; do
   anytoken data tokenize "$DATA/$file.jsonl" --tokenizers "$RUNS/tokenizers" --workers "$WORKERS" \
     --out "$RUNS/shards/$(basename $file)"
 done

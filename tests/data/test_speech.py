@@ -15,7 +15,16 @@ import pytest
 
 from anytoken.data import speech, splits
 from anytoken.data.cards import read_lines, write_lines
-from anytoken.data.speech import SpeechSetError, Utterance, build_speech, plan, synthesize, trim
+from anytoken.data.speech import (
+    SPEEDS,
+    SpeechSetError,
+    Utterance,
+    build_speech,
+    plan,
+    synthesize,
+    trim,
+    vary,
+)
 from anytoken.segments import Speech
 
 CODES = {"1F34E": "red apple", "1F40C": "snail", "1F697": "automobile", "1F989": "owl"}
@@ -207,6 +216,42 @@ def test_build(engines: Path, tmp_path: Path) -> None:
     }
 
 
+def test_varied_clips_are_the_core_training_clips_at_other_speeds(engines: Path, tmp_path: Path) -> None:
+    folder = build_speech(tmp_path, tmp_path / "emoji", cache=engines, progress=False)
+    plain = {
+        (line["hexcode"], line["voice"]): line
+        for line in read_lines(folder / "speech.jsonl")
+        if line["core"] and line["split"] == "train" and line["rate"] == 1.0
+    }
+    varied = read_lines(folder / "varied.jsonl")
+    assert len(varied) == len(plain) * len(SPEEDS) > 0
+    assert {(one["hexcode"], one["voice"]) for one in varied} == set(plain)
+    for line in varied:
+        clip, original = Speech.open(folder / line["speech"]), plain[line["hexcode"], line["voice"]]
+        assert line["split"] == "train" and clip.sample_rate_hz == 16_000
+        assert clip.seconds == pytest.approx(original["seconds"] / line["speed"], abs=2e-3)
+
+
+def test_a_faster_clip_is_higher_by_as_much(tmp_path: Path) -> None:
+    time = np.arange(16_000) / 16_000
+    (tmp_path / "audio").mkdir()
+    Speech((0.5 * np.sin(2 * np.pi * 400 * time)).astype(np.float32), 16_000).save(
+        tmp_path / "audio" / "x.flac"
+    )
+    line = {
+        "speech": "audio/x.flac",
+        "hexcode": "X",
+        "core": True,
+        "split": "train",
+        "rate": 1.0,
+        "seconds": 1.0,
+    }
+    for varied in vary(tmp_path, [line, line | {"split": "test"}, line | {"rate": 0.9}]):
+        clip = Speech.open(tmp_path / varied["speech"])
+        peak = np.abs(np.fft.rfft(clip.samples)).argmax() / clip.seconds
+        assert peak == pytest.approx(400 * varied["speed"], abs=2)
+
+
 def test_the_packed_audio_is_the_clips_end_to_end(engines: Path, tmp_path: Path) -> None:
     folder = build_speech(tmp_path, tmp_path / "emoji", cache=engines, progress=False)
     voices = {}
@@ -243,7 +288,8 @@ def times(folder: Path) -> dict[Path, int]:
 
 def test_limit_renders_only_so_many(engines: Path, tmp_path: Path) -> None:
     folder = build_speech(tmp_path, tmp_path / "emoji", cache=engines, limit=3, progress=False)
-    assert len(read_lines(folder / "speech.jsonl")) == len(times(folder)) == 3
+    assert len(read_lines(folder / "speech.jsonl")) == 3
+    assert len(times(folder)) == 3 + len(SPEEDS)  # one of the three is a core clip of plain rate
     assert len(np.load(folder / "test_audio.npy")) == 0  # all three are slt's
 
 

@@ -1,0 +1,28 @@
+"""`anytoken bench`: our speed beside a named peer's, both sides taking turns in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anytoken.commands.options import ModelArgument, load
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed beside a named peer, in the same run.")
+Repeats = Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")]
+
+
+@app.command()
+def generate(
+    model: ModelArgument = "mini",
+    kind: Annotated[str, typer.Option(help="What is generated.")] = "image",
+    prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",
+    repeats: Repeats = 5,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_generate.json"),
+) -> None:
+    """Decoding beside `generate` of transformers: same weights, same grammar, same ids."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_generate import bench_generate
+
+    bench.report(bench_generate(load(model), kind, prompt, repeats), out)

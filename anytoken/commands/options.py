@@ -1,0 +1,41 @@
+"""What the commands share: options that mean the same everywhere, and opening a model quietly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from anytoken.inference.api import AnyToken
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A bundled name, a checkpoint folder, or a hub id.")
+]
+ModelArgument = Annotated[str, typer.Argument(help="A bundled name, a checkpoint folder, or a hub id.")]
+Adapter = Annotated[Path | None, typer.Option(help="A PEFT adapter folder to load with the model.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed and prompt give the same reply.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change recipe values.")
+]
+Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy; by default the checkpoint's, per kind.")
+]
+TopK = Annotated[int | None, typer.Option()]
+TopP = Annotated[float | None, typer.Option()]
+CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+MaxNewTokens = Annotated[int | None, typer.Option()]
+
+
+def load(model: str, device: str = "auto", adapter: Path | None = None) -> AnyToken:
+    """Open a model without progress bars over the answer."""
+    from transformers.utils import logging
+
+    import anytoken
+
+    logging.disable_progress_bar()
+    return anytoken.load(model, device=device, adapter=adapter)

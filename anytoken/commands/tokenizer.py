@@ -1,0 +1,65 @@
+"""`anytoken tokenizer`: train and measure one modality's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anytoken import recipes
+from anytoken.commands.options import Out, Overrides
+
+app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
+
+
+@app.command("train")
+def tokenizer_train(
+    recipe: Annotated[str, typer.Argument(help="tokenizers/KIND/recipe.yaml, or your own.")],
+    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    out: Out,
+    overrides: Overrides = None,
+) -> None:
+    """Train a tokenizer by its recipe."""
+    from anytoken.tokenizers.trainer import train_tokenizer
+
+    print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
+
+
+@app.command("eval")
+def tokenizer_eval(
+    tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
+    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    card: Annotated[
+        Path | None, typer.Option(help="A folder for figures.json, README.md and before/after samples.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out items at most.")] = 400,
+    seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
+) -> None:
+    """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
+    import json
+
+    from anytoken.tokenizers.cards import make_card
+    from anytoken.tokenizers.measures import measure
+
+    if card is None:
+        print(json.dumps(measure(tokenizer, data, count, seed).figures, indent=2, ensure_ascii=False))
+    else:
+        print(make_card(tokenizer, data, card, count, seed))
+
+
+@app.command("overview")
+def tokenizer_overview(
+    cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
+    fill: Annotated[
+        list[Path] | None, typer.Option(help="Markdown whose table of tokenizers is written anew.")
+    ] = None,
+) -> None:
+    """One line for each tokenizer that has a card: rate, what it keeps beside a baseline, codebook usage."""
+    from anytoken.evaluation.report import fill_between
+    from anytoken.tokenizers.cards import overview
+
+    table = overview(cards)
+    for page in fill or []:
+        fill_between(page, "tokenizers", table)
+    print(table)

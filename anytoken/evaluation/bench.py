@@ -1,0 +1,66 @@
+"""How benchmarks are made: both sides in one run, taking turns; the ratio is what to quote.
+
+An absolute speed is the machine's; a ratio of medians of turns taken one after the other is the code's. A drift of
+the machine's speed touches both sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from anytoken.tokenizers.measures import commit
+
+Figures = dict[str, Any]
+
+
+class BenchError(ValueError):
+    """Two sides that cannot be compared."""
+
+
+def take_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1) -> dict[str, float]:
+    """Median seconds of every side; in each of `repeats` rounds every side runs once, after `warmups` rounds."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(-warmups, repeats):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if round_ >= 0:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def environment() -> Figures:
+    """What the figures were measured on."""
+    return {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def report(figures: Figures, out: Path) -> None:
+    """Write the figures with their environment to `out` and print `figures["rows"]`, one mapping a line."""
+    rows: list[Figures] = figures["rows"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures | environment(), indent=1) + "\n", encoding="utf-8")
+    Console().print(table)
+    print(out)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

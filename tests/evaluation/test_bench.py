@@ -1,0 +1,50 @@
+"""Benchmarks: turns are taken fairly, the peer's ids must agree, and what is printed is what is written."""
+
+import json
+
+import pytest
+
+import anytoken
+from anytoken.evaluation import bench
+from anytoken.evaluation import bench_generate as bench_generate_module
+from anytoken.evaluation.bench_generate import bench_generate
+
+
+def test_sides_take_turns_and_warmups_do_not_count(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    cost = {"ours": iter([100, 1, 2, 9]), "peer": iter([100, 4, 5, 6])}
+
+    def run(name):
+        calls.append(name)
+        now[0] += next(cost[name])
+
+    taken = bench.take_turns({"ours": lambda: run("ours"), "peer": lambda: run("peer")}, repeats=3)
+    assert taken == {"ours": 2, "peer": 5}
+    assert calls == ["ours", "peer"] * 4
+
+
+def test_report_writes_the_figures_with_their_environment(tmp_path, capsys):
+    bench.report({"rows": [{"batch": 1, "ratio": 1.5}]}, tmp_path / "deep" / "bench.json")
+    written = json.loads((tmp_path / "deep" / "bench.json").read_text())
+    assert written["rows"] == [{"batch": 1, "ratio": 1.5}]
+    assert {"commit", "torch", "threads", "machine"} <= set(written)
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_generation_is_compared_on_equal_ids(monkeypatch):
+    model = anytoken.load("mini")
+    monkeypatch.setattr(bench_generate_module, "ROWS", (1, 2))
+    figures = bench_generate(model, "image", "a red circle", repeats=1)
+    assert [row["batch"] for row in figures["rows"]] == [1, 2]
+    assert all(row["ratio"] > 0 for row in figures["rows"])
+    peer = type(model.lm).generate
+
+    def other(*args, **extra):
+        ids = peer(*args, **extra)
+        ids[:, -3] = 0
+        return ids
+
+    monkeypatch.setattr(type(model.lm), "generate", other)
+    with pytest.raises(bench.BenchError, match="different ids"):
+        bench_generate(model, "image", "a red circle", repeats=1)
