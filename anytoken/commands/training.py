@@ -1,4 +1,4 @@
-"""Commands that make a model better and say how good it is: train, eval."""
+"""Commands that make a model better, say what that costs and how good it became: train, plan, eval."""
 
 from __future__ import annotations
 
@@ -21,6 +21,42 @@ def train(stage: Annotated[str, typer.Argument(help="A stage recipe.")], overrid
     from anytoken.training.trainer import train as run
 
     print(run(Stage.load(recipes.find(stage), overrides or [])))
+
+
+@app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(help="A stage recipe.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A config .json, checkpoint folder or hub id; by default the recipe's init_from."),
+    ] = None,
+    new_ids: Annotated[int, typer.Option(min=0, help="Rows to add to that model's vocabulary.")] = 0,
+    gpus: Annotated[int, typer.Option(min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s or rtx4090.")] = "h100",
+    sharding: Annotated[str, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp.")] = "zero3",
+    share_of_peak: Annotated[float, typer.Option(help="Assumed share of the GPUs' peak FLOP/s.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a stage costs on many GPUs, without allocating a weight: parameters, memory, FLOPs, hours."""
+    import dataclasses
+    import json
+
+    from rich.table import Table
+
+    from anytoken.training import plan as planning
+    from anytoken.training.stage import Stage
+
+    recipe = Stage.load(recipes.find(stage), overrides or [])
+    config = planning.read_config(model or recipe.init_from, new_ids)
+    found = planning.plan(recipe, config, gpus, gpu, sharding, share_of_peak)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    table = Table(show_header=False)
+    for row in planning.as_rows(found, gpus, gpu):
+        table.add_row(*row)
+    Console().print(table)
 
 
 @app.command("eval")

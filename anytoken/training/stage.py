@@ -115,6 +115,9 @@ class Stage(_Part):
     eval: EvalSpec = EvalSpec()
     lora: LoraSpec | None = None
     distributed: DistributedSpec = DistributedSpec()
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep one hidden state a layer and compute the rest again"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     save_every: int = Field(default=500, gt=0)

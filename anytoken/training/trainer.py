@@ -271,6 +271,8 @@ def train(stage: Stage) -> Path:
         lm = add_lora(start, stage.lora, processor.token_space)
     else:
         select_trainable(start, stage.trainable, processor.token_space)
+    if stage.gradient_checkpointing:
+        start.gradient_checkpointing_enable({"use_reentrant": False})
     loss = BalancedLoss(
         processor.grammar,
         stage.loss.modality_weights,

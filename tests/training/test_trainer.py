@@ -167,3 +167,10 @@ def test_init_from_a_folder_without_a_checkpoint(recipe: dict[str, Any], tmp_pat
     bad = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     with pytest.raises(StageError, match="no checkpoint folder"):
         train(Stage.from_dict(bad | {"init_from": str(tmp_path)}))
+
+
+def test_checkpointed_gradients_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["steps"] = 2
+    plain = losses(train(Stage.from_dict(recipe)))
+    changed = recipe | {"gradient_checkpointing": True, "output": str(tmp_path / "checkpointed")}
+    assert losses(train(Stage.from_dict(changed))) == pytest.approx(plain, abs=1e-6)
