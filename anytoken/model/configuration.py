@@ -5,6 +5,8 @@ The additions default to "off", so that a plain configuration is a Qwen3-MoE and
 
 from __future__ import annotations
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
@@ -17,13 +19,23 @@ class ModelConfigError(ValueError):
 class AnyTokenConfig(Qwen3MoeConfig):
     """Qwen3-MoE's settings with small defaults, and:
 
+    qk_norm: "head" normalises queries and keys a head (Qwen3), "projection" all heads together (OLMoE), "none" not
+        at all (Llama, Mistral).
     shared_expert_intermediate_size: width of a dense expert every token passes (0: none).
+    num_null_experts: experts that compute nothing, so that a token may take fewer than num_experts_per_tok
+        (AdaMoE, arXiv 2406.13233).
     expert_groups: experts a group, such as {"common": 2, "image": 2}; a token may route to the common group and to
         its own modality's. Experts lie in the order common, then `modality_names`. None or {} lets every token
         route to every expert.
     modality_boundaries, modality_index: the token space's ranges; an id's modality is
         ``modality_index[bucketize(id, modality_boundaries, right=True)]``.
     modality_names: names by that index; 0 is text.
+    expert_bias: choose experts by probability plus a bias that training steps by `update_expert_bias`, which keeps
+        the load even without a loss (arXiv 2408.15664).
+    router_jitter_noise: in training the router reads its input times a number from 1 - noise to 1 + noise (Switch,
+        arXiv 2101.03961).
+    router_aux_loss_coef, router_modality_aux_loss_coef: weights of the load-balance loss over all tokens, and within
+        each modality, when labels are given.
     router_z_loss_coef, output_z_loss_coef: weights of the z-losses (ST-MoE, arXiv 2202.08906) when labels are given.
     """
 
@@ -42,11 +54,16 @@ class AnyTokenConfig(Qwen3MoeConfig):
     num_experts: int = 4
     num_experts_per_tok: int = 1
     router_aux_loss_coef: float = 0.01
+    qk_norm: Literal["head", "projection", "none"] = "head"
     shared_expert_intermediate_size: int = 0
+    num_null_experts: int = 0
     expert_groups: dict[str, int] | None = None
+    expert_bias: bool = False
+    router_jitter_noise: float = 0.0
     modality_boundaries: list[int] | None = None
     modality_index: list[int] | None = None
     modality_names: list[str] | None = None
+    router_modality_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 1e-3
     output_z_loss_coef: float = 1e-4
 
@@ -55,6 +72,11 @@ class AnyTokenConfig(Qwen3MoeConfig):
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ModelConfigError(
                 f"num_experts_per_tok must be from 1 to num_experts={self.num_experts}; got {self.num_experts_per_tok}."
+            )
+        if self.num_null_experts < 0 or not 0 <= self.router_jitter_noise < 1:
+            raise ModelConfigError(
+                "num_null_experts must be at least 0 and router_jitter_noise from 0 to below 1; "
+                f"got {self.num_null_experts} and {self.router_jitter_noise}."
             )
         if self.expert_groups:
             self._check_groups(self.expert_groups)

@@ -8,6 +8,7 @@ attend to each other is an error. Shapes: B batch, T tokens, H hidden, E experts
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,19 +17,32 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.initialization import normal_
+from transformers.initialization import normal_, zeros_
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
     Qwen3MoeDecoderLayer,
     Qwen3MoeForCausalLM,
+    Qwen3MoeMLP,
     Qwen3MoeModel,
     Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
 )
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from anytoken.model.configuration import AnyTokenConfig
-from anytoken.model.moe import AnyTokenExperts, AnyTokenMoE, AnyTokenRouter, group_mask, router_losses
+from anytoken.model.moe import (
+    AnyTokenExperts,
+    AnyTokenMoE,
+    AnyTokenRouter,
+    ExpertUse,
+    choice_groups,
+    expert_counts,
+    expert_use,
+    group_mask,
+    router_losses,
+)
 
 # Experts are saved one by one under Qwen3-MoE's names, which serving engines and converters expect.
 register_checkpoint_conversion_mapping(
@@ -40,18 +54,50 @@ class PackingError(ValueError):
     """Packed samples that would attend to each other."""
 
 
+@dataclass
+class AnyTokenModelOutput(MoeModelOutputWithPast):
+    """And with `output_router_logits`: what each token chose, per layer [B * T, K], and its modality [B * T]."""
+
+    router_choices: tuple[Tensor, ...] | None = None
+    modality: Tensor | None = None
+
+
+@dataclass
+class AnyTokenOutput(MoeCausalLMOutputWithPast):
+    """And with `output_expert_use`: how each modality of the batch used the experts."""
+
+    expert_use: dict[str, ExpertUse] | None = None
+
+
+class ProjectionNorm(Qwen3MoeRMSNorm):
+    """RMSNorm over all heads together, as in OLMoE (arXiv 2409.02060): [..., heads, D] to the same shape."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last two dimensions as one."""
+        return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
+
+
 class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
-    """Diff with Qwen3-MoE: the MLP is told which experts are open to each token."""
+    """Diff with Qwen3-MoE: QK-norm is a choice, and experts are told which of them are open to each token."""
 
     def __init__(self, config: AnyTokenConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp = AnyTokenMoE(config)
+        attention = self.self_attn
+        if config.qk_norm == "none":
+            attention.q_norm, attention.k_norm = nn.Identity(), nn.Identity()
+        elif config.qk_norm == "projection":
+            attention.q_norm = ProjectionNorm(attention.q_proj.out_features, config.rms_norm_eps)
+            attention.k_norm = ProjectionNorm(attention.k_proj.out_features, config.rms_norm_eps)
+        if not isinstance(self.mlp, Qwen3MoeMLP):
+            self.mlp = AnyTokenMoE(config)
 
     def forward(self, hidden_states: Tensor, open_experts: Tensor | None = None, **kwargs: Any) -> Tensor:
         """hidden_states [B, T, H] to the same shape."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), open_experts)
+        normed = self.post_attention_layernorm(hidden_states)
+        mlp = self.mlp
+        return hidden_states + (mlp(normed, open_experts) if isinstance(mlp, AnyTokenMoE) else mlp(normed))
 
 
 class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -62,6 +108,7 @@ class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
     _no_split_modules = ["AnyTokenDecoderLayer"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(AnyTokenRouter, index=0),
+        "router_choices": OutputRecorder(AnyTokenRouter, index=2),
         "hidden_states": AnyTokenDecoderLayer,
         "attentions": Qwen3MoeAttention,
     }
@@ -78,6 +125,9 @@ class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
             normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, AnyTokenRouter):
             normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.expert_bias is not None:
+                zeros_(module.expert_bias)
+                zeros_(module.load)
 
 
 class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
@@ -94,6 +144,7 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] to last_hidden_state [B, T, H].
@@ -112,19 +163,26 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
                     "(with either, samples would attend across their borders)."
                 )
             use_cache = False
-        if self.config.expert_groups:
+        modality = None
+        if self.config.expert_groups or (output_router_logits and self.config.modality_boundaries):
             if input_ids is None:
-                raise ValueError("Expert groups route by token id: give input_ids, not inputs_embeds.")
-            mask = group_mask(self.config)
-            assert mask is not None
-            kwargs["open_experts"] = mask.to(input_ids.device)[self.modality_of(input_ids).flatten()]
-        return super().forward(
+                raise ValueError(
+                    "Experts are told modalities by token id: give input_ids, not inputs_embeds."
+                )
+            modality = self.modality_of(input_ids).flatten()
+        mask = group_mask(self.config)
+        if mask is not None:
+            kwargs["open_experts"] = mask.to(input_ids.device)[modality]
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_router_choices=output_router_logits,
             **kwargs,
         )
+        return AnyTokenModelOutput(**output, modality=modality) if output_router_logits else output
 
     def modality_of(self, input_ids: Tensor) -> Tensor:
         """Index of each id's modality, same shape as `input_ids`; 0 is text and control ids."""
@@ -141,32 +199,89 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         self.model = AnyTokenModel(config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_logits: bool | None = None,
+        output_expert_use: bool = False,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> AnyTokenOutput:
         """input_ids [B, T] to logits [B, T, V]; with labels, the loss: cross-entropy, load balance, z-losses.
 
-        Other arguments as in transformers' causal language models.
+        output_expert_use: also how each modality used the experts. Other arguments as in transformers' causal
+        language models.
         """
-        routed = labels is not None or bool(output_router_logits)
-        # labels are handled here: the parent would add its own load-balance loss to them
-        output = super().forward(input_ids=input_ids, output_router_logits=routed, **kwargs)
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        routed = labels is not None or output_router_logits or output_expert_use
+        decoded = self.model(input_ids=input_ids, output_router_logits=routed, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(decoded.last_hidden_state[:, keep])
+        output = AnyTokenOutput(
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            attentions=decoded.attentions,
+            router_logits=decoded.router_logits,
+        )
         if labels is not None:
-            config = self.config
-            balance, router_z = router_losses(output.router_logits, config.num_experts_per_tok)
-            output_z = torch.logsumexp(output.logits.float(), -1).square().mean()
-            output.aux_loss = balance
-            output.loss = (
-                self.loss_function(output.logits, labels, config.vocab_size)
-                + config.router_aux_loss_coef * balance
-                + config.router_z_loss_coef * router_z
-                + config.output_z_loss_coef * output_z
-            )
+            output_z = torch.logsumexp(logits.float(), -1).square().mean()
+            loss = self.loss_function(logits, labels, config.vocab_size)
+            output.loss = loss + config.output_z_loss_coef * output_z
+            if decoded.router_logits:
+                router = router_losses(decoded.router_logits, decoded.router_choices, decoded.modality)
+                output.aux_loss = router.balance
+                output.loss = (
+                    output.loss
+                    + config.router_aux_loss_coef * router.balance
+                    + config.router_modality_aux_loss_coef * router.modality_balance
+                    + config.router_z_loss_coef * router.z
+                )
+        if output_expert_use:
+            output.expert_use = self._expert_use(decoded)
         return output
+
+    def _expert_use(self, decoded: AnyTokenModelOutput) -> dict[str, ExpertUse]:
+        """By modality name; "text" is all there is without a token space."""
+        names = self.config.modality_names or [
+            "text" if index == 0 else f"modality {index}"
+            for index in range(max(self.config.modality_index or [0]) + 1)
+        ]
+        choices = decoded.router_choices
+        if not choices:
+            return {}
+        groups = decoded.modality if decoded.modality is not None else torch.zeros_like(choices[0][:, 0])
+        return expert_use(expert_counts(choices, groups, len(names), self.config.num_experts), names)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts; without, routing losses and biases have nothing to act on."""
+        return bool(self._routers())
+
+    def add_expert_bias(self) -> None:
+        """Balance the experts by a bias from now on (`expert_bias` of the configuration)."""
+        self.config.expert_bias = True
+        for router in self._routers():
+            if router.expert_bias is None:
+                router.add_bias()
+
+    def update_expert_bias(self, rate: float) -> None:
+        """Step every router's bias against the load of the training forwards since the last call.
+
+        To be called after an optimizer step; 0.001 is the paper's rate (arXiv 2408.15664). With several processes
+        all of them must call it.
+        """
+        names = choice_groups(self.config)
+        groups = torch.tensor([sorted(set(names)).index(name) for name in names], device=self.device)
+        for router in self._routers():
+            router.update_bias(rate, groups)
+
+    def _routers(self) -> list[AnyTokenRouter]:
+        return [module for module in self.modules() if isinstance(module, AnyTokenRouter)]
 
     @torch.no_grad()
     def grow_vocabulary(self, new_size: int, init: Tensor | None = None) -> None:
@@ -188,24 +303,6 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         for table in (self.get_input_embeddings().weight, self.get_output_embeddings().weight):
             table[old_size:] = rows.to(table)
         self.vocab_size = self.model.vocab_size = new_size
-
-    @torch.no_grad()
-    def expert_load(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Share of each modality's routings that each expert gets, over all layers: {modality: [E]}."""
-        self.eval()
-        output = self.model(input_ids=input_ids, use_cache=False, output_router_logits=True)
-        modality = self.model.modality_of(input_ids).flatten()
-        names = self.config.modality_names or [str(i) for i in range(int(modality.max()) + 1)]
-        load = {}
-        for index, name in enumerate(names):
-            rows = modality == index
-            if rows.any():
-                top_k = self.config.num_experts_per_tok
-                picked = torch.cat(
-                    [logits[rows].topk(top_k).indices.flatten() for logits in output.router_logits]
-                )
-                load[name] = torch.bincount(picked, minlength=self.config.num_experts) / len(picked)
-        return load
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes: all but the routed experts that it does not choose."""

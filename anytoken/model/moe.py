@@ -3,15 +3,21 @@
 Qwen3-MoE's routed experts with a float32 router, an optional shared expert every token passes (DeepSeekMoE,
 arXiv 2401.06066), and optional expert groups: a token may route only to the common group and to its own
 modality's group (one expert a group and no common one are the modality FFNs of mPLUG-2, 2302.00402, and
-ONE-PEACE, 2305.11172). Shapes: T tokens, H hidden, E experts, K experts a token.
+ONE-PEACE, 2305.11172). Null experts compute nothing: choosing one is how a token takes fewer (AdaMoE, 2406.13233).
+The load is kept even by a loss, over all tokens or within each modality, or by a bias without one (2408.15664).
+
+Shapes: T tokens, H hidden, E experts, C choices (experts, then null experts), K choices a token, M modalities.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP, Qwen3MoeTopKRouter
@@ -20,19 +26,77 @@ from anytoken.model.configuration import AnyTokenConfig
 
 
 class AnyTokenRouter(Qwen3MoeTopKRouter):
-    """Qwen3-MoE's router, computed in float32, with experts closed to a token by its modality."""
+    """Diff with Qwen3-MoE: float32, jitter, experts closed by modality, null experts, and the balancing bias."""
+
+    expert_bias: Tensor | None
+    load: Tensor | None
+
+    def __init__(self, config: AnyTokenConfig) -> None:
+        super().__init__(config)
+        self.jitter = config.router_jitter_noise
+        self.num_choices = config.num_experts + config.num_null_experts
+        self.weight = nn.Parameter(torch.zeros(self.num_choices, config.hidden_size))
+        self.register_buffer("expert_bias", None)
+        self.register_buffer("load", None, persistent=False)
+        if config.expert_bias:
+            self.add_bias()
+
+    def add_bias(self) -> None:
+        """Choose by probability plus bias from now on; the bias starts at zero, and the load is counted."""
+        self.expert_bias, self.load = self.weight.new_zeros(2, self.num_choices, dtype=torch.float32).unbind()
 
     def forward(
         self, hidden_states: Tensor, open_experts: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [T, H], open_experts bool [T, E] to logits [T, E], weights [T, K], experts [T, K]."""
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        """hidden_states [T, H], open_experts bool [T, C] to logits [T, C], weights [T, K], choices [T, K].
+
+        A closed expert has the logit minus infinity, a null expert the weight zero.
+        """
+        states = hidden_states.float()
+        if self.training and self.jitter:
+            states = states * torch.empty_like(states).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits = F.linear(states, self.weight.float())
         if open_experts is not None:
             logits = logits.masked_fill(~open_experts, float("-inf"))
-        weights, experts = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
+        probabilities = logits.softmax(-1)
+        if self.expert_bias is None:
+            weights, choices = torch.topk(probabilities, self.top_k, dim=-1)
+        else:
+            choices = self._biased_choices(probabilities, open_experts)
+            weights = probabilities.gather(-1, choices)
+        if self.num_choices > self.num_experts:
+            weights = weights * (choices < self.num_experts)
         if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return logits, weights.to(hidden_states.dtype), experts
+            weights = weights / weights.sum(-1, keepdim=True).clamp(
+                min=1e-6
+            )  # all null: nothing to share out
+        return logits, weights.to(hidden_states.dtype), choices
+
+    @torch.no_grad()
+    def _biased_choices(self, probabilities: Tensor, open_experts: Tensor | None) -> Tensor:
+        """The bias decides who is chosen, never how much they count; choices [T, K], counted in training."""
+        assert self.expert_bias is not None and self.load is not None
+        scores = probabilities + self.expert_bias
+        if open_experts is not None:
+            scores = scores.masked_fill(~open_experts, float("-inf"))
+        choices = torch.topk(scores, self.top_k, dim=-1).indices
+        if self.training:
+            self.load.index_add_(0, choices.flatten(), self.load.new_ones(choices.numel()))
+        return choices
+
+    @torch.no_grad()
+    def update_bias(self, rate: float, groups: Tensor) -> None:
+        """Raise the bias of the less and lower that of the more loaded experts by `rate`, within each group.
+
+        groups: int64 [C]. Counts of all processes are summed; then counting starts anew.
+        """
+        assert self.expert_bias is not None and self.load is not None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.load)
+        member = F.one_hot(groups).to(self.load)  # [C, G]
+        mean = member @ ((self.load @ member) / member.sum(0))
+        self.expert_bias += rate * torch.sign(mean - self.load)
+        self.load.zero_()
 
 
 @use_experts_implementation
@@ -47,39 +111,109 @@ class AnyTokenMoE(nn.Module):
         super().__init__()
         self.gate = AnyTokenRouter(config)
         self.experts = AnyTokenExperts(config)
+        # Null choices are given to the experts as index E, which transformers then skips, as for experts that live on
+        # another device.
+        self.experts._is_expert_parallel = config.num_null_experts > 0
         width = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=width) if width else None
 
     def forward(self, hidden_states: Tensor, open_experts: Tensor | None = None) -> Tensor:
         """hidden_states [B, T, H] to the same shape."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, experts = self.gate(flat, open_experts)
-        routed = self.experts(flat, experts, weights).view_as(hidden_states)
+        _, weights, choices = self.gate(flat, open_experts)
+        routed = self.experts(flat, choices.clamp(max=self.gate.num_experts), weights).view_as(hidden_states)
         return routed if self.shared_expert is None else routed + self.shared_expert(hidden_states)
 
 
+def choice_groups(config: AnyTokenConfig) -> list[str]:
+    """The group of every choice [C]: the experts in the order common, then modalities; null experts are common."""
+    groups = config.expert_groups or {"common": config.num_experts}
+    names = ["common", *(config.modality_names or [])]  # not the dict's order: config.json sorts its keys
+    owner = [name for name in names for _ in range(groups.get(name, 0))]
+    return owner + ["common"] * config.num_null_experts
+
+
 def group_mask(config: AnyTokenConfig) -> Tensor | None:
-    """Which experts are open to which modality: bool [modalities, E], or None without groups."""
+    """Which choices are open to which modality: bool [M, C], or None without groups."""
     if not config.expert_groups:
         return None
     assert config.modality_names
-    groups = ["common", *config.modality_names]  # not the dict's order: config.json is saved with sorted keys
-    owner = [name for name in groups for _ in range(config.expert_groups.get(name, 0))]
-    return torch.tensor([[group in ("common", name) for group in owner] for name in config.modality_names])
+    groups = choice_groups(config)
+    return torch.tensor([[group in ("common", name) for group in groups] for name in config.modality_names])
 
 
-def router_losses(router_logits: Sequence[Tensor], top_k: int) -> tuple[Tensor, Tensor]:
-    """Load-balance loss (Switch, arXiv 2101.03961) and router z-loss (2202.08906), each the mean over layers.
+@dataclass
+class RouterLosses:
+    """Scalars, each the mean over layers; `modality_balance` is the mean over the modalities there are."""
 
-    router_logits: per layer [T, E], minus infinity where an expert is closed to a token. The load-balance loss
-    is 1 when tokens and probability spread evenly over the experts.
+    balance: Tensor
+    modality_balance: Tensor
+    z: Tensor
+
+
+def router_losses(
+    router_logits: Sequence[Tensor], choices: Sequence[Tensor], modality: Tensor | None = None
+) -> RouterLosses:
+    """Load-balance losses (Switch, arXiv 2101.03961) and router z-loss (ST-MoE, 2202.08906).
+
+    router_logits: per layer [T, C], minus infinity where closed; choices: per layer [T, K]; modality: int64 [T], all
+    zero by default. A balance is 1 when tokens and probability spread evenly over the experts that are open.
     """
-    balance, z_loss = [], []
-    for logits in router_logits:
+    tokens = torch.ones(len(router_logits[0]), 1, device=router_logits[0].device)
+    members = tokens if modality is None else F.one_hot(modality).float()
+    balance, modality_balance, z_loss = [], [], []
+    for logits, chosen in zip(router_logits, choices, strict=True):
         probabilities = logits.float().softmax(-1)
-        chosen = (
-            F.one_hot(logits.topk(top_k, dim=-1).indices, logits.shape[-1]).float().sum(1).mean(0) / top_k
-        )
-        balance.append(logits.shape[-1] * (chosen * probabilities.mean(0)).sum())
+        share = torch.zeros_like(probabilities).scatter(-1, chosen, 1 / chosen.shape[-1])
+        balance.append(_balance(probabilities, share, tokens))
+        modality_balance.append(_balance(probabilities, share, members))
         z_loss.append(torch.logsumexp(logits.float(), -1).square().mean())
-    return torch.stack(balance).mean(), torch.stack(z_loss).mean()
+    return RouterLosses(*(torch.stack(each).mean() for each in (balance, modality_balance, z_loss)))
+
+
+def _balance(probabilities: Tensor, share: Tensor, members: Tensor) -> Tensor:
+    """probabilities, share [T, C] and members one-hot [T, M] to the mean balance of the groups that have tokens."""
+    count = members.sum(0)
+    weight = members / count.clamp(min=1)
+    mean = weight.T @ probabilities
+    each = (mean > 0).sum(-1) * (mean * (weight.T @ share)).sum(-1)
+    return each.sum() / (count > 0).sum()
+
+
+@dataclass
+class ExpertUse:
+    """How a group of tokens uses the experts.
+
+    load: share of its routings that each expert gets, float32 [E]. entropy: of the load among the routings that
+    reach an expert, from 0 (one expert) to 1 (all alike). dropped: share of its routings that reach no expert, but
+    a null one.
+    """
+
+    load: Tensor
+    entropy: float
+    dropped: float
+
+
+def expert_counts(choices: Sequence[Tensor], groups: Tensor, num_groups: int, num_experts: int) -> Tensor:
+    """How often the tokens of each group chose each expert, and in the last column a null one: float32 [G, E + 1].
+
+    choices: per layer [T, K], summed over; groups: int64 [T], the group of each token.
+    """
+    width = num_experts + 1
+    counts = torch.zeros(num_groups * width, device=groups.device)
+    for chosen in choices:
+        cell = chosen.clamp(max=num_experts) + groups[:, None] * width
+        counts += torch.bincount(cell.reshape(-1), minlength=len(counts))
+    return counts.reshape(num_groups, width)
+
+
+def expert_use(counts: Tensor, names: Sequence[str]) -> dict[str, ExpertUse]:
+    """`expert_counts` [G, E + 1] by the names of the groups that have tokens."""
+    found = {}
+    for name, row in zip(names, counts.cpu(), strict=True):
+        if row.any():
+            shares = row / row.sum()
+            reached = shares[:-1] / shares[:-1].sum().clamp(min=1e-9)
+            entropy = torch.special.entr(reached).sum() / math.log(max(len(reached), 2))
+            found[name] = ExpertUse(shares[:-1], entropy.item(), shares[-1].item())
+    return found

@@ -2,13 +2,13 @@
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anytoken.model.moe import ExpertUse, expert_use
 from anytoken.training.losses import LossParts, bits
 
 
@@ -28,7 +28,7 @@ class GroupMeter:
         self.started = time.monotonic()
 
     def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
-        """Count one batch; ``tokens``: all its ids; ``load``: its expert counts [G, E]."""
+        """Count one batch; ``tokens``: all its ids; ``load``: its expert counts [G, E + 1]."""
         self.sums += torch.stack([parts.nll, parts.right, parts.count]).double().cpu()
         for name, value in parts.terms.items():
             self.terms[name] = self.terms.get(name, 0.0) + float(value)
@@ -51,14 +51,10 @@ class GroupMeter:
         means = [found[name]["loss"] for name in found if name != "control"]
         nll, _, count = self.sums.sum(1).tolist()
         seconds = max(time.monotonic() - self.started, 1e-9)
-        if self.load is not None:
-            shares = zip(self.names, self.load / self.load.sum(-1, keepdim=True).clamp(min=1), strict=True)
-            found_load = {
-                name: [round(x, 4) for x in share.tolist()] for name, share in shares if share.any()
-            }
+        use = {} if self.load is None else expert_use(self.load, self.names)
         return {
             "groups": found,
-            **({"expert_load": found_load} if self.load is not None else {}),
+            **(_expert_report(use) if use else {}),
             "mean_over_modalities": sum(means) / max(len(means), 1),
             "mean_over_tokens": nll / max(count, 1),
             **{name: value / max(self.batches, 1) for name, value in self.terms.items()},
@@ -66,17 +62,12 @@ class GroupMeter:
         }
 
 
-def expert_counts(router_logits: Sequence[Tensor], groups: Tensor, num_groups: int, top_k: int) -> Tensor:
-    """How often each expert was chosen by the tokens of each group, summed over layers: float32 [G, E].
-
-    router_logits: per layer [T, E]; groups: int64 [T], the group of each token.
-    """
-    num_experts = router_logits[0].shape[-1]
-    counts = torch.zeros(num_groups * num_experts, device=groups.device)
-    for logits in router_logits:
-        chosen = logits.detach().topk(top_k, -1).indices + groups[:, None] * num_experts
-        counts += torch.bincount(chosen.reshape(-1), minlength=len(counts))
-    return counts.reshape(num_groups, num_experts)
+def _expert_report(use: dict[str, ExpertUse]) -> dict[str, Any]:
+    return {
+        "expert_load": {name: [round(x, 4) for x in one.load.tolist()] for name, one in use.items()},
+        "expert_entropy": {name: round(one.entropy, 4) for name, one in use.items()},
+        "dropped_share": {name: round(one.dropped, 4) for name, one in use.items()},
+    }
 
 
 class MetricsLog:

@@ -54,10 +54,14 @@ class LossSpec(_Part):
 
 
 class MoeSpec(_Part):
-    """Router losses."""
+    """What keeps the experts' load even: losses, over all tokens and within each modality, or a bias."""
 
     router_aux_loss: float = Field(default=0.01, ge=0)
+    router_modality_aux_loss: float = Field(default=0.0, ge=0)
     router_z_loss: float = Field(default=1e-3, ge=0)
+    expert_bias_rate: float = Field(
+        default=0.0, ge=0, description="step of the balancing bias (arXiv 2408.15664: 0.001); 0: no bias"
+    )
 
 
 class EvalSpec(_Part):
@@ -138,6 +142,8 @@ class Stage(_Part):
                 f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, "
                 "which is context x accumulate x world_size"
             )
+        if self.lora is not None and self.moe.expert_bias_rate:
+            raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")
         return self

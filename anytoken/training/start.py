@@ -60,6 +60,7 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
         vocab_size=space.vocab_size,
         modality_boundaries=space.bucket_boundaries(),
         modality_index=space.bucket_modalities(),
+        modality_names=space.modality_names,
         bos_token_id=space.bos,
         eos_token_id=space.end,
         pad_token_id=space.pad,
@@ -69,6 +70,15 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
     model = AnyTokenForCausalLM(config)
     initialise_code_rows(model, processor)
     return processor, model
+
+
+def balance_by_bias(model: PreTrainedModel) -> None:
+    """Give every router its balancing bias; StageError for a model without routers of ours."""
+    if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
+        raise StageError(
+            f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
+        )
+    model.add_expert_bias()
 
 
 @torch.no_grad()

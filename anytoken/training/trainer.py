@@ -25,15 +25,16 @@ from transformers.training_args import ParallelMode
 
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
-from anytoken.model.moe import router_losses
+from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.model.moe import expert_counts, router_losses
 from anytoken.processor import Processor
 from anytoken.training.lora import LanguageModel, add_lora, base_model, head_weight
 from anytoken.training.losses import BalancedLoss, LossParts
-from anytoken.training.metrics import GroupMeter, MetricsLog, expert_counts
+from anytoken.training.metrics import GroupMeter, MetricsLog
 from anytoken.training.report import write_report
 from anytoken.training.schedule import Schedule
 from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import checkpoint_folder, load_start
+from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start
 from anytoken.training.trainable import parameter_groups, select_trainable
 
 STATE_FOLDER = "state"
@@ -48,9 +49,7 @@ class ModelWithLoss(nn.Module):
     def __init__(self, lm: LanguageModel, loss: BalancedLoss, stage: Stage) -> None:
         super().__init__()
         self.lm, self.loss, self.moe = lm, loss, stage.moe
-        config = base_model(lm).config
-        self.top_k = getattr(config, "num_experts_per_tok", 1)
-        self.routed = getattr(config, "num_experts", 0) > 1
+        self.routed = isinstance(base_model(lm), AnyTokenForCausalLM)
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, loss_index: Tensor, targets: Tensor
@@ -64,12 +63,23 @@ class ModelWithLoss(nn.Module):
         flat = input_ids.flatten()
         parts: LossParts = self.loss(hidden, head_weight(base), targets, flat[loss_index])
         load = None
-        if self.routed:
-            balance, router_z = router_losses(outputs.router_logits, self.top_k)
-            parts.loss = parts.loss + self.moe.router_aux_loss * balance + self.moe.router_z_loss * router_z
-            parts.terms |= {"load_balance": balance.detach(), "router_z": router_z.detach()}
+        if self.routed and outputs.router_choices:
+            router = router_losses(outputs.router_logits, outputs.router_choices, outputs.modality)
+            weight = self.moe
+            parts.loss = (
+                parts.loss
+                + weight.router_aux_loss * router.balance
+                + weight.router_modality_aux_loss * router.modality_balance
+                + weight.router_z_loss * router.z
+            )
+            parts.terms |= {
+                "load_balance": router.balance.detach(),
+                "modality_load_balance": router.modality_balance.detach(),
+                "router_z": router.z.detach(),
+            }
+            groups = self.loss.table[flat]
             load = expert_counts(
-                outputs.router_logits, self.loss.table[flat], len(self.loss.names), self.top_k
+                outputs.router_choices, groups, len(self.loss.names), base.config.num_experts
             )
         return {"loss": parts.loss, "parts": parts, "load": load}
 
@@ -209,6 +219,8 @@ class _Loop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, schedule, stage = time.monotonic(), self.trainer.schedule, self.trainer.stage
+        if stage.moe.expert_bias_rate:
+            base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)
         schedule.tick(state.global_step, now - self.last, stage.max_minutes)
         self.last = now
         if state.global_step >= schedule.total:
@@ -267,6 +279,8 @@ def train(stage: Stage) -> Path:
     lm: LanguageModel = start
     mixture = _mixture(stage, stage.data, processor, stage.prompt_drop)
     torch.manual_seed(stage.seed)
+    if stage.moe.expert_bias_rate:
+        balance_by_bias(start)
     if stage.lora is not None:
         lm = add_lora(start, stage.lora, processor.token_space)
     else:

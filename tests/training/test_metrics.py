@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from anytoken.training.losses import LossParts
-from anytoken.training.metrics import GroupMeter, MetricsLog, expert_counts, read_metrics
+from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
 from anytoken.training.report import write_report
 
 
@@ -35,13 +35,6 @@ def test_meter_averages_over_targets_not_batches() -> None:
     assert report["z_loss"] == pytest.approx(2.0)
     meter.reset()
     assert meter.report()["groups"] == {}
-
-
-def test_expert_counts() -> None:
-    logits = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 2, 1], [5, 0, 1]])
-    groups = torch.tensor([0, 0, 1, 1])
-    assert expert_counts([logits, logits], groups, 3, top_k=1).tolist() == [[2, 2, 0], [2, 2, 0], [0, 0, 0]]
-    assert expert_counts([logits[2:]], groups[2:], 2, top_k=2).tolist() == [[0, 0, 0], [1, 1, 2]]
 
 
 def test_rewind_drops_later_lines(tmp_path: Path) -> None:

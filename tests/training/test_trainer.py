@@ -48,6 +48,29 @@ def run_until(recipe: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch
             train(Stage.from_dict(recipe))
 
 
+def test_a_recipe_switches_the_balancing_on(recipe: dict[str, Any]) -> None:
+    """Expert groups, a balance within each modality, and the bias, which the checkpoint keeps."""
+    recipe["steps"] = 3
+    recipe["model"] |= {"num_experts": 4, "expert_groups": {"common": 2, "text": 2}}
+    recipe["moe"] = {"router_modality_aux_loss": 0.01, "expert_bias_rate": 0.01}
+    folder = train(Stage.from_dict(recipe))
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert last["modality_load_balance"] > 0
+    assert sum(last["expert_load"]["tile"][2:]) <= 0.25  # the closing id alone is a text id
+    assert 0 <= last["expert_entropy"]["tile"] <= 1
+    assert set(last["dropped_share"].values()) == {0}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    biases = [module.expert_bias for module in model.modules() if hasattr(module, "expert_bias")]
+    assert len(biases) == 2 and all(bias.abs().sum() > 0 for bias in biases)
+
+
+def test_a_bias_without_experts_is_refused(recipe: dict[str, Any]) -> None:
+    recipe["moe"] = {"expert_bias_rate": 0.01}
+    recipe["model"] |= {"mlp_only_layers": [0, 1]}
+    with pytest.raises(StageError, match="no effect"):
+        train(Stage.from_dict(recipe))
+
+
 def test_it_learns_and_leaves_a_loadable_checkpoint(recipe: dict[str, Any]) -> None:
     recipe["steps"] = 60
     recipe["eval"] = {"batches": 1, "data": [{"path": "things", "views": {"text->tile": 1}, "split": "test"}]}
