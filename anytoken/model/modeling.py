@@ -80,6 +80,8 @@ class ProjectionNorm(Qwen3MoeRMSNorm):
 class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
     """Diff with Qwen3-MoE: QK-norm is a choice, and experts are told which of them are open to each token."""
 
+    mlp: nn.Module
+
     def __init__(self, config: AnyTokenConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         attention = self.self_attn
@@ -96,8 +98,8 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        mlp = self.mlp
-        return hidden_states + (mlp(normed, open_experts) if isinstance(mlp, AnyTokenMoE) else mlp(normed))
+        told = (open_experts,) if isinstance(self.mlp, AnyTokenMoE) else ()
+        return hidden_states + self.mlp(normed, *told)
 
 
 class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -171,8 +173,8 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
                 )
             modality = self.modality_of(input_ids).flatten()
         mask = group_mask(self.config)
-        if mask is not None:
-            kwargs["open_experts"] = mask.to(input_ids.device)[modality]
+        if mask is not None and modality is not None:
+            kwargs["open_experts"] = mask.to(modality.device)[modality]
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -3,14 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from anytoken.inference.api import AnyToken
+from anytoken.inference.api import AnyToken, load
 from anytoken.inference.checkpoint import CheckpointError, find_checkpoint, pick_device, replacing
+
+MINI_GOLDEN = Path(__file__).parents[1] / "goldens" / "mini.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +224,26 @@ def test_devices() -> None:
     assert pick_device("auto").type in ("cpu", "cuda")
     with pytest.raises(CheckpointError, match="abacus"):
         pick_device("abacus")
+
+
+def mini_as_it_loads() -> dict[str, Tensor]:
+    """A digest of every weight's bits, and some logits, of the bundled checkpoint."""
+    lm = load("mini", device="cpu").lm
+    digest = sha256()
+    for name, tensor in sorted(lm.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    ids = torch.randint(0, lm.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = lm(ids, use_cache=False).logits[:, ::6, ::64].contiguous()
+    return {"weights": torch.tensor(list(digest.digest()), dtype=torch.uint8), "logits": logits}
+
+
+def test_mini_loads_as_it_always_did() -> None:
+    """Weights to the bit; logits to what kernels of other machines differ by. No code change may renew this file."""
+    fresh, golden = mini_as_it_loads(), load_file(MINI_GOLDEN)
+    assert torch.equal(fresh["weights"], golden["weights"])
+    torch.testing.assert_close(fresh["logits"], golden["logits"], rtol=0, atol=1e-4)
+
+
+if __name__ == "__main__":  # after a new checkpoint: python tests/inference/test_checkpoint.py
+    save_file(mini_as_it_loads(), MINI_GOLDEN)
