@@ -1,7 +1,7 @@
-"""Reading and writing the files that segments come from and go to: bytes, pictures, animations, containers, text.
+"""Reading and writing the files that segments come from and go to: pictures, animations, containers, sound, text.
 
-Plain functions from a file's bytes to arrays and back, over Pillow and PyAV. Whatever is wrong with a file is one
-`SegmentError` that names it and says what is expected; whatever is written is written whole or not at all.
+Plain functions from a file's bytes to arrays and back, over Pillow, PyAV and libsndfile. Whatever is wrong with a
+file is one `SegmentError` that names it and says what is expected; whatever is written is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from PIL import Image as Picture
 
 MAX_PIXELS = 64_000_000  # a picture beyond this is more likely an attack than an input
 MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say
+SOUND_BLOCK = 1 << 24  # samples read at once: a header that lies about the length cannot ask for all memory
+MAX_RATIO = 1000  # the largest term of a ratio of sample rates
 MIN_STEP_MS = 20  # no player shows the pictures of a gif faster
 _PICTURE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
@@ -172,6 +175,60 @@ def container_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
         raise SegmentError(
             f"{name} is not a readable video ({reason(error)}); expected mp4, webm, mov, mkv, gif or animated webp."
         ) from error
+
+
+def read_sound(data: bytes, name: object) -> tuple[np.ndarray, int]:
+    """Samples float32 [T], channels averaged, and the rate in Hz of a wav, flac, ogg or mp3 file's bytes."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+            blocks = []
+            while len(block := sound.read(SOUND_BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(axis=1))
+            rate = sound.samplerate
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
+        raise SegmentError(
+            f"{name} is not readable sound ({reason(error)}); expected wav, flac, ogg or mp3."
+        ) from error
+    if not blocks:
+        raise SegmentError(f"{name} holds no sound: its length is zero.")
+    return np.concatenate(blocks), rate
+
+
+def write_sound(path: Path, samples: np.ndarray, rate_hz: int, suffix: str, exact: bool) -> None:
+    """Samples [T] as a sound file of the suffix's format, or as 32-bit numbers if `exact`."""
+    import soundfile
+
+    block, subtype = 1 << 16, "FLOAT" if exact else None
+    advice = "resample(48000) gives it a rate that every format has"
+    if suffix == ".ogg" and rate_hz > 200_000:  # libsndfile would end the process
+        raise SegmentError(f"Cannot save speech of {rate_hz} Hz as .ogg, which ends at 200000 Hz; {advice}.")
+    try:
+        with soundfile.SoundFile(path, "w", rate_hz, 1, subtype, format=suffix[1:].upper()) as sound:
+            for start in range(0, len(samples), block):  # a minute of ogg at once ends the process, too
+                sound.write(samples[start : start + block])
+    except soundfile.LibsndfileError as error:
+        raise SegmentError(
+            f"Cannot save speech of {rate_hz} Hz as {suffix} ({reason(error)}); {advice}."
+        ) from error
+
+
+def resampled(samples: np.ndarray, rate_hz: int, new_rate_hz: int) -> np.ndarray:
+    """Samples [T] at another rate (windowed sinc, torchaudio).
+
+    The filter holds a row for each term of the ratio of the rates: for 44,101 to 16,000 Hz it would take gigabytes.
+    Such a ratio is rounded to terms of at most MAX_RATIO, which changes speed and pitch by less than 0.1 %.
+    """
+    import torch
+    from torchaudio.functional import resample
+
+    low, high = sorted((rate_hz, new_rate_hz))
+    ratio = Fraction(low, high).limit_denominator(max(MAX_RATIO, 2 * high // low))
+    terms = ratio.numerator, ratio.denominator
+    before, after = terms if rate_hz == low else reversed(terms)
+    found = resample(torch.from_numpy(samples), before, after)
+    return found[: math.ceil(len(samples) * new_rate_hz / rate_hz)].numpy()
 
 
 def text_lines(path: str | Path) -> Iterator[str]:

@@ -229,6 +229,38 @@ def test_resampling_keeps_the_tone_and_the_length() -> None:
     assert np.abs(above.samples[1_000:-1_000]).max() < 0.05
 
 
+def test_exact_sound_is_the_same_sample_by_sample(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).normal(0, 3, 1_000).astype(np.float32)
+    speech = Speech(samples, 22_050)
+    assert Speech.open(speech.save(tmp_path / "a.wav", exact=True)) == speech
+    assert Speech.open(speech.save(tmp_path / "b.wav")) != speech
+    with pytest.raises(ValueError, match=r"\.flac; allowed: \.wav"):
+        speech.save(tmp_path / "a.flac", exact=True)
+
+
+@pytest.mark.parametrize(
+    ("rate", "new_rate"), [(44_101, 16_000), (15_999, 16_000), (16_000, 47_999), (999_983, 16_000)]
+)
+def test_odd_rates_keep_speed_and_pitch(rate: int, new_rate: int) -> None:
+    """Their filter would have as many entries as the product of the rates: gigabytes."""
+    tone = Speech(0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate), rate).resample(new_rate)
+    assert tone.sample_rate_hz == new_rate and tone.seconds == pytest.approx(1, rel=1e-3)
+    wave = np.sin(2 * np.pi * 440 * np.arange(len(tone.samples)) / new_rate)
+    loudness = np.sqrt(2 * np.mean(tone.samples[1_000:-1_000] ** 2))
+    assert loudness == pytest.approx(0.5, abs=0.01)
+    spectrum = np.abs(np.fft.rfft(tone.samples, 16 * len(wave)))
+    pitch = spectrum.argmax() * new_rate / (16 * len(wave))
+    assert pitch == pytest.approx(440, rel=1e-3)
+
+
+@given(st.integers(1, 400_000), st.integers(1, 400_000), st.integers(1, 50))
+@settings(max_examples=15, deadline=None)
+def test_any_two_rates(rate: int, new_rate: int, count: int) -> None:
+    exact = count * new_rate / rate
+    found = len(Speech(np.ones(count), rate).resample(new_rate).samples)
+    assert exact * 0.999 - 1 <= found <= np.ceil(exact)
+
+
 def test_resizing() -> None:
     small = PICTURE.resize(12, 16)
     assert (small.height, small.width) == (12, 16) and small.pixels.dtype == np.uint8
@@ -291,7 +323,7 @@ def test_sound_of_one_sample_and_of_a_minute(suffix: str, tmp_path: Path) -> Non
 
 def test_sound_is_read_whole_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Speech.open(TONE.save(tmp_path / "a.flac"))
-    monkeypatch.setattr("anytoken.segments.SOUND_BLOCK", 999)
+    monkeypatch.setattr("anytoken.media_files.SOUND_BLOCK", 999)
     assert Speech.open(tmp_path / "a.flac") == whole
 
 
