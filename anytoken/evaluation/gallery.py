@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -19,12 +20,11 @@ from anytoken.data.records import open_media, read_records
 from anytoken.evaluation.judges import JudgeError, WordJudge, translate
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.evaluation.report import ReportError, percent, read, rows
-from anytoken.segments import KINDS, Image, Segment, Text
+from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
 
-SUFFIXES = {"image": ".png", "speech": ".wav", "video": ".webp", "dna": ".fasta"}
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 section { border-top: 1px solid #ddd; padding: 1rem 0; }
@@ -166,7 +166,7 @@ def _shown(segments: list[Segment], out: Path, stem: str) -> str:
         if isinstance(segment, Text):
             shown.append(f"<p>{html.escape(segment.text)}</p>")
             continue
-        path = out / f"{stem}-{place}{SUFFIXES.get(segment.kind, '.' + segment.kind)}"
+        path = out / f"{stem}-{place}{usual_suffix(segment.kind)}"
         segment.save(path)
         if segment.kind == "speech":
             shown.append(f'<audio controls src="{path.name}"></audio>')
@@ -218,11 +218,20 @@ def _scores(model: "AnyToken") -> dict[str, Any] | None:
 
 
 def score_table(report: dict[str, Any]) -> Table:
-    """The report as a table for the terminal."""
+    """The report as a table that fits a terminal of 80 columns: figures in percent, without the sign."""
     head, *body = rows(report)
-    table = Table(*head, title="Held-out scores beside baselines", title_justify="left")
+    table = Table(
+        title="Held-out scores beside baselines, in %",
+        caption="* of residues",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    for place, name in enumerate(head):
+        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place < len(head) - 1)
     for row in body:
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" % of residues", "*").removesuffix(" %") for cell in row))
     return table
 
 

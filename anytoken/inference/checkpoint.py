@@ -8,11 +8,13 @@ run.
 
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from anytoken.processor import Processor
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +41,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
 
     A bundled name wins; a local folder of the same name is written ./mini.
     """
-    name = str(name_or_path)
+    name = os.path.expanduser(name_or_path)
     if name.isidentifier() and (PRETRAINED / name / "config.json").is_file():
         return PRETRAINED / name
     if Path(name).is_dir():
@@ -46,7 +49,13 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; give the folder of the checkpoint.")
     bundled = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))) or "none"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if _names_a_path(name):
+        near = get_close_matches(
+            name, [str(path.parent) for path in Path(name).parent.glob("*/config.json")], 1
+        )
+        hint = f"did you mean {near[0]}?" if near else f"give one that exists, or a bundled name ({bundled})."
+        raise CheckpointError(f"There is no folder {name}: {hint}")
+    if not HUB_ID.fullmatch(name):
         raise CheckpointError(
             f"No checkpoint {name!r}: give a bundled name ({bundled}), a local folder, "
             "or a hub id like owner/name."
@@ -58,9 +67,15 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(
-            f"{name!r} is no bundled name ({bundled}), no local folder, and the hub did not give it "
-            f"({type(error).__name__}). Without a network, pass the path of a downloaded folder."
+            f"There is no folder {name} and no bundled name like it ({bundled}), and the hub did not give a model "
+            f"of that id ({type(error).__name__}). Without a network, pass the path of a downloaded folder."
         ) from error
+
+
+def _names_a_path(name: str) -> bool:
+    """Whether a name that is no folder was meant as one: then no hub is asked, which may take minutes."""
+    parent = Path(name).parent
+    return os.sep in name and (not HUB_ID.fullmatch(name) or parent.is_dir())
 
 
 def check_folder(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """The demo page: every direction answered, every file it names written, nothing unescaped."""
 
 import re
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from anytoken.evaluation import gallery, report
 from anytoken.evaluation.tasks import DIRECTIONS
@@ -32,6 +34,18 @@ def test_the_demo_shows_the_scores_of_the_checkpoint(tmp_path, fake_model, ignor
     text = gallery.run_demo(model, ASSETS, tmp_path / "demo", each=1).read_text()
     assert "<td>dna-&gt;text</td>" in text and "carries no scores" not in text
     assert "Held-out scores beside baselines" in capsys.readouterr().out
+
+
+def test_scores_fit_80_columns():
+    mini = Path(gallery.__file__).parents[1] / "pretrained/mini/scores.json"
+    found = report.read(mini)
+    screen = StringIO()
+    Console(width=80, file=screen).print(gallery.score_table(found))
+    lines = screen.getvalue().splitlines()
+    for row in report.rows(found)[1:]:
+        [line] = [line for line in lines if line.split()[:1] == [row[0]]]
+        figures = [cell.split()[0] for cell in row[1:] if cell]
+        assert [cell.strip("*") for cell in line.split()[1:]] == figures
 
 
 def test_verdicts(anything):

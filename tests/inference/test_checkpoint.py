@@ -213,6 +213,26 @@ def test_names_that_lead_nowhere(monkeypatch: pytest.MonkeyPatch, folder: Path) 
         find_checkpoint("owner/name")
 
 
+def test_a_mistyped_folder_is_no_hub_id(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "runs/4_instruct")
+    for name, says in {
+        "runs/4_instuct": "no folder runs/4_instuct: did you mean runs/4_instruct",
+        "./typo": "no folder ./typo: give one that exists.*mini",
+        "no/such/place": "no folder no/such/place",
+        "~/no-such-place": "no folder /",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            find_checkpoint(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/runs/4_instruct") == tmp_path / "runs/4_instruct"
+
+
 def test_hub_ids_are_downloaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
