@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -206,9 +207,11 @@ class AnyToken:
     def stream(
         self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
     ) -> Generator[Event, None, Reply]:
-        """Answer one prompt as events: SegmentStarted, TextDelta, SegmentFinished, and Usage at the end.
+        """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.stream`).
 
-        The generator's return value is the Reply. What does not fit is raised before the first event.
+        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
+        picture so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
+        not fit is raised before the first event. Closing the generator ends the work and frees its memory.
         """
         return self.stream_ids(self.encode_prompt(prompt), output, **options)
 
@@ -218,12 +221,15 @@ class AnyToken:
         """`stream` for a prompt that is ids already."""
         return self._events(len(prompt), self._tokens([prompt], output, **options))
 
-    def _events(self, prompt_tokens: int, tokens: Iterator[Token]) -> Generator[Event, None, Reply]:
+    def _events(
+        self, prompt_tokens: int, tokens: Generator[Token, None, None]
+    ) -> Generator[Event, None, Reply]:
         began, segments, ids, reason = time.perf_counter(), SegmentStream(self.processor), [], "stop"
-        for token in tokens:
-            ids.append(token.id)
-            reason = token.finish_reason or reason
-            yield from segments.push(token.id)
+        with closing(tokens):
+            for token in tokens:
+                ids.append(token.id)
+                reason = token.finish_reason or reason
+                yield from segments.push(token.id)
         usage = count_usage(self.token_space, prompt_tokens, ids, time.perf_counter() - began)
         yield usage
         return Reply(segments.segments, ids, usage, reason)
@@ -239,7 +245,7 @@ class AnyToken:
         seed: int | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         unknown = sorted(set(settings) - set(NAMES))
         if unknown:
             raise RequestError(
@@ -280,6 +286,11 @@ class AnyToken:
             return None
         tokenizers = self.processor.tokenizers
         return 1 + sum(TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in plan)
+
+    def reply_room(self, output: Output, max_new_tokens: int | None = None) -> int:
+        """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
+        limits = [self._limit(self._plan(output)) or TEXT_TOKENS, max_new_tokens]
+        return min(limit for limit in limits if isinstance(limit, int))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""

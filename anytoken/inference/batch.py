@@ -102,6 +102,10 @@ class Batch:
         if keep:
             self.cache.batch_select_indices(index)
 
+    def free(self) -> None:
+        """Let go of the cache, even while a traceback still holds on to this batch."""
+        self.cache.layers.clear()
+
     def forward(self) -> Tensor:
         """Feed what is pending, at least one id per sequence; the head's features [S, ...] after each."""
         self._admit()

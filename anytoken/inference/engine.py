@@ -9,7 +9,7 @@ the first guided kind begins.
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,7 +117,7 @@ class Engine:
         null_prompt: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """Yield the ids of all replies as they are decided; a row's ids come in order.
 
         `plans` gives each prompt the kinds its reply holds (None: the model decides); `sampling` maps kinds
@@ -164,31 +164,38 @@ class Engine:
     @torch.inference_mode()
     def _run(
         self, waiting: list[_Row], sampling: dict[str, Sampling], null_prompt: list[int]
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         if (
             self._head is None or self._head.layer is not self.lm.get_output_embeddings()
         ):  # an adapter wraps it
             self._head = Head(self.lm)
         head = self._head
         for start in range(0, len(waiting), MAX_ROWS):
-            rows = waiting[start : start + MAX_ROWS]
             batch = Batch(head)
+            try:
+                yield from self._run_batch(waiting[start : start + MAX_ROWS], batch, sampling, null_prompt)
+            finally:  # also when the caller stops in the middle
+                batch.free()
+
+    def _run_batch(
+        self, rows: list[_Row], batch: Batch, sampling: dict[str, Sampling], null_prompt: list[int]
+    ) -> Iterator[Token]:
+        for row in rows:
+            yield from self._settle(row)
+        rows = [row for row in rows if not row.finished]
+        batch.slots.extend(row.slot for row in rows)
+        while rows:
             for row in rows:
+                if row.mate is None and _setting(sampling, row).cfg_scale != 1:
+                    row.mate = batch.add(null_prompt + row.ids)
+            chosen = self._choose(rows, batch, batch.forward(), batch.head, sampling)
+            for row, token in zip(rows, chosen, strict=True):
+                yield self._append(row, token)
                 yield from self._settle(row)
-            rows = [row for row in rows if not row.finished]
-            batch.slots.extend(row.slot for row in rows)
-            while rows:
-                for row in rows:
-                    if row.mate is None and _setting(sampling, row).cfg_scale != 1:
-                        row.mate = batch.add(null_prompt + row.ids)
-                chosen = self._choose(rows, batch, batch.forward(), head, sampling)
-                for row, token in zip(rows, chosen, strict=True):
-                    yield self._append(row, token)
-                    yield from self._settle(row)
-                done = [row for row in rows if row.finished]
-                if done:
-                    rows = [row for row in rows if not row.finished]
-                    batch.drop([slot for row in done for slot in (row.slot, row.mate) if slot is not None])
+            done = [row for row in rows if row.finished]
+            if done:
+                rows = [row for row in rows if not row.finished]
+                batch.drop([slot for row in done for slot in (row.slot, row.mate) if slot is not None])
 
     def _choose(
         self, rows: list[_Row], batch: Batch, features: Tensor, head: Head, sampling: dict[str, Sampling]

@@ -1,16 +1,31 @@
-"""Typed events while a reply is being made.
+"""Typed events while a reply is being made, each as soon as it is true.
 
-Text comes in pieces that are whole characters: a token may end inside a UTF-8 sequence, so bytes wait until
-their character is complete. Media come whole, since a decoder needs all codes. Joined text deltas and
-finished segments are what `generate` returns.
+Text comes in pieces that are whole characters: a token may end inside a UTF-8 sequence, so bytes wait until their
+character is complete. A medium tells how far it is, and shows what it can: a run whose tokenizer decodes spans
+(`ModalityTokenizer.lookahead`) comes piece by piece, sound before the clip has ended; a grid is previewed a few times.
+A tokenizer that can do neither delivers at the end. Joined text deltas and finished segments are what `generate`
+returns.
 """
 
 import codecs
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+import torch
 
 from anytoken.inference.reply import Usage
 from anytoken.processor import Processor
 from anytoken.segments import Segment, Text
+from anytoken.tokenizers.base import Codes, Grid
+
+CHUNK = 10  # codes of a run in one delta: a fifth of a second of speech
+PARTS = 4  # of a grid; a preview follows each but the last
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,13 +43,56 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class SegmentProgress:
+    """Of the running medium `done` codes are there, of `total` in all; None if it has no length given before."""
+
+    kind: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Partial:
+    """Part of the running medium; `segment` is decoded when first looked at, so nobody pays who does not look."""
+
+    kind: str
+    decode: Callable[[], Segment] = field(repr=False)
+
+    @cached_property
+    def segment(self) -> Segment:
+        """The part as a segment."""
+        with torch.no_grad():
+            return self.decode()
+
+
+class SegmentDelta(_Partial):
+    """The next piece of the running medium, such as sound: all pieces joined are the finished segment."""
+
+
+class SegmentPreview(_Partial):
+    """How the running medium, such as a picture, looks so far; the next preview or the finished one replaces it."""
+
+
+@dataclass(frozen=True)
 class SegmentFinished:
     """A whole segment."""
 
     segment: Segment
 
 
-Event = SegmentStarted | TextDelta | SegmentFinished | Usage
+Event = SegmentStarted | TextDelta | SegmentProgress | SegmentDelta | SegmentPreview | SegmentFinished | Usage
+
+
+def finish(events: Generator[Event, None, T], see: Callable[[Event], None] | None = None) -> T:
+    """Take all events of a stream, hand each to `see`, and give back what the stream returns: the reply."""
+    with closing(events):
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                return end.value
+            if see is not None:
+                see(event)
 
 
 class SegmentStream:
@@ -47,17 +105,18 @@ class SegmentStream:
         self._opens = {space.open_token(name): name for name in space.modalities}
         self._closes = {space.close_token(name) for name in space.modalities}
         self._end = space.end
-        self._media: list[int] = []
+        self._medium: _Medium | None = None
         self._text: list[str] | None = None
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> list[Event]:
         """The events that one more id brings."""
-        if self._media:
-            self._media.append(token)
-            return self._finish_media() if token in self._closes else []
+        if self._medium is not None:
+            if token not in self._closes:
+                return list(self._medium.push(token))
+            return self._finish_medium(self._medium)
         if token in self._opens:
-            self._media = [token]
+            self._medium = _Medium(self._processor, self._opens[token])
             return [*self._finish_text(), SegmentStarted(self._opens[token])]
         if token == self._end:
             return self._finish_text()
@@ -82,8 +141,65 @@ class SegmentStream:
         self.segments.append(text)
         return [*events, SegmentFinished(text)]
 
-    def _finish_media(self) -> list[Event]:
-        [segment] = self._processor.detokenize(self._media)
-        self._media = []
+    def _finish_medium(self, medium: "_Medium") -> list[Event]:
+        with torch.no_grad():
+            segment = medium.tokenizer.decode(medium.codes())
+        self._medium = None
         self.segments.append(segment)
-        return [SegmentFinished(segment)]
+        return [*medium.rest(), SegmentFinished(segment)]
+
+
+class _Medium:
+    """A medium that is being written: its codes so far, and what of it can be shown already."""
+
+    def __init__(self, processor: Processor, kind: str) -> None:
+        self.kind, self.tokenizer = kind, processor.tokenizers[kind]
+        self._starts = processor.grammar.segments[kind].starts
+        self._axes = len(self.tokenizer.shape.axes) if isinstance(self.tokenizer.shape, Grid) else 0
+        self._size_zero = processor.token_space.size_token(1) - 1
+        self._size: list[int] = []
+        self._values: list[int] = []
+        self._sent = 0  # codes that went out in deltas
+
+    def codes(self) -> Codes:
+        """The codes so far, in whole frames."""
+        frames = len(self._values) // len(self._starts)
+        return Codes(
+            np.array(self._values[: frames * len(self._starts)]).reshape(frames, -1), tuple(self._size)
+        )
+
+    def push(self, token: int) -> Iterator[Event]:
+        """One more id of the size header or the codes."""
+        if len(self._size) < self._axes:
+            self._size.append(token - self._size_zero)
+            return
+        book = len(self._values) % len(self._starts)
+        self._values.append(token - int(self._starts[book]))
+        if book == len(self._starts) - 1:
+            done = len(self._values) // len(self._starts)
+            yield from self._grid_events(done) if self._axes else self._run_events(done)
+
+    def _grid_events(self, done: int) -> Iterator[Event]:
+        total, row = prod(self._size), self._size[-1]
+        if done % row:
+            return
+        yield SegmentProgress(self.kind, done, total)
+        if done < total and done * PARTS // total > (done - row) * PARTS // total:
+            yield SegmentPreview(self.kind, partial(self.tokenizer.preview, self.codes()))
+
+    def _run_events(self, done: int) -> Iterator[Event]:
+        if done % CHUNK == 0:
+            yield SegmentProgress(self.kind, done, None)
+        ahead = self.tokenizer.lookahead
+        if ahead is not None and done - ahead - self._sent >= CHUNK:
+            yield self._delta_until(done - ahead)
+
+    def rest(self) -> Iterator[Event]:
+        """What is left to show when the medium ends."""
+        done = len(self._values) // len(self._starts)
+        if not self._axes and self.tokenizer.lookahead is not None and done > self._sent:
+            yield self._delta_until(done)
+
+    def _delta_until(self, stop: int) -> SegmentDelta:
+        start, self._sent = self._sent, stop
+        return SegmentDelta(self.kind, partial(self.tokenizer.decode_span, self.codes(), start, stop))

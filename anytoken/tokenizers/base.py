@@ -167,6 +167,33 @@ class ModalityTokenizer(nn.Module):
         """decode(encode(segment)): what the codes keep."""
         return self.decode(self.encode(segment))
 
+    # ---- decoding what is not whole yet, for streaming ----
+
+    @property
+    def lookahead(self) -> int | None:
+        """How many codes after a code its decoding depends on; None where only whole segments decode."""
+        return None
+
+    def decode_span(self, codes: Codes, start: int, stop: int) -> Segment:
+        """What codes `start` to `stop` of a run are in decode(whole run), of which `codes` are the first ones.
+
+        It holds once `lookahead` codes after `stop` are there, or the run has ended. Spans joined are the whole.
+        """
+        raise TokenizerError(f"{type(self).__name__} decodes whole segments only: its lookahead is None.")
+
+    def preview(self, codes: Codes) -> Segment:
+        """How a grid may look of which only the first codes [N, Q], at least one, are there.
+
+        What is missing repeats the last whole slice of the grid: the latest row of a picture, or step of a clip.
+        """
+        if not isinstance(self.shape, Grid):
+            raise TokenizerError(f"Only a grid has a preview; {self.name} is a run.")
+        slices = (math.prod(codes.size[axis:]) for axis in range(1, len(codes.size) + 1))
+        period = next(length for length in slices if length <= len(codes))
+        tail, missing = codes.values[-period:], math.prod(codes.size) - len(codes)
+        filled = np.concatenate([codes.values, *[tail] * math.ceil(missing / period)])
+        return self.decode(Codes(filled[: math.prod(codes.size)], codes.size))
+
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
         raise TokenizerError(f"{type(self).__name__} has nothing to train.")

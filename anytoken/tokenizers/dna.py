@@ -215,6 +215,15 @@ class DNATokenizer(ModalityTokenizer):
         self.check_codes(codes)
         return DNA(self._spell(codes.values[:, 0]))
 
+    @property
+    def lookahead(self) -> int:
+        """A code is its three bases, whatever stands beside it."""
+        return 0
+
+    def decode_span(self, codes: Codes, start: int, stop: int) -> DNA:
+        """The bases of codes `start` to `stop`."""
+        return DNA(self._spell(codes.values[start:stop, 0]))
+
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
         """Codes int64 [n] for chunks of a sequence of any length, in memory of one chunk's size.
 

@@ -21,6 +21,7 @@ from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerErr
 from anytoken.tokenizers.quantizers import Quantizer
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
+KERNEL = 7
 MAX_FRAMES = 400  # eight seconds
 LOSS_WINDOWS = (256, 512, 1024, 2048)
 
@@ -118,9 +119,11 @@ class SpeechTokenizer(ModalityTokenizer):
         self.quantize = quantize
         self.mel = LogMel()
         self.encoder = nn.Sequential(
-            nn.Conv1d(MELS, width, 3, padding=1), Trunk(width, encoder_depth, (7,)), ChannelNorm(width)
+            nn.Conv1d(MELS, width, 3, padding=1), Trunk(width, encoder_depth, (KERNEL,)), ChannelNorm(width)
         )
-        self.decoder = nn.Sequential(Trunk(width, decoder_depth, (7,)), ChannelNorm(width), WaveHead(width))
+        self.decoder = nn.Sequential(
+            Trunk(width, decoder_depth, (KERNEL,)), ChannelNorm(width), WaveHead(width)
+        )
         self.mel_for_loss = LogMel(1024, 256, MELS)
 
     def _features(self, samples: Tensor) -> Tensor:
@@ -168,9 +171,30 @@ class SpeechTokenizer(ModalityTokenizer):
         for length in {len(one) for one in codes}:
             rows = [i for i, one in enumerate(codes) if len(one) == length]
             values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
-            samples = self.decoder(self.quantize.lookup(values).transpose(1, 2)).clamp(-1, 1).cpu().numpy()
+            samples = self._decode_values(values)
             result.update({i: Speech(one, SAMPLE_RATE_HZ) for i, one in zip(rows, samples, strict=True)})
         return [result[i] for i in range(len(codes))]
+
+    def _decode_values(self, values: Tensor) -> np.ndarray:
+        """Codes [B, T] to samples [B, T * 320] in [-1, 1]."""
+        return self.decoder(self.quantize.lookup(values).transpose(1, 2)).clamp(-1, 1).cpu().numpy()
+
+    @property
+    def lookahead(self) -> int:
+        """The decoder's reach to either side: its convolutions, and the frames whose windows overlap one frame."""
+        return self.config["decoder_depth"] * (KERNEL // 2) + math.ceil((WINDOW - HOP) / 2 / HOP)
+
+    @torch.inference_mode()
+    def decode_span(self, codes: Codes, start: int, stop: int) -> Speech:
+        """Codes `start` to `stop` as sound, decoded with the decoder's whole reach around them.
+
+        What lies further away has no part in them, so they are the samples of the whole clip; the sums are taken in
+        another order, which in float32 moves a sample by some millionths.
+        """
+        first, last = max(0, start - self.lookahead), min(len(codes), stop + self.lookahead)
+        values = torch.from_numpy(codes.values[first:last, 0]).to(self.device)
+        samples = self._decode_values(values[None])[0]
+        return Speech(samples[(start - first) * HOP : (stop - first) * HOP], SAMPLE_RATE_HZ)
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
