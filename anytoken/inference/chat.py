@@ -1,93 +1,228 @@
 """A conversation that remembers: the turns as segments for people, and their exact ids for the model.
 
-Decoding a picture and encoding it again does not give the same codes, so the model's own turns are kept, and
-saved, as the ids it produced: a conversation continues the same whether or not it was saved in between. A
-saved chat is a folder, `chat.json` beside the media files, that anyone can read without this library.
+Decoding a picture and encoding it again does not give the same codes, so the model's own turns are kept, and saved, as
+the ids it produced: a conversation continues the same whether or not it was saved in between. A saved chat is a
+folder, `chat.json` beside the media files, that anyone can read without this library, and without loss.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
-from collections.abc import Generator, Mapping
-from dataclasses import replace
+import logging
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anytoken.inference.checkpoint import check_target, replacing
-from anytoken.inference.reply import Reply
+from anytoken.inference.reply import Reply, segment_html
 from anytoken.inference.stream import Event
 from anytoken.processor import Message
-from anytoken.segments import DNA, KINDS, Segment, Text
+from anytoken.segments import DNA, KINDS, Segment, Speech, Text, usual_suffix
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
 
 FILE = "chat.json"
-SUFFIXES = {"image": ".png", "speech": ".flac", "video": ".webp", "dna": ".fasta"}
+AS_BEFORE: Any = object()  # the output that was asked for the last time
+log = logging.getLogger(__name__)
 
 
 class ChatError(ValueError):
-    """A saved conversation that cannot be read."""
+    """A saved conversation that cannot be read, or a turn that is not there."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message: its segments, its ids from role to end, and the `output` that was asked for in answer to it."""
+
+    role: str
+    content: list[Segment]
+    ids: list[int]
+    output: Any = None
 
 
 class Chat:
-    """Turns of a user and the model. `messages` is what was said, `ids` what the model will read."""
+    """Turns of a user and the model. `messages` is what was said, `ids` the same as the model reads it.
+
+    When the reply would no longer fit the context, the oldest exchanges are left out of what the model reads, the
+    system text never; `forgotten` counts their messages, which stay in `messages`.
+    """
 
     def __init__(self, model: AnyToken, system: str | None = None) -> None:
         self.model = model
-        self.messages: list[dict[str, Any]] = []
-        self.ids: list[int] = [model.token_space.bos]
+        self.turns: list[Turn] = []
+        self.forgotten = 0
         if system is not None:
-            message = {"role": "system", "content": [Text(system)]}
-            self.messages.append(message)
-            self.ids = model.processor.encode_chat([message], add_generation_prompt=False)
+            self.turns = self._encode([{"role": "system", "content": system}])
+
+    @property
+    def messages(self) -> list[Message]:
+        """What was said, in the chat convention: {"role", "content": [Segment, ...]}."""
+        return [{"role": turn.role, "content": turn.content} for turn in self.turns]
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole conversation as ids."""
+        return self._joined(self.turns)
 
     def __len__(self) -> int:
-        return len(self.messages)
+        return len(self.turns)
 
     def __repr__(self) -> str:
-        return f"Chat({len(self.messages)} messages, {len(self.ids)} of {self.model.engine.context} tokens)"
+        return (
+            f"Chat({len(self.turns)} messages, {len(self.ids)} tokens, context {self.model.engine.context})"
+        )
+
+    # ---- talking ----
 
     def send(self, prompt: Any, output: Any = None, **options: Any) -> Reply:
         """Say something (a string, a segment, a list of both) and get the reply; options of `generate`.
 
-        A failed call leaves the conversation as it was. EngineError once it no longer fits the context.
+        A failed call leaves the conversation as it was. EngineError if this turn alone does not fit the context.
         """
-        messages, ids = self._turn(prompt)
-        [reply] = self.model.generate_ids([ids], output, **options)
-        self._remember(messages, ids, reply)
-        return reply
+        return self._reply(self._said(prompt, output), options)
 
     def stream(self, prompt: Any, output: Any = None, **options: Any) -> Generator[Event, None, Reply]:
         """`send` as typed events; the turn is remembered when the last event has been taken."""
-        messages, ids = self._turn(prompt)
-        reply = yield from self.model.stream_ids(ids, output, **options)
-        self._remember(messages, ids, reply)
+        return self._events(self._said(prompt, output), options)
+
+    def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> Reply:
+        """Answer the last message again, in place of its reply: `chat.regenerate(seed=1)`.
+
+        It is asked for the same output unless another is given. ChatError if there is nothing to answer.
+        """
+        return self._reply(self._unanswered(output), options)
+
+    def stream_again(self, output: Any = AS_BEFORE, **options: Any) -> Generator[Event, None, Reply]:
+        """`regenerate` as typed events; the old reply stays until the last event has been taken."""
+        return self._events(self._unanswered(output), options)
+
+    def edit(self, index: int, content: Any) -> None:
+        """Change what `messages[index]` says and drop what came after it; `regenerate` then answers it."""
+        if not -len(self.turns) <= index < len(self.turns):
+            raise ChatError(f"There is no message {index}: the chat has {len(self.turns)}, counted from 0.")
+        old = self.turns[index]
+        [turn] = self._encode([{"role": old.role, "content": content}])
+        self.turns[index:] = [replace(turn, output=old.output)]
+
+    def undo(self) -> list[Segment]:
+        """Take back the last thing the user said, and its reply; returns what was said."""
+        return self._cut_at(self._last_said()).content
+
+    def _cut_at(self, index: int) -> Turn:
+        turn = self.turns[index]
+        del self.turns[index:]
+        return turn
+
+    def _last_said(self) -> int:
+        said = [index for index, turn in enumerate(self.turns) if turn.role == "user"]
+        if not said:
+            raise ChatError("Nothing has been said yet: send something first.")
+        return said[-1]
+
+    def _said(self, prompt: Any, output: Any) -> list[Turn]:
+        *turns, last = [*self.turns, *self._encode(prompt)]
+        return [*turns, replace(last, output=output)]
+
+    def _unanswered(self, output: Any) -> list[Turn]:
+        """The turns up to the one whose reply is to be made again."""
+        self._last_said()
+        answered = self.turns[-1].role == "assistant"
+        *turns, last = self.turns[:-1] if answered else self.turns
+        return [*turns, last if output is AS_BEFORE else replace(last, output=output)]
+
+    def _encode(self, prompt: Any) -> list[Turn]:
+        processor = self.model.processor
+        return [
+            Turn(message["role"], message["content"], processor.encode_chat([message], False)[1:])
+            for message in processor.messages(prompt)
+        ]
+
+    def _reply(self, turns: list[Turn], options: dict[str, Any]) -> Reply:
+        ids, output = self._window(turns, options), turns[-1].output
+        [reply] = self.model.generate_ids([ids], output, **options)
+        return self._remember(turns, reply)
+
+    def _events(self, turns: list[Turn], options: dict[str, Any]) -> Generator[Event, None, Reply]:
+        events = self.model.stream_ids(self._window(turns, options), turns[-1].output, **options)
+        return self._remembering(turns, events)
+
+    def _remembering(
+        self, turns: list[Turn], events: Generator[Event, None, Reply]
+    ) -> Generator[Event, None, Reply]:
+        return self._remember(turns, (yield from events))
+
+    def _remember(self, turns: list[Turn], reply: Reply) -> Reply:
+        ids = [self.model.token_space.assistant, *reply.ids]
+        self.turns = [*turns, Turn("assistant", reply.segments, ids)]
         return reply
 
-    def _turn(self, prompt: Any) -> tuple[list[Message], list[int]]:
-        """What is said as messages, and all ids up to the assistant's opening."""
-        messages = self.model.processor.messages(prompt)
-        turn = self.model.processor.encode_chat(messages, add_generation_prompt=True)
-        return messages, self.ids + turn[1:]
+    def _joined(self, turns: Sequence[Turn]) -> list[int]:
+        return [self.model.token_space.bos, *(token for turn in turns for token in turn.ids)]
 
-    def _remember(self, messages: list[Message], ids: list[int], reply: Reply) -> None:
-        self.messages += [*messages, {"role": "assistant", "content": reply.segments}]
-        self.ids = ids + reply.ids
+    def _window(self, turns: list[Turn], options: Mapping[str, Any]) -> list[int]:
+        """The ids the model reads, up to the assistant's opening: from the first exchange after which all fits."""
+        context = self.model.engine.context
+        room = min(self.model.reply_room(turns[-1].output, options.get("max_new_tokens")), context // 2)
+        head = [turn for turn in turns[:1] if turn.role == "system"]
+        begins = [n for n, turn in enumerate(turns) if turn.role == "user"][1:]
+        windows = [turns, *([*head, *turns[begin:]] for begin in begins)]
+        fits = [len(self._joined(window)) + 1 + room <= context for window in windows]
+        window = windows[fits.index(True) if any(fits) else -1]
+        forgotten = len(turns) - len(window)
+        if forgotten > self.forgotten:
+            log.warning(
+                "The conversation has outgrown the context of %d tokens: the model no longer reads its oldest "
+                "%d messages, which stay in chat.messages.",
+                context,
+                forgotten,
+            )
+        self.forgotten = forgotten
+        return [*self._joined(window), self.model.token_space.assistant]
+
+    # ---- looking ----
+
+    def show(self) -> None:
+        """Show the conversation: in a notebook with pictures and players, elsewhere as lines of text."""
+        ipython = sys.modules.get("IPython")
+        if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
+            import_module("IPython.display").display(self)
+            return
+        for turn in self.turns:
+            said = (segment.text if isinstance(segment, Text) else repr(segment) for segment in turn.content)
+            print(f"{turn.role}: {' '.join(said)}")
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for turn in self.turns:
+            said = "".join(f"<div>{segment_html(segment)}</div>" for segment in turn.content)
+            side = "start" if turn.role == "assistant" else "end"
+            rows.append(
+                f"<div style='align-self:{side};max-width:80%;border:1px solid #8884;border-radius:8px;"
+                f"padding:.3em .8em'><small style='opacity:.6'>{html.escape(turn.role)}</small>{said}</div>"
+            )
+        return f"<div style='display:flex;flex-direction:column;gap:.5em'>{''.join(rows)}</div>"
+
+    # ---- keeping ----
 
     def save(self, path: str | Path) -> Path:
-        """Write a folder with chat.json and one file per medium; an older chat there is replaced."""
-        target = Path(path)
+        """Write a folder with chat.json and one file per medium, whole or not at all; an older chat is replaced."""
+        target = Path(path).expanduser()
         check_target(target, FILE)
         with replacing(target) as folder:
             messages = []
-            for number, message in enumerate(self.messages):
+            for number, turn in enumerate(self.turns):
                 parts = [
                     _save_part(segment, folder, f"{number:03d}-{place}")
-                    for place, segment in enumerate(message["content"])
+                    for place, segment in enumerate(turn.content)
                 ]
-                messages.append({"role": message["role"], "content": parts})
+                asked = {} if turn.output is None else {"output": turn.output}
+                messages.append({"role": turn.role, "content": parts, **asked})
             data = {"version": 1, "token_space": _digest(self.model), "messages": messages, "ids": self.ids}
             (folder / FILE).write_text(
                 json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -100,30 +235,32 @@ class Chat:
 
         ChatError names a file that is missing or damaged.
         """
-        folder = Path(path)
+        folder, chat = Path(path).expanduser(), cls(model)
         types = KINDS | {kind: one.segment_type for kind, one in model.processor.tokenizers.items()}
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))
-            messages = [
-                {
-                    "role": message["role"],
-                    "content": [_load_part(part, folder, types) for part in message["content"]],
-                }
-                for message in data["messages"]
-            ]
-            ids = data["ids"]
-            if data["token_space"] != _digest(model):
-                ids = model.processor.encode_chat(messages, False) if messages else [model.token_space.bos]
-            model.processor.grammar.validate(ids)
+            for message in data["messages"]:
+                content = [_load_part(part, folder, types) for part in message["content"]]
+                chat.turns.append(Turn(message["role"], content, [], message.get("output")))
+            if data["token_space"] == _digest(model):
+                model.processor.grammar.validate(data["ids"])
+                pieces = _split_after(data["ids"][1:], model.token_space.end)
+            else:
+                pieces = [chat._encode([message])[0].ids for message in chat.messages]
+            chat.turns = [replace(turn, ids=ids) for turn, ids in zip(chat.turns, pieces, strict=True)]
         except ChatError:
             raise
         except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ChatError(
                 f"{folder} does not hold a saved chat ({type(error).__name__}: {error})."
             ) from error
-        chat = cls(model)
-        chat.messages, chat.ids = messages, ids
         return chat
+
+
+def _split_after(ids: Sequence[int], last: int) -> list[list[int]]:
+    """Ids cut after each `last`: a conversation into its turns."""
+    ends = [place + 1 for place, token in enumerate(ids) if token == last]
+    return [list(ids[start:stop]) for start, stop in zip([0, *ends], ends, strict=False)]
 
 
 def _digest(model: AnyToken) -> str:
@@ -136,8 +273,11 @@ def _digest(model: AnyToken) -> str:
 def _save_part(segment: Segment, folder: Path, stem: str) -> dict[str, str]:
     if isinstance(segment, Text):
         return {"type": "text", "text": segment.text}
-    name = stem + SUFFIXES.get(segment.kind, f".{segment.kind}")
-    segment.save(folder / name)
+    name = stem + usual_suffix(segment.kind)
+    if isinstance(segment, Speech):
+        segment.save(folder / name, exact=True)
+    else:
+        segment.save(folder / name)
     part = {"type": segment.kind, segment.kind: name}
     return {**part, "name": segment.name} if isinstance(segment, DNA) else part  # FASTA knows no empty name
 

@@ -81,10 +81,10 @@ class Reply:
         return [segment for segment in self.segments if isinstance(segment, segment_type)]
 
     def _repr_html_(self) -> str:
-        return "".join(f"<div>{_html(segment)}</div>" for segment in self.segments)
+        return "".join(f"<div>{segment_html(segment)}</div>" for segment in self.segments)
 
 
-def _html(segment: Segment) -> str:
+def segment_html(segment: Segment) -> str:
     """A segment as a notebook shows it."""
     if hasattr(segment, "_repr_html_"):
         return str(segment._repr_html_())

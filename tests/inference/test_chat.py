@@ -1,6 +1,7 @@
 """Conversations: what is remembered, saved and read back."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.chat import Chat, ChatError, _load_part, _save_part
+from anytoken.inference.stream import finish
 from anytoken.segments import DNA, KINDS, Image, Text
 
 PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
@@ -61,6 +63,127 @@ def test_saved_chat_continues_the_same(model: AnyToken, tmp_path: Path) -> None:
     chat.save(tmp_path / "talk")
     assert len(Chat.load(tmp_path / "talk", model)) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["talk"]
+
+
+def test_what_is_loaded_equals_what_was_saved(toys: SimpleNamespace, tmp_path: Path) -> None:
+    """Media of every kind, said by either side, lose nothing: sound is not cut to 16 bits either."""
+    from anytoken.segments import Speech, Video
+    from anytoken.tokenizers.speech import SpeechTokenizer
+    from anytoken.tokenizers.video import VideoTokenizer
+
+    model = toys.make_model(context=1024)
+    model.add_modality(SpeechTokenizer(16, 1, 1, levels=[5, 5, 4], max_frames=20).eval())
+    model.add_modality(VideoTokenizer(8, 1, 1, levels=[4, 3], side_px=16).eval())
+    noise = np.random.default_rng(0)
+    sound = Speech(noise.uniform(-2, 2, 3_000), 11_025)
+    clip = Video(noise.integers(0, 255, (3, 16, 16, 3), dtype=np.uint8), 3.7)
+    chat = model.chat()
+    chat.send([sound, clip, PICTURE, toys.Tone([(1, 2), (3, 4)]), "schön 🍎"], ["speech", "video"], seed=0)
+    loaded = Chat.load(chat.save(tmp_path / "talk"), model)
+    assert loaded.messages == chat.messages and loaded.ids == chat.ids
+    assert loaded.regenerate(seed=5).ids == chat.regenerate(seed=5).ids
+
+
+def test_an_interrupted_save_leaves_the_old_chat(
+    model: AnyToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = model.chat(system="a")
+    chat.save(tmp_path / "talk")
+    chat.send("a", "image", seed=0)
+
+    def interrupted(self: Image, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.save(tmp_path / "talk")
+    assert len(Chat.load(tmp_path / "talk", model)) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["talk", "chat.json"]
+
+
+def test_regenerate_replaces_the_reply(model: AnyToken) -> None:
+    chat = model.chat()
+    first = chat.send("red apple", output="tone", seed=0)
+    before = list(chat.messages)
+    again = chat.regenerate(seed=3)
+    assert [segment.kind for segment in again.segments] == ["tone"] and again.ids != first.ids
+    assert chat.messages == [before[0], {"role": "assistant", "content": again.segments}]
+    assert chat.regenerate(seed=0).ids == first.ids and chat.messages == before
+    assert finish(chat.stream_again(seed=3)).ids == again.ids
+    assert chat.regenerate("image", seed=0).images and chat.regenerate(seed=1).images  # the later wish holds
+    with pytest.raises(ValueError, match="smell"):
+        chat.regenerate("smell")
+    assert chat.messages[1]["content"][0].kind == "image"
+
+
+def test_a_chat_that_is_edited_is_one_that_was_said_so(model: AnyToken) -> None:
+    chat, straight = model.chat(system="Be brief."), model.chat(system="Be brief.")
+    chat.send("red apple", output="tone", seed=0)
+    chat.send("a", output="text", seed=0, max_new_tokens=9)
+    chat.edit(1, [PICTURE, "What is this?"])
+    assert len(chat) == 2
+    chat.regenerate(seed=4)
+    straight.send([PICTURE, "What is this?"], output="tone", seed=4)
+    assert chat.messages == straight.messages and chat.ids == straight.ids
+    chat.edit(-1, "a green pear")
+    assert chat.messages[-1] == {"role": "assistant", "content": [Text("a green pear")]}
+    model.processor.grammar.validate(chat.ids)
+    chat.edit(0, "Be long.")
+    assert [message["role"] for message in chat.messages] == ["system"]
+    for index in (1, -2):
+        with pytest.raises(ChatError, match=f"no message {index}"):
+            chat.edit(index, "a")
+
+
+def test_undo_takes_back_what_was_said_and_its_reply(model: AnyToken) -> None:
+    chat = model.chat(system="Be brief.")
+    chat.send("red apple", output="tone", seed=0)
+    before = (chat.messages, chat.ids)
+    chat.send([PICTURE, "a"], output="tone", seed=0)
+    assert chat.undo() == [PICTURE, Text("a")]
+    assert (chat.messages, chat.ids) == before
+    chat.undo()
+    for again in (chat.undo, chat.regenerate):
+        with pytest.raises(ChatError, match="Nothing has been said"):
+            again()
+    assert len(chat) == 1
+
+
+def test_the_oldest_exchanges_are_forgotten_whole_when_the_context_is_full(
+    model: AnyToken, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat = model.chat(system="Be brief.")
+    for turn in range(12):
+        reply = chat.send(f"{turn} red apple", output="image", sizes={"image": (4, 3)}, seed=turn)
+        assert reply.finish_reason == "stop" and reply.images[0].pixels.shape == (32, 24, 3)
+        read = [chat.turns[0], *chat.turns[1 + chat.forgotten : -1]]
+        assert reply.usage.prompt_tokens == 2 + sum(len(one.ids) for one in read)
+        assert reply.usage.prompt_tokens <= model.engine.context // 2
+    assert len(chat) == 25 and chat.forgotten % 2 == 0 and chat.forgotten > 10
+    warned = [record.getMessage() for record in caplog.records if "outgrown" in record.getMessage()]
+    assert len(warned) == chat.forgotten // 2 and f"oldest {chat.forgotten} messages" in warned[-1]
+    with pytest.raises(ValueError, match="context"):
+        chat.send("xyz " * 300, output="text")
+
+
+def test_a_chat_shows_itself(model: AnyToken, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = model.chat(system="<b>brief</b>")
+    chat.send([PICTURE, "What?"], output="image", seed=0)
+    page = chat._repr_html_()
+    assert page.count("data:image/png") == 2 and "&lt;b&gt;" in page and "<b>" not in page
+    chat.show()
+    assert capsys.readouterr().out.splitlines()[1] == "user: Image(16x16) What?"
+
+
+def test_show_displays_in_a_notebook(model: AnyToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=shown.append))
+    chat = model.chat()
+    chat.show()
+    assert shown == [chat]
 
 
 def test_another_model_reads_the_media_anew(model: AnyToken, toys: SimpleNamespace, tmp_path: Path) -> None:
