@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
-from anytoken import recipes, terminal
+from anytoken import recipes
 from anytoken.cli import app
-from anytoken.segments import DNA, Image, Text
+from anytoken.segments import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,60 +158,6 @@ def test_a_bare_call_shows_help_and_complains_of_nothing():
     assert found.exit_code == 2 and "Usage" in found.stdout and not found.stderr
 
 
-def test_prompt_parts_keep_their_order(tmp_path):
-    image = tmp_path / "cat.png"
-    Image(np.zeros((8, 8, 3), np.uint8)).save(image)
-    words = [
-        "first",
-        "--image",
-        str(image),
-        "--text=cat.png",
-        "--dna",
-        "ACGT",
-        str(image),
-        "--output",
-        "text",
-    ]
-    marked = terminal.mark_parts(words)
-    assert marked[-2:] == ["--output", "text"]
-    segments = [terminal.read_part(one) for one in marked[:-2]]
-    assert [segment.kind for segment in segments] == ["text", "image", "text", "dna", "image"]
-    assert segments[0] == Text("first") and segments[2] == Text("cat.png") and segments[3] == DNA("ACGT")
-
-
-def test_parts_after_a_double_dash_are_words():
-    assert terminal.mark_parts(["--", "--image", "x"]) == ["--", "--image", "x"]
-
-
-def test_a_long_prompt_is_words():
-    assert terminal.read_part("word " * 2000) == Text("word " * 2000)
-
-
-@pytest.mark.parametrize("text", ["", "nonsense", '{"tokens": [1]}', "[1, 2.5]", "[true]", '["1"]'])
-def test_ids_that_are_no_ids_are_refused(text, tmp_path):
-    path = tmp_path / "ids.json"
-    path.write_text(text)
-    with pytest.raises(terminal.PartError, match=re.escape(str(path))):
-        terminal.read_ids(str(path))
-
-
-def test_ids_are_read_from_a_list_and_from_generates_json(tmp_path):
-    path = tmp_path / "ids.json"
-    for data in ([3, 1, 2], {"ids": [3, 1, 2], "segments": []}):
-        path.write_text(json.dumps(data))
-        assert terminal.read_ids(str(path)) == [3, 1, 2]
-
-
-def test_written_media_never_overwrite(tmp_path):
-    for number in range(2):
-        parts = terminal.write_segments([Text("hi"), DNA("ACGT"), DNA("TTTT")], tmp_path)
-        assert parts[0] == {"type": "text", "text": "hi"}
-        assert [Path(part["dna"]).name for part in parts[1:]] == [
-            f"dna-{2 * number + i:03d}.fasta" for i in (0, 1)
-        ]
-    assert DNA.open(tmp_path / "dna-003.fasta").bases == "TTTT"
-
-
 def test_generate_writes_media_and_json_that_detokenizes_to_the_same(checkpoint, picture, tmp_path):
     out = tmp_path / "out"
     words = ["generate", picture, "what is this?", "-m", checkpoint, "--out", out, "--seed", 3, "--json"]
@@ -295,40 +240,6 @@ def test_a_damaged_checkpoint_is_one_line(file, damage, checkpoint, tmp_path):
     complaint(run("generate", "hi", "-m", folder, "-o", "text"))
 
 
-class FakeChat:
-    """Answers with what it was asked for, as events; refuses the word "no"."""
-
-    def __init__(self):
-        self.sent = []
-
-    def stream(self, prompt, output=None, **options):
-        from anytoken.inference.stream import SegmentFinished, TextDelta
-
-        if "no" in prompt:
-            raise ValueError("does not\nfit")
-        self.sent.append(([getattr(part, "kind", part) for part in prompt], output, options))
-        yield TextDelta("he")
-        yield TextDelta("llo")
-        yield SegmentFinished(Text("hello"))
-        yield SegmentFinished(DNA("ACGT"))
-
-    def save(self, path):
-        return path
-
-
-def talk(tmp_path, *lines):
-    chat, screen, rest = FakeChat(), StringIO(), iter(lines)
-
-    def read():
-        try:
-            return next(rest)
-        except StopIteration:
-            raise EOFError from None
-
-    terminal.chat_loop(chat, tmp_path, Console(file=screen, width=200), read, seed=1)
-    return chat.sent, screen.getvalue()
-
-
 def run_program(name, monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     return runpy.run_path(str(ROOT / "inference" / name), run_name="__main__")
@@ -344,26 +255,6 @@ def test_the_chat_program_ends_with_its_input(checkpoint, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", StringIO("@no-such.png what?\n"))
     run_program("chat.py", monkeypatch, "--model", checkpoint)
-
-
-def test_chat_attaches_files_and_asks_for_kinds(tmp_path):
-    sent, screen = talk(
-        tmp_path, "/dna ACGT", "what is it?", "/draw a red apple", "/say hi", "", "/quit", "never"
-    )
-    assert sent == [
-        (["dna", "what is it?"], None, {"seed": 1}),
-        (["a red apple"], "image", {"seed": 1}),
-        (["hi"], "speech", {"seed": 1}),
-    ]
-    assert "hello\n" in screen and (tmp_path / "dna-002.fasta").exists()
-
-
-def test_a_mistake_in_chat_costs_one_line_and_no_attachment(tmp_path):
-    sent, screen = talk(tmp_path, "/image none.png", "/bogus", "/dna ACGT", "no", "again", "/save there")
-    assert sent == [(["dna", "again"], None, {"seed": 1})]
-    assert (
-        "none.png" in screen and "/bogus" in screen and "does not fit" in screen and "saved there" in screen
-    )
 
 
 def test_recipes_are_listed_found_and_copied(tmp_path, monkeypatch):

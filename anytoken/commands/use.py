@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,21 +26,14 @@ from anytoken.commands.options import (
     TopP,
     load,
 )
-from anytoken.terminal import (
-    chat_loop,
-    mark_parts,
-    read_ids,
-    read_part,
-    show_model,
-    show_parts,
-    show_reply,
-    write_segments,
-)
+from anytoken.terminal.parts import check_out, mark_parts, read_ids, read_part
+from anytoken.terminal.replies import print_events, show_events, show_model, show_reply, show_segments
+from anytoken.terminal.talk import Talk, line_reader
 
 app = typer.Typer()
 PROMPT_HELP = (
-    "Strings and file paths, in order; or typed parts: --text WORDS, --image PATH, --speech PATH, --video PATH, "
-    "--dna PATH-OR-BASES."
+    "Strings and file paths, in order, and - for words on standard input; or typed parts: --text WORDS, --image PATH, "
+    "--speech PATH (- for standard input), --video PATH, --dna PATH-OR-BASES."
 )
 
 
@@ -69,26 +63,43 @@ def chat(
     model: Model = "mini",
     out: Out = Path("out/chat"),
     system: Annotated[str | None, typer.Option(help="A system text.")] = None,
+    go_on: Annotated[
+        Path | None, typer.Option("--load", help="Go on with a conversation that /save kept.")
+    ] = None,
     seed: Seed = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
     cfg_scale: CfgScale = None,
+    max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Talk in the terminal; /image PATH, /draw TEXT, /say TEXT ... and files for what comes back."""
+    """Talk in the terminal: /image PATH, /draw TEXT, /say TEXT, /save DIR ...; /help lists all.
+
+    Pictures are shown where the terminal can; everything that comes back is a file in --out.
+    """
+    if system is not None and go_on is not None:
+        raise typer.BadParameter(
+            "--system begins a conversation and --load goes on with one: give one of them."
+        )
+    check_out(out)
     opened = load(model, device, adapter)
-    console = Console()
-    read = (lambda: console.input("[bold]> [/]")) if sys.stdin.isatty() else input
-    options = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "cfg_scale": cfg_scale,
-        "seed": seed,
-    }
-    chat_loop(opened.chat(system), out, console, read, **options)
+    talk = Talk(
+        opened.chat(system),
+        out,
+        Console(),
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cfg_scale=cfg_scale,
+        max_new_tokens=max_new_tokens,
+    )
+    if go_on is not None:
+        talk.obey(f"/load {shlex.quote(str(go_on))}")
+    interactive = sys.stdin.isatty()
+    talk.run(line_reader() if interactive else input, interactive)
 
 
 @app.command(cls=PromptCommand)
@@ -113,26 +124,38 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON line a reply, with ids and usage.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option(help="Show the reply while it is made; with --json one line an event.")
+    ] = False,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
     """Answer one prompt: `anytoken generate cat.png "What is this?" -o text`."""
+    if stream and num_return != 1:
+        raise typer.BadParameter("--stream shows one reply while it is made; leave out --num-return.")
+    check_out(out)
     parts = [read_part(part) for part in prompt]
     kinds = [kind for one in output or [] for kind in one.replace(",", " ").split() or [""]] or None
-    replies = load(model, device, adapter).generate(
-        parts,
-        kinds,
-        num_return=num_return,
-        seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        cfg_scale=cfg_scale,
-        max_new_tokens=max_new_tokens,
-    )
+    options: dict[str, Any] = {
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "cfg_scale": cfg_scale,
+        "max_new_tokens": max_new_tokens,
+    }
+    opened, console = load(model, device, adapter), Console()
+    if stream:
+        events = opened.stream(parts, kinds, **options)
+        if as_json:
+            print_events(events, out)
+        else:
+            show_events(events, out, console)
+        return
+    replies = opened.generate(parts, kinds, num_return=num_return, **options)
     for reply in replies if isinstance(replies, list) else [replies]:
-        show_reply(reply, out, as_json)
+        show_reply(reply, out, console, as_json)
 
 
 @app.command(cls=PromptCommand)
@@ -152,8 +175,9 @@ def detokenize(
     out: Out = Path("out"),
 ) -> None:
     """Turn token ids back into text and files."""
+    check_out(out)
     ids = read_ids(source)
-    show_parts(write_segments(load(model).detokenize(ids), out))
+    show_segments(load(model).detokenize(ids), out, Console())
 
 
 @app.command()
