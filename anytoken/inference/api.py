@@ -21,6 +21,7 @@ from anytoken.inference.checkpoint import (
     replacing,
 )
 from anytoken.inference.engine import Engine, Token
+from anytoken.inference.logits_processor import lm_inputs
 from anytoken.inference.modalities import add_modality, longest_segment
 from anytoken.inference.reply import Reply, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
@@ -165,9 +166,7 @@ class AnyToken:
         """
         if isinstance(num_return, bool) or not isinstance(num_return, int) or num_return < 1:
             raise RequestError(f"num_return must be a whole number from 1 up; received {num_return!r}.")
-        if batch and not (isinstance(prompt, list | tuple) and prompt):
-            raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
-        prompts = [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
+        prompts = self._encode_prompts(prompt, batch)
         rows = [number for _ in prompts for number in range(num_return)]
         replies = self.generate_ids(
             [ids for ids in prompts for _ in range(num_return)], output, rows, **options
@@ -175,6 +174,11 @@ class AnyToken:
         grouped = [replies[start : start + num_return] for start in range(0, len(replies), num_return)]
         found = [group if num_return > 1 else group[0] for group in grouped]
         return found if batch else found[0]
+
+    def _encode_prompts(self, prompt: Prompt, batch: bool) -> list[list[int]]:
+        if batch and not (isinstance(prompt, list | tuple) and prompt):
+            raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
+        return [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
 
     def generate_ids(
         self,
@@ -287,10 +291,31 @@ class AnyToken:
         tokenizers = self.processor.tokenizers
         return 1 + sum(TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in plan)
 
+    def lm_inputs(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: bool = False,
+        max_new_tokens: int | None = None,
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> dict[str, Any]:
+        """What `model.lm.generate(**inputs)` of transformers needs to give replies as legal as those of `generate`.
+
+        Ids padded on the left, their mask, the grammar as a LogitsProcessor, and the limits; for one call. Sampling is
+        transformers' own: add do_sample=True, top_k=50 or num_beams=4. With do_sample=False the ids are those of our
+        temperature 0. ValueError as for `generate`.
+        """
+        prompts, plan = self._encode_prompts(prompt, batch), self._plan(output)
+        room = self.engine.context - max(map(len, prompts))
+        wanted = self._limit(plan) if max_new_tokens is None else max_new_tokens
+        limit = room if wanted is None else min(room, wanted)
+        return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
+
     def reply_room(self, output: Output, max_new_tokens: int | None = None) -> int:
         """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
-        limits = [self._limit(self._plan(output)) or TEXT_TOKENS, max_new_tokens]
-        return min(limit for limit in limits if isinstance(limit, int))
+        limit = self._limit(self._plan(output)) or TEXT_TOKENS
+        return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""

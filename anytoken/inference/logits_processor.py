@@ -1,34 +1,37 @@
-"""The grammar for `generate` of transformers: the same legal replies from any of its decoding methods.
+"""The grammar for `generate` of transformers: the same legal replies from its own decoding methods.
 
-    lm.generate(ids, logits_processor=[GrammarLogitsProcessor(grammar, prompt_length, plan=["image"])],
-                max_new_tokens=200, pad_token_id=space.pad, eos_token_id=space.end)
+    inputs = model.lm_inputs("a fox", output="image")
+    ids = model.lm.generate(**inputs, do_sample=True, top_k=50)
 
-The engine in this room is faster, since it computes only the allowed logits; this is for beam search,
-assisted decoding, and everything else that transformers brings.
+The engine in this room is faster, since it computes only the allowed logits, and it has guidance and settings for each
+kind; this is for beam search, and for what else transformers brings around its own loop.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from anytoken.grammar import Grammar, State
+from anytoken.grammar import Grammar, GrammarError, State
 
 
 class GrammarLogitsProcessor(LogitsProcessor):
     """Sets the logits of ids that the grammar does not allow to minus infinity.
 
-    `prompt_length` is the number of columns of `input_ids` that are prompt (with its padding). `plan` and
-    `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that every reply
-    is complete within it; GrammarError (a ValueError) if the shortest reply is longer. States are kept by
-    prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`.
+    `plan` and `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that every
+    reply is complete within it; GrammarError (a ValueError) if the shortest reply is longer. `prompt_length` is the
+    number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first call.
+    States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`:
+    GrammarError says so where rows do not go on as replies. That is also what assisted decoding meets, which writes
+    ahead of the grammar.
     """
 
     def __init__(
         self,
         grammar: Grammar,
-        prompt_length: int,
+        prompt_length: int | None = None,
         plan: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
@@ -41,6 +44,9 @@ class GrammarLogitsProcessor(LogitsProcessor):
         self._states: dict[tuple[int, ...], State] = {(): start}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [N, V] after input_ids [N, T], with minus infinity where an id may not follow."""
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1]
         masked = torch.full_like(scores, -torch.inf)
         states: dict[tuple[int, ...], State] = {}
         for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
@@ -58,5 +64,33 @@ class GrammarLogitsProcessor(LogitsProcessor):
     def _state(self, prefix: tuple[int, ...]) -> State:
         if prefix in self._states:
             return self._states[prefix]
-        before = self._states[prefix[:-1]]
+        before = self._states.get(prefix[:-1])
+        if before is None:
+            raise GrammarError(
+                "The rows do not go on as replies to the prompt of the first call. A GrammarLogitsProcessor serves "
+                "one call of generate, with greedy search, sampling or beams: make a new one for the next call, and "
+                "do without assisted decoding (prompt_lookup_num_tokens, assistant_model)."
+            )
         return before if self.grammar.finished(before) else self.grammar.advance(before, prefix[-1])
+
+
+def lm_inputs(
+    grammar: Grammar,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    plan: Sequence[str] | None,
+    max_new_tokens: int,
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Any]:
+    """What `generate` of transformers needs for these prompts: ids padded on the left, mask, grammar and limits."""
+    space, width = grammar.token_space, max(map(len, prompts))
+    rows = [[space.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(rows, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+        "logits_processor": [GrammarLogitsProcessor(grammar, width, plan, max_new_tokens, sizes)],
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": space.pad,
+        "eos_token_id": space.end,
+    }
