@@ -3,14 +3,15 @@
     python inference/chat.py
     python inference/chat.py --save talk          # continues there if the folder exists
 
-A line may begin with files: `@cat.png What is this?`. An empty line ends the conversation.
+A line may begin with files: `@cat.png What is this?`. `again` answers the last line anew, `undo` takes it back, and an
+empty line ends the conversation. (`anytoken chat` is this with more comfort.)
 """
 
 import argparse
 from pathlib import Path
 
 import anytoken
-from anytoken.inference.stream import SegmentFinished, TextDelta
+from anytoken.inference.stream import Event, SegmentFinished, TextDelta, finish
 from anytoken.segments import open_segment
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,17 +35,25 @@ def ask() -> str:
         return ""
 
 
+def see(event: Event) -> None:
+    """Show words as they come, and what a finished medium is."""
+    if isinstance(event, TextDelta):
+        print(event.text, end="", flush=True)
+    elif isinstance(event, SegmentFinished) and event.segment.kind != "text":
+        print(event.segment)
+
+
 while line := ask():
     words = line.split()
     files = [word[1:] for word in words if word.startswith("@")]
     text = " ".join(word for word in words if not word.startswith("@"))
     try:
-        prompt = [open_segment(name) for name in files] + ([text] if text else [])
-        for event in chat.stream(prompt):
-            if isinstance(event, TextDelta):
-                print(event.text, end="", flush=True)
-            elif isinstance(event, SegmentFinished) and event.segment.kind != "text":
-                print(event.segment)
+        if line == "undo":
+            chat.undo()
+        elif line == "again":
+            finish(chat.stream_again(), see)
+        else:
+            finish(chat.stream([open_segment(name) for name in files] + ([text] if text else [])), see)
         print()
     except ValueError as error:  # the conversation is as it was: say why and go on
         print(error)

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import anytoken
 from anytoken import Text
-from anytoken.segments import open_segment
-
-SUFFIXES = {"image": "png", "speech": "wav", "video": "mp4", "dna": "fasta"}
+from anytoken.segments import open_segment, usual_suffix
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompt", nargs="+", help="words and files, in order")
@@ -35,8 +33,6 @@ for number, segment in enumerate(reply.segments):
     if isinstance(segment, Text):
         print(segment.text)
     else:
-        path = arguments.out / f"{number}-{segment.kind}.{SUFFIXES.get(segment.kind, segment.kind)}"
-        segment.save(path)
-        print(path)
+        print(segment.save(arguments.out / f"{number}-{segment.kind}{usual_suffix(segment.kind)}"))
 usage = reply.usage
 print(f"{usage.new_tokens} tokens, {usage.seconds:.1f} s, {usage.tokens_per_second:.0f} tokens/s")
