@@ -7,6 +7,7 @@ that `anytoken --help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -29,6 +30,11 @@ class OneLineErrors(TyperGroup):
             words.remove("--debug")
         try:
             code = super().main(words, **{**extra, "standalone_mode": False})
+        except BrokenPipeError:  # `anytoken ... | head`: whoever read has seen enough
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the last flush has to go somewhere
+            code = 1
         except (ValueError, OSError, TyperException) as error:
             if debug:
                 raise

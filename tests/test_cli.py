@@ -190,6 +190,41 @@ def test_tokenize_prints_ids_that_detokenize_reads(checkpoint, picture, tmp_path
     assert again.stdout.splitlines() == ["what is this?", str(tmp_path / "o" / "image-000.png")]
 
 
+def test_a_stream_is_the_reply_line_by_line(checkpoint, tmp_path):
+    words = [
+        "generate",
+        "-",
+        "-m",
+        checkpoint,
+        "-o",
+        "text,image",
+        "--seed",
+        0,
+        "--max-new-tokens",
+        60,
+        "--json",
+    ]
+    streamed = run(*words, "--stream", "--out", tmp_path / "a", input="a red apple\n")
+    assert streamed.exit_code == 0, streamed.stderr
+    *events, last = map(json.loads, streamed.stdout.splitlines())
+    whole = json.loads(run(*words, "--out", tmp_path / "b", input="a red apple\n").stdout)
+    assert last["ids"] == whole["ids"] and last["event"] == "Reply"
+    assert "".join(event.get("text", "") for event in events) == whole["segments"][0]["text"]
+    assert Image.open(tmp_path / "a/image-000.png") == Image.open(tmp_path / "b/image-000.png")
+    assert "num-return" in complaint(run(*words, "--stream", "--num-return", 2))
+
+
+def test_chat_goes_on_where_it_was_saved(checkpoint, picture, tmp_path):
+    words = ["chat", "-m", checkpoint, "--out", tmp_path / "o", "--seed", 0, "--max-new-tokens", 20]
+    first = run(*words, input=f"/image '{picture}'\nwhat?\n/regenerate 3\n/save {tmp_path / 'kept'}\n")
+    assert first.exit_code == 0, first.stderr
+    again = run(*words, "--load", tmp_path / "kept", input="/undo\n/undo\n/load nowhere\n")
+    assert "user: Image(16x16) what?" in again.stdout and "0 messages are left" in again.stdout
+    assert "Nothing has been said" in again.stdout and "nowhere" in again.stdout
+    assert "give one of them" in complaint(run(*words, "--load", tmp_path / "kept", "--system", "hi"))
+    assert "nowhere" in complaint(run(*words, "--load", tmp_path / "nowhere"))
+
+
 def test_chat_runs_from_a_pipe(checkpoint, picture, tmp_path):
     lines = f"/image {picture}\n/draw again\n/save {tmp_path / 'kept'}\n"
     found = run("chat", "-m", checkpoint, "--out", tmp_path / "chat", "--seed", 0, input=lines)
@@ -255,6 +290,16 @@ def test_the_chat_program_ends_with_its_input(checkpoint, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", StringIO("@no-such.png what?\n"))
     run_program("chat.py", monkeypatch, "--model", checkpoint)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    code = "from anytoken.cli import main; import sys; sys.argv[1:] = ['recipes', 'list']; main()"
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    found = subprocess.run(
+        [sys.executable, "-u", "-c", code], stdout=reader.stdin, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert (found.returncode, found.stderr) == (1, "")
 
 
 def test_recipes_are_listed_found_and_copied(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.color import Color
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment as Cell
@@ -28,6 +27,8 @@ CHUNK = 4096  # characters of one kitty escape sequence
 
 def picture_of(segment: Segment) -> Image | None:
     """What can be seen of a segment: a picture, or some frames of a video side by side; None for other kinds."""
+    import numpy as np
+
     from anytoken.segments import Image, Video
 
     if isinstance(segment, Video):
