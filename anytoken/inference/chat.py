@@ -74,9 +74,9 @@ class Chat:
         return len(self.turns)
 
     def __repr__(self) -> str:
-        return (
-            f"Chat({len(self.turns)} messages, {len(self.ids)} tokens, context {self.model.engine.context})"
-        )
+        forgotten = f" ({self.forgotten} forgotten)" if self.forgotten else ""
+        context = self.model.engine.context
+        return f"Chat({len(self.turns)} messages{forgotten}, {len(self.ids)} tokens, context {context})"
 
     # ---- talking ----
 
@@ -175,10 +175,10 @@ class Chat:
         fits = [len(self._joined(window)) + 1 + room <= context for window in windows]
         window = windows[fits.index(True) if any(fits) else -1]
         forgotten = len(turns) - len(window)
-        if forgotten > self.forgotten:
+        if forgotten and not self.forgotten:
             log.warning(
-                "The conversation has outgrown the context of %d tokens: the model no longer reads its oldest "
-                "%d messages, which stay in chat.messages.",
+                "The conversation has outgrown the context of %d tokens: from now on the model no longer reads its "
+                "oldest messages, %d so far (chat.forgotten). They stay in chat.messages.",
                 context,
                 forgotten,
             )
@@ -236,6 +236,8 @@ class Chat:
         ChatError names a file that is missing or damaged.
         """
         folder, chat = Path(path).expanduser(), cls(model)
+        if not (folder / FILE).is_file():
+            raise ChatError(f"{folder} holds no saved chat: there is no {FILE} in it.")
         types = KINDS | {kind: one.segment_type for kind, one in model.processor.tokenizers.items()}
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))

@@ -48,16 +48,15 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
         return Path(name)
     if Path(name).exists():
         raise CheckpointError(f"{name} is a file; give the folder of the checkpoint.")
-    bundled = ", ".join(sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))) or "none"
+    known = sorted(path.parent.name for path in PRETRAINED.glob("*/config.json"))
+    bundled = ", ".join(known) or "none"
     if _names_a_path(name):
-        near = get_close_matches(
-            name, [str(path.parent) for path in Path(name).parent.glob("*/config.json")], 1
-        )
-        hint = f"did you mean {near[0]}?" if near else f"give one that exists, or a bundled name ({bundled})."
-        raise CheckpointError(f"There is no folder {name}: {hint}")
+        folders = [str(path.parent) for path in Path(name).parent.glob("*/config.json")]
+        hint = _nearest(name, folders) or f"; give one that exists, or a bundled name ({bundled})"
+        raise CheckpointError(f"There is no folder {name}{hint}.")
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"No checkpoint {name!r}: give a bundled name ({bundled}), a local folder, "
+            f"No checkpoint {name!r}{_nearest(name, known)}: give a bundled name ({bundled}), a local folder, "
             "or a hub id like owner/name."
         )
     from huggingface_hub import snapshot_download  # only who asks for a hub id needs it
@@ -70,6 +69,11 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
             f"There is no folder {name} and no bundled name like it ({bundled}), and the hub did not give a model "
             f"of that id ({type(error).__name__}). Without a network, pass the path of a downloaded folder."
         ) from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _names_a_path(name: str) -> bool:

@@ -118,6 +118,10 @@ def _media_suffixes() -> set[str]:
 
 def read_ids(source: str) -> list[int]:
     """Ids from a file or "-" (standard input): a JSON list, or an object with "ids" as `generate --json` prints."""
+    if source != STDIN and not is_file(source):
+        raise PartError(
+            f"There is no file {source}; give one with token ids as JSON, or - for standard input."
+        )
     try:
         text = sys.stdin.read() if source == STDIN else Path(source).read_text(encoding="utf-8")
         data = json.loads(text)

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 OUTPUTS = {"/draw": "image", "/say": "speech", "/animate": "video", "/sequence": "dna", "/tell": "text"}
 HELP = """\
-/image PATH  /speech PATH  /video PATH  /dna PATH-OR-BASES    attach to your next message
-/draw TEXT   /say TEXT   /animate TEXT   /sequence TEXT   /tell TEXT    ask for a picture, speech, a video, DNA, text
-/ask KINDS TEXT     ask for kinds in order: /ask text,image a fox
-/regenerate [SEED]  another reply in place of the last        /undo    take back your last message and its reply
-/save [DIR]  /load DIR   keep the conversation with its files, go on with one        /show    what was said so far
-/help   /quit       Ctrl-C stops a reply; whatever else you write is said to the model"""
+/image PATH  /speech PATH  /video PATH  /dna PATH   attach to your next message
+/draw TEXT   /say TEXT     /animate TEXT            ask for a picture, speech, video
+/tell TEXT   /sequence TEXT                         ask for text, DNA
+/ask KINDS TEXT      ask for kinds in order: /ask text,image a fox
+/regenerate [SEED]   another reply in place of the last
+/undo                take back your last message and its reply
+/save [DIR]          keep the conversation and its files
+/load DIR            go on with one that was kept
+/show                what was said so far
+/help  /quit         Ctrl-C stops a reply"""
 COMMANDS = (
     *(f"/{kind}" for kind in PART_KINDS if kind != "text"), *OUTPUTS, "/ask", "/regenerate", "/undo", "/save",
     "/load", "/show", "/help", "/quit",
@@ -41,7 +45,8 @@ class Talk:
 
     def run(self, read: Callable[[], str], interactive: bool = False) -> None:
         """Talk until /quit or the end of input; Ctrl-C stops a reply, or clears the line at an interactive prompt."""
-        self._note(HELP)
+        if interactive:
+            self._note(HELP)
         while True:
             try:
                 line = read().strip()

@@ -188,8 +188,8 @@ class SpeechTokenizer(ModalityTokenizer):
     def decode_span(self, codes: Codes, start: int, stop: int) -> Speech:
         """Codes `start` to `stop` as sound, decoded with the decoder's whole reach around them.
 
-        What lies further away has no part in them, so they are the samples of the whole clip; the sums are taken in
-        another order, which in float32 moves a sample by some millionths.
+        What lies further away has no part in them, so they are the samples of the whole clip, to the bit where the
+        sums of both lengths are taken in one order, else within float32 rounding.
         """
         first, last = max(0, start - self.lookahead), min(len(codes), stop + self.lookahead)
         values = torch.from_numpy(codes.values[first:last, 0]).to(self.device)
