@@ -23,45 +23,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random model of text, pictures and DNA, saved as a checkpoint folder."""
+def checkpoint(save_tiny, tmp_path_factory):
+    """A random model of text and pictures, saved as a checkpoint folder."""
     import torch
 
-    from anytoken import AnyToken
-    from anytoken.model.configuration import AnyTokenConfig
-    from anytoken.model.modeling import AnyTokenForCausalLM
-    from anytoken.processor import Processor
-    from anytoken.token_space import TokenSpace
     from anytoken.tokenizers.image import ImageTokenizer
-    from anytoken.tokenizers.text import TextTokenizer
 
     torch.manual_seed(0)
-    text = TextTokenizer.train(["a red apple", "what is this?"], 280)
     image = ImageTokenizer(
         width=8, encoder_depth=1, decoder_depth=1, refine_width=4, refine_depth=1, levels=[4, 3], side_px=16
     )
-    space = TokenSpace(text.vocab_size)
-    space.append_modality("image", image.codebook_sizes, image.shape)
-    config = AnyTokenConfig(
-        vocab_size=space.vocab_size,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=0,
-        max_position_embeddings=128,
-        modality_boundaries=space.bucket_boundaries(),
-        modality_index=space.bucket_modalities(),
-        bos_token_id=space.bos,
-        eos_token_id=space.end,
-        pad_token_id=space.pad,
-    )
-    model = AnyToken(AnyTokenForCausalLM(config).eval(), Processor(space, text, {"image": image.eval()}))
-    return model.save_pretrained(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", {"image": image}, 128)
 
 
 @pytest.fixture

@@ -31,20 +31,13 @@ PROGRAMS = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(save_tiny, tmp_path_factory):
     """A folder that holds a random model named mini, of text, pictures, speech and DNA."""
-    from anytoken import AnyToken
-    from anytoken.model.configuration import AnyTokenConfig
-    from anytoken.model.modeling import AnyTokenForCausalLM
-    from anytoken.processor import Processor
-    from anytoken.token_space import TokenSpace
     from anytoken.tokenizers.base import load_tokenizer
     from anytoken.tokenizers.image import ImageTokenizer
     from anytoken.tokenizers.speech import SpeechTokenizer
-    from anytoken.tokenizers.text import TextTokenizer
 
     torch.manual_seed(0)
-    text = TextTokenizer.train(["a red apple", "what is this?"], 280)
     tokenizers = {
         "image": ImageTokenizer(8, 1, 1, 4, 1, levels=[4, 3], side_px=32),
         "speech": SpeechTokenizer(8, 1, 1, levels=[4, 3], max_frames=40),
@@ -52,31 +45,8 @@ def tiny(tmp_path_factory):
             ROOT / "anytoken/pretrained/mini/tokenizers/dna"
         ),  # an untrained one is not saved
     }
-    space = TokenSpace(text.vocab_size)
-    for kind, tokenizer in tokenizers.items():
-        space.append_modality(kind, tokenizer.eval().codebook_sizes, tokenizer.shape)
-    config = AnyTokenConfig(
-        vocab_size=space.vocab_size,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=0,
-        max_position_embeddings=384,
-        modality_boundaries=space.bucket_boundaries(),
-        modality_index=space.bucket_modalities(),
-        bos_token_id=space.bos,
-        eos_token_id=space.end,
-        pad_token_id=space.pad,
-    )
     folder = tmp_path_factory.mktemp("pretrained")
-    AnyToken(AnyTokenForCausalLM(config).eval(), Processor(space, text, tokenizers)).save_pretrained(
-        folder / "mini"
-    )
+    save_tiny(folder / "mini", tokenizers, 384)
     return folder
 
 

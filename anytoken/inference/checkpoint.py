@@ -211,9 +211,15 @@ def _merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder: it takes the target's place if the block ends well, and goes if it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    """A temporary folder: it takes the target's place if the block ends well, and goes if it does not.
+
+    CheckpointError if there is no place for it beside the target.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {target}: {error.strerror} ({target.parent}).") from error
     try:
         yield scratch
         scratch.chmod(0o755)

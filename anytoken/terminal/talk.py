@@ -35,6 +35,8 @@ COMMANDS = (
     "/load", "/show", "/help", "/quit",
 )  # fmt: skip
 
+NEED_A_VALUE = (*(f"/{kind}" for kind in PART_KINDS), "/ask", "/load")
+
 
 class Talk:
     """The chat loop: reads lines, does what they say, and never loses the conversation to a mistake."""
@@ -60,12 +62,15 @@ class Talk:
                     raise
                 self._note("\nstopped; /quit or Ctrl-D ends the conversation")
             except (ValueError, OSError) as error:
-                self.console.print(" ".join(str(error).split()), style="red", markup=False, highlight=False)
+                line = " ".join(str(error).split())
+                self.console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
     def obey(self, line: str) -> None:
         """Do one line. ValueError or OSError says what is wrong with it; the conversation is then as it was."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
+        if command in NEED_A_VALUE and not rest:
+            raise PartError(f"{command} needs something after it; /help says what.")
         if not line.startswith("/") or _is_path(line):
             if line or self.attached:
                 self._say(line)

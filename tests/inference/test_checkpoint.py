@@ -60,6 +60,15 @@ def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["target", "target/old"]
 
 
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"Cannot write .*file/deeper: .*"),
+        replacing(tmp_path / "file/deeper"),
+    ):
+        pass
+
+
 FILES = [
     "config.json",
     "model.safetensors",

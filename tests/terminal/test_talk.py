@@ -116,6 +116,11 @@ def test_the_conversation_is_managed(tmp_path):
     )
 
 
+def test_a_command_without_its_value_says_so(tmp_path):
+    sent, screen = converse(tmp_path, "/image", "/load ", "/ask")
+    assert not sent and screen.count("needs something after it") == 3
+
+
 def test_what_looks_like_a_path_is_said(tmp_path):
     sent, _ = converse(tmp_path, "/etc/passwd is a file")
     assert sent[0][0] == ["/etc/passwd is a file"]
