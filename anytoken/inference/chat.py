@@ -166,14 +166,24 @@ class Chat:
         return [self.model.token_space.bos, *(token for turn in turns for token in turn.ids)]
 
     def _window(self, turns: list[Turn], options: Mapping[str, Any]) -> list[int]:
-        """The ids the model reads, up to the assistant's opening: from the first exchange after which all fits."""
+        """The ids the model reads, up to the assistant's opening: from the first exchange after which all fits.
+
+        Once something has to go, a quarter of the context is cleared at a time: in between, each prompt goes on where
+        the last one ended, and a cache of it stays of use.
+        """
         context = self.model.engine.context
         room = min(self.model.reply_room(turns[-1].output, options.get("max_new_tokens")), context // 2)
         head = [turn for turn in turns[:1] if turn.role == "system"]
         begins = [n for n, turn in enumerate(turns) if turn.role == "user"][1:]
         windows = [turns, *([*head, *turns[begin:]] for begin in begins)]
-        fits = [len(self._joined(window)) + 1 + room <= context for window in windows]
-        window = windows[fits.index(True) if any(fits) else -1]
+        free = [context - room - 1 - len(self._joined(window)) for window in windows]
+        lost = [len(turns) - len(window) for window in windows]
+        fitting = [
+            place for place, spare in enumerate(free) if spare >= 0 and lost[place] in (0, self.forgotten)
+        ]
+        for least in (context // 4, 0):
+            fitting += [place for place, spare in enumerate(free) if spare >= least]
+        window = windows[fitting[0] if fitting else -1]
         forgotten = len(turns) - len(window)
         if forgotten and not self.forgotten:
             log.warning(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,14 +154,16 @@ def test_undo_takes_back_what_was_said_and_its_reply(model: AnyToken) -> None:
 def test_the_oldest_exchanges_are_forgotten_whole_when_the_context_is_full(
     model: AnyToken, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chat = model.chat(system="Be brief.")
+    chat, lost = model.chat(system="Be brief."), []
     for turn in range(12):
         reply = chat.send(f"{turn} red apple", output="image", sizes={"image": (4, 3)}, seed=turn)
         assert reply.finish_reason == "stop" and reply.images[0].pixels.shape == (32, 24, 3)
         read = [chat.turns[0], *chat.turns[1 + chat.forgotten : -1]]
         assert reply.usage.prompt_tokens == 2 + sum(len(one.ids) for one in read)
         assert reply.usage.prompt_tokens <= model.engine.context // 2
+        lost.append(chat.forgotten)
     assert len(chat) == 25 and chat.forgotten % 2 == 0 and chat.forgotten > 10
+    assert lost == sorted(lost) and any(a == b > 0 for a, b in pairwise(lost)), "prompts went on in between"
     assert f"({chat.forgotten} forgotten)" in repr(chat)
     [warning] = [record.getMessage() for record in caplog.records if "outgrown" in record.getMessage()]
     assert "256 tokens" in warning
