@@ -1,19 +1,22 @@
 """What training reports: loss, accuracy and bits per group, tokens a second, expert load, as JSON lines."""
 
 import json
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anytoken.model.moe import ExpertUse, expert_use
+from anytoken.model.moe import expert_use
 from anytoken.training.losses import LossParts, bits
 
 
 class GroupMeter:
-    """Sums of LossParts between two reports."""
+    """Sums over the batches between two reports; they are saved with a state, so that no batch is left out."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -22,25 +25,64 @@ class GroupMeter:
     def reset(self) -> None:
         """Start a new interval; the clock starts too."""
         self.sums = torch.zeros(3, len(self.names), dtype=torch.float64)
+        self.counts = torch.zeros(2, dtype=torch.float64)  # batches, ids
         self.terms: dict[str, float] = {}
         self.load: Tensor | None = None
-        self.batches = self.tokens = 0
+        self.seconds = 0.0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Time counts from now on, on top of what has passed in the interval."""
         self.started = time.monotonic()
 
-    def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
-        """Count one batch; ``tokens``: all its ids; ``load``: its expert counts [G, E + 1]."""
-        self.sums += torch.stack([parts.nll, parts.right, parts.count]).double().cpu()
-        for name, value in parts.terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + float(value)
-        if load is not None:
-            self.load = load.cpu() if self.load is None else self.load + load.cpu()
-        self.batches += 1
-        self.tokens += tokens
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Time within does not count."""
+        start = time.monotonic()
+        yield
+        self.started += time.monotonic() - start
 
-    def report(self) -> dict[str, Any]:
-        """Per group with targets: loss (nats), bits, accuracy, tokens; the means of the terms and overall."""
+    def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
+        """Count one batch; ``tokens``: all its ids; ``load``: its expert counts [L, G, E + 1]."""
+        self.sums += torch.stack([parts.nll, parts.right, parts.count]).double().cpu()
+        self.note(
+            {name: float(value) for name, value in {"loss": parts.loss.detach(), **parts.terms}.items()}
+        )
+        if load is not None:
+            self.load = load.double().cpu() if self.load is None else self.load + load.cpu()
+        self.counts += torch.tensor([1, tokens])
+
+    def note(self, terms: dict[str, float]) -> None:
+        """Add to terms of the batch that was counted last."""
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value
+
+    def state(self) -> dict[str, Any]:
+        """The interval so far, as JSON."""
+        load = None if self.load is None else self.load.tolist()
+        seconds = self.seconds + time.monotonic() - self.started
+        return {
+            "sums": self.sums.tolist(), "counts": self.counts.tolist(), "terms": self.terms, "load": load,
+            "seconds": seconds,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on in the interval that ``state`` gave."""
+        self.sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self.counts = torch.tensor(state["counts"], dtype=torch.float64)
+        self.terms, self.seconds = dict(state["terms"]), state["seconds"]
+        self.load = None if state["load"] is None else torch.tensor(state["load"], dtype=torch.float64)
+        self.start_clock()
+
+    def report(self, reduce: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Any]:
+        """Per group with targets: loss (nats), bits, accuracy, tokens; the means of the terms and overall.
+
+        reduce: sums a tensor over processes.
+        """
+        sums, (batches, tokens) = reduce(self.sums), reduce(self.counts).tolist()
+        terms = reduce(torch.tensor(list(self.terms.values()), dtype=torch.float64)).tolist()
         found: dict[str, Any] = {}
-        for name, nll, right, count in zip(self.names, *self.sums.tolist(), strict=True):
+        for name, nll, right, count in zip(self.names, *sums.tolist(), strict=True):
             if count:
                 found[name] = {
                     "loss": nll / count,
@@ -49,38 +91,51 @@ class GroupMeter:
                     "tokens": int(count),
                 }
         means = [found[name]["loss"] for name in found if name != "control"]
-        nll, _, count = self.sums.sum(1).tolist()
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        use = {} if self.load is None else expert_use(self.load, self.names)
+        nll, _, count = sums.sum(1).tolist()
+        seconds = max(self.seconds + time.monotonic() - self.started, 1e-9)
         return {
             "groups": found,
-            **(_expert_report(use) if use else {}),
+            **({} if self.load is None else _expert_report(reduce(self.load), self.names)),
             "mean_over_modalities": sum(means) / max(len(means), 1),
             "mean_over_tokens": nll / max(count, 1),
-            **{name: value / max(self.batches, 1) for name, value in self.terms.items()},
-            "tokens_per_second": self.tokens / seconds,
+            **{name: value / max(batches, 1) for name, value in zip(self.terms, terms, strict=True)},
+            "tokens_per_second": tokens / seconds,
         }
 
 
-def _expert_report(use: dict[str, ExpertUse]) -> dict[str, Any]:
+def _expert_report(load: Tensor, names: list[str]) -> dict[str, Any]:
+    """Counts [L, G, E + 1] as each group's share of every layer's experts, and what `expert_use` says of all layers."""
+    use = expert_use(load.sum(0), names)
+    shares = (load / load.sum(-1, keepdim=True).clamp(min=1))[..., :-1]
+    by_layer = {
+        name: [[round(x, 4) for x in layer] for layer in share.tolist()]
+        for name, share in zip(names, shares.unbind(1), strict=True)
+        if name in use
+    }
     return {
-        "expert_load": {name: [round(x, 4) for x in one.load.tolist()] for name, one in use.items()},
+        "expert_load": by_layer,
         "expert_entropy": {name: round(one.entropy, 4) for name, one in use.items()},
         "dropped_share": {name: round(one.dropped, 4) for name, one in use.items()},
     }
 
 
 class MetricsLog:
-    """``metrics.jsonl``: append-only, and cut back to the resumed step so that a line per step remains."""
+    """``metrics.jsonl``: append-only, and cut back to where it stood when the state that a run goes on from was saved.
+
+    So no step has two lines, and half a line, which a kill may leave, is not read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rewind(self, step: int) -> None:
-        """Drop lines of steps after ``step``."""
-        if self.path.is_file():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+    def position(self) -> int:
+        """How many bytes there are."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def rewind(self, position: int) -> None:
+        """Drop all that was written after ``position``."""
+        if self.position() > position:
+            os.truncate(self.path, position)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must hold ``step``."""

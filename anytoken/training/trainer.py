@@ -2,86 +2,60 @@
 modality.
 
 ``train(stage)`` runs a recipe and leaves a checkpoint folder that ``anytoken.load`` opens. A killed run goes
-on from its last saved step and meets the same losses as one that was never killed. Checkpoints are written to
-a temporary folder and renamed.
+on from its last saved step and meets the same losses as one that was never killed (``states.py``); Ctrl-C saves
+first, and a loss that is not finite stops the run (``stopping.py``).
 """
 
 import dataclasses
 import json
-import shutil
-import time
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
-from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.model.moe import expert_counts, router_losses
+from anytoken.model.modalities import save_modalities
 from anytoken.processor import Processor
-from anytoken.training.lora import LanguageModel, add_lora, base_model, head_weight
-from anytoken.training.losses import BalancedLoss, LossParts
+from anytoken.training import harmony
+from anytoken.training.facts import check_same_data, run_facts
+from anytoken.training.loop import Loop
+from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
+from anytoken.training.losses import BalancedLoss
 from anytoken.training.metrics import GroupMeter, MetricsLog
+from anytoken.training.page import FACTS, Page
 from anytoken.training.report import write_report
+from anytoken.training.samples import Answer, Sampler
 from anytoken.training.schedule import Schedule
+from anytoken.training.sources import prepare_sources
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start
+from anytoken.training.states import (
+    SaveError,
+    clear_partial,
+    is_finished,
+    move_final,
+    partial_folder,
+    publish,
+    saved_states,
+    step_of,
+    write_whole,
+)
+from anytoken.training.step import ModelWithLoss
+from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
 
-STATE_FOLDER = "state"
-KEPT_CHECKPOINTS = 2
-# Settings that may differ when a run goes on: they do not change what is learnt at a step.
-FREE_SETTINGS = {"save_every", "log_every", "threads", "eval", "max_minutes"}
-
-
-class ModelWithLoss(nn.Module):
-    """A causal LM and its loss as one module, so that wrappers for many devices see the whole step."""
-
-    def __init__(self, lm: LanguageModel, loss: BalancedLoss, stage: Stage) -> None:
-        super().__init__()
-        self.lm, self.loss, self.moe = lm, loss, stage.moe
-        self.routed = isinstance(base_model(lm), AnyTokenForCausalLM)
-
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, loss_index: Tensor, targets: Tensor
-    ) -> dict[str, Any]:
-        """One packed batch (see ``packing.pack``) to {"loss", "parts", "load"}."""
-        base = base_model(self.lm)
-        outputs = base.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, output_router_logits=self.routed
-        )
-        hidden = outputs.last_hidden_state.flatten(0, 1)[loss_index]
-        flat = input_ids.flatten()
-        parts: LossParts = self.loss(hidden, head_weight(base), targets, flat[loss_index])
-        load = None
-        if self.routed and outputs.router_choices:
-            router = router_losses(outputs.router_logits, outputs.router_choices, outputs.modality)
-            weight = self.moe
-            parts.loss = (
-                parts.loss
-                + weight.router_aux_loss * router.balance
-                + weight.router_modality_aux_loss * router.modality_balance
-                + weight.router_z_loss * router.z
-            )
-            parts.terms |= {
-                "load_balance": router.balance.detach(),
-                "modality_load_balance": router.modality_balance.detach(),
-                "router_z": router.z.detach(),
-            }
-            groups = self.loss.table[flat]
-            load = expert_counts(
-                outputs.router_choices, groups, len(self.loss.names), base.config.num_experts
-            )
-        return {"loss": parts.loss, "parts": parts, "load": load}
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
+PROGRESS = "progress-{}.json"  # of each process: its place in the data, in the meter and in the log
 
 
 class StageTrainer(Trainer):
@@ -97,14 +71,23 @@ class StageTrainer(Trainer):
         processor: Processor,
         model: ModelWithLoss,
         mixture: Mixture,
+        answer: Answer | None = None,
     ) -> None:
         self.stage, self.processor = stage, processor
         self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
         self.meter = GroupMeter(model.loss.names)
+        self.stop = StopRequest()
+        self.step_batches: list[dict[str, Tensor]] = []  # of the step at hand, for a look if it diverges
         self.folder = Path(stage.output)
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl")
-        super().__init__(model=model, args=arguments, callbacks=[_Loop(self)])
+        self.held_out: Mixture | None = None
+        self.shares: list[Tensor] = []  # of the last loss, by modality
+        self.flops_share = 0.0  # of the measured peak, that one token a second takes
+        self.page = Page(stage)
+        self.sampler = Sampler(stage.samples, self.folder, processor, answer)
+        self.loop = Loop(self)
+        super().__init__(model=model, args=arguments, callbacks=[self.loop])
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
 
@@ -137,148 +120,180 @@ class StageTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.create_optimizer(), self.schedule)
         return self.lr_scheduler
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; harmonised if the recipe wants it."""
+        if not self.stage.harmonise_gradients:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        scale = 1 / self.args.gradient_accumulation_steps
+        self.meter.note(harmony.backward(model, loss, self.shares, scale))
+        return loss.detach() * scale
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *unused: Any, **ignored: Any
     ) -> Tensor:
-        """The batch's loss; its parts go to the meter."""
+        """The batch's loss; its parts go to the meter. DivergenceError if it is not finite."""
         outputs = model(**inputs)
+        self.step_batches.append(inputs)
+        self._check_finite("loss", float(outputs["loss"].detach()))
         self.meter.add(outputs["parts"], inputs["input_ids"].numel(), outputs["load"])
+        self.shares = outputs["shares"]
         return outputs["loss"]
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, which is known before the weights are touched: here a bad one is stopped."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_finite("gradient norm", 0.0 if norm is None else float(norm))
+        self.step_batches.clear()
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        taken = self.state.global_step * self.args.gradient_accumulation_steps
+        facts = {
+            "step": self.state.global_step + 1,
+            "process": self.args.process_index,
+            what: str(value),
+            "learning_rate": self._get_learning_rate(),
+            "stream_before": dataclasses.asdict(self.stream.state(taken)),
+        }
+        raise diverged(what, self.stage, self.lm, self.step_batches, facts)
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Write one line of metrics for the interval since the last."""
+        """Write one line of metrics for the interval since the last, over all processes."""
         if "loss" not in logs:
             return
-        entry = {"step": self.state.global_step, **logs, **self.meter.report()}
+        entry = {"step": self.state.global_step, **logs, **self.meter.report(self.sum_processes)}
+        entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
         self.meter.reset()
         if self.is_world_process_zero():
             self.metrics_log.write(entry)
         super().log(entry, start_time)
 
+    def sum_processes(self, value: Tensor) -> Tensor:
+        """A tensor added up over all processes."""
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.args.device), "sum").cpu()
+
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.folder / STATE_FOLDER / "partial")
+        return str(partial_folder(self.folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save everything to a temporary folder, then rename it and drop the oldest."""
-        super()._save_checkpoint(model, trial)
+        """Save everything to a temporary folder, then rename it and drop the oldest; SaveError if that fails."""
         step = self.state.global_step
-        partial = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        stream = dataclasses.asdict(self.stream.state(step * self.args.gradient_accumulation_steps))
-        (partial / self._stream_file).write_text(json.dumps(stream))
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            final = self.folder / STATE_FOLDER / partial.name
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in saved_states(self.folder)[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
+        try:
+            super()._save_checkpoint(model, trial)
+            written = partial_folder(self.folder) / f"checkpoint-{step}"
+            write_whole(written / PROGRESS.format(self.args.process_index), json.dumps(self._progress()))
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                publish(self.folder, step)
+        except SAVE_ERRORS as error:
+            raise _save_error(self.folder, f"the state of step {step}", error) from error
         self.accelerator.wait_for_everyone()
 
-    @property
-    def _stream_file(self) -> str:
-        return f"stream-{self.args.process_index}.json"
+    def _progress(self) -> dict[str, Any]:
+        step = self.state.global_step
+        return {
+            "stream": dataclasses.asdict(self.stream.state(step * self.args.gradient_accumulation_steps)),
+            "meter": self.meter.state(),
+            "log_bytes": self.metrics_log.position(),
+            "finished": step >= self.schedule.total,
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.folder)
         if state_dict is not None:  # a sharding wrapper gathered it, with this module's prefix
             state_dict = {key.removeprefix("lm."): value for key, value in state_dict.items()}
-        self.lm.save_pretrained(str(folder), state_dict=state_dict)
+        extra = {} if self.stage.lora is None else SAVE_ADAPTER
+        self.lm.save_pretrained(str(folder), state_dict=state_dict, **extra)
         if self.stage.lora is None:
             self.processor.save_pretrained(folder)
+        elif self.stage.modalities:
+            save_modalities(folder, self.processor, list(self.stage.modalities))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         if self.stage.lora is not None:
-            self.lm.load_adapter(str(folder), "default", is_trainable=True)
+            load_weights(self.lm, folder)
         else:
             saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             self.lm.load_state_dict(saved.state_dict())
-        step = int(folder.name.split("-")[1])
-        state = PackState(**json.loads((folder / self._stream_file).read_text()))
-        self.stream.restore(step * self.args.gradient_accumulation_steps, state)
-        self.metrics_log.rewind(step)
+        progress = self.read_progress(folder)
+        taken = step_of(folder) * self.args.gradient_accumulation_steps
+        self.stream.restore(taken, PackState(**progress["stream"]))
+        self.meter.restore(progress["meter"])
+        self.metrics_log.rewind(progress["log_bytes"])
 
+    def read_progress(self, state: Path) -> dict[str, Any]:
+        """What this process noted beside a state."""
+        return json.loads((state / PROGRESS.format(self.args.process_index)).read_text())
 
-class _Loop(TrainerCallback):
-    """Progress bar, time limit and held-out losses."""
-
-    def __init__(self, trainer: StageTrainer) -> None:
-        self.trainer = trainer
-        self.eval_mixture: Mixture | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stage = self.trainer.stage
-        if stage.eval.data:
-            self.eval_mixture = _mixture(stage, stage.eval.data, self.trainer.processor, prompt_drop=0.0)
-        self.bar = tqdm(
-            total=stage.steps, initial=state.global_step, desc=self.trainer.folder.name, unit="step"
-        )
-        self.bar.disable = self.bar.disable or not state.is_world_process_zero
-        self.trainer.meter.reset()
-        self.last = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now, schedule, stage = time.monotonic(), self.trainer.schedule, self.trainer.stage
-        if stage.moe.expert_bias_rate:
-            base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)
-        schedule.tick(state.global_step, now - self.last, stage.max_minutes)
-        self.last = now
-        if state.global_step >= schedule.total:
-            control.should_training_stop = control.should_log = True
-        if stage.eval.every and state.global_step % stage.eval.every == 0:
-            self.evaluate(state.global_step)
-        self.bar.total = schedule.total
-        self.bar.update()
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "groups" in logs:
-            shown = {
-                name: f"{group['loss']:.3f}" for name, group in logs["groups"].items() if name != "control"
-            }
-            self.bar.set_postfix(shown | {"tok/s": f"{logs['tokens_per_second']:.0f}"})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stage = self.trainer.stage
-        if not (stage.eval.every and state.global_step % stage.eval.every == 0):
-            self.evaluate(state.global_step)
-        self.bar.close()
-
-    def evaluate(self, step: int) -> None:
-        """Losses on the held-out sources, over the same batches every time."""
-        if self.eval_mixture is None:
+    def run(self) -> None:
+        """Train from the last state, or from the start, to the end. Interrupted if asked to stop before it."""
+        states = saved_states(self.folder)
+        if not states:
+            self.metrics_log.rewind(0)
+        if states and self.read_progress(states[-1])["finished"]:  # killed after the last step
+            self._load_from_checkpoint(str(states[-1]))
+            self.loop.evaluate(step_of(states[-1]))
             return
-        trainer, stage = self.trainer, self.trainer.stage
-        meter = GroupMeter(trainer.meter.names)
-        batches = iter(trainer.make_stream(self.eval_mixture, trainer.args))
-        assert isinstance(trainer.model, ModelWithLoss)
-        model = trainer.model.eval()
-        with torch.no_grad():
-            for _ in range(stage.eval.batches):
-                batch = {name: value.to(trainer.args.device) for name, value in next(batches).items()}
-                outputs = model(**batch)
-                meter.add(outputs["parts"], batch["input_ids"].numel())
-        model.train()
-        if trainer.is_world_process_zero():
-            trainer.metrics_log.write({"step": step, "eval": meter.report()})
+        with self.stop:
+            self.train(resume_from_checkpoint=str(states[-1]) if states else None)
+        if self.state.global_step < self.schedule.total:
+            raise Interrupted(
+                f"stopped and saved at step {self.state.global_step} of {self.schedule.total} in {self.folder}; "
+                "the same command goes on from there"
+            )
 
 
-def train(stage: Stage) -> Path:
+def train(stage: Stage, answer: Answer | None = None) -> Path:
     """Run a stage and return its output folder; a finished run is kept, an unfinished one goes on.
 
-    Raises StageError if the output folder holds a run with other settings.
+    answer: answers the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
+    StageError if the output folder holds a run with other settings or data; Interrupted if it was asked to stop,
+    and saved; DivergenceError for a loss that is not finite; SaveError if the disk does not take a state.
     """
     folder = Path(stage.output)
-    if _is_finished(folder, stage):
+    if is_finished(stage):
         return folder
     arguments = _training_arguments(stage)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
     processor, start = load_start(stage)
-    lm: LanguageModel = start
-    mixture = _mixture(stage, stage.data, processor, stage.prompt_drop)
+    with arguments.main_process_first(local=False):  # the others find the sets tokenized
+        data = prepare_sources(stage, stage.data, processor)
+        held_out = prepare_sources(stage, stage.eval.data, processor)
+    mixture = _mixture(stage, data, processor, stage.prompt_drop)
     torch.manual_seed(stage.seed)
+    model = ModelWithLoss(_adapted(start, stage, processor), build_loss(stage, processor), stage)
+    trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
+    trainer.held_out = _mixture(stage, held_out, processor, prompt_drop=0.0) if held_out else None
+    if trainer.is_world_process_zero():
+        _begin(trainer, [*data, *held_out])
+    trainer.accelerator.wait_for_everyone()
+    trainer.run()
+    try:
+        _finish(trainer)
+    except SAVE_ERRORS as error:
+        raise _save_error(folder, "the final checkpoint", error) from error
+    return folder
+
+
+def _mixture(stage: Stage, sources: list[SourceSpec], processor: Processor, prompt_drop: float) -> Mixture:
+    learn_all = stage.loss.learn == "everything"
+    return Mixture(sources, processor, stage.context, stage.seed, prompt_drop, learn_all)
+
+
+def _adapted(start: PreTrainedModel, stage: Stage, processor: Processor) -> LanguageModel:
+    """The model with what the stage trains unfrozen, or in an adapter."""
+    lm: LanguageModel = start
     if stage.moe.expert_bias_rate:
         balance_by_bias(start)
     if stage.lora is not None:
@@ -287,32 +302,28 @@ def train(stage: Stage) -> Path:
         select_trainable(start, stage.trainable, processor.token_space)
     if stage.gradient_checkpointing:
         start.gradient_checkpointing_enable({"use_reentrant": False})
-    loss = BalancedLoss(
-        processor.grammar,
-        stage.loss.modality_weights,
-        stage.loss.control_weight,
-        stage.loss.grammar_restricted,
-        stage.loss.z_loss,
+    return lm
+
+
+def build_loss(stage: Stage, processor: Processor) -> BalancedLoss:
+    """The loss of a recipe over a processor's token space."""
+    spec = stage.loss
+    return BalancedLoss(
+        processor.grammar, spec.modality_weights, spec.control_weight, spec.grammar_restricted, spec.z_loss
     )
-    trainer = StageTrainer(stage, arguments, processor, ModelWithLoss(lm, loss, stage), mixture)
-    states = saved_states(folder)
-    if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stage.yaml").write_text(yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False))
-    trainer.train(resume_from_checkpoint=str(states[-1]) if states else None)
-    _finish(trainer)
-    return folder
 
 
-def saved_states(folder: Path) -> list[Path]:
-    """The states a run can go on from, oldest first."""
-    found = (folder / STATE_FOLDER).glob("checkpoint-*")
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def _mixture(stage: Stage, sources: list[SourceSpec], processor: Processor, prompt_drop: float) -> Mixture:
-    learn_all = stage.loss.learn == "everything"
-    return Mixture(stage.sources(sources), processor, stage.context, stage.seed, prompt_drop, learn_all)
+def _begin(trainer: StageTrainer, sources: list[SourceSpec]) -> None:
+    """Write the recipe and the facts of the run; StageError if it would go on with other data."""
+    stage, folder = trainer.stage, trainer.folder
+    clear_partial(folder)
+    write_whole(folder / "stage.yaml", yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False))
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
+    facts = run_facts(base_model(trainer.lm), sources, trainer.args.world_size, stage.context, dtype)
+    if saved_states(folder):
+        check_same_data(json.loads((folder / FACTS).read_text()), facts)
+    write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+    trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
 def _training_arguments(stage: Stage) -> TrainingArguments:
@@ -349,37 +360,27 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
     return arguments
 
 
-def _is_finished(folder: Path, stage: Stage) -> bool:
-    """Whether the output folder holds this run's end; StageError if it holds a run with other settings."""
-    path = folder / "stage.yaml"
-    if not path.is_file():
-        return False
-    before, recipe = yaml.safe_load(path.read_text()), stage.model_dump(mode="json")
-    changed = sorted(key for key in recipe if before.get(key) != recipe[key] and key not in FREE_SETTINGS)
-    if changed:
-        raise StageError(
-            f"{folder} holds a run with another {', '.join(changed)}; remove it or change output"
-        )
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
-
-
 def _finish(trainer: StageTrainer) -> None:
-    """Move the final checkpoint into the output folder, the file that marks it complete last."""
-    folder = trainer.folder
-    partial = folder / STATE_FOLDER / "final"
-    trainer.save_model(str(partial))
+    """Leave the final checkpoint and the report in the output folder; the state is no longer needed."""
+    final = partial_folder(trainer.folder) / "final"
+    trainer.save_model(str(final))
     if not trainer.is_world_process_zero():
         return
     if trainer.stage.lora is None:
-        (partial / "sampling.json").write_text(_sampling_defaults(trainer.stage))
-    last = {"config.json", "adapter_config.json"}
-    for path in sorted(partial.iterdir(), key=lambda path: path.name in last):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    write_report(folder)
-    shutil.rmtree(folder / STATE_FOLDER)
+        write_whole(final / "sampling.json", _sampling_defaults(trainer.stage))
+    write_report(trainer.folder)
+    trainer.page.update(finished=True)
+    move_final(trainer.folder)
+
+
+def _save_error(folder: Path, what: str, error: Exception) -> SaveError:
+    """What to say of a save that failed, after making room by removing its half."""
+    clear_partial(folder)
+    states = saved_states(folder)
+    last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
+    return SaveError(
+        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and run the same command again"
+    )
 
 
 def _sampling_defaults(stage: Stage) -> str:

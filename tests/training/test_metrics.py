@@ -1,5 +1,6 @@
 """Meters, the metrics file and the report."""
 
+import json
 import math
 from pathlib import Path
 
@@ -37,11 +38,31 @@ def test_meter_averages_over_targets_not_batches() -> None:
     assert meter.report()["groups"] == {}
 
 
-def test_rewind_drops_later_lines(tmp_path: Path) -> None:
+def test_meter_goes_on_from_its_state_and_sums_over_processes() -> None:
+    whole, first, second = (GroupMeter(["text", "control"]) for _ in range(3))
+    load = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
+    for meter in (whole, first):
+        meter.add(parts([2.0, 0.1], [1, 0], [3, 1], 1.0), tokens=10, load=load)
+    second.restore(json.loads(json.dumps(first.state())))
+    for meter in (whole, second):
+        meter.add(parts([1.0, 0.3], [0, 0], [2, 1], 2.0), tokens=10, load=load)
+    ours, theirs = second.report(), whole.report()
+    assert ours.pop("tokens_per_second") > 0 and theirs.pop("tokens_per_second") > 0
+    assert ours == theirs and ours["expert_load"] == {"text": [[0.75, 0.25]]}
+    doubled = whole.report(lambda value: 2 * value)
+    assert doubled["groups"]["text"]["tokens"] == 10 and doubled["z_loss"] == ours["z_loss"]
+
+
+def test_rewind_drops_what_was_written_later(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
-    for step in (1, 2, 3):
-        log.write({"step": step})
-    log.rewind(2)
+    log.rewind(0)
+    log.write({"step": 1})
+    log.write({"step": 2})
+    kept = log.position()
+    log.write({"step": 3})
+    with log.path.open("a") as handle:
+        handle.write('{"step": 4, "cut of')
+    log.rewind(kept)
     log.write({"step": 3, "again": True})
     assert read_metrics(log.path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
 
