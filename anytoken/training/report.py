@@ -19,19 +19,28 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     entries = read_metrics(folder / "metrics.jsonl")
     train = [entry for entry in entries if "groups" in entry]
-    held_out = [{"step": entry["step"], **entry["eval"]} for entry in entries if "eval" in entry]
     speed = sorted(entry["tokens_per_second"] for entry in train)[len(train) // 2] if train else 0
     parts = [
         f"# {folder.name}",
         f"Steps: {train[-1]['step'] if train else 0}. Median speed: {speed:.0f} tokens/s.",
         "Bits per target while training:",
-        _table(_moments(train)),
+        moments_table(entries),
     ]
-    if held_out:
-        parts += ["Bits per target on the held-out sources:", _table(held_out)]
+    if any("eval" in entry for entry in entries):
+        parts += ["Bits per target on the held-out sources:", held_out_table(entries)]
     path = folder / "training.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def moments_table(entries: Sequence[dict[str, Any]]) -> str:
+    """Bits per target of each group at a few moments of the training, in Markdown."""
+    return _table(_moments([entry for entry in entries if "groups" in entry]))
+
+
+def held_out_table(entries: Sequence[dict[str, Any]]) -> str:
+    """Bits per target of each group on the held-out sources, in Markdown."""
+    return _table([{"step": entry["step"], **entry["eval"]} for entry in entries if "eval" in entry])
 
 
 def _moments(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
