@@ -67,7 +67,8 @@ stage 1_alignment "${tokenizers[@]}" "${first_tiny[@]}"
 stage 2_interleaved init_from="$RUNS/1_alignment"
 stage 3_speech init_from="$RUNS/2_interleaved" "${speech_tiny[@]}"
 stage 4_instruct init_from="$RUNS/3_speech"
-stage lora init_from="$RUNS/4_instruct"
+anytoken train stages/lora.yaml init_from="$RUNS/4_instruct" output="$RUNS/lora" \
+  data.train="$RUNS/shards/conversations" "${stage_tiny[@]}"
 
 say "done: anytoken.load('$RUNS/4_instruct'), adapter '$RUNS/lora'"
 python - "$RUNS/4_instruct" <<'PY'

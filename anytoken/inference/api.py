@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from transformers import PreTrainedModel
 
+from anytoken.inference.adapters import Adapters
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CheckpointError,
@@ -22,10 +23,10 @@ from anytoken.inference.checkpoint import (
 )
 from anytoken.inference.engine import Engine, Token
 from anytoken.inference.logits_processor import lm_inputs
-from anytoken.inference.modalities import add_modality, longest_segment
 from anytoken.inference.reply import Reply, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
 from anytoken.inference.stream import Event, SegmentStream
+from anytoken.model.modalities import add_modality, longest_segment
 from anytoken.processor import Processor
 from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
@@ -71,6 +72,7 @@ class AnyToken:
         self.sampling = dict(sampling or {})
         self.card: str | None = None
         self._engine: Engine | None = None
+        self._adapters: Adapters | None = None
 
     @classmethod
     def from_pretrained(
@@ -328,6 +330,25 @@ class AnyToken:
         anything; what is generated is well-formed from the start.
         """
         self.processor = add_modality(self.lm, self.processor, tokenizer)
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters that `load_adapter` read for the present weights."""
+        if self._adapters is None or self._adapters.lm is not self.lm:
+            self._adapters = Adapters(self.lm)
+        return self._adapters
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Read a PEFT adapter folder under a name, for `use_adapter`; a modality it brings is added.
+
+        ValueError (CheckpointError and the like) for a folder that is none or does not fit, or a name that is taken.
+        """
+        self.processor = self.adapters.load(Path(path), name, self.processor)
+        self._engine = None
+
+    def use_adapter(self, name: str | None) -> None:
+        """Answer with an adapter from now on, or with the bare model (None); AdapterError for an unknown name."""
+        self.adapters.use(name)
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
+from anytoken.model.modalities import add_saved_modalities
 from anytoken.processor import Processor
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -173,7 +174,8 @@ def load_folder(
             f"but the model only {lm.config.vocab_size}; the files are of different checkpoints."
         )
     if adapter is not None:
-        lm = _merge_adapter(lm, Path(adapter))
+        processor = add_saved_modalities(lm, processor, Path(adapter))
+        lm = merge_adapter(lm, Path(adapter))
     if device.type == "cpu" and lm._can_set_experts_implementation():
         lm.set_experts_implementation("eager")  # grouped products cost 40 ms a token on a CPU, a loop 3
     return lm.eval().to(device), processor
@@ -195,7 +197,7 @@ def _load_lm(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, d
         transformers_logging.set_verbosity(verbosity)
 
 
-def _merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Load a PEFT adapter and fold it into the weights, so that generation is as fast as without."""
     from peft import PeftModel  # a second to import, and only adapters need it
 
@@ -204,9 +206,11 @@ def _merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
             raise CheckpointError(f"{folder / name} is missing: {folder} is no adapter folder.")
     _check_safetensors(folder / "adapter_model.safetensors")
     try:
-        return PeftModel.from_pretrained(lm, folder).merge_and_unload()
+        merged = PeftModel.from_pretrained(lm, folder).merge_and_unload()
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"The adapter {folder} does not fit this model: {error}") from error
+    vars(merged).pop("peft_config", None)  # left over: with it the model would pass for an adapted one
+    return merged
 
 
 @contextmanager

@@ -4,7 +4,16 @@ Experts are three-dimensional parameters, so they are adapted by name (``target_
 rows are trained in full through ``trainable_token_indices``, which stays small and keeps a tied head tied.
 """
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from pathlib import Path
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,6 +25,8 @@ LanguageModel = PreTrainedModel | PeftModel
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROUTER = "mlp.gate.weight"
+# PEFT would add the whole embedding of a model that has grown; the new rows that are trained are in the adapter.
+SAVE_ADAPTER = {"save_embedding_layers": False}
 
 
 def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> LoraConfig:
@@ -31,10 +42,14 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
         raise StageError("lora trains nothing; switch on attention, experts, router or name new_rows")
     rows = modality_rows(space, spec.new_rows)
     tied = model.config.tie_word_embeddings
+    if spec.dora and parameters:
+        raise StageError("PEFT has no DoRA for experts and router; set lora.experts and lora.router to false")
     return LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        use_dora=spec.dora,
         target_modules=ATTENTION if spec.attention else [],
         target_parameters=parameters or None,
         trainable_token_indices=(rows if tied else {"embed_tokens": rows, "lm_head": rows}) if rows else None,
@@ -43,8 +58,28 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace) -> PeftModel:
-    """Wrap a model in an adapter; only the adapter is trainable."""
-    return get_peft_model(model, lora_config(spec, model, space))
+    """Wrap a model in an adapter, new or with the weights of ``spec.start``; only the adapter is trainable."""
+    adapted = get_peft_model(model, lora_config(spec, model, space))
+    if spec.start is not None:
+        load_weights(adapted, Path(spec.start))
+    return adapted
+
+
+def load_weights(adapted: PeftModel, folder: Path) -> None:
+    """Give an adapter the weights of a saved one; StageError if it has other settings."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise StageError(f"{folder} is no adapter folder (no adapter_model.safetensors)")
+    saved, wanted = (
+        load_file(folder / "adapter_model.safetensors"),
+        get_peft_model_state_dict(adapted, **SAVE_ADAPTER),
+    )
+    given, own = ({name: tuple(one.shape) for name, one in state.items()} for state in (saved, wanted))
+    if given != own:
+        odd = sorted(name for name in {*given, *own} if given.get(name) != own.get(name))
+        raise StageError(
+            f"the adapter {folder} has other lora settings: {odd[0]} and {len(odd) - 1} more differ"
+        )
+    set_peft_model_state_dict(adapted, saved)
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from anytoken.data.mixture import SourceSpec
 
+AUTO = "auto"  # the view that stands for all that a set's records can teach
+
 
 class StageError(ValueError):
     """A recipe that cannot be run; the message names the key, the value and what is allowed."""
@@ -68,8 +70,27 @@ class EvalSpec(_Part):
     """Held-out loss per modality every so many steps (0: only at the end), over so many batches."""
 
     every: int = Field(default=0, ge=0)
+    first: bool = Field(default=False, description="also before the first step: what training has to beat")
+    integration: bool = Field(
+        default=False, description="also how far each modality's hidden states lie from text's (MIR)"
+    )
     batches: int = Field(default=8, ge=1)
     data: list[SourceSpec] = []
+
+
+class SamplePrompt(_Part):
+    """One prompt (text, or content parts as in a conversation) and the kinds of the reply (null: the model decides)."""
+
+    prompt: str | list[dict[str, str]]
+    output: str | list[str] | None = None
+
+
+class SampleSpec(_Part):
+    """Replies for the report, every so many steps (0: only at the end), unless they take too much of the time."""
+
+    every: int = Field(default=0, ge=0)
+    prompts: list[SamplePrompt] = []
+    share_of_time: float = Field(default=0.05, gt=0, le=1)
 
 
 class LoraSpec(_Part):
@@ -78,6 +99,11 @@ class LoraSpec(_Part):
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r), arXiv 2312.03732")
+    dora: bool = Field(default=False, description="magnitude apart from direction, arXiv 2402.09353")
+    start: str | None = Field(
+        default=None, description="an adapter folder with the same settings to go on from"
+    )
     attention: bool = True
     experts: bool = True
     router: bool = False
@@ -103,6 +129,9 @@ class Stage(_Part):
         default={}, description="for scratch: text and each modality -> tokenizer folder"
     )
     model: dict[str, Any] = Field(default={}, description="for scratch: overrides of AnyTokenConfig")
+    modalities: dict[str, str] = Field(
+        default={}, description="to add to a checkpoint: new modality -> tokenizer folder"
+    )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
     data: list[SourceSpec] = Field(min_length=1)
     trainable: list[str] = ["*"]
@@ -115,8 +144,16 @@ class Stage(_Part):
     context: int = Field(default=1024, gt=0)
     prompt_drop: float = Field(default=0.1, ge=0, le=1)
     loss: LossSpec = LossSpec()
+    harmonise_gradients: bool = Field(
+        default=False,
+        description="project conflicting gradients of modalities (PCGrad); a backward pass for each",
+    )
     moe: MoeSpec = MoeSpec()
     eval: EvalSpec = EvalSpec()
+    samples: SampleSpec = SampleSpec()
+    reference: str | None = Field(
+        default=None, description="metrics.jsonl of a run to draw behind this one's curves"
+    )
     lora: LoraSpec | None = None
     distributed: DistributedSpec = DistributedSpec()
     gradient_checkpointing: bool = Field(
@@ -128,10 +165,29 @@ class Stage(_Part):
     log_every: int = Field(default=20, gt=0)
     threads: int | None = Field(default=None, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_data(cls, recipe: Any) -> Any:
+        """``data: {train: FILE, test: FILE, views: {...}}`` is short for one source, and one that is held out."""
+        data = recipe.get("data") if isinstance(recipe, dict) else None
+        if not isinstance(data, dict):
+            return recipe
+        unknown = set(data) - {"train", "test", "views"}
+        if unknown or "train" not in data:
+            raise ValueError(f"data is a list of sources, or train, test and views; got {', '.join(data)}")
+        train = {"path": data["train"], "views": data.get("views") or {AUTO: 1}}
+        recipe = {**recipe, "data": [train]}
+        if data.get("test"):
+            test = {**train, "path": data["test"], "split": "test" if data["test"] == data["train"] else None}
+            recipe["eval"] = {**recipe.get("eval", {}), "data": [test]}
+        return recipe
+
     @model_validator(mode="after")
     def _check(self) -> "Stage":
         if self.init_from == "scratch" and "text" not in self.tokenizers:
             raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
+        if self.init_from == "scratch" and self.modalities:
+            raise ValueError("modalities are added to a checkpoint; from scratch, name all under tokenizers")
         if self.init_from != "scratch" and (self.tokenizers or self.model):
             raise ValueError(
                 f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own"
@@ -144,6 +200,8 @@ class Stage(_Part):
             )
         if self.lora is not None and self.moe.expert_bias_rate:
             raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
+        if self.harmonise_gradients and (self.distributed.world_size > 1 or self.distributed.deepspeed):
+            raise ValueError("harmonise_gradients works in one process only; set it to false")
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")
         return self

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.modalities import add_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
@@ -45,9 +46,13 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
     """The processor and the model (float32) a stage starts from."""
     if stage.init_from != "scratch":
         folder = checkpoint_folder(stage.init_from)
-        return Processor.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32
-        )
+        processor = Processor.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, tokenizer in stage.modalities.items():
+            processor = add_modality(model, processor, load_tokenizer(tokenizer))
+            if name not in processor.tokenizers:
+                raise StageError(f"modalities.{name}: {tokenizer} holds a tokenizer of another name")
+        return processor, model
     default = AnyTokenConfig()
     unknown = [key for key in stage.model if not hasattr(default, key)]
     if unknown:

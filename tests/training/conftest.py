@@ -1,6 +1,7 @@
 """A toy world for the training tests: text, tiles of 2x2 codes and beeps, and a recipe that learns them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -91,13 +92,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def toy_recipe() -> Callable[[Path, Path], dict[str, Any]]:
+    """Makes a recipe of 8 steps from scratch, of the world and the folder its output goes to."""
+    return _recipe
+
+
 @pytest.fixture
 def recipe(world: Path, tmp_path: Path) -> dict[str, Any]:
     """A recipe of 8 steps from scratch."""
+    return _recipe(world, tmp_path)
+
+
+def _recipe(world: Path, folder: Path) -> dict[str, Any]:
     views = {"text->tile": 1, "tile->text": 1, "text->beep": 1, "beep->tile": 1}
     return {
         "init_from": "scratch",
-        "output": str(tmp_path / "out"),
+        "output": str(folder / "out"),
         "tokenizers": {kind: str(world / "tokenizers" / kind) for kind in ("text", "tile", "beep")},
         "model": {
             "hidden_size": 32,

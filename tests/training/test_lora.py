@@ -1,22 +1,42 @@
 """LoRA: only the adapter trains, it is small, and PEFT opens it again with the same answers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+import anytoken
+from anytoken.cli import app
+from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.trainer import StageTrainer, train
 
+STAGES = Path(__file__).parents[2] / "stages"
+
+
+class Killed(Exception):
+    """Stands for the signal that ends a run."""
+
+
+@pytest.fixture(scope="module")
+def base(world: Path, toy_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows pictures and no sounds yet."""
+    folder = tmp_path_factory.mktemp("base")
+    pictures = [{"path": "things", "views": {"text->tile": 1, "tile->text": 1}}]
+    recipe = toy_recipe(world, folder) | {"steps": 40, "save_every": 100, "data": pictures}
+    return train(Stage.from_dict(recipe))
+
 
 @pytest.fixture
-def lora_recipe(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    pictures = [{"path": "things", "views": {"text->tile": 1, "tile->text": 1}}]
-    base = train(Stage.from_dict(recipe | {"steps": 40, "output": str(tmp_path / "base"), "data": pictures}))
+def lora_recipe(base: Path, recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     kept = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     return kept | {
         "init_from": str(base),
@@ -52,21 +72,130 @@ def test_resumed_adapter_equals_uninterrupted(
 
     def dying(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.state.global_step == 6:
-            raise KeyboardInterrupt
+            raise Killed
         return inner(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "compute_loss", dying)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train(Stage.from_dict(lora_recipe))
     resumed = train(Stage.from_dict(lora_recipe))
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (whole, resumed))
     assert [entry["loss"] for entry in first] == [entry["loss"] for entry in second]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"rslora": True, "router": True}, {"dora": True, "experts": False}], ids=["rslora", "dora"]
+)
+def test_variants_train_and_open_everywhere(lora_recipe: dict[str, Any], settings: dict[str, Any]) -> None:
+    lora_recipe["lora"] |= settings
+    folder = train(Stage.from_dict(lora_recipe | {"steps": 3}))
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["use_rslora"] == settings.get("rslora", False)
+    assert written["use_dora"] == settings.get("dora", False)
+    ids = torch.arange(3, 40)[None]
+    plain = AutoModelForCausalLM.from_pretrained(lora_recipe["init_from"], dtype=torch.float32).eval()
+    adapted = PeftModel.from_pretrained(plain, folder).eval()(ids).logits
+    opened = anytoken.load(lora_recipe["init_from"], device="cpu", adapter=folder)
+    torch.testing.assert_close(opened.lm(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_goes_on_from_another(lora_recipe: dict[str, Any], tmp_path: Path) -> None:
+    first = train(Stage.from_dict(lora_recipe | {"steps": 2}))
+    second = lora_recipe | {"steps": 1, "optimizer": {"lr": 1e-30}, "output": str(tmp_path / "second")}
+    second["lora"] = lora_recipe["lora"] | {"start": str(first)}
+    one, other = (
+        load_file(folder / "adapter_model.safetensors") for folder in (first, train(Stage.from_dict(second)))
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    bigger = second | {"output": str(tmp_path / "third"), "lora": second["lora"] | {"r": 8}}
+    with pytest.raises(StageError, match="other lora settings"):
+        train(Stage.from_dict(bigger))
+
+
+def test_the_users_own_jsonl_in_one_command(base: Path, world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    tiny = ["steps=2", "tokens_per_batch=128", "context=64", "schedule.warmup_steps=1", "save_every=1"]
+    words = ["train", str(STAGES / "lora.yaml"), f"data.train={world / 'things.jsonl'}", f"init_from={base}"]
+    result = CliRunner().invoke(app, [*words, f"data.test={world / 'things.jsonl'}", f"output={out}", *tiny])
+    assert result.exit_code == 0, result.output
+    entries = read_metrics(out / "metrics.jsonl")
+    assert entries[0]["step"] == 0 and entries[0]["eval"]["groups"]["beep"]["tokens"] > 0
+    assert set(entries[1]["groups"]) == {"text", "tile", "beep", "control"}  # all six directions
+    assert len(list((out / "shards").glob("*/manifest.json"))) == 1
+    assert "2 of 2" in (out / "report.html").read_text() and (out / "adapter_config.json").is_file()
+
+
+def test_data_that_changed_is_not_gone_on_with(
+    lora_recipe: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (world / "things.jsonl").read_text().splitlines(keepends=True)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(lines))
+    recipe = lora_recipe | {"data_root": "", "data": {"train": str(mine)}}
+
+    def dying(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 5:
+            raise Killed
+        return inner(self, *args, **kwargs)
+
+    inner = StageTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "compute_loss", dying)
+        with pytest.raises(Killed):
+            train(Stage.from_dict(recipe))
+    mine.write_text("".join(reversed(lines)))
+    with pytest.raises(StageError, match="changed since this run was begun"):
+        train(Stage.from_dict(recipe))
+
+
+def test_a_new_modality_and_its_adapter_in_one_folder(
+    lora_recipe: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    smaller = {**lora_recipe, "init_from": str(without_beeps(lora_recipe["init_from"], tmp_path / "smaller"))}
+    smaller |= {"modalities": {"beep": str(world / "tokenizers" / "beep")}, "steps": 30}
+    smaller["lora"] = {"r": 4, "alpha": 8, "new_rows": ["beep"]}
+    smaller["data"] = [{"path": "things", "views": {"text->beep": 1}}]
+    folder = train(Stage.from_dict(smaller))
+    assert not [
+        name
+        for name in load_file(folder / "adapter_model.safetensors")
+        if name.endswith("embed_tokens.weight")
+    ]
+    plain = anytoken.load(smaller["init_from"], device="cpu")
+    model = anytoken.load(smaller["init_from"], device="cpu", adapter=folder)
+    assert plain.kinds == ["text", "tile"] and model.kinds == ["text", "tile", "beep"]
+    rows = slice(plain.token_space.vocab_size, None)
+    plain.load_adapter(folder, "sounds")
+    untrained = plain.lm.get_input_embeddings().weight[rows].clone()
+    plain.use_adapter("sounds")
+    trained = plain.lm.get_input_embeddings().weight[rows]
+    assert torch.equal(trained, model.lm.get_input_embeddings().weight[rows]) and not torch.equal(
+        trained, untrained
+    )
+    ids = torch.tensor([model.encode_prompt("ant")])
+    assert torch.equal(model.lm(ids).logits, plain.lm(ids).logits)
+
+
+def without_beeps(checkpoint: str, to: Path) -> Path:
+    """The base model as it would be had it never heard of the last modality."""
+    model = anytoken.load(checkpoint, device="cpu")
+    space, processor = TokenSpace(model.token_space.text_size), model.processor
+    tile = processor.tokenizers["tile"]
+    space.append_modality("tile", tile.codebook_sizes, tile.shape)
+    model.lm.resize_token_embeddings(space.vocab_size)
+    model.lm.config.modality_boundaries, model.lm.config.modality_index = (
+        space.bucket_boundaries(), space.bucket_modalities(),
+    )  # fmt: skip
+    model.processor = Processor(space, processor.text_tokenizer, {"tile": tile})
+    return model.save_pretrained(to)
+
+
 def test_combinations_that_peft_refuses_are_said_early(lora_recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="dropout"):
         train(Stage.from_dict(lora_recipe | {"lora": {"dropout": 0.1}}))
+    with pytest.raises(StageError, match="no DoRA for experts"):
+        train(Stage.from_dict(lora_recipe | {"lora": {"dora": True}}))
     with pytest.raises(StageError, match="trains nothing"):
         nothing = {"attention": False, "experts": False}
         train(Stage.from_dict(lora_recipe | {"lora": nothing, "output": lora_recipe["output"] + "2"}))

@@ -42,6 +42,8 @@ def test_stages_follow_each_other() -> None:
         ({"steps": 0}, "steps.*greater than 0.*got 0"),
         ({"optimizer": {"rate": 1}}, r"optimizer.rate"),
         ({"data": []}, "data"),
+        ({"data": {"tran": "x"}}, "train, test and views; got tran"),
+        ({"init_from": "scratch", "tokenizers": {"text": "t"}, "modalities": {"a": "b"}}, "under tokenizers"),
         ({"data": [{"path": "a", "views": {"text->image": 1}, "wieght": 2}]}, "data.0.wieght"),
         ({"schedule": {"kind": "step"}}, "'cosine', 'wsd' or 'constant'"),
         ({"tokens_per_batch": 1000, "context": 512}, "no multiple"),
@@ -100,6 +102,20 @@ def test_data_root_applies_to_partners_too() -> None:
     stage = Stage.from_dict(recipe(data=data, data_root="root"))
     (spec,) = stage.sources(stage.data)
     assert spec.path == "root/a" and spec.pair_with is not None and spec.pair_with.path == "root/b"
+
+
+def test_data_in_short() -> None:
+    short = Stage.from_dict(recipe(data={"train": "my.jsonl", "test": "held.jsonl"}, eval={"every": 5}))
+    assert [(one.path, one.views, one.split) for one in short.data] == [("my.jsonl", {"auto": 1}, "train")]
+    assert [(one.path, one.split) for one in short.eval.data] == [
+        ("held.jsonl", None)
+    ] and short.eval.every == 5
+    both = recipe(data={"train": "my.jsonl", "test": "my.jsonl", "views": {"text->image": 2}})
+    [held_out] = Stage.from_dict(both).eval.data
+    assert (held_out.path, held_out.views, held_out.split) == ("my.jsonl", {"text->image": 2}, "test")
+    assert Stage.from_dict(Stage.from_dict(both).model_dump(mode="json")) == Stage.from_dict(both)
+    changed = Stage.load(STAGES / "lora.yaml", ["data.train=my.jsonl", "init_from=mini", "output=out/my"])
+    assert changed.sources(changed.data)[0].path == "my.jsonl"
 
 
 def test_dump_is_a_recipe_again() -> None:

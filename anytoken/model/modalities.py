@@ -5,15 +5,20 @@ their scale: codes that sound or look alike start alike, and no new id stands ou
 """
 
 import copy
+import json
 import math
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
-from anytoken.tokenizers.base import Grid, ModalityTokenizer
+from anytoken.tokenizers.base import Grid, ModalityTokenizer, load_tokenizer
+
+SAVED = "modalities.json"  # beside an adapter: {"palette": first id}
 
 
 class ModalityError(ValueError):
@@ -46,6 +51,37 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
         lm.config.modality_index = space.bucket_modalities()
         lm.config.modality_names = space.modality_names
     return Processor(space, processor.text_tokenizer, {**processor.tokenizers, tokenizer.name: tokenizer})
+
+
+def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) -> None:
+    """Put the tokenizers of modalities that its base model lacks beside an adapter's weights."""
+    for name in names:
+        processor.tokenizers[name].save_pretrained(folder / "tokenizers" / name)
+    firsts = {name: processor.token_space.open_token(name) for name in names}
+    (folder / SAVED).write_text(json.dumps(firsts, indent=1) + "\n", encoding="utf-8")
+
+
+def add_saved_modalities(lm: PreTrainedModel, processor: Processor, folder: Path) -> Processor:
+    """Grow a model by what `save_modalities` put beside an adapter, if anything; the processor that knows it.
+
+    ModalityError if the ids would not be those that the adapter was trained with.
+    """
+    path = folder / SAVED
+    firsts: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, first in firsts.items():
+        grown = processor
+        if name not in processor.tokenizers:
+            if first != processor.token_space.vocab_size:
+                raise ModalityError(
+                    f"The adapter {folder} was trained with {name} from id {first} on, but this model has "
+                    f"{processor.token_space.vocab_size} ids: load it on the model it was trained on, before any "
+                    "other modality is added."
+                )
+            grown = add_modality(lm, processor, load_tokenizer(folder / "tokenizers" / name))
+        if grown.token_space.open_token(name) != first:
+            raise ModalityError(f"The adapter {folder} has {name} at other ids than this model.")
+        processor = grown
+    return processor
 
 
 def _check_experts(lm: PreTrainedModel, name: str) -> None:
