@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import ModelArgument, load
+from anytoken.commands.options import ModelArgument, Overrides, load
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed beside a named peer, in the same run.")
 Repeats = Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")]
@@ -26,3 +26,23 @@ def generate(
     from anytoken.evaluation.bench_generate import bench_generate
 
     bench.report(bench_generate(load(model), kind, prompt, repeats), out)
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="A stage recipe.")] = "stages/1_alignment.yaml",
+    overrides: Overrides = None,
+    repeats: Repeats = 5,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_train.json"),
+) -> None:
+    """A training step beside transformers' own loss: same weights, same packed batch."""
+    import torch
+
+    from anytoken import recipes
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_train import bench_train
+    from anytoken.training.stage import Stage
+
+    recipe = Stage.load(recipes.find(stage), overrides or [])
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    bench.report(bench_train(recipe, repeats), out)

@@ -1,9 +1,9 @@
-"""Commands that make a model better, say what that costs and how good it became: train, plan, eval."""
+"""Commands that make a model better, say what that costs and how good it became: train, prefer, plan, eval."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,9 +18,72 @@ app = typer.Typer()
 def train(stage: Annotated[str, typer.Argument(help="A stage recipe.")], overrides: Overrides = None) -> None:
     """Run a training stage; it resumes where it was stopped: `anytoken train stages/lora.yaml steps=500`."""
     from anytoken.training.stage import Stage
+    from anytoken.training.stopping import Interrupted
     from anytoken.training.trainer import train as run
 
-    print(run(Stage.load(recipes.find(stage), overrides or [])))
+    try:
+        print(run(Stage.load(recipes.find(stage), overrides or []), _answer))
+    except Interrupted as stop:
+        Console(stderr=True, soft_wrap=True).print(f"anytoken: {stop}", markup=False, highlight=False)
+        raise
+
+
+def _answer(lm: Any, processor: Any, prompt: Any, output: Any) -> str:
+    """A sample for the report of a training."""
+    from anytoken.inference.api import AnyToken
+
+    return AnyToken(lm, processor).generate(prompt, output, seed=0)._repr_html_()
+
+
+@app.command()
+def reference(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs, named as their curves shall be.")
+    ],
+    stages: Annotated[
+        Path, typer.Option(help="The folder whose README.md and reference/ are written.")
+    ] = Path("stages"),
+) -> None:
+    """Publish runs as curves that others can hold theirs against."""
+    from anytoken.training.reference import publish_references
+
+    print(publish_references(runs, stages))
+
+
+@app.command()
+def prefer(
+    model: Annotated[str, typer.Argument(help="mini, or a checkpoint folder.")],
+    pairs: Annotated[Path, typer.Argument(help="JSONL: messages, chosen and rejected a line.")],
+    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+    steps: Annotated[int, typer.Option(min=1)] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
+    beta: Annotated[float, typer.Option(help="How strongly the model is held to what it was.")] = 0.1,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train an adapter on preferred answers (DPO, through trl)."""
+    from anytoken.training.preference import Preference
+    from anytoken.training.preference import prefer as run
+
+    print(run(model, pairs, out, Preference(steps, batch, lr, beta, seed=seed)))
+
+
+@app.command("merge-adapter")
+def merge_adapter(
+    model: ModelArgument,
+    adapter: Annotated[Path, typer.Argument(help="The PEFT adapter folder.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
+    dtype: Annotated[str, typer.Option(help="How weights are stored: bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Fold an adapter into its model: a checkpoint of its own, to load, share or serve without PEFT."""
+    import torch
+
+    kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in kinds:
+        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(kinds)}.", param_hint="--dtype")
+    merged = load(model, "cpu", adapter)
+    merged.card = None  # it tells of the model without the adapter
+    print(merged.save_pretrained(out, kinds[dtype]))
 
 
 @app.command()

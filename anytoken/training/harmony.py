@@ -1,0 +1,60 @@
+"""Gradients of the modalities held against each other: their conflict measured, and projected away.
+
+PCGrad (arXiv 2001.06782): where the gradients of two losses point against each other, each loses its part along the
+other. Without conflict the step is the ordinary one. The price is a backward pass for each modality of a batch and one
+more, instead of one, and a copy of the gradient for each: off by default, for runs where the log shows conflict.
+
+Shapes: G losses, P parameters.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def project(gradients: Tensor) -> Tensor:
+    """Gradients [G, P] to [G, P]: of each, in random order, what points against another is taken away."""
+    projected = gradients.clone()
+    for row, own in enumerate(projected):
+        for other in torch.randperm(len(gradients)).tolist():
+            along = own @ gradients[other]
+            if other != row and along < 0:
+                own -= along / gradients[other].square().sum() * gradients[other]
+    return projected
+
+
+def cosines(gradients: Tensor) -> Tensor:
+    """Cosine of every pair of gradients [G, P], float [G (G - 1) / 2]."""
+    unit = gradients / gradients.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    rows, columns = torch.triu_indices(len(unit), len(unit), offset=1)
+    return (unit @ unit.T)[rows, columns]
+
+
+def backward(model: nn.Module, total: Tensor, parts: Sequence[Tensor], scale: float) -> dict[str, float]:
+    """Add the harmonised gradient of ``total``, of which ``parts`` are the modalities' shares, to the parameters.
+
+    What ``total`` holds beyond its parts (the router's losses) is not projected. scale: on the gradient. Returns the
+    mean cosine of the parts' gradients and the share of pairs that conflict; nothing if there is one part.
+    """
+    parameters = [one for one in model.parameters() if one.requires_grad]
+    losses = [*parts, total - torch.stack(list(parts)).sum()]
+    rows = [_gradient(loss, parameters, keep=n + 1 < len(losses)) for n, loss in enumerate(losses)]
+    own = torch.stack(rows[:-1])
+    flat = scale * (project(own).sum(0) + rows[-1])
+    start = 0
+    for one in parameters:
+        piece = flat[start : start + one.numel()].view_as(one).to(one.dtype)
+        one.grad = piece.clone() if one.grad is None else one.grad + piece
+        start += one.numel()
+    pairs = cosines(own)
+    if not len(pairs):
+        return {}
+    return {"gradient_cosine": float(pairs.mean()), "gradient_conflict": float((pairs < 0).float().mean())}
+
+
+def _gradient(loss: Tensor, parameters: list[nn.Parameter], keep: bool) -> Tensor:
+    """The gradient of one loss, float32 [P]."""
+    found = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).float().reshape(-1) for g, p in pairs])
