@@ -3,8 +3,8 @@
     import anytoken
     reply = anytoken.load("mini").generate("a red apple, 3d", output="image", seed=0)
 
-Names are imported on first use, so `import anytoken` is quick. As soon as transformers' Auto classes are there
-they know `model_type: anytoken`, whichever of the two was imported first.
+Names are imported on first use, so `import anytoken` is quick. transformers' Auto classes know
+`model_type: anytoken`, whichever of the two was imported first.
 """
 
 from __future__ import annotations
@@ -58,16 +58,35 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
-class _RegisterWithTransformers(MetaPathFinder, Loader):
-    """Loads transformers' Auto classes as usual, then registers our model with them."""
+def _announce(configuration_auto: ModuleType) -> None:
+    """Let AutoConfig know `anytoken`: who first asks for it imports the model, which registers all its classes.
+
+    Nothing of ours is imported before, because transformers' modules import each other in circles.
+    """
+    mapping = configuration_auto.CONFIG_MAPPING
+
+    class WithAnyToken(type(mapping)):  # type: ignore[misc]
+        def __contains__(self, key: object) -> bool:
+            return key == "anytoken" or super().__contains__(key)
+
+        def __getitem__(self, key: str) -> Any:
+            if key == "anytoken":
+                import_module("anytoken.model")
+            return super().__getitem__(key)
+
+    mapping.__class__ = WithAnyToken
+
+
+class _AnnounceWhenLoaded(MetaPathFinder, Loader):
+    """Loads transformers' configuration_auto as usual, then announces our model type there."""
 
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _AUTO_CLASSES or self not in sys.meta_path:
+        if fullname != _AUTO_CONFIG or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
@@ -80,10 +99,10 @@ class _RegisterWithTransformers(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module("anytoken.model")
+        _announce(module)
 
 
-if _AUTO_CLASSES in sys.modules:
-    import_module("anytoken.model")
+if _AUTO_CONFIG in sys.modules:
+    _announce(sys.modules[_AUTO_CONFIG])
 else:
-    sys.meta_path.insert(0, _RegisterWithTransformers())
+    sys.meta_path.insert(0, _AnnounceWhenLoaded())
