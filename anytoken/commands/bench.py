@@ -46,3 +46,17 @@ def train(
     recipe = Stage.load(recipes.find(stage), overrides or [])
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     bench.report(bench_train(recipe, repeats), out)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument = "mini",
+    repeats: Repeats = 5,
+    each: Annotated[int, typer.Option(min=1, help="Held-out questions a direction.")] = 4,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_quantize.json"),
+) -> None:
+    """Weights in int8 beside float32: memory, decoding, and bits a token on the held-out files."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_quantize import bench_quantize
+
+    bench.report(bench_quantize(model, repeats, each), out)

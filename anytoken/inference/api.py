@@ -76,16 +76,21 @@ class AnyToken:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, device: str | torch.device = "auto", adapter: str | Path | None = None
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device = "auto",
+        adapter: str | Path | None = None,
+        quantize: str | None = None,
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
-        `adapter` is a PEFT folder; it is merged into the weights. ValueError (CheckpointError and the like)
+        `adapter` is a PEFT folder; it is merged into the weights. quantize="int8" keeps a byte a weight: less
+        memory, for inference only (model/quantize.py). ValueError (CheckpointError and the like)
         names the file that is missing or damaged, the unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
         folder = find_checkpoint(name_or_path)
-        lm, processor = load_folder(folder, chosen, adapter)
+        lm, processor = load_folder(folder, chosen, adapter, quantize)
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
@@ -354,7 +359,7 @@ class AnyToken:
         """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.
 
         dtype: how weights are stored, such as torch.bfloat16 for half the size; by default as they are.
-        CheckpointError if the path holds something that is no checkpoint, or `lm` carries an adapter.
+        CheckpointError if the path holds something that is no checkpoint, or `lm` carries an adapter or is quantised.
         """
         target = Path(path)
         if any(".base_layer." in name for name, _ in self.lm.named_parameters()):
@@ -364,6 +369,11 @@ class AnyToken:
                 "load it with adapter=."
             )
         check_target(target, "token_space.json")
+        if getattr(self.lm, "quantized", None):
+            raise CheckpointError(
+                f"The weights are quantised ({self.lm.quantized}) and rounded for good: open the checkpoint without "
+                "quantize= to save it."
+            )
         lm = self.lm if dtype is None else copy.deepcopy(self.lm).to(dtype)
         with replacing(target) as folder:
             lm.save_pretrained(folder)
@@ -375,10 +385,13 @@ class AnyToken:
 
 
 def load(
-    name_or_path: str | Path, device: str | torch.device = "auto", adapter: str | Path | None = None
+    name_or_path: str | Path,
+    device: str | torch.device = "auto",
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
-    return AnyToken.from_pretrained(name_or_path, device, adapter)
+    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize)
 
 
 def _is_size(size: object) -> bool:

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
 from anytoken.model.modalities import add_saved_modalities
+from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -151,9 +152,9 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def load_folder(
-    folder: Path, device: torch.device, adapter: str | Path | None = None
+    folder: Path, device: torch.device, adapter: str | Path | None = None, quantize: str | None = None
 ) -> tuple[PreTrainedModel, Processor]:
-    """The language model, with an adapter merged if one is given, and the processor of a checked folder.
+    """The language model, with an adapter merged and weights quantised if asked, and the processor of a folder.
 
     Weights are float32 on a CPU, where bfloat16 is many times slower, and as stored elsewhere.
     """
@@ -178,6 +179,8 @@ def load_folder(
         lm = merge_adapter(lm, Path(adapter))
     if device.type == "cpu" and lm._can_set_experts_implementation():
         lm.set_experts_implementation("eager")  # grouped products cost 40 ms a token on a CPU, a loop 3
+    if quantize is not None:
+        quantize_weights(lm, quantize)
     return lm.eval().to(device), processor
 
 

@@ -98,7 +98,7 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        told = (open_experts,) if isinstance(self.mlp, AnyTokenMoE) else ()
+        told = () if open_experts is None or not isinstance(self.mlp, AnyTokenMoE) else (open_experts,)
         return hidden_states + self.mlp(normed, *told)
 
 

@@ -1,0 +1,50 @@
+"""A tiny model of text and pictures, whole with its tokenizers, under any settings."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from anytoken.inference.api import AnyToken
+from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.image import ImageTokenizer
+from anytoken.tokenizers.text import TextTokenizer
+
+
+def whole_model(
+    seed: int = 0, texts: tuple[str, ...] = ("a red apple", "what is this?"), **settings: object
+) -> AnyToken:
+    """A random model; `seed` is its weights', never its tokenizers'."""
+    text = TextTokenizer.train(texts, 280)
+    torch.manual_seed(0)
+    image = ImageTokenizer(
+        width=8, encoder_depth=1, decoder_depth=1, refine_width=4, refine_depth=1, levels=[4, 3], side_px=16
+    ).eval()
+    space = TokenSpace(text.vocab_size)
+    space.append_modality("image", image.codebook_sizes, image.shape)
+    tiny = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+        "max_position_embeddings": 128, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = AnyTokenConfig(
+        vocab_size=space.vocab_size,
+        modality_boundaries=space.bucket_boundaries(),
+        modality_index=space.bucket_modalities(),
+        modality_names=space.modality_names,
+        bos_token_id=space.bos,
+        eos_token_id=space.end,
+        pad_token_id=space.pad,
+        **{**tiny, **settings},
+    )
+    torch.manual_seed(seed)
+    return AnyToken(AnyTokenForCausalLM(config).eval(), Processor(space, text, {"image": image}))
+
+
+@pytest.fixture(scope="session")
+def make_whole_model() -> Callable[..., AnyToken]:
+    """`whole_model`, for tests."""
+    return whole_model
