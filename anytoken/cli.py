@@ -7,6 +7,7 @@ that `anytoken --help` answers at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ class OneLineErrors(TyperGroup):
         debug = "--debug" in words
         if debug:
             words.remove("--debug")
+        # where torchao is installed, transformers imports it and torch warns of it: nothing that a user can mend
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
         try:
             code = super().main(words, **{**extra, "standalone_mode": False})
         except BrokenPipeError:  # `anytoken ... | head`: whoever read has seen enough
