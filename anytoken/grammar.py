@@ -108,7 +108,7 @@ class Grammar:
         self._indices: dict[Ranges, Tensor] = {}
         self._tasks: dict[Task, TaskTable] = {}
         self.class_ranges = loss_classes(token_space, self.segments.values())
-        self._class_of = torch.empty(self.vocab_size, dtype=torch.long)
+        self._class_of = torch.zeros(self.vocab_size, dtype=torch.long)  # 0 for ids that no target can be
         for number, ranges in enumerate(self.class_ranges):
             self._class_of[self.index(ranges)] = number
         self._class_tables: dict[torch.device, Tensor] = {}

@@ -71,7 +71,7 @@ class TaskTable:
 
         A budget of thresholds[i] up to thresholds[i + 1] - 1 has the i-th answer of each table.
         """
-        needs = [(2, (0, space.text_size))]
+        needs = [(2, span) for span in space.text_ranges]
         needs += [(shortest[name] + 1, one(space.open_token(name))) for name in space.shapes]
         self.thresholds = sorted({1, *(need for need, _ in needs)})
         fitting = [[span for need, span in needs if need <= budget] for budget in self.thresholds]
@@ -81,10 +81,10 @@ class TaskTable:
 
     def _compile_plan(self, space: TokenSpace) -> None:
         """begin[i]: the ids that begin part i of the plan (the end id after the last); or_text: those and text."""
-        text = (0, space.text_size)
-        first = [text if kind == "text" else one(space.open_token(kind)) for kind in self.plan or ()]
-        self.begin: list[Ranges] = [(span,) for span in [*first, one(space.end)]]
-        self.or_text = [merge_ranges([text, *spans]) for spans in self.begin]
+        text = space.text_ranges
+        first = [text if kind == "text" else (one(space.open_token(kind)),) for kind in self.plan or ()]
+        self.begin: list[Ranges] = [*first, (one(space.end),)]
+        self.or_text = [merge_ranges([*text, *spans]) for spans in self.begin]
 
 
 def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ranges]:
@@ -93,10 +93,9 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
     Content (text, end, null, the open ids) | roles | sizes | each codebook, a run's first one with its close
     id | close ids of grids, bos and pad, each alone.
     """
-    text = (0, space.text_size)
     opens = [one(space.open_token(name)) for name in space.shapes]
     sets: list[Ranges] = [
-        merge_ranges([text, one(space.end), one(space.null), *opens]),
+        merge_ranges([*space.text_ranges, one(space.end), one(space.null), *opens]),
         role_ranges(space),
         ((space.size_token(1), space.size_token(space.max_size_token) + 1),),
         (one(space.bos),),

@@ -51,7 +51,7 @@ class Processor:
 
     def _check_fit(self) -> None:
         space = self.token_space
-        if self.text_tokenizer.vocab_size != space.text_size:
+        if self.text_tokenizer.ranges != space.text_ranges:
             raise TokenSpaceError(
                 f"The text tokenizer has {self.text_tokenizer.vocab_size} ids, but the token space keeps "
                 f"{space.text_size} for text; use the tokenizer that the space was made for."

@@ -61,13 +61,28 @@ class TokenSpace:
     end: int
     null: int
 
-    def __init__(self, text_size: int, max_size_token: int = 64) -> None:
-        """A space with text and controls only; TokenSpaceError unless both numbers are at least 1."""
+    def __init__(
+        self,
+        text_size: int,
+        max_size_token: int = 64,
+        text_ranges: Iterable[Sequence[int]] | None = None,
+    ) -> None:
+        """A space with text and controls only; TokenSpaceError unless both numbers are at least 1.
+
+        text_ranges: the text ids that stand for text, ascending half-open spans, where not all do: a foreign
+        backbone keeps its rows, but its own special ids and padding are never read or written.
+        """
         if text_size < 1 or max_size_token < 1:
             raise TokenSpaceError(
                 f"text_size and max_size_token must be at least 1; received {text_size} and {max_size_token}."
             )
         self.text_size = int(text_size)
+        self.text_ranges = tuple((int(a), int(b)) for a, b in text_ranges or [(0, self.text_size)])
+        edges = [edge for span in self.text_ranges for edge in span]
+        if edges != sorted(edges) or edges[0] < 0 or edges[-1] > self.text_size:
+            raise TokenSpaceError(
+                f"text_ranges are ascending spans within 0 to {self.text_size}; received {self.text_ranges}."
+            )
         self.max_size_token = int(max_size_token)
         for offset, name in enumerate(CONTROLS):
             setattr(self, name, self.text_size + offset)
@@ -234,9 +249,11 @@ class TokenSpace:
 
     def to_dict(self) -> dict[str, Any]:
         """The space as JSON-ready data."""
+        whole = self.text_ranges == ((0, self.text_size),)
         return {
             "version": VERSION,
             "text_size": self.text_size,
+            **({} if whole else {"text_ranges": [list(span) for span in self.text_ranges]}),
             "max_size_token": self.max_size_token,
             "modalities": [
                 {"name": name, "codebook_sizes": list(self.codebook_sizes(name)), "shape": shape.to_dict()}
@@ -253,7 +270,7 @@ class TokenSpace:
                 raise TokenSpaceError(
                     f"version {data['version']!r} is not known; this library reads {VERSION}"
                 )
-            space = cls(data["text_size"], data["max_size_token"])
+            space = cls(data["text_size"], data["max_size_token"], data.get("text_ranges"))
             for entry in data["modalities"]:
                 space.append_modality(
                     entry["name"], entry["codebook_sizes"], code_shape_from_dict(entry["shape"])

@@ -1,4 +1,4 @@
-"""Commands that make a model of other models: export, merge."""
+"""Commands that make a model of other models: init, export, merge."""
 
 from __future__ import annotations
 
@@ -11,6 +11,36 @@ import typer
 from anytoken.commands.options import ModelArgument, Out, load
 
 app = typer.Typer()
+
+
+@app.command()
+def init(
+    backbone: Annotated[
+        str, typer.Option(help="A causal language model: a folder, a hub id, or a .gguf file.")
+    ],
+    tokenizers: Annotated[
+        list[Path],
+        typer.Option(help="A tokenizer folder, or a folder of them such as a checkpoint's; repeatable."),
+    ],
+    out: Out,
+    upcycle: Annotated[
+        int, typer.Option(min=0, help="Make so many experts of every dense layer; 0: none.")
+    ] = 0,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts a token passes, with --upcycle.")] = 2,
+) -> None:
+    """Give any language model the ids of other modalities: its text stays as it is until it is trained."""
+    from anytoken.data.shards import load_tokenizers
+    from anytoken.inference.api import AnyToken
+    from anytoken.inference.checkpoint import check_target
+    from anytoken.model.upcycle import adopt_backbone
+    from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+
+    check_target(out, "token_space.json")
+    found: dict[str, ModalityTokenizer] = {}
+    for folder in tokenizers:
+        one = (folder / "config.json").is_file()
+        found |= {load.name: load for load in [load_tokenizer(folder)]} if one else load_tokenizers(folder)
+    print(AnyToken(*adopt_backbone(backbone, found, upcycle, top_k)).save_pretrained(out))
 
 
 class Target(StrEnum):

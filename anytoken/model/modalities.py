@@ -1,8 +1,4 @@
-"""A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved.
-
-A new row is half noise, half a random projection of its codebook vector, around the mean of the trained rows and at
-their scale: codes that sound or look alike start alike, and no new id stands out before it is trained.
-"""
+"""A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved."""
 
 import copy
 import json
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anytoken.model.rows import new_rows
 from anytoken.processor import Processor
 from anytoken.tokenizers.base import Grid, ModalityTokenizer, load_tokenizer
 
@@ -36,15 +33,8 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
     space = copy.deepcopy(processor.token_space)
     first = space.vocab_size
     space.append_modality(tokenizer.name, tokenizer.codebook_sizes, tokenizer.shape)
-    old = lm.get_input_embeddings().weight.detach()[:first].float().cpu()
-    rows = torch.randn(space.vocab_size - first, old.shape[1], generator=torch.Generator().manual_seed(first))
-    for codebook in range(len(tokenizer.codebook_sizes)):
-        span = space.code_range(tokenizer.name, codebook)
-        place = slice(span.start - first, span.stop - first)
-        rows[place] = (
-            rows[place] + _projected(tokenizer.codebook_vectors(codebook), old.shape[1])
-        ) / math.sqrt(2)
-    rows = old.mean(0) + rows * old.std(0).mean()
+    old = lm.get_input_embeddings().weight[:first]
+    rows = new_rows(old, space, {tokenizer.name: tokenizer}, first)
     _write_rows(lm, first, rows)
     if hasattr(lm.config, "modality_boundaries"):
         lm.config.modality_boundaries = space.bucket_boundaries()
@@ -105,14 +95,6 @@ def _write_rows(lm: PreTrainedModel, first: int, rows: Tensor) -> None:
         grow(size)
     for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
         layer.weight[first:size] = rows.to(layer.weight)
-
-
-def _projected(vectors: Tensor, width: int) -> Tensor:
-    """Codebook vectors [K, D] as rows [K, width] of unit variance that keep their distances, up to scale."""
-    vectors = vectors.detach().float().cpu()
-    generator = torch.Generator().manual_seed(vectors.shape[1])
-    rows = (vectors - vectors.mean(0)) @ torch.randn(vectors.shape[1], width, generator=generator)
-    return rows / rows.std().clamp(min=1e-6)
 
 
 def longest_segment(tokenizer: ModalityTokenizer) -> int:

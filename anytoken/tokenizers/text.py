@@ -4,6 +4,9 @@ The 256 bytes are the first part of every vocabulary, so nothing is ever unknown
 pair encoding of words: arXiv 1508.07909). The merging is Hugging Face `tokenizers`, which trains in seconds and
 whose `tokenizer.json` other programs read.
 
+The tokenizer of a foreign language model is read as it is, SentencePiece's pieces too (arXiv 1808.06226); its special
+ids are no text: they are never made of a string, so no string can pose as one.
+
 A corpus of captions learns whole words, but not necessarily the short pieces a task needs to be single tokens, such
 as one amino acid a token in "M K L V". `train(..., always=[" K", ...])` guarantees those: see there.
 """
@@ -14,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -27,6 +31,12 @@ from anytoken.tokenizers.base import TokenizerError
 
 NUM_BYTES = 256
 FILE = "tokenizer.json"
+SPACE_PIECE, BYTE_PIECE = (
+    "\u2581",
+    re.compile(r"<0x[0-9A-F]{2}>"),
+)  # how SentencePiece writes a space, and a byte
+STEPS = ("normalizers", "pretokenizers")  # where a tokenizer.json lists the steps of a sequence
+IN_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}  # the bytes that some string holds
 RECIPE_KEYS = {"kind", "data", "vocab_size", "corpus", "texts", "texts_weight", "always"}
 log = logging.getLogger(__name__)
 
@@ -40,23 +50,61 @@ def _byte_of_letter() -> dict[str, int]:
     }
 
 
+def _id_pieces(bpe: Tokenizer) -> list[bytes | None]:
+    """The bytes of every id, None for special ones and gaps; TokenizerError for a vocabulary of another kind."""
+    letters, added = _byte_of_letter(), bpe.get_added_tokens_decoder()
+    vocabulary = {id_: token for token, id_ in bpe.get_vocab(with_added_tokens=True).items()}
+    pieces: list[bytes | None] = [None] * (max(vocabulary, default=-1) + 1)
+    plain = {id_: token for id_, token in vocabulary.items() if id_ not in added}
+    byte_level = all(letter in letters for token in plain.values() for letter in token)
+    if not byte_level and "<0x00>" not in plain.values():
+        raise TokenizerError(
+            "This is neither a byte-level vocabulary nor one that falls back to bytes; train one with `train`."
+        )
+    for id_, token in plain.items():
+        if byte_level:
+            pieces[id_] = bytes(letters[letter] for letter in token)
+        elif BYTE_PIECE.fullmatch(token):
+            pieces[id_] = bytes([int(token[3:5], 16)])
+        else:
+            pieces[id_] = token.replace(SPACE_PIECE, " ").encode()
+    for id_, one in added.items():
+        pieces[id_] = None if one.special else one.content.encode()
+    return pieces
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer, in its JSON form, that puts no space before a text; None if nothing is left."""
+    if not isinstance(part, dict) or part["type"] == "Prepend":
+        return None
+    exact = {"add_prefix_space": False, "prepend_scheme": "never"}
+    inner = {key: [_without_prefix(one) for one in value] for key, value in part.items() if key in STEPS}
+    kept = {key: [one for one in steps if one is not None] for key, steps in inner.items()}
+    return {**part, **{key: value for key, value in exact.items() if key in part}, **kept}
+
+
 class TextTokenizer:
     """Ids 0 to `vocab_size - 1`, each standing for a few bytes. Equal files give equal ids everywhere."""
 
     def __init__(self, bpe: Tokenizer) -> None:
-        letters = _byte_of_letter()
-        vocabulary = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-        readable = all(letter in letters for token, _ in vocabulary for letter in token)
-        if not readable or [id_ for _, id_ in vocabulary] != list(range(len(vocabulary))):
-            raise TokenizerError(
-                "This is no byte-level vocabulary with ids 0, 1, 2, ...; train one with `train`."
-            )
+        bpe.encode_special_tokens = True  # "<s>" in a text is four letters
         self._bpe = bpe
-        self._bytes = [bytes(letters[letter] for letter in token) for token, _ in vocabulary]
-        if len({piece for piece in self._bytes if len(piece) == 1}) != NUM_BYTES:
+        self._bytes = _id_pieces(bpe)
+        single = {piece[0] for piece in self._bytes if piece is not None and len(piece) == 1}
+        if IN_UTF8 - single:
             raise TokenizerError(
-                "The vocabulary lacks single bytes, so some text would be lost; train it anew."
+                "The vocabulary lacks single bytes, so some text would be lost; train it anew with `train`, or take "
+                "a backbone whose tokenizer is byte-level or falls back to bytes."
             )
+        edges = [
+            0,
+            *(id_ for id_ in range(1, self.vocab_size) if self._is_text(id_) != self._is_text(id_ - 1)),
+        ]
+        spans = pairwise([*edges, self.vocab_size])
+        self.ranges = tuple(span for span in spans if self._is_text(span[0]))
+
+    def _is_text(self, id_: int) -> bool:
+        return self._bytes[id_] is not None
 
     @property
     def vocab_size(self) -> int:
@@ -80,10 +128,12 @@ class TextTokenizer:
         return b"".join(self.id_bytes(id_) for id_ in ids).decode("utf-8", errors="replace")
 
     def id_bytes(self, id_: int) -> bytes:
-        """The bytes one id stands for; TokenizerError outside 0 to vocab_size - 1."""
-        if not 0 <= id_ < self.vocab_size:
-            raise TokenizerError(f"Text ids run from 0 to {self.vocab_size - 1}; received {id_}.")
-        return self._bytes[id_]
+        """The bytes one id stands for; TokenizerError outside `ranges`."""
+        piece = self._bytes[id_] if 0 <= id_ < self.vocab_size else None
+        if piece is None:
+            runs = ", ".join(f"{start} to {stop - 1}" for start, stop in self.ranges)
+            raise TokenizerError(f"Text ids run from {runs}; received {id_}.")
+        return piece
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, always: Sequence[str] = ()) -> TextTokenizer:
@@ -123,6 +173,17 @@ class TextTokenizer:
                 "a word or sign with at most one space before it."
             )
         return tokenizer
+
+    @classmethod
+    def adopt(cls, bpe: Tokenizer) -> TextTokenizer:
+        """The tokenizer of a foreign language model, made exact: no space is put before a text, nothing is cut off.
+
+        TokenizerError if it is neither byte-level nor falls back to bytes.
+        """
+        spec = json.loads(bpe.to_str()) | {"truncation": None, "padding": None}
+        for part in ("normalizer", "pre_tokenizer"):
+            spec[part] = _without_prefix(spec[part])
+        return cls(Tokenizer.from_str(json.dumps(spec)))
 
     def fingerprint(self) -> str:
         """sha256 of the saved form: two tokenizers with one fingerprint give the same ids."""

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modalities import add_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.model.rows import initialise_code_rows
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import load_tokenizer
@@ -28,7 +28,7 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
         )
     text = TextTokenizer.from_pretrained(folders["text"])
     tokenizers = {kind: load_tokenizer(folder) for kind, folder in folders.items() if kind != "text"}
-    space = TokenSpace(text.vocab_size)
+    space = TokenSpace(text.vocab_size, text_ranges=text.ranges)
     for kind, tokenizer in tokenizers.items():
         space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
     return Processor(space, text, tokenizers)
@@ -84,27 +84,3 @@ def balance_by_bias(model: PreTrainedModel) -> None:
             f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
         )
     model.add_expert_bias()
-
-
-@torch.no_grad()
-def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
-    """Give codes that are near in their codebook near embeddings, by random projection.
-
-    Rows keep the scale of the model's initialisation, half of their variance from the projection.
-    """
-    table: Tensor = model.get_input_embeddings().weight
-    scale: float = model.config.initializer_range
-    generator = torch.Generator().manual_seed(0)
-    for kind, tokenizer in processor.tokenizers.items():
-        for codebook in range(len(tokenizer.codebook_sizes)):
-            span = processor.token_space.code_range(kind, codebook)
-            rows = projected_rows(tokenizer.codebook_vectors(codebook), table.shape[1], generator)
-            table[span.start : span.stop] += scale * rows
-            table[span.start : span.stop] /= 2**0.5
-
-
-def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """Project codebook vectors [K, D] to [K, width] with unit variance."""
-    centred = vectors.float() - vectors.float().mean(0)
-    rows = centred @ torch.randn(vectors.shape[1], width, generator=generator)
-    return rows / rows.std().clamp(min=1e-6)

@@ -26,9 +26,8 @@ class ModelWithLoss(nn.Module):
     ) -> dict[str, Any]:
         """One packed batch (see ``packing.pack``) to {"loss", "parts", "load", "shares"}: see ``_shares``."""
         base = base_model(self.lm)
-        outputs = base.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, output_router_logits=self.routed
-        )
+        asked = {"output_router_logits": True} if self.routed else {}
+        outputs = base.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **asked)
         hidden = outputs.last_hidden_state.flatten(0, 1)[loss_index]
         flat = input_ids.flatten()
         parts: LossParts = self.loss(hidden, head_weight(base), targets, flat[loss_index])

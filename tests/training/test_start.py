@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from anytoken.model.rows import projected_rows
 from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import build_processor, load_start, projected_rows
+from anytoken.training.start import build_processor, load_start
 
 
 def test_ids_follow_the_order_of_the_recipe(recipe: dict[str, Any]) -> None:

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from anytoken.inference.api import AnyToken
+from anytoken.model.upcycle import adopt_backbone
 from anytoken.processor import Processor
+from anytoken.tokenizers.base import load_tokenizer
+from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training import loop
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import Stage, StageError
@@ -42,6 +46,34 @@ def test_a_recipe_switches_the_balancing_on(recipe: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     biases = [module.expert_bias for module in model.modules() if hasattr(module, "expert_bias")]
     assert len(biases) == 2 and all(bias.abs().sum() > 0 for bias in biases)
+
+
+def test_a_foreign_backbone_is_trained(recipe: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    """What `anytoken init` writes, upcycled or of a class of its own, is a start like any other."""
+    for number, (kind, upcycle) in enumerate({"qwen3": 2, "gpt2": 0}.items()):
+        config = AutoConfig.for_model(
+            kind, vocab_size=290, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        text = TextTokenizer.from_pretrained(world / "tokenizers" / "text")
+        PreTrainedTokenizerFast(tokenizer_object=text._bpe).save_pretrained(tmp_path / kind)
+        tokenizers = {name: load_tokenizer(world / "tokenizers" / name) for name in ("tile", "beep")}
+        lm, processor = adopt_backbone(tmp_path / kind, tokenizers, upcycle)
+        start = AnyToken(lm, processor).save_pretrained(tmp_path / f"{kind} start")
+        changes = {
+            "init_from": str(start),
+            "tokenizers": {},
+            "model": {},
+            "output": str(tmp_path / str(number)),
+        }
+        folder = train(Stage.from_dict(recipe | changes | {"steps": 20}))
+        losses = [
+            entry["mean_over_modalities"]
+            for entry in read_metrics(folder / "metrics.jsonl")
+            if "loss" in entry
+        ]
+        assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_bias_without_experts_is_refused(recipe: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""The first vocabulary rows of codes: near where their codebook vectors are near.
+
+A new row is half noise, half a random projection of its codebook vector, which keeps distances up to scale (the
+Johnson-Lindenstrauss lemma): codes that sound or look alike start alike. In a trained model rows start around the
+mean of the old ones, so that no new id stands out before it is trained (Hewitt, "Initializing New Word Embeddings
+for Pretrained Language Models", 2021).
+
+Shapes: K codes, D codebook width, H hidden, N new rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import ModalityTokenizer
+
+
+def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Project codebook vectors [K, D] to [K, width] with unit variance."""
+    vectors = vectors.detach().float().cpu()
+    rows = (vectors - vectors.mean(0)) @ torch.randn(vectors.shape[1], width, generator=generator)
+    return rows / rows.std().clamp(min=1e-6)
+
+
+def new_rows(
+    old: Tensor,
+    space: TokenSpace,
+    tokenizers: Mapping[str, ModalityTokenizer],
+    first: int,
+    scale: float = 1.0,
+) -> Tensor:
+    """Rows [N, H], float32 on the CPU, for the ids from `first` on, around the mean of the `old` rows.
+
+    They spread `scale` times as far as the old ones. tokenizers: those of the modalities among the new ids.
+    """
+    old = old.detach().float().cpu()
+    width = old.shape[1]
+    rows = torch.randn(space.vocab_size - first, width, generator=torch.Generator().manual_seed(first))
+    for name, tokenizer in tokenizers.items():
+        for codebook in range(len(tokenizer.codebook_sizes)):
+            vectors = tokenizer.codebook_vectors(codebook)
+            generator = torch.Generator().manual_seed(vectors.shape[1])
+            span = space.code_range(name, codebook)
+            place = slice(span.start - first, span.stop - first)
+            rows[place] = (rows[place] + projected_rows(vectors, width, generator)) / math.sqrt(2)
+    return old.mean(0) + rows * (scale * old.std(0).mean())
+
+
+@torch.no_grad()
+def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
+    """Do so in a model from scratch: rows keep the scale of the model's initialisation."""
+    table: Tensor = model.get_input_embeddings().weight
+    scale: float = model.config.initializer_range
+    generator = torch.Generator().manual_seed(0)
+    for kind, tokenizer in processor.tokenizers.items():
+        for codebook in range(len(tokenizer.codebook_sizes)):
+            span = processor.token_space.code_range(kind, codebook)
+            rows = projected_rows(tokenizer.codebook_vectors(codebook), table.shape[1], generator)
+            table[span.start : span.stop] += scale * rows
+            table[span.start : span.stop] /= 2**0.5
