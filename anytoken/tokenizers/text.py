@@ -36,7 +36,9 @@ SPACE_PIECE, BYTE_PIECE = (
     re.compile(r"<0x[0-9A-F]{2}>"),
 )  # how SentencePiece writes a space, and a byte
 STEPS = ("normalizers", "pretokenizers")  # where a tokenizer.json lists the steps of a sequence
-IN_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}  # the bytes that some string holds
+# What UTF-8 of people's texts is made of: without the bytes of control codes and of planes nobody writes in, which
+# the vocabularies of some language models lack.
+IN_TEXT = {ord("\t"), ord("\n"), *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
 RECIPE_KEYS = {"kind", "data", "vocab_size", "corpus", "texts", "texts_weight", "always"}
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,8 @@ class TextTokenizer:
         self._bpe = bpe
         self._bytes = _id_pieces(bpe)
         single = {piece[0] for piece in self._bytes if piece is not None and len(piece) == 1}
-        if IN_UTF8 - single:
+        self._lost = set(range(NUM_BYTES)) - single
+        if self._lost & IN_TEXT:
             raise TokenizerError(
                 "The vocabulary lacks single bytes, so some text would be lost; train it anew with `train`, or take "
                 "a backbone whose tokenizer is byte-level or falls back to bytes."
@@ -112,15 +115,20 @@ class TextTokenizer:
         return len(self._bytes)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a string; empty for "". TokenizerError for what UTF-8 cannot hold (lone surrogates)."""
+        """Ids of a string; empty for "". TokenizerError for what UTF-8 (lone surrogates) or the vocabulary lacks."""
         if not isinstance(text, str):
             raise TokenizerError(f"The text tokenizer encodes str; received {type(text).__name__}.")
         try:
-            text.encode()
+            lost = self._lost.intersection(text.encode())
         except UnicodeEncodeError as error:
             raise TokenizerError(
                 f"The text is not valid Unicode ({error}); repair it before encoding."
             ) from error
+        if lost:
+            raise TokenizerError(
+                f"The backbone's vocabulary has no id for the byte {min(lost):#04x}, a control code or rare character "
+                "of the text; remove it."
+            )
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:

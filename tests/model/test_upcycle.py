@@ -19,6 +19,7 @@ import anytoken
 from anytoken.model import AnyTokenForCausalLM
 from anytoken.model.upcycle import BackboneError, adopt_backbone, express, load_backbone
 from anytoken.segments import Text
+from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
@@ -203,6 +204,17 @@ def test_special_ids_are_no_text() -> None:
     for string in (PROMPT, " </s><tool>", "ü \n 漢", ""):
         assert text.decode(text.encode(string)) == string
         assert all(3 <= id_ < TEXT_STOP for id_ in text.encode(string))
+
+
+def test_a_lacking_byte_is_said_and_never_lost() -> None:
+    vocabulary = {letter: id_ for id_, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    del vocabulary["\u0113"]  # how byte-level vocabularies write the byte 0x13
+    bpe = Tokenizer(models.BPE({letter: id_ for id_, letter in enumerate(vocabulary)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = TextTokenizer.adopt(bpe)
+    assert text.decode(text.encode("a\n漢")) == "a\n漢"
+    with pytest.raises(TokenizerError, match="0x13"):
+        text.encode("a\x13")
 
 
 def test_sentencepiece_reads_exactly() -> None:
