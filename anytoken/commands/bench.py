@@ -60,3 +60,18 @@ def quantize(
     from anytoken.evaluation.bench_quantize import bench_quantize
 
     bench.report(bench_quantize(model, repeats, each), out)
+
+
+@app.command()
+def experts(
+    hidden: Annotated[int, typer.Option(min=64, help="Width of both decoders.")] = 512,
+    experts: Annotated[int, typer.Option(min=2, help="Experts of every layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts a token passes.")] = 2,
+    repeats: Repeats = 5,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_experts.json"),
+) -> None:
+    """A training step with experts beside a dense one of equal active parameters; each as a share of the peak."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_experts import bench_experts
+
+    bench.report(bench_experts(hidden, experts, top_k, repeats), out)

@@ -43,7 +43,8 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
 
     def add_bias(self) -> None:
         """Choose by probability plus bias from now on; the bias starts at zero, and the load is counted."""
-        self.expert_bias, self.load = self.weight.new_zeros(2, self.num_choices, dtype=torch.float32).unbind()
+        self.expert_bias = self.weight.new_zeros(self.num_choices, dtype=torch.float32)
+        self.load = self.weight.new_zeros(self.num_choices, dtype=torch.long)
 
     def forward(
         self, hidden_states: Tensor, open_experts: Tensor | None = None
@@ -93,9 +94,9 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         assert self.expert_bias is not None and self.load is not None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.load)
-        member = F.one_hot(groups).to(self.load)  # [C, G]
-        mean = member @ ((self.load @ member) / member.sum(0))
-        self.expert_bias += rate * torch.sign(mean - self.load)
+        load, member = self.load.float(), F.one_hot(groups).float()  # [C], [C, G]
+        mean = member @ ((load @ member) / member.sum(0))
+        self.expert_bias += rate * torch.sign(mean - load)
         self.load.zero_()
 
 

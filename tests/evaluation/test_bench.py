@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import anytoken
-from anytoken.evaluation import bench
+from anytoken.evaluation import bench, bench_experts
 from anytoken.evaluation import bench_generate as bench_generate_module
+from anytoken.evaluation.bench_experts import decoders, step_operations
 from anytoken.evaluation.bench_generate import bench_generate
 
 
@@ -48,3 +51,28 @@ def test_generation_is_compared_on_equal_ids(monkeypatch):
     monkeypatch.setattr(type(model.lm), "generate", other)
     with pytest.raises(bench.BenchError, match="different ids"):
         bench_generate(model, "image", "a red circle", repeats=1)
+
+
+def test_both_decoders_are_as_large_as_each_other_in_use() -> None:
+    models = decoders(hidden=64, experts=4, top_k=2)
+    active = {name: lm.num_active_parameters() for name, lm in models.items()}
+    assert active["moe"] == pytest.approx(active["dense"], rel=0.01)  # the router is the difference
+    assert sum(p.numel() for p in models["moe"].parameters()) > 1.2 * active["moe"]
+
+
+def test_counted_operations_are_those_that_run() -> None:
+    """Eager attention computes the masked half too, so torch's count is an upper bound, near with short rows."""
+    lm, ids = decoders(hidden=64, experts=4, top_k=2)["dense"], torch.randint(4096, (2, 16))
+    lm.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        lm(ids, labels=ids, use_cache=False).loss.backward()
+    assert 0.95 * counter.get_total_flops() < step_operations(lm, 2, 16) <= counter.get_total_flops()
+
+
+def test_bench_experts_measures_all_three_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_experts, "CONTEXT", 16)
+    monkeypatch.setattr(bench_experts, "PEAK_SIZE", 64)
+    figures = bench_experts.bench_experts(hidden=64, experts=2, top_k=1, repeats=1)
+    assert [row["decoder"] for row in figures["rows"]] == ["moe", "dense"]
+    assert all(row["tokens/s"] > 0 and row["share of the fp32 peak"] > 0 for row in figures["rows"])
+    assert figures["rows"][0]["MoE / dense tokens/s"] > 0

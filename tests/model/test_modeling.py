@@ -356,10 +356,20 @@ def test_lora_wraps_saves_and_reloads(tmp_path: Path) -> None:
     assert not torch.allclose(tuned, tiny()(ids()).logits)
 
 
+EVERYTHING = {
+    **VARIANTS["bias"], "num_null_experts": 1, "router_modality_aux_loss_coef": 0.1, "mlp_only_layers": [1],
+    "qk_norm": "projection", "use_sliding_window": True, "sliding_window": 7, "num_hidden_layers": 3,
+}  # fmt: skip
+
+
 def golden_run() -> dict[str, Tensor]:
-    """Logits and ten training losses of a tiny model: a refactor must reproduce them."""
-    lm = tiny(**VARIANTS["shared"])
+    """Logits and ten training losses of tiny models: a refactor must reproduce them."""
+    return golden_of(tiny(**VARIANTS["shared"]), "") | golden_of(tiny(**EVERYTHING), "everything_")
+
+
+def golden_of(lm: AnyTokenForCausalLM, prefix: str) -> dict[str, Tensor]:
     logits = lm(ids()).logits.detach()[:, ::6].contiguous()
+    lm.train()
     optimizer = torch.optim.SGD(lm.parameters(), lr=0.5)
     losses = []
     for step in range(10):
@@ -367,8 +377,10 @@ def golden_run() -> dict[str, Tensor]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if lm.config.expert_bias:
+            lm.update_expert_bias(0.01)
         losses.append(loss.detach())
-    return {"logits": logits, "losses": torch.stack(losses)}
+    return {f"{prefix}logits": logits, f"{prefix}losses": torch.stack(losses)}
 
 
 def test_golden_logits_and_losses() -> None:
