@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anytoken.inference.sampling import Sampling
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
+    from anytoken.tokenizers.modalities import load_modality
 
 __version__ = "0.1.0"
 
@@ -40,11 +41,12 @@ _HOME = {
     "Text": "segments",
     "Video": "segments",
     "load": "inference.api",
+    "load_modality": "tokenizers.modalities",
     "register_modality": "tokenizers.base",
 }
 __all__ = [
     "DNA", "AnyToken", "Chat", "Image", "ModalityTokenizer", "Reply", "Sampling", "Segment", "Speech", "Text",
-    "Video", "load", "register_modality",
+    "Video", "load", "load_modality", "register_modality",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -72,8 +73,17 @@ for name, group in {"tokenizer": tokenizer, "data": data, "recipes": recipes, "b
 @app.callback()
 def top(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    modality: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run this file, or the one in this folder, for the kind of tokenizer it defines."),
+    ] = None,
 ) -> None:
     """Text, images, speech, video and DNA as tokens of one stream, read and written by one language model."""
+    if modality:
+        from anytoken.tokenizers.modalities import load_modality
+
+        for path in modality:
+            load_modality(path)
 
 
 def main() -> None:

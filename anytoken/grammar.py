@@ -4,6 +4,7 @@
     content: text ids and segments in any order, at least one; or `null` alone, in a user's turn
     segment: open (a size id per axis) codes close        for a Grid: exactly prod(size) * num_codebooks codes
              open codes close                             for a Run: whole frames between min and max length
+    codes of several codebooks are written frame after frame, or delayed (see `writing_order`)
 
 One object serves decoding (`allowed` masks, so every emitted segment is valid), the head (which rows to compute),
 the grammar-restricted loss (`loss_rows`) and training data (`validate`). `allowed` is the only place that knows
@@ -39,7 +40,7 @@ from anytoken.grammar_tables import (
     role_ranges,
 )
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Grid
+from anytoken.tokenizers.base import Grid, writing_order
 
 CACHE = 1024  # tasks and masks that are kept
 
@@ -192,11 +193,13 @@ class Grammar:
         segment, read = self.segments[state.kind], state.read
         if state.total:
             return state.total - read
-        books = segment.num_codebooks
-        if isinstance(segment.shape, Grid):
+        books, shape = segment.num_codebooks, segment.shape
+        if isinstance(shape, Grid):
             low, known = self._table(state).limits[state.kind][0], len(state.size)
             return len(low) - known + math.prod(state.size) * math.prod(low[known:]) * books
-        return max(segment.shape.min_length * books - read, -read % books)
+        frame, book = segment.place(0, read)
+        begun = min(frame + (book + 1 if segment.delayed else 1), shape.max_length) if book else frame
+        return max(shape.min_length, begun) * books - read
 
     def allowed(self, state: State, budget: int | None = None) -> Ranges:
         """The ids that may come next, as sorted, merged, half-open ranges; never empty unless finished.
@@ -226,18 +229,21 @@ class Grammar:
 
     def _allowed_codes(self, state: State, budget: int | None) -> Ranges:
         segment, read = self.segments[state.kind], state.read
-        book = read % segment.num_codebooks
+        frame, book = segment.place(state.total, read)
         if state.total:
             return segment.codes[book] if read < state.total else segment.close_only
         if book:
             return segment.codes[book]
-        shape, books = segment.shape, segment.num_codebooks
+        shape = segment.shape
         assert not isinstance(shape, Grid)
-        frames = read // books
-        if frames < shape.min_length:
+        if frame < shape.min_length:
             return segment.codes[0]
-        more = frames < shape.max_length and (budget is None or budget > books + self._tail(state))
-        return segment.code_or_close if more else segment.close_only
+        if segment.delayed and read == frame * segment.num_codebooks:
+            return segment.close_only  # the longest run, read to its end
+        # Codes that are to follow if one more frame begins, itself included.
+        left = (frame + 1) * segment.num_codebooks - read
+        more = frame < shape.max_length and (budget is None or budget > left + self._tail(state))
+        return segment.code_or_ending if more else segment.ending
 
     def _allowed_size(self, state: State, budget: int | None) -> Ranges:
         lows, highs = self._table(state).limits[state.kind]
@@ -276,6 +282,7 @@ class Grammar:
             if token == self.segments[kind].close:
                 step, read = (step + 1, 0) if task and task.plan else (step, 1)
                 return State(CONTENT, role, "", (), 0, read, task, step)
+            total = total or self._total(self.segments[kind], read, token)
             return State(phase, role, kind, size, total, read + 1, task, step)
         if phase is CONTENT:
             return self._advance_content(state, token)
@@ -284,6 +291,15 @@ class Grammar:
         if phase is TURNS:
             return State(CONTENT, self._roles[token])
         return State(TURNS)  # after bos, or the end of a null prompt
+
+    @staticmethod
+    def _total(segment: SegmentTable, read: int, token: int) -> int:
+        """How many codes a delayed run has, once a code shows that no frame begins any more; else 0."""
+        if not segment.delayed or isinstance(segment.shape, Grid):
+            return 0
+        frame, book = segment.place(0, read)
+        begins = book == 0 and segment.codes[0][0][0] <= token < segment.codes[0][0][1]
+        return 0 if book or begins else frame * segment.num_codebooks
 
     def _advance_content(self, state: State, token: int) -> State:
         role, task, step = state.role, state.task, state.step
@@ -369,8 +385,12 @@ class Grammar:
     def _segment_piece(self, last: State, ids: list[int]) -> Piece:
         """The piece of one segment: `last` is the state before its close id, `ids` run from its open id to there."""
         segment = self.segments[last.kind]
-        codes = np.array(ids[1 + len(last.size) :], dtype=np.int64).reshape(-1, segment.num_codebooks)
-        return Piece(last.kind, codes - segment.starts, last.size, last.role)
+        written = np.array(ids[1 + len(last.size) :], dtype=np.int64)
+        codes = np.empty_like(written)
+        codes[writing_order(segment.shape, len(written) // segment.num_codebooks)] = written
+        return Piece(
+            last.kind, codes.reshape(-1, segment.num_codebooks) - segment.starts, last.size, last.role
+        )
 
     # ---- ranges as tensors, and the grammar-restricted loss ----
 

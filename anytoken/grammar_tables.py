@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import CodeShape, Grid
+from anytoken.tokenizers.base import CodeShape, Grid, writing_order
 
 Span = tuple[int, int]
 Ranges = tuple[Span, ...]
@@ -40,7 +40,28 @@ class SegmentTable:
         self.starts = np.array([book.start for book in books])
         self.codes: list[Ranges] = [((book.start, book.stop),) for book in books]
         self.close_only: Ranges = (one(self.close),)
-        self.code_or_close = merge_ranges([one(self.close), *self.codes[0]])
+        # What may stand where a run's next frame could begin: its close id, or, delayed, the rest of the frames before.
+        self.delayed = self.num_codebooks > 1 and self.shape.order == "delayed"
+        self.ending: Ranges = self.codes[1] if self.delayed else self.close_only
+        self.code_or_ending = merge_ranges([*self.ending, *self.codes[0]])
+        self._orders: dict[int, np.ndarray] = {}
+
+    def order(self, frames: int) -> np.ndarray:
+        """`writing_order` of so many frames; kept."""
+        if frames not in self._orders:
+            self._orders[frames] = writing_order(self.shape, frames)
+        return self._orders[frames]
+
+    def place(self, total: int, read: int) -> tuple[int, int]:
+        """Frame and codebook of the code after `read` ones; total: all codes of the segment, 0 if not yet known.
+
+        While a run goes on its codes stand as in the longest one.
+        """
+        if not self.delayed:
+            return divmod(read, self.num_codebooks)
+        frames = total // self.num_codebooks or longest(self.shape)
+        order = self.order(frames)
+        return divmod(int(order[read]), self.num_codebooks) if read < len(order) else (frames, 0)
 
 
 class TaskTable:
@@ -91,7 +112,7 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
     """Disjoint sets of ids: each holds all that `allowed` offers wherever one of its own ids stands.
 
     Content (text, end, null, the open ids) | roles | sizes | each codebook, a run's first one with its close
-    id | close ids of grids, bos and pad, each alone.
+    id, or with the second where it is delayed | close ids of grids and delayed runs, bos and pad, each alone.
     """
     opens = [one(space.open_token(name)) for name in space.shapes]
     sets: list[Ranges] = [
@@ -105,8 +126,14 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
         if isinstance(segment.shape, Grid):
             sets += [segment.close_only, *segment.codes]
         else:
-            sets += [segment.code_or_close, *segment.codes[1:]]
+            sets += [segment.code_or_ending, *segment.codes[2 if segment.delayed else 1 :]]
+            sets += [segment.close_only] if segment.delayed else []
     return sets
+
+
+def longest(shape: CodeShape) -> int:
+    """The most frames a segment can have."""
+    return math.prod(shape.max_size) if isinstance(shape, Grid) else shape.max_length
 
 
 def role_ranges(space: TokenSpace) -> Ranges:

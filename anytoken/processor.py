@@ -7,6 +7,7 @@ transformers: content is a string or a list of parts such as ``{"type": "image",
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -19,12 +20,13 @@ import torch
 from PIL.Image import Image as Picture
 
 from anytoken.grammar import ROLES, Grammar, GrammarError, Piece
+from anytoken.media_files import write_whole
 from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import TokenSpace, TokenSpaceError
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer, writing_order
 from anytoken.tokenizers.text import TextTokenizer
 
-SPACE_FILE = "token_space.json"
+SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
 Message = dict[str, Any]
 Open = Callable[[], Segment]  # media are opened only once the whole prompt is known to be well-formed
 
@@ -113,7 +115,7 @@ class Processor:
         return [
             space.open_token(kind),
             *(space.size_token(n) for n in codes.size),
-            *(codes.values + starts).ravel().tolist(),
+            *(codes.values + starts).ravel()[writing_order(tokenizer.shape, len(codes))].tolist(),
             space.close_token(kind),
         ]
 
@@ -260,11 +262,16 @@ class Processor:
     # ---- saving and loading ----
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write token_space.json, text_tokenizer/ and tokenizers/<kind>/; weights as `dtype` if given."""
+        """Write token_space.json, text_tokenizer/ and tokenizers/<kind>/; weights as `dtype` if given.
+
+        Their fingerprints stand beside them: another tokenizer of the same shape would go unnoticed otherwise.
+        """
         folder = Path(folder)
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         for kind, tokenizer in self.tokenizers.items():
             tokenizer.save_pretrained(folder / "tokenizers" / kind, dtype)
+        lines = json.dumps(self.fingerprints(dtype), indent=1) + "\n"
+        write_whole(folder / FINGERPRINTS, lambda scratch: scratch.write_text(lines))
         self.token_space.save(folder / SPACE_FILE)  # last: a folder that has it is whole
         return folder
 
@@ -284,9 +291,31 @@ class Processor:
         text = TextTokenizer.from_pretrained(folder / "text_tokenizer")
         tokenizers = {kind: load_tokenizer(folder / "tokenizers" / kind) for kind in space.modalities}
         try:
-            return cls(space, text, tokenizers)
+            processor = cls(space, text, tokenizers)
+            processor._check_fingerprints(folder / FINGERPRINTS)
         except TokenSpaceError as error:
             raise TokenSpaceError(f"{folder} mixes files of different checkpoints: {error}") from None
+        return processor
+
+    def fingerprints(self, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Every kind with the fingerprint of its tokenizer, saved as `dtype`."""
+        media = {kind: tokenizer.fingerprint(dtype) for kind, tokenizer in self.tokenizers.items()}
+        return {"text": self.text_tokenizer.fingerprint(), **media}
+
+    def _check_fingerprints(self, path: Path) -> None:
+        """TokenSpaceError names a tokenizer that is not the saved one; checkpoints without fingerprints pass."""
+        if not path.is_file():
+            return
+        try:
+            saved: dict[str, str] = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise TokenSpaceError(f"{path.name} is damaged ({error})") from None
+        for kind, found in self.fingerprints().items():
+            if saved.get(kind) != found:
+                raise TokenSpaceError(
+                    f"its {kind} tokenizer has the fingerprint {found[:12]}, the one it was saved with "
+                    f"{str(saved.get(kind))[:12]}; copy the checkpoint again"
+                )
 
 
 def _is_empty_text(part: Any) -> bool:

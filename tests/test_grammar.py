@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from anytoken.grammar import Grammar, GrammarError, State
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import CodeShape, Grid, Run
+from anytoken.tokenizers.base import CodeShape, Grid, Run, writing_order
 
 Walk = Generator[set[int], int, int]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -27,12 +27,14 @@ FEW = settings(max_examples=60, deadline=None)
 
 def random_shape(chance: random.Random) -> CodeShape:
     books = chance.choice([1, 1, 2, 3])
+    order = chance.choice(["interleaved", "delayed"])
     if chance.random() < 0.5:
         low = chance.randint(1, 3)
-        return Run(low, low + chance.randint(0, 3), books)
+        return Run(low, low + chance.randint(0, 3), books, order)
     axes = chance.randint(1, 3)
     low_size = tuple(chance.randint(1, 2) for _ in range(axes))
-    return Grid(tuple("abc"[:axes]), low_size, tuple(n + chance.randint(0, 2) for n in low_size), books)
+    high_size = tuple(n + chance.randint(0, 2) for n in low_size)
+    return Grid(tuple("abc"[:axes]), low_size, high_size, books, order)
 
 
 def random_space(chance: random.Random) -> TokenSpace:
@@ -88,10 +90,14 @@ class Language:
                 numbers = [pin[axis]] if pin else range(shape.min_size[axis], shape.max_size[axis] + 1)
                 sizes = {space.size_token(n): n for n in numbers}
                 cells *= sizes[(yield set(sizes))]
+            if shape.order == "delayed":
+                return (yield from self.delayed(books, close, cells, cells))
             for _ in range(cells):
                 for book in books:
                     yield book
             return (yield {close})
+        if shape.order == "delayed":
+            return (yield from self.delayed(books, close, shape.min_length, shape.max_length))
         frames = 0
         while True:
             choices = books[0] if frames < shape.max_length else set()
@@ -101,6 +107,25 @@ class Language:
             for book in books[1:]:
                 yield book
             frames += 1
+
+    def delayed(self, books: list[set[int]], close: int, low: int, high: int) -> Walk:
+        """In step s stand codebook q of frame s - q, as far as there are such frames."""
+        begun, ended, step = 0, False, 0
+        while True:
+            waiting = [q for q in range(1, len(books)) if 0 <= step - q < begun]
+            first = books[0] if not ended and begun < high else set()
+            rest = set() if begun < low else (books[waiting[0]] if waiting else {close})
+            token = yield first | rest
+            if token == close:
+                return token
+            if token in first:
+                begun += 1
+                waiting = [q for q in range(1, len(books)) if 0 <= step - q < begun]
+            else:
+                ended, waiting = True, waiting[1:]
+            for q in waiting:
+                yield books[q]
+            step += 1
 
     def content(self, role: str) -> Walk:
         space, begun = self.space, False
@@ -267,11 +292,11 @@ def test_conversations_parse_and_can_be_written_again(seed: int) -> None:
         frames = math.prod(piece.size) if isinstance(shape, Grid) else len(piece.values)
         assert len(piece.values) == frames
         written += [space.open_token(piece.kind), *(space.size_token(n) for n in piece.size)]
-        for frame in piece.values.tolist():
-            for book, code in enumerate(frame):
-                start = space.code_range(piece.kind, book).start
-                assert start in starts and 0 <= code < len(space.code_range(piece.kind, book))
-                written.append(start + code)
+        for place in writing_order(shape, frames).tolist():
+            frame, book = divmod(place, shape.num_codebooks)
+            code, span = int(piece.values[frame, book]), space.code_range(piece.kind, book)
+            assert span.start in starts and 0 <= code < len(span)
+            written.append(span.start + code)
         written.append(space.close_token(piece.kind))
     frame_ids = {space.bos, space.system, space.user, space.assistant, space.end, space.null}
     assert written == [token for token in ids if token not in frame_ids]
@@ -491,3 +516,25 @@ def test_loss_classes_of_a_small_space(grammar: Grammar) -> None:
     assert rivals(space.close_token("image")) == {space.close_token("image")}
     assert rivals(first.start) == {*range(first.start, first.stop), space.close_token("tone")}
     assert rivals(second.start) == set(range(second.start, second.stop))
+
+
+@given(frames=st.integers(1, 12), books=st.integers(1, 5))
+def test_the_delay_pattern_by_hand_and_by_its_rule(frames: int, books: int) -> None:
+    order = writing_order(Run(1, 20, books, "delayed"), frames)
+    steps = [(f + q, q) for f, q in (divmod(int(flat), books) for flat in order)]
+    assert steps == sorted(steps) and sorted(order) == list(range(frames * books))
+    assert writing_order(Run(1, 9, 3, "delayed"), 3).tolist() == [0, 3, 1, 6, 4, 2, 7, 5, 8]
+    assert writing_order(Run(1, 9, 3), 2).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("order", ["interleaved", "delayed"])
+def test_codes_of_several_codebooks_come_back_in_either_order(order: str) -> None:
+    space = TokenSpace(4)
+    space.append_modality("tone", [7, 5, 6], Run(1, 5, 3, order))
+    grammar, chance = Grammar(space), np.random.default_rng(0)
+    starts = np.array([space.code_range("tone", book).start for book in range(3)])
+    for frames in range(1, 6):
+        codes = np.stack([chance.integers(0, size, frames) for size in (7, 5, 6)], 1)
+        written = (codes + starts).ravel()[writing_order(space.shapes["tone"], frames)]
+        (piece,) = grammar.parse([space.open_token("tone"), *written.tolist(), space.close_token("tone")])
+        assert np.array_equal(piece.values, codes)

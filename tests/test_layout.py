@@ -72,15 +72,18 @@ def test_a_room_imports_only_rooms_to_its_left(room, path):
 
 def test_optional_packages_are_never_imported_at_the_top_of_a_module():
     optional = {
+        "datasets",
         "deepspeed",
         "flash_attn",
         "gradio",
         "fastapi",
         "piper",
+        "ray",
         "resvg_py",
         "pocketsphinx",
         "matplotlib",
         "trl",
+        "webdataset",
         "torchao",
         "vllm",
     }

@@ -84,9 +84,9 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[str]]], Done]
             done.plans[kind] = tokenizer_trainer.load_recipe(recipe, overrides)
         return out
 
-    def tokenize(records: Path, tokenizers: Path, out: Path, workers: int) -> Path:
+    def tokenize(records: str, tokenizers: Path, out: Path, workers: int, **options: object) -> Path:
         assert tokenizers == next(iter(done.tokenizers.values())).parent
-        done.shards[out] = records
+        done.shards[out] = Path(records)
         return out
 
     def converse(sets: Path, out: Path, count: int, seed: int) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
@@ -24,6 +25,7 @@ from anytoken.tokenizers.base import (
     TokenizerError,
     register_modality,
 )
+from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
 BASES = "ACGT"
@@ -467,7 +469,7 @@ def test_a_saved_processor_gives_the_same_ids(saved: Path) -> None:
     assert after.detokenize(after.encode_chat([DOTS, "a"])) == [DOTS, Text("a")]
     files = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file())
     assert files == [
-        "text_tokenizer/tokenizer.json", "token_space.json", "tokenizers/dots/config.json",
+        "fingerprints.json", "text_tokenizer/tokenizer.json", "token_space.json", "tokenizers/dots/config.json",
         "tokenizers/dots/model.safetensors",
     ]  # fmt: skip
 
@@ -519,6 +521,29 @@ def test_files_of_another_checkpoint(saved: Path, tmp_path: Path) -> None:
             shutil.copyfile(elsewhere / name, mixed / name)
         with pytest.raises(TokenSpaceError, match=message):
             Processor.from_pretrained(mixed)
+
+
+def test_a_tokenizer_of_the_same_shape_with_other_weights_is_noticed(tmp_path: Path) -> None:
+    folders, found = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        image = ImageTokenizer(
+            width=8, encoder_depth=1, decoder_depth=1, refine_width=4, refine_depth=1, side_px=16
+        )
+        space = TokenSpace(TEXT.vocab_size)
+        space.append_modality("image", image.codebook_sizes, image.shape)
+        processor = Processor(space, TEXT, {"image": image.eval()})
+        folders.append(processor.save_pretrained(tmp_path / str(seed), torch.bfloat16))
+        found.append(Processor.from_pretrained(folders[-1]).tokenizers["image"].fingerprint())
+        assert found[-1] == image.fingerprint(torch.bfloat16) != image.fingerprint()
+    shutil.copy(folders[1] / "tokenizers/image/model.safetensors", folders[0] / "tokenizers/image")
+    with pytest.raises(TokenSpaceError, match=f"mixes files.*{found[1][:12]}.*{found[0][:12]}"):
+        Processor.from_pretrained(folders[0])
+    (folders[0] / "fingerprints.json").write_text("[")
+    with pytest.raises(TokenSpaceError, match=r"fingerprints\.json is damaged"):
+        Processor.from_pretrained(folders[0])
+    (folders[0] / "fingerprints.json").unlink()
+    Processor.from_pretrained(folders[0])  # saved before there were fingerprints
 
 
 def test_a_folder_cannot_name_code_to_load(saved: Path) -> None:

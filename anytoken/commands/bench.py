@@ -10,6 +10,7 @@ import typer
 from anytoken.commands.options import ModelArgument, Overrides, load
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed beside a named peer, in the same run.")
+CONTEXTS = [128, 512, 1024, 2048, 4096]
 Repeats = Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")]
 
 
@@ -18,14 +19,21 @@ def generate(
     model: ModelArgument = "mini",
     kind: Annotated[str, typer.Option(help="What is generated.")] = "image",
     prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",
-    repeats: Repeats = 5,
+    repeats: Repeats = 3,
+    vocabulary: Annotated[int, typer.Option(help="Ids of the large vocabulary.")] = 150_000,
+    width: Annotated[int, typer.Option(help="Hidden size of the large random model.")] = 768,
+    layers: Annotated[int, typer.Option(help="Its layers.")] = 12,
+    contexts: Annotated[
+        list[int], typer.Option("--context", min=1, help="Lengths at which a step is timed.")
+    ] = CONTEXTS,
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_generate.json"),
 ) -> None:
-    """Decoding beside `generate` of transformers: same weights, same grammar, same ids."""
+    """Decoding beside `generate` of transformers (same weights, grammar and ids), and beside its own limits."""
     from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_generate import bench_generate
+    from anytoken.evaluation.bench_generate import Sizes, bench_generate
 
-    bench.report(bench_generate(load(model), kind, prompt, repeats), out)
+    sizes = Sizes(vocabulary, width, layers, tuple(sorted(contexts)))
+    bench.report(bench_generate(load(model), kind, prompt, repeats, sizes), out)
 
 
 @app.command()
@@ -46,6 +54,27 @@ def train(
     recipe = Stage.load(recipes.find(stage), overrides or [])
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     bench.report(bench_train(recipe, repeats), out)
+
+
+@app.command()
+def data(
+    shards: Annotated[
+        Path,
+        typer.Option(
+            help="The folder of the stages' tokenized sets; without it, the tiny sets are tokenized."
+        ),
+    ] = Path("data/shards"),
+    repeats: Repeats = 5,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_data.json"),
+) -> None:
+    """How full packed rows are, loading beside a training step, and reading beside webdataset and datasets."""
+    from tempfile import TemporaryDirectory
+
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_data import bench_data, shards_or_tiny
+
+    with TemporaryDirectory() as scratch:
+        bench.report(bench_data(shards_or_tiny(shards, Path(scratch)), Path(scratch), repeats), out)
 
 
 @app.command()
@@ -75,3 +104,25 @@ def experts(
     from anytoken.evaluation.bench_experts import bench_experts
 
     bench.report(bench_experts(hidden, experts, top_k, repeats), out)
+
+
+@app.command()
+def model(
+    folder: Annotated[
+        str, typer.Argument(help="Whose shape and modalities: 'mini' or a checkpoint folder.")
+    ] = "mini",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch at the checkpoint's own vocabulary.")] = 8,
+    large_rows: Annotated[int, typer.Option(min=1, help="Rows of a batch at the large vocabulary.")] = 4,
+    text_size: Annotated[int, typer.Option(min=1, help="Text ids of the large vocabulary.")] = 150_000,
+    context: Annotated[int, typer.Option(min=16, help="Ids of a row.")] = 256,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_model.json"),
+) -> None:
+    """A training step beside stock Qwen3-MoE of the same shape; the head beside computing every logit."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_model import Sizes, bench_model
+    from anytoken.training.start import checkpoint_folder
+
+    path = checkpoint_folder(folder)
+    large = Sizes(path, large_rows, context, text_size)
+    bench.report(bench_model(Sizes(path, rows, context), large, repeats), out)

@@ -1,4 +1,4 @@
-"""`anytoken data`: build the data sets and tokenize records into shards."""
+"""`anytoken data`: build the data sets, check records, and tokenize them into shards."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ import typer
 
 from anytoken.commands.options import Out, Workers
 
-app = typer.Typer(no_args_is_help=True, help="Build the data sets and tokenize records into shards.")
+app = typer.Typer(
+    no_args_is_help=True, help="Build the data sets, check records, and tokenize them into shards."
+)
 Cache = Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A .jsonl file, a folder of media with captions or in class folders, webdataset tars, Parquet or Arrow "
+        "files, a saved `datasets` folder, or hf:owner/name; a pattern such as 'set-*.tar' for several files."
+    ),
+]
+Rename = Annotated[
+    list[str] | None, typer.Option(metavar="OLD=NEW", help="Give a key of the records another name.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Build only so many items: a quick look.")]
 
 
@@ -64,14 +76,59 @@ def instruct(
     print(build_instruct(sets, out, count, seed))
 
 
+@app.command("check")
+def data_check(
+    source: Source,
+    decode: Annotated[bool, typer.Option("--open", help="Decode every medium, too.")] = False,
+    rename: Rename = None,
+) -> None:
+    """List every bad record with its place and reason; exit code 2 if there is any. Of shards: compare checksums."""
+    from anytoken.data.check import Census, check_source
+    from anytoken.data.records import RecordError
+    from anytoken.data.shards import is_shards, verify_shards
+
+    if is_shards(source):
+        manifest = verify_shards(source)
+        print(
+            f"{source}: {manifest['records']:,} records in {manifest['parts']:,} parts, all as they were written"
+        )
+        return
+    census = Census()
+    for place, error in check_source(source, census, decode, pairs(rename)):
+        print(f"{place}: {error}")
+    media = ", ".join(f"{count:,} {kind}" for kind, count in census.media.items()) or "no media"
+    print(f"{source}: {census.records:,} records, {census.conversations:,} of them conversations; {media}")
+    for hint in census.hints():
+        print(f"note: {hint}")
+    if census.bad:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in census.bad.most_common())
+        raise RecordError(
+            f"{source}: {census.bad.total():,} of {census.records:,} records are bad: {reasons}"
+        )
+
+
 @app.command("tokenize")
 def data_tokenize(
-    records: Annotated[Path, typer.Argument(help="A JSONL file of records or conversations.")],
+    source: Source,
     tokenizers: Annotated[Path, typer.Option(help="A folder of tokenizers, such as a checkpoint's.")],
     out: Out,
     workers: Workers = 2,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: the cluster that RAY_ADDRESS names, else one on this machine.")
+    ] = "local",
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of records that may be bad.")] = 0.01,
+    rename: Rename = None,
 ) -> None:
     """Tokenize the media of records once, into shards; it resumes where it was stopped."""
     from anytoken.data.shards import load_tokenizers, tokenize_records
 
-    print(tokenize_records(records, load_tokenizers(tokenizers), out, workers))
+    options = {"max_bad": max_bad, "engine": engine, "rename": pairs(rename)}
+    print(tokenize_records(source, load_tokenizers(tokenizers), out, workers, **options))  # type: ignore[arg-type]
+
+
+def pairs(words: list[str] | None) -> dict[str, str]:
+    """OLD=NEW words as a mapping; ValueError for any other word."""
+    split = {word: word.partition("=") for word in words or []}
+    if wrong := [word for word, parts in split.items() if not all(parts)]:
+        raise ValueError(f"--rename takes OLD=NEW, such as audio=speech; received {wrong[0]!r}")
+    return {old: new for old, _, new in split.values()}

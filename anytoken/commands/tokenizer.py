@@ -48,6 +48,51 @@ def tokenizer_eval(
         print(make_card(tokenizer, data, card, count, seed))
 
 
+@app.command("compare")
+def tokenizer_compare(
+    tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
+    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    out: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+    genome: Annotated[
+        list[Path] | None, typer.Option(help="FASTA files that DNA tokenizers stream besides.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out items at most.")] = 400,
+    seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
+) -> None:
+    """Measure several tokenizers on the same held-out items: rate, what comes back, codebook usage, speed."""
+    import json
+
+    from anytoken.tokenizers.compare import compare, comparison
+
+    found = compare(tokenizers, data, count, seed, genome or [])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(comparison(found))
+
+
+@app.command("import")
+def tokenizer_import(
+    source: Annotated[
+        str, typer.Argument(help="A codec of transformers: a folder or a hub id, as kyutai/mimi.")
+    ],
+    out: Out,
+    kind: Annotated[
+        str | None, typer.Option(help="speech, image or video, where a codec does several.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As num_codebooks=8 or side_px=256.")
+    ] = None,
+) -> None:
+    """Save a pretrained codec (Mimi, DAC, EnCodec, X-Codec, Emu3, Janus, Chameleon) as a tokenizer folder."""
+    import yaml
+
+    from anytoken.tokenizers.pretrained import pretrained_tokenizer
+
+    chosen = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in settings or [])}
+    print(pretrained_tokenizer(source, kind, **chosen).save_pretrained(out))
+
+
 @app.command("overview")
 def tokenizer_overview(
     cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -95,6 +96,7 @@ def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, pr
 
 def translate(dna: str) -> str:
     """Residues of a sequence in frame 0 by genetic code 11, * for stop, X for a codon with another letter."""
+    dna = dna.upper().replace("U", "T")
     return "".join(RESIDUES.get(dna[i : i + 3], "X") for i in range(0, len(dna) - len(dna) % 3, 3))
 
 
@@ -113,7 +115,9 @@ def read_proteins(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise DNASetError(f"{path.name} is missing: the package is not what was pinned.")
     found: dict[str, str] = {}
-    for record in path.read_text(encoding="utf-8").split(">")[1:]:
+    for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[
+        1:
+    ]:  # products hold ">", too
         header, *lines = record.splitlines()
         product = header.split("~~~")[-1].strip()
         if product:

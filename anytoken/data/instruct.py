@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anytoken.data.records import read_records
+from anytoken.data.sources import read_records
 
 Record = dict[str, Any]
 Message = dict[str, Any]

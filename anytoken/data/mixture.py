@@ -3,17 +3,19 @@
 Sample ``i`` depends on nothing but the seed and ``i``, so any worker can draw any sample and resuming needs
 only a counter. A source may be joined with another at sampling time (``pair_with``): a random training
 picture of a concept with a random training utterance of its name gives speech->image from k x n combinations.
-Weights count samples, not tokens.
+Weights count samples, not tokens. They may change over the steps of training, ``{0: 5, 500: 1}``, linearly between
+the steps named (a curriculum), and a temperature T multiplies each by its source's size ^ (1/T) (arXiv 1910.10683).
 """
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
 from anytoken.data.shards import Shards
 from anytoken.data.views import (
@@ -28,8 +30,12 @@ from anytoken.data.views import (
     view_turns,
 )
 from anytoken.processor import Processor
+from anytoken.tokenizers.base import TokenizerError
 
 MAX_TRIES = 1000  # draws of one sample before giving up on finding one that fits the context
+LENGTHS_ASKED = 32  # samples of each view that tell how long its sequences are
+PIECES = 1000  # of a weight that changes over the steps
+log = logging.getLogger(__name__)
 
 
 class MixtureError(ValueError):
@@ -50,15 +56,28 @@ class PairSpec(_Spec):
     where: dict[str, Any] = {}
 
 
+Schedule = Annotated[dict[NonNegativeInt, NonNegativeFloat], Field(min_length=1)]  # step -> weight
+Weight = Annotated[float, Field(gt=0)] | Schedule
+
+
 class SourceSpec(_Spec):
     """One tokenized set, the views drawn from it, and which of its records count."""
 
     path: str
-    views: dict[str, float] = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
+    views: dict[str, Weight] = Field(min_length=1)
+    weight: Weight = 1.0
     split: str | None = "train"
     where: dict[str, Any] = {}
     pair_with: PairSpec | None = None
+
+
+class SamplingSpec(_Spec):
+    """How samples are drawn from the sources, and what is done about those that are no use."""
+
+    temperature: float | None = Field(default=None, gt=0, description="1: by size; large: all sources alike")
+    max_bad: float = Field(default=0.01, ge=0, le=1, description="share of draws that may be no use")
+    workers: int = Field(default=0, ge=0, description="processes that draw ahead of the training step")
+    verify: bool = Field(default=True, description="compare the checksums of the sets when they are opened")
 
 
 def matches(record: dict[str, Any], split: str | None, where: dict[str, Any]) -> bool:
@@ -70,6 +89,14 @@ def matches(record: dict[str, Any], split: str | None, where: dict[str, Any]) ->
     )
 
 
+def weights_over(weight: Weight, steps: np.ndarray) -> np.ndarray:
+    """A weight at each step: itself, or the lines between the steps that a schedule names."""
+    if isinstance(weight, dict):
+        named = sorted(weight)
+        return np.interp(steps, named, [weight[step] for step in named])
+    return np.full(len(steps), weight)
+
+
 @dataclass(frozen=True)
 class _Choice:
     """One view of one source with the records that can fill it."""
@@ -78,45 +105,71 @@ class _Choice:
     view: View
     rows: np.ndarray
 
+    def weights_over(self, steps: np.ndarray) -> np.ndarray:
+        """The view's part of its source's weight at each step."""
+        spec = self.source.spec
+        views = {name: weights_over(weight, steps) for name, weight in spec.views.items()}
+        whole = np.maximum(np.sum(list(views.values()), axis=0), 1e-12)
+        return self.source.scale * weights_over(spec.weight, steps) * views[self.view.name] / whole
+
 
 class _Source:
-    def __init__(self, spec: SourceSpec, processor: Processor) -> None:
+    def __init__(self, spec: SourceSpec, processor: Processor, sampling: SamplingSpec) -> None:
         self.spec = spec
         self.processor = processor
-        self.shards = Shards(spec.path, processor.tokenizers)
+        self.shards = Shards(spec.path, processor.tokenizers, sampling.verify)
         self.partners: dict[Any, list[int]] = defaultdict(list)
         if spec.pair_with is not None:
             pair = spec.pair_with
-            self.partner_shards = Shards(pair.path, processor.tokenizers)
+            self.partner_shards = Shards(pair.path, processor.tokenizers, sampling.verify)
             for index, record in enumerate(self.partner_shards.records):
                 if matches(record, pair.split, pair.where):
                     self.partners[record.get(pair.by) if pair.by else None].append(index)
+        self.rows = [index for index, record in enumerate(self.shards.records) if self._counts(record)]
+        self.scale = len(self.rows) ** (1 / sampling.temperature) if sampling.temperature else 1.0
 
-    def choices(self) -> list[tuple[_Choice, float]]:
-        """Every view with the rows that can fill it, and its weight in the whole mixture."""
+    def _counts(self, record: dict[str, Any]) -> bool:
+        paired = self.spec.pair_with is None or self._partner_key(record) in self.partners
+        return matches(record, self.spec.split, self.spec.where) and paired
+
+    def choices(self) -> list[_Choice]:
+        """Every view with the rows that can fill it."""
         found = []
-        total = sum(self.spec.views.values())
-        for name, weight in self.spec.views.items():
+        taken = self.spec.pair_with.take if self.spec.pair_with is not None else {}
+        for name in self.spec.views:
             view = parse_view(name)
-            rows = [index for index in range(len(self.shards)) if self._usable(index, view)]
+            keys = [key for key in view.keys if key not in taken]
+            records = self.shards.records
+            named = [row for row in self.rows if all(records[row].get(key) is not None for key in keys)]
+            rows = [row for row in named if all(self._fills(row, key) for key in keys)]
             if not rows:
-                raise MixtureError(
-                    f"{self.spec.path}: no record fits view {name!r} with split={self.spec.split!r}, "
-                    f"where={self.spec.where}; the set's first record has {sorted(self.shards.records[0])}"
-                )
-            found.append((_Choice(self, view, np.array(rows)), self.spec.weight * weight / total))
+                raise self._nothing_fits(name, keys, named)
+            if len(rows) < len(named):
+                log.warning(
+                    "%s: %d of %d records are left out of view %s: a key is neither text nor a tokenized medium",
+                    self.spec.path, len(named) - len(rows), len(named), name,
+                )  # fmt: skip
+            found.append(_Choice(self, view, np.array(rows)))
         return found
 
-    def _usable(self, index: int, view: View) -> bool:
-        record = self.shards.records[index]
-        if not matches(record, self.spec.split, self.spec.where):
-            return False
-        taken: dict[str, str] = {}
-        if self.spec.pair_with is not None:
-            taken = self.spec.pair_with.take
-            if self._partner_key(record) not in self.partners:
-                return False
-        return all(key in taken or record.get(key) is not None for key in view.keys)
+    def _nothing_fits(self, view: str, keys: list[str], named: list[int]) -> "MixtureError":
+        """Why no record fills a view: ``named`` are those that have all of its keys."""
+        wrong = [key for key in keys if not any(self._fills(row, key) for row in named)]
+        first = sorted(self.shards.records[0]) if len(self.shards) else "nothing"
+        why = (
+            f"{', '.join(wrong or keys)} must be text or tokenized media"
+            if named
+            else "no record has its keys"
+        )
+        return MixtureError(
+            f"{self.spec.path}: nothing fits view {view!r} with split={self.spec.split!r}, "
+            f"where={self.spec.where}: {why}; the set's first record has {first}"
+        )
+
+    def _fills(self, row: int, key: str) -> bool:
+        value = self.shards.records[row][key]
+        text = isinstance(value, str) and key not in self.processor.tokenizers
+        return text or key == "messages" or self.shards.has(row, key)
 
     def _partner_key(self, record: dict[str, Any]) -> Any:
         by = self.spec.pair_with.by if self.spec.pair_with else None
@@ -149,18 +202,24 @@ class _Source:
         return value
 
     def _conversation(self, index: int) -> list[Turn]:
+        """Neighbouring texts become one, so that training sees the ids that a prompt has."""
         turns: list[Turn] = []
         for message in self.shards.records[index]["messages"]:
             content = message["content"]
-            pieces: list[Piece] = [content] if isinstance(content, str) else []
-            for part in content if isinstance(content, list) else []:
+            parts: list[dict[str, Any]] = content
+            if isinstance(content, str):
+                parts = [{"type": "text", "text": content}]
+            pieces: list[Piece] = []
+            for part in parts:
                 kind = part["type"]
-                if kind == "text":
-                    pieces.append(part["text"])
-                else:
+                if kind != "text":
                     pieces.append(
                         self.processor.codes_to_ids(kind, self.shards.codes(index, kind, part["row"]))
                     )
+                elif pieces and isinstance(pieces[-1], str):
+                    pieces[-1] += part["text"]
+                else:
+                    pieces.append(part["text"])
             turns.append((message["role"], pieces))
         return turns
 
@@ -176,31 +235,87 @@ class Mixture:
         seed: int = 0,
         prompt_drop: float = 0.1,
         learn_all: bool = False,
+        sampling: SamplingSpec | None = None,
+        tokens_per_step: int | None = None,
     ) -> None:
         """Open the sources; samples longer than ``context`` ids are never drawn.
 
         prompt_drop: share of samples whose user turns become the null prompt. learn_all: learn prompts too.
+        tokens_per_step: ids of an optimizer step over all processes; weights that change over steps need it.
         """
         if not sources:
             raise MixtureError("the mixture is empty; name at least one source under data")
         self.context, self.seed, self.prompt_drop, self.learn_all = context, seed, prompt_drop, learn_all
-        self.controls = processor.token_space
+        self.controls, sampling = processor.token_space, sampling or SamplingSpec()
         self._encode_text = lru_cache(maxsize=100_000)(processor.text_tokenizer.encode)
-        weighted = [choice for spec in sources for choice in _Source(spec, processor).choices()]
-        self.choices = [choice for choice, _ in weighted]
-        self.weights = np.array([weight for _, weight in weighted])
-        self.weights /= self.weights.sum()
+        self.choices = [choice for spec in sources for choice in _Source(spec, processor, sampling).choices()]
+        named = {
+            step
+            for spec in sources
+            for weight in (spec.weight, *spec.views.values())
+            for step in _steps(weight)
+        }
+        # A weight that changes does so in a thousand pieces, each of which knows its first sample.
+        steps = np.unique([0.0, *named, *np.linspace(0, max(named), PIECES)]) if named else np.zeros(1)
+        weights = np.stack([choice.weights_over(steps) for choice in self.choices], axis=1)
+        if not weights.sum(1).all():
+            nothing = steps[weights.sum(1) == 0][0]
+            raise MixtureError(
+                f"all weights are zero at step {nothing:g}; leave one above zero at every step"
+            )
+        weights /= weights.sum(1, keepdims=True)
+        self._cumulated = weights.cumsum(1) / weights.cumsum(1)[:, -1:]
+        self._firsts = self._first_samples(steps, weights, tokens_per_step)
+
+    def _first_samples(
+        self, steps: np.ndarray, weights: np.ndarray, tokens_per_step: int | None
+    ) -> np.ndarray:
+        """How many samples are drawn before each of the steps, by the mean length of every view's sequences.
+
+        A sample's place among the steps has to follow from its index alone, whatever packing makes of the others.
+        """
+        if len(steps) == 1:
+            return np.zeros(1)
+        if tokens_per_step is None:
+            raise MixtureError("weights that change over the steps need tokens_per_step, the ids of one step")
+        lengths = []
+        for number, choice in enumerate(self.choices):
+            rng = np.random.default_rng((self.seed, number, LENGTHS_ASKED))
+            asked = [len(self._draw(choice, rng).ids) for _ in range(LENGTHS_ASKED)]
+            lengths.append(np.mean([length for length in asked if length <= self.context] or [self.context]))
+        drawn = tokens_per_step / (weights @ np.array(lengths))
+        return np.cumsum([0, *(np.diff(steps) * (drawn[:-1] + drawn[1:]) / 2)])
 
     def sample(self, index: int) -> TrainingSequence:
-        """Draw sample ``index``; MixtureError if no record of the mixture fits the context."""
+        """Draw sample ``index``; MixtureError if no record of the mixture fits the context.
+
+        Draws that are no use (too long, or codes that the tokenizer's shape does not have) are repeated, and told.
+        """
         rng = np.random.default_rng((self.seed, index))
+        cumulated = self._cumulated[self._firsts.searchsorted(index, side="right") - 1]
+        skipped: list[str] = []
         for _ in range(MAX_TRIES):
-            choice = self.choices[int(rng.choice(len(self.choices), p=self.weights))]
-            row = int(choice.rows[int(rng.integers(len(choice.rows)))])
-            turns = choice.source.turns(row, choice.view, rng)
-            if rng.random() < self.prompt_drop:
-                turns = drop_prompt(turns)
-            sequence = build_sequence(turns, self.controls, self._encode_text, self.learn_all)
+            choice = self.choices[int(cumulated.searchsorted(rng.random(), side="right"))]
+            try:
+                sequence = self._draw(choice, rng)
+            except TokenizerError:
+                skipped.append(f"of illegal codes in {choice.source.spec.path}")
+                continue
             if len(sequence.ids) <= self.context:
-                return sequence
-        raise MixtureError(f"nothing in the mixture fits a context of {self.context} ids; raise context")
+                return replace(sequence, skipped=tuple(skipped)) if skipped else sequence
+            skipped.append(f"longer than the context of {self.context} ids in {choice.source.spec.path}")
+        reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(skipped).most_common())
+        raise MixtureError(
+            f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or mend the data"
+        )
+
+    def _draw(self, choice: _Choice, rng: np.random.Generator) -> TrainingSequence:
+        row = int(choice.rows[int(rng.integers(len(choice.rows)))])
+        turns = choice.source.turns(row, choice.view, rng)
+        if rng.random() < self.prompt_drop:
+            turns = drop_prompt(turns)
+        return build_sequence(turns, self.controls, self._encode_text, self.learn_all)
+
+
+def _steps(weight: Weight) -> list[int]:
+    return list(weight) if isinstance(weight, dict) else []

@@ -1,48 +1,78 @@
 """Best-fit packing of training sequences into rows of T ids, with position ids that restart at each sequence.
 
-There is no attention mask: restarting positions alone keep sequences apart (with ``use_cache=False``). A
-sequence goes to the fullest row that still has room; one that fits nowhere waits for the next batch, so no
-token is lost and long sequences are not drawn less often.
+There is no attention mask: restarting positions alone keep sequences apart (with ``use_cache=False``). A pool of
+drawn sequences waits. Each row takes the one that waited longest and, with it, those of the pool whose lengths sum
+to the most that fits: a subset sum, found as bits of one whole number. So rows are all but full, no token is lost,
+and no length waits for ever or is drawn less often. (Krell et al., arXiv 2107.02027, pack a whole set by its
+histogram of lengths; Ding et al., arXiv 2404.10830, by best-fit decreasing.)
 """
 
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from anytoken.data.views import TrainingSequence
+if TYPE_CHECKING:  # the model imports this file, and does not need what makes sequences
+    from anytoken.data.views import TrainingSequence
 
-PATIENCE = 8  # sequences that may wait before a batch counts as full
+POOL = 256  # sequences to choose from, at least; more where a batch holds more
+DRAWN_TOGETHER = 16  # samples that a worker draws at a time
+FEW = 1000  # a share of unusable draws is of so many at least
 
 
 class PackingError(ValueError):
-    """A sequence that cannot be packed."""
+    """A sequence that cannot be packed, too many that are no use, or packed samples that would attend to each other."""
 
 
 @dataclass
 class PackState:
-    """Where a stream stands: the next sample to draw and the drawn ones that wait."""
+    """Where a stream stands: the next sample to draw and the drawn ones that wait, oldest first."""
 
     next_index: int = 0
     waiting: list[int] = field(default_factory=list)
 
 
-def best_fit(lengths: list[int], rows: list[int]) -> list[int | None]:
-    """Place each length into the row with the least room that suffices; ``rows`` (room left) is updated.
-
-    Returns the row of each, None for those that fit nowhere.
-    """
-    placed: list[int | None] = []
+def best_fit(lengths: Sequence[int], room: int) -> list[int]:
+    """The places of the lengths that sum to the most that fits into ``room``; of equals, those that come early."""
+    reached, fits = [1], (1 << room + 1) - 1  # bit n is set if some of the lengths so far sum to n
     for length in lengths:
-        fitting = [(room, row) for row, room in enumerate(rows) if room >= length]
-        row = min(fitting)[1] if fitting else None
-        if row is not None:
-            rows[row] -= length
-        placed.append(row)
-    return placed
+        if reached[-1] >> room:
+            break
+        reached.append((reached[-1] | reached[-1] << length) & fits)
+    left, places = reached.pop().bit_length() - 1, []
+    while left:
+        place = len(reached) - 1
+        if not reached.pop() >> left & 1:  # not reached without this one
+            places.append(place)
+            left -= lengths[place]
+    return places[::-1]
+
+
+def sample_starts(position_ids: Tensor) -> Tensor:
+    """Where a sample starts: bool [B, T], at every row's begin and wherever positions [B, T] do not count on."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts
+
+
+def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
+    """What flash attention needs to know of S samples in rows laid end to end, from their positions [B, T].
+
+    ``cu_seq_lens_q`` and ``_k``, where samples begin and the last one ends, int32 [S + 1]; ``max_length_q`` and
+    ``_k``, the longest sample.
+    """
+    starts = sample_starts(position_ids).flatten().nonzero().squeeze(1)
+    edges = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
+    longest = int(edges.diff().max())
+    return {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": longest, "max_length_k": longest}
 
 
 def pack(bins: list[list[TrainingSequence]], context: int, pad: int) -> dict[str, Tensor]:
@@ -74,10 +104,24 @@ def pack(bins: list[list[TrainingSequence]], context: int, pad: int) -> dict[str
     }
 
 
+class _Samples(Dataset["TrainingSequence"]):
+    """Samples by index, as a loader with workers wants them."""
+
+    def __init__(self, sample: Callable[[int], TrainingSequence]) -> None:
+        self.sample = sample
+
+    def __getitem__(self, index: int) -> TrainingSequence:
+        return self.sample(index)
+
+
 class PackedStream(IterableDataset):
     """An endless stream of packed batches over ``sample(i)``; its state at any recent batch can be asked for.
 
-    ``stride`` and ``offset`` split the samples between processes: each sees its own indices.
+    ``stride`` and ``offset`` split the samples between processes: each sees its own indices. ``workers`` processes
+    draw samples ahead; the batches are the same for any number of them, since packing happens here, in order. (Given
+    to a DataLoader with workers of its own, each of those draws everything and hands over its share: right, but no
+    faster.) ``skipped`` counts, by reason, the draws that samples were tried with in vain; PackingError once their
+    share passes ``max_bad``.
     """
 
     def __init__(
@@ -88,11 +132,14 @@ class PackedStream(IterableDataset):
         pad: int,
         stride: int = 1,
         offset: int = 0,
+        workers: int = 0,
+        max_bad: float = 1.0,
     ) -> None:
         super().__init__()
         self.sample, self.rows, self.context, self.pad = sample, rows, context, pad
-        self.stride, self.offset = stride, offset
-        self.batch_index = 0
+        self.stride, self.offset, self.workers, self.max_bad = stride, offset, workers, max_bad
+        self.batch_index = self.drawn = 0
+        self.skipped: Counter[str] = Counter()
         self._states: dict[int, PackState] = {0: PackState()}
 
     def state(self, batch_index: int) -> PackState:
@@ -104,27 +151,54 @@ class PackedStream(IterableDataset):
         self.batch_index, self._states = batch_index, {batch_index: state}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        state, info = self._states[self.batch_index], get_worker_info()
+        draws, next_index = self._draws(state), state.next_index
+        pool = {index: next(draws) for index in state.waiting}
+        size = sum(len(sequence.ids) for sequence in pool.values())
         while True:
-            batch, state = self._next(self._states[self.batch_index])
-            self.batch_index += 1
-            self._states[self.batch_index] = state
-            self._states.pop(self.batch_index - 64, None)
-            yield batch
-
-    def _next(self, state: PackState) -> tuple[dict[str, Tensor], PackState]:
-        bins: list[list[TrainingSequence]] = [[] for _ in range(self.rows)]
-        room = [self.context] * self.rows
-        waiting: list[int] = []
-        queue, next_index = list(state.waiting), state.next_index
-        while len(waiting) < PATIENCE:
-            if not queue:
-                queue.append(next_index)
+            while len(pool) < POOL or size < 2 * self.rows * self.context:
+                pool[next_index] = sequence = next(draws)
+                size += len(sequence.ids)
                 next_index += 1
-            index = queue.pop(0)
-            sequence = self.sample(index * self.stride + self.offset)
-            (row,) = best_fit([len(sequence.ids)], room)
-            if row is None:
-                waiting.append(index)
-            else:
-                bins[row].append(sequence)
-        return pack(bins, self.context, self.pad), PackState(next_index, waiting + queue)
+                self._count(sequence)
+            bins = [self._row(pool) for _ in range(self.rows)]
+            size -= sum(len(sequence.ids) for row in bins for sequence in row)
+            self.batch_index += 1
+            self._states[self.batch_index] = PackState(next_index, list(pool))
+            self._states.pop(self.batch_index - 64, None)
+            if info is None or (self.batch_index - 1) % info.num_workers == info.id:
+                yield pack(bins, self.context, self.pad)
+
+    def _draws(self, state: PackState) -> Iterator[TrainingSequence]:
+        """The waiting sequences again, then new ones."""
+        mine = (index * self.stride + self.offset for index in chain(state.waiting, count(state.next_index)))
+        loader = DataLoader(
+            _Samples(self.sample),
+            batch_size=DRAWN_TOGETHER,
+            sampler=mine,
+            num_workers=self.workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # a loader draws a seed, and must not move the model's random numbers
+        )
+        return chain.from_iterable(loader)
+
+    def _row(self, pool: dict[int, TrainingSequence]) -> list[TrainingSequence]:
+        """Take from the pool the oldest sequence and what fills its row best."""
+        oldest, *others = pool
+        row = [pool.pop(oldest)]
+        room = self.context - len(row[0].ids)
+        if room < 0:
+            raise PackingError(f"{len(row[0].ids)} ids in a row of {self.context}")
+        places = best_fit([len(pool[index].ids) for index in others], room)
+        return row + [pool.pop(others[place]) for place in places]
+
+    def _count(self, sequence: TrainingSequence) -> None:
+        self.drawn += 1 + len(sequence.skipped)
+        self.skipped.update(sequence.skipped)
+        bad = sum(self.skipped.values())
+        if bad > self.max_bad * max(self.drawn, FEW):
+            reasons = ", ".join(f"{number} {reason}" for reason, number in self.skipped.most_common())
+            raise PackingError(
+                f"{bad} of {self.drawn} drawn samples are no use ({reasons}), more than the share {self.max_bad} that "
+                "max_bad allows; mend the data, raise the context, or allow more"
+            )

@@ -1,46 +1,55 @@
-"""Training data as JSON lines: aligned records and conversations.
+"""What a training record is: aligned media of one thing, or a conversation; and how its media are opened.
 
 A *record* holds several media of one thing: ``{"text": "a red apple", "image": "a.png", "speech": "a.wav"}``.
 A *conversation* holds ``{"messages": [{"role": "user", "content": [...]}, ...]}`` in the chat convention of
-transformers. Media values are paths relative to the folder of the JSONL file; DNA may also be written inline.
-Any other key of a record (``split``, ``style``, ``name``...) is metadata that views and filters can use.
+transformers; an interleaved document is one message of the assistant's, text and media in order. A medium is a
+path relative to the root of its source, or a `Blob`; DNA may also be written inline. Any other key of a record
+(``split``, ``style``, ``name``...) is metadata that views and filters can use. Where records come from is the
+business of ``sources.py``.
 """
 
-import gzip
 import json
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anytoken.segments import Segment
+from anytoken.segments import KINDS, Segment
 
 ROLES = ("system", "user", "assistant")
+Record = dict[str, Any]
 
 
 class RecordError(ValueError):
-    """A training record that cannot be used, with the file and line it came from."""
+    """A training record that cannot be used; ``reason`` names the kind of fault, for counting."""
+
+    def __init__(self, message: str, reason: str = "wrong shape") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
-def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the validated records of a ``.jsonl`` or ``.jsonl.gz`` file, in order.
+@dataclass(frozen=True)
+class Blob:
+    """An encoded medium inside a container: its bytes, and a name whose suffix says the format."""
 
-    Raises RecordError, naming file and line, for a missing file, a line that is not a JSON object, and a
-    record or conversation of the wrong shape.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RecordError(f"{path} does not exist; give a .jsonl file with one record or conversation a line")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                validate_record(record)
-            except (json.JSONDecodeError, RecordError) as error:
-                raise RecordError(f"{path} line {number}: {error}") from None
-            yield record
+    name: str
+    data: bytes
+
+
+Medium = str | Blob
+MediaPart = tuple[
+    str, Medium, dict[str, Any] | None
+]  # kind, value, and in a conversation the part that holds it
+
+
+def record_line(entry: Mapping[str, Any]) -> str:
+    """A mapping as one line of JSON; a Blob is written as its name."""
+    return json.dumps(entry, ensure_ascii=False, default=_as_json) + "\n"
+
+
+def _as_json(value: object) -> str:
+    return value.name if isinstance(value, Blob) else str(value)
 
 
 def validate_record(record: Any) -> None:
@@ -50,6 +59,8 @@ def validate_record(record: Any) -> None:
     if "messages" not in record:
         if not record:
             raise RecordError('an empty record; give keys such as {"text": ..., "image": ...}')
+        for kind in KINDS:
+            _check_value(kind, record.get(kind))
         return
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
@@ -61,10 +72,11 @@ def validate_record(record: Any) -> None:
 
 
 def _validate_message(message: Any) -> None:
-    if not isinstance(message, dict) or set(message) < {"role", "content"}:
-        raise RecordError(f'a message is {{"role": ..., "content": ...}}, got {message!r}')
+    if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+        raise RecordError(f'a message is {{"role": ..., "content": ...}}, got {message!r:.200}')
+    _check_keys(message, {"role", "content"}, "a message")
     if message["role"] not in ROLES:
-        raise RecordError(f"unknown role {message['role']!r}; choose from {', '.join(ROLES)}")
+        raise RecordError(f"unknown role {message['role']!r:.80}; choose from {', '.join(ROLES)}")
     content = message["content"]
     if isinstance(content, str):
         return
@@ -72,34 +84,118 @@ def _validate_message(message: Any) -> None:
         raise RecordError("content is a string or a non-empty list of typed parts")
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str) or part["type"] not in part:
-            raise RecordError(f'a content part is {{"type": "image", "image": path}}, got {part!r}')
+            raise RecordError(f'a content part is {{"type": "image", "image": path}}, got {part!r:.200}')
+        _check_keys(part, {"type", part["type"]}, f"a part of type {part['type']}")
+        if part[part["type"]] is None:
+            raise RecordError(f"the part {part!r:.200} holds nothing")
+        _check_value(part["type"], part[part["type"]])
 
 
-def media_parts(
-    record: Mapping[str, Any], kinds: Mapping[str, Any]
-) -> list[tuple[str, str, dict[str, Any] | None]]:
+def _check_keys(given: Mapping[str, Any], allowed: set[str], what: str) -> None:
+    if unknown := sorted(set(given) - allowed):
+        raise RecordError(f"unknown key {unknown[0]!r} of {what}; allowed: {', '.join(sorted(allowed))}")
+
+
+def _check_value(kind: str, value: Any) -> None:
+    """A text is a string; a medium is a string or a Blob; None counts as missing."""
+    if value is not None and not isinstance(value, str if kind == "text" else Medium):
+        wanted = "a string" if kind == "text" else "a path"
+        raise RecordError(f"{kind}: expected {wanted}, got {value!r:.80}")
+
+
+def place_media(record: Record) -> Record:
+    """Put the media of the lists ``images``, ``videos``... into the parts that leave theirs out, in order.
+
+    ``{"images": [a, b], "messages": [... {"type": "image"}, {"type": "image"} ...]}`` is how many vision sets are
+    kept. RecordError unless there are as many media as such parts.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        return record
+    parts = [
+        part
+        for message in record["messages"]
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        for part in message["content"]
+        if isinstance(part, dict) and part.get("type") in KINDS and part.get(part["type"]) is None
+    ]
+    if not parts:
+        return record
+    record = dict(record)
+    for kind in dict.fromkeys(part["type"] for part in parts):
+        empty = [part for part in parts if part["type"] == kind]
+        if f"{kind}s" not in record:
+            continue  # no such list: the parts are simply wrong, and the check of the shape says so
+        media = record.pop(f"{kind}s") or []
+        if len(media) != len(empty):
+            raise RecordError(
+                f"{len(media)} {kind}s in the list for {len(empty)} parts of type {kind} without one"
+            )
+        for part, medium in zip(empty, media, strict=True):
+            part[kind] = medium
+    return record
+
+
+def media_parts(record: Record, kinds: Mapping[str, Any]) -> list[MediaPart]:
     """List the media of a record as (kind, value, content part); the part is None outside conversations.
 
-    kinds: the modalities that have a tokenizer. Raises RecordError for a content part of another kind.
+    kinds: the modalities that have a tokenizer. RecordError for a content part of another kind.
     """
     if "messages" not in record:
+        for kind in kinds:
+            _check_value(kind, record.get(kind))
         return [(kind, record[kind], None) for kind in kinds if record.get(kind) is not None]
-    found: list[tuple[str, str, dict[str, Any] | None]] = []
+    found: list[MediaPart] = []
     for message in record["messages"]:
         for part in message["content"] if isinstance(message["content"], list) else []:
             kind = part["type"]
             if kind == "text":
                 continue
             if kind not in kinds:
-                raise RecordError(f"no tokenizer for content of type {kind!r}; there are {sorted(kinds)}")
+                raise RecordError(
+                    f"no tokenizer for content of type {kind!r}; there are {sorted(kinds)}", "no tokenizer"
+                )
             found.append((kind, part[kind], part))
     return found
 
 
+def is_inline(kind: str, value: Medium) -> bool:
+    """Whether a value is no file but the content itself: DNA written as bases."""
+    return kind == "dna" and isinstance(value, str) and not Path(value).suffix and "/" not in value
+
+
 def open_media(value: Any, segment_type: type[Segment], root: Path) -> Segment:
-    """Open one media value of a record: a path relative to ``root``, or DNA bases written inline."""
-    if not isinstance(value, str):
-        raise RecordError(f"{segment_type.kind}: expected a path, got {value!r}")
-    if segment_type.kind == "dna" and not Path(value).suffix and "/" not in value:
-        return segment_type(value)  # type: ignore[call-arg]
-    return segment_type.open(root / value)
+    """Open one medium of a record: a path relative to ``root``, a Blob, or DNA bases written inline.
+
+    RecordError for a missing file, or one that does not hold this kind.
+    """
+    kind = segment_type.kind
+    if not isinstance(value, str | Blob):
+        raise RecordError(f"{kind}: expected a path, got {value!r:.80}")
+    try:
+        if isinstance(value, Blob):
+            return _open_blob(value, segment_type)
+        if is_inline(kind, value):
+            return segment_type(value)  # type: ignore[call-arg]
+        return segment_type.open(root / value)
+    except (ValueError, OSError) as error:
+        missing = isinstance(value, str) and not is_inline(kind, value) and not (root / value).exists()
+        reason = "missing file" if missing else f"unreadable {kind}"
+        raise RecordError(str(error), reason) from error
+
+
+def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
+    """Through a file, since that is what every segment type opens, a plug-in's too."""
+    with tempfile.TemporaryDirectory(prefix="anytoken-") as folder:
+        path = Path(folder) / (Path(blob.name).name + _missing_suffix(blob))
+        path.write_bytes(blob.data)
+        try:
+            return segment_type.open(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(str(error).replace(str(path), blob.name)) from error
+
+
+def _missing_suffix(blob: Blob) -> str:
+    """The suffix of the animations, which are told from containers by it, where a name has none."""
+    if Path(blob.name).suffix:
+        return ""
+    return ".gif" if blob.data[:4] == b"GIF8" else ".webp" if blob.data[8:12] == b"WEBP" else ""

@@ -1,84 +1,43 @@
-"""Tokenize media once: JSONL records to folders of codes, resumable and with many workers.
+"""Tokenize media once: records of any source to folders of codes, resumable, with many workers or on a cluster.
 
 A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each
 modality, ``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1] and ``sizes`` int32 [R, axes], beside a
 JSONL file with the records; a line says which row of which modality holds its codes. Codes are stored, not
 ids, so shards outlive a new text vocabulary and appended modalities; the manifest's fingerprints tie them to
-the tokenizers that wrote them.
+the tokenizers that wrote them, and its checksums to the bytes that were written.
+
+While the work goes on there is no manifest but ``progress.jsonl``: a first line that says what is being made, then
+one for every part that is whole. A run that is killed loses the parts in progress and nothing else.
 """
 
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
-from anytoken.data.records import RecordError, media_parts, open_media, read_records
+from anytoken.data.encoding import Entry, Job, Skipped, Tokenizers, encode_part, part_names
+from anytoken.data.engines import run
+from anytoken.data.records import Record, RecordError
+from anytoken.data.sources import Source, open_source
+from anytoken.media_files import write_whole
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 
-MANIFEST = "manifest.json"
-_worker_tokenizers: dict[str, ModalityTokenizer] = {}
+MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
+FEW = 1000  # a share of bad records is of so many at least while a source is being read
+log = logging.getLogger(__name__)
 
 
 class ShardError(ValueError):
-    """A shard folder that is missing, incomplete, or written by other tokenizers."""
-
-
-def tokenize_records(
-    records: str | Path,
-    tokenizers: Mapping[str, ModalityTokenizer],
-    out: str | Path,
-    workers: int = 1,
-    part_size: int = 512,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> Path:
-    """Encode every media file of a JSONL file into the shard folder ``out``; finished parts are not redone.
-
-    The result is the same for any number of workers. If ``out`` was written from other records or other
-    tokenizers it is begun anew. Raises RecordError for a record whose media cannot be opened or encoded.
-    """
-    records, out = Path(records), Path(out)
-    lines = list(read_records(records))
-    if not lines:
-        raise RecordError(f"{records} holds no record")
-    used = {kind for line in lines for kind, _, _ in media_parts(line, tokenizers)}
-    tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items() if kind in used}
-    manifest = {
-        "version": 1,
-        "source": records.name,
-        "source_sha256": hashlib.sha256(records.read_bytes()).hexdigest(),
-        "tokenizers": {kind: tokenizer.fingerprint() for kind, tokenizer in tokenizers.items()},
-        "part_size": part_size,
-        "parts": -(-len(lines) // part_size),
-        "records": len(lines),
-    }
-    _prepare_folder(out, manifest)
-    jobs = [
-        (lines[start : start + part_size], records.parent, _part_path(out, index), batch_size)
-        for index, start in enumerate(range(0, len(lines), part_size))
-        if not _part_path(out, index).is_file()
-    ]
-    with tqdm(total=len(lines), desc=f"tokenize {records.name}", unit="rec", disable=not progress) as bar:
-        bar.update(len(lines) - sum(len(job[0]) for job in jobs))
-        if workers > 1 and len(jobs) > 1:
-            context = multiprocessing.get_context(
-                "spawn"
-            )  # forking after torch used its threads can deadlock
-            with ProcessPoolExecutor(workers, context, _start_worker, (tokenizers,)) as pool:
-                for done in pool.map(_encode_part_in_worker, jobs):
-                    bar.update(done)
-        else:
-            for job in jobs:
-                bar.update(_encode_part(tokenizers, *job))
-    return out
+    """A shard folder that is missing, incomplete, damaged, or written by other tokenizers."""
 
 
 def load_tokenizers(folder: str | Path) -> dict[str, ModalityTokenizer]:
@@ -92,110 +51,270 @@ def load_tokenizers(folder: str | Path) -> dict[str, ModalityTokenizer]:
     return {tokenizer.name: tokenizer for tokenizer in tokenizers}
 
 
-def _part_path(out: Path, index: int) -> Path:
-    return out / f"part-{index:05d}.safetensors"
+# ---- writing ----
 
 
-def _prepare_folder(out: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest first; parts of a run with another manifest are removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / MANIFEST
-    if path.is_file() and json.loads(path.read_text()) == manifest:
-        return
-    for stale in out.glob("part-*"):
-        stale.unlink()
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(manifest, indent=1))
-    partial.replace(path)
+def tokenize_records(
+    records: Any,
+    tokenizers: Tokenizers,
+    out: str | Path,
+    workers: int = 1,
+    part_size: int = 512,
+    batch_size: int = 32,
+    progress: bool = True,
+    max_bad: float = 0.01,
+    engine: str = "local",
+    rename: Mapping[str, str] | None = None,
+) -> Path:
+    """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
 
-
-def _start_worker(tokenizers: dict[str, ModalityTokenizer]) -> None:
-    torch.set_num_threads(1)
-    _worker_tokenizers.update(tokenizers)
-
-
-def _encode_part_in_worker(job: tuple[list[dict[str, Any]], Path, Path, int]) -> int:
-    return _encode_part(_worker_tokenizers, *job)
-
-
-def _encode_part(
-    tokenizers: Mapping[str, ModalityTokenizer],
-    lines: list[dict[str, Any]],
-    root: Path,
-    path: Path,
-    batch_size: int,
-) -> int:
-    """Encode one part and write it, arrays last and by renaming: a part that exists is whole."""
-    values: dict[str, dict[str, int]] = {kind: {} for kind in tokenizers}
-    entries = []
-    for line in lines:
-        rows = {}
-        for kind, value, part in media_parts(line, tokenizers):
-            row = values[kind].setdefault(value, len(values[kind]))
-            if part is None:
-                rows[kind] = row
-            else:
-                part["row"] = row
-        entries.append(json.dumps({"record": line, "rows": rows}, ensure_ascii=False) + "\n")
-    arrays: dict[str, np.ndarray] = {}
-    for kind, rows in values.items():
-        if rows:
-            codes = _encode_all(tokenizers[kind], list(rows), root, batch_size)
-            arrays |= {f"{kind}.{name}": array for name, array in _pack_codes(codes).items()}
-    path.with_suffix(".jsonl").write_text("".join(entries), encoding="utf-8")
-    partial = path.with_suffix(".tmp")
-    save_file(arrays, partial)
-    partial.replace(path)
-    return len(lines)
-
-
-def _encode_all(
-    tokenizer: ModalityTokenizer, values: Sequence[str], root: Path, batch_size: int
-) -> list[Codes]:
-    codes: list[Codes] = []
-    with torch.no_grad():
-        for start in range(0, len(values), batch_size):
-            batch = values[start : start + batch_size]
-            try:
-                codes += tokenizer.encode_batch(
-                    [open_media(value, tokenizer.segment_type, root) for value in batch]
-                )
-            except (ValueError, OSError) as error:
-                raise RecordError(
-                    f"{tokenizer.kind} among {batch[0]!r} ... {batch[-1]!r}: {error}"
-                ) from error
-    return codes
-
-
-def _pack_codes(codes: Sequence[Codes]) -> dict[str, np.ndarray]:
-    return {
-        "values": np.concatenate([item.values for item in codes]).astype(np.int32),
-        "offsets": np.cumsum([0, *(len(item.values) for item in codes)]).astype(np.int64),
-        "sizes": np.array([item.size for item in codes], dtype=np.int32).reshape(len(codes), -1),
+    The bytes are the same for any number of workers and either engine (see ``engines.py``). If ``out`` was written
+    from other records or other tokenizers it is begun anew. Records that cannot be read or encoded are left out and
+    counted by reason in the manifest; RecordError if there is none, or as soon as more than the share ``max_bad`` of
+    all (or, while their number is not known, of those read, a thousand at least) is bad.
+    """
+    source, out = open_source(records, rename), Path(out)
+    tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items()}
+    plan = {
+        "version": 2,
+        "source": source.name,
+        "source_sha256": source.digest(),
+        "rename": dict(rename or {}),
+        "offered": {kind: tokenizer.fingerprint() for kind, tokenizer in tokenizers.items()},
+        "part_size": part_size,
     }
+    if _is_whole(out, plan):
+        (out / PROGRESS).unlink(missing_ok=True)
+        return out
+    tally = _Tally(source, max_bad, _begin(out, plan))
+    jobs = _jobs(source, part_size, batch_size, set(tally.parts))
+    shown = {"desc": f"tokenize {source.name}", "unit": "rec", "disable": not progress}
+    with (
+        tqdm(total=source.length, initial=tally.read, **shown) as bar,  # type: ignore[call-overload]
+        (out / PROGRESS).open("a", encoding="utf-8") as journal,
+    ):
+        for files, entry in run(encode_part, tokenizers, jobs, workers, engine):
+            tally.add(entry)
+            for name, data in files.items():
+                write_whole(out / name, partial(_write, data))
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            bar.update(entry["read"])
+    tally.close()
+    for reason, (number, example) in tally.skipped.items():
+        log.warning("%s: %d left out, %s; the first: %s", source.name, number, reason, example)
+    _finish(out, plan, tally)
+    return out
+
+
+def _write(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
+
+
+def _jobs(source: Source, part_size: int, batch_size: int, done: set[int]) -> Iterator[Job]:
+    """The parts that are not done; entries of the others are read past, and nothing more."""
+    entries = source.entries()
+    for index in count():
+        chunk = list(islice(entries, part_size))
+        if not chunk:
+            return
+        if index not in done:
+            yield Job(index, source.parse, source.root, chunk, batch_size)
+
+
+class _Tally:
+    """What the parts say of the records so far, and whether too many are bad."""
+
+    def __init__(self, source: Source, max_bad: float, parts: dict[int, Entry]) -> None:
+        self.name, self.expected, self.max_bad = source.name, source.length or FEW, max_bad
+        self.parts = parts
+        self.read = sum(part["read"] for part in parts.values())
+        self.records = sum(part["records"] for part in parts.values())
+
+    @property
+    def skipped(self) -> Skipped:
+        """All reasons, with the first example of each."""
+        total: Skipped = {}
+        for _, part in sorted(self.parts.items()):
+            for reason, (number, example) in part["skipped"].items():
+                total.setdefault(reason, [0, example])[0] += number
+        return total
+
+    def add(self, entry: Entry) -> None:
+        """Count a part; RecordError if so many records are bad that the share is passed for certain."""
+        self.parts[entry["part"]] = entry
+        self.read += entry["read"]
+        self.records += entry["records"]
+        self._check(max(self.read, self.expected))
+
+    def close(self) -> None:
+        """RecordError if there is no record, or too many are bad."""
+        if not self.read:
+            raise RecordError(f"{self.name} holds no record")
+        self._check(self.read)
+
+    def _check(self, total: int) -> None:
+        bad = self.read - self.records
+        if bad > self.max_bad * total:
+            reasons = "; ".join(
+                f"{number} {reason}, {example}" for reason, (number, example) in self.skipped.items()
+            )
+            raise RecordError(
+                f"{self.name}: {bad} of the {self.read} records read are bad, more than the share {self.max_bad} that "
+                f"max_bad allows ({reasons}); `anytoken data check` lists them"
+            )
+
+
+# ---- what is done already ----
+
+
+def _is_whole(out: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether the folder holds all that the plan would make; a set of version 1 counts if nothing contradicts."""
+    if not (out / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(out)
+    if manifest.get("version") == 1:
+        offered, parts = plan["offered"], range(manifest["parts"])
+        return (
+            all(manifest.get(key) == plan[key] for key in ("source_sha256", "part_size"))
+            and all(offered.get(kind) == made for kind, made in manifest.get("tokenizers", {}).items())
+            and all((out / name).is_file() for index in parts for name in part_names(index))
+        )
+    same = all(manifest.get(key) == value for key, value in plan.items())
+    return same and all(_files_fit(out, part) for part in manifest["written"])
+
+
+def _begin(out: Path, plan: Mapping[str, Any]) -> dict[int, Entry]:
+    """Begin a folder, or go on with one: the parts of this very plan that are whole; all others are removed."""
+    out.mkdir(parents=True, exist_ok=True)
+    before: dict[str, Any] = {}
+    if (out / MANIFEST).is_file():
+        before = read_manifest(out)
+        before = {"plan": {key: before.get(key) for key in plan}, "written": before.get("written", [])}
+    elif (out / PROGRESS).is_file():
+        before = _read_progress(out / PROGRESS)
+    same = before.get("plan") == plan
+    done = {part["part"]: part for part in before["written"] if _files_fit(out, part)} if same else {}
+    if before and not same:
+        log.warning("%s holds shards of other records or tokenizers; it is begun anew", out)
+    kept = {name for part in done.values() for name in part["files"]}
+    for stale in [*out.glob("part-*"), *out.glob(".part-*")]:
+        if stale.name not in kept:
+            stale.unlink()
+    lines = "".join(json.dumps(one) + "\n" for one in (plan, *done.values()))
+    write_whole(out / PROGRESS, partial(_write, lines.encode()))
+    (out / MANIFEST).unlink(missing_ok=True)
+    return done
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    """The plan and the parts of a journal whose last line may be torn."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return {"plan": found[0], "written": found[1:]} if found else {}
+
+
+def _files_fit(out: Path, part: Entry) -> bool:
+    return all(
+        (out / name).is_file() and (out / name).stat().st_size == file["bytes"]
+        for name, file in part["files"].items()
+    )
+
+
+def _finish(out: Path, plan: Mapping[str, Any], tally: _Tally) -> None:
+    """The manifest in place of the journal."""
+    parts = [part for _, part in sorted(tally.parts.items())]
+    used = {kind for part in parts for kind in part["kinds"]}
+    manifest = {
+        **plan,
+        "tokenizers": {kind: made for kind, made in plan["offered"].items() if kind in used},
+        "parts": len(parts),
+        "records": tally.records,
+        "skipped": tally.skipped,
+        "written": parts,
+    }
+    write_whole(out / MANIFEST, partial(_write, (json.dumps(manifest, indent=1) + "\n").encode()))
+    (out / PROGRESS).unlink()
+
+
+# ---- reading ----
+
+
+def is_shards(path: str | Path) -> bool:
+    """Whether a path is a shard folder, finished or not."""
+    return any((Path(path) / name).is_file() for name in (MANIFEST, PROGRESS))
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a shard folder; ShardError if it has none, or one that cannot be read."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        if (path / PROGRESS).is_file():
+            raise ShardError(f"{path} is unfinished; run `anytoken data tokenize` again, and it goes on")
+        raise ShardError(f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        _ = manifest["parts"] + manifest["records"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path / MANIFEST} is damaged ({error!r}); remove it and tokenize again") from None
+    return manifest
+
+
+def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
+    """The manifest, once the size (and the sha256, unless told not to) of every file is as written.
+
+    ShardError names a file that is not. A set of version 1 has no sizes: its files only have to be there.
+    """
+    path, manifest = Path(path), read_manifest(path)
+    written = manifest.get(
+        "written", [{"files": dict.fromkeys(part_names(i))} for i in range(manifest["parts"])]
+    )
+    for name, file in ((name, file) for part in written for name, file in part["files"].items()):
+        if not (path / name).is_file():
+            raise ShardError(f"{path} is unfinished ({name} is missing); run `anytoken data tokenize` again")
+        if file is None:
+            continue
+        fits = (path / name).stat().st_size == file["bytes"]
+        if fits and checksums:
+            with (path / name).open("rb") as data:
+                fits = hashlib.file_digest(data, "sha256").hexdigest() == file["sha256"]
+        if not fits:
+            raise ShardError(
+                f"{path / name} is not what was written; remove it and run `anytoken data tokenize` again"
+            )
+    return manifest
 
 
 class Shards:
-    """A tokenized set in memory: ``records[i]`` is the JSON object, ``codes(i, kind)`` its codes."""
+    """A tokenized set: ``records[i]`` is the JSON object, ``codes(i, kind)`` its codes, read from disk as needed."""
 
-    def __init__(self, path: str | Path, tokenizers: Mapping[str, ModalityTokenizer]) -> None:
-        """Read a shard folder; ShardError if it is missing, unfinished or made by other tokenizers."""
+    def __init__(self, path: str | Path, tokenizers: Tokenizers, verify: bool = False) -> None:
+        """Open a shard folder; ShardError if it is missing, unfinished, damaged or made by other tokenizers.
+
+        verify: compare the checksum of every file, not its size alone.
+        """
         self.path = Path(path)
-        if not (self.path / MANIFEST).is_file():
-            raise ShardError(
-                f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`"
-            )
-        self.manifest: dict[str, Any] = json.loads((self.path / MANIFEST).read_text())
+        self.manifest = verify_shards(path, checksums=verify)
         self._check_tokenizers(tokenizers)
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self._rows: list[dict[str, int]] = []
         self._part_of: list[int] = []
-        self._arrays: list[dict[str, np.ndarray]] = []
+        self._arrays: list[dict[str, tuple[np.ndarray, ...]]] = []  # kind -> values, offsets, sizes
         for index in range(self.manifest["parts"]):
             self._read_part(index)
 
-    def _check_tokenizers(self, tokenizers: Mapping[str, ModalityTokenizer]) -> None:
-        for kind, written in self.manifest["tokenizers"].items():
+    def _check_tokenizers(self, tokenizers: Tokenizers) -> None:
+        made = self.manifest.get("tokenizers")
+        if made is None:
+            log.warning(
+                "%s does not say which tokenizers made it, so codes of others would not be noticed; "
+                "tokenize its records again with `anytoken data tokenize`", self.path,
+            )  # fmt: skip
+        for kind, written in (made or {}).items():
             if kind in tokenizers and tokenizers[kind].fingerprint() != written:
                 raise ShardError(
                     f"{self.path} was written by another {kind} tokenizer (fingerprint {written[:12]}, the "
@@ -203,17 +322,22 @@ class Shards:
                 )
 
     def _read_part(self, index: int) -> None:
-        path = _part_path(self.path, index)
-        if not path.is_file():
-            raise ShardError(
-                f"{self.path} is unfinished ({path.name} is missing); run `anytoken data tokenize` again"
+        lines, arrays = (self.path / name for name in part_names(index))
+        try:
+            found = load_file(arrays)
+            kinds = {name.partition(".")[0] for name in found}
+            names = ("values", "offsets", "sizes")
+            self._arrays.append(
+                {kind: tuple(found[f"{kind}.{name}"].numpy() for name in names) for kind in kinds}
             )
-        self._arrays.append(load_file(path))
-        for line in path.with_suffix(".jsonl").open(encoding="utf-8"):
-            entry = json.loads(line)
-            self.records.append(entry["record"])
-            self._rows.append(entry["rows"])
-            self._part_of.append(index)
+            entries = json.loads(f"[{','.join(lines.read_text(encoding='utf-8').splitlines())}]")
+            self.records += [entry["record"] for entry in entries]
+            self._rows += [entry["rows"] for entry in entries]
+            self._part_of += [index] * len(entries)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ShardError(
+                f"{arrays} or {lines.name} is damaged ({error}); tokenize the records again"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.records)
@@ -224,8 +348,6 @@ class Shards:
 
     def codes(self, index: int, kind: str, row: int | None = None) -> Codes:
         """The codes of one medium of record ``index``; ``row`` picks a content part of a conversation."""
-        arrays = self._arrays[self._part_of[index]]
+        values, offsets, sizes = self._arrays[self._part_of[index]][kind]
         row = self._rows[index][kind] if row is None else row
-        start, stop = arrays[f"{kind}.offsets"][row : row + 2]
-        size = tuple(int(n) for n in arrays[f"{kind}.sizes"][row])
-        return Codes(arrays[f"{kind}.values"][start:stop].astype(np.int64), size)
+        return Codes(values[offsets.item(row) : offsets.item(row + 1)], sizes[row].tolist())

@@ -60,10 +60,14 @@ class View:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One training sequence: ids int32 [T] and, for each, whether it is to be learnt."""
+    """One training sequence: ids int32 [T] and, for each, whether it is to be learnt.
+
+    skipped: why draws before this one were no use, if there were any.
+    """
 
     ids: np.ndarray
     learn: np.ndarray
+    skipped: tuple[str, ...] = ()
 
 
 def parse_view(name: str) -> View:

@@ -30,7 +30,7 @@ def bench_train(stage: Stage, repeats: int) -> Figures:
     mixture = Mixture(sources, processor, stage.context, stage.seed, stage.prompt_drop)
     batches = iter(PackedStream(mixture.sample, stage.rows, stage.context, space.pad))
     batch = next(batches)
-    model = ModelWithLoss(lm, build_loss(stage, processor), stage).train()
+    model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe).train()
     labels = torch.full_like(batch["input_ids"], -100).flatten()
     labels[batch["loss_index"] + 1] = batch["targets"]
     inputs = {key: batch[key] for key in ("input_ids", "position_ids")} | {

@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from anytoken.data.records import open_media, read_records
-from anytoken.evaluation.judges import JudgeError, WordJudge, translate
+from anytoken.data.dna import translate
+from anytoken.data.records import open_media
+from anytoken.data.sources import read_records
+from anytoken.evaluation.judges import JudgeError, WordJudge
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.evaluation.report import ReportError, percent, read, rows
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
@@ -120,7 +122,7 @@ def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str
         raise DemoError(f"{path} is missing: the demo reads its held-out files from there; see --assets.")
     chosen: dict[str, dict[str, Any]] = {}
     for record in read_records(path):
-        chosen.setdefault(record.get("name", record["text"]), record)
+        chosen.setdefault(record.get("name") or record["text"], record)
     return [
         (record, open_media(record[kind], KINDS[kind], assets)) for record in list(chosen.values())[:count]
     ]

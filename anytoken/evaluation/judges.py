@@ -1,9 +1,10 @@
-"""Judges of generated media: what a picture shows, which words a clip says and in whose voice, what DNA codes for.
+"""Judges of generated media: what a picture shows, which words a clip says, and in whose voice.
 
 A judge never sees a generator's output before it judges one. What a picture shows is told by a small classifier that
 was trained on *other* drawing styles than the one it judges; words by pocketsphinx under a closed grammar of the
-known names; a voice by a linear classifier of spectra of real clips; DNA by the genetic code. No judge is perfect:
-scores stand beside the judge's ceiling, its score on real held-out media.
+known names; a voice by a linear classifier of spectra of real clips. (What DNA codes for is no judgement:
+`anytoken.data.dna.translate`.) No judge is perfect: scores stand beside the judge's ceiling, its score on real
+held-out media.
 Shapes: B pictures, C classes, F frames.
 """
 
@@ -22,22 +23,10 @@ from anytoken.segments import Image, Segment, Speech, Video
 
 PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
 RATE_HZ = 16_000
-BASES = "TCAG"
-RESIDUES = "FFLLSSSSYY**CC*WLLLLPPPPHHQQRRRRIIIMTTTTNNKKSSRRVVVVAAAADDEEGGGG"
 
 
 class JudgeError(ValueError):
     """A judge that lacks a package or the real examples it learns from."""
-
-
-def translate(bases: str) -> str:
-    """Residues of DNA read in frame (translation table 11); a codon with another letter is X, a rest is left out."""
-    residues = []
-    for start in range(0, len(bases) - 2, 3):
-        places = [BASES.find(base) for base in bases[start : start + 3].upper().replace("U", "T")]
-        known = min(places) >= 0
-        residues.append(RESIDUES[16 * places[0] + 4 * places[1] + places[2]] if known else "X")
-    return "".join(residues)
 
 
 def mel_frames(clip: Speech) -> Tensor:

@@ -1,4 +1,4 @@
-"""Numbers that stand beside a baseline: shares with an interval, text and sequence agreement, picture distance.
+"""Numbers that stand beside a baseline: shares with an interval, text and sequence agreement.
 
 A share of right answers carries its 95 % Wilson interval (Wilson 1927): with 200 cases a difference of a few per cent
 means nothing, and the reader should see that.
@@ -7,7 +7,7 @@ means nothing, and the reader should see that.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log10, sqrt
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,6 @@ def majority(answers: Sequence[str]) -> str:
         raise ValueError("majority() needs at least one answer.")
     counts = Counter(answers)
     return max(counts, key=lambda answer: counts[answer])
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite where they are equal."""
-    if one.shape != other.shape:
-        raise ValueError(f"psnr needs equal shapes; received {one.shape} and {other.shape}.")
-    error = float(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2))
-    return 10 * log10(255**2 / error) if error else float("inf")
 
 
 def nearest(queries: np.ndarray, items: np.ndarray, block: int = 256) -> np.ndarray:

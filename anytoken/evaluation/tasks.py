@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from anytoken.data.records import open_media, read_records
+from anytoken.data.dna import translate
+from anytoken.data.records import open_media
+from anytoken.data.sources import read_records
 from anytoken.evaluation.judges import (
     BackgroundJudge,
     PictureClassifier,
@@ -24,7 +26,6 @@ from anytoken.evaluation.judges import (
     fit_classifier,
     mel_frames,
     motion,
-    translate,
 )
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video

@@ -2,9 +2,10 @@
 
 import copy
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.inference.adapters import Adapters
+from anytoken.inference.cache import Prefixes
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CheckpointError,
@@ -34,6 +36,7 @@ from anytoken.tokenizers.base import ModalityTokenizer
 
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
 Output = str | Sequence[str] | None
+Rerank = Callable[[Reply], float]
 Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
 
 
@@ -53,6 +56,7 @@ class Options(TypedDict, total=False):
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
     repetition_penalty: float | None
     cfg_scale: float | None
     sampling: Mapping[str, Sampling | Mapping[str, Any]] | None
@@ -71,6 +75,7 @@ class AnyToken:
         self.processor = processor
         self.sampling = dict(sampling or {})
         self.card: str | None = None
+        self.compiled = False
         self._engine: Engine | None = None
         self._adapters: Adapters | None = None
 
@@ -81,11 +86,14 @@ class AnyToken:
         device: str | torch.device = "auto",
         adapter: str | Path | None = None,
         quantize: str | None = None,
+        compile: bool = False,
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
         `adapter` is a PEFT folder; it is merged into the weights. quantize="int8" keeps a byte a weight: less
-        memory, for inference only (model/quantize.py). ValueError (CheckpointError and the like)
+        memory, for inference only (model/quantize.py). `compile` compiles the decoding step now, which takes a
+        minute or so the first time and says so; later loads find it in torch's cache. ValueError (CheckpointError
+        and the like)
         names the file that is missing or damaged, the unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
@@ -94,6 +102,9 @@ class AnyToken:
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        model.compiled = compile
+        if compile:
+            model.engine.head()
         return model
 
     @property
@@ -111,7 +122,7 @@ class AnyToken:
         """The generation loop for the present weights and grammar."""
         engine, grammar = self._engine, self.processor.grammar
         if engine is None or engine.lm is not self.lm or engine.grammar is not grammar:
-            engine = self._engine = Engine(self.lm, grammar)
+            engine = self._engine = Engine(self.lm, grammar, self.compiled)
         return engine
 
     def __repr__(self) -> str:
@@ -140,6 +151,8 @@ class AnyToken:
         *,
         batch: Literal[False] = False,
         num_return: Literal[1] = 1,
+        best_of: int | None = None,
+        rerank: Rerank | None = None,
         **options: Unpack[Options],
     ) -> Reply: ...
 
@@ -151,6 +164,8 @@ class AnyToken:
         *,
         batch: bool = False,
         num_return: int = 1,
+        best_of: int | None = None,
+        rerank: Rerank | None = None,
         **options: Unpack[Options],
     ) -> Any: ...
 
@@ -161,6 +176,8 @@ class AnyToken:
         *,
         batch: bool = False,
         num_return: int = 1,
+        best_of: int | None = None,
+        rerank: Rerank | None = None,
         **options: Unpack[Options],
     ) -> Any:
         """Answer a prompt with a Reply.
@@ -168,18 +185,36 @@ class AnyToken:
         prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
         a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
+        best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
+        their ids (ids without a choice count 0), or by `rerank`, a function of a Reply, higher is better.
         Options: see `Options`. ValueError (RequestError, PromptError, SamplingError, EngineError) says what
         does not fit.
         """
-        if isinstance(num_return, bool) or not isinstance(num_return, int) or num_return < 1:
-            raise RequestError(f"num_return must be a whole number from 1 up; received {num_return!r}.")
+        _check_count("num_return", num_return)
+        samples = num_return if best_of is None else _check_count("best_of", best_of)
+        if samples < num_return:
+            raise RequestError(
+                f"best_of={best_of} is less than num_return={num_return}: make at least as many."
+            )
+        if rerank is not None and best_of is None:
+            raise RequestError("rerank chooses among several replies: say how many with best_of.")
         prompts = self._encode_prompts(prompt, batch)
-        rows = [number for _ in prompts for number in range(num_return)]
-        replies = self.generate_ids(
-            [ids for ids in prompts for _ in range(num_return)], output, rows, **options
+        rows = [number for _ in prompts for number in range(samples)]
+        scored = self._replies(
+            [ids for ids in prompts for _ in range(samples)],
+            output,
+            rows,
+            scored=best_of is not None,
+            **options,
         )
-        grouped = [replies[start : start + num_return] for start in range(0, len(replies), num_return)]
-        found = [group if num_return > 1 else group[0] for group in grouped]
+        found = []
+        for start in range(0, len(scored), samples):
+            group = scored[start : start + samples]
+            if best_of is not None:
+                score = (lambda one: rerank(one[0])) if rerank is not None else itemgetter(1)
+                group = sorted(group, key=score, reverse=True)
+            replies = [reply for reply, _ in group[:num_return]]
+            found.append(replies if num_return > 1 else replies[0])
         return found if batch else found[0]
 
     def _encode_prompts(self, prompt: Prompt, batch: bool) -> list[list[int]]:
@@ -192,17 +227,33 @@ class AnyToken:
         prompts: Sequence[Sequence[int]],
         output: Output = None,
         rows: Sequence[int] | None = None,
+        prefixes: Prefixes | None = None,
         **options: Unpack[Options],
     ) -> list[Reply]:
         """`generate` for prompts that are ids already, one reply each.
 
-        Each reply draws from (seed, its number in `rows`); by default all numbers are 0.
+        Each reply draws from (seed, its number in `rows`); by default all numbers are 0. What `prefixes` holds of a
+        prompt is not read again.
         """
+        return [reply for reply, _ in self._replies(prompts, output, rows, prefixes, **options)]
+
+    def _replies(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: Output,
+        rows: Sequence[int] | None,
+        prefixes: Prefixes | None = None,
+        scored: bool = False,
+        **options: Unpack[Options],
+    ) -> list[tuple[Reply, float]]:
+        """Replies, each with the mean log-probability of its ids if `scored`."""
         began = time.perf_counter()
         collected: list[list[int]] = [[] for _ in prompts]
+        likelihood = [0.0] * len(prompts)
         ends: dict[int, tuple[str, float]] = {}
-        for token in self._tokens(prompts, output, rows, **options):
+        for token in self._tokens(prompts, output, rows, prefixes, scored, **options):
             collected[token.row].append(token.id)
+            likelihood[token.row] += token.logprob
             if token.finish_reason is not None:
                 ends[token.row] = (token.finish_reason, time.perf_counter() - began)
         replies = []
@@ -212,7 +263,7 @@ class AnyToken:
                 segments.push(token_id)
             reason, seconds = ends[row]
             usage = count_usage(self.token_space, len(prompt), ids, seconds)
-            replies.append(Reply(segments.segments, ids, usage, reason))
+            replies.append((Reply(segments.segments, ids, usage, reason), likelihood[row] / len(ids)))
         return replies
 
     def stream(
@@ -227,10 +278,14 @@ class AnyToken:
         return self.stream_ids(self.encode_prompt(prompt), output, **options)
 
     def stream_ids(
-        self, prompt: Sequence[int], output: Output = None, **options: Unpack[Options]
+        self,
+        prompt: Sequence[int],
+        output: Output = None,
+        prefixes: Prefixes | None = None,
+        **options: Unpack[Options],
     ) -> Generator[Event, None, Reply]:
-        """`stream` for a prompt that is ids already."""
-        return self._events(len(prompt), self._tokens([prompt], output, **options))
+        """`stream` for a prompt that is ids already; `prefixes` as for `generate_ids`."""
+        return self._events(len(prompt), self._tokens([prompt], output, prefixes=prefixes, **options))
 
     def _events(
         self, prompt_tokens: int, tokens: Generator[Token, None, None]
@@ -250,6 +305,8 @@ class AnyToken:
         prompts: Sequence[Sequence[int]],
         output: Output,
         rows: Sequence[int] | None = None,
+        prefixes: Prefixes | None = None,
+        scored: bool = False,
         *,
         sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
         max_new_tokens: int | None = None,
@@ -276,6 +333,8 @@ class AnyToken:
             self.processor.null_prompt(),
             [0] * len(prompts) if rows is None else rows,
             sizes,
+            prefixes,
+            scored,
         )
 
     def _plan(self, output: Output) -> tuple[str, ...] | None:
@@ -389,9 +448,16 @@ def load(
     device: str | torch.device = "auto",
     adapter: str | Path | None = None,
     quantize: str | None = None,
+    compile: bool = False,
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
-    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize)
+    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile)
+
+
+def _check_count(name: str, count: object) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise RequestError(f"{name} must be a whole number from 1 up; received {count!r}.")
+    return count
 
 
 def _is_size(size: object) -> bool:

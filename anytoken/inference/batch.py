@@ -1,141 +1,134 @@
 """Sequences of unequal length that share one forward pass and one key-value cache.
 
-A sequence joins with the tokens it still has to feed and may join or leave at any step. Each forward feeds
-every sequence all it has pending, padded on the left; padding stays in the cache as masked holes, so prompts
-of unequal length, forced tokens and late joiners are one mechanism. Positions count real tokens only, so a
-sequence's hidden states do not depend on its company. Shapes: S sequences, W new columns, T cached columns, D
-model dimension.
+A sequence joins with the ids it has so far and may join or leave at any step. Newcomers read their prompts in chunks
+among themselves, equal prompts once; then every forward feeds one id of each sequence. Positions count a sequence's
+own ids, and so do the cache's columns: its hidden states do not depend on its company. Shapes: S sequences, W ids of
+each.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
 
-log = logging.getLogger(__name__)
+from anytoken.inference.cache import Prefixes, RowCache
+from anytoken.inference.head import Head
 
-Ranges = tuple[tuple[int, int], ...]
+CHUNK = 512  # ids of a prompt that are read at once: bounds the memory of a long one
+SHORT = 3  # so many waiting ids (some had no choice) cost less one by one through the flat decoder
 
 
-class Head:
-    """Logits of the allowed ids only: 4 k rows of the output matrix for a picture, not all of the vocabulary.
-
-    Slicing is used where it gives what the model itself gives. A model that scales or caps its logits, or
-    whose head is wrapped by an adapter, is asked for its logits and the allowed columns are taken.
-    """
-
-    def __init__(self, lm: PreTrainedModel) -> None:
-        self.lm = lm
-        self.layer = lm.get_output_embeddings()
-        self.sliced = self._slicing_is_exact()
-        if not self.sliced:
-            log.info("%s makes its logits in its own way: all of them are computed", type(lm).__name__)
-
-    @torch.inference_mode()
-    def _slicing_is_exact(self) -> bool:
-        if type(self.layer) is not nn.Linear:
-            return False
-        probe = torch.zeros(1, 1, dtype=torch.long, device=self.lm.device)
-        expected = self.lm(input_ids=probe, use_cache=False).logits
-        hidden = getattr(self.lm.base_model(input_ids=probe, use_cache=False), "last_hidden_state", None)
-        if hidden is None:  # a PeftModel's base model is the causal LM again
-            return False
-        return torch.allclose(self.layer(hidden).float(), expected.float(), rtol=1e-3, atol=1e-4)
-
-    def features(self, **inputs: object) -> Tensor:
-        """Run the model; what `__call__` needs of the last position: [S, D], or [S, V] when unsliced."""
-        if self.sliced:
-            return self.lm.base_model(**inputs).last_hidden_state[:, -1]
-        return self.lm(**inputs, logits_to_keep=1).logits[:, -1]
-
-    def __call__(self, features: Tensor, ranges: Ranges) -> Tensor:
-        """Logits [N, K] in float32 on the CPU, of the K ids of `ranges` in order, from N rows of features."""
-        if self.sliced:
-            weight, bias = self.layer.weight, self.layer.bias
-            parts = [
-                F.linear(features, weight[start:stop], None if bias is None else bias[start:stop])
-                for start, stop in ranges
-            ]
-        else:
-            parts = [features[:, start:stop] for start, stop in ranges]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).float().cpu()
-
-
-@dataclass(eq=False)
 class Slot:
-    """One sequence of a batch: the ids it has yet to feed, and how many it has fed."""
+    """One sequence of a batch: its ids, how many of them are in the cache, and where its beginning may be found."""
 
-    pending: list[int]
-    fed: int = 0
+    def __init__(self, ids: Sequence[int], prefixes: Prefixes | None = None) -> None:
+        self.ids = list(ids)
+        self.fed = 0
+        self.prefixes = prefixes
+
+    @property
+    def waiting(self) -> int:
+        """How many ids are still to be fed."""
+        return len(self.ids) - self.fed
 
 
 class Batch:
-    """Sequences that are decoded together."""
+    """Sequences that are decoded together; row s of the cache is that of `slots[s]`."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.device = head.lm.device
-        self.cache = DynamicCache(config=head.lm.config)
+        weight = head.lm.get_input_embeddings().weight
+        self.cache = RowCache(head.lm.device, weight.dtype)
         self.slots: list[Slot] = []
-        self.mask = torch.zeros(0, 0, dtype=torch.bool, device=self.device)
-        self.holes = False
+        self._known = 0  # slots before it have been in a forward
 
-    def add(self, ids: Sequence[int]) -> Slot:
+    def add(self, ids: Sequence[int], prefixes: Prefixes | None = None) -> Slot:
         """A new sequence that begins with `ids`; it takes part from the next forward on."""
-        slot = Slot(list(ids))
+        slot = Slot(ids, prefixes)
         self.slots.append(slot)
         return slot
 
-    def drop(self, slots: Sequence[Slot]) -> None:
-        """Forget sequences and their cache rows."""
-        keep = [row for row, slot in enumerate(self.slots[: len(self.mask)]) if slot not in slots]
-        self.slots = [slot for slot in self.slots if slot not in slots]
-        index = torch.tensor(keep, dtype=torch.long, device=self.device)
-        self.mask = self.mask[index]
-        self.holes = not bool(self.mask.all())
-        if keep:
-            self.cache.batch_select_indices(index)
+    def drop(self, slots: Collection[Slot]) -> None:
+        """Forget sequences; the last row takes the place of each. Those with `prefixes` leave there what they read."""
+        for slot in slots:
+            row = self.slots.index(slot)
+            if row >= self._known:
+                del self.slots[row]
+                continue
+            if slot.prefixes is not None:
+                slot.prefixes.keep(slot.ids[: slot.fed], self.cache.read_row(row, slot.fed))
+            self._known -= 1
+            last = self.slots.pop(self._known)
+            if last is not slot:
+                self.cache.copy_row(self._known, row, last.fed)
+                self.slots[row] = last
 
     def free(self) -> None:
         """Let go of the cache, even while a traceback still holds on to this batch."""
-        self.cache.layers.clear()
+        self.slots.clear()
+        self._known = 0
+        self.cache.free()
 
     def forward(self) -> Tensor:
-        """Feed what is pending, at least one id per sequence; the head's features [S, ...] after each."""
+        """Feed what is waiting, at least one id of each sequence; the head's features [S, ...] after each."""
         self._admit()
-        width = max(len(slot.pending) for slot in self.slots)
-        ids, positions, real = [], [], []
-        for slot in self.slots:
-            gap = width - len(slot.pending)
-            ids.append([0] * gap + slot.pending)
-            positions.append([0] * gap + list(range(slot.fed, slot.fed + len(slot.pending))))
-            real.append([False] * gap + [True] * len(slot.pending))
-            self.holes = self.holes or gap > 0
-            slot.fed += len(slot.pending)
-            slot.pending = []
-        self.mask = torch.cat([self.mask, torch.tensor(real, device=self.device)], dim=1)
-        return self.head.features(
-            input_ids=torch.tensor(ids, device=self.device),
-            attention_mask=self.mask.long() if self.holes else None,
-            position_ids=torch.tensor(positions, device=self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        width = max(slot.waiting for slot in self.slots)
+        if self.head.decoder is None or width > SHORT:
+            return self._feed(0, len(self.slots), width)
+        while late := [row for row, slot in enumerate(self.slots) if slot.waiting > 1]:
+            if len(late) == len(self.slots):
+                self._feed(0, len(late), 1)
+            else:
+                for row in late:
+                    self._feed(row, row + 1, 1)
+        return self._feed(0, len(self.slots), 1)
 
     def _admit(self) -> None:
-        """Give sequences that joined since the last forward empty, masked cache rows."""
-        rows, columns = self.mask.shape
-        new = len(self.slots) - rows
+        """Let newcomers read all but the last chunk of their prompts; beside others, all but the last id."""
+        old, new = self.slots[: self._known], self.slots[self._known :]
         if not new:
             return
-        self.mask = torch.cat([self.mask, self.mask.new_zeros(new, columns)])
-        self.holes = self.holes or columns > 0
-        for layer in self.cache.layers if columns else ():
-            layer.keys = torch.cat([layer.keys, layer.keys.new_zeros(new, *layer.keys.shape[1:])])
-            layer.values = torch.cat([layer.values, layer.values.new_zeros(new, *layer.values.shape[1:])])
+        first: dict[tuple[int, ...], Slot] = {}
+        for slot in new:
+            first.setdefault(tuple(slot.ids), slot)
+        followers = [slot for slot in new if first[tuple(slot.ids)] is not slot]
+        leaders = list(first.values())
+        self.slots = old + leaders + followers
+        self._known = len(self.slots)
+        self.cache.reserve(len(self.slots), max(len(slot.ids) for slot in new))
+        for row in range(len(old), len(self.slots)):
+            self.cache.clear_row(row)
+        for row, slot in enumerate(leaders, len(old)):
+            self._recall(row, slot)
+        keep = 1 if old or followers else CHUNK
+        while (longest := max(slot.waiting for slot in leaders)) > keep:
+            self._feed(len(old), len(old) + len(leaders), min(CHUNK, longest - keep), keep=1)
+        rows = {slot: row for row, slot in enumerate(self.slots)}
+        for slot in followers:
+            leader = first[tuple(slot.ids)]
+            self.cache.copy_row(rows[leader], rows[slot], leader.fed)
+            slot.fed = leader.fed
+
+    def _recall(self, row: int, slot: Slot) -> None:
+        """Take the beginning of a sequence from its `prefixes`; its last id is always fed."""
+        stored, length = slot.prefixes.find(slot.ids[:-1]) if slot.prefixes is not None else ([], 0)
+        if length:
+            self.cache.write_row(row, stored, length)
+            slot.fed = length
+
+    def _feed(self, start: int, stop: int, width: int, keep: int = 0) -> Tensor:
+        """Feed up to `width` ids of slots start to stop, all but their last `keep`; the features after the last.
+
+        A sequence that has fewer repeats its last one, at its place, where it writes again what is there.
+        """
+        ids, positions = [], []
+        for slot in self.slots[start:stop]:
+            take = min(width, slot.waiting - keep)
+            last = max(slot.fed + take - 1, 0)
+            places = [min(slot.fed + step, last) for step in range(width)]
+            ids.append([slot.ids[place] for place in places])
+            positions.append(places)
+            slot.fed += take
+        self.cache.reserve(len(self.slots), max(places[-1] for places in positions) + 1)
+        return self.head.features(ids, positions, self.cache, start)

@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anytoken.inference.cache import Prefixes
 from anytoken.inference.checkpoint import check_target, replacing
 from anytoken.inference.reply import Reply, segment_html
 from anytoken.inference.stream import Event
@@ -57,6 +58,7 @@ class Chat:
         self.model = model
         self.turns: list[Turn] = []
         self.forgotten = 0
+        self._prefixes = Prefixes()  # what was read of this conversation is not read again
         if system is not None:
             self.turns = self._encode([{"role": "system", "content": system}])
 
@@ -145,11 +147,13 @@ class Chat:
 
     def _reply(self, turns: list[Turn], options: dict[str, Any]) -> Reply:
         ids, output = self._window(turns, options), turns[-1].output
-        [reply] = self.model.generate_ids([ids], output, **options)
+        [reply] = self.model.generate_ids([ids], output, prefixes=self._prefixes, **options)
         return self._remember(turns, reply)
 
     def _events(self, turns: list[Turn], options: dict[str, Any]) -> Generator[Event, None, Reply]:
-        events = self.model.stream_ids(self._window(turns, options), turns[-1].output, **options)
+        events = self.model.stream_ids(
+            self._window(turns, options), turns[-1].output, self._prefixes, **options
+        )
         return self._remembering(turns, events)
 
     def _remembering(

@@ -1,28 +1,32 @@
-"""The generation loop: ids and the grammar, nothing of media.
+"""The generation engine: ids and the grammar, nothing of media.
 
-Every row of a batch walks its own grammar state with its own plan, budget and random numbers. The grammar
-says which ids may come next; only their logits are computed (`batch.Head`); an id that is the only choice is
-appended without asking the model and fed together with the next one. A reply is therefore well-formed by
-construction, for any weights, any sampling and any budget. Classifier-free guidance gives a row a second
-sequence, the reply so far after an empty prompt, with its own cache rows in the same forward; it joins when
-the first guided kind begins.
+Every row of a batch walks its own grammar state with its own plan, budget and random numbers (`scheduler.py`). The
+grammar says which ids may come next; only their logits are computed (`head.py`); an id that is the only choice is
+appended without asking the model. A reply is therefore well-formed by construction, for any weights, any sampling
+and any budget. Classifier-free guidance gives a row a second sequence, the reply so far after an empty prompt, with
+its own cache row in the same forward; it joins when the first guided kind begins.
+
+Drafts by prompt lookup (arXiv 2304.04487 and transformers' prompt_lookup_num_tokens) are left out: texts, speech and
+DNA repeat nothing of what came before; pictures and videos repeat their plain areas, so that a step would decide
+nearly two ids when greedy and one and a half as sampled by default, but on a CPU a step of four ids costs about two
+of one id.
 """
 
 import secrets
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from anytoken.grammar import Grammar, State
-from anytoken.inference.batch import Batch, Head, Ranges, Slot
-from anytoken.inference.sampling import Sampling, draw, guide, penalise
+from anytoken.inference.batch import Slot
+from anytoken.inference.cache import Prefixes
+from anytoken.inference.head import Head
+from anytoken.inference.sampling import Sampling
+from anytoken.inference.scheduler import Row, Scheduler, Token
 
 Plan = Sequence[str] | None
-MAX_ROWS = 64  # rows decoded together; more wait for the next group
 
 
 class EngineError(ValueError):
@@ -41,49 +45,28 @@ class GeneratedIds:
     finish_reason: str
 
 
-@dataclass(frozen=True)
-class Token:
-    """One id as it is decided: `row` counts prompts; `finish_reason` is set on a row's last token."""
-
-    row: int
-    id: int
-    finish_reason: str | None = None
-
-
-@dataclass(eq=False)
-class _Row:
-    """A reply in the making."""
-
-    index: int
-    state: State
-    budget: int
-    random: np.random.Generator
-    slot: Slot
-    mate: Slot | None = None
-    kind: str = "text"
-    ids: list[int] = field(default_factory=list)
-    cut: bool = False
-    finished: bool = False
-
-
 class Engine:
     """Batched generation with a causal language model whose vocabulary is the grammar's token space."""
 
-    def __init__(self, lm: PreTrainedModel, grammar: Grammar) -> None:
+    def __init__(self, lm: PreTrainedModel, grammar: Grammar, compiled: bool = False) -> None:
         self.grammar = grammar
+        self.compiled = compiled
         self.lm = lm
-        space = grammar.token_space
-        self._opens = {space.open_token(name): name for name in space.modalities}
-        self._closes = {space.close_token(name) for name in space.modalities}
-        self._controls = {
-            id_ for one in space.ranges if one.kind == "control" for id_ in range(one.start, one.stop)
-        }
         self._head: Head | None = None
+        self._parts: tuple[object, ...] = ()
 
     @property
     def context(self) -> int:
         """The longest sequence the model can read, prompt and reply together."""
         return int(self.lm.config.get_text_config().max_position_embeddings)
+
+    def head(self) -> Head:
+        """The model for decoding, prepared anew when one of its modules or weights is another one."""
+        parts = (*map(type, self.lm.modules()), *self.lm.parameters())
+        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+            self._head, self._parts = Head(self.lm, self.compiled), parts
+        assert self._head is not None
+        return self._head
 
     def generate(
         self,
@@ -117,28 +100,53 @@ class Engine:
         null_prompt: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
+        prefixes: Prefixes | None = None,
+        scored: bool = False,
     ) -> Generator[Token, None, None]:
         """Yield the ids of all replies as they are decided; a row's ids come in order.
 
         `plans` gives each prompt the kinds its reply holds (None: the model decides); `sampling` maps kinds
         to settings; `max_new_tokens` None means up to the context. A row draws from (`seed`, its number in
         `rows`), by default its place in `prompts`, and from nothing else. `sizes` pins the grid size of a
-        kind. EngineError or GrammarError before the first token if something does not fit.
+        kind. `prefixes` keeps what is decoded for prompts that go on from it. `scored` asks for log-probabilities.
+        EngineError or GrammarError before the first token if something does not fit.
         """
+        seed = secrets.randbits(63) if seed is None else seed
+        scheduler = Scheduler(self)
+        plans = [None] * len(prompts) if plans is None else plans
+        numbers = range(len(prompts)) if rows is None else rows
+        for prompt, plan, number in zip(prompts, plans, numbers, strict=True):
+            scheduler.submit(
+                prompt, plan=plan, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, draw=number,
+                null_prompt=null_prompt, sizes=sizes, prefixes=prefixes, scored=scored,
+            )  # fmt: skip
+        return _drain(scheduler)
+
+    def request(
+        self,
+        number: int,
+        prompt: Sequence[int],
+        plan: Plan = None,
+        sampling: Mapping[str, Sampling] | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        draw: int = 0,
+        null_prompt: Sequence[int] | None = None,
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+        prefixes: Prefixes | None = None,
+        scored: bool = False,
+    ) -> Row:
+        """A checked request for the scheduler; it draws from (`seed`, `draw`), the rest is as for `stream`."""
         settings = dict(sampling or {})
         if null_prompt is None and any(one.cfg_scale != 1 for one in settings.values()):
             raise EngineError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
-        seed = secrets.randbits(63) if seed is None else _checked_seed(seed)
-        plans = [None] * len(prompts) if plans is None else plans
-        numbers = range(len(prompts)) if rows is None else rows
-        reserve = len(null_prompt or ())
-        waiting = []
-        for index, (prompt, plan, number) in enumerate(zip(prompts, plans, numbers, strict=True)):
-            state = self.grammar.reply(plan, sizes=dict(sizes) if sizes else None)
-            budget = self._budget(state, max(len(prompt), reserve), max_new_tokens)
-            random = np.random.default_rng([seed, number])
-            waiting.append(_Row(index, state, budget, random, Slot(list(prompt))))
-        return self._run(waiting, settings, list(null_prompt or ()))
+        state = self.grammar.reply(plan, sizes=dict(sizes) if sizes else None)
+        budget = self._budget(state, max(len(prompt), len(null_prompt or ())), max_new_tokens)
+        random = np.random.default_rng([_checked_seed(seed), draw])
+        if prefixes is not None:
+            prefixes.use([(id(one), one._version) for one in self.lm.parameters()])
+        slot = Slot(prompt, prefixes)
+        return Row(number, state, budget, random, slot, settings, list(null_prompt or ()), scored)
 
     def _budget(self, state: State, prompt_length: int, max_new_tokens: int | None) -> int:
         """How many ids a reply may have; EngineError if its shortest legal form is longer."""
@@ -161,108 +169,18 @@ class Engine:
             )
         return room if max_new_tokens is None else min(room, max_new_tokens)
 
-    @torch.inference_mode()
-    def _run(
-        self, waiting: list[_Row], sampling: dict[str, Sampling], null_prompt: list[int]
-    ) -> Generator[Token, None, None]:
-        if (
-            self._head is None or self._head.layer is not self.lm.get_output_embeddings()
-        ):  # an adapter wraps it
-            self._head = Head(self.lm)
-        head = self._head
-        for start in range(0, len(waiting), MAX_ROWS):
-            batch = Batch(head)
-            try:
-                yield from self._run_batch(waiting[start : start + MAX_ROWS], batch, sampling, null_prompt)
-            finally:  # also when the caller stops in the middle
-                batch.free()
 
-    def _run_batch(
-        self, rows: list[_Row], batch: Batch, sampling: dict[str, Sampling], null_prompt: list[int]
-    ) -> Iterator[Token]:
-        for row in rows:
-            yield from self._settle(row)
-        rows = [row for row in rows if not row.finished]
-        batch.slots.extend(row.slot for row in rows)
-        while rows:
-            for row in rows:
-                if row.mate is None and _setting(sampling, row).cfg_scale != 1:
-                    row.mate = batch.add(null_prompt + row.ids)
-            chosen = self._choose(rows, batch, batch.forward(), batch.head, sampling)
-            for row, token in zip(rows, chosen, strict=True):
-                yield self._append(row, token)
-                yield from self._settle(row)
-            done = [row for row in rows if row.finished]
-            if done:
-                rows = [row for row in rows if not row.finished]
-                batch.drop([slot for row in done for slot in (row.slot, row.mate) if slot is not None])
-
-    def _choose(
-        self, rows: list[_Row], batch: Batch, features: Tensor, head: Head, sampling: dict[str, Sampling]
-    ) -> list[int]:
-        """The next id of every row; rows with the same choices and settings are drawn together."""
-        place = {slot: index for index, slot in enumerate(batch.slots)}
-        groups: dict[tuple[Ranges, Sampling], list[int]] = {}
-        for index, row in enumerate(rows):
-            key = (self.grammar.allowed(row.state, row.budget), _setting(sampling, row))
-            groups.setdefault(key, []).append(index)
-        chosen = [0] * len(rows)
-        for (ranges, setting), members in groups.items():
-            logits = head(features[[place[rows[i].slot] for i in members]], ranges)
-            if setting.cfg_scale != 1:
-                mates = [place[mate] for i in members if (mate := rows[i].mate) is not None]
-                logits = guide(logits, head(features[mates], ranges), setting.cfg_scale)
-            table = self.grammar.index(ranges)
-            if setting.repetition_penalty != 1:
-                seen = [_columns(table, set(rows[i].ids) - self._controls) for i in members]
-                logits = penalise(logits, seen, setting.repetition_penalty)
-            uniforms = torch.tensor([rows[i].random.random() for i in members], dtype=torch.float64)
-            for i, token in zip(members, table[draw(logits, setting, uniforms)].tolist(), strict=True):
-                chosen[i] = token
-        return chosen
-
-    def _append(self, row: _Row, token: int) -> Token:
-        """Add one id to a row and to what its sequences have to feed."""
-        row.state = self.grammar.advance(row.state, token)
-        row.budget -= 1
-        row.ids.append(token)
-        row.slot.pending.append(token)
-        if row.mate is not None:
-            row.mate.pending.append(token)
-        if token in self._opens:
-            row.kind = self._opens[token]
-        elif token in self._closes:
-            row.kind = "text"
-        row.finished = self.grammar.finished(row.state)
-        reason = ("length" if row.cut else "stop") if row.finished else None
-        return Token(row.index, token, reason)
-
-    def _settle(self, row: _Row) -> Iterator[Token]:
-        """Append ids for as long as there is only one choice."""
-        while not row.finished:
-            ranges = self.grammar.allowed(row.state, row.budget)
-            if not _single(ranges):
-                return
-            row.cut = row.cut or not _single(self.grammar.allowed(row.state))
-            yield self._append(row, ranges[0][0])
+def _drain(scheduler: Scheduler) -> Generator[Token, None, None]:
+    try:
+        while len(scheduler):
+            yield from scheduler.step()
+    finally:  # also when the caller stops in the middle
+        scheduler.close()
 
 
-def _checked_seed(seed: int) -> int:
+def _checked_seed(seed: int | None) -> int:
+    if seed is None:
+        return secrets.randbits(63)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise EngineError(f"seed must be a whole number from 0 up; received {seed!r}.")
     return int(seed)
-
-
-def _setting(sampling: Mapping[str, Sampling], row: _Row) -> Sampling:
-    return sampling.get(row.kind) or Sampling()
-
-
-def _single(ranges: Ranges) -> bool:
-    return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1
-
-
-def _columns(table: Tensor, ids: set[int]) -> Tensor:
-    """Where those of `ids` that are in the ascending `table` stand in it."""
-    wanted = torch.tensor(sorted(ids), dtype=torch.long)
-    columns = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
-    return columns[table[columns] == wanted]

@@ -1,10 +1,10 @@
-"""How the next id is chosen among the allowed: temperature, top-k, nucleus, repetition penalty, guidance.
+"""How the next id is chosen among the allowed: temperature, top-k, top-p, min-p, repetition penalty, guidance.
 
 Sampling inverts the cumulative distribution with one uniform number per token. A draw then depends on its
 row's own numbers only, and a rounding difference between batch sizes changes an outcome with a chance of
 about its own size, where sorting or Gumbel noise would tie it to the number of candidates. Sources: nucleus
-sampling (arXiv 1904.09751), repetition penalty (arXiv 1909.05858), classifier-free guidance in language
-models (arXiv 2306.17806). Shapes: N rows, K allowed ids.
+sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (1909.05858), classifier-free guidance in
+language models (2306.17806). Shapes: N rows, K allowed ids.
 """
 
 import json
@@ -26,14 +26,16 @@ class SamplingError(ValueError):
 class Sampling:
     """Sampling settings of one modality.
 
-    temperature >= 0 (0 is greedy); top_k >= 0 (0 is off); 0 < top_p <= 1 (1 is off); repetition_penalty > 0
-    (1 is off) on ids of the same kind that the reply already holds; cfg_scale >= 0 (1 is off, larger follows
-    the prompt more closely, at the price of a second forward row). SamplingError otherwise.
+    temperature >= 0 (0 is greedy); top_k >= 0 (0 is off); 0 < top_p <= 1 (1 is off); 0 <= min_p <= 1 (0 is off)
+    keeps ids at least min_p times as probable as the likeliest; repetition_penalty > 0 (1 is off) on ids of the
+    same kind that the reply already holds; cfg_scale >= 0 (1 is off, larger follows the prompt more closely, at
+    the price of a second forward row). SamplingError otherwise.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     cfg_scale: float = 1.0
 
@@ -48,6 +50,7 @@ class Sampling:
                 "a whole number from 0 (off) up",
             ),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
             "cfg_scale": (0 <= self.cfg_scale < float("inf"), "a number from 0 up (1 is off)"),
         }
@@ -142,6 +145,9 @@ def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
         ordered, order = probabilities.sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
         probabilities = probabilities.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.cumsum(-1)
     threshold = uniforms.double()[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

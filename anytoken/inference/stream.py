@@ -158,25 +158,25 @@ class _Medium:
         self._axes = len(self.tokenizer.shape.axes) if isinstance(self.tokenizer.shape, Grid) else 0
         self._size_zero = processor.token_space.size_token(1) - 1
         self._size: list[int] = []
-        self._values: list[int] = []
+        self._books: list[list[int]] = [
+            [] for _ in self._starts
+        ]  # in any order each codebook goes frame by frame
         self._sent = 0  # codes that went out in deltas
 
     def codes(self) -> Codes:
         """The codes so far, in whole frames."""
-        frames = len(self._values) // len(self._starts)
-        return Codes(
-            np.array(self._values[: frames * len(self._starts)]).reshape(frames, -1), tuple(self._size)
-        )
+        frames = len(self._books[-1])
+        return Codes(np.array([book[:frames] for book in self._books]).T, tuple(self._size))
 
     def push(self, token: int) -> Iterator[Event]:
         """One more id of the size header or the codes."""
         if len(self._size) < self._axes:
             self._size.append(token - self._size_zero)
             return
-        book = len(self._values) % len(self._starts)
-        self._values.append(token - int(self._starts[book]))
+        book = int(np.searchsorted(self._starts, token, "right")) - 1
+        self._books[book].append(token - int(self._starts[book]))
         if book == len(self._starts) - 1:
-            done = len(self._values) // len(self._starts)
+            done = len(self._books[-1])
             yield from self._grid_events(done) if self._axes else self._run_events(done)
 
     def _grid_events(self, done: int) -> Iterator[Event]:
@@ -196,7 +196,7 @@ class _Medium:
 
     def rest(self) -> Iterator[Event]:
         """What is left to show when the medium ends."""
-        done = len(self._values) // len(self._starts)
+        done = len(self._books[-1])
         if not self._axes and self.tokenizer.lookahead is not None and done > self._sent:
             yield self._delta_until(done)
 

@@ -43,15 +43,12 @@ from anytoken.model.moe import (
     group_mask,
     router_losses,
 )
+from anytoken.model.packing import keep_samples_apart
 
 # Experts are saved one by one under Qwen3-MoE's names, which serving engines and converters expect.
 register_checkpoint_conversion_mapping(
     "anytoken", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )
-
-
-class PackingError(ValueError):
-    """Packed samples that would attend to each other."""
 
 
 @dataclass
@@ -151,20 +148,12 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] to last_hidden_state [B, T, H].
 
-        Restarting `position_ids` mark packed samples, which never attend to each other. PackingError if a mask
-        or a cache is given with them: either would silently let them.
+        Restarting `position_ids` mark packed samples, which never attend to each other. PackingError (compiled: a
+        RuntimeError) if a mask or a cache is given with them: either would silently let them.
         """
-        if (
-            position_ids is not None
-            and kwargs.get("past_key_values") is None
-            and is_packed(position_ids, attention_mask)
-        ):
-            if attention_mask is not None or use_cache:
-                raise PackingError(
-                    "position_ids restart, so the batch is packed: give no attention_mask and use_cache=False "
-                    "(with either, samples would attend across their borders)."
-                )
-            use_cache = False
+        ids = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        rows = 1 if ids is None else len(ids)
+        use_cache = keep_samples_apart(self.config, rows, position_ids, attention_mask, use_cache, kwargs)
         modality = None
         if self.config.expert_groups or (output_router_logits and self.config.modality_boundaries):
             if input_ids is None:
@@ -319,16 +308,3 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
             total
             - routed * (self.config.num_experts - self.config.num_experts_per_tok) // self.config.num_experts
         )
-
-
-def is_packed(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether positions [B, T] restart within a row (left padding is not a restart)."""
-    if position_ids.shape[-1] < 2 or torch.compiler.is_compiling() or position_ids.ndim != 2:
-        return False
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[-1] != position_ids.shape[-1]:
-            return False
-        real = attention_mask.bool().expand_as(position_ids)
-        restarts = restarts & real[:, 1:] & real[:, :-1]
-    return bool(restarts.any())

@@ -11,6 +11,7 @@ from anytoken.tokenizers.base import (
     load_tokenizer,
     register_modality,
 )
+from anytoken.tokenizers.modalities import load_modality
 
 __all__ = [
     "MODALITIES",
@@ -20,6 +21,7 @@ __all__ = [
     "ModalityTokenizer",
     "Run",
     "TokenizerError",
+    "load_modality",
     "load_tokenizer",
     "register_modality",
 ]

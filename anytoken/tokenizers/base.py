@@ -13,10 +13,10 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,16 +33,24 @@ class TokenizerError(ValueError):
     """Raised when a segment cannot be encoded, codes cannot be decoded, or a tokenizer folder is unusable."""
 
 
+ORDERS = ("interleaved", "delayed")
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order."""
+    """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order.
+
+    order: see `writing_order`.
+    """
 
     axes: tuple[str, ...]
     min_size: tuple[int, ...]
     max_size: tuple[int, ...]
     num_codebooks: int = 1
+    order: str = "interleaved"
 
     def __post_init__(self) -> None:
+        _check_order(self.order)
         for field in ("axes", "min_size", "max_size"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.axes or not len(self.axes) == len(self.min_size) == len(self.max_size):
@@ -54,21 +62,23 @@ class Grid:
 
     def to_dict(self) -> dict[str, Any]:
         """The declaration as JSON-ready data."""
-        return {
-            "type": "grid",
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()},
-        }
+        return {"type": "grid", **_declared(self)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each."""
+    """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each.
+
+    order: see `writing_order`.
+    """
 
     min_length: int
     max_length: int
     num_codebooks: int = 1
+    order: str = "interleaved"
 
     def __post_init__(self) -> None:
+        _check_order(self.order)
         if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
             raise TokenizerError(
                 f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
@@ -76,10 +86,34 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """The declaration as JSON-ready data."""
-        return {"type": "run", **asdict(self)}
+        return {"type": "run", **_declared(self)}
 
 
 CodeShape = Grid | Run
+
+
+def _check_order(order: str) -> None:
+    if order not in ORDERS:
+        raise TokenizerError(f"Unknown order {order!r}; allowed: {', '.join(ORDERS)}.")
+
+
+def _declared(shape: CodeShape) -> dict[str, Any]:
+    """The fields of a shape; an order that is the default is not written, as in files from before there was one."""
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(shape).items()}
+    return {k: v for k, v in fields.items() if (k, v) != ("order", "interleaved")}
+
+
+def writing_order(shape: CodeShape, frames: int) -> np.ndarray:
+    """In which order the codes of `frames` frames are written: flat indices frame * Q + codebook, int64 [frames * Q].
+
+    "interleaved": frame after frame. "delayed": codebook q of a frame stands with codebook 0 of the q-th frame after
+    it (the delay pattern of MusicGen, arXiv 2306.05284, without filling): first codes are known early.
+    """
+    books = shape.num_codebooks
+    flat = np.arange(frames * books)
+    if shape.order == "interleaved":
+        return flat
+    return np.lexsort((flat % books, flat // books + flat % books))
 
 
 def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
@@ -117,10 +151,11 @@ class Codes:
 class ModalityTokenizer(nn.Module):
     """Turns one kind of segment into codes and back. Subclass it, declare `shape`, and register it.
 
-    A subclass sets the class variables `kind` and `segment_type`, keeps every constructor argument in
-    `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode` and `decode`.
-    Batched versions fall back to loops; override them where batching pays. A trainable tokenizer also
-    implements `training_loss`.
+    A subclass sets the class variables `kind` (what it is registered as) and `segment_type`, keeps every
+    constructor argument in `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode`
+    and `decode`. Batched versions fall back to loops; override them where batching pays. A trainable tokenizer also
+    implements `training_loss` and, unless it is built in, `training_batches`; `held_out` and `distortion` let
+    `anytoken tokenizer eval` measure it. docs/add_a_modality.md is a whole one.
     """
 
     kind: ClassVar[str]
@@ -140,8 +175,8 @@ class ModalityTokenizer(nn.Module):
 
     @property
     def name(self) -> str:
-        """The modality's name in the token space."""
-        return self.kind
+        """The modality's name in the token space: several kinds of tokenizer may serve one modality."""
+        return self.segment_type.kind
 
     def encode(self, segment: Segment) -> Codes:
         """Segment to codes; TokenizerError for a wrong kind or an input outside the declared limits."""
@@ -198,6 +233,29 @@ class ModalityTokenizer(nn.Module):
         """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
         raise TokenizerError(f"{type(self).__name__} has nothing to train.")
 
+    def fit(self, source: Path, seed: int) -> None:
+        """What is learnt from data without gradients, before the steps of a training; by default nothing.
+
+        source: the recipe's `data`, under the folder of the sets.
+        """
+
+    def training_batches(self, source: Path, batch_size: int, seed: int) -> Callable[[int], Tensor]:
+        """Step to the batch that `training_loss` takes; batch n depends on `seed` and n alone, so training resumes.
+
+        source: as for `fit`. TokenizerError if there is nothing to read.
+        """
+        raise TokenizerError(
+            f"{type(self).__name__} does not say what it is trained on; write its training_batches."
+        )
+
+    def held_out(self, source: Path) -> list[tuple[str, Segment]]:
+        """Group (or "") and segment of all that training never saw; `source` as for `fit`."""
+        raise TokenizerError(f"{type(self).__name__} does not say what is held out; write its held_out.")
+
+    def distortion(self, original: Segment, decoded: Segment) -> dict[str, float]:
+        """How far what came back is from the original, in measures of this modality's own."""
+        return {"exact": float(decoded == original)}
+
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Codebook entries [K, D], used to initialise a language model's new embedding rows."""
         size = self.codebook_sizes[codebook]
@@ -249,12 +307,25 @@ class ModalityTokenizer(nn.Module):
 
     # ---- saving and loading ----
 
-    def fingerprint(self) -> str:
-        """sha256 over configuration and weights: two tokenizers with one fingerprint give the same codes."""
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any object; a class that came from a file goes along as its source, for worker processes."""
+        source = class_source(type(self))
+        if source is None:
+            return super().__reduce_ex__(protocol)
+        from anytoken.tokenizers.modalities import rebuild
+
+        return rebuild, (*source, self.__dict__)
+
+    def fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        """sha256 over configuration and weights: two tokenizers with one fingerprint give the same codes.
+
+        dtype: of what `save_pretrained` writes with it. It is the same before saving and after loading.
+        """
         digest = hashlib.sha256(json.dumps([self.kind, self.config], sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
             digest.update(key.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            saved = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            digest.update(saved.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -281,6 +352,10 @@ class ModalityTokenizer(nn.Module):
                 "codebook_sizes": list(self.codebook_sizes),
                 "config": self.config,
             }
+            if source := class_source(type(self)):
+                name, code = source
+                header["code"] = name
+                (scratch / name).write_bytes(code)
             (scratch / "config.json").write_text(json.dumps(header, indent=2) + "\n")
             folder.mkdir(exist_ok=True)
             for path in scratch.iterdir():
@@ -314,10 +389,16 @@ class ModalityTokenizer(nn.Module):
 
 
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}
+BUILTIN = {  # kind: module of this package
+    "image": "image", "speech": "speech", "video": "video",
+    "dna": "dna", "dna_kmer": "dna_variants", "dna_bpe": "dna_variants",
+    "pretrained_speech": "pretrained", "pretrained_image": "pretrained", "pretrained_video": "pretrained",
+}  # fmt: skip
+PLUGIN = "anytoken_modality_"  # begins the name of a module that `load_modality` made of a file
 
 
 def register_modality(cls: type[ModalityTokenizer]) -> type[ModalityTokenizer]:
-    """Make a tokenizer class known by its `kind`, so that checkpoints that hold one can be loaded.
+    """Make a tokenizer class known by its `kind`, so that recipes and checkpoints can name it.
 
     Works as a decorator. TokenizerError if another class already holds the name.
     """
@@ -325,12 +406,22 @@ def register_modality(cls: type[ModalityTokenizer]) -> type[ModalityTokenizer]:
     if not isinstance(kind, str) or not kind.isidentifier():
         raise TokenizerError(f"{cls.__name__}.kind must be an identifier such as 'protein'; got {kind!r}.")
     known = MODALITIES.get(kind)
-    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise TokenizerError(
-            f"Modality {kind!r} is already registered by {known.__module__}.{known.__qualname__}."
-        )
+    if known is not None:
+        holder = f"{known.__module__}.{known.__qualname__}"
+    else:
+        holder = f"{__package__}.{BUILTIN[kind]}.{cls.__qualname__}" if kind in BUILTIN else ""
+    if holder and holder != f"{cls.__module__}.{cls.__qualname__}":
+        raise TokenizerError(f"Modality {kind!r} is already registered by {holder}.")
     MODALITIES[kind] = cls
     return cls
+
+
+def class_source(cls: type) -> tuple[str, bytes] | None:
+    """File name and content of the file that `load_modality` took a class from; None for a class of a package."""
+    if not cls.__module__.startswith(PLUGIN):
+        return None
+    module = sys.modules[cls.__module__]
+    return Path(str(module.__file__)).name, module.__source__
 
 
 def _read_header(folder: Path) -> dict[str, Any]:
@@ -341,7 +432,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         )
     try:
         header = json.loads(path.read_text())
-        return {"kind": header["kind"], "class": header["class"], "config": header["config"]}
+        return {"code": None, **header, **{key: header[key] for key in ("kind", "class", "config")}}
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise TokenizerError(
             f"{path} is not a tokenizer configuration ({error!r}); copy the folder again."
@@ -349,17 +440,12 @@ def _read_header(folder: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path) -> ModalityTokenizer:
-    """Load whichever registered tokenizer a folder holds.
+    """Load whichever tokenizer a folder holds: of a class that is built in, registered, or of an installed package.
 
-    Only registered classes, and the built-in ones, are ever loaded: a folder cannot name code to import.
+    A folder cannot name code to import: one that brings its class's file is loaded after `load_modality` was
+    called on that file, and the error says so.
     """
+    from anytoken.tokenizers.modalities import modality_class
+
     header = _read_header(Path(folder))
-    builtin = {"image", "speech", "video", "dna"}
-    if header["kind"] not in MODALITIES and header["kind"] in builtin:
-        import_module(f"anytoken.tokenizers.{header['kind']}")
-    if header["kind"] not in MODALITIES:
-        raise TokenizerError(
-            f"{folder} holds a {header['kind']!r} tokenizer ({header['class']}), which is not registered; "
-            f"import the module that defines it first. Registered: {', '.join(sorted(builtin | set(MODALITIES)))}."
-        )
-    return MODALITIES[header["kind"]].from_pretrained(folder)
+    return modality_class(header["kind"], header, Path(folder)).from_pretrained(folder)

@@ -28,6 +28,11 @@ BACKGROUNDS = [
     (250, 225, 90), (80, 175, 90), (70, 120, 225), (150, 90, 190),
 ]  # fmt: skip
 CROP_SECONDS = 1.0
+SUFFIXES = {  # of a user's own files, for each kind that has batches here
+    "image": (".png", ".jpg", ".jpeg", ".webp"),
+    "video": (".mp4", ".webm", ".gif", ".webp"),
+    "speech": (".wav", ".flac", ".ogg", ".mp3"),
+}
 
 
 def batches_for(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
@@ -129,11 +134,7 @@ def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
 
 def file_batches(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
     """Batches from a user's own pictures, clips or recordings: a folder, or a glob such as photos/*.png."""
-    suffixes = {
-        "image": (".png", ".jpg", ".jpeg", ".webp"),
-        "video": (".mp4", ".webm", ".gif", ".webp"),
-        "speech": (".wav", ".flac", ".ogg", ".mp3"),
-    }[kind]
+    suffixes = SUFFIXES[kind]
     pattern = source / "**" / "*" if source.is_dir() else source
     root = Path(pattern.anchor or ".")
     names = sorted(root.glob(str(pattern.relative_to(root) if pattern.is_absolute() else pattern)))

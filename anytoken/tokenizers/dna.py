@@ -6,7 +6,7 @@ every window is encoded, decoded and compared, and a tokenizer that fails is not
 table would do: the codebook is where a language model's embedding rows start, and there windows that share letters
 are near each other.
 
-What goes in: lower case is read as upper case, U as T, every other IUPAC letter (R, Y, S, W, K, M, B, D, H, V) as N.
+What letters go in, and streams of any length: `dna_letters.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,15 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anytoken.segments import DNA, Segment
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
+from anytoken.tokenizers.base import Run, TokenizerError, register_modality
+from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, to_bases
 from anytoken.tokenizers.quantizers import Quantizer
 
-LETTERS = "ACGTN"
 PAD = len(LETTERS)
 NUM_SYMBOLS = len(LETTERS) + 1
 WINDOW = 3
-MAX_TOKENS = 400
 MAX_ROUNDS = 10
 _PLACES = np.array([NUM_SYMBOLS**2, NUM_SYMBOLS, 1])
 
@@ -47,30 +45,6 @@ def all_windows() -> Tensor:
         for letters in product(range(PAD), repeat=length)
     ]
     return torch.tensor(windows)
-
-
-def _symbol_of_byte() -> np.ndarray:
-    table = np.full(256, 255, dtype=np.uint8)
-    for letter in "ACGTUNRYSWKMBDHV":
-        symbol = LETTERS.find("T" if letter == "U" else letter)
-        table[[ord(letter), ord(letter.lower())]] = symbol if symbol >= 0 else LETTERS.index("N")
-    return table
-
-
-_SYMBOLS = _symbol_of_byte()
-_BASES = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
-
-
-def to_symbols(bases: str) -> np.ndarray:
-    """IUPAC letters as uint8 [T] indices into A C G T N; TokenizerError names the first other letter."""
-    symbols = _SYMBOLS[np.frombuffer(bases.encode("latin-1", errors="replace"), dtype=np.uint8)]
-    if symbols.size and symbols.max() > PAD:
-        position = int(symbols.argmax())
-        raise TokenizerError(
-            f"DNA has IUPAC letters (ACGT, U, N, RYSWKMBDHV, either case); received {bases[position]!r} "
-            f"at position {position + 1}."
-        )
-    return symbols
 
 
 @dataclass(frozen=True)
@@ -88,7 +62,7 @@ class Lossless:
 
 
 @register_modality
-class DNATokenizer(ModalityTokenizer):
+class DNATokenizer(DNALetters):
     """3 bases a code, at most 400 codes (1,200 bases) a segment; `encode_stream` takes sequences of any length.
 
     Every sequence of codes decodes: codes that training left unused stand for their nearest window, and padding
@@ -96,7 +70,6 @@ class DNATokenizer(ModalityTokenizer):
     """
 
     kind = "dna"
-    segment_type = DNA
 
     def __init__(self, width: int = 128, code_dim: int = 32, codebook_size: int = 256) -> None:
         if codebook_size < len(all_windows()):
@@ -197,57 +170,7 @@ class DNATokenizer(ModalityTokenizer):
         wrong = tuple("".join((LETTERS + "-")[i] for i in window) for window in windows[~same].tolist())
         return Lossless(wrong, float((1 - distances[:, 0] / distances[:, 1]).min()))
 
-    # ---- segments and streams ----
-
-    def encode(self, segment: Segment) -> Codes:
-        """DNA to codes int64 [ceil(T / 3), 1]; TokenizerError for another kind, or more than 1,200 bases."""
-        self.check_segment(segment)
-        assert isinstance(segment, DNA)
-        if len(segment.bases) > MAX_TOKENS * WINDOW:
-            raise TokenizerError(
-                f"A DNA segment has at most {MAX_TOKENS * WINDOW} bases ({MAX_TOKENS} codes); received "
-                f"{len(segment.bases)}. Cut it into pieces, or use encode_stream, which takes any length."
-            )
-        return Codes(self._lookup(to_symbols(segment.bases))[:, None])
-
-    def decode(self, codes: Codes) -> Segment:
-        """Codes to upper-case A C G T N; every code in range decodes."""
-        self.check_codes(codes)
-        return DNA(self._spell(codes.values[:, 0]))
-
-    @property
-    def lookahead(self) -> int:
-        """A code is its three bases, whatever stands beside it."""
-        return 0
-
-    def decode_span(self, codes: Codes, start: int, stop: int) -> DNA:
-        """The bases of codes `start` to `stop`."""
-        return DNA(self._spell(codes.values[start:stop, 0]))
-
-    def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        """Codes int64 [n] for chunks of a sequence of any length, in memory of one chunk's size.
-
-        Chunks may be cut anywhere, and white space in them is skipped, so the lines of a file will do.
-        """
-        rest = np.empty(0, dtype=np.uint8)
-        for chunk in chunks:
-            symbols = np.concatenate([rest, to_symbols("".join(chunk.split()))])
-            whole = len(symbols) // WINDOW * WINDOW
-            rest = symbols[whole:]
-            if whole:
-                yield self._lookup(symbols[:whole])
-        if rest.size:
-            yield self._lookup(rest)
-
-    def decode_stream(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
-        """Bases for chunks of codes int [n]: the inverse of `encode_stream`."""
-        for chunk in chunks:
-            if chunk.size and not 0 <= chunk.min() <= chunk.max() < self.codebook_sizes[0]:
-                raise TokenizerError(
-                    f"dna codes run from 0 to {self.codebook_sizes[0] - 1}; "
-                    f"received values from {chunk.min()} to {chunk.max()}."
-                )
-            yield self._spell(chunk)
+    # ---- letters ----
 
     def _lookup(self, symbols: np.ndarray) -> np.ndarray:
         padded = np.pad(symbols, (0, -len(symbols) % WINDOW), constant_values=PAD)
@@ -255,7 +178,10 @@ class DNATokenizer(ModalityTokenizer):
 
     def _spell(self, codes: np.ndarray) -> str:
         symbols = self.tables()[1][codes].ravel()
-        return _BASES[symbols[symbols != PAD]].tobytes().decode("ascii")
+        return to_bases(symbols[symbols != PAD])
+
+    def _whole(self, symbols: np.ndarray) -> int:
+        return len(symbols) // WINDOW * WINDOW
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Learned vectors [K, code_dim]."""

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
-from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
 from anytoken.tokenizers.batches import place
-from anytoken.tokenizers.dna import MAX_TOKENS, WINDOW
+from anytoken.tokenizers.dna import WINDOW
+from anytoken.tokenizers.dna_letters import MAX_TOKENS
 from anytoken.tokenizers.image import to_pixels
 
 SIDE_PX = 64
@@ -59,6 +60,23 @@ def held_out_items(kind: str, data: Path, count: int, seed: int) -> list[HeldOut
     items = readers[kind](data, count, np.random.default_rng((seed, 1)))
     if not items:
         raise TokenizerError(f"{data} has no held-out {kind} items: build the sets whole, without --limit.")
+    return items
+
+
+def own_held_out(
+    tokenizer: ModalityTokenizer, data: Path, source: Path, count: int, seed: int
+) -> list[HeldOut]:
+    """At most `count` items for a tokenizer: the built sets' for a modality of theirs, else what its class holds out.
+
+    source: what it was trained on, for `ModalityTokenizer.held_out`.
+    """
+    if tokenizer.name in SETS:
+        return held_out_items(tokenizer.name, data, count, seed)
+    pairs = tokenizer.held_out(source)
+    chosen = np.random.default_rng((seed, 1)).permutation(len(pairs))[:count]
+    items = [HeldOut(pairs[i][1], f"{tokenizer.name} {i + 1}", pairs[i][0]) for i in chosen]
+    if not items:
+        raise TokenizerError(f"{source} has nothing that is held out for {tokenizer.name}.")
     return items
 
 
@@ -134,13 +152,14 @@ def _texts(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
     return items[:count]
 
 
-def made_of(kind: str, data: Path) -> list[dict[str, str]]:
+def made_of(kind: str, data: Path, trained_on: str = "") -> list[dict[str, str]]:
     """What the sets that a kind is trained and measured on are made of: set, name, version, licence of each source.
 
-    Empty where the sets say nothing of themselves (a manifest.json is written when a set is built).
+    trained_on: for a kind that has no set of its own, a path whose first folder names the set. Empty where the sets
+    say nothing of themselves (a manifest.json is written when a set is built).
     """
     found = []
-    for name in SETS.get(kind, []):
+    for name in SETS.get(kind, [*Path(trained_on).parts[:1]]):
         path = data / name / "manifest.json"
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []
         found += [

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from anytoken.segments import Image, Segment
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
-from anytoken.tokenizers.quantizers import Quantizer
+from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 PATCH_PX = 8
 REFINE_PX = 4  # the refining stage works on 4x4 pixels a position
@@ -75,7 +75,7 @@ class ImageTokenizer(ModalityTokenizer):
         decoder_depth: int = 6,
         refine_width: int = 64,
         refine_depth: int = 2,
-        quantizer: str = "fsq",
+        quantizer: Choice = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
         side_px: int = 64,
@@ -86,8 +86,9 @@ class ImageTokenizer(ModalityTokenizer):
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
         }  # fmt: skip
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        shape = Grid(("rows", "cols"), (1, 1), (self.max_cells, self.max_cells))
-        super().__init__(shape=shape, codebook_sizes=[quantize.codebook_size], config=config)
+        most = (self.max_cells, self.max_cells)
+        shape = Grid(("rows", "cols"), (1, 1), most, quantize.num_codebooks, quantize.order)
+        super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
         kernel = (7, 7)
         self.encoder = nn.Sequential(
@@ -106,8 +107,8 @@ class ImageTokenizer(ModalityTokenizer):
         )
 
     def reconstruct(self, codes: Tensor) -> Tensor:
-        """Codes [B, rows, cols] to pixels [B, 3, H, W] in about [-1, 1]."""
-        return self._decode_vectors(self.quantize.lookup(codes.flatten(1)), codes.shape[1:])
+        """Codes [B, rows, cols, Q] to pixels [B, 3, H, W] in about [-1, 1]."""
+        return self._decode_vectors(self.quantize.lookup(codes.flatten(1, 2)), codes.shape[1:3])
 
     def _decode_vectors(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
         x = vectors.transpose(1, 2).unflatten(2, tuple(grid))
@@ -144,7 +145,7 @@ class ImageTokenizer(ModalityTokenizer):
             latent = self._encode_pixels(x)
             codes = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
             for i, values in zip(rows, codes, strict=True):
-                result[i] = Codes(values[:, None], tuple(latent.shape[2:]))
+                result[i] = Codes(values, tuple(latent.shape[2:]))
         return [codes for codes in result if codes is not None]
 
     @torch.inference_mode()
@@ -155,11 +156,11 @@ class ImageTokenizer(ModalityTokenizer):
         result: list[Segment | None] = [None] * len(codes)
         for size in {one.size for one in codes}:
             rows = [i for i, one in enumerate(codes) if one.size == size]
-            values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
             for i, pixels in zip(rows, to_pixels(self.reconstruct(values.unflatten(1, size))), strict=True):
                 result[i] = Image(pixels)
         return [segment for segment in result if segment is not None]
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
-        return self.quantize.codebook()
+        return self.quantize.codebook(codebook)

@@ -7,6 +7,8 @@ Wang et al. 2004; short-time objective intelligibility (STOI): Taal et al. 2011.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -31,7 +33,8 @@ from torch.nn import functional as F
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.dna import DNATokenizer
-from anytoken.tokenizers.held_out import HeldOut, held_out_items
+from anytoken.tokenizers.dna_letters import DNALetters, read_fasta, to_bases, to_symbols
+from anytoken.tokenizers.held_out import HeldOut, held_out_items, own_held_out
 from anytoken.tokenizers.speech import SAMPLE_RATE_HZ, LogMel
 from anytoken.tokenizers.text import FILE as TEXT_FILE
 from anytoken.tokenizers.text import TextTokenizer
@@ -54,9 +57,11 @@ class Measured:
     outputs: list[Segment]
 
 
-def measure(tokenizer: str | Path, data: str | Path, count: int = 400, seed: int = 0) -> Measured:
+def measure(
+    tokenizer: str | Path, data: str | Path, count: int = 400, seed: int = 0, genomes: Sequence[Path] = ()
+) -> Measured:
     """Encode and decode at most `count` held-out items from the built sets in `data`: what the codes keep, how many
-    there are, how fast.
+    there are, how fast. genomes: FASTA files that a DNA tokenizer streams besides.
 
     Raises TokenizerError for a folder that holds no tokenizer, or a set that is not there.
     """
@@ -64,9 +69,17 @@ def measure(tokenizer: str | Path, data: str | Path, count: int = 400, seed: int
     if (folder / TEXT_FILE).is_file():
         found = _measure_text(TextTokenizer.from_pretrained(folder), data, count, seed)
     else:
-        found = _measure_codes(load_tokenizer(folder), data, count, seed)
+        loaded = load_tokenizer(folder)
+        items = own_held_out(loaded, data, data / _trained_on(folder), count, seed)
+        found = measure_codes(loaded, items, data, seed, genomes)
     found.figures |= {"seed": seed, "date": date.today().isoformat(), **_circumstances()}
     return found
+
+
+def _trained_on(folder: Path) -> str:
+    """The `data` of the recipe that a tokenizer was trained by; "" if it does not say."""
+    path = folder / "training.json"
+    return json.loads(path.read_text(encoding="utf-8"))["recipe"].get("data", "") if path.is_file() else ""
 
 
 def _circumstances() -> dict[str, Any]:
@@ -107,15 +120,19 @@ def _timed(work: Callable[[list[A]], list[B]], items: Sequence[A]) -> tuple[list
     return results, time.perf_counter() - start
 
 
-def _usage(codes: np.ndarray, size: int) -> dict[str, Any]:
-    """Share of the codebook that the held-out items use, and the perplexity of the distribution of codes [N]."""
-    counts = np.bincount(codes, minlength=size)
-    share = counts[counts > 0] / counts.sum()
+def _usage(codes: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
+    """Share of all codes that the held-out items use, and the perplexity of the distribution of codes [N, Q].
+
+    The perplexity of several codebooks is the geometric mean of theirs.
+    """
+    counts = [np.bincount(one, minlength=size) for one, size in zip(codes.T, sizes, strict=True)]
+    shares = [one[one > 0] / one.sum() for one in counts]
+    entropy = [-(share * np.log(share)).sum() for share in shares]
     return {
-        "codebook_size": size,
-        "codes_measured": len(codes),
-        "codebook_usage": float((counts > 0).mean()),
-        "code_perplexity": float(np.exp(-(share * np.log(share)).sum())),
+        "codebook_size": sizes[0],
+        "codes_measured": codes.size,
+        "codebook_usage": float(np.concatenate(counts).astype(bool).mean()),
+        "code_perplexity": float(np.exp(np.mean(entropy))),
     }
 
 
@@ -131,51 +148,86 @@ def _by_group(items: Sequence[HeldOut], scores: Sequence[float]) -> dict[str, fl
 # ---- tokenizers with codes ----
 
 
-def _measure_codes(tokenizer: ModalityTokenizer, data: Path, count: int, seed: int) -> Measured:
-    items = held_out_items(tokenizer.kind, data, count, seed)
+def measure_codes(
+    tokenizer: ModalityTokenizer, items: list[HeldOut], data: Path, seed: int, genomes: Sequence[Path] = ()
+) -> Measured:
+    """Encode and decode items that the tokenizer never saw, and measure; of DNA also genomes, or that of `data`."""
     segments = [item.segment for item in items]
     codes, encode_seconds = _timed(tokenizer.encode_batch, segments)
     outputs, decode_seconds = _timed(tokenizer.decode_batch, codes)
     frames = sum(len(one) for one in codes)
     tokens = frames * tokenizer.shape.num_codebooks
     bits = frames * sum(map(math.log2, tokenizer.codebook_sizes))
-    amount, unit = _amount(segments)
+    amount, unit = _amount(tokenizer, segments, frames)
     figures = {
-        "kind": tokenizer.kind, "items": len(items), "fingerprint": tokenizer.fingerprint(),
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "kind": tokenizer.name, "tokenizer": tokenizer.kind, "items": len(items),
+        "fingerprint": tokenizer.fingerprint(), "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "shape": tokenizer.shape.to_dict(), "codebook_sizes": list(tokenizer.codebook_sizes),
         "quantizer": tokenizer.config.get("quantizer", "vq"), "config": tokenizer.config,
         "unit": unit, "units": amount,
         "tokens_per_item": tokens / len(items), "tokens_per_unit": tokens / amount, "bits_per_unit": bits / amount,
         "encode_units_per_second": amount / encode_seconds, "decode_units_per_second": amount / decode_seconds,
-        **_usage(np.concatenate([one.values[:, 0] for one in codes]), tokenizer.codebook_sizes[0]),
+        **_usage(np.concatenate([one.values for one in codes]), tokenizer.codebook_sizes),
     }  # fmt: skip
-    if isinstance(tokenizer, DNATokenizer):
+    if isinstance(tokenizer, DNALetters):
         figures |= {"exact": _exact(segments, outputs)} | _other_letters(tokenizer, segments)
-        figures |= _genome(tokenizer, data / "dna" / "genome_test.fa.gz")
+        paths = genomes or [path for path in [data / "dna" / "genome_test.fa.gz"] if path.is_file()]
+        figures |= stream_genomes(tokenizer, paths) if paths else {}
     elif isinstance(segments[0], Speech):
         figures |= _speech_kept(tokenizer, items, codes, outputs, seed)
-    else:
+    elif isinstance(segments[0], Image | Video):
         figures |= _pictures_kept(items, outputs, bits / len(items))
-    return Measured(tokenizer, figures, items, [one.values[:, 0].tolist() for one in codes], outputs)
+    else:
+        figures |= _own_distortion(tokenizer, items, codes, outputs, seed)
+    return Measured(tokenizer, figures, items, [one.values.ravel().tolist() for one in codes], outputs)
 
 
-def _amount(segments: Sequence[Segment]) -> tuple[float, str]:
+def _own_distortion(
+    tokenizer: ModalityTokenizer,
+    items: Sequence[HeldOut],
+    codes: Sequence[Codes],
+    outputs: Sequence[Segment],
+    seed: int,
+) -> dict[str, Any]:
+    """The measures of the class's own `distortion`, beside what random codes of the same sizes get."""
+    rng = np.random.default_rng(seed)
+    noise = [
+        Codes(np.stack([rng.integers(0, k, len(one)) for k in tokenizer.codebook_sizes], 1), one.size)
+        for one in codes[:RANDOM_ITEMS]
+    ]
+    scores = [tokenizer.distortion(item.segment, other) for item, other in zip(items, outputs, strict=True)]
+    floor = [
+        tokenizer.distortion(item.segment, other)
+        for item, other in zip(items, tokenizer.decode_batch(noise), strict=False)
+    ]
+    columns = {name: [one[name] for one in scores] for name in scores[0]}
+    grouped = {name: _by_group(items, column) for name, column in columns.items()}
+    return {
+        "distortion": {name: float(np.mean(column)) for name, column in columns.items()},
+        "random_codes_distortion": {name: float(np.mean([one[name] for one in floor])) for name in columns},
+        "distortion_by_group": {name: groups for name, groups in grouped.items() if groups},
+    }
+
+
+def _amount(tokenizer: ModalityTokenizer, segments: Sequence[Segment], frames: int) -> tuple[float, str]:
     """How much there is, in the unit tokens and speed are given in."""
     if isinstance(segments[0], Speech):
         return sum(one.seconds for one in segments if isinstance(one, Speech)), "second"
     if isinstance(segments[0], DNA):
         return sum(len(one.bases) for one in segments if isinstance(one, DNA)), "base"
-    return len(segments), {Image: "picture", Video: "clip"}.get(type(segments[0]), "item")
+    if tokenizer.frame_rate_hz:
+        return frames / tokenizer.frame_rate_hz, "second"
+    return len(segments), {Image: "picture", Video: "clip"}.get(type(segments[0]), tokenizer.name)
 
 
 # ---- pictures and clips ----
 
 
 def frames_of(segment: Segment) -> np.ndarray:
-    """Pixels uint8 [T, H, W, 3] of a picture (T = 1) or a clip."""
-    assert isinstance(segment, (Image, Video))
-    return segment.pixels[None] if isinstance(segment, Image) else segment.frames
+    """Pixels uint8 [T, H, W, 3] of a picture (T = 1), a clip, or a segment that has `to_image`."""
+    picture = segment.to_image() if hasattr(segment, "to_image") else segment
+    assert isinstance(picture, (Image, Video))
+    return picture.pixels[None] if isinstance(picture, Image) else picture.frames
 
 
 def _pictures_kept(items: Sequence[HeldOut], segments: Sequence[Segment], bits: float) -> dict[str, Any]:
@@ -314,7 +366,7 @@ def _exact(segments: Sequence[Segment], outputs: Sequence[Segment]) -> float:
     )
 
 
-def _other_letters(tokenizer: DNATokenizer, segments: Sequence[Segment]) -> dict[str, float]:
+def _other_letters(tokenizer: DNALetters, segments: Sequence[Segment]) -> dict[str, float]:
     """Shares of items that come back as documented once some of their letters are changed.
 
     with_n_exact: a tenth of the letters made N; they stay N. lower_case_as_upper: the lower-case sequence comes
@@ -323,14 +375,15 @@ def _other_letters(tokenizer: DNATokenizer, segments: Sequence[Segment]) -> dict
     bases = [one.bases for one in segments if isinstance(one, DNA)]
 
     def share(change: Callable[[str], str], expected: Callable[[str], str]) -> float:
-        wanted = [DNA(expected(one)) for one in bases]
-        return _exact(wanted, [tokenizer.autoencode(DNA(change(one))) for one in bases])
+        # Streamed, since N may take more codes than a segment holds.
+        back = ["".join(tokenizer.decode_stream(tokenizer.encode_stream([change(one)]))) for one in bases]
+        return float(np.mean([expected(one) == other for one, other in zip(bases, back, strict=True)]))
 
     def with_n(one: str) -> str:
         return "".join("N" if i % 10 == 9 else base for i, base in enumerate(one))
 
-    return {
-        "windows_lost": len(tokenizer.verify().wrong),
+    windows = {"windows_lost": len(tokenizer.verify().wrong)} if isinstance(tokenizer, DNATokenizer) else {}
+    return windows | {
         "with_n_exact": share(with_n, with_n),
         "lower_case_exact": share(str.lower, str.lower),
         "lower_case_as_upper": share(str.lower, str),
@@ -338,21 +391,34 @@ def _other_letters(tokenizer: DNATokenizer, segments: Sequence[Segment]) -> dict
     }
 
 
-def _genome(tokenizer: DNATokenizer, path: Path) -> dict[str, Any]:
-    """A stretch of a genome of another genus through the streaming interface: exact or not, and how fast."""
-    if not path.is_file():
-        return {}
-    bases = DNA.open(path).bases
-    start = time.perf_counter()
-    codes = list(tokenizer.encode_stream([bases]))
-    middle = time.perf_counter()
-    back = "".join(tokenizer.decode_stream(codes))
-    end = time.perf_counter()
+def stream_genomes(tokenizer: DNALetters, paths: Sequence[Path]) -> dict[str, Any]:
+    """Genomes through the streaming interface, in constant memory: exact or not, how many codes, how fast.
+
+    Exact: the letters, upper case, U as T and what is none of A C G T as N, have one sha256 before and after.
+    """
+    bases = tokens = 0
+    exact, encoding, decoding = True, 0.0, 0.0
+    for path in paths:
+        wanted, found = hashlib.sha256(), hashlib.sha256()
+        for _, _, piece in read_fasta(path):
+            wanted.update(to_bases(to_symbols(piece)).encode())
+            bases += len(piece)
+        clock = time.perf_counter()
+        for _, stream in tokenizer.encode_fasta(path):
+            for codes in stream:
+                middle = time.perf_counter()
+                (letters,) = tokenizer.decode_stream([codes])
+                found.update(letters.encode())
+                tokens += len(codes)
+                encoding, decoding = encoding + middle - clock, decoding + time.perf_counter() - middle
+                clock = time.perf_counter()
+        exact = exact and wanted.digest() == found.digest()
     return {
-        "genome_bases": len(bases),
-        "genome_exact": back == bases,
-        "stream_encode_bases_per_second": len(bases) / (middle - start),
-        "stream_decode_bases_per_second": len(bases) / (end - middle),
+        "genome_bases": bases,
+        "genome_exact": exact,
+        "genome_tokens_per_base": tokens / bases,
+        "stream_encode_bases_per_second": bases / encoding,
+        "stream_decode_bases_per_second": bases / decoding,
     }
 
 
@@ -371,12 +437,13 @@ def _measure_text(tokenizer: TextTokenizer, data: Path, count: int, seed: int) -
     stress = _any_unicode(np.random.default_rng((seed, 2)))
     stress_ids = [tokenizer.encode(one) for one in stress]
     figures = {
-        "kind": "text", "items": len(items), "fingerprint": tokenizer.fingerprint(), "parameters": 0,
+        "kind": "text", "tokenizer": "text", "items": len(items),
+        "fingerprint": tokenizer.fingerprint(), "parameters": 0,
         "shape": {"type": "ids"}, "codebook_sizes": [tokenizer.vocab_size], "unit": "byte", "units": sum(size),
         "tokens_per_item": sum(tokens) / len(items), "tokens_per_unit": sum(tokens) / sum(size),
         "bits_per_unit": sum(tokens) / sum(size) * math.log2(tokenizer.vocab_size),
         "encode_units_per_second": sum(size) / encode_seconds, "decode_units_per_second": sum(size) / decode_seconds,
-        **_usage(np.concatenate([np.array(one) for one in ids]), tokenizer.vocab_size),
+        **_usage(np.concatenate([np.array(one) for one in ids])[:, None], [tokenizer.vocab_size]),
         "exact": float(np.mean([a == b for a, b in zip(texts, back, strict=True)])),
         "bytes_per_token": sum(size) / sum(tokens),
         "bytes_per_token_by_group": {

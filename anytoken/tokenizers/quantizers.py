@@ -1,28 +1,57 @@
 """Vector quantisers behind one result type; the quantising itself is vector-quantize-pytorch's.
 
-The library's classes differ in what they return and in the names of their lookups. Everything here sees
-`Quantized(vectors, codes, loss)` and `lookup(codes)`, so the quantiser is one line of a recipe.
-Sources: finite scalar quantisation (arXiv 2309.15505), VQ-VAE (1711.00937) with exponential moving averages.
+The library's classes differ in what they return, in the names of their lookups and in where the codebooks stand.
+Everything here sees `Quantized(vectors, codes, loss)`, `lookup(codes)` and `codebook(n)`, so the quantiser is one line
+of a recipe: `quantizer: vq`, or `quantizer: {kind: vq, residual: 4, groups: 2}`.
+
+    fsq     finite scalar quantisation (arXiv 2309.15505)       simvq   a linear map of frozen vectors (2411.02038)
+    vq      VQ-VAE (1711.00937), exponential moving averages    lfq     signs, look-up free (2310.05737)
+    cosine  unit vectors (2110.04627)                           both vq pass gradients by rotation (2410.06424)
+
+Residual: each codebook quantises what the ones before left (SoundStream, 2107.03312). Groups: the channels are cut into
+so many parts, each with codebooks of its own (HiFi-Codec, 2305.02765). Shapes: N positions, Q codebooks, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ, VectorQuantize
+from vector_quantize_pytorch import (
+    FSQ,
+    LFQ,
+    ResidualFSQ,
+    ResidualLFQ,
+    ResidualSimVQ,
+    ResidualVQ,
+    SimVQ,
+    VectorQuantize,
+)
 
 from anytoken.tokenizers.base import TokenizerError
 
-KINDS = ("fsq", "vq")
+# Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).
+_EMA = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.95}
+_CLASSES: dict[
+    str, tuple[Any, Any, dict[str, Any]]
+] = {  # kind: class, its residual form, what both are given
+    "fsq": (FSQ, ResidualFSQ, {}),
+    "vq": (VectorQuantize, ResidualVQ, _EMA),
+    "cosine": (VectorQuantize, ResidualVQ, {**_EMA, "use_cosine_sim": True, "rotation_trick": True}),
+    "simvq": (SimVQ, ResidualSimVQ, {}),
+    "lfq": (LFQ, ResidualLFQ, {}),
+}
+KINDS = tuple(_CLASSES)
+Choice = str | Mapping[str, Any]
 
 
 @dataclass
 class Quantized:
-    """`vectors` [B, N, D] with straight-through gradients, `codes` int64 [B, N], `loss` a scalar."""
+    """`vectors` [B, N, D] with straight-through gradients, `codes` int64 [B, N, Q], `loss` a scalar."""
 
     vectors: Tensor
     codes: Tensor
@@ -30,49 +59,84 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """One codebook over vectors of width `dim`.
+    """Q codebooks of `codebook_size` codes over vectors of width `dim`; Q is 1 unless residual or groups say more.
 
-    kind "fsq": `levels` per latent dimension, codebook size their product, no auxiliary loss, no dead codes by
-    collapse. kind "vq": `codebook_size` learned vectors (k-means start, EMA updates, dead codes replaced).
+    choice: a kind, or {"kind", "residual", "groups", "order"}; the order, which a tokenizer declares in its shape, is
+    that in which the codes of several codebooks are written ("interleaved" or "delayed"). "fsq" has `levels` per
+    latent dimension, its codebook size is their product and it has no loss; the others have `codebook_size` codes
+    ("lfq": a power of two). A learned codebook is the same on all ranks of a data-parallel run if the tokenizer is
+    built after the process group. TokenizerError for a choice that cannot be.
     """
 
     def __init__(
         self,
         dim: int,
-        kind: str = "fsq",
+        choice: Choice = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise TokenizerError(f"Unknown quantizer {kind!r}; allowed: {', '.join(KINDS)}.")
-        self.kind = kind
-        if kind == "fsq":
-            self.inner: Any = FSQ(levels=list(levels), dim=dim)
-            self.codebook_size = int(self.inner.codebook_size)
-        else:
-            # Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).
-            self.inner = VectorQuantize(
-                dim, codebook_size=codebook_size, kmeans_init=True, threshold_ema_dead_code=2, decay=0.95
+        settings: dict[str, Any] = {"kind": choice} if isinstance(choice, str) else dict(choice)
+        self.kind: str = settings.pop("kind", "")
+        self.residual: int = settings.pop("residual", 1)
+        self.groups: int = settings.pop("groups", 1)
+        self.order: str = settings.pop("order", "interleaved")
+        if self.kind not in KINDS:
+            raise TokenizerError(f"Unknown quantizer {self.kind!r}; allowed: {', '.join(KINDS)}.")
+        if settings or self.residual < 1 or self.groups < 1 or dim % self.groups:
+            raise TokenizerError(
+                f"A quantizer is a kind, or {{kind, residual, groups, order}} with at least 1 each and groups that "
+                f"divide the width {dim}; received {choice!r}."
             )
-            self.codebook_size = codebook_size
+        if self.kind == "lfq" and codebook_size.bit_count() != 1:
+            raise TokenizerError(f"lfq needs a power of two as codebook_size; received {codebook_size}.")
+        size = {"levels": list(levels)} if self.kind == "fsq" else {"codebook_size": codebook_size}
+        parts = [self._part(dim // self.groups, size) for _ in range(self.groups)]
+        self.inner: Any = parts[0] if self.groups == 1 else nn.ModuleList(parts)
+        self.codebook_size = math.prod(levels) if self.kind == "fsq" else codebook_size
+        self.num_codebooks = self.residual * self.groups
+
+    def _part(self, dim: int, size: dict[str, Any]) -> Any:
+        single, residual, settings = _CLASSES[self.kind]
+        if self.residual == 1:
+            return single(dim=dim, **size, **settings)
+        return residual(dim=dim, num_quantizers=self.residual, **size, **settings)
+
+    @property
+    def codebook_sizes(self) -> list[int]:
+        """One size a codebook, as a tokenizer declares them."""
+        return [self.codebook_size] * self.num_codebooks
+
+    def _parts(self) -> list[Any]:
+        return [self.inner] if self.groups == 1 else list(self.inner)
 
     def forward(self, x: Tensor) -> Quantized:
         """Quantise x [B, N, D]."""
-        if self.kind == "fsq":
-            vectors, codes = self.inner(x)
-            return Quantized(vectors, codes.long(), x.new_zeros(()))
-        vectors, codes, loss = self.inner(x)
-        return Quantized(vectors, codes.long(), loss.sum())
+        found = [part(one) for part, one in zip(self._parts(), x.chunk(self.groups, -1), strict=True)]
+        vectors = torch.cat([one[0] for one in found], -1)
+        codes = torch.cat([one[1].reshape(*x.shape[:-1], self.residual) for one in found], -1)
+        losses = [
+            one[2].sum() for one in found if len(one) > 2
+        ]  # a residual form has one a codebook, fsq none
+        return Quantized(vectors, codes.long(), torch.stack(losses).sum() if losses else x.new_zeros(()))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Vectors [..., D] of codes [...]."""
-        if self.kind == "fsq":
-            return self.inner.indices_to_codes(codes)
-        return self.inner.get_output_from_indices(codes)
+        """Vectors [B, N, D] of codes [B, N, Q]."""
+        chunks = codes.chunk(self.groups, -1)
+        return torch.cat([self._lookup(*pair) for pair in zip(self._parts(), chunks, strict=True)], -1)
+
+    def _lookup(self, part: Any, codes: Tensor) -> Tensor:
+        if self.residual > 1:
+            return part.get_output_from_indices(codes)
+        find = part.get_output_from_indices if isinstance(part, VectorQuantize) else part.indices_to_codes
+        return find(codes[..., 0])
 
     @torch.no_grad()
-    def codebook(self) -> Tensor:
-        """All vectors [K, D]."""
-        device = next(self.parameters(), torch.empty(0)).device
-        return self.lookup(torch.arange(self.codebook_size, device=device)[None])[0]
+    def codebook(self, number: int = 0) -> Tensor:
+        """All vectors [K, D] of one codebook; a residual one's are in the space where they are summed up."""
+        part, depth = self._parts()[number // self.residual], number % self.residual
+        device = next((one.device for one in [*self.parameters(), *self.buffers()]), None)
+        codes = torch.arange(self.codebook_size, device=device)[None, :, None].expand(1, -1, self.residual)
+        if self.residual == 1:
+            return self._lookup(part, codes)[0]
+        return part.get_codes_from_indices(codes)[depth, 0]

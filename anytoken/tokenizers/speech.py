@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
-from anytoken.tokenizers.quantizers import Quantizer
+from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
 KERNEL = 7
@@ -104,7 +104,7 @@ class SpeechTokenizer(ModalityTokenizer):
         width: int = 256,
         encoder_depth: int = 4,
         decoder_depth: int = 6,
-        quantizer: str = "fsq",
+        quantizer: Choice = "fsq",
         levels: Sequence[int] = (8, 8, 8, 8),
         codebook_size: int = 4096,
         max_frames: int = MAX_FRAMES,
@@ -114,7 +114,8 @@ class SpeechTokenizer(ModalityTokenizer):
             "levels": list(levels), "codebook_size": codebook_size, "max_frames": max_frames,
         }  # fmt: skip
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        super().__init__(shape=Run(1, max_frames), codebook_sizes=[quantize.codebook_size], config=config)
+        shape = Run(1, max_frames, quantize.num_codebooks, quantize.order)
+        super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.frame_rate_hz = SAMPLE_RATE_HZ / HOP
         self.quantize = quantize
         self.mel = LogMel()
@@ -159,7 +160,7 @@ class SpeechTokenizer(ModalityTokenizer):
             rows = [i for i, clip in enumerate(clips) if len(clip) == length]
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
             values = self.quantize(self._features(batch)).codes.cpu().numpy()
-            codes.update({i: Codes(one[:, None]) for i, one in zip(rows, values, strict=True)})
+            codes.update({i: Codes(one) for i, one in zip(rows, values, strict=True)})
         return [codes[i] for i in range(len(clips))]
 
     @torch.inference_mode()
@@ -170,13 +171,13 @@ class SpeechTokenizer(ModalityTokenizer):
             self.check_codes(one)
         for length in {len(one) for one in codes}:
             rows = [i for i, one in enumerate(codes) if len(one) == length]
-            values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
             samples = self._decode_values(values)
             result.update({i: Speech(one, SAMPLE_RATE_HZ) for i, one in zip(rows, samples, strict=True)})
         return [result[i] for i in range(len(codes))]
 
     def _decode_values(self, values: Tensor) -> np.ndarray:
-        """Codes [B, T] to samples [B, T * 320] in [-1, 1]."""
+        """Codes [B, T, Q] to samples [B, T * 320] in [-1, 1]."""
         return self.decoder(self.quantize.lookup(values).transpose(1, 2)).clamp(-1, 1).cpu().numpy()
 
     @property
@@ -192,10 +193,10 @@ class SpeechTokenizer(ModalityTokenizer):
         sums of both lengths are taken in one order, else within float32 rounding.
         """
         first, last = max(0, start - self.lookahead), min(len(codes), stop + self.lookahead)
-        values = torch.from_numpy(codes.values[first:last, 0]).to(self.device)
+        values = torch.from_numpy(codes.values[first:last]).to(self.device)
         samples = self._decode_values(values[None])[0]
         return Speech(samples[(start - first) * HOP : (stop - first) * HOP], SAMPLE_RATE_HZ)
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
-        return self.quantize.codebook()
+        return self.quantize.codebook(codebook)

@@ -10,8 +10,12 @@ import json
 import math
 import platform
 import time
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +23,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from anytoken.tokenizers.base import MODALITIES, ModalityTokenizer, TokenizerError
-
-BUILTIN = ("image", "speech", "video", "dna")
+from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
+from anytoken.tokenizers.modalities import load_modality, modality_class
 
 
 class Recipe(BaseModel):
@@ -29,6 +32,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: str
+    code: str = Field("", description="beside the recipe: the .py file of the kind's class, which is run")
     config: dict[str, Any] = Field(default_factory=dict)
     data: str = ""
     steps: int = Field(2000, ge=1)
@@ -88,7 +92,8 @@ def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
 def train_tokenizer(
     recipe: str | Path, data: str | Path, out: str | Path, overrides: list[str] | None = None
 ) -> Path:
-    """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`.
+    """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`, and
+    tensorboard/ if that package is installed.
 
     Run again after an interruption it goes on from its last checkpoint, and ends as if there had been none; a
     finished one is left as it is. TokenizerError for a recipe or data that will not do.
@@ -99,30 +104,52 @@ def train_tokenizer(
         return _train_text(raw, data, out, overrides or [])
     plan = _checked(raw, overrides or [], recipe_path)
     report = out / "training.json"
-    if report.is_file() and json.loads(report.read_text())["recipe"] == plan.model_dump():
+    if report.is_file() and Recipe(**json.loads(report.read_text())["recipe"]) == plan:
         return out
     if plan.kind == "dna":
         return _train_dna(plan, out)
-    if plan.kind not in MODALITIES and plan.kind in BUILTIN:
-        import_module(f"anytoken.tokenizers.{plan.kind}")
-    if plan.kind not in MODALITIES:
-        raise TokenizerError(
-            f"Unknown tokenizer kind {plan.kind!r}; known: {', '.join(sorted({*BUILTIN, *MODALITIES}))}."
-        )
-    return _Loop(plan, data, out).run()
+    if plan.code:
+        load_modality(recipe_path.parent / plan.code)
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(plan.seed)
+    tokenizer, start = _build(plan), time.perf_counter()
+    tokenizer.fit(data / plan.data, plan.seed)
+    loss, fit = (getattr(type(tokenizer), name) for name in ("training_loss", "fit"))
+    if loss is ModalityTokenizer.training_loss and fit is not ModalityTokenizer.fit:
+        return _finish(tokenizer, plan, out, 0, time.perf_counter() - start, {})
+    return _Loop(tokenizer, plan, data, out).run()
+
+
+def _build(plan: Recipe) -> ModalityTokenizer:
+    try:
+        return modality_class(plan.kind)(**plan.config)
+    except TypeError as error:
+        raise TokenizerError(f"config of a {plan.kind} tokenizer: {error}.") from error
+
+
+def _finish(
+    tokenizer: ModalityTokenizer, plan: Recipe, out: Path, steps: int, seconds: float, seen: dict[str, float]
+) -> Path:
+    # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
+    tokenizer.eval().save_pretrained(out, torch.bfloat16)
+    report = {
+        "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": seen,
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "threads": plan.threads, "machine": platform.machine(), "torch": torch.__version__,
+    }  # fmt: skip
+    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    return out
 
 
 class _Loop:
     """One training run: everything that a checkpoint must hold."""
 
-    def __init__(self, plan: Recipe, data: Path, out: Path) -> None:
-        from anytoken.tokenizers.batches import batches_for
+    def __init__(self, tokenizer: ModalityTokenizer, plan: Recipe, data: Path, out: Path) -> None:
+        from anytoken.tokenizers.batches import SUFFIXES, batches_for
 
-        torch.set_num_threads(plan.threads)
-        torch.manual_seed(plan.seed)
-        self.plan, self.out = plan, out
-        self.batch = batches_for(plan.kind, data / plan.data, plan.batch_size, plan.seed)
-        self.tokenizer = self._build().train()
+        self.tokenizer, self.plan, self.out = tokenizer.train(), plan, out
+        batches = partial(batches_for, plan.kind) if plan.kind in SUFFIXES else tokenizer.training_batches
+        self.batch = batches(data / plan.data, plan.batch_size, plan.seed)
         self.optimizer = torch.optim.AdamW(
             self.tokenizer.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.95)
         )
@@ -132,12 +159,6 @@ class _Loop:
         if self.state_path.is_file():
             self._resume()
         self._cut_log()
-
-    def _build(self) -> ModalityTokenizer:
-        try:
-            return MODALITIES[self.plan.kind](**self.plan.config)
-        except TypeError as error:
-            raise TokenizerError(f"config of a {self.plan.kind} tokenizer: {error}.") from error
 
     def _cut_log(self) -> None:
         """Forget what was logged after the checkpoint: those steps are done again."""
@@ -150,7 +171,7 @@ class _Loop:
         """Train to the end, then save the tokenizer and drop the checkpoint."""
         plan, seen = self.plan, {}
         bar = tqdm(total=plan.steps, initial=self.step, desc=f"{plan.kind} tokenizer", unit="step")
-        with (self.out / "metrics.jsonl").open("a") as log:
+        with (self.out / "metrics.jsonl").open("a") as log, _tensorboard(self.out, self.step) as board:
             while self.step < plan.steps:
                 start = time.perf_counter()
                 seen = self._train_step()
@@ -163,17 +184,12 @@ class _Loop:
                         json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **seen}) + "\n"
                     )
                     log.flush()
+                    for name, value in seen.items():
+                        board.add_scalar(name, value, self.step)
                 if self.step % plan.save_every == 0 and self.step < plan.steps:
                     self._checkpoint()
         bar.close()
-        # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
-        self.tokenizer.eval().save_pretrained(self.out, torch.bfloat16)
-        report = {
-            "recipe": plan.model_dump(), "steps": self.step, "seconds": round(self.seconds, 1), "last": seen,
-            "parameters": sum(p.numel() for p in self.tokenizer.parameters()),
-            "threads": plan.threads, "machine": platform.machine(), "torch": torch.__version__,
-        }  # fmt: skip
-        (self.out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+        _finish(self.tokenizer, plan, self.out, self.step, self.seconds, seen)
         self.state_path.unlink(missing_ok=True)
         return self.out
 
@@ -208,11 +224,26 @@ class _Loop:
 
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True)
-        if state["recipe"] != self.plan.model_dump():
+        if Recipe(**state["recipe"]) != self.plan:
             raise TokenizerError(f"{self.state_path} is of another recipe: name another --out, or delete it.")
         self.tokenizer.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+@contextmanager
+def _tensorboard(out: Path, step: int) -> Iterator[Any]:
+    """A writer of event files into `out`, where the tensorboard package is installed; else one that writes nothing.
+
+    What an interrupted run wrote after its checkpoint at `step` is no longer shown.
+    """
+    if find_spec("tensorboard") is None:
+        yield SimpleNamespace(add_scalar=lambda *unused: None)
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as board:
+        yield board
 
 
 def _train_text(raw: dict[str, Any], data: Path, out: Path, overrides: list[str]) -> Path:

@@ -17,7 +17,7 @@ from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
 from anytoken.tokenizers.image import PATCH_PX, fit_side, pixel_loss, psnr_db, to_pixels, to_unit_range
-from anytoken.tokenizers.quantizers import Quantizer
+from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 STEP_FRAMES = 4
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
@@ -40,7 +40,7 @@ class VideoTokenizer(ModalityTokenizer):
         width: int = 192,
         encoder_depth: int = 3,
         decoder_depth: int = 6,
-        quantizer: str = "fsq",
+        quantizer: Choice = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
         side_px: int = 64,
@@ -53,8 +53,10 @@ class VideoTokenizer(ModalityTokenizer):
         }  # fmt: skip
         quantize = Quantizer(width, quantizer, levels, codebook_size)
         cells = side_px // PATCH_PX
-        shape = Grid(("steps", "rows", "cols"), (1, 1, 1), (2, cells, cells))
-        super().__init__(shape=shape, codebook_sizes=[quantize.codebook_size], config=config)
+        shape = Grid(
+            ("steps", "rows", "cols"), (1, 1, 1), (2, cells, cells), quantize.num_codebooks, quantize.order
+        )
+        super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
         patch = int(np.prod(TUBELET)) * 3
         self.encoder = nn.Sequential(
@@ -98,9 +100,7 @@ class VideoTokenizer(ModalityTokenizer):
             x = to_unit_range(np.stack([clips[i] for i in rows])).transpose(1, 2).to(self.device)
             latent = self._encode_pixels(x)
             values = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
-            result.update(
-                {i: Codes(v[:, None], tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)}
-            )
+            result.update({i: Codes(v, tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)})
         return [result[i] for i in range(len(clips))]
 
     @torch.inference_mode()
@@ -111,7 +111,7 @@ class VideoTokenizer(ModalityTokenizer):
         result: dict[int, Segment] = {}
         for size in {one.size for one in codes}:
             rows = [i for i, one in enumerate(codes) if one.size == size]
-            values = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
             clips = to_pixels(self._decode_vectors(self.quantize.lookup(values), size).transpose(1, 2))
             rate = self.config["video_frame_rate_hz"]
             result.update({i: Video(clip, rate) for i, clip in zip(rows, clips, strict=True)})
@@ -119,4 +119,4 @@ class VideoTokenizer(ModalityTokenizer):
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
-        return self.quantize.codebook()
+        return self.quantize.codebook(codebook)

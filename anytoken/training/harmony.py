@@ -38,10 +38,9 @@ def backward(model: nn.Module, total: Tensor, parts: Sequence[Tensor], scale: fl
     mean cosine of the parts' gradients and the share of pairs that conflict; nothing if there is one part.
     """
     parameters = [one for one in model.parameters() if one.requires_grad]
-    losses = [*parts, total - torch.stack(list(parts)).sum()]
-    rows = [_gradient(loss, parameters, keep=n + 1 < len(losses)) for n, loss in enumerate(losses)]
-    own = torch.stack(rows[:-1])
-    flat = scale * (project(own).sum(0) + rows[-1])
+    own = torch.stack([_gradient(part, parameters, keep=True) for part in parts])
+    rest = _gradient(total, parameters, keep=False) - own.sum(0)
+    flat = scale * (project(own).sum(0) + rest)
     start = 0
     for one in parameters:
         piece = flat[start : start + one.numel()].view_as(one).to(one.dtype)

@@ -12,7 +12,7 @@ from anytoken.training.integration import integration_rates
 from anytoken.training.lora import base_model
 from anytoken.training.losses import CONTROL
 from anytoken.training.metrics import GroupMeter
-from anytoken.training.step import ModelWithLoss
+from anytoken.training.step import ModelWithLoss, packed_inputs
 
 if TYPE_CHECKING:
     from anytoken.training.trainer import StageTrainer
@@ -105,9 +105,10 @@ class Loop(TrainerCallback):
         base, loss = base_model(trainer.lm), trainer.model.loss
         with torch.no_grad():
             outputs = base.model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False,
+                input_ids=batch["input_ids"],
                 output_hidden_states=True,
-            )  # fmt: skip
+                **packed_inputs(base, batch["position_ids"]),
+            )
         hidden = [layer.flatten(0, 1) for layer in outputs.hidden_states[1:]]
         names = [name for name in loss.names if name != CONTROL]
         return integration_rates(hidden, loss.table[batch["input_ids"].flatten()], names)

@@ -1,29 +1,27 @@
 """Losses over hidden states: cross-entropy balanced over modalities, optionally within the grammar.
 
-Only positions with a target meet the head. With ``grammar_restricted`` the softmax runs over the ids the
-grammar would allow there (an image code competes with image codes alone), which is what decoding does, and
-costs a few thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser near zero (PaLM,
-arXiv 2204.02311); the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router z-loss
-ST-MoE's (arXiv 2202.08906).
+Only positions with a target meet the head, in chunks (``cross_entropy.py``). With ``grammar_restricted`` the
+softmax runs over the ids the grammar would allow there (an image code competes with image codes alone), which is
+what decoding does, and costs a few thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser
+near zero (PaLM, arXiv 2204.02311); the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router
+z-loss ST-MoE's (arXiv 2202.08906).
 
 Shapes: N targets, V vocabulary, D model width, E experts, T tokens.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anytoken.grammar import Grammar
 from anytoken.token_space import TokenSpace
+from anytoken.training.cross_entropy import Group, Scores, linear_cross_entropy
 
 CONTROL = "control"
-Ranges = Sequence[tuple[int, int]]
 ModalityWeights = Literal["equal", "tokens"] | Mapping[str, float]
 
 
@@ -66,72 +64,19 @@ def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight
     return torch.tensor([float({**default, **weights}[name]) for name in names])
 
 
-def full_log_probs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Score targets under the softmax over the whole vocabulary.
+def grammar_groups(targets: Tensor, grammar: Grammar) -> list[Group]:
+    """Targets [N] grouped by the ids that the grammar's loss class of each names: its softmax runs over those.
 
-    hidden [N, D], head [V, D], targets [N]. Returns per target the negative log-likelihood, log Z, and
-    whether it was the likeliest, all [N], float32.
-    """
-    return _score(F.linear(hidden, head), targets)
-
-
-def grammar_log_probs(
-    hidden: Tensor, head: Tensor, targets: Tensor, grammar: Grammar
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score targets under the softmax over the rows that the grammar's loss class of each target names.
-
-    Equal to the full softmax with all other logits at minus infinity. A class of one row has no loss.
-    Same arguments and results as ``full_log_probs``.
+    Equal to the full softmax with all other logits at minus infinity.
     """
     classes = grammar.loss_rows(targets)
-    pieces = _split_rows(head, grammar.class_ranges)
-    nll, log_z = (
-        hidden.new_zeros(len(targets), dtype=torch.float32),
-        hidden.new_zeros(len(targets), dtype=torch.float32),
-    )
-    right = torch.ones(len(targets), dtype=torch.bool, device=hidden.device)
-    for index in torch.unique(classes).tolist():
-        ranges = grammar.class_ranges[index]
-        if sum(stop - start for start, stop in ranges) == 1:
-            continue
-        where = torch.nonzero(classes == index).squeeze(1)
-        rows = torch.cat([pieces[span] for span in ranges])
-        scores = _score(F.linear(hidden[where], rows), _local(targets[where], ranges))
-        nll, log_z = nll.index_copy(0, where, scores[0]), log_z.index_copy(0, where, scores[1])
-        right = right.index_copy(0, where, scores[2])
-    return nll, log_z, right
-
-
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.float()
-    log_z = torch.logsumexp(logits, dim=-1)
-    nll = log_z - logits.gather(1, targets[:, None]).squeeze(1)
-    return nll, log_z, logits.detach().argmax(-1) == targets
-
-
-def _split_rows(head: Tensor, class_ranges: Sequence[Ranges]) -> "_Rows":
-    cuts = sorted({0, len(head), *(edge for ranges in class_ranges for span in ranges for edge in span)})
-    return _Rows(cuts, head.split([stop - start for start, stop in itertools.pairwise(cuts)]))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The head cut once at every class edge: its gradient is one concatenation, not a full zero a slice."""
-
-    cuts: list[int]
-    pieces: tuple[Tensor, ...]
-
-    def __getitem__(self, span: tuple[int, int]) -> Tensor:
-        first, last = self.cuts.index(span[0]), self.cuts.index(span[1])
-        return torch.cat(self.pieces[first:last]) if last - first > 1 else self.pieces[first]
-
-
-def _local(targets: Tensor, ranges: Ranges) -> Tensor:
-    """Index of each target among the concatenated ranges."""
-    starts = torch.tensor([start for start, _ in ranges], device=targets.device)
-    sizes = torch.tensor([stop - start for start, stop in ranges], device=targets.device)
-    which = torch.bucketize(targets, starts, right=True) - 1
-    return targets - starts[which] + (sizes.cumsum(0) - sizes)[which]
+    counts = torch.bincount(classes, minlength=len(grammar.class_ranges)).tolist()
+    members = classes.argsort(stable=True).split(counts)
+    return [
+        Group(where, ranges)
+        for where, ranges in zip(members, grammar.class_ranges, strict=True)
+        if len(where)
+    ]
 
 
 @dataclass
@@ -176,29 +121,46 @@ class BalancedLoss(nn.Module):
 
     def forward(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> LossParts:
         """hidden [N, D] at the positions before the targets [N]; previous [N], the ids at those positions."""
-        if self.grammar_restricted:
-            nll, log_z, right = grammar_log_probs(hidden, head, targets, self.grammar)
-        else:
-            nll, log_z, right = full_log_probs(hidden, head, targets)
         groups = self.groups(targets, previous)
-        zero = nll.new_zeros(len(self.names))
-        count = zero.index_add(0, groups, torch.ones_like(nll))
-        sums = zero.index_add(0, groups, nll)
-        cross_entropy = self._average(sums, count)
-        z_loss = self.z_loss * log_z.square().mean()
+        zero = torch.zeros(len(self.names), device=targets.device)
+        count = zero.index_add(0, groups, torch.ones_like(groups, dtype=zero.dtype))
+        weights = self._target_weights(count)[groups]
+        z_weight = self.z_loss / max(len(targets), 1)
+        scores = self._score(hidden, head, targets, weights, z_weight)
         return LossParts(
-            cross_entropy + z_loss,
-            sums.detach(),
-            zero.index_add(0, groups, right.float()),
+            scores.loss,
+            zero.index_add(0, groups, scores.nll.float()),
+            zero.index_add(0, groups, scores.right.float()),
             count,
-            {"cross_entropy": cross_entropy.detach(), "z_loss": z_loss.detach()},
+            {
+                "cross_entropy": (weights * scores.nll).sum(),
+                "z_loss": z_weight * scores.log_z.square().sum(),
+            },
         )
 
-    def _average(self, sums: Tensor, count: Tensor) -> Tensor:
+    def shares(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> list[Tensor]:
+        """What each group of targets that is there adds to the cross-entropy; arguments as for ``forward``."""
+        groups = self.groups(targets, previous)
+        weights = self._target_weights(torch.bincount(groups, minlength=len(self.names)).float())
+        found = []
+        for group in groups.unique().tolist():
+            where = (groups == group).nonzero().squeeze(1)
+            own = weights[group].expand(len(where))
+            found.append(self._score(hidden[where], head, targets[where], own).loss)
+        return found
+
+    def _score(
+        self, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, z_weight: float = 0.0
+    ) -> Scores:
+        choices = grammar_groups(targets, self.grammar) if self.grammar_restricted else None
+        return linear_cross_entropy(hidden, head, targets, weights, z_weight, choices)
+
+    def _target_weights(self, count: Tensor) -> Tensor:
+        """What one target of each group weighs in the loss, float32 [G]: all targets together weigh 1."""
         if self.weights is None:
-            return sums.sum() / count.sum().clamp(min=1)
+            return (1 / count.sum().clamp(min=1)).expand_as(count)
         weights = self.weights * (count > 0)
-        return (weights * sums / count.clamp(min=1)).sum() / weights.sum().clamp(min=1e-9)
+        return weights / weights.sum().clamp(min=1e-9) / count.clamp(min=1)
 
 
 def bits(nats: float) -> float:

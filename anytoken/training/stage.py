@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from anytoken.data.mixture import SourceSpec
+from anytoken.data.mixture import SamplingSpec, SourceSpec
 
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
@@ -134,6 +134,7 @@ class Stage(_Part):
     )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
     data: list[SourceSpec] = Field(min_length=1)
+    sampling: SamplingSpec = SamplingSpec()
     trainable: list[str] = ["*"]
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()

@@ -95,7 +95,8 @@ class StageTrainer(Trainer):
         """Packed batches of this process's share of a mixture."""
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
-        return PackedStream(mixture.sample, stage.rows, stage.context, pad, *split)
+        sampling = stage.sampling.workers, stage.sampling.max_bad
+        return PackedStream(mixture.sample, stage.rows, stage.context, pad, *split, *sampling)
 
     @property
     def lm(self) -> LanguageModel:
@@ -169,6 +170,8 @@ class StageTrainer(Trainer):
         if "loss" not in logs:
             return
         entry = {"step": self.state.global_step, **logs, **self.meter.report(self.sum_processes)}
+        if self.stream.skipped:
+            entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
         entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
         self.meter.reset()
         if self.is_world_process_zero():
@@ -272,7 +275,9 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
         held_out = prepare_sources(stage, stage.eval.data, processor)
     mixture = _mixture(stage, data, processor, stage.prompt_drop)
     torch.manual_seed(stage.seed)
-    model = ModelWithLoss(_adapted(start, stage, processor), build_loss(stage, processor), stage)
+    model = ModelWithLoss(
+        _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.harmonise_gradients
+    )
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
     trainer.held_out = _mixture(stage, held_out, processor, prompt_drop=0.0) if held_out else None
     if trainer.is_world_process_zero():
@@ -288,7 +293,8 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
 
 def _mixture(stage: Stage, sources: list[SourceSpec], processor: Processor, prompt_drop: float) -> Mixture:
     learn_all = stage.loss.learn == "everything"
-    return Mixture(sources, processor, stage.context, stage.seed, prompt_drop, learn_all)
+    drawn = stage.seed, prompt_drop, learn_all, stage.sampling, stage.tokens_per_batch
+    return Mixture(sources, processor, stage.context, *drawn)
 
 
 def _adapted(start: PreTrainedModel, stage: Stage, processor: Processor) -> LanguageModel:

@@ -117,7 +117,7 @@ def test_all_64_codons() -> None:
 def test_translate_reads_whole_codons_only() -> None:
     assert translate("ATGACCATGATTACGGATTCACTGGCCGTCGTTTTACAACGT") == "MTMITDSLAVVLQR"  # lacZ
     assert translate("ATGACCAT") == "MT" and translate("AT") == translate("") == ""
-    assert translate("ATGANCTAA") == "MX*"
+    assert translate("ATGANCTAA") == "MX*" and translate("augAAA") == "MK"
     assert translate("GTGTTGCTG") == "VLL"  # inside a gene these are no starts
 
 
@@ -298,9 +298,10 @@ def test_windows_are_cut_from_their_own_split(world: World, gaps: list[dict[str,
 def test_proteins_have_the_product_of_their_first_header(tmp_path: Path) -> None:
     (tmp_path / "db").write_text(
         ">A 1.1.1.1~~~abc~~~first product\nMKV\nLAA\n>B ~~~~~~second product\nMKVLAA\n>C ~~~c~~~\nMMM\n"
-        ">D ~~~d~~~ putative ATPase \nMTT\n"
+        ">D ~~~d~~~ putative ATPase \nMTT\n>E ~~~e~~~5'->3' exonuclease\nMEE\n"
     )
-    assert read_proteins(tmp_path / "db") == {"MKVLAA": "first product", "MTT": "putative ATPase"}
+    found = {"MKVLAA": "first product", "MTT": "putative ATPase", "MEE": "5'->3' exonuclease"}
+    assert read_proteins(tmp_path / "db") == found
     with pytest.raises(DNASetError, match="other is missing"):
         read_proteins(tmp_path / "other")
 

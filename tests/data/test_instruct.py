@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from anytoken.data.instruct import InstructError, build_instruct
-from anytoken.data.records import read_records
+from anytoken.data.sources import read_records
 
 NAMES = {"train": ["red apple", "dog"], "test": ["owl", "eggs"]}
 

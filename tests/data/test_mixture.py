@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
-from anytoken.data.mixture import Mixture, MixtureError, SourceSpec
+from anytoken.data.mixture import Mixture, MixtureError, SamplingSpec, SourceSpec
+from anytoken.data.packing import PackedStream
 from anytoken.data.shards import tokenize_records
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run
@@ -177,3 +179,140 @@ def test_a_view_that_no_record_fits_is_named(shards: Path) -> None:
         mixture({"path": str(shards / "beeps"), "views": {"smell->text": 1}})
     with pytest.raises(MixtureError, match="empty"):
         mixture()
+
+
+def test_neighbouring_texts_of_a_message_are_one_text_as_in_a_prompt(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def spy(text: str) -> list[int]:
+        seen.append(text)
+        return [1]
+
+    document = [
+        {"type": "text", "text": "a"},
+        {"type": "text", "text": "b"},
+        {"type": "beep", "beep": "2"},
+        {"type": "beep", "beep": "3"},
+        {"type": "text", "text": "c"},
+    ]
+    found = talk(tmp_path, [{"role": "assistant", "content": document}])
+    processor = SimpleNamespace(**vars(PROCESSOR) | {"text_tokenizer": SimpleNamespace(encode=spy)})
+    sequence = Mixture([found], processor, 100).sample(0)
+    assert sequence.ids.tolist() == [BOS, ASSISTANT, 1, *beep(2), *beep(3), 1, END]
+    assert set(seen) == {"ab", "c"}
+
+
+def talk(root: Path, messages: list[dict[str, Any]]) -> SourceSpec:
+    """A set of one conversation."""
+    (root / "talk.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    path = tokenize_records(root / "talk.jsonl", PROCESSOR.tokenizers, root / "talk", progress=False)
+    return SourceSpec(path=str(path), views={"messages": 1})
+
+
+@pytest.mark.parametrize("learn_all", [False, True])
+def test_several_turns_with_several_media_and_what_is_learnt(tmp_path: Path, learn_all: bool) -> None:
+    parts = [{"type": "beep", "beep": "1"}, {"type": "beep", "beep": "2"}, {"type": "text", "text": "?"}]
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "ab"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": [{"type": "beep", "beep": "3"}]},
+    ]
+    found = Mixture([talk(tmp_path, messages)], PROCESSOR, 100, prompt_drop=0, learn_all=learn_all).sample(0)
+    turns = [
+        [SYSTEM, ord("s"), END],
+        [USER, *beep(1), *beep(2), ord("?"), END],
+        [*answer("ab")],
+        [USER, *map(ord, "more"), END],
+        [ASSISTANT, *beep(3), END],
+    ]
+    assert found.ids.tolist() == [BOS, *(id_ for turn in turns for id_ in turn)]
+    answers = [False] + [turn[0] == ASSISTANT and place > 0 for turn in turns for place in range(len(turn))]
+    assert found.learn.tolist() == ([False] + [True] * (len(found.ids) - 1) if learn_all else answers)
+
+
+def kinds_drawn(found: Mixture, indices: range) -> Counter[str]:
+    """How many samples are beep->text, text->beep and talk."""
+    counts: Counter[str] = Counter()
+    for index in indices:
+        ids = found.sample(index).ids.tolist()
+        counts["talk" if ord("?") in ids else "text->beep" if ids[2] < 300 else "beep->text"] += 1
+    return counts
+
+
+def test_weights_change_over_the_steps_in_a_straight_line(shards: Path) -> None:
+    specs = [
+        {
+            "path": str(shards / "beeps"),
+            "views": {"beep->text": {100: 1, 200: 0}, "text->beep": {100: 0, 200: 1}},
+        },
+        {"path": str(shards / "talk"), "views": {"messages": 1}, "weight": {0: 0, 100: 1}},
+    ]
+    found = mixture(*specs, tokens_per_step=200)
+    # Until step 100 only the first view of the first source; talk comes in by and by.
+    length = float(np.mean([len(found.sample(index).ids) for index in range(500)]))
+    per_step = 200 / length
+    start, middle, late = (round(step * per_step) for step in (0, 50, 150))
+    assert kinds_drawn(found, range(start, start + 40))["talk"] <= 4
+    around = kinds_drawn(found, range(middle - 300, middle + 300))
+    assert around["talk"] / 600 == pytest.approx(1 / 3, abs=0.07) and not around["text->beep"]
+    around = kinds_drawn(found, range(late - 300, late + 300))
+    assert around["talk"] / 600 == pytest.approx(1 / 2, abs=0.07)
+    assert around["text->beep"] / 600 == pytest.approx(1 / 4, abs=0.1)
+    end = kinds_drawn(found, range(100_000, 100_200))
+    assert not end["beep->text"] and end["text->beep"] == pytest.approx(100, abs=30)
+
+
+def test_a_schedule_needs_the_ids_of_a_step_and_some_weight(shards: Path) -> None:
+    spec = {"path": str(shards / "beeps"), "views": {"beep->text": 1}, "weight": {0: 1, 10: 2}}
+    with pytest.raises(MixtureError, match="tokens_per_step"):
+        mixture(spec)
+    with pytest.raises(MixtureError, match="all weights are zero at step 10"):
+        mixture(spec | {"weight": {0: 1, 10: 0}}, tokens_per_step=100)
+    with pytest.raises(ValueError, match="weight"):
+        mixture(spec | {"weight": 0})
+
+
+@pytest.mark.parametrize(
+    ("temperature", "share"), [(None, 1 / 2), (1, 3 / 4), (2, 3**0.5 / (3**0.5 + 1)), (1e6, 1 / 2)]
+)
+def test_temperature_goes_by_the_sources_sizes(shards: Path, temperature: float | None, share: float) -> None:
+    found = mixture(
+        {"path": str(shards / "beeps"), "views": {"beep->text": 1}},
+        {"path": str(shards / "talk"), "views": {"messages": 1}},
+        sampling=SamplingSpec(temperature=temperature),
+    )
+    assert kinds_drawn(found, range(2000))["beep->text"] / 2000 == pytest.approx(share, abs=0.04)
+
+
+def test_draws_that_are_no_use_are_told(shards: Path) -> None:
+    spec = {"path": str(shards / "beeps"), "views": {"beep->text": 1}}
+    found = [mixture(spec, context=10).sample(index) for index in range(200)]
+    skipped = Counter(reason for sequence in found for reason in sequence.skipped)
+    assert set(skipped) == {f"longer than the context of 10 ids in {shards / 'beeps'}"}
+    assert skipped.total() / (200 + skipped.total()) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_records_whose_key_is_no_text_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"label": "x", "beep": "1"}, {"label": 3, "beep": "2"}, {"number": 4, "beep": "2"}]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    path = str(
+        tokenize_records(tmp_path / "set.jsonl", PROCESSOR.tokenizers, tmp_path / "set", progress=False)
+    )
+    assert set(drawn(mixture({"path": path, "views": {"beep->label": 1}}))) == {
+        (BOS, USER, *beep(1), END, *answer("x"))
+    }
+    assert "1 of 2 records are left out" in caplog.text
+    with pytest.raises(MixtureError, match="number must be text or tokenized media"):
+        mixture({"path": path, "views": {"number->beep": 1}})
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_of_a_mixture_are_the_same_for_any_number_of_workers(shards: Path, workers: int) -> None:
+    found = mixture(
+        {"path": str(shards / "beeps"), "views": {"text->beep": 1, "interleaved": 1}}, prompt_drop=0.3
+    )
+    streams = [PackedStream(found.sample, 2, 100, 0, workers=count) for count in (0, workers)]
+    for _, alone, together in zip(range(5), *streams, strict=False):
+        assert all(torch.equal(alone[name], together[name]) for name in alone)

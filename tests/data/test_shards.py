@@ -1,15 +1,26 @@
 """Shards: the codes of every file, once, whatever the number of workers; tied to their tokenizers."""
 
 import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from anytoken.data import encoding, shards
+from anytoken.data.engines import EngineError
 from anytoken.data.records import RecordError
 from anytoken.data.shards import ShardError, Shards, load_tokenizers, tokenize_records
-from anytoken.segments import Image
+from anytoken.segments import Image, Segment
+from anytoken.tokenizers.base import Codes, TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer
 
 
@@ -40,7 +51,7 @@ def records(tmp_path: Path) -> Path:
     return tmp_path / "set.jsonl"
 
 
-def tokenize(records: Path, out: Path, tokenizer: ImageTokenizer, **options: int) -> Path:
+def tokenize(records: Path, out: Path, tokenizer: ImageTokenizer, **options: Any) -> Path:
     return tokenize_records(
         records, {"image": tokenizer}, out, part_size=4, batch_size=2, progress=False, **options
     )
@@ -48,14 +59,14 @@ def tokenize(records: Path, out: Path, tokenizer: ImageTokenizer, **options: int
 
 def test_codes_are_those_of_the_tokenizer(records: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    shards = Shards(tokenize(records, tmp_path / "out", tokenizer), {"image": tokenizer})
-    assert len(shards) == 9 and shards.records[2]["style"] == "3d"
+    found = Shards(tokenize(records, tmp_path / "out", tokenizer), {"image": tokenizer})
+    assert len(found) == 9 and found.records[2]["style"] == "3d"
     for index in range(7):
-        assert shards.codes(index, "image") == tokenizer.encode(Image.open(records.parent / f"{index}.png"))
-    assert not shards.has(7, "image")
-    parts = shards.records[8]["messages"][0]["content"]
-    assert shards.codes(8, "image", parts[0]["row"]) == shards.codes(3, "image")
-    assert shards.codes(8, "image", parts[2]["row"]) == shards.codes(4, "image")
+        assert found.codes(index, "image") == tokenizer.encode(Image.open(records.parent / f"{index}.png"))
+    assert not found.has(7, "image")
+    parts = found.records[8]["messages"][0]["content"]
+    assert found.codes(8, "image", parts[0]["row"]) == found.codes(3, "image")
+    assert found.codes(8, "image", parts[2]["row"]) == found.codes(4, "image")
 
 
 def test_workers_and_interruptions_change_nothing(records: Path, tmp_path: Path) -> None:
@@ -69,18 +80,188 @@ def test_workers_and_interruptions_change_nothing(records: Path, tmp_path: Path)
         Shards(killed, {"image": tokenizer})
     tokenize(records, killed, tokenizer)
     assert (killed / "part-00000.safetensors").stat().st_mtime_ns == first
-    for folder in (together, killed):
-        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in alone.iterdir())
-        assert all((folder / path.name).read_bytes() == path.read_bytes() for path in alone.iterdir())
+    assert same_files(together, alone) and same_files(killed, alone)
 
 
-def test_another_tokenizer_is_refused_and_starts_anew(records: Path, tmp_path: Path) -> None:
+def test_a_killed_run_loses_the_parts_in_progress_and_nothing_else(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    alone = tokenize(records, tmp_path / "alone", tokenizer)
+    made: list[int] = []
+
+    def dying(tokenizers: object, job: encoding.Job) -> object:
+        if job.part == 2:
+            raise KeyboardInterrupt
+        made.append(job.part)
+        return encoding.encode_part(tokenizers, job)  # type: ignore[arg-type]
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "encode_part", dying)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(records, killed, tokenizer)
+    with (killed / "progress.jsonl").open("a") as journal:
+        journal.write('{"part": 2, "re')  # torn by the kill
+    (killed / ".part-00002.jsonl-x").write_text("half")
+    with pytest.raises(ShardError, match="unfinished"):
+        Shards(killed, {"image": tokenizer})
+
+    def counting(tokenizers: object, job: encoding.Job) -> object:
+        made.append(job.part)
+        return encoding.encode_part(tokenizers, job)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shards, "encode_part", counting)
+    tokenize(records, killed, tokenizer)
+    assert made == [0, 1, 2]
+    assert same_files(killed, alone)
+    tokenize(records, killed, tokenizer)
+    assert made == [0, 1, 2]
+
+
+def same_files(one: Path, other: Path) -> bool:
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (one, other)]
+    return files[0] == files[1]
+
+
+KILLED = """
+import sys, torch
+from anytoken.data.shards import tokenize_records
+from anytoken.tokenizers.base import load_tokenizer
+if __name__ == "__main__":
+    tokenizers = {"image": load_tokenizer(sys.argv[1])}
+    tokenize_records(sys.argv[2], tokenizers, sys.argv[3], workers=2, part_size=4, progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kill_9_at_any_moment_changes_nothing_and_leaves_no_process(records: Path, tmp_path: Path) -> None:
+    line = records.read_text().splitlines()[0]
+    records.write_text("".join(f"{line}\n" for _ in range(400)))
+    tokenizer = tiny_tokenizer()
+    saved = tokenizer.save_pretrained(tmp_path / "image")
+    alone = tokenize(records, tmp_path / "alone", tokenizer)
+    out, script = tmp_path / "out", tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), str(saved), str(records), str(out)]
+    found = os.environ | {"PYTHONPATH": str(Path(shards.__file__).parents[2])}
+    seen = -1
+    for parts in (1, 30):
+        with subprocess.Popen(command, env=found) as running:
+            while len(list(out.glob("part-*.safetensors"))) < parts and running.poll() is None:
+                time.sleep(0.01)
+            workers = psutil.Process(running.pid).children(recursive=True) if running.poll() is None else []
+            running.kill()
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
+        now = len((out / "progress.jsonl").read_text().splitlines())
+        assert now > seen
+        seen = now
+    subprocess.run(command, env=found, check=True)
+    assert same_files(out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ray_gives_the_same_bytes(records: Path, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    tokenizer = tiny_tokenizer()
+    alone = tokenize(records, tmp_path / "alone", tokenizer)
+    try:
+        spread = tokenize(records, tmp_path / "spread", tokenizer, workers=2, engine="ray")
+    finally:
+        ray.shutdown()
+    assert same_files(spread, alone)
+
+
+def test_an_engine_that_is_not_there(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EngineError, match="choose from local, ray"):
+        tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="spark")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EngineError, match=r"anytoken\[ray\]"):
+        tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="ray")
+
+
+def test_another_tokenizer_is_refused_and_starts_anew(
+    records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old, new = tiny_tokenizer(0), tiny_tokenizer(1)
     out = tokenize(records, tmp_path / "out", old)
-    with pytest.raises(ShardError, match="another image tokenizer"):
+    both = rf"another image tokenizer \(fingerprint {old.fingerprint()[:12]}.*{new.fingerprint()[:12]}"
+    with pytest.raises(ShardError, match=both):
         Shards(out, {"image": new})
     tokenize(records, out, new)
+    assert "begun anew" in caplog.text
     assert len(Shards(out, {"image": new})) == 9
+
+
+def test_a_file_that_changed_is_noticed_and_only_its_part_made_again(records: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    alone = tokenize(records, tmp_path / "alone", tokenizer)
+    out = tokenize(records, tmp_path / "out", tokenizer)
+    damaged = out / "part-00001.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    Shards(out, {"image": tokenizer})  # of the same size: only its checksum tells
+    with pytest.raises(ShardError, match=r"part-00001\.safetensors is not what was written"):
+        Shards(out, {"image": tokenizer}, verify=True)
+    damaged.write_bytes(data[:-1])
+    with pytest.raises(ShardError, match=r"part-00001\.safetensors is not what was written"):
+        Shards(out, {"image": tokenizer})
+    first = (out / "part-00000.safetensors").stat().st_mtime_ns
+    tokenize(records, out, tokenizer)
+    assert (out / "part-00000.safetensors").stat().st_mtime_ns == first and same_files(out, alone)
+
+
+def test_sets_of_version_1_open_and_are_kept(
+    records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    out = tokenize(records, tmp_path / "out", tokenizer)
+    new = json.loads((out / "manifest.json").read_text())
+    old = {
+        key: new[key] for key in ("source", "source_sha256", "tokenizers", "part_size", "parts", "records")
+    }
+    (out / "manifest.json").write_text(json.dumps(old | {"version": 1}))
+    assert (
+        tokenize(records, out, tokenizer) == out and len(Shards(out, {"image": tokenizer}, verify=True)) == 9
+    )
+    assert json.loads((out / "manifest.json").read_text())["version"] == 1
+    del old["tokenizers"]
+    (out / "manifest.json").write_text(json.dumps(old | {"version": 1}))
+    Shards(out, {"image": tokenizer})
+    assert "does not say which tokenizers made it" in caplog.text
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ShardError, match=r"manifest\.json is damaged"):
+        Shards(out, {"image": tokenizer})
+
+
+class Picky(ImageTokenizer):
+    """Refuses wide pictures, and with one all of its batch."""
+
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        if any(segment.width > 1000 for segment in segments if isinstance(segment, Image)):
+            raise TokenizerError("too wide")
+        return super().encode_batch(segments)
+
+
+def test_bad_records_are_left_out_and_counted_up_to_a_share(records: Path, tmp_path: Path) -> None:
+    tokenizer = Picky(**tiny_tokenizer().config).eval()
+    Image(np.zeros((16, 2000, 3), dtype=np.uint8)).save(records.parent / "wide.png")
+    lines = records.read_text().splitlines()
+    lines[1:1] = ['{"image": "none.png"}', "{", '{"image": "wide.png"}', '{"image": "none.png"}']
+    records.write_text("\n".join(lines))
+    with pytest.raises(RecordError, match=r"3 of the 4 records read are bad, more than the share 0\.01"):
+        tokenize(records, tmp_path / "out", tokenizer)
+    out = tokenize(records, tmp_path / "out", tokenizer, max_bad=0.5)
+    found = Shards(out, {"image": tokenizer})
+    assert len(found) == 9 and found.records[1]["text"] == "picture 1"
+    skipped = found.manifest["skipped"]
+    assert {reason: count for reason, (count, _) in skipped.items()} == {
+        "missing file": 2, "not JSON": 1, "refused image": 1,
+    }  # fmt: skip
+    assert skipped["missing file"][1].startswith("line 2: ") and "none.png" in skipped["missing file"][1]
 
 
 def test_what_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
@@ -93,6 +274,24 @@ def test_what_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
         tokenize(tmp_path / "empty.jsonl", tmp_path / "out", tiny_tokenizer())
     with pytest.raises(ShardError, match="no shard folder"):
         Shards(tmp_path / "nowhere", {})
+
+
+def test_tars_and_folders_give_the_codes_of_their_files(records: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for index in range(7):
+            (folder / f"{index}.png").write_bytes((records.parent / f"{index}.png").read_bytes())
+            (folder / f"{index}.txt").write_text(f"picture {index}")
+            for suffix in ("png", "txt"):
+                tar.add(folder / f"{index}.{suffix}", f"{index}.{suffix}")
+    lines = Shards(tokenize(records, tmp_path / "lines", tokenizer), {"image": tokenizer})
+    for source in (folder, tmp_path / "set.tar"):
+        found = Shards(tokenize(source, tmp_path / f"{source.name}-out", tokenizer), {"image": tokenizer})
+        assert [record["text"] for record in found.records] == [f"picture {index}" for index in range(7)]
+        assert all(found.codes(index, "image") == lines.codes(index, "image") for index in range(7))
+    assert found.records[3]["image"] == "set.tar/3.png"
 
 
 def test_load_tokenizers_takes_all_but_text(tmp_path: Path) -> None:

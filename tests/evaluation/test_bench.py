@@ -10,7 +10,8 @@ import anytoken
 from anytoken.evaluation import bench, bench_experts
 from anytoken.evaluation import bench_generate as bench_generate_module
 from anytoken.evaluation.bench_experts import decoders, step_operations
-from anytoken.evaluation.bench_generate import bench_generate
+from anytoken.evaluation.bench_generate import Sizes, bench_generate, large_lm
+from anytoken.inference.flat_decoder import FlatDecoder
 
 
 def test_sides_take_turns_and_warmups_do_not_count(monkeypatch):
@@ -36,11 +37,20 @@ def test_report_writes_the_figures_with_their_environment(tmp_path, capsys):
 
 
 def test_generation_is_compared_on_equal_ids(monkeypatch):
+    """Every comparison is made, at tiny sizes and without a compiler; and ids that differ are no comparison."""
+    monkeypatch.setattr(FlatDecoder, "compile", lambda self: None)
+    monkeypatch.setattr(bench_generate_module, "LIMIT", 12)
+    monkeypatch.setattr(bench_generate_module, "ROWS", 2)
     model = anytoken.load("mini")
-    monkeypatch.setattr(bench_generate_module, "ROWS", (1, 2))
-    figures = bench_generate(model, "image", "a red circle", repeats=1)
-    assert [row["batch"] for row in figures["rows"]] == [1, 2]
+    sizes = Sizes(vocabulary=9000, width=192, layers=1, contexts=(8, 70))
+    figures = bench_generate(model, "image", "a red circle", 1, sizes)
+    large = f"{large_lm(model, sizes).num_parameters() / 1e6:.0f} M"
+    assert [(row["model"], row.get("rows")) for row in figures["rows"]] == [
+        ("the model", 1), ("the model", 2), ("the model", None), ("9000 ids", 1), (large, 1), (large, 2), (large, None),
+        ("the model", None), ("the model", None), (large, None), ("the model", 1), (large, 1), (large, None),
+    ]  # fmt: skip
     assert all(row["ratio"] > 0 for row in figures["rows"])
+    assert [point["context"] for point in figures["context curve"]] == [8, 70]
     peer = type(model.lm).generate
 
     def other(*args, **extra):
@@ -50,7 +60,7 @@ def test_generation_is_compared_on_equal_ids(monkeypatch):
 
     monkeypatch.setattr(type(model.lm), "generate", other)
     with pytest.raises(bench.BenchError, match="different ids"):
-        bench_generate(model, "image", "a red circle", repeats=1)
+        bench_generate(model, "image", "a red circle", 1, sizes)
 
 
 def test_both_decoders_are_as_large_as_each_other_in_use() -> None:

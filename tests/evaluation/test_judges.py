@@ -5,24 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anytoken.data.records import read_records
+from anytoken.data.sources import read_records
 from anytoken.evaluation import judges
 from anytoken.segments import DNA, Image, Speech, Video
 
 ASSETS = Path(__file__).parents[1] / "assets"
-
-
-def test_the_genetic_code():
-    assert judges.translate("ATGAAACTGTAA") == "MKL*"
-    assert judges.translate("atgaaac") == "MK"
-    assert judges.translate("AUGNNN") == "MX"
-    counts = {residue: judges.RESIDUES.count(residue) for residue in set(judges.RESIDUES)}
-    assert (
-        len(judges.RESIDUES) == 64
-        and counts["*"] == 3
-        and counts["M"] == counts["W"] == 1
-        and counts["L"] == 6
-    )
 
 
 def test_real_speech_is_heard_and_silence_and_noise_are_not():

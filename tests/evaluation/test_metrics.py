@@ -42,14 +42,6 @@ def test_majority_takes_the_most_frequent_and_refuses_nothing():
         metrics.majority([])
 
 
-def test_psnr():
-    one = np.zeros((4, 4, 3), np.uint8)
-    assert metrics.psnr(one, one) == float("inf")
-    assert metrics.psnr(one, one + 255) == pytest.approx(0)
-    with pytest.raises(ValueError, match="equal shapes"):
-        metrics.psnr(one, one[:2])
-
-
 def test_nearest_agrees_with_brute_force():
     rng = np.random.default_rng(0)
     queries, items = rng.normal(size=(30, 5)), rng.normal(size=(40, 5))

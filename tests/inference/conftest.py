@@ -1,5 +1,6 @@
 """A tiny world for the inference tests: text, pictures, tones of two codebooks, and a random model."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,6 +20,8 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, register_modality
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+
+sys.path.append(str(Path(__file__).parents[1]))  # for reference_loop, which other rooms' tests use too
 
 
 class Tone(Segment):

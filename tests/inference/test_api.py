@@ -66,6 +66,36 @@ def test_batch_equals_single_and_num_return_varies(model: AnyToken) -> None:
         assert alone[0].segments == group[0].segments
 
 
+def test_best_of_by_likelihood(model: AnyToken) -> None:
+    """The likeliest of the same replies that num_return gives, best first, in a batch too."""
+    options = {"seed": 3, "sizes": {"image": (2, 2)}, "temperature": 2.0}
+    every = model.generate("red apple", "image", num_return=5, **options)
+    prompt, grammar = model.encode_prompt("red apple"), model.processor.grammar
+
+    @torch.no_grad()
+    def likelihood(reply: Reply) -> float:
+        logits = model.lm(torch.tensor([prompt + reply.ids])).logits[0, len(prompt) - 1 : -1]
+        state, total = grammar.reply(("image",), sizes=options["sizes"]), 0.0
+        for token, row in zip(reply.ids, logits, strict=True):
+            allowed = grammar.mask(grammar.allowed(state))
+            total += row[: len(allowed)].masked_fill(~allowed, -torch.inf).log_softmax(-1)[token].item()
+            state = grammar.advance(state, token)
+        return total / len(reply.ids)
+
+    ranked = [reply.ids for reply in sorted(every, key=likelihood, reverse=True)]
+    assert model.generate("red apple", "image", best_of=5, **options).ids == ranked[0] != every[0].ids
+    two = model.generate(["a", "red apple"], "image", batch=True, best_of=5, num_return=2, **options)[1]
+    assert [reply.ids for reply in two] == ranked[:2]
+
+
+def test_best_of_by_a_callable(model: AnyToken) -> None:
+    every = model.generate("a", "text", num_return=4, seed=0, max_new_tokens=30)
+    best = model.generate(
+        "a", "text", best_of=4, rerank=lambda reply: -len(reply.text), seed=0, max_new_tokens=30
+    )
+    assert best.ids == min(every, key=lambda reply: len(reply.text)).ids
+
+
 def test_sampling_per_kind_and_for_all(model: AnyToken, toys: SimpleNamespace) -> None:
     greedy = model.generate("a", ["tone", "image"], temperature=0).ids
     assert model.generate("a", ["tone", "image"], temperature=0, seed=9).ids == greedy
@@ -109,6 +139,10 @@ def test_text_alone_has_a_sensible_limit(toys: SimpleNamespace) -> None:
         ({"temperature": -1}, "temperature.*-1"),
         ({"num_return": 0}, "num_return"),
         ({"num_return": "2"}, "num_return.*'2'"),
+        ({"best_of": 0}, "best_of.*0"),
+        ({"best_of": 2, "num_return": 3}, "best_of=2.*num_return=3"),
+        ({"rerank": len}, "best_of"),
+        ({"min_p": 2}, "min_p.*2"),
         ({"max_new_tokens": "9"}, "max_new_tokens.*'9'"),
         ({"sizes": {"image": 3}}, "sizes.*3"),
         ({"sampling": Sampling()}, "sampling is.*received Sampling"),

@@ -1,15 +1,18 @@
 """The generation loop against a plain one, and what it promises: validity, seeds, budgets, batches."""
 
-import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from reference_loop import reference
 
-from anytoken.inference import engine as engine_module
+from anytoken.inference import batch as batch_module
+from anytoken.inference import scheduler as scheduler_module
 from anytoken.inference.api import AnyToken
-from anytoken.inference.batch import Head
+from anytoken.inference.cache import Prefixes
 from anytoken.inference.engine import Engine, EngineError, GeneratedIds, Token
+from anytoken.inference.head import Head
 from anytoken.inference.sampling import Sampling
 
 GREEDY = {kind: Sampling(temperature=0) for kind in ("text", "image", "tone")}
@@ -26,88 +29,111 @@ def prompts_of(model: AnyToken) -> list[list[int]]:
     return [model.encode_prompt(words) for words in WORDS]
 
 
-@torch.inference_mode()
-def reference(
-    model: AnyToken,
-    prompt: list[int],
-    plan: Sequence[str] | None,
-    limit: int,
-    cfg: dict[str, float] | None = None,
-) -> list[int]:
-    """Greedy decoding with nothing clever: every step reads the whole sequence and computes all logits."""
-    grammar, space = model.processor.grammar, model.token_space
-    opens = {space.open_token(name): name for name in space.modalities}
-    state, ids, kind = grammar.reply(plan), [], "text"
-    while not grammar.finished(state):
-        logits = model.lm(torch.tensor([prompt + ids]), use_cache=False).logits[0, -1]
-        scale = (cfg or {}).get(kind, 1)
-        if scale != 1:
-            free = model.lm(torch.tensor([model.processor.null_prompt() + ids]), use_cache=False).logits[
-                0, -1
-            ]
-            logits = free + scale * (logits - free)
-        allowed = torch.full_like(logits, -torch.inf)
-        for start, stop in grammar.allowed(state, limit - len(ids)):
-            allowed[start:stop] = logits[start:stop]
-        ids.append(int(allowed.argmax()))
-        state = grammar.advance(state, ids[-1])
-        kind = opens.get(ids[-1], kind)
-        if ids[-1] in {space.close_token(name) for name in space.modalities}:
-            kind = "text"
-    return ids
+EXPECTED: dict[str, list[list[int]]] = {}  # the slow loop runs once for all ways that are compared with it
+
+
+def expected_of(model: AnyToken, plan: Sequence[str] | None, limit: int, **guided: Any) -> list[list[int]]:
+    """The reference loop's replies; only for the shared model."""
+    key, grammar = repr((plan, limit, guided)), model.processor.grammar
+    if key not in EXPECTED:
+        EXPECTED[key] = [
+            reference(model.lm, grammar, prompt, plan, limit, **guided) for prompt in prompts_of(model)
+        ]
+    return EXPECTED[key]
+
+
+WAYS = ["flat", "module", "chunks", "compiled"]
+
+
+@pytest.fixture(params=[pytest.param(way, marks=[pytest.mark.slow] * (way == "compiled")) for way in WAYS])
+def any_engine(
+    request: pytest.FixtureRequest, model: AnyToken, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> Engine:
+    """An engine for each way of decoding."""
+    if request.param == "compiled":
+        return Engine(model.lm, model.processor.grammar, compiled=True)
+    if request.param == "module":
+        engine.head().decoder = None
+    else:
+        assert engine.head().decoder is not None
+    if request.param == "chunks":
+        monkeypatch.setattr(batch_module, "CHUNK", 3)
+    return engine
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_greedy_equals_the_reference_loop(
-    model: AnyToken, engine: Engine, plan: tuple[str, ...] | None
+    model: AnyToken, any_engine: Engine, plan: tuple[str, ...] | None
 ) -> None:
-    prompts = prompts_of(model)
-    found = engine.generate(prompts, [plan] * len(prompts), GREEDY, max_new_tokens=60)
-    assert [reply.ids for reply in found] == [reference(model, prompt, plan, 60) for prompt in prompts]
+    """Together, alone, several of one prompt, and once more with what was kept of the first time."""
+    prompts, expected = prompts_of(model), expected_of(model, plan, 40)
+    prefixes = Prefixes(len(prompts))
+    for rows in ([0, 1, 2, 3], [2], [1, 1, 3, 1]):
+        some = [prompts[row] for row in rows]
+        for _ in range(2):
+            tokens = any_engine.stream(some, [plan] * len(rows), GREEDY, 40, prefixes=prefixes)
+            assert replies_of(tokens, len(rows)) == [expected[row] for row in rows]
+    assert len(prefixes) == len(prompts)
 
 
 @pytest.mark.parametrize("plan", [("image",), ("text", "image"), None])
 def test_guided_greedy_equals_the_reference_loop(
-    model: AnyToken, engine: Engine, plan: tuple[str, ...] | None
+    model: AnyToken, any_engine: Engine, plan: tuple[str, ...] | None
 ) -> None:
     """The branch without a prompt joins late in ("text", "image"), when the picture begins."""
-    prompts = prompts_of(model)
+    prompts, null = prompts_of(model), model.processor.null_prompt()
     sampling = {**GREEDY, "image": Sampling(temperature=0, cfg_scale=3.0)}
-    null = model.processor.null_prompt()
-    found = engine.generate(prompts, [plan] * len(prompts), sampling, 50, null_prompt=null)
-    expected = [reference(model, prompt, plan, 50, {"image": 3.0}) for prompt in prompts]
+    found = any_engine.generate(prompts, [plan] * len(prompts), sampling, 40, null_prompt=null)
+    expected = expected_of(model, plan, 40, null_prompt=null, cfg_scale={"image": 3.0})
     assert [reply.ids for reply in found] == expected
     if plan == ("image",):
-        assert expected != [reference(model, prompt, plan, 50) for prompt in prompts]
+        assert expected != expected_of(model, plan, 40)
 
 
-def test_every_reply_is_valid_for_any_sampling_and_budget(model: AnyToken, engine: Engine) -> None:
-    """240 replies with random settings: each walks the grammar to its end, fits its budget and decodes."""
-    grammar = model.processor.grammar
-    chance = random.Random(0)
-    count = 0
-    for trial in range(24):
-        plan = chance.choice(PLANS)
-        sampling = {
-            kind: Sampling(
-                temperature=chance.choice([0, 0.7, 1, 3]),
-                top_k=chance.choice([0, 1, 5]),
-                top_p=chance.choice([1, 0.8]),
-                repetition_penalty=chance.choice([1, 1.3]),
-                cfg_scale=chance.choice([1, 1, 2]),
-            )
-            for kind in model.kinds
-        }
-        limit = grammar.min_remaining(grammar.reply(plan)) + chance.choice([0, 1, 2, 5, 30])
-        prompts = [chance.choice(prompts_of(model)) for _ in range(10)]
-        null = model.processor.null_prompt()
-        for reply in engine.generate(prompts, [plan] * 10, sampling, limit, seed=trial, null_prompt=null):
-            assert len(reply.ids) <= limit
-            assert grammar.finished(grammar.walk(grammar.reply(plan), reply.ids))
-            kinds = [segment.kind for segment in model.detokenize(reply.ids)]
-            assert plan is None or kinds == list(plan)
-            count += 1
-    assert count == 240
+def replies_of(tokens: Iterable[Token], count: int) -> list[list[int]]:
+    replies: list[list[int]] = [[] for _ in range(count)]
+    for token in tokens:
+        replies[token.row].append(token.id)
+    return replies
+
+
+def test_a_prompt_is_read_once_for_many_samples_and_a_prefix_never_again(
+    model: AnyToken, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[int] = []
+    original = Head.features
+
+    def features(self: Head, ids: list[list[int]], *rest: Any) -> torch.Tensor:
+        fed.append(sum(map(len, ids)))
+        return original(self, ids, *rest)
+
+    monkeypatch.setattr(Head, "features", features)
+    prompt, plans = [*range(90)], [("text",)] * 8
+    engine.generate([prompt] * 8, plans, GREEDY, 3)
+    assert fed[:2] == [len(prompt) - 1, 8]
+    fed.clear()
+    prefixes = Prefixes()
+    first = replies_of(engine.stream([prompt], [("text",)], GREEDY, 5, prefixes=prefixes), 1)[0]
+    assert fed == [90, 1, 1, 1]
+    fed.clear()
+    longer = [*prompt, *first[:-1], 7, 8]
+    replies_of(engine.stream([longer], [("text",)], GREEDY, 2, prefixes=prefixes), 1)
+    assert sum(fed) == len(longer) - 93  # the reply's last id and its end were never fed
+
+
+def test_prefixes_of_other_weights_are_forgotten(own_model: AnyToken) -> None:
+    engine, prefixes = own_model.engine, Prefixes()
+    prompt = prompts_of(own_model)[0]
+
+    def run() -> list[int]:
+        return replies_of(engine.stream([prompt], [("text",)], GREEDY, 20, prefixes=prefixes), 1)[0]
+
+    before = run()
+    with torch.no_grad():
+        for parameter in own_model.lm.model.layers.parameters():
+            parameter.mul_(-0.5)
+    expected = reference(own_model.lm, own_model.processor.grammar, prompt, ("text",), 20)
+    assert run() == expected != before
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
@@ -128,7 +154,7 @@ def test_more_rows_than_fit_together(
 ) -> None:
     prompts = prompts_of(model)
     expected = engine.generate(prompts, None, GREEDY, 20)
-    monkeypatch.setattr(engine_module, "MAX_ROWS", 3)
+    monkeypatch.setattr(scheduler_module, "MAX_ROWS", 3)
     assert engine.generate(prompts, None, GREEDY, 20) == expected
 
 
@@ -148,7 +174,7 @@ def test_forced_tokens_need_no_forward(
 ) -> None:
     calls = []
     original = Head.features
-    monkeypatch.setattr(Head, "features", lambda self, **inputs: calls.append(1) or original(self, **inputs))
+    monkeypatch.setattr(Head, "features", lambda self, *inputs: calls.append(1) or original(self, *inputs))
     sizes = {"image": (2, 3)}
     [reply] = engine.generate([prompts_of(model)[0]], [("image",)], GREEDY, sizes=sizes)
     assert len(reply.ids) == 1 + 2 + 6 + 1 + 1  # open, two sizes, codes, close, end
@@ -203,8 +229,9 @@ def test_a_model_with_its_own_logits_is_asked_for_all_of_them(
     monkeypatch.setattr(type(model.lm), "forward", negated)
     assert not Head(model.lm).sliced
     engine = Engine(model.lm, model.processor.grammar)
-    found = engine.generate(prompts_of(model), [("image",)] * 4, GREEDY)
-    expected = [reference(model, prompt, ("image",), 200) for prompt in prompts_of(model)]
+    found = engine.generate(prompts_of(model), [("image",)] * 4, GREEDY, 30)
+    grammar = model.processor.grammar
+    expected = [reference(model.lm, grammar, prompt, ("image",), 30) for prompt in prompts_of(model)]
     assert [reply.ids for reply in found] == expected
 
 

@@ -41,6 +41,14 @@ def test_top_p_keeps_the_smallest_nucleus(top_p: float, kept: list[int]) -> None
     assert frequencies(Sampling(top_p=top_p)).nonzero()[:, 0].tolist() == kept
 
 
+@pytest.mark.parametrize(("min_p", "kept"), [(0.1, [0, 1, 2, 3]), (0.3, [0, 2]), (0.7, [0]), (1.0, [0])])
+def test_min_p_keeps_what_is_nearly_as_likely(min_p: float, kept: list[int]) -> None:
+    found = frequencies(Sampling(min_p=min_p))
+    expected = torch.zeros(4)
+    expected[kept] = LOGITS[kept].exp()
+    torch.testing.assert_close(found, expected / expected.sum(), atol=2e-4, rtol=0)
+
+
 def test_extreme_uniforms_stay_inside() -> None:
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert draw(LOGITS.expand(2, -1), Sampling(top_k=2), uniforms).tolist() == [0, 2]
@@ -67,6 +75,8 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
         {"top_k": float("inf")},
         {"top_p": 0},
         {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.5},
         {"repetition_penalty": 0},
         {"cfg_scale": -0.1},
         {"cfg_scale": True},

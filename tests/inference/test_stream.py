@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Cache
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.batch import Head
+from anytoken.inference.cache import RowCache
+from anytoken.inference.head import Head
 from anytoken.inference.reply import Reply, Usage
 from anytoken.inference.stream import (
     CHUNK,
@@ -210,8 +210,8 @@ def test_a_tokenizer_that_cannot_stream_delivers_at_the_end(model: AnyToken) -> 
 
 
 def cached_bytes() -> int:
-    caches = [one for one in gc.get_objects() if issubclass(type(one), Cache)]
-    return sum(layer.keys.nbytes for cache in caches for layer in cache.layers if layer.keys is not None)
+    caches = [one for one in gc.get_objects() if issubclass(type(one), RowCache)]
+    return sum(layer.nbytes for cache in caches for layer in cache.keys)
 
 
 @pytest.mark.parametrize("cancel", ["close", "interrupt"])
@@ -233,8 +233,8 @@ def test_cancelling_frees_the_cache_at_once(
         else:
             original, steps = Head.features, iter([False, True])
 
-            def interrupted(self: Head, **inputs: object) -> torch.Tensor:
-                features = original(self, **inputs)
+            def interrupted(self: Head, *inputs: Any) -> torch.Tensor:
+                features = original(self, *inputs)
                 if next(steps):
                     raise KeyboardInterrupt
                 return features

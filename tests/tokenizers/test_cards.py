@@ -14,6 +14,7 @@ from anytoken.tokenizers import cards
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.cards import make_card, read_curve, render
 from anytoken.tokenizers.image import ImageTokenizer
+from anytoken.tokenizers.samples import GAP_PX, number, share
 from anytoken.tokenizers.speech import SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.tokenizers.video import VideoTokenizer
@@ -83,13 +84,13 @@ def test_no_path_of_the_machine_is_on_the_page(made, kind, tmp_path_factory):
 def test_sheets_show_originals_above_what_came_back(made):
     for kind in ("image", "video"):
         sheet = Picture.open(made / kind / "samples.png")
-        assert sheet.height == 2 * 64 + cards.GAP_PX and sheet.width > 6 * 64
+        assert sheet.height == 2 * 64 + GAP_PX and sheet.width > 6 * 64
 
 
 def test_sounds_come_in_pairs_of_two_voices(made):
-    for number in (1, 2):
-        before = Speech.open(made / "speech" / f"sample_{number}.flac")
-        after = Speech.open(made / "speech" / f"sample_{number}_decoded.flac")
+    for n in (1, 2):
+        before = Speech.open(made / "speech" / f"sample_{n}.flac")
+        after = Speech.open(made / "speech" / f"sample_{n}_decoded.flac")
         assert before.seconds == pytest.approx(after.seconds, abs=0.02)
     page = (made / "speech" / "README.md").read_text()
     assert "awb" in page and "rms" in page and "synthetic" in page
@@ -128,14 +129,14 @@ def test_the_command_prints_figures_or_writes_a_card(folders, sets, tmp_path):
     ("value", "text"), [(1, "100 %"), (0.99999, "99.9 %"), (0.5, "50.0 %"), (0, "0.0 %")]
 )
 def test_only_all_is_a_hundred_percent(value, text):
-    assert cards._share(value) == text
+    assert share(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.1234, "0.123"), (999.6, "1,000"), (638.2, "638"), (64, "64"), (12345, "12,345")]
 )
 def test_numbers_have_three_digits_that_matter(value, text):
-    assert cards._number(value) == text
+    assert number(value) == text
 
 
 def test_the_overview_has_a_line_for_each_card_and_fills_a_page(made, tmp_path):
@@ -151,3 +152,29 @@ def test_the_overview_has_a_line_for_each_card_and_fills_a_page(made, tmp_path):
     assert "old" not in page.read_text() and page.read_text().startswith("before\n")
     with pytest.raises(TokenizerError, match=r"no \*/figures\.json"):
         cards.overview(tmp_path)
+
+
+def test_tokenizers_of_one_modality_are_compared_side_by_side(folders, sets, tmp_path):
+    from anytoken.tokenizers.dna_variants import DNAKmerTokenizer
+
+    kmer = DNAKmerTokenizer(3).save_pretrained(tmp_path / "kmer")
+    words = ["tokenizer", "compare", str(folders["dna"]), str(kmer), "--data", str(sets), "--count", "3"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "figures.json")])
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == [folders["dna"].name, "kmer"]
+    rows = {
+        row[0]: row[1:]
+        for row in (line.strip("| ").split(" | ") for line in done.stdout.splitlines())
+        if row[1:]
+    }
+    assert rows["tokenizer"] == ["dna", "dna_kmer"] and rows["codebooks"] == ["256", "69"]
+    assert (
+        0.33 < float(rows["codes a base"][0]) < 0.36
+        and rows["genes that come back letter for letter"] == ["100 %"] * 2
+    )
+    assert all(one["genome_exact"] for one in figures.values())
+    other = CliRunner().invoke(
+        app, ["tokenizer", "compare", str(kmer), str(folders["text"]), "--data", str(sets)]
+    )
+    assert other.exit_code == 2 and "one modality" in other.stderr

@@ -14,9 +14,9 @@ from anytoken.tokenizers.base import TokenizerError, load_tokenizer
 from anytoken.tokenizers.dna import (
     DNATokenizer,
     all_windows,
-    to_symbols,
     train_dna_tokenizer,
 )
+from anytoken.tokenizers.dna_letters import to_symbols
 
 
 def bases(length: int, seed: int = 0) -> str:
@@ -113,7 +113,7 @@ def test_other_letters_are_named_with_their_place():
 
 
 def test_more_than_a_segment_takes_is_an_error(trained):
-    with pytest.raises(TokenizerError, match=r"at most 1200 bases.*received 1201.*encode_stream"):
+    with pytest.raises(TokenizerError, match=r"at most 400 codes; 1201 bases are 401\..*encode_stream"):
         trained.encode(DNA("A" * 1201))
 
 

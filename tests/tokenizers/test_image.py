@@ -62,18 +62,45 @@ class TestImageTokenizer(TokenizerBattery):
         assert tokenizer.decode(codes).pixels.shape == (8 * grid[0], 8 * grid[1], 3)
 
     def test_without_a_side_pictures_keep_their_size(self):
-        tokenizer = ImageTokenizer(**self.settings, side_px=0)
+        tokenizer = self.build()
+        tokenizer.config["side_px"] = 0
         assert tokenizer.encode(picture(40, 72)).size == (5, 9)
         assert tokenizer.encode(picture(256, 512)).size == (8, 16), "at most 128 pixels a side"
 
     def test_a_learned_codebook_in_place_of_fsq(self, tmp_path):
         torch.manual_seed(0)
-        tokenizer = ImageTokenizer(**self.settings, quantizer="vq", codebook_size=32)
+        settings = {**self.settings, "quantizer": "vq", "codebook_size": 32}
+        tokenizer = ImageTokenizer(**settings)
         tokenizer.train().training_loss(self.batch())  # k-means sets the codebook
         tokenizer.eval().save_pretrained(tmp_path / "vq")
         loaded = ImageTokenizer.from_pretrained(tmp_path / "vq")
         assert loaded.codebook_sizes == (32,)
         assert loaded.encode(self.segment(1)) == tokenizer.encode(self.segment(1))
+
+
+class TestImageTokenizerOfFourCodebooks(TestImageTokenizer):
+    """Two groups of channels with two residual codebooks each, delayed: the battery and the grid."""
+
+    settings = {
+        **TestImageTokenizer.settings,
+        "quantizer": {"kind": "simvq", "residual": 2, "groups": 2, "order": "delayed"},
+        "codebook_size": 16,
+    }
+
+    def test_from_ids_back_to_codes(self, tokenizer):
+        from anytoken.processor import Processor
+        from anytoken.token_space import TokenSpace
+        from anytoken.tokenizers.text import TextTokenizer
+
+        text = TextTokenizer.train(["a"], 256)
+        space = TokenSpace(256)
+        space.append_modality("image", tokenizer.codebook_sizes, tokenizer.shape)
+        processor = Processor(space, text, {"image": tokenizer})
+        ids = processor.tokenize(self.segment(1))
+        assert len(ids) == 2 + 2 + 64 * 4
+        kind, codes = processor.ids_to_codes(ids)
+        assert kind == "image" and codes == tokenizer.encode(self.segment(1))
+        assert processor.detokenize(ids) == [tokenizer.decode(codes)]
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

@@ -80,14 +80,17 @@ def test_a_thumbnail_has_no_more_bits_than_the_codes():
 
 
 def test_usage_and_perplexity_of_known_distributions():
-    even = measures._usage(np.arange(8).repeat(5), 16)
+    even = measures._usage(np.arange(8).repeat(5)[:, None], [16])
     assert even["codebook_usage"] == 0.5 and even["code_perplexity"] == pytest.approx(8)
     assert (even["codebook_size"], even["codes_measured"]) == (16, 40)
-    one = measures._usage(np.full(10, 3), 4)
+    one = measures._usage(np.full((10, 1), 3), [4])
     assert one["codebook_usage"] == 0.25 and one["code_perplexity"] == pytest.approx(1)
-    skewed = measures._usage(np.array([0, 0, 0, 1]), 2)
+    skewed = measures._usage(np.array([[0], [0], [0], [1]]), [2])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert skewed["code_perplexity"] == pytest.approx(math.exp(entropy))
+    both = measures._usage(np.stack([np.arange(4), np.zeros(4, int)], 1), [4, 12])
+    assert both["codebook_usage"] == 5 / 16 and both["codes_measured"] == 8
+    assert both["code_perplexity"] == pytest.approx(2), "the geometric mean of 4 and 1"
 
 
 # ---- what is held out ----
@@ -267,4 +270,4 @@ def test_a_folder_without_a_tokenizer_is_an_error(sets, tmp_path):
 def test_frames_of_pictures_and_clips():
     assert measures.frames_of(Image(noise()[0])).shape == (1, 24, 24, 3)
     assert measures.frames_of(Video(noise())).shape == (2, 24, 24, 3)
-    assert measures._amount([DNA("ACGT"), DNA("A")]) == (5, "base")
+    assert measures._amount(ImageTokenizer(width=8), [DNA("ACGT"), DNA("A")], 0) == (5, "base")

@@ -4,28 +4,31 @@ import pytest
 import torch
 
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.quantizers import Quantizer
+from anytoken.tokenizers.quantizers import KINDS, Quantizer
 
 LEVELS = (5, 4, 3)
+FORMS = [(residual, groups) for residual in (1, 3) for groups in (1, 2)]
 
 
-def build(kind: str, dim: int = 8) -> Quantizer:
-    """A small quantiser in evaluation mode, its learned codebook set by k-means."""
+def build(kind: str, residual: int = 1, groups: int = 1, dim: int = 8) -> Quantizer:
+    """A small quantiser in evaluation mode, its learned codebooks set by k-means."""
     torch.manual_seed(0)
-    quantizer = Quantizer(dim, kind, levels=LEVELS, codebook_size=24)
+    choice = {"kind": kind, "residual": residual, "groups": groups}
+    quantizer = Quantizer(dim, choice, levels=LEVELS, codebook_size=32)
     quantizer.train()(torch.randn(4, 50, dim))
     return quantizer.eval()
 
 
-@pytest.fixture(params=["fsq", "vq"])
+@pytest.fixture(params=[(kind, *form) for kind in KINDS for form in FORMS], ids=str)
 def quantizer(request):
-    return build(request.param)
+    return build(*request.param)
 
 
 def test_codes_are_in_range_and_many_are_used(quantizer):
     found = quantizer(torch.randn(3, 400, 8))
-    assert found.vectors.shape == (3, 400, 8) and found.codes.shape == (3, 400)
+    assert found.vectors.shape == (3, 400, 8) and found.codes.shape == (3, 400, quantizer.num_codebooks)
     assert found.codes.dtype == torch.int64 and found.loss.ndim == 0
+    assert quantizer.codebook_sizes == [quantizer.codebook_size] * quantizer.residual * quantizer.groups
     assert found.codes.min() >= 0 and found.codes.max() < quantizer.codebook_size
     assert len(found.codes.unique()) > quantizer.codebook_size / 3
 
@@ -35,24 +38,52 @@ def test_looking_codes_up_gives_the_vectors_that_training_saw(quantizer):
     torch.testing.assert_close(quantizer.lookup(found.codes), found.vectors)
 
 
-def test_the_codebook_holds_every_code_once(quantizer):
-    book = quantizer.codebook()
-    assert book.shape == (quantizer.codebook_size, 8)
-    assert len(book.unique(dim=0)) == quantizer.codebook_size
-    codes = torch.tensor([[3, 0, quantizer.codebook_size - 1]])
-    torch.testing.assert_close(quantizer.lookup(codes)[0], book[codes[0]])
+def test_every_codebook_holds_every_code_once(quantizer):
+    for number in range(quantizer.num_codebooks):
+        book = quantizer.codebook(number)
+        assert book.ndim == 2 and len(book.unique(dim=0)) == len(book) == quantizer.codebook_size
+    if quantizer.num_codebooks == 1:
+        codes = torch.tensor([[[3], [0], [quantizer.codebook_size - 1]]])
+        torch.testing.assert_close(quantizer.lookup(codes)[0], book[codes[0, :, 0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residual_codebooks_bring_the_vectors_nearer(kind):
+    x = torch.randn(3, 400, 8)
+    errors = [(build(kind, depth)(x).vectors - x).square().mean() for depth in (1, 4)]
+    if kind in (
+        "vq",
+        "simvq",
+    ):  # the others have projections, or unit vectors: nearness is learnt with the decoder
+        assert errors[1] < errors[0]
+    residual = build(kind, 4)
+    summed = sum(residual.codebook(n)[residual(x).codes[..., n]] for n in range(4))
+    inner = residual.inner
+    torch.testing.assert_close(
+        getattr(inner, "project_out", torch.nn.Identity())(summed), residual.lookup(residual(x).codes)
+    )
+
+
+def test_groups_quantise_their_own_channels():
+    quantizer, x = build("vq", groups=2), torch.randn(1, 50, 8)
+    changed = x.clone()
+    changed[..., 4:] = torch.randn(1, 50, 4)
+    before, after = quantizer(x), quantizer(changed)
+    assert torch.equal(before.codes[..., 0], after.codes[..., 0])
+    assert not torch.equal(before.codes[..., 1], after.codes[..., 1])
+    assert torch.equal(before.vectors[..., :4], after.vectors[..., :4])
 
 
 def test_learned_vectors_get_their_own_codes_back():
     quantizer = build("vq")
-    codes = torch.arange(24)[None]
+    codes = torch.arange(32)[None, :, None]
     assert torch.equal(quantizer(quantizer.lookup(codes)).codes, codes)
 
 
 def test_scalar_levels_get_their_own_codes_back():
     quantizer = build("fsq", dim=len(LEVELS))  # no projection: vectors are the levels themselves
-    codes = torch.arange(5 * 4 * 3)[None]
-    assert torch.equal(quantizer.inner.codes_to_indices(quantizer.lookup(codes)).long(), codes)
+    codes = torch.arange(5 * 4 * 3)[None, :, None]
+    assert torch.equal(quantizer.inner.codes_to_indices(quantizer.lookup(codes)).long(), codes[..., 0])
     assert quantizer.codebook_size == 60
 
 
@@ -70,12 +101,69 @@ def test_quantising_is_a_step_function_of_its_input(quantizer):
     assert nearby.float().mean() > 0.95
 
 
-def test_only_the_learned_codebook_has_a_loss():
+def test_only_scalar_levels_have_no_loss():
     x = torch.randn(2, 30, 8)
-    assert build("fsq").train()(x).loss == 0
-    assert build("vq").train()(x).loss > 0
+    for kind in KINDS:
+        assert (build(kind).train()(x).loss != 0) == (kind != "fsq")
 
 
-def test_an_unknown_kind_is_an_error():
-    with pytest.raises(TokenizerError, match="Unknown quantizer 'rvq'; allowed: fsq, vq"):
-        Quantizer(8, "rvq")
+@pytest.mark.parametrize(
+    ("choice", "says"),
+    [
+        ("rvq", "Unknown quantizer 'rvq'; allowed: fsq, vq, cosine, simvq, lfq"),
+        ({"residual": 2}, "Unknown quantizer ''"),
+        ({"kind": "vq", "depth": 2}, "is a kind, or {kind, residual, groups, order}.*'depth': 2"),
+        ({"kind": "vq", "residual": 0}, "at least 1 each"),
+        ({"kind": "vq", "groups": 3}, "groups that divide the width 8"),
+        ("lfq", "power of two as codebook_size; received 24"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_an_error(choice, says):
+    with pytest.raises(TokenizerError, match=says):
+        Quantizer(8, choice, codebook_size=24)
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from anytoken.tokenizers.quantizers import KINDS, Quantizer
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for kind in sys.argv[1:]:
+    torch.manual_seed(rank)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Quantizer(8, {"kind": kind, "residual": 2}, (5, 4, 3), 32))
+    # Without broadcasts in the forward pass, equal codebooks are the quantiser's own doing.
+    ranks = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(6):
+        torch.manual_seed(100 * step + rank)
+        found = ranks(torch.randn(2, 100 + 20 * rank, 8) * (1 + rank))
+        (found.vectors.square().mean() + found.loss).backward()
+        optimizer.step()
+    for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        both = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(both, tensor.detach().contiguous())
+        assert torch.allclose(both[0].float(), both[1].float(), atol=1e-6), (kind, name)
+    if rank == 0:
+        print(kind, "equal", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_codebooks_are_equal_on_all_ranks(tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "ranks.py").write_text(RANKS)
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(tmp_path / "ranks.py"),
+        *KINDS,
+    ]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [word for kind in KINDS for word in (kind, "equal")]

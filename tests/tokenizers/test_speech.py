@@ -76,6 +76,16 @@ class TestSpeechTokenizer(TokenizerBattery):
         assert np.abs(loud.samples).max() <= 1
 
 
+class TestSpeechTokenizerOfThreeCodebooks(TestSpeechTokenizer):
+    """Residual codebooks of unit vectors, in the delayed order."""
+
+    settings = {
+        **TestSpeechTokenizer.settings,
+        "quantizer": {"kind": "cosine", "residual": 3, "order": "delayed"},
+        "codebook_size": 16,
+    }
+
+
 def test_log_mel_tells_pitch_and_level():
     mel = LogMel()
     frames = mel(torch.from_numpy(np.stack([tone(0.4, 200).samples, tone(0.4, 2_000).samples])))

@@ -67,8 +67,9 @@ def test_the_loss_falls_and_the_folder_is_whole(recipe, sets, tmp_path):
     tokenizer = load_tokenizer(out)
     assert said["parameters"] == sum(p.numel() for p in tokenizer.parameters())
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "model.safetensors", "training.json", "metrics.jsonl",
+        "config.json", "model.safetensors", "training.json", "metrics.jsonl", "tensorboard",
     }  # fmt: skip
+    assert list((out / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.parametrize(("quantizer", "step"), [("fsq", 3), ("fsq", 7), ("fsq", 13), ("vq", 13)])
@@ -142,7 +143,7 @@ def test_overrides_reach_into_the_config(recipe):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["stepz=3"], r"stepz: .*Keys: kind, config"),
+        (["stepz=3"], r"stepz: .*Keys: kind, code, config"),
         (["steps=0"], "steps: .*greater than or equal to 1"),
         (["lr=fast"], "lr: .*valid number"),
         (["steps"], "Overrides are key=value; received 'steps'"),

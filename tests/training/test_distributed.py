@@ -33,7 +33,7 @@ def test_first_loss_is_the_mean_over_both_shares(recipe: dict[str, Any], tmp_pat
     stage = Stage.from_dict(recipe)
     processor, lm = load_start(stage)
     mixture = Mixture(stage.sources(stage.data), processor, stage.context, stage.seed, stage.prompt_drop)
-    model = ModelWithLoss(lm, BalancedLoss(processor.grammar), stage).train()
+    model = ModelWithLoss(lm, BalancedLoss(processor.grammar), stage.moe).train()
     losses = []
     for share in (0, 1):
         stream = PackedStream(mixture.sample, stage.rows, stage.context, processor.token_space.pad, 2, share)

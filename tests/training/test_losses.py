@@ -11,8 +11,7 @@ from anytoken.training.losses import (
     CONTROL,
     BalancedLoss,
     LossError,
-    full_log_probs,
-    grammar_log_probs,
+    grammar_groups,
 )
 
 WIDTH = 6
@@ -41,37 +40,36 @@ def example(count: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden, head
 
 
-def test_restricted_equals_masked_full_softmax_in_value_and_gradient(grammar: Grammar) -> None:
+def test_targets_are_grouped_by_what_the_grammar_allows(grammar: Grammar) -> None:
     targets = every_target(grammar)
     targets = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(1))]
-    hidden, head = example(len(targets), grammar.token_space.vocab_size)
-    nll, log_z, right = grammar_log_probs(hidden, head, targets, grammar)
-    weights = torch.linspace(0.5, 2, len(targets))
-    gradients = torch.autograd.grad((nll * weights).sum() + log_z.square().sum(), (hidden, head))
+    groups = grammar_groups(targets, grammar)
+    places = torch.cat([where for where, _ in groups])
+    assert torch.equal(places.sort().values, torch.arange(len(targets)))
+    for where, ranges in groups:
+        assert {grammar.class_ranges[index] for index in grammar.loss_rows(targets[where]).tolist()} == {
+            ranges
+        }
 
-    allowed = torch.zeros(len(targets), grammar.token_space.vocab_size, dtype=torch.bool)
+
+def test_the_restricted_loss_forgets_what_the_grammar_forbids(grammar: Grammar) -> None:
+    """Equal to the full loss once all forbidden logits are minus infinity."""
+    targets, previous = batch(grammar, 4, 28)
+    hidden, head = example(len(targets), grammar.token_space.vocab_size)
+    restricted = BalancedLoss(grammar, z_loss=1e-3)(hidden, head, targets, previous)
+    allowed = torch.zeros(len(targets), len(head), dtype=torch.bool)
     for row, index in enumerate(grammar.loss_rows(targets).tolist()):
         for start, stop in grammar.class_ranges[index]:
             allowed[row, start:stop] = True
     logits = F.linear(hidden, head).masked_fill(~allowed, float("-inf"))
-    single = allowed.sum(1) == 1
-    wanted = F.cross_entropy(logits, targets, reduction="none").masked_fill(single, 0)
-    wanted_z = torch.logsumexp(logits, 1).masked_fill(single, 0)
-    wanted_gradients = torch.autograd.grad((wanted * weights).sum() + wanted_z.square().sum(), (hidden, head))
-
-    torch.testing.assert_close(nll, wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(log_z, wanted_z, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+    each = F.cross_entropy(logits, targets, reduction="none")
+    wanted = (each[:4].mean() + each[4:].mean()) / 2 + 1e-3 * torch.logsumexp(logits, 1).square().mean()
+    torch.testing.assert_close(restricted.loss, wanted)
+    gradients = torch.autograd.grad(restricted.loss, (hidden, head))
+    for ours, theirs in zip(gradients, torch.autograd.grad(wanted, (hidden, head)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert torch.equal(right, logits.argmax(1) == targets)
-
-
-def test_full_softmax_is_cross_entropy(grammar: Grammar) -> None:
-    targets = every_target(grammar)
-    hidden, head = example(len(targets), grammar.token_space.vocab_size)
-    nll, _, right = full_log_probs(hidden, head, targets)
-    torch.testing.assert_close(nll, F.cross_entropy(hidden @ head.T, targets, reduction="none"))
-    assert torch.equal(right, (hidden @ head.T).argmax(1) == targets)
+    sums = (logits.argmax(1) == targets).float()
+    assert restricted.right.tolist()[:2] == [sums[:4].sum(), sums[4:].sum()]
 
 
 def batch(grammar: Grammar, texts: int, codes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,6 +115,18 @@ def test_z_loss_is_the_mean_square_of_the_normaliser(grammar: Grammar) -> None:
     expected = 0.5 * torch.logsumexp(hidden @ head.T, 1).square().mean()
     torch.testing.assert_close(with_z.loss - without.loss, expected)
     torch.testing.assert_close(with_z.terms["z_loss"], expected.detach())
+
+
+@pytest.mark.parametrize("restricted", [True, False])
+@pytest.mark.parametrize("weights", ["equal", "tokens", {"image": 3.0}])
+def test_the_shares_of_the_groups_add_up(grammar: Grammar, weights: object, restricted: bool) -> None:
+    targets, previous = batch(grammar, 4, 28)
+    hidden, head = example(len(targets), grammar.token_space.vocab_size)
+    loss = BalancedLoss(grammar, weights, grammar_restricted=restricted)  # type: ignore[arg-type]
+    shares = loss.shares(hidden, head, targets, previous)
+    assert len(shares) == 2
+    whole = loss(hidden, head, targets, previous).terms["cross_entropy"]
+    torch.testing.assert_close(torch.stack(shares).sum(), whole)
 
 
 def test_unknown_modality_weight_is_named(grammar: Grammar) -> None:

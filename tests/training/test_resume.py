@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -181,10 +182,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 def test_a_second_ctrl_c_acts_at_once(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(trainer: StageTrainer) -> None:
         interrupt(trainer)
+        while not trainer.stop.asked:  # two signals at once would count as one
+            time.sleep(0.001)
         interrupt(trainer)
 
-    with at_step(2, twice, monkeypatch), pytest.raises(KeyboardInterrupt) as stopped:
-        train(Stage.from_dict(recipe))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born ignoring it
+    try:
+        with at_step(2, twice, monkeypatch), pytest.raises(KeyboardInterrupt) as stopped:
+            train(Stage.from_dict(recipe))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(stopped.value, Interrupted) and not saved_states(Path(recipe["output"]))
 
 

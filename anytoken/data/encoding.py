@@ -1,0 +1,144 @@
+"""Encode one part of a source: entries to records and codes, as the bytes of the files they are kept in.
+
+A part is what one worker does at a time, and what a killed run loses. It is a function of its entries and the
+tokenizers alone, so it does not matter which worker on which machine does it. A record that cannot be read, or whose
+media a tokenizer refuses, is left out and counted.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from anytoken.data.records import MediaPart, Medium, Record, RecordError, media_parts, open_media, record_line
+from anytoken.segments import Segment
+from anytoken.tokenizers.base import Codes, ModalityTokenizer
+
+Tokenizers = Mapping[str, ModalityTokenizer]
+Entry = dict[str, Any]  # what the journal says of a part
+Skipped = dict[str, list[Any]]  # reason -> [count, the first one's place and error]
+
+
+class Job(NamedTuple):
+    """One part to encode."""
+
+    part: int
+    parse: Callable[[Any], Record]
+    root: Path
+    entries: list[tuple[str, Any]]
+    batch_size: int
+
+
+def part_names(index: int) -> tuple[str, str]:
+    """The records' file and the arrays' file."""
+    return f"part-{index:05d}.jsonl", f"part-{index:05d}.safetensors"
+
+
+def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Entry]:
+    """One part as files, {name: bytes}, and what the journal says of it."""
+    skipped: Skipped = {}
+    parsed: list[tuple[str, Record, list[MediaPart]]] = []
+    for place, entry in job.entries:
+        try:
+            record = job.parse(entry)
+            parsed.append((place, record, media_parts(record, tokenizers)))
+        except RecordError as error:
+            _skip(skipped, place, error)
+    values: dict[str, dict[Medium, None]] = {kind: {} for kind in tokenizers}
+    for _, _, media in parsed:
+        for kind, value, _ in media:
+            values[kind][value] = None
+    codes = {
+        kind: _encode_all(tokenizers[kind], list(found), job.root, job.batch_size)
+        for kind, found in values.items()
+    }
+    rows: dict[str, dict[Medium, int]] = {kind: {} for kind in tokenizers}
+    lines = []
+    for place, record, media in parsed:
+        faults = [fault for kind, value, _ in media if isinstance(fault := codes[kind][value], RecordError)]
+        if faults:
+            _skip(skipped, place, faults[0])
+        else:
+            lines.append(record_line({"record": record, "rows": _place(media, rows)}))
+    arrays: dict[str, np.ndarray] = {}
+    for kind, found in rows.items():
+        if found:
+            arrays |= {
+                f"{kind}.{name}": array
+                for name, array in _pack_codes([codes[kind][one] for one in found]).items()
+            }
+    names = part_names(job.part)
+    files = dict(zip(names, ("".join(lines).encode(), save(arrays)), strict=True))
+    entry = {
+        "part": job.part,
+        "read": len(job.entries),
+        "records": len(lines),
+        "kinds": [kind for kind, found in rows.items() if found],
+        "skipped": skipped,
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    }
+    return files, entry
+
+
+def _skip(skipped: Skipped, place: str, error: RecordError) -> None:
+    skipped.setdefault(error.reason, [0, f"{place}: {error}"])[0] += 1
+
+
+def _place(media: list[MediaPart], rows: dict[str, dict[Medium, int]]) -> dict[str, int]:
+    """Give each medium of a record its row; {kind: row}, or in the content parts of a conversation."""
+    own = {}
+    for kind, value, part in media:
+        row = rows[kind].setdefault(value, len(rows[kind]))
+        if part is None:
+            own[kind] = row
+        else:
+            part["row"] = row
+    return own
+
+
+def _encode_all(
+    tokenizer: ModalityTokenizer, values: Sequence[Medium], root: Path, batch_size: int
+) -> dict[Medium, Codes | RecordError]:
+    """Codes of every medium, or what is wrong with it."""
+    found: dict[Medium, Codes | RecordError] = {}
+    for start in range(0, len(values), batch_size):
+        opened: dict[Medium, Segment] = {}
+        for value in values[start : start + batch_size]:
+            try:
+                opened[value] = open_media(value, tokenizer.segment_type, root)
+            except RecordError as error:
+                found[value] = error
+        with torch.no_grad():
+            found |= _encode_opened(tokenizer, opened)
+    return found
+
+
+def _encode_opened(
+    tokenizer: ModalityTokenizer, opened: Mapping[Medium, Segment]
+) -> dict[Medium, Codes | RecordError]:
+    """As one batch; if the tokenizer refuses it, one by one, to find which."""
+    try:
+        return dict(zip(opened, tokenizer.encode_batch(list(opened.values())), strict=True)) if opened else {}
+    except (ValueError, OSError) as error:
+        if len(opened) == 1:
+            return dict.fromkeys(opened, RecordError(str(error), f"refused {tokenizer.kind}"))
+    return {
+        value: found
+        for one in opened.items()
+        for value, found in _encode_opened(tokenizer, dict([one])).items()
+    }
+
+
+def _pack_codes(codes: Sequence[Any]) -> dict[str, np.ndarray]:
+    return {
+        "values": np.concatenate([item.values for item in codes]).astype(np.int32),
+        "offsets": np.cumsum([0, *(len(item.values) for item in codes)]).astype(np.int64),
+        "sizes": np.array([item.size for item in codes], dtype=np.int32).reshape(len(codes), -1),
+    }

@@ -1,0 +1,117 @@
+"""Running one function over many jobs in other processes: on this machine, or on a Ray cluster.
+
+Results come as they are finished. Only a few jobs are ahead of the workers, so that a source of any size is never
+held in memory. Every worker uses one thread for its mathematics, and so does a run without workers: sums over other
+numbers of threads differ in their last bits, and a code may hang on one.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+import torch
+
+Engine = Literal["local", "ray"]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+AHEAD = 2  # jobs in flight for each worker
+_shared: list[Any] = []  # what this process was started with
+
+
+class EngineError(ValueError):
+    """An engine that is not there."""
+
+
+def run(
+    work: Callable[[Any, Job], Result], shared: Any, jobs: Iterable[Job], workers: int, engine: str = "local"
+) -> Iterator[Result]:
+    """Yield ``work(shared, job)`` for each job, as they finish; ``shared`` is sent to each worker once.
+
+    workers: processes of this machine, or tasks at a time on the cluster that RAY_ADDRESS names (without it, Ray
+    starts on this machine). EngineError for an unknown engine, or Ray where it is not installed.
+    """
+    if engine == "ray":
+        return _run_on_ray(work, shared, jobs, workers)
+    if engine != "local":
+        raise EngineError(f"unknown engine {engine!r}; choose from local, ray")
+    return _run_here(work, shared, jobs) if workers == 1 else _run_in_pool(work, shared, jobs, workers)
+
+
+def _run_here(work: Callable[[Any, Job], Result], shared: Any, jobs: Iterable[Job]) -> Iterator[Result]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for job in jobs:
+            yield work(shared, job)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_in_pool(
+    work: Callable[[Any, Job], Result], shared: Any, jobs: Iterable[Job], workers: int
+) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")  # forking after torch used its threads can deadlock
+    left = iter(jobs)
+    with ProcessPoolExecutor(workers, context, _start_worker, (shared,)) as pool:
+        flying: set[Future[Result]] = set()
+        try:
+            while True:
+                flying |= {
+                    pool.submit(_work, work, job) for job in islice(left, AHEAD * workers - len(flying))
+                }
+                if not flying:
+                    return
+                done, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for one in done:
+                    yield one.result()
+        finally:
+            for one in flying:
+                one.cancel()
+
+
+def _start_worker(shared: Any) -> None:
+    torch.set_num_threads(1)
+    _shared[:] = [shared]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(work: Callable[[Any, Job], Result], job: Job) -> Result:
+    return work(_shared[0], job)
+
+
+def _run_on_ray(
+    work: Callable[[Any, Job], Result], shared: Any, jobs: Iterable[Job], workers: int
+) -> Iterator[Result]:
+    try:
+        import ray
+    except ImportError as error:
+        raise EngineError("the engine ray needs Ray: pip install 'anytoken[ray]'") from error
+    if not ray.is_initialized():
+        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **here)
+    remote = ray.remote(num_cpus=1)(_work_on_ray)
+    flying: list[Any] = []
+    sent, left = ray.put(shared), iter(jobs)
+    while True:
+        flying += [remote.remote(work, sent, job) for job in islice(left, AHEAD * workers - len(flying))]
+        if not flying:
+            return
+        done, flying = ray.wait(flying)
+        yield from ray.get(done)
+
+
+def _work_on_ray(work: Callable[[Any, Job], Result], shared: Any, job: Job) -> Result:
+    torch.set_num_threads(1)
+    return work(shared, job)

@@ -1,0 +1,198 @@
+"""The key-value cache of a running batch: preallocated, one row a sequence, one column a position.
+
+Column p of a row holds the token at position p, so a sequence's keys do not depend on its company, a row can be
+copied to another (many samples of one prompt) or kept for later (a chat's next turn), and joining or leaving a batch
+moves at most one row. What lies beyond a row's length is never read: its mask is minus infinity there. Storage
+doubles when it is full. It is a `Cache` of transformers, so that any model's own forward can write to it.
+
+Shapes: S sequences, W new tokens of each, T columns in sight, G key-value heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+COLUMNS = 256  # the least storage of a row
+SIGHT = 64  # columns in sight grow by so many, so that views of the storage serve as many steps
+KeyValues = list[tuple[Tensor, Tensor]]
+
+
+class RowCache(Cache):
+    """Keys and values [R, G, C, E] of every layer, and which columns each row may read, [R, 1, 1, C]."""
+
+    one_sample_a_row = True  # a token is written where its position says: a row cannot hold two samples
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(layers=[])
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.seen = torch.full((1, 1, 1, COLUMNS), -torch.inf, device=device, dtype=dtype)
+        self._columns = torch.arange(COLUMNS, device=device)
+        self._views: tuple[tuple[int, int, int], KeyValues, Tensor] | None = None
+
+    # ---- storage ----
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room for so many rows and columns; what is stored keeps its place."""
+        have_rows, have_columns = self.seen.shape[0], self.seen.shape[-1]
+        if rows <= have_rows and columns <= have_columns:
+            return
+        rows = max(have_rows, 1 << (rows - 1).bit_length())
+        columns = max(have_columns, 1 << (columns - 1).bit_length())
+        self.keys = [_grown(one, rows, columns, 0.0) for one in self.keys]
+        self.values = [_grown(one, rows, columns, 0.0) for one in self.values]
+        self.seen = _grown(self.seen.transpose(2, 3), rows, columns, -torch.inf).transpose(2, 3)
+        self._columns = torch.arange(columns, device=self.seen.device)
+        self._views = None
+
+    def free(self) -> None:
+        """Forget all keys and values."""
+        self.keys.clear()
+        self.values.clear()
+        self._views = None
+
+    def views(self, start: int, stop: int, length: int) -> tuple[KeyValues, Tensor]:
+        """What rows start to stop read at positions up to `length` - 1: keys and values of the layers, and the mask."""
+        sight = min(-(-length // SIGHT) * SIGHT, self.seen.shape[-1])
+        key = (start, stop, sight)
+        if self._views is None or self._views[0] != key:
+            layers = zip(self.keys, self.values, strict=True)
+            seen = [(k[start:stop, :, :sight], v[start:stop, :, :sight]) for k, v in layers]
+            self._views = (key, seen, self.seen[start:stop, ..., :sight])
+        return self._views[1], self._views[2]
+
+    def show(self, row: int, start: int, stop: int) -> None:
+        """Let a row read its columns from start to stop."""
+        self.seen[row, ..., start:stop] = 0
+
+    # ---- rows ----
+
+    def read_row(self, row: int, length: int) -> KeyValues:
+        """Copies of a row's first `length` columns."""
+        layers = zip(self.keys, self.values, strict=True)
+        return [(k[row, :, :length].clone(), v[row, :, :length].clone()) for k, v in layers]
+
+    def write_row(self, row: int, stored: KeyValues, length: int) -> None:
+        """Put the first `length` columns of what `read_row` gave at the beginning of an empty row."""
+        if not self.keys:
+            self._allocate([(k[None], v[None]) for k, v in stored])
+        for keys, values, (k, v) in zip(self.keys, self.values, stored, strict=True):
+            keys[row, :, :length] = k[:, :length]
+            values[row, :, :length] = v[:, :length]
+        self.show(row, 0, length)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make `target` hold the first `length` columns of `source`, and nothing else."""
+        for layer in (*self.keys, *self.values):
+            layer[target, :, :length] = layer[source, :, :length]
+        self.clear_row(target)
+        self.show(target, 0, length)
+
+    def clear_row(self, row: int) -> None:
+        """Let a row read nothing."""
+        self.seen[row] = -torch.inf
+
+    # ---- what a model's own forward does with a cache ----
+
+    def aim(self, start: int, positions: Tensor) -> None:
+        """Where the next `update` of every layer writes: rows from `start` on, at positions [S, W]."""
+        self._rows = slice(start, start + len(positions))
+        self._positions = positions
+        self._length = int(positions.max()) + 1
+        self.seen[self._rows, 0, 0].masked_fill_(self._columns <= positions[:, -1:], 0)
+
+    def causal_mask(self, window: int | None = None) -> Tensor:
+        """The mask [S, 1, W, T] of that write: each token reads its row up to itself, at most `window` columns."""
+        columns, positions = self._columns[: self._length], self._positions[:, None, :, None]
+        open_ = columns <= positions
+        if window is not None:
+            open_ &= columns > positions - window
+        closed = torch.full((), torch.finfo(self.seen.dtype).min, device=open_.device, dtype=self.seen.dtype)
+        return torch.where(open_, torch.zeros_like(closed), closed)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values [S, G, W, E]; all that the rows hold, [S, G, T, E]."""
+        if layer_idx == len(self.keys):
+            self._allocate([(key_states, value_states)])
+        seen = []
+        for layer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            rows = layer[self._rows]
+            index = self._positions[:, None, :, None].expand_as(new)
+            seen.append(rows.scatter_(2, index, new)[:, :, : self._length])
+        return seen[0], seen[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many columns the longest row of the current write has."""
+        return self._length
+
+    def _allocate(self, layers: KeyValues) -> None:
+        """Storage for further layers like these keys and values [S, G, W, E]."""
+        rows, columns = self.seen.shape[0], self.seen.shape[-1]
+        for k, v in layers:
+            self.keys.append(k.new_zeros(rows, k.shape[1], columns, k.shape[3]))
+            self.values.append(v.new_zeros(rows, v.shape[1], columns, v.shape[3]))
+
+
+class Prefixes:
+    """Keys and values of sequences that were decoded, for prompts that begin like one of them.
+
+    A chat keeps one: its next turn then reads only what is new. At most `max_sequences` are kept, the one that was
+    used longest ago goes first. What was stored with other weights is not used.
+    """
+
+    def __init__(self, max_sequences: int = 1) -> None:
+        self.max_sequences = max_sequences
+        self._weights: object = None
+        self._stored: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def use(self, weights: object) -> None:
+        """Say which weights are in use; anything stored with others is forgotten."""
+        if self._weights != weights:
+            self._stored.clear()
+        self._weights = weights
+
+    def find(self, ids: Sequence[int]) -> tuple[KeyValues, int]:
+        """The stored sequence that agrees longest with the beginning of `ids`, and how far; ([], 0) if none."""
+        best: tuple[int, ...] = ()
+        length = 0
+        for stored in self._stored:
+            agreed = _agreement(stored, ids)
+            if agreed > length:
+                best, length = stored, agreed
+        if not length:
+            return [], 0
+        self._stored.move_to_end(best)
+        return self._stored[best], length
+
+    def keep(self, ids: Sequence[int], stored: KeyValues) -> None:
+        """Remember a sequence, in place of those it begins with."""
+        key = tuple(ids)
+        for old in [old for old in self._stored if _agreement(old, key) == len(old)]:
+            del self._stored[old]
+        self._stored[key] = stored
+        while len(self._stored) > self.max_sequences:
+            self._stored.popitem(last=False)
+
+
+def _agreement(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two sequences have in common at their beginning."""
+    shortest = min(len(left), len(right))
+    return next((place for place in range(shortest) if left[place] != right[place]), shortest)
+
+
+def _grown(layer: Tensor, rows: int, columns: int, fill: float) -> Tensor:
+    """A layer [R, G, C, E] with more rows and columns."""
+    grown = layer.new_full((rows, layer.shape[1], columns, layer.shape[3]), fill)
+    grown[: layer.shape[0], :, : layer.shape[2]] = layer
+    return grown

@@ -1,0 +1,208 @@
+"""Continuous batching: requests join and leave a running batch at any step, and each walks its own grammar state.
+
+The one generation loop. `Engine.stream` submits all its prompts and steps until none is left; a server submits as
+requests come in. A request gets the same ids whatever runs beside it. (`generate_batch` of transformers has the
+paging and scheduling, but cannot carry the grammar: its logits processors see the ids of the current step only, none
+of a request's state, custom ones take a fixed number of int32 scalars a request, and all of the vocabulary is
+computed for them to mask.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anytoken.grammar import State
+from anytoken.grammar_tables import Ranges
+from anytoken.inference.batch import Batch, Slot
+from anytoken.inference.sampling import Sampling, draw, guide, penalise
+
+if TYPE_CHECKING:
+    from anytoken.inference.engine import Engine
+
+MAX_ROWS = 64  # replies decoded together; more wait for a free place
+
+
+@dataclass(frozen=True)
+class Token:
+    """One id as it is decided.
+
+    row: its request's number (in `Engine.stream` the prompt's). finish_reason: set on a reply's last token. logprob: of
+    the id among those allowed, before temperature, filters and guidance; 0 where there was no choice.
+    """
+
+    row: int
+    id: int
+    finish_reason: str | None = None
+    logprob: float = 0.0
+
+
+@dataclass(eq=False)
+class Row:
+    """A reply in the making. `ranges` are the ids it may go on with."""
+
+    number: int
+    state: State
+    budget: int
+    random: np.random.Generator
+    slot: Slot
+    sampling: Mapping[str, Sampling]
+    null_prompt: list[int]
+    scored: bool = False
+    setting: Sampling = field(default_factory=Sampling)
+    ranges: Ranges = ()
+    mate: Slot | None = None
+    ids: list[int] = field(default_factory=list)
+    cut: bool = False
+    finished: bool = False
+
+    def enter(self, kind: str) -> None:
+        """Take the settings of a kind."""
+        self.setting = self.sampling.get(kind) or Sampling()
+
+
+class Scheduler:
+    """A running batch of one engine's model."""
+
+    def __init__(self, engine: Engine, max_rows: int | None = None) -> None:
+        self.max_rows = max_rows or MAX_ROWS
+        self.grammar = engine.grammar
+        self._engine = engine
+        space = engine.grammar.token_space
+        self._opens = {space.open_token(name): name for name in space.modalities}
+        self._closes = {space.close_token(name) for name in space.modalities}
+        self._controls = {
+            id_ for one in space.ranges if one.kind == "control" for id_ in range(one.start, one.stop)
+        }
+        self._head = engine.head()
+        self._batch = Batch(self._head)
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
+        self._submitted = 0
+
+    def __len__(self) -> int:
+        """How many requests wait or run."""
+        return len(self._waiting) + len(self._rows)
+
+    def submit(self, prompt: Sequence[int], **options: object) -> int:
+        """Take a request; the number that its tokens carry. Options as for `Engine.request`, errors too."""
+        row = self._engine.request(self._submitted, prompt, **options)  # type: ignore[arg-type]
+        self._submitted += 1
+        self._waiting.append(row)
+        return row.number
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> None:
+        """Drop a request and its cache rows at once; nothing happens if it has ended."""
+        self._waiting = deque(row for row in self._waiting if row.number != number)
+        self._leave([row for row in self._rows if row.number == number])
+
+    def close(self) -> None:
+        """Drop all requests and the cache."""
+        self._waiting.clear()
+        self._rows.clear()
+        self._batch.free()
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """The next id of every running request, with those that follow without a choice.
+
+        What newcomers begin with if there is no choice comes alone, before the model has read anything.
+        """
+        tokens: list[Token] = []
+        while self._waiting and len(self._rows) < self.max_rows:
+            row = self._waiting.popleft()
+            row.enter("text")
+            self._rows.append(row)
+            tokens += self._settle(row)
+            if not row.finished:
+                self._batch.slots.append(row.slot)
+        if not tokens and self._rows:
+            for row in self._rows:
+                if row.mate is None and row.setting.cfg_scale != 1:
+                    row.mate = self._batch.add(row.null_prompt + row.ids)
+            for row, (token, logprob) in zip(self._rows, self._choose(self._batch.forward()), strict=True):
+                tokens.append(self._append(row, token, logprob))
+                tokens += self._settle(row)
+        self._leave([row for row in self._rows if row.finished])
+        return tokens
+
+    def _leave(self, rows: list[Row]) -> None:
+        if rows:
+            self._rows = [row for row in self._rows if row not in rows]
+            slots = [slot for row in rows for slot in (row.slot, row.mate) if slot in self._batch.slots]
+            self._batch.drop([slot for slot in slots if slot is not None])
+
+    def _choose(self, features: Tensor) -> list[tuple[int, float]]:
+        """The next id of every row; rows with the same choices and settings are drawn together."""
+        place = {slot: index for index, slot in enumerate(self._batch.slots)}
+        groups: dict[tuple[Ranges, Sampling], list[int]] = {}
+        for index, row in enumerate(self._rows):
+            groups.setdefault((row.ranges, row.setting), []).append(index)
+        chosen = [(0, 0.0)] * len(self._rows)
+        for (ranges, setting), members in groups.items():
+            rows = [self._rows[i] for i in members]
+            logits = self._head(features[[place[row.slot] for row in rows]], ranges)
+            plain = logits
+            if setting.cfg_scale != 1:
+                mates = [place[row.mate] for row in rows if row.mate is not None]
+                logits = guide(logits, self._head(features[mates], ranges), setting.cfg_scale)
+            table = self.grammar.index(ranges)
+            if setting.repetition_penalty != 1:
+                seen = [_columns(table, set(row.ids) - self._controls) for row in rows]
+                logits = penalise(logits, seen, setting.repetition_penalty)
+            uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+            columns = draw(logits, setting, uniforms)
+            logprobs = _logprobs(plain, columns) if any(row.scored for row in rows) else [0.0] * len(rows)
+            for i, token, logprob in zip(members, table[columns].tolist(), logprobs, strict=True):
+                chosen[i] = (token, logprob)
+        return chosen
+
+    def _append(self, row: Row, token: int, logprob: float = 0.0) -> Token:
+        """Add one id to a row and to what its sequences have to feed."""
+        row.state = self.grammar.advance(row.state, token)
+        row.budget -= 1
+        row.ids.append(token)
+        row.slot.ids.append(token)
+        if row.mate is not None:
+            row.mate.ids.append(token)
+        if token in self._opens:
+            row.enter(self._opens[token])
+        elif token in self._closes:
+            row.enter("text")
+        row.finished = self.grammar.finished(row.state)
+        reason = ("length" if row.cut else "stop") if row.finished else None
+        return Token(row.number, token, reason, logprob)
+
+    def _settle(self, row: Row) -> list[Token]:
+        """Append ids for as long as there is only one choice."""
+        tokens: list[Token] = []
+        while not row.finished:
+            row.ranges = self.grammar.allowed(row.state, row.budget)
+            if not _single(row.ranges):
+                break
+            row.cut = row.cut or not _single(self.grammar.allowed(row.state))
+            tokens.append(self._append(row, row.ranges[0][0]))
+        return tokens
+
+
+def _single(ranges: Ranges) -> bool:
+    return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1
+
+
+def _columns(table: Tensor, ids: set[int]) -> Tensor:
+    """Where those of `ids` that are in the ascending `table` stand in it."""
+    wanted = torch.tensor(sorted(ids), dtype=torch.long)
+    columns = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
+    return columns[table[columns] == wanted]
+
+
+def _logprobs(logits: Tensor, columns: Tensor) -> list[float]:
+    """Log-probability of the chosen column in each row of logits [N, K]."""
+    return logits.log_softmax(-1).gather(-1, columns[:, None])[:, 0].tolist()

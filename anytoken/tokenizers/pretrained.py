@@ -1,0 +1,429 @@
+"""Pretrained codecs of transformers as tokenizers: `pretrained_tokenizer("kyutai/mimi")`, from a hub id or a folder.
+
+    speech   Mimi (arXiv 2410.00037), DAC (2306.06546), EnCodec (2210.13438), X-Codec (2408.17175)
+    image    Emu3 (2409.18869), Janus (2410.13848), Chameleon (2405.09818; reads only: it was published without decoder)
+    video    Emu3
+
+The codecs differ in names, in the order of axes, and in how much longer or shorter than its input an output is. One
+table says how each is called; the rest is the same for all: sound is padded to whole frames, codes and samples are cut
+to them, pictures are scaled to whole cells and given as [-1, 1], and sizes go into the header. A saved tokenizer holds
+the codec's configuration and weights, so it is loaded without transformers' checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.tokenizers.base import (
+    Codes,
+    CodeShape,
+    Grid,
+    ModalityTokenizer,
+    Run,
+    TokenizerError,
+    register_modality,
+)
+from anytoken.tokenizers.image import to_pixels, to_unit_range
+
+WHOLE = 1 << 30  # an image size that Emu3's encoder, which cuts the wrong axes of a video, never cuts at
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one class of transformers is called; m is the model, c its configuration.
+
+    encode(m, x, q): sound [B, 1, T] to codes [B, Q, N] of the first q codebooks (or more), pictures [B, 3, H, W] and
+    clips [B, T, 3, H, W] to codes [B, *grid] or flat. decode(m, codes) is the inverse; None where there is none.
+    vectors(m, n): the codebook's [K, D]. side(c): the one side in cells that a picture has to have; None for any.
+    """
+
+    model: str
+    kinds: tuple[str, ...]
+    encode: Callable[[Any, Tensor, int], Any]
+    decode: Callable[[Any, Tensor], Tensor] | None
+    vectors: Callable[[Any, int], Tensor]
+    hop: Callable[[Any], int] = lambda c: c.hop_length
+    side: Callable[[Any], int | None] = lambda c: None
+
+
+def _bandwidth(m: Any, books: int) -> float:
+    """The least of the bandwidths a codec was trained for that has so many codebooks."""
+    enough = [
+        one
+        for one in m.config.target_bandwidths
+        if m.quantizer.get_num_quantizers_for_bandwidth(one) >= books
+    ]
+    return enough[0]
+
+
+def _mimi_vectors(m: Any, n: int) -> Tensor:
+    semantic = m.config.num_semantic_quantizers
+    quantizer = m.quantizer
+    part = (
+        quantizer.semantic_residual_vector_quantizer
+        if n < semantic
+        else quantizer.acoustic_residual_vector_quantizer
+    )
+    return part.layers[n if n < semantic else n - semantic].codebook.embed
+
+
+def _patches(c: Any) -> int:
+    return 2 ** (len(c.channel_multiplier) - 1)
+
+
+CODECS = {  # transformers' model_type: codec
+    "mimi": Codec(
+        "MimiModel", ("speech",), lambda m, x, q: m.encode(x, num_quantizers=q).audio_codes,
+        lambda m, codes: m.decode(codes).audio_values, _mimi_vectors, hop=lambda c: c.frame_size,
+    ),
+    "dac": Codec(
+        "DacModel", ("speech",), lambda m, x, q: m.encode(x, n_quantizers=q).audio_codes,
+        lambda m, codes: m.decode(audio_codes=codes).audio_values,
+        lambda m, n: m.quantizer.quantizers[n].codebook.weight,
+    ),
+    "encodec": Codec(
+        "EncodecModel", ("speech",), lambda m, x, q: m.encode(x, bandwidth=_bandwidth(m, q)).audio_codes[0],
+        lambda m, codes: m.decode(codes[None], [None]).audio_values, lambda m, n: m.quantizer.layers[n].codebook.embed,
+    ),
+    "xcodec": Codec(
+        "XcodecModel", ("speech",), lambda m, x, q: m.encode(x, bandwidth=_bandwidth(m, q)).audio_codes,
+        lambda m, codes: m.decode(codes).audio_values, lambda m, n: m.quantizer.quantizers[n].codebook.embed,
+    ),
+    "emu3_vqgan": Codec(
+        "Emu3VQVAE", ("image", "video"),
+        lambda m, x, q: torch.stack(m.encode(x, torch.full((len(x), 2), WHOLE)).image_tokens),
+        lambda m, codes: m.decode(codes), lambda m, n: m.quantize.embedding.weight, hop=_patches,
+    ),
+    "janus_vqgan": Codec(
+        "JanusVQVAE", ("image",), lambda m, x, q: m.encode(x).image_tokens, lambda m, codes: m.decode(codes.flatten(1)),
+        lambda m, n: m.quantize.embedding.weight, hop=_patches, side=lambda c: c.num_patches,
+    ),
+    "chameleon_vqgan": Codec(
+        "ChameleonVQVAE", ("image",), lambda m, x, q: m.encode(x).image_tokens, None,
+        lambda m, n: m.quantize.embedding.weight, hop=_patches, side=lambda c: c.resolution // _patches(c),
+    ),
+}  # fmt: skip
+
+
+class PretrainedTokenizer(ModalityTokenizer):
+    """What the three kinds share: the codec's model, built from its configuration, and its codebooks."""
+
+    def __init__(
+        self, model_config: dict[str, Any], shape: CodeShape, books: int, settings: dict[str, Any]
+    ) -> None:
+        model, size = _build(model_config, self.segment_type.kind)
+        config = {"model_config": model_config, **settings}
+        super().__init__(shape=shape, codebook_sizes=[size] * books, config=config)
+        self.model = model
+        self.codec = CODECS[model_config["model_type"]]
+        self.requires_grad_(False)
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """The codec's own vectors [K, D]."""
+        return self.codec.vectors(self.model, codebook).detach()
+
+    def _model_codes(self, x: Tensor) -> Tensor:
+        return self.codec.encode(self.model, x.to(self.device), self.shape.num_codebooks)
+
+    def _model_output(self, codes: Tensor) -> Tensor:
+        if self.codec.decode is None:
+            whole = ", ".join(name for name, one in CODECS.items() if "image" in one.kinds and one.decode)
+            raise TokenizerError(
+                f"{self.codec.model} was published without its decoder: it reads pictures and cannot make them; to "
+                f"make them take {whole}."
+            )
+        return self.codec.decode(self.model, codes.to(self.device))
+
+
+@register_modality
+class PretrainedSpeech(PretrainedTokenizer):
+    """Speech through Mimi, DAC, EnCodec or X-Codec: the first `num_codebooks` of its residual codebooks.
+
+    order: in which their codes are written, see `writing_order`.
+    Sound of other rates is resampled; it is padded to whole frames, and decoded sound has whole frames too.
+    """
+
+    kind = "pretrained_speech"
+    segment_type = Speech
+
+    def __init__(
+        self,
+        model_config: dict[str, Any],
+        num_codebooks: int | None = None,
+        max_seconds: float = 20.0,
+        order: str = "interleaved",
+    ) -> None:
+        config = _config(model_config, "speech")
+        most = config.n_codebooks if model_config["model_type"] == "dac" else config.num_quantizers
+        books = most if num_codebooks is None else num_codebooks
+        if not 1 <= books <= most:
+            raise TokenizerError(f"{model_config['model_type']} has 1 to {most} codebooks; received {books}.")
+        if getattr(config, "audio_channels", 1) != 1 or getattr(config, "normalize", False):
+            raise TokenizerError(
+                "This codec is for stereo, or writes a loudness beside its codes, which a line of codes has no place "
+                "for; take a mono one, such as the 24 kHz EnCodec."
+            )
+        self.hop = int(CODECS[model_config["model_type"]].hop(config))
+        self.sample_rate_hz = int(getattr(config, "sampling_rate", 0) or config.sample_rate)
+        shape = Run(1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, order)
+        settings = {"num_codebooks": books, "max_seconds": max_seconds, "order": order}
+        super().__init__(model_config, shape, books, settings)
+        self.frame_rate_hz = self.sample_rate_hz / self.hop
+
+    def _samples(self, segment: Segment) -> np.ndarray:
+        self.check_segment(segment)
+        assert isinstance(segment, Speech) and isinstance(self.shape, Run)
+        samples = segment.resample(self.sample_rate_hz).samples
+        if len(samples) > self.shape.max_length * self.hop:
+            raise TokenizerError(
+                f"Speech of {segment.seconds:.1f} s is longer than {self.config['max_seconds']:g} s: cut it."
+            )
+        return np.pad(samples, (0, -len(samples) % self.hop))
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Clips to codes [N, Q]; clips of one length share a forward pass."""
+
+        def encode(clips: list[np.ndarray]) -> Iterable[Codes]:
+            frames = len(clips[0]) // self.hop
+            x = torch.from_numpy(np.stack(clips))[:, None]
+            x = torch.nn.functional.pad(
+                x, (0, max(0, 4 - frames) * self.hop)
+            )  # under that some encoders fail
+            codes = self._model_codes(x)[:, : self.shape.num_codebooks, :frames]
+            return map(Codes, codes.transpose(1, 2).cpu().numpy())
+
+        return _alike([self._samples(one) for one in segments], len, encode)
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to clips of whole frames: what the codec makes, cut or padded to them."""
+        for one in codes:
+            self.check_codes(one)
+
+        def decode(some: list[Codes]) -> Iterable[Segment]:
+            values = torch.from_numpy(np.stack([one.values for one in some])).transpose(1, 2)
+            samples = self._model_output(values).flatten(1).clamp(-1, 1).float()
+            length = len(some[0]) * self.hop
+            samples = torch.nn.functional.pad(samples[:, :length], (0, max(0, length - samples.shape[1])))
+            return [Speech(one, self.sample_rate_hz) for one in samples.cpu().numpy()]
+
+        return _alike(codes, len, decode)
+
+
+@register_modality
+class PretrainedImage(PretrainedTokenizer):
+    """Pictures through Emu3 (any size: the longer side becomes `side_px`), Janus or Chameleon (squares of theirs)."""
+
+    kind = "pretrained_image"
+    segment_type = Image
+
+    def __init__(self, model_config: dict[str, Any], side_px: int = 256) -> None:
+        config, codec = _config(model_config, "image"), CODECS[model_config["model_type"]]
+        self.patch, self.side = codec.hop(config), codec.side(config)
+        self.side_px = self.side * self.patch if self.side else side_px
+        if self.side_px < self.patch:
+            raise TokenizerError(
+                f"side_px is {side_px}; a code of this codec is {self.patch} px wide already."
+            )
+        most = self.side or self.side_px // self.patch
+        shape = Grid(("rows", "cols"), (self.side or 1,) * 2, (most, most))
+        super().__init__(model_config, shape, 1, {"side_px": self.side_px})
+
+    def _pixels(self, segment: Segment) -> np.ndarray:
+        self.check_segment(segment)
+        assert isinstance(segment, Image)
+        square = (self.side_px, self.side_px)
+        sides = square if self.side else _whole_cells(segment.height, segment.width, self.side_px, self.patch)
+        return segment.resize(*sides).pixels
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Pictures to grids of codes; pictures of one size share a forward pass."""
+
+        def encode(pictures: list[np.ndarray]) -> Iterable[Codes]:
+            rows, cols = (side // self.patch for side in pictures[0].shape[:2])
+            codes = self._model_codes(to_unit_range(np.stack(pictures))).reshape(len(pictures), -1, 1)
+            return [Codes(one, (rows, cols)) for one in codes.cpu().numpy()]
+
+        return _alike([self._pixels(one) for one in segments], lambda one: one.shape, encode)
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to pictures; TokenizerError for a codec without a decoder."""
+        for one in codes:
+            self.check_codes(one)
+
+        def decode(some: list[Codes]) -> Iterable[Segment]:
+            values = torch.from_numpy(np.stack([one.values[:, 0] for one in some]))
+            return map(Image, to_pixels(self._model_output(values.unflatten(1, some[0].size)).float()))
+
+        return _alike(codes, lambda one: one.size, decode)
+
+
+@register_modality
+class PretrainedVideo(PretrainedTokenizer):
+    """Clips through Emu3: some frames of some pixels a code; the last frame is repeated until the steps are whole."""
+
+    kind = "pretrained_video"
+    segment_type = Video
+
+    def __init__(
+        self,
+        model_config: dict[str, Any],
+        side_px: int = 256,
+        max_steps: int = 4,
+        video_frame_rate_hz: float = 4.0,
+    ) -> None:
+        config = _config(model_config, "video")
+        self.patch, self.step = _patches(config), int(config.temporal_downsample_factor)
+        self.side_px = side_px
+        most = side_px // self.patch
+        shape = Grid(("steps", "rows", "cols"), (1, 1, 1), (max_steps, most, most))
+        settings = {"side_px": side_px, "max_steps": max_steps, "video_frame_rate_hz": video_frame_rate_hz}
+        super().__init__(model_config, shape, 1, settings)
+
+    def _frames(self, segment: Segment) -> np.ndarray:
+        self.check_segment(segment)
+        assert isinstance(segment, Video)
+        most = self.config["max_steps"] * self.step
+        if len(segment.frames) > most:
+            raise TokenizerError(
+                f"A clip has at most {most} frames; received {len(segment.frames)}: cut or thin it."
+            )
+        _, height, width, _ = segment.frames.shape
+        sides = _whole_cells(height, width, self.side_px, self.patch)
+        frames = np.stack([Image(frame).resize(*sides).pixels for frame in segment.frames])
+        return np.pad(frames, ((0, -len(frames) % self.step), (0, 0), (0, 0), (0, 0)), mode="edge")
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Clips to grids of codes; clips of one size share a forward pass."""
+
+        def encode(clips: list[np.ndarray]) -> Iterable[Codes]:
+            codes = self._model_codes(to_unit_range(np.stack(clips)))
+            return [Codes(one.reshape(-1, 1), one.shape) for one in codes.cpu().numpy()]
+
+        return _alike([self._frames(one) for one in segments], lambda one: one.shape, encode)
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to clips of whole steps."""
+        for one in codes:
+            self.check_codes(one)
+
+        def decode(some: list[Codes]) -> Iterable[Segment]:
+            values = torch.from_numpy(np.stack([one.values[:, 0] for one in some]))
+            clips = to_pixels(self._model_output(values.unflatten(1, some[0].size)).float())
+            return [Video(clip, self.config["video_frame_rate_hz"]) for clip in clips]
+
+        return _alike(codes, lambda one: one.size, decode)
+
+
+def _whole_cells(height: int, width: int, side_px: int, patch: int) -> tuple[int, int]:
+    """Height and width in whole cells of `patch` pixels, the longer one at `side_px` and the ratio nearly kept."""
+    cells = [side_px * one / max(height, width) / patch for one in (height, width)]
+    rows, cols = (max(1, min(side_px // patch, round(one))) * patch for one in cells)
+    return rows, cols
+
+
+def _alike(
+    items: Sequence[Item], key: Callable[[Item], Any], work: Callable[[list[Item]], Iterable[Any]]
+) -> list[Any]:
+    """What `work` makes of items, in their order; those with one key are given to it together."""
+    rows: dict[Any, list[int]] = {}
+    for row, item in enumerate(items):
+        rows.setdefault(key(item), []).append(row)
+    found: dict[int, Any] = {}
+    for some in rows.values():
+        found.update(zip(some, work([items[row] for row in some]), strict=True))
+    return [found[row] for row in range(len(items))]
+
+
+# ---- from transformers' checkpoints ----
+
+KINDS = {"speech": PretrainedSpeech, "image": PretrainedImage, "video": PretrainedVideo}
+
+
+def pretrained_tokenizer(source: str | Path, kind: str | None = None, **settings: Any) -> ModalityTokenizer:
+    """A codec of transformers as a tokenizer, from a checkpoint's folder or hub id.
+
+    source: a codec's own checkpoint, or that of a model which has one inside (Emu3, Janus, Chameleon), of which only
+    the codec's weights are read. kind: "video" for Emu3's clips; by default the codec's first. settings: those of
+    `PretrainedSpeech`, `PretrainedImage` or `PretrainedVideo`. TokenizerError if it is not there or no such codec.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        inner = getattr(config, "vq_config", None)
+        chosen = (config if inner is None else inner).to_dict()
+        codec = CODECS.get(chosen.get("model_type", ""))
+        kind = kind or (codec.kinds[0] if codec else "speech")
+        if kind not in KINDS:
+            raise TokenizerError(f"There are pretrained codecs for {', '.join(KINDS)}; received {kind!r}.")
+        tokenizer = KINDS[kind](model_config=chosen, **settings)
+        if inner is None:
+            model = type(tokenizer.model).from_pretrained(source, dtype=torch.float32)
+            state = model.state_dict()
+        else:
+            state = _inner_weights(Path(source))
+    except (OSError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise TokenizerError(f"{source} does not load as a codec of transformers: {said}") from error
+    try:
+        tokenizer.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise TokenizerError(
+            f"{source} lacks weights of its codec: {' '.join(str(error).split())}"
+        ) from error
+    return tokenizer.eval()
+
+
+def _inner_weights(source: Path) -> dict[str, Tensor]:
+    """The weights of the codec inside a larger model, float32; other weights are not read."""
+    from safetensors import safe_open
+
+    folder = source
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    state = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (no mapping)
+                if "vqmodel." in key:
+                    state[key.split("vqmodel.", 1)[1]] = file.get_tensor(key).float()
+    return state
+
+
+def _config(model_config: dict[str, Any], kind: str) -> Any:
+    """transformers' configuration object; TokenizerError for a model type that is no codec of this kind."""
+    import transformers
+
+    codec = CODECS.get(model_config.get("model_type", ""))
+    if codec is None or kind not in codec.kinds:
+        known = ", ".join(name for name, one in CODECS.items() if kind in one.kinds)
+        raise TokenizerError(f"No {kind} codec {model_config.get('model_type')!r}; there are {known}.")
+    return getattr(transformers, codec.model).config_class.from_dict(json.loads(json.dumps(model_config)))
+
+
+def _build(model_config: dict[str, Any], kind: str) -> tuple[Any, int]:
+    """The model with random weights, in evaluation mode, and its codebook size."""
+    import transformers
+
+    config = _config(model_config, kind)
+    size = getattr(config, "codebook_size", 0) or config.num_embeddings
+    return getattr(transformers, CODECS[model_config["model_type"]].model)(config).eval(), int(size)

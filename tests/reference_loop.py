@@ -1,0 +1,36 @@
+"""The plain loop that every way of decoding is compared with."""
+
+from collections.abc import Sequence
+
+import torch
+
+from anytoken.grammar import Grammar
+
+
+@torch.inference_mode()
+def reference(
+    lm: torch.nn.Module,
+    grammar: Grammar,
+    prompt: Sequence[int],
+    plan: Sequence[str] | None,
+    limit: int,
+    null_prompt: Sequence[int] = (),
+    cfg_scale: dict[str, float] | None = None,
+) -> list[int]:
+    """Greedy decoding with nothing clever: one row, no cache, every step reads all and masks all logits."""
+    space = grammar.token_space
+    kinds = {space.open_token(name): name for name in space.modalities}
+    kinds |= {space.close_token(name): "text" for name in space.modalities}
+    state, ids, kind = grammar.reply(plan), [], "text"
+    while not grammar.finished(state):
+        logits = lm(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, -1]
+        scale = (cfg_scale or {}).get(kind, 1)
+        if scale != 1:
+            free = lm(torch.tensor([[*null_prompt, *ids]]), use_cache=False).logits[0, -1]
+            logits = free + scale * (logits - free)
+        allowed = grammar.mask(grammar.allowed(state, limit - len(ids)))
+        masked = logits[: len(allowed)].masked_fill(~allowed, -torch.inf)
+        ids.append(int(masked.softmax(-1).argmax()))
+        state = grammar.advance(state, ids[-1])
+        kind = kinds.get(ids[-1], kind)
+    return ids
