@@ -31,8 +31,8 @@ def save_tiny() -> Callable[..., Path]:
         space = TokenSpace(text.vocab_size)
         for kind, tokenizer in tokenizers.items():
             space.append_modality(kind, tokenizer.eval().codebook_sizes, tokenizer.shape)
-        config = AnyTokenConfig(
-            vocab_size=space.vocab_size,
+        config = AnyTokenConfig.of_space(
+            space,
             hidden_size=16,
             num_hidden_layers=1,
             num_attention_heads=1,
@@ -43,11 +43,6 @@ def save_tiny() -> Callable[..., Path]:
             moe_intermediate_size=16,
             shared_expert_intermediate_size=0,
             max_position_embeddings=context,
-            modality_boundaries=space.bucket_boundaries(),
-            modality_index=space.bucket_modalities(),
-            bos_token_id=space.bos,
-            eos_token_id=space.end,
-            pad_token_id=space.pad,
         )
         lm = AnyTokenForCausalLM(config).eval()
         return AnyToken(lm, Processor(space, text, dict(tokenizers))).save_pretrained(folder)

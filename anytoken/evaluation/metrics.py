@@ -82,14 +82,3 @@ def nearest(queries: np.ndarray, items: np.ndarray, block: int = 256) -> np.ndar
         part = queries[start : start + block].astype(np.float32)
         found.append((norms - 2 * part @ items.T).argmin(1))
     return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-
-def nearest_text(query: str, texts: Sequence[str]) -> int:
-    """The index of the text that shares the most words with the query (Jaccard); the first among equals."""
-    words = set(query.casefold().replace(",", " ").split())
-
-    def overlap(text: str) -> float:
-        other = set(text.casefold().replace(",", " ").split())
-        return len(words & other) / max(1, len(words | other))
-
-    return max(range(len(texts)), key=lambda index: overlap(texts[index]))

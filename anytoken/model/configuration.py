@@ -5,10 +5,13 @@ The additions default to "off", so that a plain configuration is a Qwen3-MoE and
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+
+if TYPE_CHECKING:
+    from anytoken.token_space import TokenSpace
 
 
 class ModelConfigError(ValueError):
@@ -80,6 +83,20 @@ class AnyTokenConfig(Qwen3MoeConfig):
             )
         if self.expert_groups:
             self._check_groups(self.expert_groups)
+
+    @classmethod
+    def of_space(cls, space: TokenSpace, **settings: Any) -> AnyTokenConfig:
+        """The configuration of a model over a token space: its ids from there, the rest from `settings`."""
+        return cls(
+            vocab_size=space.vocab_size,
+            modality_boundaries=space.bucket_boundaries(),
+            modality_index=space.bucket_modalities(),
+            modality_names=space.modality_names,
+            bos_token_id=space.bos,
+            eos_token_id=space.end,
+            pad_token_id=space.pad,
+            **settings,
+        )
 
     def _check_groups(self, groups: dict[str, int]) -> None:
         if sum(groups.values()) != self.num_experts or min(groups.values()) < 1:

@@ -145,6 +145,18 @@ class PretrainedTokenizer(ModalityTokenizer):
             )
         return self.codec.decode(self.model, codes.to(self.device))
 
+    @torch.inference_mode()
+    def _decode_grids(self, codes: Sequence[Codes]) -> list[np.ndarray]:
+        """Grids of codes to pixels; grids of one size share a forward pass."""
+        for one in codes:
+            self.check_codes(one)
+
+        def decode(some: list[Codes]) -> Iterable[np.ndarray]:
+            values = torch.from_numpy(np.stack([one.values[:, 0] for one in some]))
+            return to_pixels(self._model_output(values.unflatten(1, some[0].size)).float())
+
+        return _alike(codes, lambda one: one.size, decode)
+
 
 @register_modality
 class PretrainedSpeech(PretrainedTokenizer):
@@ -259,17 +271,9 @@ class PretrainedImage(PretrainedTokenizer):
 
         return _alike([self._pixels(one) for one in segments], lambda one: one.shape, encode)
 
-    @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
         """Codes to pictures; TokenizerError for a codec without a decoder."""
-        for one in codes:
-            self.check_codes(one)
-
-        def decode(some: list[Codes]) -> Iterable[Segment]:
-            values = torch.from_numpy(np.stack([one.values[:, 0] for one in some]))
-            return map(Image, to_pixels(self._model_output(values.unflatten(1, some[0].size)).float()))
-
-        return _alike(codes, lambda one: one.size, decode)
+        return [Image(pixels) for pixels in self._decode_grids(codes)]
 
 
 @register_modality
@@ -317,18 +321,9 @@ class PretrainedVideo(PretrainedTokenizer):
 
         return _alike([self._frames(one) for one in segments], lambda one: one.shape, encode)
 
-    @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
         """Codes to clips of whole steps."""
-        for one in codes:
-            self.check_codes(one)
-
-        def decode(some: list[Codes]) -> Iterable[Segment]:
-            values = torch.from_numpy(np.stack([one.values[:, 0] for one in some]))
-            clips = to_pixels(self._model_output(values.unflatten(1, some[0].size)).float())
-            return [Video(clip, self.config["video_frame_rate_hz"]) for clip in clips]
-
-        return _alike(codes, lambda one: one.size, decode)
+        return [Video(pixels, self.config["video_frame_rate_hz"]) for pixels in self._decode_grids(codes)]
 
 
 def _whole_cells(height: int, width: int, side_px: int, patch: int) -> tuple[int, int]:

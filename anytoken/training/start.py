@@ -61,16 +61,7 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
         )
     processor = build_processor(stage.tokenizers)
     space = processor.token_space
-    config = AnyTokenConfig(
-        vocab_size=space.vocab_size,
-        modality_boundaries=space.bucket_boundaries(),
-        modality_index=space.bucket_modalities(),
-        modality_names=space.modality_names,
-        bos_token_id=space.bos,
-        eos_token_id=space.end,
-        pad_token_id=space.pad,
-        **stage.model,
-    )
+    config = AnyTokenConfig.of_space(space, **stage.model)
     torch.manual_seed(stage.seed)
     model = AnyTokenForCausalLM(config)
     initialise_code_rows(model, processor)

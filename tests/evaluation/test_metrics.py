@@ -47,13 +47,3 @@ def test_nearest_agrees_with_brute_force():
     queries, items = rng.normal(size=(30, 5)), rng.normal(size=(40, 5))
     brute = ((queries[:, None] - items[None]) ** 2).sum(-1).argmin(1)
     assert (metrics.nearest(queries, items, block=7) == brute).all()
-
-
-def test_nearest_text_shares_most_words():
-    texts = [
-        "a dog, 3d, blue background",
-        "a red apple, flat, blue background",
-        "a red apple, 3d, black background",
-    ]
-    assert metrics.nearest_text("a red apple, 3d, blue background", texts[:2]) == 1
-    assert metrics.nearest_text("a dog, flat", texts) == 0

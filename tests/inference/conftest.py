@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anytoken.inference.api import AnyToken
+from anytoken.inference.head import Head
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -100,8 +101,8 @@ def make_model(seed: int = 0, context: int = 256) -> AnyToken:
     for kind, tokenizer in tokenizers.items():
         space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
     torch.manual_seed(seed)
-    config = AnyTokenConfig(
-        vocab_size=space.vocab_size,
+    config = AnyTokenConfig.of_space(
+        space,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -113,11 +114,6 @@ def make_model(seed: int = 0, context: int = 256) -> AnyToken:
         shared_expert_intermediate_size=16,
         max_position_embeddings=context,
         initializer_range=0.2,
-        modality_boundaries=space.bucket_boundaries(),
-        modality_index=space.bucket_modalities(),
-        bos_token_id=space.bos,
-        eos_token_id=space.end,
-        pad_token_id=space.pad,
     )
     lm = AnyTokenForCausalLM(config).eval()
     return AnyToken(lm, Processor(space, text, tokenizers), {"image": Sampling(temperature=1.0, top_k=8)})
@@ -141,3 +137,17 @@ def toys() -> SimpleNamespace:
 def own_model() -> AnyToken:
     """A model that a test may change."""
     return make_model()
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ids each forward pass of the model is given, as they come."""
+    counts: list[int] = []
+    original = Head.features
+
+    def features(self: Head, ids: list[list[int]], *rest: Any) -> torch.Tensor:
+        counts.append(sum(map(len, ids)))
+        return original(self, ids, *rest)
+
+    monkeypatch.setattr(Head, "features", features)
+    return counts

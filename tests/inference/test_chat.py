@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.chat import Chat, ChatError, _load_part, _save_part
-from anytoken.inference.head import Head
 from anytoken.inference.stream import finish
 from anytoken.segments import DNA, KINDS, Image, Text
 
@@ -260,16 +258,8 @@ def test_save_does_not_replace_something_else(model: AnyToken, tmp_path: Path) -
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_what_was_read_is_not_read_again(model: AnyToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_read_is_not_read_again(model: AnyToken, fed: list[int]) -> None:
     """A second turn reads only what is new, and says what a model that reads all of it says."""
-    fed: list[int] = []
-    original = Head.features
-
-    def features(self: Head, ids: list[list[int]], *rest: Any) -> torch.Tensor:
-        fed.append(sum(map(len, ids)))
-        return original(self, ids, *rest)
-
-    monkeypatch.setattr(Head, "features", features)
     chat = model.chat("Be brief.")
     chat.send("red apple", "text", temperature=0, max_new_tokens=20)
     said = len(chat.ids)

@@ -98,16 +98,8 @@ def replies_of(tokens: Iterable[Token], count: int) -> list[list[int]]:
 
 
 def test_a_prompt_is_read_once_for_many_samples_and_a_prefix_never_again(
-    model: AnyToken, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    model: AnyToken, engine: Engine, fed: list[int]
 ) -> None:
-    fed: list[int] = []
-    original = Head.features
-
-    def features(self: Head, ids: list[list[int]], *rest: Any) -> torch.Tensor:
-        fed.append(sum(map(len, ids)))
-        return original(self, ids, *rest)
-
-    monkeypatch.setattr(Head, "features", features)
     prompt, plans = [*range(90)], [("text",)] * 8
     engine.generate([prompt] * 8, plans, GREEDY, 3)
     assert fed[:2] == [len(prompt) - 1, 8]

@@ -30,14 +30,8 @@ def whole_model(
         "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
         "max_position_embeddings": 128, "initializer_range": 0.2,
     }  # fmt: skip
-    config = AnyTokenConfig(
-        vocab_size=space.vocab_size,
-        modality_boundaries=space.bucket_boundaries(),
-        modality_index=space.bucket_modalities(),
-        modality_names=space.modality_names,
-        bos_token_id=space.bos,
-        eos_token_id=space.end,
-        pad_token_id=space.pad,
+    config = AnyTokenConfig.of_space(
+        space,
         **{**tiny, **settings},
     )
     torch.manual_seed(seed)
