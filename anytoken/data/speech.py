@@ -3,8 +3,9 @@
 flite and espeak-ng (Debian packages) and Piper (`piper-tts`) with the voice joe. The speech is synthetic, and the
 card says so. Every usable concept is said once by the main voices, for the codec; the core concepts also at other
 rates and in other accents, for the language model. Two whole voices (awb, rms) and some (concept, voice) pairs
-are held out. `varied.jsonl` holds training clips played slower and faster, pitch and all (speed perturbation, Ko et
-al., Interspeech 2015): more throats to learn hearing from, and nothing to learn saying from.
+are held out. `varied.jsonl` holds more throats, to learn hearing from and nothing to learn saying from: other accents
+of espeak-ng, and training clips played slower and faster, pitch and all (speed perturbation, Ko et al., Interspeech
+2015).
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from anytoken.segments import Speech
 RATE_HZ, PEAK, MARGIN_SECONDS = 16_000, 0.7, 0.04
 FLITE, PIPER, TEST_FLITE = ("slt", "kal16"), "joe", ("awb", "rms")
 ESPEAK = ("en-us", "en-gb", "en-us+f3")
+ACCENTS = (
+    "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc", "en-us+m3",
+    "en-us+m7", "en-gb+f2", "en-us+f5",
+)  # fmt: skip
 STRETCHES = (1.0, 0.9, 1.15)
 SPEEDS = (0.875, 0.9375, 1.0625, 1.125)
 TEST_EXTRA_NAMES = 200
@@ -98,9 +103,13 @@ def build_speech(
     with ProcessPoolExecutor(workers) as pool:
         made = pool.map(partial(_render, folder, voice_model), jobs, chunksize=8)
         seconds = list(tqdm(made, total=len(jobs), desc="speech", disable=not progress))
-    lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
+        lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
+        others = list(accents(lines))
+        made = pool.map(partial(_render, folder, voice_model), others, chunksize=8)
+        lengths = list(tqdm(made, total=len(others), desc="accents", disable=not progress))
+    accented = [_line(job, length) for job, length in zip(others, lengths, strict=True)]
     write_lines(folder / "speech.jsonl", lines)
-    write_lines(folder / "varied.jsonl", vary(folder, lines, progress))
+    write_lines(folder / "varied.jsonl", [*accented, *vary(folder, lines + accented, progress)])
     for name, wanted in (("train", False), ("test", True)):
         _pack(folder, name, [line for line in lines if (line["voice"] in TEST_FLITE) == wanted])
     _write_card(folder, lines, cache)
@@ -118,6 +127,14 @@ def plan(concepts: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
                 yield from map(say, STRETCHES if one["core"] else STRETCHES[:1])
             elif one["core"] or (voice in TEST_FLITE and one["hexcode"] in extra):
                 yield say(1.0)
+
+
+def accents(lines: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
+    """Every core name among the lines of training clips, in each of the accents."""
+    names = {one["hexcode"]: one["name"] for one in lines if one["core"] and one["split"] == "train"}
+    for voice in ACCENTS:
+        for hexcode, name in names.items():
+            yield Utterance(name, hexcode, True, voice, 1.0)
 
 
 def vary(folder: Path, lines: Iterable[dict[str, Any]], progress: bool = False) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import pytest
 from anytoken.data import speech, splits
 from anytoken.data.cards import read_lines, write_lines
 from anytoken.data.speech import (
+    ACCENTS,
     SPEEDS,
     SpeechSetError,
     Utterance,
@@ -216,7 +217,9 @@ def test_build(engines: Path, tmp_path: Path) -> None:
     }
 
 
-def test_varied_clips_are_the_core_training_clips_at_other_speeds(engines: Path, tmp_path: Path) -> None:
+def test_varied_clips_are_accents_and_the_core_training_clips_at_other_speeds(
+    engines: Path, tmp_path: Path
+) -> None:
     folder = build_speech(tmp_path, tmp_path / "emoji", cache=engines, progress=False)
     plain = {
         (line["hexcode"], line["voice"]): line
@@ -224,6 +227,11 @@ def test_varied_clips_are_the_core_training_clips_at_other_speeds(engines: Path,
         if line["core"] and line["split"] == "train" and line["rate"] == 1.0
     }
     varied = read_lines(folder / "varied.jsonl")
+    accented = {(line["hexcode"], line["voice"]): line for line in varied if "speed" not in line}
+    assert set(accented) == {(hexcode, voice) for hexcode, _ in plain for voice in ACCENTS}
+    assert not set(accented) & set(plain) and all(line["split"] == "train" for line in accented.values())
+    plain |= accented
+    varied = [line for line in varied if "speed" in line]
     assert len(varied) == len(plain) * len(SPEEDS) > 0
     assert {(one["hexcode"], one["voice"]) for one in varied} == set(plain)
     for line in varied:
@@ -289,7 +297,8 @@ def times(folder: Path) -> dict[Path, int]:
 def test_limit_renders_only_so_many(engines: Path, tmp_path: Path) -> None:
     folder = build_speech(tmp_path, tmp_path / "emoji", cache=engines, limit=3, progress=False)
     assert len(read_lines(folder / "speech.jsonl")) == 3
-    assert len(times(folder)) == 3 + len(SPEEDS)  # one of the three is a core clip of plain rate
+    spoken = 1 + len(ACCENTS)  # one of the three is a core clip of plain rate
+    assert len(times(folder)) == 3 + len(ACCENTS) + spoken * len(SPEEDS)
     assert len(np.load(folder / "test_audio.npy")) == 0  # all three are slt's
 
 

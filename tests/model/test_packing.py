@@ -98,6 +98,7 @@ def switch(lm: AnyTokenForCausalLM, attention: str) -> None:
         lm.set_attn_implementation(attention)
 
 
+@torch.no_grad()  # flex_attention has no backward pass on a CPU
 def test_packed_rows_equal_separate_samples(lm: AnyTokenForCausalLM, attention: str) -> None:
     wanted = torch.stack([separate(lm, row, lengths) for row, lengths in zip(ids(), ROWS, strict=True)])
     switch(lm, attention)
@@ -110,6 +111,7 @@ def test_packed_rows_equal_separate_samples(lm: AnyTokenForCausalLM, attention: 
     torch.testing.assert_close(output.logits, wanted, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
 def test_one_row_of_positions_serves_all_rows(lm: AnyTokenForCausalLM, attention: str) -> None:
     wanted = torch.stack([separate(lm, row, ROWS[0]) for row in ids()])
     switch(lm, attention)
