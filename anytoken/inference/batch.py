@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
 from anytoken.inference.cache import Prefixes, RowCache
@@ -39,7 +40,8 @@ class Batch:
     def __init__(self, head: Head) -> None:
         self.head = head
         weight = head.lm.get_input_embeddings().weight
-        self.cache = RowCache(head.lm.device, weight.dtype)
+        with torch.inference_mode():  # as later when it grows: a compiled step takes one kind of tensor
+            self.cache = RowCache(head.lm.device, weight.dtype)
         self.slots: list[Slot] = []
         self._known = 0  # slots before it have been in a forward
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 COLUMNS = 256  # the least storage of a row
+ROWS = 2  # the least storage: one row alone would be another case for compiled code
 SIGHT = 64  # columns in sight grow by so many, so that views of the storage serve as many steps
 KeyValues = list[tuple[Tensor, Tensor]]
 
@@ -32,7 +33,7 @@ class RowCache(Cache):
         super().__init__(layers=[])
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.seen = torch.full((1, 1, 1, COLUMNS), -torch.inf, device=device, dtype=dtype)
+        self.seen = torch.full((ROWS, 1, 1, COLUMNS), -torch.inf, device=device, dtype=dtype)
         self._columns = torch.arange(COLUMNS, device=device)
         self._views: tuple[tuple[int, int, int], KeyValues, Tensor] | None = None
 
@@ -40,14 +41,15 @@ class RowCache(Cache):
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for so many rows and columns; what is stored keeps its place."""
+        columns += SIGHT  # what is in sight is then never all there is, which compiled code would take for a new case
         have_rows, have_columns = self.seen.shape[0], self.seen.shape[-1]
         if rows <= have_rows and columns <= have_columns:
             return
         rows = max(have_rows, 1 << (rows - 1).bit_length())
         columns = max(have_columns, 1 << (columns - 1).bit_length())
-        self.keys = [_grown(one, rows, columns, 0.0) for one in self.keys]
-        self.values = [_grown(one, rows, columns, 0.0) for one in self.values]
-        self.seen = _grown(self.seen.transpose(2, 3), rows, columns, -torch.inf).transpose(2, 3)
+        self.keys = [_grown(one, (rows, one.shape[1], columns, one.shape[3])) for one in self.keys]
+        self.values = [_grown(one, (rows, one.shape[1], columns, one.shape[3])) for one in self.values]
+        self.seen = _grown(self.seen, (rows, 1, 1, columns), -torch.inf)
         self._columns = torch.arange(columns, device=self.seen.device)
         self._views = None
 
@@ -59,13 +61,17 @@ class RowCache(Cache):
 
     def views(self, start: int, stop: int, length: int) -> tuple[KeyValues, Tensor]:
         """What rows start to stop read at positions up to `length` - 1: keys and values of the layers, and the mask."""
-        sight = min(-(-length // SIGHT) * SIGHT, self.seen.shape[-1])
+        sight = self.sight(length)
         key = (start, stop, sight)
         if self._views is None or self._views[0] != key:
             layers = zip(self.keys, self.values, strict=True)
             seen = [(k[start:stop, :, :sight], v[start:stop, :, :sight]) for k, v in layers]
             self._views = (key, seen, self.seen[start:stop, ..., :sight])
         return self._views[1], self._views[2]
+
+    def sight(self, length: int) -> int:
+        """How many columns are read where the longest row has `length`."""
+        return min(-(-length // SIGHT) * SIGHT, self.seen.shape[-1])
 
     def show(self, row: int, start: int, stop: int) -> None:
         """Let a row read its columns from start to stop."""
@@ -191,8 +197,8 @@ def _agreement(left: Sequence[int], right: Sequence[int]) -> int:
     return next((place for place in range(shortest) if left[place] != right[place]), shortest)
 
 
-def _grown(layer: Tensor, rows: int, columns: int, fill: float) -> Tensor:
-    """A layer [R, G, C, E] with more rows and columns."""
-    grown = layer.new_full((rows, layer.shape[1], columns, layer.shape[3]), fill)
-    grown[: layer.shape[0], :, : layer.shape[2]] = layer
+def _grown(old: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+    """A tensor of a larger shape with the old one at its beginning, laid out alike (compiled code asks for that)."""
+    grown = old.new_full(shape, fill)
+    grown[tuple(slice(length) for length in old.shape)] = old
     return grown

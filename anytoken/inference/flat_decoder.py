@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from anytoken.inference.cache import COLUMNS, SIGHT, KeyValues, RowCache
+from anytoken.inference.cache import COLUMNS, KeyValues, RowCache
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, group_mask
 
@@ -36,6 +36,11 @@ KNOWN = {  # where the types of modules that this file does the work of are defi
 BLOCKS = 4  # of a large matrix
 LARGE = 1 << 18  # elements; below, one call is faster than a batch of calls
 FEW = 16  # rows for which chosen experts are indexed one by one; more go through the model's own experts
+
+
+Inputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None
+]  # ids, positions, rows, cos, sin, open experts
 
 
 class Layer(NamedTuple):
@@ -80,58 +85,72 @@ class FlatDecoder:
 
     def step(self, ids: list[int], positions: list[int], cache: RowCache, start: int) -> Tensor:
         """Feed one id to each of the rows from `start` on; the last hidden state [S, H], normed, of each."""
-        inputs = self._inputs(ids, positions, cache, start)
+        inputs, length = self._inputs(ids, positions, cache, start), max(positions) + 1
         if self._compiled is None or start:
-            return self.forward(*inputs)
+            read, mask = cache.views(start, start + len(ids), length)
+            return self.forward(*inputs, cache.keys, cache.values, read, mask)
         with torch.compiler.set_stance("eager_on_recompile"):  # what was not warmed is never waited for
-            return self._compiled(*inputs)
+            return self._compiled(*inputs, cache.keys, cache.values, cache.seen, cache.sight(length))
 
     def compile(self) -> None:
         """Compile the step for one row and for several, and wait for it; RuntimeError if that fails."""
-        compiled = torch.compile(self.forward, fullgraph=True, dynamic=True)
+        compiled = torch.compile(self._first_rows, fullgraph=True, dynamic=True)
         weight = self.embedding
         for layer in self.layers:
             for part in (layer.q, layer.k, layer.v, layer.o, *(layer.dense or ())):
                 torch._dynamo.mark_static(part)  # a view would else be compiled for any size
         empty = weight.new_zeros(self.kv_heads, 0, self.head_dim)
-        with torch.inference_mode():
+        several = torch._dynamo.config.patch(recompile_limit=1 << 16)  # models of one process count together
+        with torch.inference_mode(), several:
             for rows in (1, 2):
                 cache = RowCache(weight.device, weight.dtype)
-                cache.reserve(2, COLUMNS)
+                cache.reserve(4, 2 * COLUMNS)  # no two sizes alike: equal ones would be taken for one
                 cache.write_row(0, [(empty, empty)] * len(self.layers), 0)
-                for position in (0, SIGHT):
-                    compiled(*self._inputs([0] * rows, [position] * rows, cache, 0))
+                for stored in (*cache.keys, *cache.values):
+                    torch._dynamo.mark_static(stored, [1, 3])
+                for position in (0, COLUMNS):
+                    inputs = self._inputs([0] * rows, [position] * rows, cache, 0)
+                    compiled(*inputs, cache.keys, cache.values, cache.seen, cache.sight(position + 1))
         self._compiled = compiled
 
-    def _inputs(self, ids: list[int], positions: list[int], cache: RowCache, start: int) -> tuple[Any, ...]:
+    def _inputs(self, ids: list[int], positions: list[int], cache: RowCache, start: int) -> Inputs:
         device, length = self.embedding.device, max(positions) + 1
         if length > len(self.cos):
             self.cos, self.sin = _rotary_table(self._model, 2 * length)
-        layers, mask = cache.views(start, start + len(ids), length)
         tokens, where = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        rows = torch.arange(len(ids), device=device)
-        mask[rows, 0, 0, where] = 0
+        rows = torch.arange(start, start + len(ids), device=device)
+        cache.seen[rows, 0, 0, where] = 0
         open_ = None if self.open is None else self.open[tokens]
-        return tokens, where, rows, self.cos[where], self.sin[where], open_, layers, mask
+        return tokens, where, rows, self.cos[where], self.sin[where], open_
+
+    def _first_rows(
+        self, ids: Tensor, positions: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, open_: Tensor | None,
+        keys: list[Tensor], values: list[Tensor], seen: Tensor, sight: int,
+    ) -> Tensor:  # fmt: skip
+        """`forward` for the compiler, which writes in place to a whole tensor only and copies what is a view."""
+        many = len(ids)
+        read = [(k[:many, :, :sight], v[:many, :, :sight]) for k, v in zip(keys, values, strict=True)]
+        mask = seen[:many, ..., :sight]
+        return self.forward(ids, positions, rows, cos, sin, open_, keys, values, read, mask)
 
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, open_: Tensor | None,
-        cache: KeyValues, mask: Tensor,
+        keys: list[Tensor], values: list[Tensor], read: KeyValues, mask: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [S, H] of ids [S]; writes to the cache's views.
+        """Hidden states [S, H] of ids [S]; writes to the cache's `keys` and `values`, and reads its views `read`.
 
         positions and rows int64 [S], cos and sin [S, 1, E], open experts bool [S, choices], mask [S, 1, 1, T].
         """
         hidden = F.embedding(ids, self.embedding)
-        for layer, (keys, values) in zip(self.layers, cache, strict=True):
+        for layer, to_keys, to_values, (k, v) in zip(self.layers, keys, values, read, strict=True):
             normed = self._norm(hidden, layer.norm)
             query = self._turned(self._heads(product(normed, layer.q)), layer.q_norm, cos, sin)
             key = self._turned(self._heads(product(normed, layer.k)), layer.k_norm, cos, sin)
-            keys.transpose(1, 2).index_put_((rows, positions), key)
-            values.transpose(1, 2).index_put_((rows, positions), self._heads(product(normed, layer.v)))
+            to_keys[rows, :, positions] = key
+            to_values[rows, :, positions] = self._heads(product(normed, layer.v))
             query = query.view(len(ids), self.kv_heads, -1, self.head_dim)
-            read = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
-            hidden = hidden + product(read.reshape(len(ids), -1), layer.o)
+            heard = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=self.scaling)
+            hidden = hidden + product(heard.reshape(len(ids), -1), layer.o)
             hidden = hidden + self._mlp(self._norm(hidden, layer.mlp_norm), layer, open_)
         return self._norm(hidden, self.norm)
 
@@ -242,11 +261,6 @@ def blocked(weight: Tensor) -> Tensor:
 
 def product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [S, K] times the transpose of a `blocked` matrix [N, K]: [S, N]."""
-    if (
-        torch.compiler.is_compiling() and len(rows) == 1
-    ):  # the compiler's own loop, on all threads, beats a library's
-        whole = weight if weight.ndim == 2 else weight.transpose(1, 2).reshape(-1, rows.shape[1])
-        return (whole * rows).sum(-1)[None]
     if weight.ndim == 2:
         return F.linear(rows, weight)
     parts = torch.bmm(rows.expand(BLOCKS, *rows.shape), weight)

@@ -89,28 +89,46 @@ def test_storage_grows_without_loss() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def no_recompiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled step that would run as it is, since nothing compiled fits, fails."""
+    stance = torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda _: stance("fail_on_recompile"))
+
+
 @pytest.mark.slow
-def test_the_compiled_step_is_the_same_and_never_compiled_again() -> None:
-    lm = make_lm(shared_expert_intermediate_size=24)
-    decoder, _ = flat_decoder(lm)
-    assert decoder is not None
-    decoder.compile()
-    compiled = decoder._compiled
-    with torch.inference_mode(), torch.compiler.set_stance("fail_on_recompile"):
+@pytest.mark.usefixtures("no_recompiling")
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_the_compiled_step_is_the_same_and_never_compiled_again(kv_heads: int) -> None:
+    lm = make_lm(shared_expert_intermediate_size=24, num_key_value_heads=kv_heads)
+    (compiled, _), (plain, _) = flat_decoder(lm), flat_decoder(lm)
+    assert compiled is not None and plain is not None
+    compiled.compile()
+    with torch.inference_mode():
         for rows in (1, 2, 5):
-            ours, plain = (RowCache(torch.device("cpu"), torch.float32) for _ in range(2))
-            for cache in (ours, plain):
-                cache.reserve(rows, 1)
-                empty = torch.zeros(1, 0, 16)
-                cache.write_row(0, [(empty, empty)] * 2, 0)
+            caches = [RowCache(torch.device("cpu"), torch.float32) for _ in range(2)]
             for position in range(300):
-                for cache in (ours, plain):
+                ids, places = [position % 100] * rows, [position] * rows
+                for cache in caches:
                     cache.reserve(rows, position + 1)
-                places = [position] * rows
-                assert compiled is not None
-                found = compiled(*decoder._inputs([position % 100] * rows, places, ours, 0))
-                expected = decoder.forward(*decoder._inputs([position % 100] * rows, places, plain, 0))
+                    if not position:
+                        empty = torch.zeros(kv_heads, 0, 16)
+                        cache.write_row(0, [(empty, empty)] * 2, 0)
+                found = compiled.step(ids, places, caches[0], 0)
+                expected = plain.step(ids, places, caches[1], 0)
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_recompiling")
+def test_a_compiled_engine_never_falls_back(model: AnyToken) -> None:
+    greedy = {"image": Sampling(temperature=0)}
+    prompts = [model.encode_prompt(words) for words in ("a", "a longer prompt", "b")]
+    plain = Engine(model.lm, model.processor.grammar)
+    compiled = Engine(model.lm, model.processor.grammar, compiled=True)
+    for rows in (1, 2, 3):
+        asked = prompts[:rows], [("image",)] * rows, greedy
+        assert compiled.generate(*asked) == plain.generate(*asked)
 
 
 def test_weights_changed_in_place_are_seen() -> None:
