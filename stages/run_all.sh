@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline, read top to bottom: raw files -> tokenizers -> shards -> four stages -> LoRA -> a checkpoint
+# The whole pipeline, read top to bottom: raw files -> tokenizers -> shards -> five stages -> LoRA -> a checkpoint
 # that anytoken.load opens.
 #
 #   stages/run_all.sh           builds the sets from their packages and trains for hours on two cores
@@ -67,11 +67,12 @@ stage 1_alignment "${tokenizers[@]}" "${first_tiny[@]}"
 stage 2_interleaved init_from="$RUNS/1_alignment"
 stage 3_speech init_from="$RUNS/2_interleaved" "${speech_tiny[@]}"
 stage 4_instruct init_from="$RUNS/3_speech"
-anytoken train stages/lora.yaml init_from="$RUNS/4_instruct" output="$RUNS/lora" \
+stage 5_more init_from="$RUNS/4_instruct"
+anytoken train stages/lora.yaml init_from="$RUNS/5_more" output="$RUNS/lora" \
   data.train="$RUNS/shards/conversations" "${stage_tiny[@]}"
 
-say "done: anytoken.load('$RUNS/4_instruct'), adapter '$RUNS/lora'"
-python - "$RUNS/4_instruct" <<'PY'
+say "done: anytoken.load('$RUNS/5_more'), adapter '$RUNS/lora'"
+python - "$RUNS/5_more" <<'PY'
 import sys
 
 import anytoken

@@ -28,7 +28,7 @@ from anytoken.training.stage import Stage
 ROOT = Path(__file__).parents[1]
 SCRIPT, TINY = ROOT / "stages" / "run_all.sh", ROOT / "tests" / "assets" / "tiny"
 KINDS = ("text", "image", "speech", "video", "dna")
-STAGES = ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "lora")
+STAGES = ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "lora")
 Script = Callable[..., tuple[int, list[list[str]]]]
 
 
@@ -134,7 +134,7 @@ def test_every_command_finds_what_it_needs(
         for source in stage.sources([*stage.data, *stage.eval.data]):
             assert Path(source.path) in done.shards
             assert source.pair_with is None or Path(source.pair_with.path) in done.shards
-    assert calls[-1] == ["-", str(runs / "4_instruct")]
+    assert calls[-1] == ["-", str(runs / "5_more")]
 
 
 def test_tiny_shrinks_sizes_and_steps_only(script: Script, follow: Callable[[list[list[str]]], Done]) -> None:
@@ -210,12 +210,12 @@ def test_other_arguments_are_refused(script: Script, arguments: tuple[str, ...])
 @pytest.mark.timeout(3600)
 def test_from_raw_files_to_a_model_and_an_adapter(tmp_path: Path) -> None:
     run_script(tmp_path)
-    model = anytoken.load(tmp_path / "4_instruct", device="cpu")
+    model = anytoken.load(tmp_path / "5_more", device="cpu")
     assert model.kinds == list(KINDS)
     for kind in KINDS:
         reply = model.generate("an apple", output=kind, seed=0)
         assert [segment.kind for segment in reply.segments] == [kind]
-    adapted = anytoken.load(tmp_path / "4_instruct", device="cpu", adapter=tmp_path / "lora")
+    adapted = anytoken.load(tmp_path / "5_more", device="cpu", adapter=tmp_path / "lora")
     assert adapted.generate("an apple", output="image", seed=0).images[0].pixels.shape[2] == 3
     changed = {
         name.rsplit(".", 2)[-2]
