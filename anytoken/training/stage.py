@@ -121,7 +121,11 @@ class DistributedSpec(_Part):
 
 
 class Stage(_Part):
-    """One training run. ``tokens_per_batch`` counts all ids of one optimizer step over all processes."""
+    """One training run.
+
+    ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its ``accumulate``
+    micro-batches. It does not change with the number of processes, which share the rows of each micro-batch.
+    """
 
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
     output: str
@@ -196,8 +200,8 @@ class Stage(_Part):
         share = self.context * self.accumulate * self.distributed.world_size
         if self.tokens_per_batch % share:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, "
-                "which is context x accumulate x world_size"
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x accumulate x "
+                f"world_size: {self.distributed.world_size} processes cannot share its rows evenly"
             )
         if self.lora is not None and self.moe.expert_bias_rate:
             raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
@@ -209,8 +213,8 @@ class Stage(_Part):
 
     @property
     def rows(self) -> int:
-        """Rows of ``context`` ids in one micro-batch of one process."""
-        return self.tokens_per_batch // (self.context * self.accumulate * self.distributed.world_size)
+        """Rows of ``context`` ids in one micro-batch, of all processes together."""
+        return self.tokens_per_batch // (self.context * self.accumulate)
 
     def sources(self, specs: Sequence[SourceSpec]) -> list[SourceSpec]:
         """The sources with their paths under ``data_root``."""

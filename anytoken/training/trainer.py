@@ -55,7 +55,7 @@ from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
-PROGRESS = "progress-{}.json"  # of each process: its place in the data, in the meter and in the log
+PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
 
 
 class StageTrainer(Trainer):
@@ -74,6 +74,7 @@ class StageTrainer(Trainer):
         answer: Answer | None = None,
     ) -> None:
         self.stage, self.processor = stage, processor
+        self.micro_batch = stage.rows * stage.context  # ids, of all processes
         self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
         self.meter = GroupMeter(model.loss.names)
@@ -88,11 +89,13 @@ class StageTrainer(Trainer):
         self.sampler = Sampler(stage.samples, self.folder, processor, answer)
         self.loop = Loop(self)
         super().__init__(model=model, args=arguments, callbacks=[self.loop])
+        if arguments.process_index:  # its tokens get noise of their own
+            torch.manual_seed(stage.seed + arguments.process_index)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
 
     def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
-        """Packed batches of this process's share of a mixture."""
+        """A mixture's packed batches; of the rows of all processes, those of this one."""
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
@@ -104,7 +107,7 @@ class StageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).lm
 
     def get_train_dataloader(self) -> DataLoader:
-        """The packed stream as it is: every process draws its own samples."""
+        """The packed stream as it is: every process takes its own rows of the same batches."""
         return DataLoader(self.stream, batch_size=None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -141,7 +144,7 @@ class StageTrainer(Trainer):
         outputs = model(**inputs)
         self.step_batches.append(inputs)
         self._check_finite("loss", float(outputs["loss"].detach()))
-        self.meter.add(outputs["parts"], inputs["input_ids"].numel(), outputs["load"])
+        self.meter.add(outputs["parts"], self.micro_batch, outputs["load"])
         self.shares = outputs["shares"]
         return outputs["loss"]
 
@@ -169,7 +172,7 @@ class StageTrainer(Trainer):
         """Write one line of metrics for the interval since the last, over all processes."""
         if "loss" not in logs:
             return
-        entry = {"step": self.state.global_step, **logs, **self.meter.report(self.sum_processes)}
+        entry = {"step": self.state.global_step, **logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
         entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
@@ -177,12 +180,6 @@ class StageTrainer(Trainer):
         if self.is_world_process_zero():
             self.metrics_log.write(entry)
         super().log(entry, start_time)
-
-    def sum_processes(self, value: Tensor) -> Tensor:
-        """A tensor added up over all processes."""
-        if self.args.world_size == 1:
-            return value
-        return self.accelerator.reduce(value.to(self.args.device), "sum").cpu()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(partial_folder(self.folder))
@@ -192,10 +189,10 @@ class StageTrainer(Trainer):
         step = self.state.global_step
         try:
             super()._save_checkpoint(model, trial)
-            written = partial_folder(self.folder) / f"checkpoint-{step}"
-            write_whole(written / PROGRESS.format(self.args.process_index), json.dumps(self._progress()))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                written = partial_folder(self.folder) / f"checkpoint-{step}"
+                write_whole(written / PROGRESS, json.dumps(self._progress()))
                 publish(self.folder, step)
         except SAVE_ERRORS as error:
             raise _save_error(self.folder, f"the state of step {step}", error) from error
@@ -211,6 +208,8 @@ class StageTrainer(Trainer):
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.folder)
         if state_dict is not None:  # a sharding wrapper gathered it, with this module's prefix
             state_dict = {key.removeprefix("lm."): value for key, value in state_dict.items()}
@@ -228,23 +227,28 @@ class StageTrainer(Trainer):
         else:
             saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             self.lm.load_state_dict(saved.state_dict())
-        progress = self.read_progress(folder)
-        taken = step_of(folder) * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._restore_progress(Path(checkpoint))
+
+    def _restore_progress(self, state: Path) -> None:
+        progress = read_progress(state)
+        taken = step_of(state) * self.args.gradient_accumulation_steps
         self.stream.restore(taken, PackState(**progress["stream"]))
         self.meter.restore(progress["meter"])
-        self.metrics_log.rewind(progress["log_bytes"])
-
-    def read_progress(self, state: Path) -> dict[str, Any]:
-        """What this process noted beside a state."""
-        return json.loads((state / PROGRESS.format(self.args.process_index)).read_text())
+        if self.is_world_process_zero():
+            self.metrics_log.rewind(progress["log_bytes"])
 
     def run(self) -> None:
         """Train from the last state, or from the start, to the end. Interrupted if asked to stop before it."""
         states = saved_states(self.folder)
-        if not states:
+        if not states and self.is_world_process_zero():
             self.metrics_log.rewind(0)
-        if states and self.read_progress(states[-1])["finished"]:  # killed after the last step
+        if states and read_progress(states[-1])["finished"]:  # killed after the last step
             self._load_from_checkpoint(str(states[-1]))
+            self._restore_progress(states[-1])
             self.loop.evaluate(step_of(states[-1]))
             return
         with self.stop:
@@ -254,6 +258,11 @@ class StageTrainer(Trainer):
                 f"stopped and saved at step {self.state.global_step} of {self.schedule.total} in {self.folder}; "
                 "the same command goes on from there"
             )
+
+
+def read_progress(state: Path) -> dict[str, Any]:
+    """What was noted beside a state."""
+    return json.loads((state / PROGRESS).read_text())
 
 
 def train(stage: Stage, answer: Answer | None = None) -> Path:
@@ -337,7 +346,7 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=stage.output,
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.rows,
+        per_device_train_batch_size=stage.rows // stage.distributed.world_size,
         gradient_accumulation_steps=stage.accumulate,
         max_grad_norm=stage.optimizer.grad_clip,
         learning_rate=stage.optimizer.lr,
@@ -350,6 +359,7 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
         bf16=stage.precision == "bf16",
         deepspeed=stage.distributed.deepspeed,
         ddp_backend=stage.distributed.ddp_backend,
+        ddp_broadcast_buffers=False,  # expert loads are counted apart, and summed when the bias moves
         ignore_data_skip=True,
         remove_unused_columns=False,
         report_to="none",
