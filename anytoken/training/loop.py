@@ -78,10 +78,12 @@ class Loop(TrainerCallback):
         self.bar.close()
 
     def sample(self, step: int) -> None:
-        """Replies for the report, by one process that holds the whole model."""
+        """Replies for the report, by the first process, if it holds the whole model."""
         trainer = self.trainer
+        if trainer.weights_lie_apart:
+            return
         due = trainer.sampler.due(step, last=step >= trainer.schedule.total)
-        if due and trainer.is_world_process_zero() and not trainer.is_deepspeed_enabled:
+        if due and trainer.is_world_process_zero():
             trainer.sampler.take(step, base_model(trainer.lm))
 
     def evaluate(self, step: int) -> None:

@@ -116,8 +116,16 @@ class DistributedSpec(_Part):
     """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
 
     world_size: int = Field(default=1, ge=1)
-    deepspeed: str | None = None
+    deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON: stages/scale/deepspeed/*.json")
+    mesh: str | None = Field(
+        default=None, description="FSDP2 and expert parallelism, see ``mesh.py``: stages/scale/mesh/*.json"
+    )
     ddp_backend: Literal["gloo", "nccl"] | None = None
+
+    @property
+    def engine(self) -> Literal["deepspeed", "mesh", "ddp"]:
+        """What shares the work; the states of one are not for another."""
+        return "deepspeed" if self.deepspeed else "mesh" if self.mesh else "ddp"
 
 
 class Stage(_Part):
@@ -207,6 +215,18 @@ class Stage(_Part):
             raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
         if self.harmonise_gradients and (self.distributed.world_size > 1 or self.distributed.deepspeed):
             raise ValueError("harmonise_gradients works in one process only; set it to false")
+        if self.distributed.mesh and self.distributed.deepspeed:
+            raise ValueError(
+                "distributed.mesh and distributed.deepspeed exclude each other; remove one of them"
+            )
+        if self.distributed.mesh and (
+            self.lora is not None or any(one.startswith("rows:") for one in self.trainable)
+        ):
+            raise ValueError("distributed.mesh trains no lora and no single rows; take distributed.deepspeed")
+        if self.distributed.mesh and self.eval.integration:
+            raise ValueError(
+                "eval.integration needs whole weights; set it to false, or leave distributed.mesh out"
+            )
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")
         return self

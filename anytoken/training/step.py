@@ -19,6 +19,10 @@ from anytoken.training.stage import MoeSpec
 class ModelWithLoss(nn.Module):
     """A causal LM and its loss as one module, so that wrappers for many devices see the whole step."""
 
+    is_distributed_loading_by_transformers = (
+        False  # what the Trainer asks: whether the weights lie apart, see `mesh.py`
+    )
+
     def __init__(self, lm: LanguageModel, loss: BalancedLoss, moe: MoeSpec, by_group: bool = False) -> None:
         super().__init__()
         self.lm, self.loss, self.moe, self.by_group = lm, loss, moe, by_group

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
@@ -31,6 +32,16 @@ from anytoken.training.facts import check_same_data, run_facts
 from anytoken.training.loop import Loop
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
 from anytoken.training.losses import BalancedLoss
+from anytoken.training.mesh import (
+    groups_by_mesh,
+    is_spread,
+    load_optimizer,
+    load_whole,
+    read_mesh,
+    save_optimizer,
+    spread,
+    whole,
+)
 from anytoken.training.metrics import GroupMeter, MetricsLog
 from anytoken.training.page import FACTS, Page
 from anytoken.training.report import write_report
@@ -53,6 +64,7 @@ from anytoken.training.states import (
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
+from anytoken.training.zero import convert, read_zero
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
@@ -94,6 +106,11 @@ class StageTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
 
+    @property
+    def weights_lie_apart(self) -> bool:
+        """Whether no process has the whole model."""
+        return is_spread(self.model) or is_deepspeed_zero3_enabled()
+
     def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
         """A mixture's packed batches; of the rows of all processes, those of this one."""
         stage, pad = self.stage, self.processor.token_space.pad
@@ -114,7 +131,7 @@ class StageTrainer(Trainer):
         """AdamW, fused, with weight decay on matrices only."""
         if self.optimizer is None:
             spec = self.stage.optimizer
-            groups = parameter_groups(base_model(self.lm), spec.weight_decay)
+            groups = groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
             self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         return self.optimizer
 
@@ -150,7 +167,7 @@ class StageTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, which is known before the weights are touched: here a bad one is stopped."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._check_finite("gradient norm", 0.0 if norm is None else float(norm))
         self.step_batches.clear()
         return norm
@@ -189,9 +206,12 @@ class StageTrainer(Trainer):
         step = self.state.global_step
         try:
             super()._save_checkpoint(model, trial)
+            written = partial_folder(self.folder) / f"checkpoint-{step}"
+            if self.args.save_only_model:  # where weights are spread, the Trainer leaves the rest to us
+                self._save_optimizer_and_scheduler(str(written))
+                self._save_rng_state(str(written))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                written = partial_folder(self.folder) / f"checkpoint-{step}"
                 write_whole(written / PROGRESS, json.dumps(self._progress()))
                 publish(self.folder, step)
         except SAVE_ERRORS as error:
@@ -205,16 +225,21 @@ class StageTrainer(Trainer):
             "meter": self.meter.state(),
             "log_bytes": self.metrics_log.position(),
             "finished": step >= self.schedule.total,
+            "engine": self.stage.distributed.engine,
+            "processes": self.args.world_size,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save and not is_spread(self.model):
             return
         folder = Path(output_dir or self.folder)
         if state_dict is not None:  # a sharding wrapper gathered it, with this module's prefix
             state_dict = {key.removeprefix("lm."): value for key, value in state_dict.items()}
         extra = {} if self.stage.lora is None else SAVE_ADAPTER
-        self.lm.save_pretrained(str(folder), state_dict=state_dict, **extra)
+        first = self.args.should_save
+        self.lm.save_pretrained(str(folder), state_dict=state_dict, is_main_process=first, **extra)
+        if not first:
+            return
         if self.stage.lora is None:
             self.processor.save_pretrained(folder)
         elif self.stage.modalities:
@@ -226,10 +251,20 @@ class StageTrainer(Trainer):
             load_weights(self.lm, folder)
         else:
             saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            self.lm.load_state_dict(saved.state_dict())
+            load_whole(self.lm, saved)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.stage.distributed.mesh is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        inner: Any = self.optimizer
+        save_optimizer(self.model, inner.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.stage.distributed.mesh is not None:
+            inner: Any = self.optimizer
+            load_optimizer(self.model, inner.optimizer, self.lr_scheduler, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._restore_progress(Path(checkpoint))
 
@@ -275,9 +310,13 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     folder = Path(stage.output)
     if is_finished(stage):
         return folder
-    arguments = _training_arguments(stage)
+    arguments, mesh = _training_arguments(stage), read_mesh(stage)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
+    states = saved_states(folder)
+    if states:
+        with arguments.main_process_first(local=False):
+            _suit(stage, states[-1])
     processor, start = load_start(stage)
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
@@ -287,6 +326,8 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     model = ModelWithLoss(
         _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.harmonise_gradients
     )
+    if mesh is not None:
+        spread(model, mesh)
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
     trainer.held_out = _mixture(stage, held_out, processor, prompt_drop=0.0) if held_out else None
     if trainer.is_world_process_zero():
@@ -341,6 +382,26 @@ def _begin(trainer: StageTrainer, sources: list[SourceSpec]) -> None:
     trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
+def _suit(stage: Stage, state: Path) -> None:
+    """Make a state one that the recipe's engine and number of processes can go on from; StageError if it cannot be."""
+    before, engine = read_progress(state), stage.distributed.engine
+    if before["engine"] != engine:
+        raise StageError(
+            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
+            f"that again, or begin another run with init_from={state}"
+        )
+    if _is_converted(stage):
+        convert(state)
+
+
+def _is_converted(stage: Stage) -> bool:
+    """Whether the run goes on from a state of DeepSpeed's that another number of processes saved."""
+    states = saved_states(Path(stage.output))
+    if stage.distributed.engine != "deepspeed" or not states:
+        return False
+    return read_progress(states[-1])["processes"] != stage.distributed.world_size
+
+
 def _training_arguments(stage: Stage) -> TrainingArguments:
     """The stage as transformers' arguments; StageError if other than ``world_size`` processes run."""
     arguments = TrainingArguments(
@@ -354,10 +415,11 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=stage.save_every,
+        save_only_model=stage.distributed.mesh is not None,  # what it says of its optimizer: we do that
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),  # said outright, or processes on CPUs train apart, unnoticed
         bf16=stage.precision == "bf16",
-        deepspeed=stage.distributed.deepspeed,
+        deepspeed=read_zero(stage.distributed.deepspeed, _is_converted(stage)),
         ddp_backend=stage.distributed.ddp_backend,
         ddp_broadcast_buffers=False,  # expert loads are counted apart, and summed when the bias moves
         ignore_data_skip=True,

@@ -41,7 +41,9 @@ def shared(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def launch(recipe: dict[str, Any], processes: int, stop: int | None = None) -> subprocess.CompletedProcess[str]:
+def launch(
+    recipe: dict[str, Any], processes: int, stop: int | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a recipe under torchrun; stop: to be asked to after so many steps."""
     recipe = copy.deepcopy(recipe)
     recipe.setdefault("distributed", {}).setdefault("world_size", processes)
@@ -58,8 +60,14 @@ def fork(recipe: dict[str, Any], processes: int) -> None:
     """Run a recipe in forks of this process, told what torchrun tells: nothing is imported anew, so it is quick."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    stage = Stage.from_dict(recipe | {"distributed": {"world_size": processes}})
+        told = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": str(processes),
+        }
+    stage = Stage.from_dict(
+        recipe | {"distributed": recipe.get("distributed", {}) | {"world_size": processes}}
+    )
     children = []
     for rank in range(processes):
         children.append(os.fork())
@@ -80,7 +88,9 @@ def finished(done: subprocess.CompletedProcess[str]) -> None:
 
 def alone(recipe: dict[str, Any], tmp_path: Path) -> Path:
     """The same run in this process."""
-    return train(Stage.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "alone"), "distributed": {}}))
+    return train(
+        Stage.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "alone"), "distributed": {}})
+    )
 
 
 def numbers(value: Any, name: str = "") -> dict[str, float]:
@@ -124,6 +134,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero1": {"deepspeed": str(SCALE / "deepspeed" / "zero1.json")},
     "zero2": {"deepspeed": str(SCALE / "deepspeed" / "zero2.json")},
     "zero3": {"deepspeed": str(SCALE / "deepspeed" / "zero3.json")},
+    "fsdp2": {"mesh": str(SCALE / "mesh" / "fsdp2.json")},
 }
 
 

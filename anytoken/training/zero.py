@@ -1,0 +1,44 @@
+"""DeepSpeed's settings, and its states for another number of processes.
+
+ZeRO (arXiv 1910.02054) saves what each process holds of the optimizer. Another number of processes cannot read that:
+it is first rewritten, by DeepSpeed's own converter, as a universal checkpoint (arXiv 2406.18820), a file a parameter.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from anytoken.training.stage import StageError
+from anytoken.training.states import step_of
+
+UNIVERSAL = "universal"
+
+
+def read_zero(path: str | None, converted: bool) -> dict[str, Any] | None:
+    """The settings of a DeepSpeed JSON; converted: they are to read a universal checkpoint. None for no path."""
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise StageError(f"distributed.deepspeed: {path} is no file; see stages/scale/deepspeed")
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return settings | {"checkpoint": {"load_universal": True}} if converted else settings
+
+
+def convert(state: Path) -> None:
+    """Add the universal form of a state to it, unless it is there; one process calls this, and the others wait."""
+    if (state / f"latest_{UNIVERSAL}").is_file():  # written last
+        return
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        SimpleNamespace(
+            input_folder=str(state / f"global_step{step_of(state)}"),
+            output_folder=str(state / UNIVERSAL),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
