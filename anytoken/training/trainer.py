@@ -64,7 +64,7 @@ from anytoken.training.states import (
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
-from anytoken.training.zero import convert, read_zero
+from anytoken.training.zero import convert, load_buffers, read_zero
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
@@ -266,6 +266,8 @@ class StageTrainer(Trainer):
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                load_buffers(base_model(self.lm), Path(checkpoint))
             self._restore_progress(Path(checkpoint))
 
     def _restore_progress(self, state: Path) -> None:

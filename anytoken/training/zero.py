@@ -9,6 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from safetensors import safe_open
+from torch import nn
+
 from anytoken.training.stage import StageError
 from anytoken.training.states import step_of
 
@@ -23,6 +26,15 @@ def read_zero(path: str | None, converted: bool) -> dict[str, Any] | None:
         raise StageError(f"distributed.deepspeed: {path} is no file; see stages/scale/deepspeed")
     settings = json.loads(Path(path).read_text(encoding="utf-8"))
     return settings | {"checkpoint": {"load_universal": True}} if converted else settings
+
+
+def load_buffers(model: nn.Module, state: Path) -> None:
+    """Give a model the buffers of a state, which the universal form leaves out."""
+    buffers = dict(model.named_buffers())
+    for path in state.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in buffers.keys() & set(file.keys()):
+                buffers[name].copy_(file.get_tensor(name))
 
 
 def convert(state: Path) -> None:

@@ -22,7 +22,8 @@ import anytoken.training
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.states import saved_states
-from anytoken.training.trainer import train
+from anytoken.training.stopping import Interrupted
+from anytoken.training.trainer import StageTrainer, train
 
 STEPS = 10
 
@@ -41,23 +42,24 @@ def shared(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def launch(
-    recipe: dict[str, Any], processes: int, stop: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a recipe under torchrun; stop: to be asked to after so many steps."""
-    recipe = copy.deepcopy(recipe)
-    recipe.setdefault("distributed", {}).setdefault("world_size", processes)
+def launch(recipe: dict[str, Any]) -> None:
+    """Run a recipe under torchrun."""
     path = Path(recipe["output"]).with_suffix(".json")
     path.write_text(json.dumps(recipe))
     script = Path(__file__).with_name("run_stage.py")
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *start, str(script), str(path), *([] if stop is None else [str(stop)])]
+    processes = str(recipe["distributed"]["world_size"])
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    command = [sys.executable, *start, str(script), str(path)]
     environment = os.environ | {"PYTHONPATH": str(Path(anytoken.training.__file__).parents[2])}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
-def fork(recipe: dict[str, Any], processes: int) -> None:
-    """Run a recipe in forks of this process, told what torchrun tells: nothing is imported anew, so it is quick."""
+def fork(recipe: dict[str, Any], processes: int, stop: int | None = None) -> list[int]:
+    """Run a recipe in forks of this process, told what torchrun tells, and give their statuses.
+
+    Nothing is imported anew, so it is quick. stop: ask one of them to stop after so many steps, as Ctrl-C does.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {
@@ -65,25 +67,33 @@ def fork(recipe: dict[str, Any], processes: int) -> None:
             "MASTER_PORT": str(free.getsockname()[1]),
             "WORLD_SIZE": str(processes),
         }
-    stage = Stage.from_dict(
-        recipe | {"distributed": recipe.get("distributed", {}) | {"world_size": processes}}
-    )
+    stage = Stage.from_dict(recipe)
     children = []
     for rank in range(processes):
         children.append(os.fork())
         if children[-1] == 0:
             os.environ |= told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            try:
-                train(stage)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * processes
+            os._exit(child(stage, stop if rank == 0 else None))
+    return [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children]
 
 
-def finished(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stderr[-4000:]
+def child(stage: Stage, stop: int | None) -> int:
+    """Train in a fork, and give its exit status."""
+    inner = StageTrainer.compute_loss
+
+    def stopping(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.stop.asked = self.stop.asked or self.state.global_step == stop
+        return inner(self, *args, **kwargs)
+
+    StageTrainer.compute_loss = stopping  # type: ignore[method-assign]
+    try:
+        train(stage)
+    except Interrupted:
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def alone(recipe: dict[str, Any], tmp_path: Path) -> Path:
@@ -122,25 +132,77 @@ def assert_same_run(ours: str | Path, theirs: str | Path) -> None:
 
 
 def test_two_processes_train_as_one(shared: dict[str, Any], tmp_path: Path) -> None:
-    fork(shared, 2)
+    assert fork(shared | {"distributed": {"world_size": 2}}, 2) == [0, 0]
     assert_same_run(shared["output"], alone(shared, tmp_path))
+
+
+def test_another_number_of_processes_than_asked_for_is_an_error(
+    shared: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert fork(shared, 2) == [1, 1]
+    assert "distributed.world_size is 1 but 2 processes run" in capfd.readouterr().err
+    (tmp_path / "mesh.json").write_text('{"fsdp_size": 4}')
+    said = {
+        "rows evenly": {"world_size": 3},
+        "2 but 1 processes run; launch with torchrun": {"world_size": 2},
+        "is for 4 processes, but distributed.world_size is 1": {"mesh": str(tmp_path / "mesh.json")},
+        "is no file": {"deepspeed": str(tmp_path / "none.json")},
+    }
+    for message, distributed in said.items():
+        with pytest.raises(StageError, match=message):
+            train(Stage.from_dict(shared | {"distributed": distributed}))
 
 
 # ---- the engines of other libraries ----
 
 SCALE = Path(__file__).parents[2] / "stages" / "scale"
-ENGINES: dict[str, dict[str, Any]] = {
+ENGINES = {
     "ddp": {},
     "zero1": {"deepspeed": str(SCALE / "deepspeed" / "zero1.json")},
     "zero2": {"deepspeed": str(SCALE / "deepspeed" / "zero2.json")},
     "zero3": {"deepspeed": str(SCALE / "deepspeed" / "zero3.json")},
     "fsdp2": {"mesh": str(SCALE / "mesh" / "fsdp2.json")},
+    "experts": {"mesh": "of this test"},
 }
+
+
+def engine_of(name: str, processes: int, folder: Path) -> dict[str, Any]:
+    """The ``distributed`` section; a lone process has nobody to share experts with."""
+    if name == "experts":
+        path = folder / "mesh.json"
+        path.write_text((SCALE / "mesh" / "fsdp2_ep8.json").read_text().replace("8", str(processes)))
+        return {"world_size": processes, "mesh": str(path)}
+    return {"world_size": processes, **ENGINES[name]}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_as_one_process(shared: dict[str, Any], tmp_path: Path, engine: str) -> None:
-    finished(launch(shared | {"distributed": ENGINES[engine] | {"world_size": 2}}, 2))
+    launch(shared | {"distributed": engine_of(engine, 2, tmp_path)})
     assert_same_run(shared["output"], alone(shared, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_number_of_processes_goes_on(
+    shared: dict[str, Any], tmp_path: Path, engine: str, before: int, after: int
+) -> None:
+    assert fork(shared | {"distributed": engine_of(engine, before, tmp_path)}, before, 5)[0] == 130
+    states = [state.name for state in saved_states(Path(shared["output"]))]
+    assert states == ["checkpoint-4", "checkpoint-6"]
+    assert fork(shared | {"distributed": engine_of(engine, after, tmp_path)}, after) == [0] * after
+    assert_same_run(shared["output"], alone(shared, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_states_of_one_engine_are_not_for_another(shared: dict[str, Any], tmp_path: Path) -> None:
+    fork(shared | {"distributed": {"world_size": 2}}, 2, 5)
+    changed = shared | {"distributed": engine_of("fsdp2", 1, tmp_path)}
+    with pytest.raises(
+        StageError, match=r"saved by distributed.ddp, and mesh cannot.*init_from=\S*checkpoint-6"
+    ):
+        train(Stage.from_dict(changed))
