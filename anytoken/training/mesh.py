@@ -8,7 +8,6 @@ accelerate's FSDP does the first only, and on CPUs it leaves itself out without 
 
 import json
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,7 @@ from transformers.distributed import (
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
+from anytoken import recipes
 from anytoken.training.lora import base_model
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.step import ModelWithLoss
@@ -34,30 +34,35 @@ OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"  # in a state: a folder of ev
 
 
 def read_mesh(stage: Stage) -> DistributedConfig | None:
-    """The mesh of a recipe: its JSON file holds settings of transformers' ``DistributedConfig``; None without one.
+    """The mesh of a recipe: settings of transformers' ``DistributedConfig``; None without one.
 
     By default all processes share all weights: ``fsdp_size`` is what the other sizes leave of the world size.
     StageError for settings that are none, or that are not for this loss.
     """
-    path = stage.distributed.mesh
-    if path is None:
+    if stage.distributed.mesh is None:
         return None
-    if not Path(path).is_file():
-        raise StageError(f"distributed.mesh: {path} is no file; see stages/scale/mesh")
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    settings = mesh_settings(stage.distributed.mesh)
     known = DistributedConfig.__dataclass_fields__
     odd = [name for name in settings if name not in known]
     odd += [name for name in ("tp_size", "pp_size") if settings.get(name, 1) > 1]  # they share one batch
     if odd:
-        raise StageError(f"distributed.mesh: {path} has {', '.join(odd)}, which AnyToken does not train with")
+        raise StageError(f"distributed.mesh has {', '.join(odd)}, which AnyToken does not train with")
     world_size = stage.distributed.world_size
     settings.setdefault("fsdp_size", max(1, world_size // settings.get("dp_replicate_size", 1)))
     config = DistributedConfig(**settings)
     if config.dp_size != world_size:
         raise StageError(
-            f"distributed.mesh: {path} is for {config.dp_size} processes, but distributed.world_size is {world_size}"
+            f"distributed.mesh is for {config.dp_size} processes, but distributed.world_size is {world_size}"
         )
     return config
+
+
+def mesh_settings(mesh: str | dict[str, Any]) -> dict[str, Any]:
+    """The settings themselves, which may lie in a JSON file."""
+    if isinstance(mesh, dict):
+        return dict(mesh)
+    settings: dict[str, Any] = json.loads(recipes.find(mesh).read_text(encoding="utf-8"))
+    return settings
 
 
 def spread(model: ModelWithLoss, config: DistributedConfig) -> None:

@@ -49,7 +49,7 @@ from anytoken.training.samples import Answer, Sampler
 from anytoken.training.schedule import Schedule
 from anytoken.training.sources import prepare_sources
 from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start
+from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start, make_start
 from anytoken.training.states import (
     SaveError,
     clear_partial,
@@ -64,7 +64,7 @@ from anytoken.training.states import (
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
-from anytoken.training.zero import convert, load_buffers, read_zero
+from anytoken.training.zero import convert, load_buffers, loading_whole, read_zero
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
@@ -250,7 +250,8 @@ class StageTrainer(Trainer):
         if self.stage.lora is not None:
             load_weights(self.lm, folder)
         else:
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            with loading_whole(self.args):
+                saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             load_whole(self.lm, saved)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -315,11 +316,12 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     arguments, mesh = _training_arguments(stage), read_mesh(stage)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
-    states = saved_states(folder)
-    if states:
+    with loading_whole(arguments):
         with arguments.main_process_first(local=False):
-            _suit(stage, states[-1])
-    processor, start = load_start(stage)
+            make_start(stage)
+            if saved_states(folder):
+                _suit(stage, saved_states(folder)[-1])
+        processor, start = load_start(stage)
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)

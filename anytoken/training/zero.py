@@ -5,14 +5,18 @@ it is first rewritten, by DeepSpeed's own converter, as a universal checkpoint (
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from anytoken.training.stage import StageError
+from anytoken import recipes
 from anytoken.training.states import step_of
 
 UNIVERSAL = "universal"
@@ -22,10 +26,20 @@ def read_zero(path: str | None, converted: bool) -> dict[str, Any] | None:
     """The settings of a DeepSpeed JSON; converted: they are to read a universal checkpoint. None for no path."""
     if path is None:
         return None
-    if not Path(path).is_file():
-        raise StageError(f"distributed.deepspeed: {path} is no file; see stages/scale/deepspeed")
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    settings = json.loads(recipes.find(path).read_text(encoding="utf-8"))
     return settings | {"checkpoint": {"load_universal": True}} if converted else settings
+
+
+@contextmanager
+def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Within it every process reads a checkpoint whole; under ZeRO-3 transformers would give it parts at once.
+
+    Rows, experts and optimizer groups are made of whole weights, and one process may read while others wait.
+    """
+    unset_hf_deepspeed_config()
+    yield
+    if arguments.deepspeed:
+        set_hf_deepspeed_config(arguments.hf_deepspeed_config)
 
 
 def load_buffers(model: nn.Module, state: Path) -> None:

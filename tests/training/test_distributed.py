@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anytoken.training
+from anytoken.training.mesh import mesh_settings
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.states import saved_states
@@ -137,19 +138,19 @@ def test_two_processes_train_as_one(shared: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_another_number_of_processes_than_asked_for_is_an_error(
-    shared: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shared: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert fork(shared, 2) == [1, 1]
     assert "distributed.world_size is 1 but 2 processes run" in capfd.readouterr().err
-    (tmp_path / "mesh.json").write_text('{"fsdp_size": 4}')
     said = {
         "rows evenly": {"world_size": 3},
         "2 but 1 processes run; launch with torchrun": {"world_size": 2},
-        "is for 4 processes, but distributed.world_size is 1": {"mesh": str(tmp_path / "mesh.json")},
-        "is no file": {"deepspeed": str(tmp_path / "none.json")},
+        "is for 4 processes, but distributed.world_size is 1": {"mesh": {"fsdp_size": 4}},
+        "mesh has rows, tp_size, which": {"mesh": {"rows": 1, "tp_size": 2}},
+        "no recipe": {"deepspeed": "stages/scale/none.json"},
     }
     for message, distributed in said.items():
-        with pytest.raises(StageError, match=message):
+        with pytest.raises(ValueError, match=message):
             train(Stage.from_dict(shared | {"distributed": distributed}))
 
 
@@ -162,16 +163,17 @@ ENGINES = {
     "zero2": {"deepspeed": str(SCALE / "deepspeed" / "zero2.json")},
     "zero3": {"deepspeed": str(SCALE / "deepspeed" / "zero3.json")},
     "fsdp2": {"mesh": str(SCALE / "mesh" / "fsdp2.json")},
-    "experts": {"mesh": "of this test"},
+    "experts": {"mesh": str(SCALE / "mesh" / "fsdp2_ep8.json")},
 }
 
 
-def engine_of(name: str, processes: int, folder: Path) -> dict[str, Any]:
+def engine_of(name: str, processes: int) -> dict[str, Any]:
     """The ``distributed`` section; a lone process has nobody to share experts with."""
     if name == "experts":
-        path = folder / "mesh.json"
-        path.write_text((SCALE / "mesh" / "fsdp2_ep8.json").read_text().replace("8", str(processes)))
-        return {"world_size": processes, "mesh": str(path)}
+        return {
+            "world_size": processes,
+            "mesh": mesh_settings(ENGINES[name]["mesh"]) | {"ep_size": processes},
+        }
     return {"world_size": processes, **ENGINES[name]}
 
 
@@ -179,7 +181,7 @@ def engine_of(name: str, processes: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_as_one_process(shared: dict[str, Any], tmp_path: Path, engine: str) -> None:
-    launch(shared | {"distributed": engine_of(engine, 2, tmp_path)})
+    launch(shared | {"distributed": engine_of(engine, 2)})
     assert_same_run(shared["output"], alone(shared, tmp_path))
 
 
@@ -190,10 +192,10 @@ def test_every_engine_trains_as_one_process(shared: dict[str, Any], tmp_path: Pa
 def test_another_number_of_processes_goes_on(
     shared: dict[str, Any], tmp_path: Path, engine: str, before: int, after: int
 ) -> None:
-    assert fork(shared | {"distributed": engine_of(engine, before, tmp_path)}, before, 5)[0] == 130
+    assert fork(shared | {"distributed": engine_of(engine, before)}, before, 5)[0] == 130
     states = [state.name for state in saved_states(Path(shared["output"]))]
     assert states == ["checkpoint-4", "checkpoint-6"]
-    assert fork(shared | {"distributed": engine_of(engine, after, tmp_path)}, after) == [0] * after
+    assert fork(shared | {"distributed": engine_of(engine, after)}, after) == [0] * after
     assert_same_run(shared["output"], alone(shared, tmp_path))
 
 
@@ -201,7 +203,7 @@ def test_another_number_of_processes_goes_on(
 @pytest.mark.timeout(900)
 def test_the_states_of_one_engine_are_not_for_another(shared: dict[str, Any], tmp_path: Path) -> None:
     fork(shared | {"distributed": {"world_size": 2}}, 2, 5)
-    changed = shared | {"distributed": engine_of("fsdp2", 1, tmp_path)}
+    changed = shared | {"distributed": engine_of("fsdp2", 1)}
     with pytest.raises(
         StageError, match=r"saved by distributed.ddp, and mesh cannot.*init_from=\S*checkpoint-6"
     ):
