@@ -41,7 +41,7 @@ CODECS: dict[str, dict[str, Any]] = {
         "codebook_size": 32, "attn_resolutions": [1], "hidden_size": 32, "num_attention_heads": 1,
     },
 }  # fmt: skip
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "speech": {"max_seconds": 1.0},
     "image": {"side_px": 12},
     "video": {"side_px": 12, "max_steps": 1},

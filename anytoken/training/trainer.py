@@ -132,6 +132,7 @@ class StageTrainer(Trainer):
         if self.optimizer is None:
             spec = self.stage.optimizer
             groups = groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
+            self.weight_decays = [group["weight_decay"] for group in groups]
             self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         return self.optimizer
 
@@ -261,14 +262,17 @@ class StageTrainer(Trainer):
         save_optimizer(self.model, inner.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        inner: Any = self.optimizer
         if checkpoint is not None and self.stage.distributed.mesh is not None:
-            inner: Any = self.optimizer
             load_optimizer(self.model, inner.optimizer, self.lr_scheduler, checkpoint)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             if self.is_deepspeed_enabled:
                 load_buffers(base_model(self.lm), Path(checkpoint))
+                # The universal form keeps the settings of one group for all.
+                for group, decay in zip(inner.optimizer.param_groups, self.weight_decays, strict=True):
+                    group["weight_decay"] = decay
             self._restore_progress(Path(checkpoint))
 
     def _restore_progress(self, state: Path) -> None:
