@@ -64,7 +64,7 @@ from anytoken.training.states import (
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
-from anytoken.training.zero import convert, load_buffers, loading_whole, read_zero
+from anytoken.training.zero import convert, load_buffers, loading_whole, mend_optimizer, read_zero
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
@@ -270,9 +270,7 @@ class StageTrainer(Trainer):
         if checkpoint is not None:
             if self.is_deepspeed_enabled:
                 load_buffers(base_model(self.lm), Path(checkpoint))
-                # The universal form keeps the settings of one group for all.
-                for group, decay in zip(inner.optimizer.param_groups, self.weight_decays, strict=True):
-                    group["weight_decay"] = decay
+                mend_optimizer(inner.optimizer.optimizer, self.weight_decays)
             self._restore_progress(Path(checkpoint))
 
     def _restore_progress(self, state: Path) -> None:

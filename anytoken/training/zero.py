@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import TrainingArguments
@@ -49,6 +50,17 @@ def load_buffers(model: nn.Module, state: Path) -> None:
         with safe_open(path, "pt") as file:
             for name in buffers.keys() & set(file.keys()):
                 buffers[name].copy_(file.get_tensor(name))
+
+
+def mend_optimizer(optimizer: torch.optim.Optimizer, weight_decays: list[float]) -> None:
+    """Undo what reading a universal checkpoint does to AdamW: all groups get the settings of the first one, and all
+    parts one and the same count of steps, which each then moves.
+    """
+    for group, decay in zip(optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def convert(state: Path) -> None:
