@@ -147,7 +147,7 @@ def test_another_number_of_processes_than_asked_for_is_an_error(
         "2 but 1 processes run; launch with torchrun": {"world_size": 2},
         "is for 4 processes, but distributed.world_size is 1": {"mesh": {"fsdp_size": 4}},
         "mesh has rows, tp_size, which": {"mesh": {"rows": 1, "tp_size": 2}},
-        "no recipe": {"deepspeed": "stages/scale/none.json"},
+        "neither a file nor a recipe": {"deepspeed": "stages/scale/none.json"},
     }
     for message, distributed in said.items():
         with pytest.raises(ValueError, match=message):
