@@ -15,14 +15,22 @@ app = typer.Typer()
 
 
 @app.command()
-def train(stage: Annotated[str, typer.Argument(help="A stage recipe.")], overrides: Overrides = None) -> None:
+def train(
+    stage: Annotated[str, typer.Argument(help="A stage recipe.")],
+    overrides: Overrides = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A recipe of stages/scale in miniature, with nothing downloaded.")
+    ] = False,
+) -> None:
     """Run a training stage; it resumes where it was stopped: `anytoken train stages/lora.yaml steps=500`."""
     from anytoken.training.stage import Stage
     from anytoken.training.stopping import Interrupted
+    from anytoken.training.tiny import tiny as shrink
     from anytoken.training.trainer import train as run
 
+    recipe = Stage.load(recipes.find(stage), overrides or [])
     try:
-        print(run(Stage.load(recipes.find(stage), overrides or []), _answer))
+        print(run(shrink(recipe) if tiny else recipe, _answer))
     except Interrupted as stop:
         Console(stderr=True, soft_wrap=True).print(f"anytoken: {stop}", markup=False, highlight=False)
         raise
@@ -92,12 +100,16 @@ def plan(
     overrides: Overrides = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A config .json, checkpoint folder or hub id; by default the recipe's init_from."),
+        typer.Option(
+            help="A config .json, checkpoint folder or hub id; by default what the recipe starts from."
+        ),
     ] = None,
     new_ids: Annotated[int, typer.Option(min=0, help="Rows to add to that model's vocabulary.")] = 0,
-    gpus: Annotated[int, typer.Option(min=1)] = 8,
+    gpus: Annotated[int | None, typer.Option(min=1, help="By default the recipe's world_size.")] = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s or rtx4090.")] = "h100",
-    sharding: Annotated[str, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp.")] = "zero3",
+    sharding: Annotated[
+        str | None, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp; by default the recipe's.")
+    ] = None,
     share_of_peak: Annotated[float, typer.Option(help="Assumed share of the GPUs' peak FLOP/s.")] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -111,8 +123,9 @@ def plan(
     from anytoken.training.stage import Stage
 
     recipe = Stage.load(recipes.find(stage), overrides or [])
-    config = planning.read_config(model or recipe.init_from, new_ids)
-    found = planning.plan(recipe, config, gpus, gpu, sharding, share_of_peak)
+    config = planning.read_config(model, new_ids) if model else planning.planned_config(recipe)
+    gpus = gpus or recipe.distributed.world_size
+    found = planning.plan(recipe, config, gpus, gpu, sharding or planning.sharding_of(recipe), share_of_peak)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return

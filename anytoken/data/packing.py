@@ -117,11 +117,12 @@ class _Samples(Dataset["TrainingSequence"]):
 class PackedStream(IterableDataset):
     """An endless stream of packed batches over ``sample(i)``; its state at any recent batch can be asked for.
 
-    ``stride`` and ``offset`` split the samples between processes: each sees its own indices. ``workers`` processes
-    draw samples ahead; the batches are the same for any number of them, since packing happens here, in order. (Given
-    to a DataLoader with workers of its own, each of those draws everything and hands over its share: right, but no
-    faster.) ``skipped`` counts, by reason, the draws that samples were tried with in vain; PackingError once their
-    share passes ``max_bad``.
+    Of ``shares`` processes each draws and packs everything and is given the rows of its own ``share`` (drawing is far
+    faster than training), so the batches, put together, and the state are the same for any number of processes;
+    PackingError if they cannot share the rows evenly. ``workers`` processes draw samples ahead; the batches are the
+    same for any number of them, since packing happens here, in order. (Given to a DataLoader with workers of its own,
+    each of those draws everything and hands over its part: right, but no faster.) ``skipped`` counts, by reason, the
+    draws that samples were tried with in vain; PackingError once their share passes ``max_bad``.
     """
 
     def __init__(
@@ -130,14 +131,19 @@ class PackedStream(IterableDataset):
         rows: int,
         context: int,
         pad: int,
-        stride: int = 1,
-        offset: int = 0,
+        shares: int = 1,
+        share: int = 0,
         workers: int = 0,
         max_bad: float = 1.0,
     ) -> None:
         super().__init__()
+        if rows % shares:
+            raise PackingError(
+                f"{rows} rows cannot be shared evenly by {shares} processes; make them a multiple"
+            )
         self.sample, self.rows, self.context, self.pad = sample, rows, context, pad
-        self.stride, self.offset, self.workers, self.max_bad = stride, offset, workers, max_bad
+        self.own = slice(share * rows // shares, (share + 1) * rows // shares)
+        self.workers, self.max_bad = workers, max_bad
         self.batch_index = self.drawn = 0
         self.skipped: Counter[str] = Counter()
         self._states: dict[int, PackState] = {0: PackState()}
@@ -167,15 +173,14 @@ class PackedStream(IterableDataset):
             self._states[self.batch_index] = PackState(next_index, list(pool))
             self._states.pop(self.batch_index - 64, None)
             if info is None or (self.batch_index - 1) % info.num_workers == info.id:
-                yield pack(bins, self.context, self.pad)
+                yield pack(bins[self.own], self.context, self.pad)
 
     def _draws(self, state: PackState) -> Iterator[TrainingSequence]:
         """The waiting sequences again, then new ones."""
-        mine = (index * self.stride + self.offset for index in chain(state.waiting, count(state.next_index)))
         loader = DataLoader(
             _Samples(self.sample),
             batch_size=DRAWN_TOGETHER,
-            sampler=mine,
+            sampler=chain(state.waiting, count(state.next_index)),
             num_workers=self.workers,
             collate_fn=list,
             generator=torch.Generator(),  # a loader draws a seed, and must not move the model's random numbers

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP, Qwen3MoeTopKRouter
 
 from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.processes import sum_over_processes
 
 
 class AnyTokenRouter(Qwen3MoeTopKRouter):
@@ -92,9 +92,7 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         groups: int64 [C]. Counts of all processes are summed; then counting starts anew.
         """
         assert self.expert_bias is not None and self.load is not None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.load)
-        load, member = self.load.float(), F.one_hot(groups).float()  # [C], [C, G]
+        load, member = sum_over_processes(self.load).float(), F.one_hot(groups).float()  # [C], [C, G]
         mean = member @ ((load @ member) / member.sum(0))
         self.expert_bias += rate * torch.sign(mean - load)
         self.load.zero_()
@@ -153,32 +151,43 @@ class RouterLosses:
 
 
 def router_losses(
-    router_logits: Sequence[Tensor], choices: Sequence[Tensor], modality: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    choices: Sequence[Tensor],
+    modality: Tensor | None = None,
+    num_modalities: int | None = None,
+    across: bool = False,
 ) -> RouterLosses:
     """Load-balance losses (Switch, arXiv 2101.03961) and router z-loss (ST-MoE, 2202.08906).
 
     router_logits: per layer [T, C], minus infinity where closed; choices: per layer [T, K]; modality: int64 [T], all
     zero by default. A balance is 1 when tokens and probability spread evenly over the experts that are open.
+    across: of the tokens of all processes, which must all call this, with num_modalities (default: those seen).
     """
-    tokens = torch.ones(len(router_logits[0]), 1, device=router_logits[0].device)
-    members = tokens if modality is None else F.one_hot(modality).float()
-    balance, modality_balance, z_loss = [], [], []
+    reduce = sum_over_processes if across else lambda value: value
+    tokens = torch.zeros(len(router_logits[0]), dtype=torch.long, device=router_logits[0].device)
+    members = F.one_hot(tokens if modality is None else modality, num_modalities or -1).float()
+    sums, z_sums = [], []
     for logits, chosen in zip(router_logits, choices, strict=True):
         probabilities = logits.float().softmax(-1)
         share = torch.zeros_like(probabilities).scatter(-1, chosen, 1 / chosen.shape[-1])
-        balance.append(_balance(probabilities, share, tokens))
-        modality_balance.append(_balance(probabilities, share, members))
-        z_loss.append(torch.logsumexp(logits.float(), -1).square().mean())
-    return RouterLosses(*(torch.stack(each).mean() for each in (balance, modality_balance, z_loss)))
+        sums.append(torch.stack([members.T @ probabilities, members.T @ share]))
+        z_sums.append(torch.logsumexp(logits.float(), -1).square().sum())
+    count, each, z_loss = reduce(members.sum(0)), reduce(torch.stack(sums)), reduce(torch.stack(z_sums))
+    return RouterLosses(
+        _balance(each.sum(2, keepdim=True), count.sum()[None]),
+        _balance(each, count),
+        z_loss.mean() / count.sum(),
+    )
 
 
-def _balance(probabilities: Tensor, share: Tensor, members: Tensor) -> Tensor:
-    """probabilities, share [T, C] and members one-hot [T, M] to the mean balance of the groups that have tokens."""
-    count = members.sum(0)
-    weight = members / count.clamp(min=1)
-    mean = weight.T @ probabilities
-    each = (mean > 0).sum(-1) * (mean * (weight.T @ share)).sum(-1)
-    return each.sum() / (count > 0).sum()
+def _balance(sums: Tensor, count: Tensor) -> Tensor:
+    """Sums of probability and of share per layer [L, 2, M, C], over so many tokens [M], to the mean balance.
+
+    The mean is over layers and the groups that have tokens.
+    """
+    mean, share = (sums / count.clamp(min=1)[:, None]).unbind(1)
+    each = (mean > 0).sum(-1) * (mean * share).sum(-1)  # [L, M]
+    return each.sum(-1).mean() / (count > 0).sum()
 
 
 @dataclass

@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -39,9 +40,14 @@ class Loop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, schedule, stage = time.monotonic(), self.trainer.schedule, self.trainer.stage
+        seconds = now - self.last
+        if (
+            stage.max_minutes is not None
+        ):  # every process must stop at the same step: the first one's clock counts
+            seconds = float(broadcast(torch.tensor(seconds, device=args.device)))
         if stage.moe.expert_bias_rate:
             base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)
-        schedule.tick(state.global_step, now - self.last, stage.max_minutes)
+        schedule.tick(state.global_step, seconds, stage.max_minutes)
         self.last = now
         stopping = self.trainer.stop.asked_anywhere(args.device, args.world_size)
         if state.global_step >= schedule.total or stopping:
@@ -72,10 +78,12 @@ class Loop(TrainerCallback):
         self.bar.close()
 
     def sample(self, step: int) -> None:
-        """Replies for the report, by one process that holds the whole model."""
+        """Replies for the report, by the first process, if it holds the whole model."""
         trainer = self.trainer
+        if trainer.weights_lie_apart:
+            return
         due = trainer.sampler.due(step, last=step >= trainer.schedule.total)
-        if due and trainer.is_world_process_zero() and not trainer.is_deepspeed_enabled:
+        if due and trainer.is_world_process_zero():
             trainer.sampler.take(step, base_model(trainer.lm))
 
     def evaluate(self, step: int) -> None:
@@ -91,8 +99,8 @@ class Loop(TrainerCallback):
             for _ in range(trainer.stage.eval.batches):
                 batch = {name: value.to(trainer.args.device) for name, value in next(batches).items()}
                 outputs = model(**batch)
-                meter.add(outputs["parts"], batch["input_ids"].numel())
-        report = meter.report(trainer.sum_processes)
+                meter.add(outputs["parts"], trainer.micro_batch)
+        report = meter.report()
         if trainer.stage.eval.integration:
             report["integration"] = self.integration(batch)
         model.train()
@@ -100,7 +108,7 @@ class Loop(TrainerCallback):
             trainer.metrics_log.write({"step": step, "eval": report})
 
     def integration(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Modality Integration Rate over one packed batch."""
+        """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""
         trainer = self.trainer
         base, loss = base_model(trainer.lm), trainer.model.loss
         with torch.no_grad():

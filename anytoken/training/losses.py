@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.grammar import Grammar
+from anytoken.model.processes import sum_over_processes
 from anytoken.token_space import TokenSpace
 from anytoken.training.cross_entropy import Group, Scores, linear_cross_entropy
 
@@ -81,7 +82,10 @@ def grammar_groups(targets: Tensor, grammar: Grammar) -> list[Group]:
 
 @dataclass
 class LossParts:
-    """What one batch came to: the loss to minimise and, per group, sums for the log (float32 [G])."""
+    """What one batch came to: the loss to minimise and, per group, sums for the log (float32 [G]).
+
+    All are of the global batch, the same in every process.
+    """
 
     loss: Tensor
     nll: Tensor
@@ -91,7 +95,10 @@ class LossParts:
 
 
 class BalancedLoss(nn.Module):
-    """Cross-entropy over the targets of a packed batch, averaged over modalities, plus the output z-loss."""
+    """Cross-entropy over the targets of a packed batch, averaged over modalities, plus the output z-loss.
+
+    With several processes the batch is what all of them have together: they all must call it.
+    """
 
     table: Tensor
     weights: Tensor | None
@@ -123,20 +130,18 @@ class BalancedLoss(nn.Module):
         """hidden [N, D] at the positions before the targets [N]; previous [N], the ids at those positions."""
         groups = self.groups(targets, previous)
         zero = torch.zeros(len(self.names), device=targets.device)
-        count = zero.index_add(0, groups, torch.ones_like(groups, dtype=zero.dtype))
+        count = sum_over_processes(zero.index_add(0, groups, torch.ones_like(groups, dtype=zero.dtype)))
         weights = self._target_weights(count)[groups]
-        z_weight = self.z_loss / max(len(targets), 1)
+        z_weight = self.z_loss / max(count.sum().item(), 1)
         scores = self._score(hidden, head, targets, weights, z_weight)
-        return LossParts(
-            scores.loss,
-            zero.index_add(0, groups, scores.nll.float()),
-            zero.index_add(0, groups, scores.right.float()),
-            count,
-            {
-                "cross_entropy": (weights * scores.nll).sum(),
-                "z_loss": z_weight * scores.log_z.square().sum(),
-            },
+        nll, right = (zero.index_add(0, groups, each.float()) for each in (scores.nll, scores.right))
+        terms = torch.stack([(weights * scores.nll).sum(), z_weight * scores.log_z.square().sum()])
+        # One sum for all that is only logged.
+        nll, right, terms = sum_over_processes(torch.cat([nll, right, terms])).split(
+            [len(zero), len(zero), 2]
         )
+        named = dict(zip(("cross_entropy", "z_loss"), terms, strict=True))
+        return LossParts(sum_over_processes(scores.loss), nll, right, count, named)
 
     def shares(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> list[Tensor]:
         """What each group of targets that is there adds to the cross-entropy; arguments as for ``forward``."""

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class GroupMeter:
         self.started += time.monotonic() - start
 
     def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
-        """Count one batch; ``tokens``: all its ids; ``load``: its expert counts [L, G, E + 1]."""
+        """Count one batch, of all processes; ``tokens``: all its ids; ``load``: its expert counts [L, G, E + 1]."""
         self.sums += torch.stack([parts.nll, parts.right, parts.count]).double().cpu()
         self.note(
             {name: float(value) for name, value in {"loss": parts.loss.detach(), **parts.terms}.items()}
@@ -74,15 +74,11 @@ class GroupMeter:
         self.load = None if state["load"] is None else torch.tensor(state["load"], dtype=torch.float64)
         self.start_clock()
 
-    def report(self, reduce: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Any]:
-        """Per group with targets: loss (nats), bits, accuracy, tokens; the means of the terms and overall.
-
-        reduce: sums a tensor over processes.
-        """
-        sums, (batches, tokens) = reduce(self.sums), reduce(self.counts).tolist()
-        terms = reduce(torch.tensor(list(self.terms.values()), dtype=torch.float64)).tolist()
+    def report(self) -> dict[str, Any]:
+        """Per group with targets: loss (nats), bits, accuracy, tokens; the means of the terms and overall."""
+        batches, tokens = self.counts.tolist()
         found: dict[str, Any] = {}
-        for name, nll, right, count in zip(self.names, *sums.tolist(), strict=True):
+        for name, nll, right, count in zip(self.names, *self.sums.tolist(), strict=True):
             if count:
                 found[name] = {
                     "loss": nll / count,
@@ -91,14 +87,14 @@ class GroupMeter:
                     "tokens": int(count),
                 }
         means = [found[name]["loss"] for name in found if name != "control"]
-        nll, _, count = sums.sum(1).tolist()
+        nll, _, count = self.sums.sum(1).tolist()
         seconds = max(self.seconds + time.monotonic() - self.started, 1e-9)
         return {
             "groups": found,
-            **({} if self.load is None else _expert_report(reduce(self.load), self.names)),
+            **({} if self.load is None else _expert_report(self.load, self.names)),
             "mean_over_modalities": sum(means) / max(len(means), 1),
             "mean_over_tokens": nll / max(count, 1),
-            **{name: value / max(batches, 1) for name, value in zip(self.terms, terms, strict=True)},
+            **{name: value / max(batches, 1) for name, value in self.terms.items()},
             "tokens_per_second": tokens / seconds,
         }
 

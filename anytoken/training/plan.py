@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from anytoken import recipes
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.pretrained import KINDS
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.start import MINI
 
@@ -108,6 +111,31 @@ def plan(
     gpu_hours = flops / (GPUS[gpu].peak_tflops * 1e12 * share_of_peak) / 3600
     fits = sum(memory.values()) <= 0.92 * GPUS[gpu].memory_gib  # the rest is the driver's and fragmentation's
     return Plan(parameters, memory, tokens, flops, gpu_hours / gpus, gpu_hours, fits)
+
+
+def sharding_of(stage: Stage) -> str:
+    """What a recipe's engine divides; ZeRO-3 for a recipe of one process, which says nothing of it."""
+    distributed = stage.distributed
+    if distributed.deepspeed:
+        settings = json.loads(recipes.find(distributed.deepspeed).read_text(encoding="utf-8"))
+        return f"zero{settings['zero_optimization']['stage']}"
+    if distributed.mesh is not None:
+        return "fsdp"
+    return "ddp" if distributed.world_size > 1 else "zero3"
+
+
+def planned_config(stage: Stage) -> PretrainedConfig:
+    """The configuration of what a recipe starts from, downloading nothing: its checkpoint, or else its backbone."""
+    if stage.backbone is None or Path(stage.init_from).is_dir():
+        return read_config(stage.init_from)
+    config = read_config(recipes.find(stage.backbone.config))
+    space = TokenSpace(config.vocab_size)
+    for kind, codec in stage.backbone.codecs.items():
+        with torch.device("meta"):
+            tokenizer = KINDS[kind](model_config=codec.config, **codec.settings)
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
+    config.vocab_size = space.vocab_size
+    return config
 
 
 def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:

@@ -112,19 +112,51 @@ class LoraSpec(_Part):
     )
 
 
+class CodecSpec(_Part):
+    """A codec of transformers as a tokenizer; see ``tokenizers/pretrained.py``."""
+
+    source: str = Field(description="a folder or hub id, of the codec or of a model that holds it")
+    config: dict[str, Any] = Field(
+        description="its model_type and the sizes that are not transformers' own, to plan with it without a download"
+    )
+    settings: dict[str, Any] = Field(default={}, description="of the tokenizer: num_codebooks, side_px, ...")
+
+
+class BackboneSpec(_Part):
+    """What the checkpoint ``init_from`` is made of where it is not there yet: a language model, and codecs by kind."""
+
+    model: str = Field(description="a causal language model: a folder or hub id")
+    config: str = Field(description="its configuration, a .json, to plan with it without a download")
+    codecs: dict[str, CodecSpec] = Field(min_length=1)
+
+
 class DistributedSpec(_Part):
     """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
 
     world_size: int = Field(default=1, ge=1)
-    deepspeed: str | None = None
+    deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON: stages/scale/deepspeed/*.json")
+    mesh: str | dict[str, Any] | None = Field(
+        default=None,
+        description="FSDP2 and expert parallelism, see ``mesh.py``: settings, or stages/scale/mesh/*.json",
+    )
     ddp_backend: Literal["gloo", "nccl"] | None = None
+
+    @property
+    def engine(self) -> Literal["deepspeed", "mesh", "ddp"]:
+        """What shares the work; the states of one are not for another."""
+        return "deepspeed" if self.deepspeed else "ddp" if self.mesh is None else "mesh"
 
 
 class Stage(_Part):
-    """One training run. ``tokens_per_batch`` counts all ids of one optimizer step over all processes."""
+    """One training run.
+
+    ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its ``accumulate``
+    micro-batches. It does not change with the number of processes, which share the rows of each micro-batch.
+    """
 
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
     output: str
+    backbone: BackboneSpec | None = None
     tokenizers: dict[str, str] = Field(
         default={}, description="for scratch: text and each modality -> tokenizer folder"
     )
@@ -189,6 +221,10 @@ class Stage(_Part):
             raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
         if self.init_from == "scratch" and self.modalities:
             raise ValueError("modalities are added to a checkpoint; from scratch, name all under tokenizers")
+        if self.backbone is not None and self.init_from in ("scratch", "mini"):
+            raise ValueError(
+                f"backbone is made into a checkpoint folder that init_from names; got {self.init_from!r}"
+            )
         if self.init_from != "scratch" and (self.tokenizers or self.model):
             raise ValueError(
                 f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own"
@@ -196,21 +232,32 @@ class Stage(_Part):
         share = self.context * self.accumulate * self.distributed.world_size
         if self.tokens_per_batch % share:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, "
-                "which is context x accumulate x world_size"
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x accumulate x "
+                f"world_size: {self.distributed.world_size} processes cannot share its rows evenly"
             )
         if self.lora is not None and self.moe.expert_bias_rate:
             raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
         if self.harmonise_gradients and (self.distributed.world_size > 1 or self.distributed.deepspeed):
             raise ValueError("harmonise_gradients works in one process only; set it to false")
+        spread = self.distributed.mesh is not None
+        if spread and self.distributed.deepspeed:
+            raise ValueError(
+                "distributed.mesh and distributed.deepspeed exclude each other; remove one of them"
+            )
+        if spread and (self.lora is not None or any(one.startswith("rows:") for one in self.trainable)):
+            raise ValueError("distributed.mesh trains no lora and no single rows; take distributed.deepspeed")
+        if spread and self.eval.integration:
+            raise ValueError(
+                "eval.integration needs whole weights; set it to false, or leave distributed.mesh out"
+            )
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")
         return self
 
     @property
     def rows(self) -> int:
-        """Rows of ``context`` ids in one micro-batch of one process."""
-        return self.tokens_per_batch // (self.context * self.accumulate * self.distributed.world_size)
+        """Rows of ``context`` ids in one micro-batch, of all processes together."""
+        return self.tokens_per_batch // (self.context * self.accumulate)
 
     def sources(self, specs: Sequence[SourceSpec]) -> list[SourceSpec]:
         """The sources with their paths under ``data_root``."""

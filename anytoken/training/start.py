@@ -1,5 +1,6 @@
 """Where a run begins: the processor and the model that a stage's ``init_from`` names."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modalities import add_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.rows import initialise_code_rows
+from anytoken.model.upcycle import adopt_backbone
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import load_tokenizer
+from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.stage import Stage, StageError
 
@@ -40,6 +43,23 @@ def checkpoint_folder(init_from: str) -> Path:
     if not (folder / "token_space.json").is_file():
         raise StageError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
     return folder
+
+
+def make_start(stage: Stage) -> None:
+    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait."""
+    folder = Path(stage.init_from)
+    if stage.backbone is None or (folder / "token_space.json").is_file():
+        return
+    codecs = stage.backbone.codecs
+    tokenizers = {
+        kind: pretrained_tokenizer(one.source, kind, **one.settings) for kind, one in codecs.items()
+    }
+    lm, processor = adopt_backbone(stage.backbone.model, tokenizers)
+    scratch = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    lm.save_pretrained(scratch)
+    processor.save_pretrained(scratch)
+    scratch.rename(folder)
 
 
 def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:

@@ -10,6 +10,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from anytoken.data.packing import flash_lengths
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import expert_counts, router_losses
+from anytoken.model.processes import sum_over_processes
 from anytoken.training.lora import LanguageModel, base_model, head_weight
 from anytoken.training.losses import BalancedLoss, LossParts
 from anytoken.training.stage import MoeSpec
@@ -17,6 +18,10 @@ from anytoken.training.stage import MoeSpec
 
 class ModelWithLoss(nn.Module):
     """A causal LM and its loss as one module, so that wrappers for many devices see the whole step."""
+
+    is_distributed_loading_by_transformers = (
+        False  # what the Trainer asks: whether the weights lie apart, see `mesh.py`
+    )
 
     def __init__(self, lm: LanguageModel, loss: BalancedLoss, moe: MoeSpec, by_group: bool = False) -> None:
         super().__init__()
@@ -28,6 +33,7 @@ class ModelWithLoss(nn.Module):
     ) -> dict[str, Any]:
         """One packed batch (see ``packing.pack``) to {"loss", "parts", "load", "shares"}.
 
+        The batch is this process's rows of the global one, and the results are those of the global one.
         shares: by group of targets, what it adds to the loss, z-losses and router left out; empty unless asked for.
         """
         base = base_model(self.lm)
@@ -40,7 +46,9 @@ class ModelWithLoss(nn.Module):
         shares = self.loss.shares(*learnt) if self.by_group else []
         load = None
         if self.routed and outputs.router_choices:
-            router = router_losses(outputs.router_logits, outputs.router_choices, outputs.modality)
+            routed = outputs.router_logits, outputs.router_choices, outputs.modality
+            modalities = None if outputs.modality is None else len(self.loss.names)
+            router = router_losses(*routed, modalities, across=True)
             weight = self.moe
             parts.loss = (
                 parts.loss
@@ -55,7 +63,8 @@ class ModelWithLoss(nn.Module):
             }
             groups = self.loss.table[flat]
             sizes = len(self.loss.names), base.config.num_experts
-            load = torch.stack([expert_counts([one], groups, *sizes) for one in outputs.router_choices])
+            counts = [expert_counts([one], groups, *sizes) for one in outputs.router_choices]
+            load = sum_over_processes(torch.stack(counts))
         return {"loss": parts.loss, "parts": parts, "load": load, "shares": shares}
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import ParallelMode
 
@@ -31,6 +32,16 @@ from anytoken.training.facts import check_same_data, run_facts
 from anytoken.training.loop import Loop
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
 from anytoken.training.losses import BalancedLoss
+from anytoken.training.mesh import (
+    groups_by_mesh,
+    is_spread,
+    load_optimizer,
+    load_whole,
+    read_mesh,
+    save_optimizer,
+    spread,
+    whole,
+)
 from anytoken.training.metrics import GroupMeter, MetricsLog
 from anytoken.training.page import FACTS, Page
 from anytoken.training.report import write_report
@@ -38,7 +49,7 @@ from anytoken.training.samples import Answer, Sampler
 from anytoken.training.schedule import Schedule
 from anytoken.training.sources import prepare_sources
 from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start
+from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start, make_start
 from anytoken.training.states import (
     SaveError,
     clear_partial,
@@ -53,9 +64,10 @@ from anytoken.training.states import (
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.stopping import Interrupted, StopRequest, diverged
 from anytoken.training.trainable import parameter_groups, select_trainable
+from anytoken.training.zero import convert, load_buffers, loading_whole, mend_optimizer, read_zero
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
-PROGRESS = "progress-{}.json"  # of each process: its place in the data, in the meter and in the log
+PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
 
 
 class StageTrainer(Trainer):
@@ -74,6 +86,7 @@ class StageTrainer(Trainer):
         answer: Answer | None = None,
     ) -> None:
         self.stage, self.processor = stage, processor
+        self.micro_batch = stage.rows * stage.context  # ids, of all processes
         self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
         self.meter = GroupMeter(model.loss.names)
@@ -88,11 +101,18 @@ class StageTrainer(Trainer):
         self.sampler = Sampler(stage.samples, self.folder, processor, answer)
         self.loop = Loop(self)
         super().__init__(model=model, args=arguments, callbacks=[self.loop])
+        if arguments.process_index:  # its tokens get noise of their own
+            torch.manual_seed(stage.seed + arguments.process_index)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
 
+    @property
+    def weights_lie_apart(self) -> bool:
+        """Whether no process has the whole model."""
+        return is_spread(self.model) or is_deepspeed_zero3_enabled()
+
     def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
-        """Packed batches of this process's share of a mixture."""
+        """A mixture's packed batches; of the rows of all processes, those of this one."""
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
@@ -104,14 +124,15 @@ class StageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).lm
 
     def get_train_dataloader(self) -> DataLoader:
-        """The packed stream as it is: every process draws its own samples."""
+        """The packed stream as it is: every process takes its own rows of the same batches."""
         return DataLoader(self.stream, batch_size=None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, fused, with weight decay on matrices only."""
         if self.optimizer is None:
             spec = self.stage.optimizer
-            groups = parameter_groups(base_model(self.lm), spec.weight_decay)
+            groups = groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
+            self.weight_decays = [group["weight_decay"] for group in groups]
             self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         return self.optimizer
 
@@ -141,13 +162,13 @@ class StageTrainer(Trainer):
         outputs = model(**inputs)
         self.step_batches.append(inputs)
         self._check_finite("loss", float(outputs["loss"].detach()))
-        self.meter.add(outputs["parts"], inputs["input_ids"].numel(), outputs["load"])
+        self.meter.add(outputs["parts"], self.micro_batch, outputs["load"])
         self.shares = outputs["shares"]
         return outputs["loss"]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, which is known before the weights are touched: here a bad one is stopped."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._check_finite("gradient norm", 0.0 if norm is None else float(norm))
         self.step_batches.clear()
         return norm
@@ -169,7 +190,7 @@ class StageTrainer(Trainer):
         """Write one line of metrics for the interval since the last, over all processes."""
         if "loss" not in logs:
             return
-        entry = {"step": self.state.global_step, **logs, **self.meter.report(self.sum_processes)}
+        entry = {"step": self.state.global_step, **logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
         entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
@@ -177,12 +198,6 @@ class StageTrainer(Trainer):
         if self.is_world_process_zero():
             self.metrics_log.write(entry)
         super().log(entry, start_time)
-
-    def sum_processes(self, value: Tensor) -> Tensor:
-        """A tensor added up over all processes."""
-        if self.args.world_size == 1:
-            return value
-        return self.accelerator.reduce(value.to(self.args.device), "sum").cpu()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(partial_folder(self.folder))
@@ -193,9 +208,12 @@ class StageTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             written = partial_folder(self.folder) / f"checkpoint-{step}"
-            write_whole(written / PROGRESS.format(self.args.process_index), json.dumps(self._progress()))
+            if self.args.save_only_model:  # where weights are spread, the Trainer leaves the rest to us
+                self._save_optimizer_and_scheduler(str(written))
+                self._save_rng_state(str(written))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                write_whole(written / PROGRESS, json.dumps(self._progress()))
                 publish(self.folder, step)
         except SAVE_ERRORS as error:
             raise _save_error(self.folder, f"the state of step {step}", error) from error
@@ -208,14 +226,21 @@ class StageTrainer(Trainer):
             "meter": self.meter.state(),
             "log_bytes": self.metrics_log.position(),
             "finished": step >= self.schedule.total,
+            "engine": self.stage.distributed.engine,
+            "processes": self.args.world_size,
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save and not is_spread(self.model):
+            return
         folder = Path(output_dir or self.folder)
         if state_dict is not None:  # a sharding wrapper gathered it, with this module's prefix
             state_dict = {key.removeprefix("lm."): value for key, value in state_dict.items()}
         extra = {} if self.stage.lora is None else SAVE_ADAPTER
-        self.lm.save_pretrained(str(folder), state_dict=state_dict, **extra)
+        first = self.args.should_save
+        self.lm.save_pretrained(str(folder), state_dict=state_dict, is_main_process=first, **extra)
+        if not first:
+            return
         if self.stage.lora is None:
             self.processor.save_pretrained(folder)
         elif self.stage.modalities:
@@ -226,25 +251,44 @@ class StageTrainer(Trainer):
         if self.stage.lora is not None:
             load_weights(self.lm, folder)
         else:
-            saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            self.lm.load_state_dict(saved.state_dict())
-        progress = self.read_progress(folder)
-        taken = step_of(folder) * self.args.gradient_accumulation_steps
+            with loading_whole(self.args):
+                saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            load_whole(self.lm, saved)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.stage.distributed.mesh is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        inner: Any = self.optimizer
+        save_optimizer(self.model, inner.optimizer, self.lr_scheduler, output_dir, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        inner: Any = self.optimizer
+        if checkpoint is not None and self.stage.distributed.mesh is not None:
+            load_optimizer(self.model, inner.optimizer, self.lr_scheduler, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                load_buffers(base_model(self.lm), Path(checkpoint))
+                mend_optimizer(inner.optimizer.optimizer, self.weight_decays)
+            self._restore_progress(Path(checkpoint))
+
+    def _restore_progress(self, state: Path) -> None:
+        progress = read_progress(state)
+        taken = step_of(state) * self.args.gradient_accumulation_steps
         self.stream.restore(taken, PackState(**progress["stream"]))
         self.meter.restore(progress["meter"])
-        self.metrics_log.rewind(progress["log_bytes"])
-
-    def read_progress(self, state: Path) -> dict[str, Any]:
-        """What this process noted beside a state."""
-        return json.loads((state / PROGRESS.format(self.args.process_index)).read_text())
+        if self.is_world_process_zero():
+            self.metrics_log.rewind(progress["log_bytes"])
 
     def run(self) -> None:
         """Train from the last state, or from the start, to the end. Interrupted if asked to stop before it."""
         states = saved_states(self.folder)
-        if not states:
+        if not states and self.is_world_process_zero():
             self.metrics_log.rewind(0)
-        if states and self.read_progress(states[-1])["finished"]:  # killed after the last step
+        if states and read_progress(states[-1])["finished"]:  # killed after the last step
             self._load_from_checkpoint(str(states[-1]))
+            self._restore_progress(states[-1])
             self.loop.evaluate(step_of(states[-1]))
             return
         with self.stop:
@@ -254,6 +298,11 @@ class StageTrainer(Trainer):
                 f"stopped and saved at step {self.state.global_step} of {self.schedule.total} in {self.folder}; "
                 "the same command goes on from there"
             )
+
+
+def read_progress(state: Path) -> dict[str, Any]:
+    """What was noted beside a state."""
+    return json.loads((state / PROGRESS).read_text())
 
 
 def train(stage: Stage, answer: Answer | None = None) -> Path:
@@ -266,10 +315,15 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     folder = Path(stage.output)
     if is_finished(stage):
         return folder
-    arguments = _training_arguments(stage)
+    arguments, mesh = _training_arguments(stage), read_mesh(stage)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
-    processor, start = load_start(stage)
+    with loading_whole(arguments):
+        with arguments.main_process_first(local=False):
+            make_start(stage)
+            if saved_states(folder):
+                _suit(stage, saved_states(folder)[-1])
+        processor, start = load_start(stage)
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)
@@ -278,6 +332,8 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     model = ModelWithLoss(
         _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.harmonise_gradients
     )
+    if mesh is not None:
+        spread(model, mesh)
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
     trainer.held_out = _mixture(stage, held_out, processor, prompt_drop=0.0) if held_out else None
     if trainer.is_world_process_zero():
@@ -332,12 +388,32 @@ def _begin(trainer: StageTrainer, sources: list[SourceSpec]) -> None:
     trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
+def _suit(stage: Stage, state: Path) -> None:
+    """Make a state one that the recipe's engine and number of processes can go on from; StageError if it cannot be."""
+    before, engine = read_progress(state), stage.distributed.engine
+    if before["engine"] != engine:
+        raise StageError(
+            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
+            f"that again, or begin another run with init_from={state}"
+        )
+    if _is_converted(stage):
+        convert(state)
+
+
+def _is_converted(stage: Stage) -> bool:
+    """Whether the run goes on from a state of DeepSpeed's that another number of processes saved."""
+    states = saved_states(Path(stage.output))
+    if stage.distributed.engine != "deepspeed" or not states:
+        return False
+    return read_progress(states[-1])["processes"] != stage.distributed.world_size
+
+
 def _training_arguments(stage: Stage) -> TrainingArguments:
     """The stage as transformers' arguments; StageError if other than ``world_size`` processes run."""
     arguments = TrainingArguments(
         output_dir=stage.output,
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.rows,
+        per_device_train_batch_size=stage.rows // stage.distributed.world_size,
         gradient_accumulation_steps=stage.accumulate,
         max_grad_norm=stage.optimizer.grad_clip,
         learning_rate=stage.optimizer.lr,
@@ -345,11 +421,13 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=stage.save_every,
+        save_only_model=stage.distributed.mesh is not None,  # what it says of its optimizer: we do that
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),  # said outright, or processes on CPUs train apart, unnoticed
         bf16=stage.precision == "bf16",
-        deepspeed=stage.distributed.deepspeed,
+        deepspeed=read_zero(stage.distributed.deepspeed, _is_converted(stage)),
         ddp_backend=stage.distributed.ddp_backend,
+        ddp_broadcast_buffers=False,  # expert loads are counted apart, and summed when the bias moves
         ignore_data_skip=True,
         remove_unused_columns=False,
         report_to="none",

@@ -160,14 +160,12 @@ def test_too_many_useless_draws_are_an_error_that_counts_them() -> None:
         take(PackedStream(hard, 4, 20, PAD, max_bad=0.05), 1000)
 
 
-def test_processes_share_the_samples_without_overlap() -> None:
-    seen = [
-        {
-            ids[0]
-            for _, batch in zip(range(4), stream(stride=2, offset=offset), strict=False)
-            for ids in sequences_of(batch)
-        }
-        for offset in (0, 1)
-    ]
-    assert not seen[0] & seen[1]
-    assert {start // 100 % 2 for start in seen[0]} == {0} and {start // 100 % 2 for start in seen[1]} == {1}
+def test_processes_share_the_rows_of_the_same_batches() -> None:
+    alone, shared = stream(rows=6), [stream(rows=6, shares=3, share=share) for share in range(3)]
+    for batch, *parts in zip(take(alone), *map(take, shared), strict=True):
+        for name in ("input_ids", "position_ids"):
+            assert torch.equal(batch[name], torch.cat([part[name] for part in parts]))
+        assert torch.equal(batch["targets"], torch.cat([part["targets"] for part in parts]))
+    assert all(one.state(7) == alone.state(7) for one in shared)  # so any number of them goes on from it
+    with pytest.raises(PackingError, match="6 rows cannot be shared evenly by 4"):
+        stream(rows=6, shares=4)

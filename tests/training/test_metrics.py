@@ -38,7 +38,7 @@ def test_meter_averages_over_targets_not_batches() -> None:
     assert meter.report()["groups"] == {}
 
 
-def test_meter_goes_on_from_its_state_and_sums_over_processes() -> None:
+def test_meter_goes_on_from_its_state() -> None:
     whole, first, second = (GroupMeter(["text", "control"]) for _ in range(3))
     load = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
     for meter in (whole, first):
@@ -49,8 +49,6 @@ def test_meter_goes_on_from_its_state_and_sums_over_processes() -> None:
     ours, theirs = second.report(), whole.report()
     assert ours.pop("tokens_per_second") > 0 and theirs.pop("tokens_per_second") > 0
     assert ours == theirs and ours["expert_load"] == {"text": [[0.75, 0.25]]}
-    doubled = whole.report(lambda value: 2 * value)
-    assert doubled["groups"]["text"]["tokens"] == 10 and doubled["z_loss"] == ours["z_loss"]
 
 
 def test_rewind_drops_what_was_written_later(tmp_path: Path) -> None:

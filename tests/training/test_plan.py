@@ -9,7 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import anytoken
-from anytoken.training.plan import GIB, count, flops_per_token, meta_model, plan, read_config
+from anytoken.training.plan import (
+    GIB,
+    count,
+    flops_per_token,
+    meta_model,
+    plan,
+    planned_config,
+    read_config,
+    sharding_of,
+)
 from anytoken.training.stage import Stage, StageError
 
 SCALE = Path(__file__).parents[2] / "stages" / "scale"
@@ -149,6 +158,20 @@ def test_shipped_configurations_are_those_models(name: str) -> None:
     assert config.vocab_size == 151_936 + 1000
     size = float(name.split("_")[1].removesuffix("b"))
     assert count(meta_model(config)).total == pytest.approx(size * 1e9, rel=0.04)
+
+
+@pytest.mark.parametrize("name", ["0.6b_dense", "8b_dense", "30b_a3b_moe"])
+def test_scale_recipes_fit_their_gpus(name: str) -> None:
+    recipe = Stage.load(SCALE / f"{name}.yaml")
+    assert recipe.backbone is not None
+    bare, config = read_config(recipe.backbone.config), planned_config(recipe)
+    codes = 2 * 32_768 + 8 * 2048  # Emu3's twice, Mimi's
+    assert codes < config.vocab_size - bare.vocab_size < codes + 100  # and control ids
+    gpus = recipe.distributed.world_size
+    found = plan(recipe, config, gpus, "h100", sharding_of(recipe))
+    assert found.fits and found.memory["optimizer"] * GIB == pytest.approx(
+        12 * found.parameters.total / (gpus if recipe.distributed.engine != "ddp" else 1)
+    )
 
 
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:

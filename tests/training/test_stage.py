@@ -9,7 +9,7 @@ import yaml
 from anytoken.training.stage import Stage, StageError, apply_overrides
 
 STAGES = Path(__file__).parents[2] / "stages"
-RECIPES = sorted(STAGES.glob("*.yaml"))
+RECIPES = sorted(STAGES.rglob("*.yaml"))
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
@@ -51,6 +51,10 @@ def test_stages_follow_each_other() -> None:
         ({"model": {"hidden_size": 8}}, "belong to init_from"),
         ({"lora": {}, "trainable": ["*.gate.*"]}, "no effect"),
         ({"loss": {"modality_weights": "fair"}}, "modality_weights"),
+        ({"distributed": {"world_size": 3}}, "3 processes cannot share its rows evenly"),
+        ({"distributed": {"mesh": "a.json", "deepspeed": "b.json"}}, "exclude each other"),
+        ({"distributed": {"mesh": "a.json"}, "trainable": ["rows:image"]}, "no single rows"),
+        ({"backbone": {"model": "a", "config": "b", "codecs": {}}}, "backbone.codecs"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:

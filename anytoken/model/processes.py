@@ -1,0 +1,28 @@
+"""Sums over the processes that train one model together, so that a loss is that of the global batch.
+
+Every process computes its own rows. What a loss divides by, and what is a product of two means (load balance), is
+of the global batch: such a sum is taken over all processes, and its gradient is this process's part of the whole
+one. Engines average gradients over processes, so that part counts as many times as there are processes.
+"""
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def num_processes() -> int:
+    """How many processes there are: 1 where nothing is distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """A tensor added up over all processes, all of which must call this; alone, the tensor itself.
+
+    Gradients averaged over processes are those of the sum.
+    """
+    count = num_processes()
+    if count == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return torch.add(total, value - value.detach(), alpha=count) if value.requires_grad else total
