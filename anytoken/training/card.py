@@ -5,6 +5,7 @@ Every figure is read from the run's own ``run.json`` and ``metrics.jsonl``. It t
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from anytoken.training.report import held_out_table, moments_table
@@ -21,7 +22,7 @@ def adapter_card(stage: Stage, facts: dict[str, Any], entries: Sequence[dict[str
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     parts = [
         f"---\nbase_model: {stage.init_from}\nlibrary_name: peft\ntags: [anytoken, lora]\n---",
-        f"# {stage.output}",
+        f"# {Path(stage.output).name}",
         f"An adapter for `{stage.init_from}`: {_settings(stage.lora)}. It is {facts['trained_parameters']:,} of the "
         f"{facts['parameters']:,} weights; the others are the base model's.",
         "## What it was trained on",
