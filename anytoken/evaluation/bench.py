@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -50,19 +51,34 @@ def environment() -> Figures:
 
 
 def report(figures: Figures, out: Path) -> None:
-    """Write the figures with their environment to `out` and print `figures["rows"]`, one mapping a line."""
+    """Write the figures with their environment to `out` and print `figures["rows"]`, one mapping a line.
+
+    Where the terminal is too narrow for that, every mapping is a table of its own, one figure a line.
+    """
     rows: list[Figures] = figures["rows"]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures | environment(), indent=1) + "\n", encoding="utf-8")
-    Console().print(table)
+    console = Console()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = _table(columns, [[row.get(column, "") for column in columns] for row in rows])
+    if console.measure(table, options=console.options.update_width(10_000)).maximum > console.width:
+        for row in rows:
+            console.print(_table(None, [list(pair) for pair in row.items()]))
+    else:
+        console.print(table)
     print(out)
 
 
+def _table(columns: list[str] | None, rows: list[list[object]]) -> Table:
+    table = Table(*columns or (), box=SIMPLE_HEAD, pad_edge=False, show_header=columns is not None)
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    return table
+
+
 def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

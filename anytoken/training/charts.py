@@ -124,4 +124,4 @@ def _ticks(values: Sequence[float], wanted: int) -> list[float]:
 def _number(value: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:,.6g}k"
-    return f"{value:,.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.6g}"  # enough to tell the ticks of a narrow range apart

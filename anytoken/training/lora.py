@@ -38,8 +38,11 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
         raise StageError(
             "lora.dropout cannot be combined with experts or router; set it to 0 or both to false"
         )
-    if not (spec.attention or parameters or spec.new_rows):
-        raise StageError("lora trains nothing; switch on attention, experts, router or name new_rows")
+    if not (spec.attention or parameters):
+        raise StageError(
+            "lora adapts nothing; switch on attention, experts or router. New rows alone are trained without lora: "
+            "trainable: ['rows:NAME']"
+        )
     rows = modality_rows(space, spec.new_rows)
     tied = model.config.tie_word_embeddings
     if spec.dora and parameters:

@@ -201,15 +201,23 @@ class Stage(_Part):
     @model_validator(mode="before")
     @classmethod
     def _short_data(cls, recipe: Any) -> Any:
-        """``data: {train: FILE, test: FILE, views: {...}}`` is short for one source, and one that is held out."""
+        """``data: {train: FILE, test: FILE, views: {...}, replay: FILE}`` is short for a list of sources.
+
+        test: held out of the same views. replay: a file or a list of old data, drawn as often as the new.
+        """
         data = recipe.get("data") if isinstance(recipe, dict) else None
         if not isinstance(data, dict):
             return recipe
-        unknown = set(data) - {"train", "test", "views"}
+        unknown = set(data) - {"train", "test", "views", "replay"}
         if unknown or "train" not in data:
-            raise ValueError(f"data is a list of sources, or train, test and views; got {', '.join(data)}")
+            raise ValueError(
+                f"data is a list of sources, or train, test, views and replay; got {', '.join(data)}"
+            )
         train = {"path": data["train"], "views": data.get("views") or {AUTO: 1}}
-        recipe = {**recipe, "data": [train]}
+        old = data.get("replay") or []
+        old = [old] if isinstance(old, str) else old
+        replay = [{"path": path, "views": {AUTO: 1}, "weight": 1 / len(old)} for path in old]
+        recipe = {**recipe, "data": [train, *replay]}
         if data.get("test"):
             test = {**train, "path": data["test"], "split": "test" if data["test"] == data["train"] else None}
             recipe["eval"] = {**recipe.get("eval", {}), "data": [test]}

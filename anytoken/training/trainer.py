@@ -28,6 +28,7 @@ from anytoken.data.packing import PackedStream, PackState
 from anytoken.model.modalities import save_modalities
 from anytoken.processor import Processor
 from anytoken.training import harmony
+from anytoken.training.card import adapter_card
 from anytoken.training.facts import check_same_data, run_facts
 from anytoken.training.loop import Loop
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
@@ -42,7 +43,7 @@ from anytoken.training.mesh import (
     spread,
     whole,
 )
-from anytoken.training.metrics import GroupMeter, MetricsLog
+from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
 from anytoken.training.page import FACTS, Page
 from anytoken.training.report import write_report
 from anytoken.training.samples import Answer, Sampler
@@ -452,6 +453,10 @@ def _finish(trainer: StageTrainer) -> None:
         return
     if trainer.stage.lora is None:
         write_whole(final / "sampling.json", _sampling_defaults(trainer.stage))
+    else:
+        facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
+        entries = read_metrics(trainer.folder / "metrics.jsonl")
+        write_whole(final / "README.md", adapter_card(trainer.stage, facts, entries))
     write_report(trainer.folder)
     trainer.page.update(finished=True)
     move_final(trainer.folder)

@@ -36,6 +36,18 @@ def test_report_writes_the_figures_with_their_environment(tmp_path, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
+def test_a_table_that_is_too_wide_is_shown_line_by_line(tmp_path, capsys, monkeypatch):
+    row = {"measure": "loading, of a step", "ours": 1234.5, "the other side's": 0.25, "met": True}
+    shown = {}
+    for columns in (80, 40):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        bench.report({"rows": [row]}, tmp_path / "bench.json")
+        shown[columns] = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert all(len(line) <= columns for line in shown[columns][:-1])
+    assert " loading, of a step   1,234   0.25               yes" in shown[80]
+    assert " the other side's   0.25" in shown[40]
+
+
 def test_generation_is_compared_on_equal_ids(monkeypatch):
     """Every comparison is made, at tiny sizes and without a compiler; and ids that differ are no comparison."""
     monkeypatch.setattr(FlatDecoder, "compile", lambda self: None)

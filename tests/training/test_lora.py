@@ -1,12 +1,14 @@
 """LoRA: only the adapter trains, it is small, and PEFT opens it again with the same answers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -15,8 +17,10 @@ import anytoken
 from anytoken.cli import app
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
+from anytoken.training.lora import add_lora
 from anytoken.training.metrics import read_metrics
-from anytoken.training.stage import Stage, StageError
+from anytoken.training.stage import LoraSpec, Stage, StageError
+from anytoken.training.trainable import modality_rows
 from anytoken.training.trainer import StageTrainer, train
 
 STAGES = Path(__file__).parents[2] / "stages"
@@ -84,6 +88,49 @@ def test_resumed_adapter_equals_uninterrupted(
     assert [entry["loss"] for entry in first] == [entry["loss"] for entry in second]
 
 
+PARTS = {
+    "attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "experts": {"gate_up_proj", "down_proj"},
+    "router": {"weight"},
+    "new_rows": {"embed_tokens"},
+}
+ALL_OFF = {"attention": False, "experts": False, "router": False}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *[{**ALL_OFF, part: True} for part in ALL_OFF],
+        {"r": 2, "router": True, "new_rows": ["tile"]},
+        {"r": 9, "rslora": True, "experts": False},
+        {"dora": True, "experts": False},
+    ],
+    ids=[*ALL_OFF, "all", "rslora", "dora"],
+)
+def test_a_setting_adapts_what_it_names_and_no_more(base: Path, settings: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    spec, space = LoraSpec(**{"alpha": 8, **settings}), Processor.from_pretrained(base).token_space
+    adapted = add_lora(model, spec, space)
+    tuner = adapted.base_model
+    named = [name.split(".")[-1] for name in tuner.targeted_module_names + tuner.targeted_parameter_names]
+    trained = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+    rows = [one for name, one in trained.items() if "trainable_tokens" in name]
+    assert {*named, *(["embed_tokens"] if rows else [])} == set().union(
+        *(targets for part, targets in PARTS.items() if getattr(spec, part))
+    )
+    assert [len(one) for one in rows] == [len(modality_rows(space, spec.new_rows))] * bool(spec.new_rows)
+    assert any("lora_magnitude" in name for name in trained) == spec.dora
+    layers = [one for one in adapted.modules() if isinstance(one, LoraLayer)]
+    scale = spec.alpha / (spec.r**0.5 if spec.rslora else spec.r)
+    assert {(one.r["default"], one.scaling["default"]) for one in layers} == (
+        {(spec.r, scale)} if named else set()
+    )
+    narrow = {
+        one.shape[0] for name, one in trained.items() if "_proj.lora_A" in name and "experts" not in name
+    }
+    assert narrow == ({spec.r} if spec.attention else set())
+
+
 @pytest.mark.parametrize(
     "settings", [{"rslora": True, "router": True}, {"dora": True, "experts": False}], ids=["rslora", "dora"]
 )
@@ -124,6 +171,27 @@ def test_the_users_own_jsonl_in_one_command(base: Path, world: Path, tmp_path: P
     assert set(entries[1]["groups"]) == {"text", "tile", "beep", "control"}  # all six directions
     assert len(list((out / "shards").glob("*/manifest.json"))) == 1
     assert "2 of 2" in (out / "report.html").read_text() and (out / "adapter_config.json").is_file()
+    check_card(out, entries)
+
+
+def check_card(folder: Path, entries: list[dict[str, Any]]) -> None:
+    """It has the run's own figures, and its code opens the adapter, the same by both ways."""
+    card, facts = (folder / "README.md").read_text(), json.loads((folder / "run.json").read_text())
+    assert all(one["sha256"] in card and f"| {one['records']:,} |" in card for one in facts["data"])
+    assert facts["commit"] in card and "LoRA of rank 16, alpha 32, on attention, experts." in card
+    assert f"It is {facts['trained_parameters']:,} of the" in card and "before training and after" in card
+    before, after = (
+        [f"{group['bits']:.2f}" for group in one["eval"]["groups"].values()]
+        for one in entries
+        if "eval" in one
+    )
+    assert f"| 0 | {' | '.join(before)} |" in card and f"| 2 | {' | '.join(after)} |" in card
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(code, names)
+    ids = torch.arange(3, 40)[None]
+    ours, theirs = (one.eval()(ids).logits for one in (names["model"].lm, names["lm"]))
+    torch.testing.assert_close(ours.float(), theirs.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_data_that_changed_is_not_gone_on_with(
@@ -196,6 +264,7 @@ def test_combinations_that_peft_refuses_are_said_early(lora_recipe: dict[str, An
         train(Stage.from_dict(lora_recipe | {"lora": {"dropout": 0.1}}))
     with pytest.raises(StageError, match="no DoRA for experts"):
         train(Stage.from_dict(lora_recipe | {"lora": {"dora": True}}))
-    with pytest.raises(StageError, match="trains nothing"):
-        nothing = {"attention": False, "experts": False}
+    with pytest.raises(StageError, match="adapts nothing"):
+        # PEFT has no adapter of rows alone.
+        nothing = {"attention": False, "experts": False, "new_rows": ["tile"]}
         train(Stage.from_dict(lora_recipe | {"lora": nothing, "output": lora_recipe["output"] + "2"}))

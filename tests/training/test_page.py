@@ -110,6 +110,12 @@ def test_any_numbers_make_a_chart_inside_its_frame(points: list[tuple[float, flo
             assert LEFT - 0.1 <= x <= WIDTH - RIGHT + 0.1
 
 
+def test_ticks_of_a_narrow_range_are_told_apart() -> None:
+    chart = ElementTree.fromstring(board([line_chart("narrow", [Line([(0, 1.0121), (9, 1.0258)])])]))
+    ticks = [text.text for text in chart.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+    assert ticks == ["1.01", "1.015", "1.02", "1.025", "1.03"]
+
+
 def test_a_heat_maps_colour_is_the_share() -> None:
     chart = ElementTree.fromstring(board([heat_map("m", [[0.5, 0.25, 0.25, 0.0], [0.25] * 4])]))
     shown = [float(cell.attrib["fill-opacity"]) for cell in chart.iter(f"{SVG}rect")]

@@ -42,7 +42,7 @@ def test_stages_follow_each_other() -> None:
         ({"steps": 0}, "steps.*greater than 0.*got 0"),
         ({"optimizer": {"rate": 1}}, r"optimizer.rate"),
         ({"data": []}, "data"),
-        ({"data": {"tran": "x"}}, "train, test and views; got tran"),
+        ({"data": {"tran": "x"}}, "train, test, views and replay; got tran"),
         ({"init_from": "scratch", "tokenizers": {"text": "t"}, "modalities": {"a": "b"}}, "under tokenizers"),
         ({"data": [{"path": "a", "views": {"text->image": 1}, "wieght": 2}]}, "data.0.wieght"),
         ({"schedule": {"kind": "step"}}, "'cosine', 'wsd' or 'constant'"),
@@ -118,6 +118,12 @@ def test_data_in_short() -> None:
     [held_out] = Stage.from_dict(both).eval.data
     assert (held_out.path, held_out.views, held_out.split) == ("my.jsonl", {"text->image": 2}, "test")
     assert Stage.from_dict(Stage.from_dict(both).model_dump(mode="json")) == Stage.from_dict(both)
+    replayed = Stage.from_dict(recipe(data={"train": "my.jsonl", "replay": ["old.jsonl", "older"]}))
+    assert [(one.path, one.weight) for one in replayed.data] == [
+        ("my.jsonl", 1),
+        ("old.jsonl", 0.5),
+        ("older", 0.5),
+    ]
     changed = Stage.load(STAGES / "lora.yaml", ["data.train=my.jsonl", "init_from=mini", "output=out/my"])
     assert changed.sources(changed.data)[0].path == "my.jsonl"
 
