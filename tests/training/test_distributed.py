@@ -132,6 +132,7 @@ def assert_same_run(ours: str | Path, theirs: str | Path) -> None:
     assert all(torch.allclose(value, other[name], atol=1e-3) for name, value in one.items())
 
 
+@pytest.mark.slow  # it forks, which beside other tests' threads may hang
 def test_two_processes_train_as_one(shared: dict[str, Any], tmp_path: Path) -> None:
     assert fork(shared | {"distributed": {"world_size": 2}}, 2) == [0, 0]
     assert_same_run(shared["output"], alone(shared, tmp_path))
