@@ -110,8 +110,8 @@ def build_speech(
     accented = [_line(job, length) for job, length in zip(others, lengths, strict=True)]
     write_lines(folder / "speech.jsonl", lines)
     write_lines(folder / "varied.jsonl", [*accented, *vary(folder, lines + accented, progress)])
-    for name, wanted in (("train", False), ("test", True)):
-        _pack(folder, name, [line for line in lines if (line["voice"] in TEST_FLITE) == wanted])
+    _pack(folder, "train", [line for line in lines if line["voice"] not in TEST_FLITE] + accented)
+    _pack(folder, "test", [line for line in lines if line["voice"] in TEST_FLITE])
     _write_card(folder, lines, cache)
     return folder
 
@@ -247,7 +247,8 @@ def _line(job: Utterance, seconds: float) -> dict[str, Any]:
 def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
     """The clips end to end as int16, and where each lies: fast to train a codec on.
 
-    The codec hears all of every training voice (held-out pairs are the language model's); voices are its hold-out.
+    The codec hears all of every training voice and accent (held-out pairs are the language model's); voices are its
+    hold-out.
     """
     clips = [
         np.round(Speech.open(folder / line["speech"]).samples * 32767).astype(np.int16) for line in lines
@@ -274,8 +275,8 @@ def _write_card(folder: Path, lines: list[dict[str, Any]], cache: Path) -> None:
 {len(lines):,} clips, all synthetic: names of the emoji concepts at 16 kHz, mono, peak {PEAK}, outer silence trimmed.
 Minutes by voice: {spoken}.
 Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(splits.SPOKEN_VOICES)} a share of
-{splits.SPOKEN_SHARE:.0%} of the concepts. train_audio.npy holds every clip of the training voices, held-out pairs
-included: it is for codecs, whose hold-out is the voice."""
+{splits.SPOKEN_SHARE:.0%} of the concepts. train_audio.npy holds every clip of the training voices and of the {len(ACCENTS)} accents, held-out
+pairs included: it is for codecs, whose hold-out is the voice."""
     engines = [
         {"name": "flite", "version": _version("flite"), "licence": "BSD-like"},
         {"name": "espeak-ng", "version": _version("espeak-ng"), "licence": "GPL-3.0-or-later (the program)"},

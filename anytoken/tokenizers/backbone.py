@@ -79,3 +79,23 @@ def unpatchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     y = x.reshape(b, -1, *patch, *grid)
     order = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
     return y.permute(0, 1, *order).reshape(b, y.shape[1], *(g * p for g, p in zip(grid, patch, strict=True)))
+
+
+class Fold(nn.Module):
+    """`patchify` as a layer."""
+
+    def __init__(self, patch: Sequence[int]) -> None:
+        super().__init__()
+        self.patch = tuple(patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, *space] to [B, C * prod(patch), *space / patch]."""
+        return patchify(x, self.patch)
+
+
+class Unfold(Fold):
+    """`unpatchify` as a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C * prod(patch), *grid] to [B, C, *grid * patch]."""
+        return unpatchify(x, self.patch)

@@ -114,7 +114,7 @@ def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, re
 
 
 def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
-    """One-second crops [B, 16000] of one long int16 recording, at varied level and speed."""
+    """One-second crops [B, 16000] of one long int16 recording, at varied level, speed and timbre."""
     from torchaudio.functional import resample
 
     audio = np.load(path, mmap_mode="r")
@@ -122,14 +122,23 @@ def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        ratio = int(rng.choice([9, 10, 10, 11]))  # ten in `ratio` out: pitch and speed of other speakers
+        ratio = int(rng.choice([8, 9, 10, 10, 11, 12]))  # ten in `ratio` out: pitch and speed of other speakers
         need = length * 10 // ratio + 10
         starts = rng.integers(0, max(1, len(audio) - need), batch_size)
         crops = torch.from_numpy(np.stack([audio[s : s + need] for s in starts]).astype(np.float32) / 32768)
-        crops = (crops if ratio == 10 else resample(crops, 10, ratio))[:, :length]
+        crops = _toned((crops if ratio == 10 else resample(crops, 10, ratio))[:, :length], rng)
         return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (batch_size, 1)).astype(np.float32))
 
     return batch
+
+
+def _toned(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, points: int = 9) -> Tensor:
+    """Half of the crops [B, samples] through a smooth random filter: other throats, rooms and microphones."""
+    decibels = rng.normal(0, spread_db, (len(crops), 1, points)) * (rng.random((len(crops), 1, 1)) < 0.5)
+    bins = crops.shape[1] // 2 + 1
+    curve = F.interpolate(torch.from_numpy(decibels).float(), bins, mode="linear", align_corners=True)[:, 0]
+    filtered = torch.fft.irfft(torch.fft.rfft(crops) * 10 ** (curve / 20), crops.shape[1])
+    return filtered / filtered.abs().amax(1, keepdim=True).clamp_min(1.0)
 
 
 def file_batches(kind: str, source: Path, batch_size: int, seed: int) -> Batches:

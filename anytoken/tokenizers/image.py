@@ -79,29 +79,32 @@ class ImageTokenizer(ModalityTokenizer):
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
         side_px: int = 64,
+        kernel: int = 7,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth,
             "refine_width": refine_width, "refine_depth": refine_depth, "quantizer": quantizer,
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
         }  # fmt: skip
+        if kernel != 7:  # files from before there was a choice do not write it
+            config["kernel"] = kernel
         quantize = Quantizer(width, quantizer, levels, codebook_size)
         most = (self.max_cells, self.max_cells)
         shape = Grid(("rows", "cols"), (1, 1), most, quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
-        kernel = (7, 7)
+        window = (kernel, kernel)
         self.encoder = nn.Sequential(
-            ChannelLinear(3 * PATCH_PX**2, width), Trunk(width, encoder_depth, kernel), ChannelNorm(width)
+            ChannelLinear(3 * PATCH_PX**2, width), Trunk(width, encoder_depth, window), ChannelNorm(width)
         )
         up = PATCH_PX // REFINE_PX
         self.decoder = nn.Sequential(
-            Trunk(width, decoder_depth, kernel),
+            Trunk(width, decoder_depth, window),
             ChannelNorm(width),
             ChannelLinear(width, refine_width * up**2),
         )
         self.refine = nn.Sequential(
-            Trunk(refine_width, refine_depth, kernel),
+            Trunk(refine_width, refine_depth, window),
             ChannelNorm(refine_width),
             ChannelLinear(refine_width, 3 * REFINE_PX**2),
         )

@@ -8,7 +8,8 @@ of a recipe: `quantizer: vq`, or `quantizer: {kind: vq, residual: 4, groups: 2}`
     vq      VQ-VAE (1711.00937), exponential moving averages    lfq     signs, look-up free (2310.05737)
     cosine  unit vectors (2110.04627)                           both vq pass gradients by rotation (2410.06424)
 
-Residual: each codebook quantises what the ones before left (SoundStream, 2107.03312). Groups: the channels are cut into
+Residual: each codebook quantises what the ones before left (SoundStream, 2107.03312); with `dropout` the decoder also
+learns to do with the first ones, so that one set of weights serves several rates. Groups: the channels are cut into
 so many parts, each with codebooks of its own (HiFi-Codec, 2305.02765). Shapes: N positions, Q codebooks, D width.
 """
 
@@ -36,6 +37,7 @@ from anytoken.tokenizers.base import TokenizerError
 
 # Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).
 _EMA = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.95}
+_RENAMED = {"code_dim": "codebook_dim", "decay": "decay", "dead_below": "threshold_ema_dead_code"}
 _CLASSES: dict[
     str, tuple[Any, Any, dict[str, Any]]
 ] = {  # kind: class, its residual form, what both are given
@@ -45,7 +47,7 @@ _CLASSES: dict[
     "simvq": (SimVQ, ResidualSimVQ, {}),
     "lfq": (LFQ, ResidualLFQ, {}),
 }
-KINDS = tuple(_CLASSES)
+KINDS, LEARNED = tuple(_CLASSES), ("vq", "cosine")
 Choice = str | Mapping[str, Any]
 
 
@@ -61,11 +63,15 @@ class Quantized:
 class Quantizer(nn.Module):
     """Q codebooks of `codebook_size` codes over vectors of width `dim`; Q is 1 unless residual or groups say more.
 
-    choice: a kind, or {"kind", "residual", "groups", "order"}; the order, which a tokenizer declares in its shape, is
-    that in which the codes of several codebooks are written ("interleaved" or "delayed"). "fsq" has `levels` per
-    latent dimension, its codebook size is their product and it has no loss; the others have `codebook_size` codes
-    ("lfq": a power of two). A learned codebook is the same on all ranks of a data-parallel run if the tokenizer is
-    built after the process group. TokenizerError for a choice that cannot be.
+    choice: a kind, or a mapping with its "kind" and any of
+        residual, groups    how many codebooks; 1 each
+        order               how a tokenizer writes the codes of several: "interleaved" or "delayed"
+        dropout, first      residual only: train at every depth; and of so trained codebooks use the first so many
+        code_dim            vq, cosine: width of the codebook's own space (2110.04627); `dim`
+        decay, dead_below   vq, cosine: of the moving averages; the mean count a step below which a code is replaced
+    "fsq" has `levels` per latent dimension, its codebook size is their product and it has no loss; the others have
+    `codebook_size` codes ("lfq": a power of two). A learned codebook is the same on all ranks of a data-parallel run if
+    the tokenizer is built after the process group. TokenizerError for a choice that cannot be.
     """
 
     def __init__(
@@ -81,26 +87,36 @@ class Quantizer(nn.Module):
         self.residual: int = settings.pop("residual", 1)
         self.groups: int = settings.pop("groups", 1)
         self.order: str = settings.pop("order", "interleaved")
+        self.first: int = settings.pop("first", self.residual)
+        dropout = settings.pop("dropout", False)
         if self.kind not in KINDS:
             raise TokenizerError(f"Unknown quantizer {self.kind!r}; allowed: {', '.join(KINDS)}.")
+        learned = {_RENAMED[k]: settings.pop(k) for k in _RENAMED if k in settings and self.kind in LEARNED}
         if settings or self.residual < 1 or self.groups < 1 or dim % self.groups:
             raise TokenizerError(
-                f"A quantizer is a kind, or {{kind, residual, groups, order}} with at least 1 each and groups that "
-                f"divide the width {dim}; received {choice!r}."
+                f"A quantizer is a kind, or {{kind, residual, groups, order, dropout, first}} with at least 1 each and "
+                f"groups that divide the width {dim}, and for {' and '.join(LEARNED)} also {', '.join(_RENAMED)}; "
+                f"received {choice!r}."
+            )
+        if not 1 <= self.first <= self.residual or (self.first < self.residual and not dropout):
+            raise TokenizerError(
+                f"`first` is 1 to residual ({self.residual}), and less only with dropout; received {choice!r}."
             )
         if self.kind == "lfq" and codebook_size.bit_count() != 1:
             raise TokenizerError(f"lfq needs a power of two as codebook_size; received {codebook_size}.")
         size = {"levels": list(levels)} if self.kind == "fsq" else {"codebook_size": codebook_size}
-        parts = [self._part(dim // self.groups, size) for _ in range(self.groups)]
+        if dropout and self.residual > 1:
+            learned["quantize_dropout"] = True
+        parts = [self._part(dim // self.groups, {**size, **learned}) for _ in range(self.groups)]
         self.inner: Any = parts[0] if self.groups == 1 else nn.ModuleList(parts)
         self.codebook_size = math.prod(levels) if self.kind == "fsq" else codebook_size
-        self.num_codebooks = self.residual * self.groups
+        self.num_codebooks = self.first * self.groups
 
     def _part(self, dim: int, size: dict[str, Any]) -> Any:
         single, residual, settings = _CLASSES[self.kind]
         if self.residual == 1:
-            return single(dim=dim, **size, **settings)
-        return residual(dim=dim, num_quantizers=self.residual, **size, **settings)
+            return single(dim=dim, **{**settings, **size})
+        return residual(dim=dim, num_quantizers=self.residual, **{**settings, **size})
 
     @property
     def codebook_sizes(self) -> list[int]:
@@ -111,14 +127,24 @@ class Quantizer(nn.Module):
         return [self.inner] if self.groups == 1 else list(self.inner)
 
     def forward(self, x: Tensor) -> Quantized:
-        """Quantise x [B, N, D]."""
-        found = [part(one) for part, one in zip(self._parts(), x.chunk(self.groups, -1), strict=True)]
-        vectors = torch.cat([one[0] for one in found], -1)
-        codes = torch.cat([one[1].reshape(*x.shape[:-1], self.residual) for one in found], -1)
-        losses = [
-            one[2].sum() for one in found if len(one) > 2
-        ]  # a residual form has one a codebook, fsq none
-        return Quantized(vectors, codes.long(), torch.stack(losses).sum() if losses else x.new_zeros(()))
+        """Quantise x [B, N, D], in float32: distances to near codes are lost in fewer bits.
+
+        While training with dropout, codebooks that were dropped have the code -1.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            chunks = x.float().chunk(self.groups, -1)
+            found = [part(one) for part, one in zip(self._parts(), chunks, strict=True)]
+        codes = torch.cat([one[1].reshape(*x.shape[:-1], self.residual)[..., : self._used] for one in found], -1)
+        # A residual form has one loss a codebook, fsq none.
+        losses = [one[2].sum() for one in found if len(one) > 2]
+        loss = torch.stack(losses).sum() if losses else x.new_zeros(())
+        vectors = torch.cat([one[0] for one in found], -1) if self._used == self.residual else self.lookup(codes)
+        return Quantized(vectors, codes.long(), loss)
+
+    @property
+    def _used(self) -> int:
+        """Codebooks of each group in the codes: all while training, so that all are trained."""
+        return self.residual if self.training else self.first
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Vectors [B, N, D] of codes [B, N, Q]."""
@@ -134,7 +160,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def codebook(self, number: int = 0) -> Tensor:
         """All vectors [K, D] of one codebook; a residual one's are in the space where they are summed up."""
-        part, depth = self._parts()[number // self.residual], number % self.residual
+        part, depth = self._parts()[number // self.first], number % self.first
         device = next((one.device for one in [*self.parameters(), *self.buffers()]), None)
         codes = torch.arange(self.codebook_size, device=device)[None, :, None].expand(1, -1, self.residual)
         if self.residual == 1:

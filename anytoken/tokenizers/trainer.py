@@ -16,7 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -42,6 +42,7 @@ class Recipe(BaseModel):
     warmup_steps: int = Field(100, ge=0)
     seed: int = 0
     threads: int = Field(2, ge=1)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products; weights are float32")
     save_every: int = Field(500, ge=1)
     log_every: int = Field(50, ge=1)
 
@@ -198,7 +199,9 @@ class _Loop:
             group["lr"] = self.plan.lr * self._schedule(self.step)
         # What is random in a step (k-means, dead codes replaced) depends on it alone, as its batch does.
         torch.manual_seed(self.plan.seed + self.step)
-        loss, seen = self.tokenizer.training_loss(self.batch(self.step))
+        batch = self.batch(self.step)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
+            loss, seen = self.tokenizer.training_loss(batch)
         if not torch.isfinite(loss):
             raise TokenizerError(
                 f"The loss is {loss.item()} at step {self.step}: lower lr (now {self.plan.lr})."

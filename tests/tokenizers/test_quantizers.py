@@ -112,7 +112,7 @@ def test_only_scalar_levels_have_no_loss():
     [
         ("rvq", "Unknown quantizer 'rvq'; allowed: fsq, vq, cosine, simvq, lfq"),
         ({"residual": 2}, "Unknown quantizer ''"),
-        ({"kind": "vq", "depth": 2}, "is a kind, or {kind, residual, groups, order}.*'depth': 2"),
+        ({"kind": "vq", "depth": 2}, "is a kind, or {kind, residual, groups, order, dropout, first}.*'depth': 2"),
         ({"kind": "vq", "residual": 0}, "at least 1 each"),
         ({"kind": "vq", "groups": 3}, "groups that divide the width 8"),
         ("lfq", "power of two as codebook_size; received 24"),
