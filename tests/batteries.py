@@ -53,10 +53,11 @@ class TokenizerBattery:
         raise NotImplementedError
 
     def build(self, seed: int = SEED) -> ModalityTokenizer:
-        """A tokenizer with random weights, the same for the same seed; a learned codebook is set by one batch."""
+        """A tokenizer with random weights, the same for the same seed; learned codebooks are set by batches."""
         torch.manual_seed(seed)
         tokenizer = self.tokenizer_class(**self.settings)
-        if any(name.endswith("_codebook.initted") for name, _ in tokenizer.named_buffers()):
+        unset = [flag for name, flag in tokenizer.named_buffers() if name.endswith("_codebook.initted")]
+        while not all(unset):
             tokenizer.train().training_loss(self.batch())
         return tokenizer.eval()
 

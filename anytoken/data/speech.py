@@ -275,8 +275,8 @@ def _write_card(folder: Path, lines: list[dict[str, Any]], cache: Path) -> None:
 {len(lines):,} clips, all synthetic: names of the emoji concepts at 16 kHz, mono, peak {PEAK}, outer silence trimmed.
 Minutes by voice: {spoken}.
 Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(splits.SPOKEN_VOICES)} a share of
-{splits.SPOKEN_SHARE:.0%} of the concepts. train_audio.npy holds every clip of the training voices and of the {len(ACCENTS)} accents, held-out
-pairs included: it is for codecs, whose hold-out is the voice."""
+{splits.SPOKEN_SHARE:.0%} of the concepts. train_audio.npy holds every clip of the training voices and of the
+{len(ACCENTS)} accents, held-out pairs included: it is for codecs, whose hold-out is the voice."""
     engines = [
         {"name": "flite", "version": _version("flite"), "licence": "BSD-like"},
         {"name": "espeak-ng", "version": _version("espeak-ng"), "licence": "GPL-3.0-or-later (the program)"},

@@ -122,7 +122,9 @@ def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        ratio = int(rng.choice([8, 9, 10, 10, 11, 12]))  # ten in `ratio` out: pitch and speed of other speakers
+        ratio = int(
+            rng.choice([8, 9, 10, 10, 11, 12])
+        )  # ten in `ratio` out: pitch and speed of other speakers
         need = length * 10 // ratio + 10
         starts = rng.integers(0, max(1, len(audio) - need), batch_size)
         crops = torch.from_numpy(np.stack([audio[s : s + need] for s in starts]).astype(np.float32) / 32768)

@@ -134,11 +134,15 @@ class Quantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             chunks = x.float().chunk(self.groups, -1)
             found = [part(one) for part, one in zip(self._parts(), chunks, strict=True)]
-        codes = torch.cat([one[1].reshape(*x.shape[:-1], self.residual)[..., : self._used] for one in found], -1)
+        codes = torch.cat(
+            [one[1].reshape(*x.shape[:-1], self.residual)[..., : self._used] for one in found], -1
+        )
         # A residual form has one loss a codebook, fsq none.
         losses = [one[2].sum() for one in found if len(one) > 2]
         loss = torch.stack(losses).sum() if losses else x.new_zeros(())
-        vectors = torch.cat([one[0] for one in found], -1) if self._used == self.residual else self.lookup(codes)
+        vectors = (
+            torch.cat([one[0] for one in found], -1) if self._used == self.residual else self.lookup(codes)
+        )
         return Quantized(vectors, codes.long(), loss)
 
     @property

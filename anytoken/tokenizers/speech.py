@@ -106,9 +106,9 @@ def _power(spectrum: Tensor) -> Tensor:
 
 @register_modality
 class SpeechTokenizer(ModalityTokenizer):
-    """16 kHz mono, 20 ms a frame, at most eight seconds; other rates are resampled, other lengths padded to whole codes.
+    """16 kHz mono, 20 ms a frame; other rates are resampled, other lengths padded to whole codes.
 
-    frames_per_code: how many frames share a code (of each codebook); max_frames counts codes.
+    frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
     """
 
     kind = "speech"
@@ -144,7 +144,10 @@ class SpeechTokenizer(ModalityTokenizer):
             fold = [Fold((frames_per_code,)), ChannelLinear(width * frames_per_code, width)]
             unfold = [ChannelLinear(width, width * frames_per_code), Unfold((frames_per_code,))]
         self.encoder = nn.Sequential(
-            nn.Conv1d(MELS, width, 3, padding=1), Trunk(width, encoder_depth, (KERNEL,)), *fold, ChannelNorm(width)
+            nn.Conv1d(MELS, width, 3, padding=1),
+            Trunk(width, encoder_depth, (KERNEL,)),
+            *fold,
+            ChannelNorm(width),
         )
         self.decoder = nn.Sequential(
             *unfold, Trunk(width, decoder_depth, (KERNEL,)), ChannelNorm(width), WaveHead(width)
@@ -166,7 +169,7 @@ class SpeechTokenizer(ModalityTokenizer):
     def _samples(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
         assert isinstance(segment, Speech)
-        frames = math.ceil(segment.seconds * self.frame_rate_hz)
+        frames = math.ceil(segment.seconds * SAMPLE_RATE_HZ / self.hop)
         limit = self.config["max_frames"]
         if frames > limit:
             raise TokenizerError(
@@ -222,6 +225,17 @@ class SpeechTokenizer(ModalityTokenizer):
         values = torch.from_numpy(codes.values[first:last]).to(self.device)
         samples = self._decode_values(values[None])[0]
         return Speech(samples[(start - first) * self.hop : (stop - first) * self.hop], SAMPLE_RATE_HZ)
+
+    def first_codebooks(self, count: int) -> SpeechTokenizer:
+        """The same weights with only the first `count` residual codebooks, trained with dropout: fewer codes a second.
+
+        TokenizerError if the quantiser was not trained for it.
+        """
+        choice = self.config["quantizer"]
+        choice = {"kind": choice} if isinstance(choice, str) else choice
+        coarse = SpeechTokenizer(**{**self.config, "quantizer": {**choice, "first": count}})
+        coarse.load_state_dict(self.state_dict())
+        return coarse.to(self.device).train(self.training)
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""

@@ -141,3 +141,16 @@ def test_a_short_recording_is_padded(own_files):
 def test_missing_data_is_named(tmp_path, kind, source, says):
     with pytest.raises(TokenizerError, match=says):
         batches_for(kind, tmp_path / source, 2, 0)
+
+
+def test_half_of_the_clips_have_another_timbre_at_every_step(tmp_path):
+    time = np.arange(400_000) / 16_000
+    tones = sum(np.sin(2 * np.pi * pitch * time) for pitch in (300, 1_000, 2_500, 5_000))
+    np.save(tmp_path / "audio.npy", (4_000 * tones).astype(np.int16))
+    batches = batches_for("speech", tmp_path / "audio.npy", 32, 0)
+    same = []
+    for step in range(8):
+        spectra = torch.fft.rfft(batches(step)).abs()
+        peaks = spectra.topk(4, dim=1).values
+        same += ((peaks.amax(1) / peaks.amin(1)) < 1.5).tolist()
+    assert 0.25 < sum(same) / len(same) < 0.75

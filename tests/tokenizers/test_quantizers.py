@@ -112,9 +112,15 @@ def test_only_scalar_levels_have_no_loss():
     [
         ("rvq", "Unknown quantizer 'rvq'; allowed: fsq, vq, cosine, simvq, lfq"),
         ({"residual": 2}, "Unknown quantizer ''"),
-        ({"kind": "vq", "depth": 2}, "is a kind, or {kind, residual, groups, order, dropout, first}.*'depth': 2"),
+        (
+            {"kind": "vq", "depth": 2},
+            "is a kind, or {kind, residual, groups, order, dropout, first}.*'depth': 2",
+        ),
         ({"kind": "vq", "residual": 0}, "at least 1 each"),
         ({"kind": "vq", "groups": 3}, "groups that divide the width 8"),
+        ({"kind": "fsq", "code_dim": 4}, "for vq and cosine also code_dim"),
+        ({"kind": "vq", "residual": 2, "first": 1}, "less only with dropout"),
+        ({"kind": "vq", "residual": 2, "first": 3, "dropout": True}, "1 to residual .2."),
         ("lfq", "power of two as codebook_size; received 24"),
     ],
 )
@@ -167,3 +173,33 @@ def test_codebooks_are_equal_on_all_ranks(tmp_path):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [word for kind in KINDS for word in (kind, "equal")]
+
+
+def test_with_dropout_the_first_codebooks_will_do():
+    choice = {"kind": "vq", "residual": 3, "dropout": True, "code_dim": 4}
+    torch.manual_seed(0)
+    whole = Quantizer(8, choice, codebook_size=32)
+    depths = {int((whole.train()(torch.randn(2, 50, 8)).codes[0, 0] >= 0).sum()) for _ in range(12)}
+    assert depths == {1, 2, 3}
+    first = Quantizer(8, {**choice, "first": 1}, codebook_size=32)
+    first.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 50, 8)
+    found = first.eval()(x)
+    assert found.codes.shape == (2, 50, 1) and first.codebook_sizes == [32]
+    assert torch.equal(found.codes, whole.eval()(x).codes[..., :1])
+    torch.testing.assert_close(first.lookup(found.codes), found.vectors)
+    assert first.codebook().shape == (32, 4)
+
+
+def test_settings_of_moving_averages_reach_the_codebook():
+    book = Quantizer(8, {"kind": "vq", "decay": 0.5, "dead_below": 0.25}, codebook_size=16).inner._codebook
+    assert (book.decay, book.threshold_ema_dead_code) == (0.5, 0.25)
+    assert Quantizer(8, "vq", codebook_size=16).inner._codebook.decay == 0.95
+
+
+def test_distances_are_not_taken_in_half_precision():
+    quantizer, x = build("vq"), torch.randn(3, 400, 8)
+    expected = quantizer(x).codes
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantizer(x)
+    assert torch.equal(found.codes, expected) and found.vectors.dtype == torch.float32

@@ -86,6 +86,43 @@ class TestSpeechTokenizerOfThreeCodebooks(TestSpeechTokenizer):
     }
 
 
+class TestSpeechTokenizerOf25CodesASecond(TestSpeechTokenizer):
+    """Two frames a code, and of the residual codebooks that dropout trained both."""
+
+    quantizer = {"kind": "vq", "residual": 2, "dropout": True, "code_dim": 4, "decay": 0.9, "dead_below": 0.1}
+    settings = {
+        **TestSpeechTokenizer.settings,
+        "quantizer": quantizer, "codebook_size": 16, "frames_per_code": 2, "max_frames": 25,
+    }  # fmt: skip
+
+    def check_same_shape(self, segment, back):
+        assert len(back.samples) == math.ceil(len(segment.samples) / 640) * 640
+
+    def test_every_20_ms_are_a_code(self, tokenizer):
+        assert tokenizer.frame_rate_hz == 25
+        for samples in (1, 639, 640, 641, 6_400):
+            assert len(tokenizer.encode(Speech(np.zeros(samples)))) == math.ceil(samples / 640)
+
+    def test_stereo_at_48_khz_is_averaged_and_resampled(self, tokenizer):
+        codes = tokenizer.encode(tone(0.5, rate=48_000))
+        assert len(codes) == 13 and tokenizer.decode(codes).sample_rate_hz == 16_000
+
+    def test_too_long_is_a_clear_error(self, tokenizer):
+        assert len(tokenizer.encode(tone(1.0))) == 25
+        with pytest.raises(TokenizerError, match=r"1\.1 s is 28 codes; at most 25 \(1 s\).*cut it"):
+            tokenizer.encode(tone(1.1))
+
+    def test_the_first_codebook_alone_is_a_tokenizer_of_half_the_rate(self, tokenizer, tmp_path):
+        coarse = tokenizer.first_codebooks(1)
+        both, first = (one.encode(tone(0.4)) for one in (tokenizer, coarse))
+        assert np.array_equal(first.values[:, 0], both.values[:, 0]) and first.values.shape[1] == 1
+        saved = SpeechTokenizer.from_pretrained(coarse.save_pretrained(tmp_path / "coarse"))
+        assert saved.encode(tone(0.4)) == first and saved.decode(first) == coarse.decode(first)
+        assert coarse.decode(first) != tokenizer.decode(both)
+        with pytest.raises(TokenizerError, match="1 to residual"):
+            tokenizer.first_codebooks(3)
+
+
 def test_log_mel_tells_pitch_and_level():
     mel = LogMel()
     frames = mel(torch.from_numpy(np.stack([tone(0.4, 200).samples, tone(0.4, 2_000).samples])))

@@ -119,6 +119,14 @@ def test_speech_and_video_train_by_the_same_loop(kind, recipe, sets, tmp_path):
     assert load_tokenizer(out).kind == kind and (out / "training.json").is_file()
 
 
+def test_products_in_bfloat16_train_nearly_the_same(recipe, sets, tmp_path):
+    ends = {}
+    for precision in ("fp32", "bf16"):
+        ends[precision] = log_of(train_tokenizer(recipe(precision=precision), sets, tmp_path / precision))[-1]
+    assert ends["bf16"] != ends["fp32"]
+    assert ends["bf16"]["loss"] == pytest.approx(ends["fp32"]["loss"], rel=0.1)
+
+
 def test_text_trains_by_its_own_recipe(sets, tmp_path):
     path = tmp_path / "text.yaml"
     corpus = [{"file": "emoji/images.jsonl", "fields": ["text"]}]
