@@ -1,4 +1,7 @@
-"""A plug-in joins mini: old ids, logits and answers stay to the bit, and the grown checkpoint opens by consent."""
+"""A plug-in joins mini: old ids, logits and answers stay to the bit, and the grown checkpoint opens by consent.
+
+And a tokenizer of mini is replaced: everything but its codes stays.
+"""
 
 from pathlib import Path
 
@@ -6,9 +9,12 @@ import pytest
 import torch
 
 import anytoken
+from anytoken.inference.api import AnyToken
+from anytoken.model.modalities import ModalityError, replace_modality
 from anytoken.segments import Image
 from anytoken.tokenizers.base import MODALITIES, TokenizerError
 from anytoken.tokenizers.modalities import load_modality
+from anytoken.tokenizers.speech import SpeechTokenizer
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -67,3 +73,35 @@ def test_three_modalities_join_mini_and_nothing_old_changes(tmp_path, monkeypatc
     assert again.kinds == model.kinds and torch.equal(answers(again)[1][..., : len(names)], old_logits)
     for kind, tokenizer in tokenizers.items():
         assert type(again.processor.tokenizers[kind]) is type(tokenizer)
+
+
+def test_another_speech_tokenizer_moves_ids_and_no_rows(tmp_path):
+    model = anytoken.load("mini", device="cpu")
+    ids, old_logits = answers(model)
+    old, rows = model.token_space, model.lm.get_input_embeddings().weight.detach().clone()
+    torch.manual_seed(0)
+    fewer = SpeechTokenizer(16, 1, 1, levels=[5, 5, 4], max_frames=20).eval()
+    processor = replace_modality(model.lm, model.processor, fewer)
+    space, table = processor.token_space, model.lm.get_input_embeddings().weight
+    assert space.modalities == old.modalities and space.codebook_sizes("speech") == (100,)
+    assert len(table) == space.vocab_size == model.lm.config.vocab_size == old.vocab_size - 3_996
+    before, after = ({span.name: span for span in one.ranges} for one in (old, space))
+    for name in set(before) - {"speech"}:
+        a, b = before[name], after[name]
+        assert torch.equal(rows[a.start : a.stop], table[b.start : b.stop]), name
+    fresh = table[after["speech"].start : after["speech"].stop]
+    told = rows[before["speech"].start : before["speech"].stop]
+    assert torch.dist(fresh.mean(0), told.mean(0)) < 0.2 * told.norm(dim=1).mean()
+    assert 0.8 < fresh.std() / told.std() < 1.25
+
+    again = AnyToken(model.lm, processor, model.sampling).save_pretrained(tmp_path / "new")
+    again = anytoken.load(again, device="cpu")
+    ids_again, logits = answers(again)
+    assert ids_again == ids  # of text and pictures, which stand before speech
+    for name in ("text", "image", "video"):
+        a, b = before[name], after[name]
+        torch.testing.assert_close(logits[..., b.start : b.stop], old_logits[..., a.start : a.stop])
+    spoken = again.generate("a fox", "speech", seed=0, max_new_tokens=30)
+    assert spoken.speech[0].seconds <= 0.4
+    with pytest.raises(ModalityError, match="no palette to replace; it has dna, image"):
+        replace_modality(again.lm, again.processor, new_tokenizer("palette"))

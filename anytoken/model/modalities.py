@@ -1,4 +1,7 @@
-"""A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved."""
+"""A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved.
+
+And another tokenizer for one that it has: its codes begin anew, the rows of everything else keep their bits.
+"""
 
 import copy
 import json
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anytoken.model.rows import new_rows
+from anytoken.model.rows import new_rows, replaced_rows
 from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Grid, ModalityTokenizer, load_tokenizer
 
 SAVED = "modalities.json"  # beside an adapter: {"palette": first id}
@@ -36,6 +40,40 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
     old = lm.get_input_embeddings().weight[:first]
     rows = new_rows(old, space, {tokenizer.name: tokenizer}, first)
     _write_rows(lm, first, rows)
+    return _grown(lm, processor, space, tokenizer)
+
+
+def replace_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
+    """Give a modality of the model another tokenizer, in place; the processor that knows it, the old one unchanged.
+
+    Modalities keep their order and all other rows their values, but ids after the codes move where there are more or
+    fewer of them: shards and adapters of the old model do not fit the new one. The new codes mean nothing until they
+    are trained. ModalityError, before anything is changed, if the model has no such modality.
+    """
+    name, old = tokenizer.name, processor.token_space
+    if name not in processor.tokenizers:
+        raise ModalityError(
+            f"The model has no {name} to replace; it has {', '.join(processor.tokenizers)}. Add it instead."
+        )
+    tokenizers = {**processor.tokenizers, name: tokenizer}
+    space = TokenSpace(old.text_size, old.max_size_token, old.text_ranges)
+    for kind in old.modalities:
+        space.append_modality(kind, tokenizers[kind].codebook_sizes, tokenizers[kind].shape)
+    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    tables = [replaced_rows(layer.weight, old, space, name, tokenizer) for layer in layers]
+    lm.resize_token_embeddings(space.vocab_size, mean_resizing=False)
+    if hasattr(lm.base_model, "vocab_size"):
+        lm.base_model.vocab_size = space.vocab_size
+    for layer, rows in zip((lm.get_input_embeddings(), lm.get_output_embeddings()), tables, strict=True):
+        with torch.no_grad():
+            layer.weight.copy_(rows)
+    return _grown(lm, processor, space, tokenizer)
+
+
+def _grown(
+    lm: PreTrainedModel, processor: Processor, space: TokenSpace, tokenizer: ModalityTokenizer
+) -> Processor:
+    """The processor of a new space, which the model's configuration is told of."""
     if hasattr(lm.config, "modality_boundaries"):
         lm.config.modality_boundaries = space.bucket_boundaries()
         lm.config.modality_index = space.bucket_modalities()

@@ -53,6 +53,27 @@ def new_rows(
     return old.mean(0) + rows * (scale * old.std(0).mean())
 
 
+def replaced_rows(
+    table: Tensor, old: TokenSpace, space: TokenSpace, name: str, tokenizer: ModalityTokenizer
+) -> Tensor:
+    """The rows of `table`, whose ids `old` gives, for the ids of `space`: [space.vocab_size, H], float32 on the CPU.
+
+    The codes of `name` get `new_rows` around the rows of the codes that they replace; all others keep their bits.
+    """
+    table = table.detach().float().cpu()
+    codes = [span for span in old.ranges if (span.modality, span.kind) == (name, "code")]
+    before = torch.cat([table[span.start : span.stop] for span in codes])
+    fresh = new_rows(before, space, {name: tokenizer}, space.code_range(name).start)
+    kept = [span for span in old.ranges if span not in codes]
+    spans = [span for span in space.ranges if (span.modality, span.kind) != (name, "code")]
+    rows = torch.empty(space.vocab_size, table.shape[1])
+    start = space.code_range(name).start
+    rows[start:] = fresh
+    for source, target in zip(kept, spans, strict=True):
+        rows[target.start : target.stop] = table[source.start : source.stop]
+    return rows
+
+
 @torch.no_grad()
 def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
     """Do so in a model from scratch: rows keep the scale of the model's initialisation."""

@@ -164,6 +164,10 @@ class Stage(_Part):
     modalities: dict[str, str] = Field(
         default={}, description="to add to a checkpoint: new modality -> tokenizer folder"
     )
+    replace: dict[str, str] = Field(
+        default={},
+        description="tokenizers to change in a checkpoint: modality -> folder; its codes begin anew",
+    )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
     data: list[SourceSpec] = Field(min_length=1)
     sampling: SamplingSpec = SamplingSpec()
@@ -227,8 +231,12 @@ class Stage(_Part):
     def _check(self) -> "Stage":
         if self.init_from == "scratch" and "text" not in self.tokenizers:
             raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
-        if self.init_from == "scratch" and self.modalities:
-            raise ValueError("modalities are added to a checkpoint; from scratch, name all under tokenizers")
+        if self.init_from == "scratch" and (self.modalities or self.replace):
+            raise ValueError(
+                "modalities are added to a checkpoint, or replaced in one; from scratch, name all under tokenizers"
+            )
+        if self.lora is not None and self.replace:
+            raise ValueError("replace moves ids that an adapter's base model has; train without lora first")
         if self.backbone is not None and self.init_from in ("scratch", "mini"):
             raise ValueError(
                 f"backbone is made into a checkpoint folder that init_from names; got {self.init_from!r}"

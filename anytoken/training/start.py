@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from anytoken.model.configuration import AnyTokenConfig
-from anytoken.model.modalities import add_modality
+from anytoken.model.modalities import add_modality, replace_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.rows import initialise_code_rows
 from anytoken.model.upcycle import adopt_backbone
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import load_tokenizer
+from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.stage import Stage, StageError
@@ -68,10 +68,10 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
         folder = checkpoint_folder(stage.init_from)
         processor = Processor.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, tokenizer in stage.replace.items():
+            processor = replace_modality(model, processor, _tokenizer(tokenizer, f"replace.{name}", name))
         for name, tokenizer in stage.modalities.items():
-            processor = add_modality(model, processor, load_tokenizer(tokenizer))
-            if name not in processor.tokenizers:
-                raise StageError(f"modalities.{name}: {tokenizer} holds a tokenizer of another name")
+            processor = add_modality(model, processor, _tokenizer(tokenizer, f"modalities.{name}", name))
         return processor, model
     default = AnyTokenConfig()
     unknown = [key for key in stage.model if not hasattr(default, key)]
@@ -86,6 +86,13 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
     model = AnyTokenForCausalLM(config)
     initialise_code_rows(model, processor)
     return processor, model
+
+
+def _tokenizer(folder: str, key: str, name: str) -> ModalityTokenizer:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.name != name:
+        raise StageError(f"{key}: {folder} holds a tokenizer of {tokenizer.name}")
+    return tokenizer
 
 
 def balance_by_bias(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anytoken.model.rows import projected_rows
+from anytoken.tokenizers.base import load_tokenizer
 from anytoken.training.stage import Stage, StageError
 from anytoken.training.start import build_processor, load_start
 
@@ -46,3 +47,20 @@ def test_missing_tokenizer_folders_are_named(recipe: dict[str, Any]) -> None:
 def test_an_unknown_model_setting_is_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="hiden_size"):
         load_start(Stage.from_dict(recipe | {"model": {"hiden_size": 32}}))
+
+
+def test_a_stage_replaces_a_tokenizer_of_its_checkpoint(recipe: dict[str, Any], save_tiny, tmp_path) -> None:
+    tokenizers = {name: load_tokenizer(recipe["tokenizers"][name]) for name in ("tile", "beep")}
+    start = str(save_tiny(tmp_path / "start", tokenizers, 128))
+    swap = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
+    swap |= {"init_from": start, "replace": {"beep": recipe["tokenizers"]["beep"]}}
+    processor, model = load_start(Stage.from_dict(swap))
+    _, before = load_start(Stage.from_dict(swap | {"replace": {}}))
+    span = processor.token_space.code_range("beep")
+    old, new = (one.get_input_embeddings().weight for one in (before, model))
+    assert torch.equal(old[: span.start], new[: span.start])
+    assert not (old[span.start : span.stop] == new[span.start : span.stop]).any()
+    with pytest.raises(StageError, match=r"replace\.tile: .* of beep"):
+        load_start(Stage.from_dict(swap | {"replace": {"tile": recipe["tokenizers"]["beep"]}}))
+    with pytest.raises(StageError, match="from scratch, name all under tokenizers"):
+        Stage.from_dict(recipe | {"replace": {"beep": recipe["tokenizers"]["beep"]}})
