@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -232,6 +232,12 @@ class ModalityTokenizer(nn.Module):
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
         raise TokenizerError(f"{type(self).__name__} has nothing to train.")
+
+    def weigh_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
+        """Take the recipe's `loss`, where a kind has terms to weigh; what has to be trained along, such as a critic."""
+        if weights:
+            raise TokenizerError(f"The loss of {self.kind} has no terms to weigh; received {dict(weights)}.")
+        return None
 
     def fit(self, source: Path, seed: int) -> None:
         """What is learnt from data without gradients, before the steps of a training; by default nothing.

@@ -7,31 +7,20 @@ patch borders do not show. 64x64 pixels are 64 codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
+from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, register_modality
+from anytoken.tokenizers.picture_losses import TERMS, PatchCritic, feature_loss, pixel_loss, psnr_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 PATCH_PX = 8
 REFINE_PX = 4  # the refining stage works on 4x4 pixels a position
-
-
-def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error for PSNR, absolute error for clean flats, and absolute error of gradients for edges.
-
-    output, target: [..., H, W] in [-1, 1].
-    """
-    loss = 2.0 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target)
-    for axis in (-1, -2):
-        loss = loss + 0.5 * F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
-    return loss
 
 
 def psnr_db(output: Tensor, target: Tensor) -> Tensor:
@@ -54,6 +43,10 @@ def fit_side(height: int, width: int, side_px: int) -> tuple[int, int]:
     """Height and width in whole patches with the longer side at `side_px` and the aspect ratio nearly kept."""
     scale = side_px / max(height, width)
     return tuple(max(PATCH_PX, round(n * scale / PATCH_PX) * PATCH_PX) for n in (height, width))  # type: ignore[return-value]
+
+
+def _patches(x: Tensor) -> Tensor:
+    return patchify(x, (PATCH_PX, PATCH_PX))
 
 
 @register_modality
@@ -93,6 +86,7 @@ class ImageTokenizer(ModalityTokenizer):
         shape = Grid(("rows", "cols"), (1, 1), most, quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
+        self._losses: tuple[dict[str, float], tuple[PatchCritic | None]] = ({"pixel": 1.0}, (None,))
         window = (kernel, kernel)
         self.encoder = nn.Sequential(
             ChannelLinear(3 * PATCH_PX**2, width), Trunk(width, encoder_depth, window), ChannelNorm(width)
@@ -119,15 +113,43 @@ class ImageTokenizer(ModalityTokenizer):
         return unpatchify(self.refine(unpatchify(self.decoder(x), (up, up))), (REFINE_PX, REFINE_PX))
 
     def _encode_pixels(self, x: Tensor) -> Tensor:
-        return self.encoder(patchify(x, (PATCH_PX, PATCH_PX)))
+        return self.encoder(_patches(x))
+
+    def weigh_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
+        """Train by these terms of `picture_losses` instead of pixel errors alone; the critic to train along, if any.
+
+        The critic is no part of the tokenizer: it is neither saved nor in the fingerprint.
+        """
+        weights = weights or {"pixel": 1.0}
+        if set(weights) - set(TERMS) or min(weights.values()) < 0 or not any(weights.values()):
+            raise TokenizerError(
+                f"loss weighs {', '.join(TERMS)}, each 0 or more and one above; received {dict(weights)}."
+            )
+        critic = PatchCritic() if weights.get("adversarial") else None
+        self._losses = dict(weights), (critic,)  # in a tuple, so that it is not registered as a part
+        return critic
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """batch: pixels [B, 3, H, W] in [-1, 1], H and W multiples of 8."""
         latent = self._encode_pixels(batch)
         quantized = self.quantize(latent.flatten(2).transpose(1, 2))
-        output = self._decode_vectors(quantized.vectors, latent.shape[2:])
-        loss = pixel_loss(output, batch) + quantized.loss
-        return loss, {"psnr_db": psnr_db(output.detach(), batch).mean().item()}
+        output = self._decode_vectors(quantized.vectors, latent.shape[2:]).float()
+        loss, seen = self._picture_loss(output, batch)
+        return loss + quantized.loss, {"psnr_db": psnr_db(output.detach(), batch).mean().item(), **seen}
+
+    def _picture_loss(self, output: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        weights, (critic,) = self._losses
+        terms = {
+            "pixel": lambda: pixel_loss(output, batch),
+            "psnr": lambda: psnr_loss(output, batch),
+            "feature": lambda: feature_loss(self.encoder, _patches, output, batch),
+        }
+        found = {name: term() for name, term in terms.items() if weights.get(name)}
+        told = output.new_zeros(())
+        if critic is not None:
+            found["adversarial"], told = critic.losses(output, batch)
+        loss = torch.stack([weights[name] * value for name, value in found.items()]).sum() + told
+        return loss, {name: value.item() for name, value in found.items() if len(found) > 1}
 
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)

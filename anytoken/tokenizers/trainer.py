@@ -35,6 +35,9 @@ class Recipe(BaseModel):
     code: str = Field("", description="beside the recipe: the .py file of the kind's class, which is run")
     config: dict[str, Any] = Field(default_factory=dict)
     data: str = ""
+    loss: dict[str, float] = Field(
+        default_factory=dict, description="weights of its terms, where a kind has them"
+    )
     steps: int = Field(2000, ge=1)
     batch_size: int = Field(32, ge=1)
     lr: float = Field(1e-3, gt=0)
@@ -151,8 +154,14 @@ class _Loop:
         self.tokenizer, self.plan, self.out = tokenizer.train(), plan, out
         batches = partial(batches_for, plan.kind) if plan.kind in SUFFIXES else tokenizer.training_batches
         self.batch = batches(data / plan.data, plan.batch_size, plan.seed)
+        torch.manual_seed(plan.seed)
+        self.critic = self.tokenizer.weigh_losses(plan.loss)
+        self.parts = [self.tokenizer] if self.critic is None else [self.tokenizer, self.critic]
         self.optimizer = torch.optim.AdamW(
-            self.tokenizer.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, betas=(0.9, 0.95)
+            [one for part in self.parts for one in part.parameters()],
+            lr=plan.lr,
+            weight_decay=plan.weight_decay,
+            betas=(0.9, 0.95),
         )
         self.step, self.seconds = 0, 0.0
         self.state_path = out / "checkpoint.pt"
@@ -219,7 +228,7 @@ class _Loop:
     def _checkpoint(self) -> None:
         scratch = self.state_path.with_suffix(".tmp")
         state = {
-            "model": self.tokenizer.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "parts": [part.state_dict() for part in self.parts], "optimizer": self.optimizer.state_dict(),
             "step": self.step, "seconds": self.seconds, "recipe": self.plan.model_dump(),
         }  # fmt: skip
         torch.save(state, scratch)
@@ -229,7 +238,8 @@ class _Loop:
         state = torch.load(self.state_path, weights_only=True)
         if Recipe(**state["recipe"]) != self.plan:
             raise TokenizerError(f"{self.state_path} is of another recipe: name another --out, or delete it.")
-        self.tokenizer.load_state_dict(state["model"])
+        for part, weights in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
-from anytoken.tokenizers.image import PATCH_PX, fit_side, pixel_loss, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.image import PATCH_PX, fit_side, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.picture_losses import pixel_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 STEP_FRAMES = 4

@@ -6,7 +6,7 @@ import torch
 from batteries import TokenizerBattery
 
 from anytoken.segments import Image
-from anytoken.tokenizers.image import ImageTokenizer, fit_side, pixel_loss, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.image import ImageTokenizer, fit_side, psnr_db, to_pixels, to_unit_range
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image:
@@ -113,12 +113,6 @@ def test_psnr_against_known_values():
     black = torch.full((2, 3, 8, 8), -1.0)
     nearly = black + torch.tensor([0.2, 2.0])[:, None, None, None]
     assert psnr_db(nearly, black).tolist() == pytest.approx([20.0, 0.0], abs=1e-4)
-
-
-def test_the_pixel_loss_is_zero_for_equal_pictures_only():
-    x = torch.rand(2, 3, 8, 8)
-    assert pixel_loss(x, x) == 0
-    assert pixel_loss(x + 0.1, x) < pixel_loss(x + 0.2, x)
 
 
 def test_fit_side_never_leaves_a_side_without_a_patch():

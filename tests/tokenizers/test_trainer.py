@@ -85,6 +85,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(quantizer, step, recipe, s
     assert not (parts / "checkpoint.pt").exists()
 
 
+def test_a_critic_is_resumed_with_its_tokenizer(recipe, sets, tmp_path, killed_at):
+    path = recipe(loss={"pixel": 1.0, "feature": 0.1, "adversarial": 0.1}, steps=14)
+    whole = train_tokenizer(path, sets, tmp_path / "whole")
+    killed_at(9)
+    with pytest.raises(Killed):
+        train_tokenizer(path, sets, tmp_path / "cut")
+    cut = train_tokenizer(path, sets, tmp_path / "cut")
+    assert load_tokenizer(cut).fingerprint() == load_tokenizer(whole).fingerprint()
+    assert log_of(cut) == log_of(whole) and "adversarial" in log_of(cut)[0]
+
+
+def test_a_kind_without_terms_says_so(recipe, sets, tmp_path):
+    path = recipe(kind="video", data="emoji/animations.npy", loss={"feature": 1.0}, config={"width": 16})
+    with pytest.raises(TokenizerError, match="loss of video has no terms to weigh"):
+        train_tokenizer(path, sets, tmp_path / "out")
+
+
 def test_another_seed_trains_another_tokenizer(recipe, sets, tmp_path):
     path = recipe(steps=2)
     folders = [train_tokenizer(path, sets, tmp_path / str(seed), [f"seed={seed}"]) for seed in (0, 1)]
