@@ -274,7 +274,7 @@ def test_the_packed_audio_is_the_clips_end_to_end(engines: Path, tmp_path: Path)
             assert np.abs(clip - Speech.open(folder / place["speech"]).samples).max() < 1e-4
             position += place["samples"]
     assert voices["test"] == {"awb", "rms"}
-    assert voices["train"] == set(VOICES) - {"awb", "rms"}
+    assert voices["train"] == {*VOICES, *ACCENTS} - {"awb", "rms"}
     codes = [line["speech"] for line in read_lines(folder / "train_audio.jsonl")]
     assert "audio/joe/1F34E-100.flac" in codes  # a held-out pair: the language model's, not the codec's
 
