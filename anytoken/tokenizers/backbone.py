@@ -18,12 +18,18 @@ _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvNeXtBlock(nn.Module):
-    """Residual block on x [B, D, *space]; same shape out."""
+    """Residual block on x [B, D, *space]; same shape out.
 
-    def __init__(self, width: int, kernel: Sequence[int], expansion: int = 3) -> None:
+    causal: along the first axis of space, which is time, a position sees itself and what came before.
+    """
+
+    def __init__(self, width: int, kernel: Sequence[int], expansion: int = 3, causal: bool = False) -> None:
         super().__init__()
         kernel = tuple(kernel)
         padding = tuple(k // 2 for k in kernel)
+        self.before = kernel[0] - 1 if causal else 0
+        if causal:
+            padding = (0, *padding[1:])
         self.mix = _CONV[len(kernel)](width, width, kernel, padding=padding, groups=width)
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width * expansion)
@@ -32,7 +38,8 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, D, *space] to the same shape."""
-        y = self.mix(x).movedim(1, -1)
+        past = F.pad(x, [0, 0] * (x.ndim - 3) + [self.before, 0]) if self.before else x
+        y = self.mix(past).movedim(1, -1)
         y = self.down(F.gelu(self.up(self.norm(y)))) * self.scale
         return x + y.movedim(-1, 1)
 
@@ -40,8 +47,10 @@ class ConvNeXtBlock(nn.Module):
 class Trunk(nn.Sequential):
     """`depth` ConvNeXt blocks of one width and kernel."""
 
-    def __init__(self, width: int, depth: int, kernel: Sequence[int], expansion: int = 3) -> None:
-        super().__init__(*(ConvNeXtBlock(width, kernel, expansion) for _ in range(depth)))
+    def __init__(
+        self, width: int, depth: int, kernel: Sequence[int], expansion: int = 3, causal: bool = False
+    ) -> None:
+        super().__init__(*(ConvNeXtBlock(width, kernel, expansion, causal) for _ in range(depth)))
 
 
 class ChannelLinear(nn.Linear):

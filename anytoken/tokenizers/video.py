@@ -2,7 +2,8 @@
 
 The image tokenizer's autoencoder with a third axis: tubelets instead of patches (ViViT, arXiv 2103.15691),
 3-D depthwise convolutions, finite scalar quantisation (2309.15505). Eight frames of 64x64 are 128 codes, so
-what stands still is written once in four frames instead of four times.
+what stands still is written once in four frames instead of four times. With `causal` a step of four frames depends on
+nothing after it (as in MAGVIT-v2, 2310.05737): a still is a clip of one step, and a clip is decoded as its codes come.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from anytoken.tokenizers.picture_losses import pixel_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 STEP_FRAMES = 4
+MAX_STEPS = 2
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
 KERNEL = (3, 5, 5)
 
 
 @register_modality
 class VideoTokenizer(ModalityTokenizer):
-    """4 frames of 8x8 pixels a code. `encode` scales the longer side to `side_px` and takes 4 or 8 frames.
+    """4 frames of 8x8 pixels a code. `encode` scales the longer side to `side_px` and takes 4 to 4 * max_steps frames.
 
-    Clips of up to 5 frames become 4, longer ones 8, spread evenly over the clip (a single frame is repeated).
+    The number of frames becomes the nearest multiple of 4, spread evenly over the clip (a single frame is repeated).
     Decoded video runs at `frame_rate_hz` frames a second; the clip's own rate is not part of the codes.
     """
 
@@ -46,25 +48,38 @@ class VideoTokenizer(ModalityTokenizer):
         codebook_size: int = 1024,
         side_px: int = 64,
         video_frame_rate_hz: float = 4.0,
+        max_steps: int = MAX_STEPS,
+        causal: bool = False,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
             "video_frame_rate_hz": video_frame_rate_hz,
         }  # fmt: skip
+        # Files from before there was a choice do not write it.
+        config |= {"max_steps": max_steps} if max_steps != MAX_STEPS else {}
+        config |= {"causal": True} if causal else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
         cells = side_px // PATCH_PX
         shape = Grid(
-            ("steps", "rows", "cols"), (1, 1, 1), (2, cells, cells), quantize.num_codebooks, quantize.order
+            ("steps", "rows", "cols"),
+            (1, 1, 1),
+            (max_steps, cells, cells),
+            quantize.num_codebooks,
+            quantize.order,
         )
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
         patch = int(np.prod(TUBELET)) * 3
         self.encoder = nn.Sequential(
-            ChannelLinear(patch, width), Trunk(width, encoder_depth, KERNEL), ChannelNorm(width)
+            ChannelLinear(patch, width),
+            Trunk(width, encoder_depth, KERNEL, causal=causal),
+            ChannelNorm(width),
         )
         self.decoder = nn.Sequential(
-            Trunk(width, decoder_depth, KERNEL), ChannelNorm(width), ChannelLinear(width, patch)
+            Trunk(width, decoder_depth, KERNEL, causal=causal),
+            ChannelNorm(width),
+            ChannelLinear(width, patch),
         )
 
     def _encode_pixels(self, x: Tensor) -> Tensor:
@@ -86,7 +101,9 @@ class VideoTokenizer(ModalityTokenizer):
         self.check_segment(segment)
         assert isinstance(segment, Video)
         count, height, width, _ = segment.frames.shape
-        frames = STEP_FRAMES * min(2, max(1, round(count / STEP_FRAMES)))
+        frames = STEP_FRAMES * min(
+            self.config.get("max_steps", MAX_STEPS), max(1, round(count / STEP_FRAMES))
+        )
         rows, cols = fit_side(height, width, self.config["side_px"])
         picked = segment.frames[[int(i * count / frames) for i in range(frames)]]
         return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])

@@ -66,3 +66,42 @@ class TestVideoTokenizer(TokenizerBattery):
 
     def test_tall_clips_keep_their_aspect_ratio(self, tokenizer):
         assert tokenizer.encode(clip(4, 64, 32)).size == (1, 4, 2)
+
+
+class TestCausalVideoTokenizer(TestVideoTokenizer):
+    """Up to four steps, of which none sees a later one."""
+
+    settings = {**TestVideoTokenizer.settings, "causal": True, "max_steps": 4}
+
+    @pytest.mark.parametrize(("count", "steps"), [(1, 1), (5, 1), (6, 2), (12, 3), (16, 4), (100, 4)])
+    def test_clips_become_four_or_eight_frames(self, tokenizer, count, steps):
+        super().test_clips_become_four_or_eight_frames(tokenizer, count, steps)
+
+    def test_frames_are_spread_evenly_over_the_clip(self, tokenizer):
+        long = clip(32)
+        assert tokenizer.encode(long) == tokenizer.encode(Video(long.frames[::2]))
+
+    def test_no_step_depends_on_a_later_one(self, tokenizer):
+        long = clip(16)
+        codes = tokenizer.encode(long)
+        for steps in (1, 2, 3):
+            begun = tokenizer.encode(Video(long.frames[: 4 * steps]))
+            assert np.array_equal(begun.values, codes.values[: len(begun)])
+            frames = tokenizer.decode(begun).frames.astype(int)
+            assert np.abs(frames - tokenizer.decode(codes).frames[: 4 * steps]).max() <= 1
+        other = Video(np.concatenate([clip(4, seed=9).frames, long.frames[4:]]))
+        assert not np.array_equal(tokenizer.encode(other).values[16:32], codes.values[16:32]), (
+            "the past is seen"
+        )
+
+    def test_a_picture_is_a_clip_of_one_step(self, tokenizer):
+        still = clip(1)
+        moving = Video(np.concatenate([still.frames.repeat(4, 0), clip(4, seed=5).frames]))
+        assert np.array_equal(tokenizer.encode(moving).values[:16], tokenizer.encode(still).values)
+
+
+def test_without_causality_the_first_step_sees_the_second():
+    tokenizer = TestVideoTokenizer().build()
+    long = clip(8)
+    begun = tokenizer.encode(Video(long.frames[:4]))
+    assert not np.array_equal(tokenizer.encode(long).values[:16], begun.values)
