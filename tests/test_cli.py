@@ -155,6 +155,34 @@ def test_several_replies_are_several_lines_and_files(checkpoint, tmp_path):
     assert [Path(line).name for line in found.stdout.split()] == ["image-000.png", "image-001.png"]
 
 
+def test_generate_reads_what_is_piped_in_and_gives_the_likeliest(checkpoint, tmp_path):
+    words = [
+        "generate",
+        "-m",
+        checkpoint,
+        "-o",
+        "image",
+        "--seed",
+        3,
+        "--json",
+        "--out",
+        tmp_path,
+        "--min-p",
+        0.1,
+    ]
+    piped = run(*words, input="a red apple")
+    assert piped.exit_code == 0, piped.stderr
+    ids = json.loads(piped.stdout)["ids"]
+    assert ids == json.loads(run(*words, "a red apple").stdout)["ids"]
+    several = [
+        json.loads(line)["ids"] for line in run(*words, "a red apple", "--num-return", 4).stdout.splitlines()
+    ]
+    ranked = run(*words, "a red apple", "--num-return", 4, "--best-of", 4).stdout.splitlines()
+    best = json.loads(run(*words, "a red apple", "--best-of", 4).stdout)["ids"]
+    assert best == json.loads(ranked[0])["ids"] and several[0] == ids
+    assert sorted(json.loads(line)["ids"] for line in ranked) == sorted(several)
+
+
 def test_tokenize_prints_ids_that_detokenize_reads(checkpoint, picture, tmp_path):
     found = run("tokenize", "what is this?", picture, "-m", checkpoint)
     assert found.exit_code == 0, found.stderr
@@ -188,7 +216,9 @@ def test_a_stream_is_the_reply_line_by_line(checkpoint, tmp_path):
 
 def test_chat_goes_on_where_it_was_saved(checkpoint, picture, tmp_path):
     words = ["chat", "-m", checkpoint, "--out", tmp_path / "o", "--seed", 0, "--max-new-tokens", 20]
-    first = run(*words, input=f"/image '{picture}'\nwhat?\n/regenerate 3\n/save {tmp_path / 'kept'}\n")
+    first = run(
+        *words, input=f"/image '{picture}'\nwho?\n/regenerate 3\n/edit what?\n/save {tmp_path / 'kept'}\n"
+    )
     assert first.exit_code == 0, first.stderr
     again = run(*words, "--load", tmp_path / "kept", input="/undo\n/undo\n/load nowhere\n")
     assert "user: Image(16x16) what?" in again.stdout and "0 messages are left" in again.stdout

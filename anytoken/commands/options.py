@@ -27,6 +27,10 @@ Temperature = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option()]
 TopP = Annotated[float | None, typer.Option()]
+MinP = Annotated[
+    float | None, typer.Option(help="Keeps ids at least this many times as probable as the likeliest.")
+]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Of ids the reply already holds; 1 is off.")]
 CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
 MaxNewTokens = Annotated[int | None, typer.Option()]
 

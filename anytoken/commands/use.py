@@ -17,9 +17,11 @@ from anytoken.commands.options import (
     CfgScale,
     Device,
     MaxNewTokens,
+    MinP,
     Model,
     ModelArgument,
     Out,
+    RepetitionPenalty,
     Seed,
     Temperature,
     TopK,
@@ -70,6 +72,8 @@ def chat(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     cfg_scale: CfgScale = None,
     max_new_tokens: MaxNewTokens = None,
     device: Device = "auto",
@@ -93,6 +97,8 @@ def chat(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         cfg_scale=cfg_scale,
         max_new_tokens=max_new_tokens,
     )
@@ -104,7 +110,9 @@ def chat(
 
 @app.command(cls=PromptCommand)
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help=PROMPT_HELP)],
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help=f"{PROMPT_HELP} Without any, what is piped in.")
+    ] = None,
     model: Model = "mini",
     output: Annotated[
         list[str] | None,
@@ -114,11 +122,15 @@ def generate(
     ] = None,
     out: Out = Path("out"),
     num_return: Annotated[int, typer.Option(help="How many replies.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(help="Make so many and give the likeliest, as many as --num-return.")
+    ] = None,
     seed: Seed = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
-    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     cfg_scale: CfgScale = None,
     max_new_tokens: MaxNewTokens = None,
     as_json: Annotated[
@@ -131,16 +143,21 @@ def generate(
     adapter: Adapter = None,
 ) -> None:
     """Answer one prompt: `anytoken generate cat.png "What is this?" -o text`."""
-    if stream and num_return != 1:
-        raise typer.BadParameter("--stream shows one reply while it is made; leave out --num-return.")
+    if stream and (num_return != 1 or best_of is not None):
+        raise typer.BadParameter(
+            "--stream shows one reply while it is made; leave out --num-return and --best-of."
+        )
+    if not prompt and sys.stdin.isatty():
+        raise typer.BadParameter('say something: anytoken generate "a fox", or pipe words in.')
     check_out(out)
-    parts = [read_part(part) for part in prompt]
+    parts = [read_part(part) for part in prompt or ["-"]]
     kinds = [kind for one in output or [] for kind in one.replace(",", " ").split() or [""]] or None
     options: dict[str, Any] = {
         "seed": seed,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "cfg_scale": cfg_scale,
         "max_new_tokens": max_new_tokens,
@@ -153,7 +170,7 @@ def generate(
         else:
             show_events(events, out, console)
         return
-    replies = opened.generate(parts, kinds, num_return=num_return, **options)
+    replies = opened.generate(parts, kinds, num_return=num_return, best_of=best_of, **options)
     for reply in replies if isinstance(replies, list) else [replies]:
         show_reply(reply, out, console, as_json)
 

@@ -30,6 +30,22 @@ class BenchError(ValueError):
 
 def take_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1) -> dict[str, float]:
     """Median seconds of every side; in each of `repeats` rounds every side runs once, after `warmups` rounds."""
+    return {name: statistics.median(times) for name, times in time_turns(sides, repeats, warmups).items()}
+
+
+def ratio_of_turns(over: Callable[[], object], under: Callable[[], object], repeats: int) -> float:
+    """How many times as long one side takes as another: the median over rounds, each of which has its own ratio.
+
+    What slows a machine for longer than a round slows both sides of it, so it counts for nothing.
+    """
+    taken = time_turns({"over": over, "under": under}, repeats, 1)
+    return statistics.median(a / b for a, b in zip(taken["over"], taken["under"], strict=True))
+
+
+def time_turns(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int
+) -> dict[str, list[float]]:
+    """Seconds of every side in each of `repeats` rounds; every side runs once a round."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(-warmups, repeats):
         for name, run in sides.items():
@@ -37,7 +53,7 @@ def take_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warmups:
             run()
             if round_ >= 0:
                 taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
 
 
 def environment() -> Figures:

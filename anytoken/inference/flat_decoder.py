@@ -181,20 +181,33 @@ class FlatDecoder:
         return sum(parts[1:], parts[0])
 
     def _routed(self, hidden: Tensor, layer: Layer, chosen: list[list[int]], weights: Tensor) -> Tensor:
-        """The chosen experts' weighted sum [S, H]; rows that chose the same expert pass it together."""
+        """The chosen experts' weighted sum [S, H]; rows that chose the same experts pass them together.
+
+        Rows in a line are a view: only what stands apart is gathered, as that costs more than the product of a row.
+        """
+        if all(row == chosen[0] for row in chosen):
+            return self._together(hidden, layer, chosen[0], weights)
+        if len(chosen) == 2:  # guidance: a row with the prompt and one without
+            apart = zip(hidden.split(1), chosen, weights.split(1), strict=True)
+            return torch.cat([self._together(row, layer, experts, share) for row, experts, share in apart])
         members: dict[int, list[int]] = {}
         for place, expert in enumerate(expert for row in chosen for expert in row):
             if expert < len(layer.gate_up):  # the others are null experts
                 members.setdefault(expert, []).append(place)
-        flat = weights.view(-1, 1)
-        if len(chosen) == 1:
-            parts = [self._expert(hidden, layer, expert) * flat[at[0]] for expert, at in members.items()]
-            return sum(parts[1:], parts[0]) if parts else torch.zeros_like(hidden)
-        routed = torch.zeros_like(hidden)
+        flat, routed = weights.view(-1, 1), torch.zeros_like(hidden)
         for expert, at in members.items():
             rows = torch.tensor([place // self.top_k for place in at])
             routed.index_add_(0, rows, self._expert(hidden[rows], layer, expert) * flat[torch.tensor(at)])
         return routed
+
+    def _together(self, hidden: Tensor, layer: Layer, experts: list[int], weights: Tensor) -> Tensor:
+        """The weighted sum [S, H] of experts that all the rows chose; weights [S, K]."""
+        parts = [
+            self._expert(hidden, layer, expert) * weights[:, place : place + 1]
+            for place, expert in enumerate(experts)
+            if expert < len(layer.gate_up)
+        ]
+        return sum(parts[1:], parts[0]) if parts else torch.zeros_like(hidden)
 
     def _expert(self, hidden: Tensor, layer: Layer, expert: int) -> Tensor:
         gate, up = product(hidden, layer.gate_up[expert]).chunk(2, dim=-1)

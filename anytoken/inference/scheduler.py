@@ -148,11 +148,12 @@ class Scheduler:
         chosen = [(0, 0.0)] * len(self._rows)
         for (ranges, setting), members in groups.items():
             rows = [self._rows[i] for i in members]
-            logits = self._head(features[[place[row.slot] for row in rows]], ranges)
-            plain = logits
+            slots = [row.slot for row in rows]
             if setting.cfg_scale != 1:
-                mates = [place[row.mate] for row in rows if row.mate is not None]
-                logits = guide(logits, self._head(features[mates], ranges), setting.cfg_scale)
+                slots += [row.mate for row in rows if row.mate is not None]
+            logits = self._head(features[[place[slot] for slot in slots]], ranges)
+            plain, without = logits[: len(rows)], logits[len(rows) :]
+            logits = plain if setting.cfg_scale == 1 else guide(plain, without, setting.cfg_scale)
             table = self.grammar.index(ranges)
             if setting.repetition_penalty != 1:
                 seen = [_columns(table, set(row.ids) - self._controls) for row in rows]

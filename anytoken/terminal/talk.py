@@ -25,17 +25,18 @@ HELP = """\
 /tell TEXT   /sequence TEXT                         ask for text, DNA
 /ask KINDS TEXT      ask for kinds in order: /ask text,image a fox
 /regenerate [SEED]   another reply in place of the last
+/edit TEXT           say this instead of your last words (its files stay), and get a new reply
 /undo                take back your last message and its reply
 /save [DIR]          keep the conversation and its files
 /load DIR            go on with one that was kept
 /show                what was said so far
 /help  /quit         Ctrl-C stops a reply"""
 COMMANDS = (
-    *(f"/{kind}" for kind in PART_KINDS if kind != "text"), *OUTPUTS, "/ask", "/regenerate", "/undo", "/save",
-    "/load", "/show", "/help", "/quit",
+    *(f"/{kind}" for kind in PART_KINDS if kind != "text"), *OUTPUTS, "/ask", "/regenerate", "/edit", "/undo",
+    "/save", "/load", "/show", "/help", "/quit",
 )  # fmt: skip
 
-NEED_A_VALUE = (*(f"/{kind}" for kind in PART_KINDS), "/ask", "/load")
+NEED_A_VALUE = (*(f"/{kind}" for kind in PART_KINDS), "/ask", "/edit", "/load")
 
 
 class Talk:
@@ -82,6 +83,8 @@ class Talk:
         elif command == "/ask":
             kinds, _, words = rest.partition(" ")
             self._say(words, kinds.split(","))
+        elif command == "/edit":
+            self._edit(rest)
         else:
             self._manage(command, _path(rest))
 
@@ -109,6 +112,20 @@ class Talk:
         prompt = [*self.attached, *([words] if words.strip() else [])]
         show_events(self.chat.stream(prompt, output, **self.options), self.out, self.console)
         self.attached = []
+
+    def _edit(self, words: str) -> None:
+        """The conversation is another one only once the new reply is there."""
+        from anytoken.segments import Text
+
+        before = list(self.chat.turns)
+        said = self.chat.undo()
+        output = before[len(self.chat)].output
+        files = [segment for segment in said if not isinstance(segment, Text)]
+        try:
+            show_events(self.chat.stream([*files, words], output, **self.options), self.out, self.console)
+        except BaseException:
+            self.chat.turns = before
+            raise
 
     def _note(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, highlight=False)

@@ -28,6 +28,17 @@ def test_sides_take_turns_and_warmups_do_not_count(monkeypatch):
     assert calls == ["ours", "peer"] * 4
 
 
+def test_a_ratio_of_turns_compares_within_a_round(monkeypatch):
+    """The second and third rounds are three times as slow on both sides."""
+    now, seconds = [0.0], iter([100, 100, 2, 1, 6, 3, 6, 3, 3, 2, 5, 2])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += next(seconds)
+
+    assert bench.ratio_of_turns(run, run, repeats=5) == 2
+
+
 def test_report_writes_the_figures_with_their_environment(tmp_path, capsys):
     bench.report({"rows": [{"batch": 1, "ratio": 1.5}]}, tmp_path / "deep" / "bench.json")
     written = json.loads((tmp_path / "deep" / "bench.json").read_text())

@@ -83,9 +83,11 @@ def test_guided_greedy_equals_the_reference_loop(
     """The branch without a prompt joins late in ("text", "image"), when the picture begins."""
     prompts, null = prompts_of(model), model.processor.null_prompt()
     sampling = {**GREEDY, "image": Sampling(temperature=0, cfg_scale=3.0)}
-    found = any_engine.generate(prompts, [plan] * len(prompts), sampling, 40, null_prompt=null)
     expected = expected_of(model, plan, 40, null_prompt=null, cfg_scale={"image": 3.0})
-    assert [reply.ids for reply in found] == expected
+    for rows in ([0, 1, 2, 3], [3]):  # together, and alone
+        some = [prompts[row] for row in rows]
+        found = any_engine.generate(some, [plan] * len(rows), sampling, 40, null_prompt=null)
+        assert [reply.ids for reply in found] == [expected[row] for row in rows]
     if plan == ("image",):
         assert expected != expected_of(model, plan, 40)
 

@@ -1,10 +1,14 @@
-"""Whatever the model says, a reply is legal, in budget and as planned: thousands of replies to random logits."""
+"""Whatever the model says, a reply is legal, in budget and as planned: thousands of replies to random logits.
+
+And hundreds of models with random weights, in one running batch, each decoded to its segments.
+"""
 
 import itertools
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +17,11 @@ from torch import Tensor
 
 from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
+from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine, GeneratedIds
 from anytoken.inference.head import Head
 from anytoken.inference.sampling import Sampling
+from anytoken.inference.scheduler import Scheduler
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import CodeShape, Grid, Run
 
@@ -138,3 +144,49 @@ def test_a_segment_that_does_not_fit_is_not_started(budget: int) -> None:
     assert seen - {"text"} <= fits
     if budget > 20:
         assert seen == set(KINDS)
+
+
+def drawn_sampling(random: np.random.Generator) -> Sampling:
+    return Sampling(
+        temperature=random.choice([0.0, 0.7, 1.0, 30.0]),
+        top_k=random.choice([0, 1, 5]),
+        top_p=random.choice([0.3, 1.0]),
+        min_p=random.choice([0.0, 0.5]),
+        repetition_penalty=random.choice([0.5, 1.0, 3.0]),
+        cfg_scale=random.choice([0.0, 1.0, 4.0]),
+    )
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.2, 5.0])
+def test_every_reply_of_random_weights_decodes(own_model: AnyToken, spread: float) -> None:
+    """Each of 120 replies has its own prompt, plan, budget and settings; a budget below the least is refused."""
+    grammar, random = own_model.processor.grammar, np.random.default_rng(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in own_model.lm.parameters():
+            parameter.normal_(std=spread)
+    scheduler, null = Scheduler(own_model.engine), own_model.processor.null_prompt()
+    plans = [None, ("text",), ("image",), ("tone",), ("text", "image"), ("image", "text", "tone", "image")]
+    asked: list[tuple[tuple[str, ...] | None, int]] = []
+    for _ in range(120):
+        plan, prompt = plans[random.integers(len(plans))], [1] * random.integers(1, 150)
+        least = grammar.min_remaining(grammar.reply(plan))
+        limit = least + int(random.integers(-1, 30))
+        settings = {kind: drawn_sampling(random) for kind in own_model.kinds}
+        options = {"plan": plan, "sampling": settings, "max_new_tokens": limit, "null_prompt": null}
+        if limit < least:
+            with pytest.raises(ValueError, match=f"{limit}"):
+                scheduler.submit(prompt, **options)
+            continue
+        assert scheduler.submit(prompt, seed=0, draw=len(asked), **options) == len(asked)
+        asked.append((plan, limit))
+    replies: list[list[int]] = [[] for _ in asked]
+    reasons = [""] * len(asked)
+    while len(scheduler):
+        for token in scheduler.step():
+            replies[token.row].append(token.id)
+            reasons[token.row] = token.finish_reason or ""
+    for (plan, limit), ids, reason in zip(asked, replies, reasons, strict=True):
+        assert len(ids) <= limit and reason == finish_reason(grammar, grammar.reply(plan), ids, limit)
+        kinds = [segment.kind for segment in own_model.detokenize(ids)]
+        assert kinds == list(plan or kinds) and kinds

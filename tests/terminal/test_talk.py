@@ -2,6 +2,7 @@
 
 import re
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -17,6 +18,7 @@ class FakeChat:
 
     def __init__(self):
         self.sent = []
+        self.turns = [SimpleNamespace(output=None)] * 4 + [SimpleNamespace(output="image")] * 2
 
     def stream(self, prompt, output=None, **options):
         from anytoken.inference.stream import SegmentFinished, TextDelta
@@ -36,9 +38,11 @@ class FakeChat:
 
     def undo(self):
         self.sent.append("undo")
+        self.turns = self.turns[:4]
+        return [DNA("ACGT"), Text("old words")]
 
     def __len__(self):
-        return 4
+        return len(self.turns)
 
     def save(self, path):
         return path
@@ -116,9 +120,19 @@ def test_the_conversation_is_managed(tmp_path):
     )
 
 
+def test_other_words_go_with_the_same_files_and_a_failure_leaves_the_old_ones(tmp_path):
+    sent, _ = converse(tmp_path, "/edit new words")
+    assert sent == ["undo", (["dna", "new words"], "image", {"seed": 1})]
+    chat = FakeChat()
+    for words, error in (("no", ValueError), ("stop", KeyboardInterrupt)):
+        with pytest.raises(error):
+            Talk(chat, tmp_path, Console(file=StringIO())).obey(f"/edit {words}")
+        assert len(chat) == 6
+
+
 def test_a_command_without_its_value_says_so(tmp_path):
-    sent, screen = converse(tmp_path, "/image", "/load ", "/ask")
-    assert not sent and screen.count("needs something after it") == 3
+    sent, screen = converse(tmp_path, "/image", "/load ", "/ask", "/edit")
+    assert not sent and screen.count("needs something after it") == 4
 
 
 def test_what_looks_like_a_path_is_said(tmp_path):
