@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
+from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.modalities import load_modality, modality_class
 
 
@@ -34,6 +34,9 @@ class Recipe(BaseModel):
     kind: str
     code: str = Field("", description="beside the recipe: the .py file of the kind's class, which is run")
     config: dict[str, Any] = Field(default_factory=dict)
+    init_from: str = Field(
+        "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
+    )
     data: str = ""
     loss: dict[str, float] = Field(
         default_factory=dict, description="weights of its terms, where a kind has them"
@@ -126,9 +129,19 @@ def train_tokenizer(
 
 def _build(plan: Recipe) -> ModalityTokenizer:
     try:
-        return modality_class(plan.kind)(**plan.config)
+        tokenizer = modality_class(plan.kind)(**plan.config)
     except TypeError as error:
         raise TokenizerError(f"config of a {plan.kind} tokenizer: {error}.") from error
+    if plan.init_from:
+        begun = load_tokenizer(plan.init_from)
+        try:
+            tokenizer.load_state_dict(begun.state_dict())
+        except RuntimeError as error:
+            raise TokenizerError(
+                f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
+                f"theirs is {begun.config}."
+            ) from error
+    return tokenizer
 
 
 def _finish(

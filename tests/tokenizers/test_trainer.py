@@ -96,6 +96,15 @@ def test_a_critic_is_resumed_with_its_tokenizer(recipe, sets, tmp_path, killed_a
     assert log_of(cut) == log_of(whole) and "adversarial" in log_of(cut)[0]
 
 
+def test_training_goes_on_from_the_weights_of_another(recipe, sets, tmp_path):
+    first = train_tokenizer(recipe(), sets, tmp_path / "first")
+    further = train_tokenizer(recipe(init_from=str(first), steps=5, lr=1e-5), sets, tmp_path / "further")
+    assert log_of(further)[0]["loss"] < 0.9 * log_of(first)[0]["loss"]  # of the same batch
+    wider = recipe(init_from=str(first), config={**IMAGE["config"], "width": 24})
+    with pytest.raises(TokenizerError, match=r"init_from: the weights of .*first do not fit config"):
+        train_tokenizer(wider, sets, tmp_path / "wider")
+
+
 def test_a_kind_without_terms_says_so(recipe, sets, tmp_path):
     path = recipe(kind="video", data="emoji/animations.npy", loss={"feature": 1.0}, config={"width": 16})
     with pytest.raises(TokenizerError, match="loss of video has no terms to weigh"):
