@@ -50,7 +50,7 @@ def lora_recipe(base: Path, recipe: dict[str, Any], tmp_path: Path) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("new_rows", [[], ["beep"]])
+@pytest.mark.parametrize("new_rows", [[], ["beep"], ["text"]])
 def test_adapter_trains_and_loads_back(lora_recipe: dict[str, Any], new_rows: list[str]) -> None:
     lora_recipe["lora"]["new_rows"] = new_rows
     lora_recipe["steps"] = 100
@@ -101,7 +101,7 @@ ALL_OFF = {"attention": False, "experts": False, "router": False}
     "settings",
     [
         *[{**ALL_OFF, part: True} for part in ALL_OFF],
-        {"r": 2, "router": True, "new_rows": ["tile"]},
+        {"r": 2, "router": True, "new_rows": ["tile", "text"]},
         {"r": 9, "rslora": True, "experts": False},
         {"dora": True, "experts": False},
     ],
