@@ -309,16 +309,12 @@ def _replayed(old: Any, share: Any) -> list[Any]:
     if not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"data.replay_share is {share!r}; it is the share of old samples, between 0 and 1")
     listed = old if isinstance(old, list) else [old]
-    sources = [{"path": one} if isinstance(one, str) else one for one in listed]
-    wrong = [
-        one
-        for one in sources
-        if not isinstance(one, dict) or not isinstance(one.get("weight", 1), (int, float))
-    ]
-    if wrong:
-        raise ValueError(
-            f"data.replay lists files, or sources such as {{path: FILE, weight: 3}}; got {wrong[0]!r}"
-        )
+    sources: list[dict[str, Any]] = [{"path": one} if isinstance(one, str) else one for one in listed]
+    for one in sources:
+        if not isinstance(one, dict) or not isinstance(one.get("weight", 1), (int, float)):
+            raise ValueError(
+                f"data.replay lists files, or sources such as {{path: FILE, weight: 3}}; got {one!r}"
+            )
     total = sum(one.get("weight", 1) for one in sources) * (1 - share) / share
     return [{"views": {AUTO: 1}, **one, "weight": one.get("weight", 1) / total} for one in sources]
 
