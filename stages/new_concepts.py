@@ -1,15 +1,20 @@
 """A small set that `mini` never saw, learnt as an adapter, and how well: sixteen fruits and vegetables in five styles.
 
     python stages/new_concepts.py build data/sets out/fruits
-    anytoken train stages/lora.yaml output=out/fruits/replay steps=260 context=256 \\
-      data.train=out/fruits/fruits.jsonl data.test=out/fruits/fruits.jsonl \\
-      data.replay='[data/shards/images,data/shards/conversations,data/shards/videos]'
+    for captions in fruits shuffled; do
+      anytoken train stages/lora.yaml output=out/fruits/$captions context=256 \
+        data.train=out/fruits/$captions.jsonl data.test=out/fruits/$captions.jsonl \
+        'data.views={image->text: 3, text->image: 1}' \
+        'data.replay=[{path: data/shards/images, weight: 4.5, views: {image->text: 3, text->image: 1}},
+          data/shards/conversations, {path: data/shards/videos, views: {text->video: 1, video->text: 1}}]'
+    done
     python stages/new_concepts.py score data/sets out/fruits
 
 Every fifth picture of a concept (a style on a background) is held out. The score is how many held-out pictures are
 named right, without an adapter and with each of the folder; and how many answers of the held-out prompts that `mini`
-was held to before, as what an adapter teaches may cost what was known. Replay keeps that (arXiv 1811.11682): half of
-the samples are old. Without `data.replay`, into another folder and with half the steps, the new is seen as often.
+was held to before, as what an adapter teaches may cost what was known. Replay keeps that (arXiv 1811.11682).
+`shuffled` is the control: the same pictures with the training captions dealt out anew, which must not name held-out
+ones better than chance, one in sixteen.
 """
 
 import json
@@ -42,9 +47,22 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def write(path: Path, lines: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def shuffled(lines: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The captions of the training split dealt out at random; held-out ones stay true."""
+    train = [line for line in lines if line["split"] == "train"]
+    order = iter(np.random.default_rng(0).permutation(len(train)))
+    return [
+        {**line, "text": train[next(order)]["text"]} if line["split"] == "train" else line for line in lines
+    ]
+
+
 @app.command()
 def build(sets: Sets, folder: Folder) -> None:
-    """Compose the pictures and write fruits.jsonl."""
+    """Compose the pictures and write fruits.jsonl, and shuffled.jsonl for the control."""
     sprites = np.load(sets / "emoji" / "sprites.npy", mmap_mode="r")
     drawn = [line for line in read(sets / "emoji" / "sprites.jsonl") if line["name"] in NAMES]
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -59,8 +77,9 @@ def build(sets: Sets, folder: Folder) -> None:
             )
             text = f"{article}{name}, {style}, {background} background"
             split = "test" if (number + 2 * place) % 5 == 0 else "train"
-            lines.append(json.dumps({"text": text, "image": path, "split": split}) + "\n")
-    (folder / "fruits.jsonl").write_text("".join(lines), encoding="utf-8")
+            lines.append({"text": text, "image": path, "split": split})
+    write(folder / "fruits.jsonl", lines)
+    write(folder / "shuffled.jsonl", shuffled(lines))
     print(f"{folder / 'fruits.jsonl'}: {len(lines)} pictures")
 
 

@@ -60,12 +60,22 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
     )
 
 
-def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace) -> PeftModel:
-    """Wrap a model in an adapter, new or with the weights of ``spec.start``; only the adapter is trainable."""
+def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace, base: str | None = None) -> PeftModel:
+    """Wrap a model in an adapter, new or with the weights of ``spec.start``; only the adapter is trainable.
+
+    base: what the adapter's configuration calls the model; PEFT would write the folder, which is this machine's.
+    """
     adapted = get_peft_model(model, lora_config(spec, model, space))
+    if base is not None:
+        adapted.peft_config["default"].base_model_name_or_path = portable_name(base)
     if spec.start is not None:
         load_weights(adapted, Path(spec.start))
     return adapted
+
+
+def portable_name(path: str) -> str:
+    """A model's name as another machine can use it: a bundled name, a relative path, or of any other its end."""
+    return Path(path).name if Path(path).is_absolute() or ".." in Path(path).parts else path
 
 
 def load_weights(adapted: PeftModel, folder: Path) -> None:

@@ -108,7 +108,7 @@ class LoraSpec(_Part):
     experts: bool = True
     router: bool = False
     new_rows: list[str] = Field(
-        default=[], description="modalities whose vocabulary rows are trained in full"
+        default=[], description="modalities, or text, whose vocabulary rows are trained in full"
     )
 
 
@@ -205,22 +205,21 @@ class Stage(_Part):
     @model_validator(mode="before")
     @classmethod
     def _short_data(cls, recipe: Any) -> Any:
-        """``data: {train: FILE, test: FILE, views: {...}, replay: FILE}`` is short for a list of sources.
+        """``data: {train: FILE, test: FILE, views: {...}, replay: ...}`` is short for a list of sources.
 
-        test: held out of the same views. replay: a file or a list of old data, drawn as often as the new.
+        test: held out of the same views. replay: old data, a file, a source (``{path: ..., weight: 3, views: ...}``)
+        or a list of them, of which replay_share (0.5) of all samples are drawn, shared out by their weights.
         """
         data = recipe.get("data") if isinstance(recipe, dict) else None
         if not isinstance(data, dict):
             return recipe
-        unknown = set(data) - {"train", "test", "views", "replay"}
+        unknown = set(data) - {"train", "test", "views", "replay", "replay_share"}
         if unknown or "train" not in data:
             raise ValueError(
-                f"data is a list of sources, or train, test, views and replay; got {', '.join(data)}"
+                f"data is a list of sources, or train, test, views, replay and replay_share; got {', '.join(data)}"
             )
         train = {"path": data["train"], "views": data.get("views") or {AUTO: 1}}
-        old = data.get("replay") or []
-        old = [old] if isinstance(old, str) else old
-        replay = [{"path": path, "views": {AUTO: 1}, "weight": 1 / len(old)} for path in old]
+        replay = _replayed(data.get("replay") or [], data.get("replay_share", 0.5))
         recipe = {**recipe, "data": [train, *replay]}
         if data.get("test"):
             test = {**train, "path": data["test"], "split": "test" if data["test"] == data["train"] else None}
@@ -311,6 +310,21 @@ class Stage(_Part):
                 for item in error.errors()
             )
             raise StageError(f"{source}: {problems}") from None
+
+
+def _replayed(old: Any, share: Any) -> list[Any]:
+    """Sources of old data that together are this share of all samples, if the new weighs 1."""
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"data.replay_share is {share!r}; it is the share of old samples, between 0 and 1")
+    listed = old if isinstance(old, list) else [old]
+    sources: list[dict[str, Any]] = [{"path": one} if isinstance(one, str) else one for one in listed]
+    for one in sources:
+        if not isinstance(one, dict) or not isinstance(one.get("weight", 1), (int, float)):
+            raise ValueError(
+                f"data.replay lists files, or sources such as {{path: FILE, weight: 3}}; got {one!r}"
+            )
+    total = sum(one.get("weight", 1) for one in sources) * (1 - share) / share
+    return [{"views": {AUTO: 1}, **one, "weight": one.get("weight", 1) / total} for one in sources]
 
 
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

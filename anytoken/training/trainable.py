@@ -11,6 +11,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.training.stage import StageError
 
 ROWS = "rows:"
+TEXT = "text"
 
 
 def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: TokenSpace) -> list[str]:
@@ -45,13 +46,16 @@ def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: Tok
 
 
 def modality_rows(space: TokenSpace, modalities: Sequence[str]) -> list[int]:
-    """All vocabulary rows of these modalities: their codes, open and close ids."""
+    """All vocabulary rows of these modalities: of text its ids, of others their codes, open and close ids."""
     rows: list[int] = []
     for name in modalities:
-        if name not in space.modalities:
+        if name not in space.modality_names:
             raise StageError(
-                f"no modality {name!r} in the vocabulary; there are {', '.join(space.modalities)}"
+                f"no modality {name!r} in the vocabulary; there are {', '.join(space.modality_names)}"
             )
+        if name == TEXT:
+            rows += [id_ for start, stop in space.text_ranges for id_ in range(start, stop)]
+            continue
         rows += [space.open_token(name), space.close_token(name)]
         for span in space.ranges:
             if span.kind == "code" and span.modality == name:

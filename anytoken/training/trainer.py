@@ -360,7 +360,7 @@ def _adapted(start: PreTrainedModel, stage: Stage, processor: Processor) -> Lang
     if stage.moe.expert_bias_rate:
         balance_by_bias(start)
     if stage.lora is not None:
-        lm = add_lora(start, stage.lora, processor.token_space)
+        lm = add_lora(start, stage.lora, processor.token_space, stage.init_from)
     else:
         select_trainable(start, stage.trainable, processor.token_space)
     if stage.gradient_checkpointing:

@@ -17,7 +17,7 @@ import anytoken
 from anytoken.cli import app
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
-from anytoken.training.lora import add_lora
+from anytoken.training.lora import add_lora, portable_name
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import LoraSpec, Stage, StageError
 from anytoken.training.trainable import modality_rows
@@ -50,7 +50,7 @@ def lora_recipe(base: Path, recipe: dict[str, Any], tmp_path: Path) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("new_rows", [[], ["beep"]])
+@pytest.mark.parametrize("new_rows", [[], ["beep"], ["text"]])
 def test_adapter_trains_and_loads_back(lora_recipe: dict[str, Any], new_rows: list[str]) -> None:
     lora_recipe["lora"]["new_rows"] = new_rows
     lora_recipe["steps"] = 100
@@ -101,7 +101,7 @@ ALL_OFF = {"attention": False, "experts": False, "router": False}
     "settings",
     [
         *[{**ALL_OFF, part: True} for part in ALL_OFF],
-        {"r": 2, "router": True, "new_rows": ["tile"]},
+        {"r": 2, "router": True, "new_rows": ["tile", "text"]},
         {"r": 9, "rslora": True, "experts": False},
         {"dora": True, "experts": False},
     ],
@@ -138,6 +138,9 @@ def test_variants_train_and_open_everywhere(lora_recipe: dict[str, Any], setting
     lora_recipe["lora"] |= settings
     folder = train(Stage.from_dict(lora_recipe | {"steps": 3}))
     written = json.loads((folder / "adapter_config.json").read_text())
+    assert (
+        written["base_model_name_or_path"] == Path(lora_recipe["init_from"]).name
+    )  # no path of this machine
     assert written["use_rslora"] == settings.get("rslora", False)
     assert written["use_dora"] == settings.get("dora", False)
     ids = torch.arange(3, 40)[None]
@@ -145,6 +148,54 @@ def test_variants_train_and_open_everywhere(lora_recipe: dict[str, Any], setting
     adapted = PeftModel.from_pretrained(plain, folder).eval()(ids).logits
     opened = anytoken.load(lora_recipe["init_from"], device="cpu", adapter=folder)
     torch.testing.assert_close(opened.lm(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "written"), [("mini", "mini"), ("runs/mine", "runs/mine"), ("/a/b", "b"), ("../up/c", "c")]
+)
+def test_the_base_is_named_without_this_machines_folders(given: str, written: str) -> None:
+    assert portable_name(given) == written
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_text_train_in_a_tied_and_an_untied_head(base: Path, tmp_path: Path, tied: bool) -> None:
+    """Where the head has rows of its own, both are in the adapter; codes and controls keep theirs."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, tie_word_embeddings=tied)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(tmp_path / "base")
+    Processor.from_pretrained(base).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "sampling.json").write_text("{}")
+    space = Processor.from_pretrained(base).token_space
+    adapted = add_lora(model, LoraSpec(r=2, new_rows=["text"]), space, "base")
+    ids = torch.arange(3, 40)[None]
+    adapted(ids).logits.logsumexp(-1).sum().backward()
+    rows = {name: one for name, one in adapted.named_parameters() if "trainable_tokens" in name}
+    assert len(rows) == (1 if tied else 2)
+    assert all(len(one) == space.text_size and one.grad.abs().sum() > 0 for one in rows.values())
+    with torch.no_grad():
+        for number, one in enumerate(rows.values()):
+            one.add_(torch.randn(one.shape, generator=torch.Generator().manual_seed(number)))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    logits = adapted.eval()(ids).logits
+
+    merged = anytoken.load(tmp_path / "base", device="cpu", adapter=tmp_path / "adapter").lm
+    switched = anytoken.load(tmp_path / "base", device="cpu")
+    before = [one.weight.clone() for one in tables(switched.lm)]
+    switched.load_adapter(tmp_path / "adapter", "words")
+    assert all(torch.equal(one.weight, old) for one, old in zip(tables(switched.lm), before, strict=True))
+    switched.use_adapter("words")
+    for lm in (merged, switched.lm):
+        torch.testing.assert_close(lm(ids).logits, logits, atol=1e-4, rtol=1e-4)
+        for one, old in zip(tables(lm), before, strict=True):
+            assert torch.equal(one.weight[space.text_size :], old[space.text_size :])
+            assert not torch.equal(one.weight[: space.text_size], old[: space.text_size])
+    switched.use_adapter(None)
+    assert all(torch.equal(one.weight, old) for one, old in zip(tables(switched.lm), before, strict=True))
+
+
+def tables(lm: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+    return lm.get_input_embeddings(), lm.get_output_embeddings()
 
 
 def test_an_adapter_goes_on_from_another(lora_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -178,7 +229,10 @@ def check_card(folder: Path, entries: list[dict[str, Any]]) -> None:
     """It has the run's own figures, and its code opens the adapter, the same by both ways."""
     card, facts = (folder / "README.md").read_text(), json.loads((folder / "run.json").read_text())
     assert all(one["sha256"] in card and f"| {one['records']:,} |" in card for one in facts["data"])
-    assert facts["commit"] in card and "LoRA of rank 16, alpha 32, on attention, experts." in card
+    assert (
+        facts["commit"] in card
+        and "LoRA of rank 16, alpha 32, on attention, experts, the vocabulary rows of text." in card
+    )
     assert f"It is {facts['trained_parameters']:,} of the" in card and "before training and after" in card
     before, after = (
         [f"{group['bits']:.2f}" for group in one["eval"]["groups"].values()]

@@ -42,7 +42,11 @@ def test_stages_follow_each_other() -> None:
         ({"steps": 0}, "steps.*greater than 0.*got 0"),
         ({"optimizer": {"rate": 1}}, r"optimizer.rate"),
         ({"data": []}, "data"),
-        ({"data": {"tran": "x"}}, "train, test, views and replay; got tran"),
+        ({"data": {"tran": "x"}}, "train, test, views, replay and replay_share; got tran"),
+        ({"data": {"train": "x", "replay_share": 1}}, "replay_share is 1; .*between 0 and 1"),
+        ({"data": {"train": "x", "replay": [3]}}, "replay lists files, or sources .*; got 3"),
+        ({"data": {"train": "x", "replay": {"path": "y", "weight": "much"}}}, "replay lists files.*much"),
+        ({"data": {"train": "x", "replay": {"path": "y", "wieght": 2}}}, "data.1.wieght"),
         ({"init_from": "scratch", "tokenizers": {"text": "t"}, "modalities": {"a": "b"}}, "under tokenizers"),
         ({"data": [{"path": "a", "views": {"text->image": 1}, "wieght": 2}]}, "data.0.wieght"),
         ({"schedule": {"kind": "step"}}, "'cosine', 'wsd' or 'constant'"),
@@ -123,6 +127,13 @@ def test_data_in_short() -> None:
         ("my.jsonl", 1),
         ("old.jsonl", 0.5),
         ("older", 0.5),
+    ]
+    old = [{"path": "old", "weight": 3, "views": {"image->text": 1}}, "older"]
+    weighed = Stage.from_dict(recipe(data={"train": "my.jsonl", "replay": old, "replay_share": 0.8}))
+    assert [(one.weight, one.views) for one in weighed.data] == [
+        (1, {"auto": 1}),
+        (pytest.approx(3), {"image->text": 1}),
+        (pytest.approx(1), {"auto": 1}),
     ]
     changed = Stage.load(STAGES / "lora.yaml", ["data.train=my.jsonl", "init_from=mini", "output=out/my"])
     assert changed.sources(changed.data)[0].path == "my.jsonl"
