@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ class TokenizerError(ValueError):
 
 
 ORDERS = ("interleaved", "delayed")
+SUMS = ".embed_avg"  # of vector-quantize-pytorch's moving averages
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ class ModalityTokenizer(nn.Module):
         self.codebook_sizes = tuple(int(k) for k in codebook_sizes)
         self.config = dict(config)
         self.frame_rate_hz: float | None = None
+        self._saves_sums = True
 
     @property
     def name(self) -> str:
@@ -322,13 +324,22 @@ class ModalityTokenizer(nn.Module):
 
         return rebuild, (*source, self.__dict__)
 
+    def without_sums(self) -> ModalityTokenizer:
+        """Itself, from now on saved without the running sums of learned codebooks, which only training needs."""
+        self._saves_sums = False
+        return self
+
+    def _weights(self) -> dict[str, Tensor]:
+        state = self.state_dict()
+        return {key: value for key, value in state.items() if self._saves_sums or not key.endswith(SUMS)}
+
     def fingerprint(self, dtype: torch.dtype | None = None) -> str:
         """sha256 over configuration and weights: two tokenizers with one fingerprint give the same codes.
 
         dtype: of what `save_pretrained` writes with it. It is the same before saving and after loading.
         """
         digest = hashlib.sha256(json.dumps([self.kind, self.config], sort_keys=True).encode())
-        for key, tensor in sorted(self.state_dict().items()):
+        for key, tensor in sorted(self._weights().items()):
             digest.update(key.encode())
             saved = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             digest.update(saved.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -348,7 +359,7 @@ class ModalityTokenizer(nn.Module):
                 .cpu()
                 .to(dtype if dtype and value.is_floating_point() else value.dtype)
                 .contiguous()
-                for key, value in self.state_dict().items()
+                for key, value in self._weights().items()
             }
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
             header = {
@@ -385,13 +396,23 @@ class ModalityTokenizer(nn.Module):
             config = Path(folder) / "config.json"
             raise TokenizerError(f"{config} does not describe a {cls.__name__}: {error}") from error
         try:
-            state = load_file(weights)
-            tokenizer.load_state_dict(
-                {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-            )
+            state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()}
+            if sums := {name for name in tokenizer.state_dict() if name.endswith(SUMS)} - set(state):
+                tokenizer.without_sums().load_state_dict(_with_sums(state, sums))
+            else:
+                tokenizer.load_state_dict(state)
         except (SafetensorError, RuntimeError, ValueError, OSError) as error:
             raise TokenizerError(f"{weights} does not load as {cls.__name__}: {error}") from error
         return tokenizer.eval()
+
+
+def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The state with the sums it was saved without, nearly as they were: training goes on as if it had not stopped."""
+    for name in names:
+        mean, count = (state.get(name.replace(SUMS, one)) for one in (".embed", ".cluster_size"))
+        if mean is not None and count is not None:
+            state[name] = mean * count[..., None]
+    return state
 
 
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}

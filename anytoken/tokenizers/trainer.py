@@ -148,7 +148,7 @@ def _finish(
     tokenizer: ModalityTokenizer, plan: Recipe, out: Path, steps: int, seconds: float, seen: dict[str, float]
 ) -> Path:
     # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
-    tokenizer.eval().save_pretrained(out, torch.bfloat16)
+    tokenizer.eval().without_sums().save_pretrained(out, torch.bfloat16)
     report = {
         "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": seen,
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
