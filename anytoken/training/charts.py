@@ -1,6 +1,7 @@
 """Charts as SVG: no script, no network; one file suits light and dark, in a page of its own or in another's.
 
-A chart is a group of WIDTH x HEIGHT; ``board`` lays groups out and brings the colours.
+A chart is a group of WIDTH x HEIGHT; ``board`` lays groups out in one file and brings the colours,
+``flowing`` does so in a page.
 """
 
 import html
@@ -42,6 +43,12 @@ def board(charts: Sequence[str], columns: int = 3) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" '
         f'style="max-width:100%;height:auto"><style>{STYLE}</style>{placed}</svg>'
     )
+
+
+def flowing(charts: Sequence[str]) -> str:
+    """Charts side by side in a page, as many in a row as it has room for; none is shrunk on a phone."""
+    each = "".join(board([chart]) for chart in charts)
+    return f'<div style="display:flex;flex-wrap:wrap">{each}</div>'
 
 
 def line_chart(title: str, lines: Sequence[Line]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from anytoken import recipes
-from anytoken.training.charts import Line, board, heat_map, line_chart, thin
+from anytoken.training.charts import Line, flowing, heat_map, line_chart, thin
 from anytoken.training.metrics import read_metrics
 from anytoken.training.samples import read_samples
 from anytoken.training.stage import Stage, StageError
@@ -29,7 +29,8 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;
 background:light-dark(#fff,#161618);color:light-dark(#222,#ddd)}
 section{border-top:1px solid light-dark(#ddd,#333);padding:.5rem 0 1rem}h1,h2{margin:.4rem 0}h2{font-size:1.1rem}
-table{border-collapse:collapse}td,th{padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}
+h1{overflow-wrap:anywhere}table{border-collapse:collapse;display:block;overflow-x:auto}
+td,th{padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}
 th{font-weight:600}.note{color:light-dark(#666,#999)}img,video{width:96px;image-rendering:pixelated;border-radius:6px}
 audio{width:12rem}pre{overflow-x:auto;background:light-dark(#f5f5f5,#222);padding:.8rem;border-radius:6px}
 """
@@ -62,7 +63,7 @@ class Page:
         facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
         sections = {
             "Bits per target": _losses(entries, self.reference) + _legend(bool(self.reference), entries),
-            "Optimisation": board(
+            "Optimisation": flowing(
                 [line_chart(name, [Line(thin(points))]) for name, points in _curves(train)]
             ),
             "Expert load": _experts(train),
@@ -74,7 +75,8 @@ class Page:
         body = "".join(f"<section><h2>{name}</h2>{part}</section>" for name, part in sections.items() if part)
         title = html.escape(self.folder.name)
         return (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+            f'<!doctype html><html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
             f"<h1>{title}</h1><p>{_status(self.stage, train, finished)}</p>{body}</html>\n"
         )
 
@@ -110,7 +112,7 @@ def _losses(entries: Entries, reference: Entries) -> str:
             Line(bits_of(held_out(entries), name), "dots"),
         ]
         charts.append(line_chart(name, [line for line in lines if line.points]))
-    return board(charts)
+    return flowing(charts)
 
 
 def _legend(reference: bool, entries: Entries) -> str:
@@ -157,7 +159,7 @@ def _experts(train: Entries) -> str:
     note = (
         "<p class='note'>Share of each layer's tokens an expert gets; full colour is twice an even share.</p>"
     )
-    return board(maps) + note if maps else ""
+    return flowing(maps) + note if maps else ""
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:

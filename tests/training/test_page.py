@@ -68,6 +68,9 @@ def test_a_page_holds_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
     assert "layer 0, expert 0: 75.0 %" in text and 'class="line reference"' in text and 'class="dot"' in text
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", text) and "<script" not in text
     assert set(re.findall(r"https?://[^\"' <]+", text)) == {"http://www.w3.org/2000/svg"}
+    # On a phone of 390 px nothing is shrunk or cut off: one chart an image, and tables that scroll in themselves.
+    assert 'name="viewport"' in text and "display:block;overflow-x:auto" in text
+    assert {int(wide) for wide in re.findall(r'<svg[^>]* width="(\d+)"', text)} == {WIDTH} and WIDTH <= 358
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
 
