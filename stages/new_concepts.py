@@ -12,7 +12,8 @@
 
 Every fifth picture of a concept (a style on a background) is held out. The score is how many held-out pictures are
 named right, without an adapter and with each of the folder; and how many answers of the held-out prompts that `mini`
-was held to before, as what an adapter teaches may cost what was known, for one by naming old pictures as new ones. Replay keeps that (arXiv 1811.11682).
+was held to before, as what an adapter teaches may cost what was known: old pictures are given new names, for one.
+Replay keeps it (arXiv 1811.11682).
 `shuffled` is the control: the same pictures with the training captions dealt out anew, which must not name held-out
 ones better than chance, one in sixteen.
 """
