@@ -12,7 +12,8 @@
 
 Every fifth picture of a concept (a style on a background) is held out. The score is how many held-out pictures are
 named right, without an adapter and with each of the folder; and how many answers of the held-out prompts that `mini`
-was held to before, as what an adapter teaches may cost what was known. Replay keeps that (arXiv 1811.11682).
+was held to before, as what an adapter teaches may cost what was known: old pictures are given new names, for one.
+Replay keeps it (arXiv 1811.11682).
 `shuffled` is the control: the same pictures with the training captions dealt out anew, which must not name held-out
 ones better than chance, one in sixteen.
 """
@@ -103,7 +104,9 @@ def score(sets: Sets, folder: Folder, model: str = "mini", count: int = 128) -> 
             pairs = [(reply.text, line["text"]) for reply, line in zip(replies, held_out, strict=True)]
             whole = share([same_text(said, wanted) for said, wanted in pairs]).to_dict()
             start = share([same_text(said.split(",")[0], wanted.split(",")[0]) for said, wanted in pairs])
-            rows.append({"prompts": f"{age}, {kind}->text", "adapter": name, **whole, "name": start.value})
+            new = share([any(one in said for one in NAMES) for said, _ in pairs]).value
+            row = {"prompts": f"{age}, {kind}->text", "adapter": name, **whole}
+            rows.append({**row, "name": start.value, "names_a_new_one": new})
     report({"model": model, "rows": rows}, folder / "figures.json")
 
 
