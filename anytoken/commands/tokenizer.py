@@ -10,6 +10,19 @@ import typer
 from anytoken import recipes
 from anytoken.commands.options import Out, Overrides
 
+Count = Annotated[
+    int | None, typer.Option("--count", "--limit", min=1, help="Held-out items at most; all without it.")
+]
+Genomes = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--genome", help="FASTA files that DNA tokenizers stream, in the place of the set's own package's."
+    ),
+]
+PictureTokenizer = Annotated[
+    Path | None,
+    typer.Option("--image", help="The picture tokenizer that clips are compared with; else `image` beside."),
+]
 app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
 
 
@@ -33,7 +46,9 @@ def tokenizer_eval(
     card: Annotated[
         Path | None, typer.Option(help="A folder for figures.json, README.md and before/after samples.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Held-out items at most.")] = 400,
+    genome: Genomes = None,
+    image: PictureTokenizer = None,
+    count: Count = None,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
     """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
@@ -43,9 +58,10 @@ def tokenizer_eval(
     from anytoken.tokenizers.measures import measure
 
     if card is None:
-        print(json.dumps(measure(tokenizer, data, count, seed).figures, indent=2, ensure_ascii=False))
+        found = measure(tokenizer, data, count, seed, genome or [], image)
+        print(json.dumps(found.figures, indent=2, ensure_ascii=False))
     else:
-        print(make_card(tokenizer, data, card, count, seed))
+        print(make_card(tokenizer, data, card, count, seed, genome or [], image))
 
 
 @app.command("compare")
@@ -53,10 +69,9 @@ def tokenizer_compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
     out: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
-    genome: Annotated[
-        list[Path] | None, typer.Option(help="FASTA files that DNA tokenizers stream besides.")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Held-out items at most.")] = 400,
+    genome: Genomes = None,
+    image: PictureTokenizer = None,
+    count: Count = None,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
     """Measure several tokenizers on the same held-out items: rate, what comes back, codebook usage, speed."""
@@ -64,7 +79,7 @@ def tokenizer_compare(
 
     from anytoken.tokenizers.compare import compare, comparison
 
-    found = compare(tokenizers, data, count, seed, genome or [])
+    found = compare(tokenizers, data, count, seed, genome or [], image)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

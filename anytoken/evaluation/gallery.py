@@ -19,10 +19,10 @@ from tqdm import tqdm
 from anytoken.data.dna import translate
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
-from anytoken.evaluation.judges import JudgeError, WordJudge
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.evaluation.report import ReportError, percent, read, rows
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
+from anytoken.tokenizers.words import JudgeError, WordJudge
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken

@@ -2,9 +2,9 @@
 
 A judge never sees a generator's output before it judges one. What a picture shows is told by a small classifier that
 was trained on *other* drawing styles than the one it judges; words by pocketsphinx under a closed grammar of the
-known names; a voice by a linear classifier of spectra of real clips. (What DNA codes for is no judgement:
-`anytoken.data.dna.translate`.) No judge is perfect: scores stand beside the judge's ceiling, its score on real
-held-out media.
+known names (`anytoken.tokenizers.words`); a voice by a linear classifier of spectra of real clips. (What DNA codes
+for is no judgement: `anytoken.data.dna.translate`.) No judge is perfect: scores stand beside the judge's ceiling, its
+score on real held-out media.
 Shapes: B pictures, C classes, F frames.
 """
 
@@ -20,13 +20,9 @@ import torchaudio
 from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.tokenizers.words import RATE_HZ, JudgeError
 
 PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
-RATE_HZ = 16_000
-
-
-class JudgeError(ValueError):
-    """A judge that lacks a package or the real examples it learns from."""
 
 
 def mel_frames(clip: Speech) -> Tensor:
@@ -35,41 +31,6 @@ def mel_frames(clip: Speech) -> Tensor:
     samples = F.pad(samples, (0, max(0, 512 - len(samples))))
     mel = torchaudio.transforms.MelSpectrogram(RATE_HZ, n_fft=512, hop_length=160, n_mels=40)(samples)
     return mel.clamp_min(1e-6).log().T
-
-
-class WordJudge:
-    """Tells which of a closed list of names a clip says."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        try:
-            from pocketsphinx import Decoder
-        except ImportError as error:
-            raise JudgeError("Judging speech needs pocketsphinx: pip install 'anytoken[eval]'.") from error
-        self._decoder = Decoder(lm=None, loglevel="FATAL")
-        words = {name: name.lower().replace("-", " ") for name in names}
-        self.names = {
-            said: name for name, said in words.items() if all(map(self._decoder.lookup_word, said.split()))
-        }
-        if not self.names:
-            raise JudgeError(f"None of the {len(names)} names is made of words the recogniser knows.")
-        rule = "#JSGF V1.0; grammar names; public <name> = " + " | ".join(self.names) + ";"
-        self._decoder.add_jsgf_string("names", rule)
-        self._decoder.activate_search("names")
-
-    def knows(self, name: str) -> bool:
-        """Whether all words of a name are in the recogniser's dictionary; others cannot be judged."""
-        return name in self.names.values()
-
-    def hear(self, clip: Speech) -> str | None:
-        """The name a clip says, or None where nothing fits."""
-        samples = clip.resample(RATE_HZ).samples
-        if not len(samples):
-            return None
-        self._decoder.start_utt()
-        self._decoder.process_raw((np.clip(samples, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
-        self._decoder.end_utt()
-        found = self._decoder.hyp()
-        return self.names.get(found.hypstr) if found else None
 
 
 class VoiceJudge:

@@ -22,13 +22,13 @@ from anytoken.evaluation.judges import (
     BackgroundJudge,
     PictureClassifier,
     VoiceJudge,
-    WordJudge,
     fit_classifier,
     mel_frames,
     motion,
 )
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video
+from anytoken.tokenizers.words import WordJudge
 
 Record = dict[str, Any]
 Parts = dict[str, float]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from anytoken.tokenizers.samples import Row, number, share, show_samples, table,
 
 
 def make_card(
-    tokenizer: str | Path, data: str | Path, card: str | Path, count: int = 400, seed: int = 0
+    tokenizer: str | Path,
+    data: str | Path,
+    card: str | Path,
+    count: int | None = None,
+    seed: int = 0,
+    genomes: Sequence[Path] = (),
+    image: Path | None = None,
 ) -> Path:
     """Measure a tokenizer (see `measure`) and write its card into the folder `card`; returns the README.md.
 
@@ -33,15 +39,18 @@ def make_card(
     if missing:
         raise TokenizerError(f"A card needs {' and '.join(missing)}: pip install 'anytoken[eval]'.")
     tokenizer, data, card = Path(tokenizer), Path(data), Path(card)
-    found = measure(tokenizer, data, count, seed)
+    found = measure(tokenizer, data, count, seed, genomes, image)
     card.mkdir(parents=True, exist_ok=True)
     training = _read_json(tokenizer / "training.json")
     consent = f"--modality {_shown(tokenizer)} " if class_source(type(found.tokenizer)) else ""
+    options = "" if count is None else f" --count {count}"
+    options += "".join(f" --genome {_shown(path)}" for path in genomes)
+    options += f" --image {_shown(image)}" if image else ""
     figures = {
         **found.figures,
         "about": _about(found),
-        "command": f"anytoken {consent}tokenizer eval {_shown(tokenizer)} --data {_shown(data)} --card {_shown(card)} "
-        f"--count {count} --seed {seed}",
+        "command": f"anytoken {consent}tokenizer eval {_shown(tokenizer)} --data {_shown(data)} --card {_shown(card)}"
+        f"{options} --seed {seed}",
         "data": made_of(found.figures["kind"], data, training.get("recipe", {}).get("data", "")),
         "training": training,
         "curve": read_curve(tokenizer / "metrics.jsonl"),
@@ -104,6 +113,7 @@ def render(figures: dict[str, Any]) -> str:
         f"## Rate\n\n{table(_rate(figures))}",
         f"## What it keeps\n\n{_kept_intro(figures)}\n\n{table(kept_rows(figures))}",
         _groups(figures),
+        _bars(figures),
         f"## Codebook\n\n{_codebook(figures)}",
         f"## Speed\n\n{_speed(figures)}",
         _training(figures),
@@ -174,12 +184,21 @@ def _kept_intro(figures: dict[str, Any]) -> str:
 
 
 def _kept_pictures(figures: dict[str, Any]) -> list[Row]:
-    rows: list[Row] = [("", "this tokenizer", "a thumbnail of as many bits", "the mean colour")]
+    peers = {
+        "": "this tokenizer",
+        "thumbnail_": "a thumbnail of as many bits",
+        "mean_colour_": "the mean colour",
+        "webp_": f"WebP at {figures.get('webp_bytes', 0):.0f} bytes",
+        "every_frame_": f"each frame as a small picture, {figures.get('every_frame_codes', 0):.0f} codes",
+        "held_frames_": f"a few pictures held, {figures.get('held_frames_codes', 0):.0f} codes",
+    }
+    peers = {who: title for who, title in peers.items() if f"{who}psnr_db" in figures}
+    rows: list[Row] = [("", *peers.values())]
     for title, key, digits in (
         ("PSNR in dB (higher is better)", "psnr_db", 2),
         ("SSIM (1 is equal)", "ssim", 3),
     ):
-        values = (figures[f"{who}{key}"] for who in ("", "thumbnail_", "mean_colour_"))
+        values = (figures[f"{who}{key}"] for who in peers)
         rows.append((title, *(f"{value:.{digits}f}" for value in values)))
     return rows
 
@@ -188,12 +207,19 @@ def _kept_speech(figures: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("", "this tokenizer", "random codes", "clips")]
     titles = {
         "stoi": "STOI, intelligibility (1 is equal)",
+        "pesq": "PESQ, quality (1 to 4.6)",
         "log_mel_l1": "difference of log-mel energies (0 is equal)",
     }
     for key, title in titles.items():
         if key in figures:
             both = (f"{figures[key]:.3f}", f"{figures[f'random_codes_{key}']:.3f}")
             rows.append((title, *both, str(figures[f"{key}_items"])))
+    if "words" in figures:
+        title = (
+            f"name heard, of {figures['words_names']} ({share(figures['words_originals'])} in the originals)"
+        )
+        both = (share(figures["words"]), share(figures["random_codes_words"]))
+        rows.append((title, *both, str(figures["words_items"])))
     return rows
 
 
@@ -211,7 +237,9 @@ def _kept_dna(figures: dict[str, Any]) -> list[Row]:
         rows.append(("windows lost, of all that exist", str(figures["windows_lost"])))
     if "genome_bases" in figures:
         exact = "exact" if figures["genome_exact"] else "NOT exact"
-        rows.append((f"a genome of {figures['genome_bases']:,} bases, streamed", exact))
+        count = len(figures.get("genome_files", [0]))
+        what = f"{count} genomes not trained on, {figures['genome_bases']:,} bases, streamed"
+        rows.append((what, exact))
     return rows
 
 
@@ -250,6 +278,7 @@ def _groups(figures: dict[str, Any]) -> str:
     titles = {
         "psnr_db": "PSNR in dB",
         "stoi": "STOI",
+        "pesq": "PESQ",
         "log_mel_l1": "log-mel difference",
         "bytes_per_token": "bytes an id",
     }
@@ -263,10 +292,26 @@ def _groups(figures: dict[str, Any]) -> str:
     return table([("", *columns), *rows])
 
 
+def shown_bar(bar: dict[str, Any]) -> str:
+    """Measured, at least so much, and whether it is."""
+    ours, least = (f"{bar[key]:,.0f}" if bar[key] >= 1000 else f"{bar[key]:.4g}" for key in ("ours", "bar"))
+    return f"{ours} (at least {least}: {'met' if bar['met'] else 'NOT met'})"
+
+
+def _bars(figures: dict[str, Any]) -> str:
+    """What was measured beside what is expected; nothing for figures from before there were bars."""
+    if not figures.get("bars"):
+        return ""
+    rows = [(bar["what"], shown_bar(bar)) for bar in figures["bars"]]
+    return f"## What is expected\n\n{table([('', ''), *rows])}"
+
+
 def _codebook(figures: dict[str, Any]) -> str:
+    streamed = " and the genomes" if "genome_bases" in figures else ""
     return (
-        f"The held-out items are {figures['codes_measured']:,} codes. They use {share(figures['codebook_usage'])} of "
-        f"the {sum(figures['codebook_sizes']):,} there are, with a perplexity of {number(figures['code_perplexity'])}"
+        f"The held-out items{streamed} are {figures['codes_measured']:,} codes. "
+        f"They use {share(figures['codebook_usage'])} of the {sum(figures['codebook_sizes']):,} there are, "
+        f"with a perplexity of {number(figures['code_perplexity'])}"
         f"{' in the mean of the codebooks' if len(figures['codebook_sizes']) > 1 else ''}."
     )
 

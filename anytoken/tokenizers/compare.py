@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.cards import kept_rows
+from anytoken.tokenizers.cards import kept_rows, shown_bar
 from anytoken.tokenizers.measures import measure
 from anytoken.tokenizers.samples import Row, number, share, table
 
@@ -21,12 +21,15 @@ from anytoken.tokenizers.samples import Row, number, share, table
 def compare(
     folders: Sequence[str | Path],
     data: str | Path,
-    count: int = 400,
+    count: int | None = None,
     seed: int = 0,
     genomes: Sequence[Path] = (),
+    image: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of each folder by its name, in order; TokenizerError for tokenizers of different modalities."""
-    found = {Path(folder).name: measure(folder, data, count, seed, genomes).figures for folder in folders}
+    found = {
+        Path(folder).name: measure(folder, data, count, seed, genomes, image).figures for folder in folders
+    }
     kinds = {figures["kind"] for figures in found.values()}
     if len(found) < len(folders) or len(kinds) != 1:
         raise TokenizerError(
@@ -58,7 +61,10 @@ def _rows(figures: dict[str, Any]) -> list[Row]:
         ("perplexity of the codes", number(figures["code_perplexity"])),
     ]
     if "genome_tokens_per_base" in figures:
-        rows.append(("codes a base of a genome", number(figures["genome_tokens_per_base"])))
+        rows.append(("codes a base of the genomes", f"{figures['genome_tokens_per_base']:.4f}"))
+        rows.append(("bits a base of the genomes", f"{figures['genome_bits_per_base']:.4f}"))
     for verb in ("encode", "decode"):
         rows.append((f"{unit}s a second to {verb}", number(figures[f"{verb}_units_per_second"])))
+    for bar in figures["bars"]:
+        rows.append((f"bar: {bar['what']}", shown_bar(bar)))
     return rows

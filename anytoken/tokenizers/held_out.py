@@ -7,7 +7,7 @@ held-out side is read back, a fixed choice of items for a seed, each with a name
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,21 @@ class HeldOut:
     group: str = ""
 
 
-def held_out_items(kind: str, data: Path, count: int, seed: int) -> list[HeldOut]:
-    """At most `count` held-out items of a kind from the built sets in `data`, the same for the same seed.
+def by_group(items: Sequence[HeldOut], scores: Sequence[float]) -> dict[str, float]:
+    """Mean score of each group, in alphabetical order; empty if there are no groups."""
+    groups = sorted({item.group for item in items if item.group})
+    return {
+        group: float(np.mean([s for item, s in zip(items, scores, strict=True) if item.group == group]))
+        for group in groups
+    }
+
+
+def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[HeldOut]:
+    """At most `count` (None: all) held-out items of a kind from the built sets in `data`, the same for the same seed.
 
     TokenizerError for a kind that has no held-out set, or a set that is not there.
     """
-    readers: dict[str, Callable[[Path, int, np.random.Generator], list[HeldOut]]] = {
+    readers: dict[str, Callable[[Path, int | None, np.random.Generator], list[HeldOut]]] = {
         "image": _pictures, "video": _clips, "speech": _voices, "dna": _genes, "text": _texts,
     }  # fmt: skip
     if kind not in readers:
@@ -64,9 +73,9 @@ def held_out_items(kind: str, data: Path, count: int, seed: int) -> list[HeldOut
 
 
 def own_held_out(
-    tokenizer: ModalityTokenizer, data: Path, source: Path, count: int, seed: int
+    tokenizer: ModalityTokenizer, data: Path, source: Path, count: int | None, seed: int
 ) -> list[HeldOut]:
-    """At most `count` items for a tokenizer: the built sets' for a modality of theirs, else what its class holds out.
+    """At most `count` (None: all) items: the built sets' for a modality of theirs, else what the class holds out.
 
     source: what it was trained on, for `ModalityTokenizer.held_out`.
     """
@@ -87,7 +96,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _chosen(lines: list[dict[str, Any]], count: int, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _chosen(
+    lines: list[dict[str, Any]], count: int | None, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
     return (lines[i] for i in rng.permutation(len(lines))[:count])
 
 
@@ -95,7 +106,9 @@ def _test_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in _lines(path) if line["split"] == "test"]
 
 
-def _drawn(index: Path, count: int, rng: np.random.Generator) -> tuple[list[dict[str, Any]], np.ndarray]:
+def _drawn(
+    index: Path, count: int | None, rng: np.random.Generator
+) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Lines of held-out concepts, and their rows uint8 [B, ..., S, S, 4] of the array beside the index."""
     lines = [line for line in _lines(index) if line["tokenizer_held_out"]]
     lines = list(_chosen(lines, count, rng))
@@ -106,7 +119,7 @@ def _drawn(index: Path, count: int, rng: np.random.Generator) -> tuple[list[dict
     return lines, array[[line["row"] for line in lines]]
 
 
-def _pictures(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+def _pictures(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
     lines, sprites = _drawn(data / "emoji" / "sprites.jsonl", count, rng)
     if not lines:
         return []
@@ -114,7 +127,7 @@ def _pictures(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]
     return [HeldOut(Image(one), line["name"], line["style"]) for one, line in zip(placed, lines, strict=True)]
 
 
-def _clips(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+def _clips(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
     lines, clips = _drawn(data / "emoji" / "animations.jsonl", count, rng)
     if not lines:
         return []
@@ -125,7 +138,7 @@ def _clips(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
     return [HeldOut(Video(one), line["name"]) for one, line in zip(placed, lines, strict=True)]
 
 
-def _voices(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+def _voices(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
     folder = data / "speech"
     lines = [line for line in _test_lines(folder / "speech.jsonl") if line["holdout"] == "voice"]
     return [
@@ -134,16 +147,16 @@ def _voices(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
     ]
 
 
-def _genes(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+def _genes(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
     lines = [
         one for one in _test_lines(data / "dna" / "genes.jsonl") if len(one["dna"]) <= MAX_TOKENS * WINDOW
     ]
     return [HeldOut(DNA(line["dna"]), line["product"]) for line in _chosen(lines, count, rng)]
 
 
-def _texts(data: Path, count: int, rng: np.random.Generator) -> list[HeldOut]:
+def _texts(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
     """As many of each group, captions first."""
-    share = -(-count // len(TEXTS))
+    share = None if count is None else -(-count // len(TEXTS))
     items = [
         HeldOut(Text(line[field]), line[field], group)
         for group, (file, field) in TEXTS.items()

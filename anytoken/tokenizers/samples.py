@@ -15,7 +15,8 @@ from PIL import Image as Picture
 
 from anytoken.segments import DNA, Image, Speech, Text
 from anytoken.tokenizers.held_out import HeldOut
-from anytoken.tokenizers.measures import Measured, frames_of
+from anytoken.tokenizers.measures import Measured
+from anytoken.tokenizers.measures_pictures import frames_of
 from anytoken.tokenizers.text import TextTokenizer
 
 SHEET_BYTES, SHEET_COLUMNS, GAP_PX = 90_000, (10, 8, 6, 4, 2), 4

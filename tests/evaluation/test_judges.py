@@ -8,13 +8,14 @@ import pytest
 from anytoken.data.sources import read_records
 from anytoken.evaluation import judges
 from anytoken.segments import DNA, Image, Speech, Video
+from anytoken.tokenizers import words
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def test_real_speech_is_heard_and_silence_and_noise_are_not():
     records = list(read_records(ASSETS / "speech.jsonl"))
-    judge = judges.WordJudge(sorted({record["name"] for record in records}))
+    judge = words.WordJudge(sorted({record["name"] for record in records}))
     known = [record for record in records if judge.knows(record["name"])]
     heard = [judge.hear(Speech.open(ASSETS / record["speech"])) == record["name"] for record in known]
     assert len(heard) >= 8 and np.mean(heard) >= 0.8
@@ -24,10 +25,10 @@ def test_real_speech_is_heard_and_silence_and_noise_are_not():
 
 
 def test_names_outside_the_dictionary_are_said_to_be_unknown():
-    judge = judges.WordJudge(["red apple", "qwrtzpf"])
+    judge = words.WordJudge(["red apple", "qwrtzpf"])
     assert judge.knows("red apple") and not judge.knows("qwrtzpf")
     with pytest.raises(judges.JudgeError, match="None of the 1 names"):
-        judges.WordJudge(["qwrtzpf"])
+        words.WordJudge(["qwrtzpf"])
 
 
 def test_a_voice_is_told_by_its_spectrum():

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from anytoken.segments import DNA, Image, Speech, Video
-from anytoken.tokenizers import measures
+from anytoken.tokenizers import measures, measures_dna, measures_pictures, measures_speech
+from anytoken.tokenizers.bars import bars
 from anytoken.tokenizers.base import Codes, TokenizerError, load_tokenizer
-from anytoken.tokenizers.held_out import held_out_items, made_of
+from anytoken.tokenizers.held_out import HeldOut, held_out_items, made_of
 from anytoken.tokenizers.image import ImageTokenizer
-from anytoken.tokenizers.measures import measure, psnr_db, ssim
+from anytoken.tokenizers.measures import measure
+from anytoken.tokenizers.measures_pictures import psnr_db, ssim
 from anytoken.tokenizers.speech import SpeechTokenizer
+from anytoken.tokenizers.video import VideoTokenizer
 
 TINY = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3]}
 
@@ -71,9 +74,9 @@ def test_ssim_against_a_plain_computation():
 def test_a_thumbnail_has_no_more_bits_than_the_codes():
     frames = np.zeros((1, 64, 64, 3), np.uint8)
     frames[:, :, 32:] = 255
-    one = measures._thumbnail(frames, 24 * 3.9)  # three pixels do not make two by two: one
+    one = measures_pictures._thumbnail(frames, 24 * 3.9)  # three pixels do not make two by two: one
     assert len(np.unique(one)) == 1
-    assert psnr_db(frames, measures._thumbnail(frames, 24 * 25)) > psnr_db(frames, one)
+    assert psnr_db(frames, measures_pictures._thumbnail(frames, 24 * 25)) > psnr_db(frames, one)
 
 
 # ---- codes ----
@@ -111,7 +114,7 @@ def test_no_training_concept_ever_appears(sets, colors):
             assert {item.name for item in items} == {f"unseen {n}" for n in range(4)}
             assert {item.group for item in items} == groups
             pixels = np.concatenate(
-                [measures.frames_of(item.segment).reshape(-1, 3) for item in items]
+                [measures_pictures.frames_of(item.segment).reshape(-1, 3) for item in items]
             ).astype(int)
             near = [(np.abs(pixels - color).max(1) <= 2).sum() for color in colors]
             assert near[0] == 0 and near[1] > 1000
@@ -190,7 +193,7 @@ def test_figures_of_a_picture_tokenizer(sets, tmp_path):
 
 def test_pictures_that_come_back_get_perfect_figures(sets):
     items = held_out_items("image", sets, 5, 0)
-    figures = measures._pictures_kept(items, [item.segment for item in items], 600)
+    figures = measures_pictures.pictures_kept(items, [item.segment for item in items], 600)
     assert figures["psnr_db"] > 100 and figures["ssim"] == pytest.approx(1)
     assert figures["mean_colour_ssim"] < 1 and figures["thumbnail_ssim"] < 1
 
@@ -209,22 +212,22 @@ def test_speech_that_comes_back_is_intelligible_and_noise_is_not(sets):
     torch.manual_seed(0)
     tokenizer = SpeechTokenizer(**TINY).eval()
     codes = tokenizer.encode_batch([item.segment for item in items])
-    figures = measures._speech_kept(tokenizer, items, codes, [item.segment for item in items], 0)
+    figures = measures_speech.speech_kept(tokenizer, items, codes, [item.segment for item in items], 0)
     assert figures["stoi"] > 0.99 > 0.7 > figures["random_codes_stoi"] and figures["stoi_items"] == 4
     assert figures["log_mel_l1"] == 0 < figures["random_codes_log_mel_l1"]
     assert set(figures["stoi_by_group"]) <= {"awb", "rms"}
 
 
 def test_clips_too_short_for_stoi_are_not_scored():
-    assert measures._stoi(Speech(np.full(1_000, 0.1)), Speech(np.full(1_000, 0.1))) is None
+    assert measures_speech._stoi(Speech(np.full(1_000, 0.1)), Speech(np.full(1_000, 0.1))) is None
 
 
 def test_without_pystoi_intelligibility_is_left_out_and_said_so(sets, monkeypatch, caplog):
-    monkeypatch.setattr(measures, "find_spec", lambda name: None)
+    monkeypatch.setattr(measures_speech, "find_spec", lambda name: None)
     items = held_out_items("speech", sets, 2, 0)
     tokenizer = SpeechTokenizer(**TINY).eval()
     codes = tokenizer.encode_batch([item.segment for item in items])
-    figures = measures._speech_kept(tokenizer, items, codes, [item.segment for item in items], 0)
+    figures = measures_speech.speech_kept(tokenizer, items, codes, [item.segment for item in items], 0)
     assert "stoi" not in figures and "log_mel_l1" in figures and "pystoi is missing" in caplog.text
 
 
@@ -268,6 +271,124 @@ def test_a_folder_without_a_tokenizer_is_an_error(sets, tmp_path):
 
 
 def test_frames_of_pictures_and_clips():
-    assert measures.frames_of(Image(noise()[0])).shape == (1, 24, 24, 3)
-    assert measures.frames_of(Video(noise())).shape == (2, 24, 24, 3)
+    assert measures_pictures.frames_of(Image(noise()[0])).shape == (1, 24, 24, 3)
+    assert measures_pictures.frames_of(Video(noise())).shape == (2, 24, 24, 3)
     assert measures._amount(ImageTokenizer(width=8), [DNA("ACGT"), DNA("A")], 0) == (5, "base")
+
+
+# ---- what figures are read against ----
+
+
+def test_webp_is_measured_at_the_bytes_that_were_asked_for():
+    pictures = [np.asarray(noise(seed, 64)[:1]) for seed in range(3)]
+    sizes = {quality: measures_pictures._mean_bytes(pictures, quality) for quality in (20, 21)}
+    assert sizes[20] < sizes[21]
+    target = (sizes[20] + sizes[21]) / 2
+    found = measures_pictures.webp(pictures, target)
+    assert found["webp_bytes"] == pytest.approx(target) and found["webp_quality"] == pytest.approx(20.5)
+    ends = [
+        psnr_db(one, measures_pictures._webp_back(one, quality)) for quality in (20, 21) for one in pictures
+    ]
+    assert found["webp_psnr_db"] == pytest.approx(np.mean(ends)) and 0 < found["webp_ssim"] < 1
+
+
+@pytest.mark.parametrize(("target", "quality"), [(1.0, 0), (1e9, 100)])
+def test_webp_that_cannot_be_so_small_or_large_is_measured_as_it_is(target, quality):
+    pictures = [noise(0, 64)[:1]]
+    found = measures_pictures.webp(pictures, target)
+    assert found["webp_quality"] == quality
+    assert found["webp_bytes"] == measures_pictures._mean_bytes(pictures, quality)
+
+
+def test_a_clip_by_the_picture_tokenizer_has_as_many_codes(sets):
+    torch.manual_seed(0)
+    image = ImageTokenizer(**TINY, refine_width=8, refine_depth=1).eval()
+    clip = np.concatenate([noise(seed, 64) for seed in range(4)])
+    assert clip.shape == (8, 64, 64, 3)
+    for codes, apply in ((128, measures_pictures.every_frame), (128, measures_pictures.held_frames)):
+        back, count = apply(image, clip, codes)
+        assert count == codes and back.shape == clip.shape
+    assert np.array_equal(back[0], back[3]) and not np.array_equal(back[0], back[4]), "two frames, held"
+    expected = image.autoencode(Image(clip[1])).pixels
+    assert np.array_equal(back[0], expected)
+    assert image.config["side_px"] == 64, "the tokenizer itself stays as it is"
+
+
+def test_video_is_compared_with_the_picture_tokenizer_beside_it_or_named(sets, tmp_path):
+    torch.manual_seed(0)
+    folder = VideoTokenizer(**TINY).save_pretrained(tmp_path / "video")
+    assert "every_frame_psnr_db" not in measure(folder, sets, 2).figures
+    named = ImageTokenizer(**TINY, refine_width=8, refine_depth=1).save_pretrained(tmp_path / "pictures")
+    figures = measure(folder, sets, 2, image=named).figures
+    assert figures["image_tokenizer"] == load_tokenizer(named).fingerprint()
+    assert figures["every_frame_codes"] == figures["held_frames_codes"] == figures["tokens_per_item"] == 128
+    assert [bar["bar"] for bar in figures["bars"][:2]] == [
+        figures["every_frame_psnr_db"], figures["held_frames_psnr_db"],
+    ]  # fmt: skip
+    shutil.copytree(named, tmp_path / "image")
+    assert measure(folder, sets, 2).figures["image_tokenizer"] == figures["image_tokenizer"]
+    with pytest.raises(TokenizerError, match="holds one of video"):
+        measure(folder, sets, 2, image=folder)
+
+
+def test_all_items_are_measured_on_one_thread_unless_fewer_are_asked_for(sets, tmp_path):
+    torch.manual_seed(0)
+    folder = ImageTokenizer(**TINY, refine_width=8, refine_depth=1).save_pretrained(tmp_path / "image")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        figures = measure(folder, sets).figures
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert figures["items"] == 8 and figures["threads"] == 1
+
+
+class FakeJudge:
+    """Hears what the level of a clip's first sample says."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def knows(self, name):
+        return name != "name 2"
+
+    def hear(self, clip):
+        return f"name {round(10 * float(clip.samples[0]))}"
+
+
+def test_words_are_a_share_of_what_is_heard_in_the_originals(monkeypatch):
+    monkeypatch.setattr(measures_speech, "WordJudge", FakeJudge)
+
+    def clips(*said):
+        return [Speech(np.full(10, value / 10, np.float32)) for value in said]
+
+    items = [HeldOut(clip, f"name {n}") for n, clip in enumerate(clips(0, 1, 2, 9))]
+    found = measures_speech.words_kept(items, clips(0, 5, 2, 4), clips(7, 1), 0)
+    assert found["words_items"] == 3, "the recogniser does not know one name"
+    assert found["words_originals"] == pytest.approx(2 / 3) and found["words"] == pytest.approx(1 / 3)
+    assert found["words_share"] == pytest.approx(0.5) and found["random_codes_words"] == 0.5
+
+
+def test_bars_are_those_of_the_rate_and_say_what_is_met():
+    common = {
+        "kind": "speech",
+        "codebook_usage": 0.96,
+        "units_per_second": 39.0,
+        "stoi": 0.8,
+        "words_share": 0.95,
+    }
+    met = {rate: [one["met"] for one in bars({**common, "tokens_per_unit": rate})] for rate in (50.2, 25.1)}
+    assert met == {50.2: [False, False, False, True], 25.1: [True, True, False, True]}
+    (only,) = bars({"kind": "text", "codebook_usage": 0.94})
+    assert only == {"what": "share of all codes that are used", "ours": 0.94, "bar": 0.95, "met": False}
+
+
+def test_genomes_of_the_package_beside_the_set_are_streamed_but_not_the_one_trained_on(sets, tmp_path):
+    assert measures_dna.untrained_genomes(sets) == [sets / "dna" / "genome_test.fa.gz"]
+    examples = tmp_path / "packages" / "ragout.unpacked" / measures_dna.EXAMPLES
+    for name in ("E.Coli/references/K12", "H.Pylori/references/G27", "S.Aureus/references/COL"):
+        DNA("ACGT").save(examples / f"{name}.fasta.gz")
+    names = [path.name for path in measures_dna.untrained_genomes(tmp_path)]
+    assert names == ["G27.fasta.gz", "COL.fasta.gz"]
+    assert measures_dna.untrained_genomes(tmp_path / "nowhere") == []
