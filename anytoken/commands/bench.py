@@ -126,3 +126,21 @@ def model(
     path = checkpoint_folder(folder)
     large = Sizes(path, large_rows, context, text_size)
     bench.report(bench_model(Sizes(path, rows, context), large, repeats), out)
+
+
+@app.command()
+def tokenizers(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Tokenizer folders; without any, those of the bundled model.")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Items at once.")] = None,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_tokenizers.json"),
+) -> None:
+    """Encoding and decoding, many items beside one by one, and speech beside EnCodec and DAC; on one thread."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_tokenizers import bench_tokenizers
+    from anytoken.training.start import checkpoint_folder
+
+    own = sorted(path.parent for path in (checkpoint_folder("mini") / "tokenizers").glob("*/config.json"))
+    bench.report(bench_tokenizers(folders or own, batches or [8, 32], repeats), out)

@@ -161,16 +161,16 @@ def _webp_back(frames: Frames, quality: int) -> Frames:
 def every_frame(image: ModalityTokenizer, frames: Frames, codes: float) -> tuple[Frames, int]:
     """Each frame through the picture tokenizer, scaled so that all have nearest to `codes` codes; and their number."""
     height, width = frames.shape[1:3]
-    best: tuple[float, Frames, list[Codes]] | None = None
+    best: tuple[float, ModalityTokenizer] | None = None
     for side in range(SIDE_STEP_PX, max(height, width) + 1, SIDE_STEP_PX):
         sized = _with_side(image, side)
-        found = sized.encode_batch([Image(frame) for frame in frames])
-        missed = abs(_count(found) - codes)
+        missed = abs(len(frames) * _count(sized.encode_batch([Image(frames[0])])) - codes)
         if best is None or missed < best[0]:
-            best = missed, at_size(_decoded(sized, found), frames.shape), found
+            best = missed, sized
     if best is None:
         raise TokenizerError(f"A frame has at least {SIDE_STEP_PX} pixels a side; received {height}x{width}.")
-    return best[1], _count(best[2])
+    found = best[1].encode_batch([Image(frame) for frame in frames])
+    return at_size(_decoded(best[1], found), frames.shape), _count(found)
 
 
 def held_frames(image: ModalityTokenizer, frames: Frames, codes: float) -> tuple[Frames, int]:
