@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 ROOMS = ("tokenizers", "stages", "inference")
-FIGURES = "figures.json"  # a card's, not a recipe's
+FIGURES = {"figures.json", "compare.json", "config.json"}  # a card's and its weights', not recipes
 SUFFIXES = {".yaml", ".sh", ".py", ".json", ".ipynb"}
 
 
@@ -36,7 +36,7 @@ def names() -> list[str]:
     return sorted(
         path.relative_to(root()).as_posix()
         for path in files
-        if path.suffix in SUFFIXES and path.name != FIGURES and "__pycache__" not in path.parts
+        if path.suffix in SUFFIXES and path.name not in FIGURES and "__pycache__" not in path.parts
     )
 
 

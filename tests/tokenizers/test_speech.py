@@ -1,6 +1,8 @@
 """The speech tokenizer: the battery, other rates and channels, length limits, and its transforms."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,9 @@ from batteries import TokenizerBattery
 from anytoken.segments import Speech
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer, spectral_loss
+from anytoken.tokenizers.trainer import load_recipe
+
+ROOT = Path(__file__).parents[2]
 
 
 def tone(seconds: float, pitch_hz: float = 220.0, rate: int = 16_000) -> Speech:
@@ -121,6 +126,24 @@ class TestSpeechTokenizerOf25CodesASecond(TestSpeechTokenizer):
         assert coarse.decode(first) != tokenizer.decode(both)
         with pytest.raises(TokenizerError, match="1 to residual"):
             tokenizer.first_codebooks(3)
+
+
+def test_the_published_weights_are_those_of_their_card_and_serve_two_rates():
+    folder = ROOT / "tokenizers" / "speech" / "25hz"
+    tokenizer = SpeechTokenizer.from_pretrained(folder / "weights")
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    assert tokenizer.fingerprint() == figures["fingerprint"]
+    assert tokenizer.config == load_recipe(folder / "recipe.yaml").config | {"levels": [8, 8, 8, 8]}
+    clip = Speech.open(ROOT / "tests" / "assets" / "audio" / "awb" / "1F41B-100.flac")
+    errors = []
+    for books in (1, 2):
+        one = tokenizer.first_codebooks(books)
+        back = one.autoencode(clip).samples[: len(clip.samples)]
+        errors.append(spectral_loss(*(torch.from_numpy(x.copy())[None] for x in (back, clip.samples))).item())
+    noise = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, len(clip.samples)).astype(np.float32))
+    assert (
+        errors[1] < errors[0] < 0.7 * spectral_loss(noise[None], torch.from_numpy(clip.samples)[None]).item()
+    )
 
 
 def test_log_mel_tells_pitch_and_level():
