@@ -108,3 +108,10 @@ class Unfold(Fold):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C * prod(patch), *grid] to [B, C, *grid * patch]."""
         return unpatchify(x, self.patch)
+
+
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers of one width, for x [B, inputs]."""
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs)
+    )

@@ -418,7 +418,7 @@ def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}
 BUILTIN = {  # kind: module of this package
     "image": "image", "speech": "speech", "video": "video",
-    "dna": "dna", "dna_kmer": "dna_variants", "dna_bpe": "dna_variants",
+    "dna": "dna", "dna_context": "dna_context", "dna_kmer": "dna_variants", "dna_bpe": "dna_variants",
     "pretrained_speech": "pretrained", "pretrained_image": "pretrained", "pretrained_video": "pretrained",
 }  # fmt: skip
 PLUGIN = "anytoken_modality_"  # begins the name of a module that `load_modality` made of a file

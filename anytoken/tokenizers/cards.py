@@ -235,6 +235,9 @@ def _kept_dna(figures: dict[str, Any]) -> list[Row]:
     ]
     if "windows_lost" in figures:
         rows.append(("windows lost, of all that exist", str(figures["windows_lost"])))
+    if "context_bits_with_class" in figures:
+        both = (number(figures[f"context_bits_{one}"]) for one in ("without", "with_class"))
+        rows.append(("bits a letter around a window, told the window -> and its class", " -> ".join(both)))
     if "genome_bases" in figures:
         exact = "exact" if figures["genome_exact"] else "NOT exact"
         count = len(figures.get("genome_files", [0]))

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from anytoken.tokenizers.backbone import mlp
 from anytoken.tokenizers.base import Run, TokenizerError, register_modality
 from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, to_bases
 from anytoken.tokenizers.quantizers import Quantizer
@@ -78,9 +79,9 @@ class DNATokenizer(DNALetters):
             )
         config = {"width": width, "code_dim": code_dim, "codebook_size": codebook_size}
         super().__init__(shape=Run(1, MAX_TOKENS), codebook_sizes=[codebook_size], config=config)
-        self.encoder = _mlp(WINDOW * NUM_SYMBOLS, width, code_dim)
+        self.encoder = mlp(WINDOW * NUM_SYMBOLS, width, code_dim)
         self.quantize = Quantizer(code_dim, "vq", codebook_size=codebook_size)
-        self.decoder = _mlp(code_dim, width, WINDOW * NUM_SYMBOLS)
+        self.decoder = mlp(code_dim, width, WINDOW * NUM_SYMBOLS)
         self._tables: tuple[np.ndarray, np.ndarray] | None = None
 
     # ---- the network ----
@@ -212,12 +213,6 @@ class DNATokenizer(DNALetters):
                     f"Stored as {dtype}, some DNA windows change their code; call settle() first."
                 )
         return super().save_pretrained(folder, dtype)
-
-
-def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs)
-    )
 
 
 # ---- training ----

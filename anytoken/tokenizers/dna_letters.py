@@ -8,6 +8,7 @@ and whole genomes in constant memory follow from that.
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -85,14 +86,27 @@ def read_fasta(path: str | Path) -> Iterator[tuple[int, str, str]]:
         raise TokenizerError(f"{path} cannot be read as FASTA: {error}.") from error
 
 
+def training_genes(source: Path) -> list[np.ndarray]:
+    """Symbols uint8 [T] of each training gene of JSON lines with `dna` and `split`; TokenizerError without the file."""
+    if not source.is_file():
+        raise TokenizerError(f"{source} is missing: build the set with `anytoken data dna` first.")
+    lines = (json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line)
+    return [to_symbols(line["dna"]) for line in lines if line["split"] == "train"]
+
+
 class DNALetters(ModalityTokenizer):
     """A tokenizer of DNA segments; a subclass implements `_lookup`, `_spell` and `_whole`."""
 
     segment_type = DNA
+    reach = 0  # letters to either side of its own that a code depends on
 
     def _lookup(self, symbols: np.ndarray) -> np.ndarray:
         """Codes int64 [n] of symbols uint8 [T], which end a sequence or stop where `_whole` said."""
         raise NotImplementedError
+
+    def _lookup_within(self, before: np.ndarray, symbols: np.ndarray, after: np.ndarray) -> np.ndarray:
+        """As `_lookup`, told the `reach` letters before and after, or as many as there are."""
+        return self._lookup(symbols)
 
     def _spell(self, codes: np.ndarray) -> str:
         """The letters of codes [n], all in range."""
@@ -133,15 +147,17 @@ class DNALetters(ModalityTokenizer):
 
         Chunks may be cut anywhere, and white space in them is skipped, so the lines of a file will do.
         """
-        rest = np.empty(0, dtype=np.uint8)
+        none = np.empty(0, dtype=np.uint8)
+        before, rest = none, none
         for chunk in chunks:
             symbols = np.concatenate([rest, to_symbols("".join(chunk.split()))])
-            whole = self._whole(symbols)
-            rest = symbols[whole:]
+            whole = self._whole(symbols[: max(0, len(symbols) - self.reach)])
+            known, rest = symbols[:whole], symbols[whole:]
             if whole:
-                yield self._lookup(symbols[:whole])
+                yield self._lookup_within(before, known, rest[: self.reach])
+                before = np.concatenate([before, known])[-self.reach :] if self.reach else none
         if rest.size:
-            yield self._lookup(rest)
+            yield self._lookup_within(before, rest, none)
 
     def decode_stream(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
         """Bases for chunks of codes int [n]: the inverse of `encode_stream`."""

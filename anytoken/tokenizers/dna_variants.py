@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, trainers
 
 from anytoken.tokenizers.base import Run, TokenizerError, register_modality
-from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, N, to_bases, to_symbols
+from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, N, to_bases, training_genes
 
 PIECE = 1_200  # letters that are merged together; a longer sequence is cut into pieces of these
 LONGEST = 32  # letters of a BPE code at most: repeats would else become codes of their own
@@ -100,10 +100,7 @@ class DNABPETokenizer(DNALetters):
 
     def fit(self, source: Path, seed: int) -> None:
         """Learn merges from the training genes of a JSON lines file with `dna` and `split`."""
-        if not source.is_file():
-            raise TokenizerError(f"{source} is missing: build the set with `anytoken data dna` first.")
-        lines = (json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line)
-        genes = [to_bases(to_symbols(line["dna"])) for line in lines if line["split"] == "train"]
+        genes = [to_bases(gene) for gene in training_genes(source)]
         pieces = [gene[i : i + PIECE] for gene in genes for i in range(0, len(gene), PIECE)]
         trainer = trainers.BpeTrainer(
             vocab_size=self.config["vocab_size"], initial_alphabet=list(LETTERS), show_progress=False,

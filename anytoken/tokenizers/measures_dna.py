@@ -17,6 +17,7 @@ import numpy as np
 
 from anytoken.segments import DNA, Segment
 from anytoken.tokenizers.dna import DNATokenizer
+from anytoken.tokenizers.dna_context import DNAContextTokenizer
 from anytoken.tokenizers.dna_letters import DNALetters, read_fasta, to_bases, to_symbols
 
 TRAINED_ON = "E.Coli"  # the folder of the training genus
@@ -60,8 +61,12 @@ def other_letters(tokenizer: DNALetters, segments: Sequence[Segment]) -> dict[st
     def with_n(one: str) -> str:
         return "".join("N" if i % 10 == 9 else base for i, base in enumerate(one))
 
-    windows = {"windows_lost": len(tokenizer.verify().wrong)} if isinstance(tokenizer, DNATokenizer) else {}
-    return windows | {
+    own: dict[str, float] = {}
+    if isinstance(tokenizer, DNATokenizer):
+        own = {"windows_lost": len(tokenizer.verify().wrong)}
+    elif isinstance(tokenizer, DNAContextTokenizer):
+        own = tokenizer.context_bits(segments)
+    return own | {
         "with_n_exact": share(with_n, with_n),
         "lower_case_exact": share(str.lower, str.lower),
         "lower_case_as_upper": share(str.lower, str),

@@ -6,9 +6,11 @@ import re
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from batteries import TokenizerBattery
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from anytoken.segments import DNA
 from anytoken.tokenizers.base import Codes, TokenizerError, load_tokenizer
+from anytoken.tokenizers.dna_context import DNAContextTokenizer
 from anytoken.tokenizers.dna_letters import read_fasta, to_symbols
 from anytoken.tokenizers.dna_variants import PIECE, DNABPETokenizer, DNAKmerTokenizer
 from anytoken.tokenizers.trainer import train_tokenizer
@@ -28,12 +31,6 @@ def bases(length: int, seed: int = 0, letters: str = "ACGT") -> str:
 
 
 class VariantBattery(TokenizerBattery):
-    """The battery without training: nothing in these has a gradient, or weights."""
-
-    test_the_training_loss_reaches_every_parameter = None
-    test_a_few_steps_lower_the_training_loss = None
-    test_the_fingerprint_tells_other_weights = None
-
     def segment(self, seed):
         return DNA(bases(61, seed))
 
@@ -71,7 +68,15 @@ class VariantBattery(TokenizerBattery):
             tokenizer.encode(DNA(bases(9_000)))
 
 
-class TestKmer(VariantBattery):
+class FixedBattery(VariantBattery):
+    """The battery without training: nothing in these has a gradient, or weights."""
+
+    test_the_training_loss_reaches_every_parameter = None
+    test_a_few_steps_lower_the_training_loss = None
+    test_the_fingerprint_tells_other_weights = None
+
+
+class TestKmer(FixedBattery):
     tokenizer_class = DNAKmerTokenizer
     settings = {"k": 4}
 
@@ -83,7 +88,7 @@ class TestKmer(VariantBattery):
         assert len(tokenizer.encode(DNA("ACNACGTN"))) == 2 + 1 + 1 + 1
 
 
-class TestBPE(VariantBattery):
+class TestBPE(FixedBattery):
     tokenizer_class = DNABPETokenizer
     settings = {"vocab_size": 16, "merges": MERGES}
 
@@ -95,7 +100,96 @@ class TestBPE(VariantBattery):
         assert tokenizer.decode(Codes(np.array([[15], [0]]))) == DNA("NA")
 
 
-TOKENIZERS = [DNAKmerTokenizer(1), DNAKmerTokenizer(3), DNAKmerTokenizer(6), DNABPETokenizer(16, MERGES)]
+def context_tokenizer():
+    torch.manual_seed(0)
+    tokenizer = DNAContextTokenizer(k=2, classes=3, reach=5, width=16, code_dim=4)
+    tokenizer.train().training_loss(torch.randint(0, 4, (400, 12)))  # sets the codebook
+    return tokenizer.eval()
+
+
+class TestContext(VariantBattery):
+    tokenizer_class = DNAContextTokenizer
+    settings: ClassVar = {"k": 4, "classes": 3, "reach": 6, "width": 16, "code_dim": 4}
+
+    def batch(self):
+        """With letters that are missing at the ends, and one that is none, around windows that are whole."""
+        batch = torch.randint(0, 4, (600, 6 + 4 + 6), generator=torch.Generator().manual_seed(0))
+        batch[:50, :3], batch[50:90, -2:], batch[90:99, 12] = 5, 5, 4
+        return batch
+
+    def test_a_code_is_a_window_and_a_class_of_what_is_around_it(self, tokenizer):
+        kmers = DNAKmerTokenizer(4)
+        letters = DNA(bases(400, 3, "ACGTN"))
+        codes, plain = (one.encode(letters).values[:, 0] for one in (tokenizer, kmers))
+        is_window = plain < 256
+        assert np.array_equal(codes[is_window] // 3, plain[is_window])
+        assert np.array_equal(codes[~is_window] - 512, plain[~is_window])
+        assert tokenizer.codebook_sizes == (3 * 256 + 5,)
+        middles = {
+            tokenizer.encode(DNA(bases(40, s) + "ACGT" + bases(40, 99 + s))).values[10, 0] for s in range(60)
+        }
+        window = kmers.encode(DNA("ACGT")).values[0, 0]
+        assert middles == {window * 3, window * 3 + 1, window * 3 + 2}, "one window, every class"
+
+    def test_letters_beyond_its_reach_have_no_part_in_a_code(self, tokenizer):
+        middle = bases(6, 1) + "GATC" + bases(6, 2)
+        one, other = (bases(10, s) + middle + bases(30, s) for s in (3, 4))
+        assert one[:10] != other[:10]
+        a, b = (tokenizer.encode(DNA(letters)).values[4, 0] for letters in (one, other))
+        assert a == b
+
+    def test_rows_begin_with_the_window_and_end_with_the_class(self, tokenizer):
+        rows = tokenizer.codebook_vectors()
+        assert rows.shape == (3 * 256 + 5, 8)
+        assert torch.equal(rows[3, :4], rows[5, :4]) and not torch.equal(rows[3, 4:], rows[5, 4:])
+        assert torch.equal(rows[3, 4:], rows[6, 4:]) and not torch.equal(rows[3, :4], rows[6, :4])
+        assert not rows[-5:, 4:].any()
+
+    def test_a_class_says_something_of_the_letters_around(self, tmp_path):
+        """Genes are made of one of two kinds of letters, which a window of the letters they share does not tell."""
+        rng = np.random.default_rng(0)
+        genes = ["".join(rng.choice(list("ATACG" if i % 2 else "GCACG"), 300)) for i in range(60)]
+        source = tmp_path / "genes.jsonl"
+        source.write_text("".join(json.dumps({"dna": g, "split": "train"}) + "\n" for g in genes[:50]))
+        recipe = tmp_path / "context.yaml"
+        config = {"k": 2, "classes": 2, "reach": 8, "width": 32, "code_dim": 8}
+        plan = {
+            "kind": "dna_context",
+            "config": config,
+            "data": "genes.jsonl",
+            "steps": 200,
+            "batch_size": 256,
+        }
+        recipe.write_text(yaml.safe_dump({**plan, "lr": 3e-3, "warmup_steps": 10, "threads": 1}))
+        trained = load_tokenizer(train_tokenizer(recipe, tmp_path, tmp_path / "out"))
+        held_out = [DNA(gene) for gene in genes[50:]]
+        bits = trained.context_bits(held_out)
+        assert bits["context_bits_with_class"] < bits["context_bits_without"] - 0.04
+        assert [trained.autoencode(gene) for gene in held_out] == held_out
+
+    def test_training_sees_both_strands_and_only_whole_windows(self, tokenizer, tmp_path):
+        source = tmp_path / "genes.jsonl"
+        source.write_text(json.dumps({"dna": "AACCAACCNAACAACCC", "split": "train"}) + "\n")
+        batch = tokenizer.training_batches(source, 64, 0)
+        windows = batch(0)[:, 6:10]
+        assert (
+            batch(0).shape == (64, 16)
+            and torch.equal(batch(0), batch(0))
+            and not torch.equal(batch(0), batch(1))
+        )
+        assert windows.max() < 4 and set(windows.flatten().tolist()) == {0, 1, 2, 3}
+        source.write_text(json.dumps({"dna": "ACNNG", "split": "train"}) + "\n")
+        with pytest.raises(TokenizerError, match="no training gene with 4 letters"):
+            tokenizer.training_batches(source, 64, 0)
+
+
+TOKENIZERS = [
+    DNAKmerTokenizer(1),
+    DNAKmerTokenizer(3),
+    DNAKmerTokenizer(6),
+    DNABPETokenizer(16, MERGES),
+    context_tokenizer(),
+]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda one: f"{one.kind}-{one.codebook_sizes[0]}")
@@ -112,7 +206,7 @@ def test_a_stream_in_any_chunks_has_the_codes_of_the_whole(tokenizer, letters, c
 
 
 def test_bpe_of_a_long_sequence_is_that_of_its_pieces():
-    tokenizer, letters = TOKENIZERS[-1], bases(3 * PIECE + 5, 4)
+    tokenizer, letters = TOKENIZERS[3], bases(3 * PIECE + 5, 4)
     cut = (letters[i : i + 997] for i in range(0, len(letters), 997))
     parts = np.concatenate(list(tokenizer.encode_stream(cut)))
     alone = [tokenizer._lookup(to_symbols(letters[i : i + PIECE])) for i in range(0, len(letters), PIECE)]
@@ -205,6 +299,7 @@ def test_merges_are_learnt_from_training_genes_by_a_recipe(sets, tmp_path):
     [
         (lambda: DNAKmerTokenizer(0), "k is 1 to 8"),
         (lambda: DNAKmerTokenizer(9), "received 9"),
+        (lambda: DNAContextTokenizer(classes=1), "classes is 2 or more.*received 1"),
         (lambda: DNABPETokenizer(5), "the 5 letters and more; received 5"),
     ],
 )
