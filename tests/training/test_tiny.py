@@ -49,6 +49,8 @@ def test_a_recipe_runs_in_miniature(recipe: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("recipe", SCALE)
 def test_and_with_its_engine_on_two_processes(recipe: str, tmp_path: Path) -> None:
+    if Stage.load(ROOT / recipe).distributed.deepspeed:
+        pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*start, "-m", "anytoken", "train", recipe, "--tiny"],
