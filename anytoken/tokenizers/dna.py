@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,13 +28,16 @@ from torch.nn import functional as F
 
 from anytoken.tokenizers.backbone import mlp
 from anytoken.tokenizers.base import Run, TokenizerError, register_modality
-from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, to_bases
+from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, pieces
 from anytoken.tokenizers.quantizers import Quantizer
 
 PAD = len(LETTERS)
 NUM_SYMBOLS = len(LETTERS) + 1
 WINDOW = 3
 MAX_ROUNDS = 10
+_PADDING = [
+    np.full(-rest % WINDOW, PAD, dtype=np.uint8) for rest in range(WINDOW)
+]  # after a last window of `rest`
 _PLACES = np.array([NUM_SYMBOLS**2, NUM_SYMBOLS, 1])
 
 
@@ -173,13 +176,16 @@ class DNATokenizer(DNALetters):
 
     # ---- letters ----
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        padded = np.pad(symbols, (0, -len(symbols) % WINDOW), constant_values=PAD)
-        return self.tables()[0][padded.reshape(-1, WINDOW) @ _PLACES]
+    def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        parts: list[np.ndarray] = []
+        for one in sequences:
+            parts += one, _PADDING[len(one) % WINDOW]
+        codes = self.tables()[0][np.concatenate(parts).reshape(-1, WINDOW) @ _PLACES]
+        return pieces(codes, [-(-len(one) // WINDOW) for one in sequences])
 
-    def _spell(self, codes: np.ndarray) -> str:
-        symbols = self.tables()[1][codes].ravel()
-        return to_bases(symbols[symbols != PAD])
+    def _spelled(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        symbols = self.tables()[1][codes]
+        return symbols, symbols != PAD
 
     def _whole(self, symbols: np.ndarray) -> int:
         return len(symbols) // WINDOW * WINDOW

@@ -24,7 +24,15 @@ from torch.nn import functional as F
 from anytoken.segments import DNA, Segment
 from anytoken.tokenizers.backbone import mlp
 from anytoken.tokenizers.base import Run, TokenizerError, register_modality
-from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, N, to_symbols, training_genes
+from anytoken.tokenizers.dna_letters import (
+    LETTERS,
+    MAX_TOKENS,
+    DNALetters,
+    N,
+    pieces,
+    to_symbols,
+    training_genes,
+)
 from anytoken.tokenizers.dna_variants import DNAKmerTokenizer
 from anytoken.tokenizers.quantizers import Quantizer
 
@@ -134,25 +142,31 @@ class DNAContextTokenizer(DNALetters):
         around[self.reach + len(symbols) :][: len(after)] = after
         return sliding_window_view(around, self.k + 2 * self.reach)[self.windows._windows(symbols)]
 
-    @torch.inference_mode()
     def _lookup_within(self, before: np.ndarray, symbols: np.ndarray, after: np.ndarray) -> np.ndarray:
-        codes = self.windows._lookup(symbols)
-        is_window = codes < 4**self.k
-        found = self._surroundings(before, symbols, after)
-        blocks = (
-            torch.from_numpy(found[i : i + BLOCK].astype(np.int64)) for i in range(0, len(found), BLOCK)
+        return self._classed(
+            self.windows._lookup_all([symbols])[0], self._surroundings(before, symbols, after)
         )
-        classes = [self._nearest(block.to(self.device)).cpu().numpy() for block in blocks]
-        codes[~is_window] += 4**self.k * (self.classes - 1)
-        codes[is_window] = codes[is_window] * self.classes + np.concatenate([*classes, NONE.astype(np.int64)])
+
+    def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        plain = self.windows._lookup_all(sequences)
+        around = np.concatenate([self._surroundings(NONE, one, NONE) for one in sequences])
+        codes = self._classed(np.concatenate(plain), around)
+        return pieces(codes, [len(one) for one in plain])
+
+    @torch.inference_mode()
+    def _classed(self, codes: np.ndarray, surroundings: np.ndarray) -> np.ndarray:
+        """Codes [n] of plain windows and letters, with the classes of the windows among them by their surroundings."""
+        is_window = codes < 4**self.k
+        blocks = [surroundings[i : i + BLOCK] for i in range(0, max(1, len(surroundings)), BLOCK)]
+        placed = (torch.from_numpy(block.astype(np.int64)).to(self.device) for block in blocks)
+        classes = np.concatenate([self._nearest(block).cpu().numpy() for block in placed])
+        codes = np.where(is_window, codes * self.classes, codes + 4**self.k * (self.classes - 1))
+        codes[is_window] += classes
         return codes
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        return self._lookup_within(NONE, symbols, NONE)
-
-    def _spell(self, codes: np.ndarray) -> str:
+    def _spelled(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         letters = codes - 4**self.k * (self.classes - 1)
-        return self.windows._spell(np.where(letters < 4**self.k, codes // self.classes, letters))
+        return self.windows._spelled(np.where(letters < 4**self.k, codes // self.classes, letters))
 
     def _whole(self, symbols: np.ndarray) -> int:
         return self.windows._whole(symbols)

@@ -1,8 +1,8 @@
 """What all DNA tokenizers share: which letters there are, sequences of any length as streams, and FASTA files.
 
 Lower case (soft-masked) is read as upper case, U (RNA) as T, every other IUPAC letter (R, Y, S, W, K, M, B, D, H, V)
-as N. A tokenizer only says how symbols become codes, codes letters, and where a stream may be cut; segments, streams
-and whole genomes in constant memory follow from that.
+as N. A tokenizer only says how symbols become codes, codes letters, and where a stream may be cut; segments one by one
+and in batches, streams, and whole genomes in constant memory follow from that.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -55,6 +55,11 @@ def to_bases(symbols: np.ndarray) -> str:
     return _BASES[symbols].tobytes().decode("ascii")
 
 
+def pieces(array: np.ndarray, lengths: Iterable[int]) -> list[np.ndarray]:
+    """An array [T, ...] cut into pieces of these lengths, which add up to T; much faster than np.split."""
+    return [array[stop - length : stop] for stop, length in zip(accumulate(lengths), lengths, strict=True)]
+
+
 def read_fasta(path: str | Path) -> Iterator[tuple[int, str, str]]:
     """Number, name and a piece of every sequence of a FASTA or plain file (.gz too), in order and in constant memory.
 
@@ -95,43 +100,64 @@ def training_genes(source: Path) -> list[np.ndarray]:
 
 
 class DNALetters(ModalityTokenizer):
-    """A tokenizer of DNA segments; a subclass implements `_lookup`, `_spell` and `_whole`."""
+    """A tokenizer of DNA segments; a subclass implements `_lookup_all`, `_spelled` and `_whole`."""
 
     segment_type = DNA
     reach = 0  # letters to either side of its own that a code depends on
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        """Codes int64 [n] of symbols uint8 [T], which end a sequence or stop where `_whole` said."""
+    def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Codes int64 [n] of each of some sequences of symbols uint8 [T], T at least 1."""
         raise NotImplementedError
 
     def _lookup_within(self, before: np.ndarray, symbols: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """As `_lookup`, told the `reach` letters before and after, or as many as there are."""
-        return self._lookup(symbols)
+        """Codes int64 [n] of symbols that end a sequence or stop where `_whole` said; with a `reach`, told what stands
+        before and after, at least so many letters or as many as there are.
+        """
+        return self._lookup_all([symbols])[0]
 
-    def _spell(self, codes: np.ndarray) -> str:
-        """The letters of codes [n], all in range."""
+    def _spelled(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Symbols uint8 [n, W] of codes [n], all in range, and which of them are letters of the code, bool [n, W]."""
         raise NotImplementedError
 
     def _whole(self, symbols: np.ndarray) -> int:
         """How many of these first symbols of a stream have the codes they would have if all of it were there."""
         raise NotImplementedError
 
-    def encode(self, segment: Segment) -> Codes:
-        """DNA to codes int64 [n, 1]; TokenizerError for another kind, or more than 400 codes."""
-        self.check_segment(segment)
-        assert isinstance(segment, DNA)
-        codes = self._lookup(to_symbols(segment.bases))
-        if len(codes) > MAX_TOKENS:
-            raise TokenizerError(
-                f"A DNA segment has at most {MAX_TOKENS} codes; {len(segment.bases)} bases are {len(codes)}. "
-                "Cut it into pieces, or use encode_stream or encode_fasta, which take any length."
-            )
-        return Codes(codes[:, None])
+    def _spell(self, codes: np.ndarray) -> str:
+        symbols, are_letters = self._spelled(codes)
+        return to_bases(symbols[are_letters])
 
-    def decode(self, codes: Codes) -> Segment:
-        """Codes to upper-case A C G T N; every code in range decodes."""
-        self.check_codes(codes)
-        return DNA(self._spell(codes.values[:, 0]))
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """DNA to codes int64 [n, 1], looked up all at once; TokenizerError for another kind, or more than 400 codes."""
+        for one in segments:
+            self.check_segment(one)
+        texts = [one.bases for one in segments if isinstance(one, DNA)]
+        symbols = to_symbols("".join(texts))
+        found = self._lookup_all(pieces(symbols, [len(text) for text in texts])) if texts else []
+        for text, codes in zip(texts, found, strict=True):
+            if len(codes) > MAX_TOKENS:
+                raise TokenizerError(
+                    f"A DNA segment has at most {MAX_TOKENS} codes; {len(text)} bases are {len(codes)}. "
+                    "Cut it into pieces, or use encode_stream or encode_fasta, which take any length."
+                )
+        return [Codes(codes[:, None]) for codes in found]
+
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to upper-case A C G T N, spelled all at once; every code in range decodes."""
+        lengths = [len(one) for one in codes]
+        same = {one.values.shape[1] for one in codes} == {1}
+        values = np.concatenate([one.values for one in codes])[:, 0] if same else np.full(1, -1)
+        if not (min(lengths, default=0) >= 1 and max(lengths) <= MAX_TOKENS and self._in_range(values)):
+            for one in codes:
+                self.check_codes(one)
+            return []
+        symbols, are_letters = self._spelled(values)
+        bases = to_bases(symbols[are_letters])
+        ends = accumulate(np.count_nonzero(one) for one in pieces(are_letters, lengths))
+        return [DNA(bases[start:stop]) for start, stop in pairwise([0, *ends])]
+
+    def _in_range(self, values: np.ndarray) -> bool:
+        return bool(values.min() >= 0 and values.max() < self.codebook_sizes[0])
 
     @property
     def lookahead(self) -> int:
@@ -162,7 +188,7 @@ class DNALetters(ModalityTokenizer):
     def decode_stream(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
         """Bases for chunks of codes int [n]: the inverse of `encode_stream`."""
         for chunk in chunks:
-            if chunk.size and not 0 <= chunk.min() <= chunk.max() < self.codebook_sizes[0]:
+            if chunk.size and not self._in_range(chunk):
                 raise TokenizerError(
                     f"dna codes run from 0 to {self.codebook_sizes[0] - 1}; "
                     f"received values from {chunk.min()} to {chunk.max()}."

@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, trainers
 
 from anytoken.tokenizers.base import Run, TokenizerError, register_modality
-from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, N, to_bases, training_genes
+from anytoken.tokenizers.dna_letters import (
+    LETTERS,
+    MAX_TOKENS,
+    DNALetters,
+    N,
+    to_bases,
+    to_symbols,
+    training_genes,
+)
 
 PIECE = 1_200  # letters that are merged together; a longer sequence is cut into pieces of these
 LONGEST = 32  # letters of a BPE code at most: repeats would else become codes of their own
@@ -50,22 +59,26 @@ class DNAKmerTokenizer(DNALetters):
         ]
         return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        starts = self._windows(symbols)
-        codes = 4**self.k + symbols.astype(np.int64)
+    def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        # An N between two keeps windows apart.
+        joined = np.concatenate([part for one in sequences for part in (one, [N])]).astype(np.uint8)
+        starts = self._windows(joined)
+        codes = 4**self.k + joined.astype(np.int64)
         inside = starts[:, None] + np.arange(self.k)
-        codes[starts] = symbols[inside] @ self._places
-        keep = np.ones(len(symbols), dtype=bool)
+        codes[starts] = joined[inside] @ self._places
+        keep = np.ones(len(joined), dtype=bool)
         keep[inside[:, 1:]] = False
-        return codes[keep]
+        ends = keep.cumsum()[np.cumsum([len(one) + 1 for one in sequences]) - 1].tolist()
+        found = codes[keep]
+        return [found[start : stop - 1] for start, stop in pairwise([0, *ends])]
 
-    def _spell(self, codes: np.ndarray) -> str:
+    def _spelled(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         letters = (codes[:, None] // self._places) % 4
         single = codes >= 4**self.k
         letters[single, 0] = codes[single] - 4**self.k
         keep = np.ones(letters.shape, dtype=bool)
         keep[single, 1:] = False
-        return to_bases(letters[keep])
+        return letters, keep
 
     def _whole(self, symbols: np.ndarray) -> int:
         after_n = int(np.flatnonzero(symbols == N)[-1]) + 1 if (symbols == N).any() else 0
@@ -96,7 +109,11 @@ class DNABPETokenizer(DNALetters):
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
         self.config["merges"] = merges
         self._bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-        self._pieces = pieces + ["N"] * missing  # codes that no merge was learnt for: every code decodes
+        pieces += ["N"] * missing  # codes that no merge was learnt for: every code decodes
+        self._lengths = np.array([len(piece) for piece in pieces])
+        self._symbols = np.full((len(pieces), self._lengths.max()), N, dtype=np.uint8)
+        for row, piece in zip(self._symbols, pieces, strict=True):
+            row[: len(piece)] = to_symbols(piece)
 
     def fit(self, source: Path, seed: int) -> None:
         """Learn merges from the training genes of a JSON lines file with `dna` and `split`."""
@@ -110,13 +127,15 @@ class DNABPETokenizer(DNALetters):
         learner.train_from_iterator(pieces, trainer)
         self._set_merges([" ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]])
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        bases = to_bases(symbols)
-        pieces = [bases[i : i + PIECE] for i in range(0, len(bases), PIECE)]
-        return np.concatenate([np.array(one.ids, dtype=np.int64) for one in self._bpe.encode_batch(pieces)])
+    def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        texts = [to_bases(one) for one in sequences]
+        starts = [range(0, len(text), PIECE) for text in texts]
+        pieces = [text[i : i + PIECE] for text, each in zip(texts, starts, strict=True) for i in each]
+        codes = iter([np.array(one.ids, dtype=np.int64) for one in self._bpe.encode_batch(pieces)])
+        return [np.concatenate([next(codes) for _ in each]) for each in starts]
 
-    def _spell(self, codes: np.ndarray) -> str:
-        return "".join([self._pieces[code] for code in codes.tolist()])
+    def _spelled(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._symbols[codes], np.arange(self._symbols.shape[1]) < self._lengths[codes, None]
 
     def _whole(self, symbols: np.ndarray) -> int:
         return len(symbols) // PIECE * PIECE

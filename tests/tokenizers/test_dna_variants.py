@@ -205,11 +205,35 @@ def test_a_stream_in_any_chunks_has_the_codes_of_the_whole(tokenizer, letters, c
     assert "".join(tokenizer.decode_stream(parts)) == letters
 
 
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda one: f"{one.kind}-{one.codebook_sizes[0]}")
+@given(texts=st.lists(st.text("ACGTNacgu", min_size=1, max_size=80), max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_many_at_once_are_what_each_is_alone(tokenizer, texts):
+    segments = [DNA(text) for text in texts]
+    codes = tokenizer.encode_batch(segments)
+    assert codes == [tokenizer.encode(one) for one in segments]
+    assert tokenizer.decode_batch(codes) == [tokenizer.decode(one) for one in codes]
+    assert [one.bases for one in tokenizer.decode_batch(codes)] == [
+        t.upper().replace("U", "T") for t in texts
+    ]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda one: f"{one.kind}-{one.codebook_sizes[0]}")
+def test_what_is_wrong_with_one_of_many_is_told_as_alone(tokenizer):
+    good = DNA("ACGTACGT")
+    with pytest.raises(TokenizerError, match="at most 400 codes; 9000 bases"):
+        tokenizer.encode_batch([good, DNA(bases(9_000))])
+    with pytest.raises(TokenizerError, match=f"received values from {10**6}"):
+        tokenizer.decode_batch([tokenizer.encode(good), Codes(np.array([[10**6]]))])
+
+
 def test_bpe_of_a_long_sequence_is_that_of_its_pieces():
     tokenizer, letters = TOKENIZERS[3], bases(3 * PIECE + 5, 4)
     cut = (letters[i : i + 997] for i in range(0, len(letters), 997))
     parts = np.concatenate(list(tokenizer.encode_stream(cut)))
-    alone = [tokenizer._lookup(to_symbols(letters[i : i + PIECE])) for i in range(0, len(letters), PIECE)]
+    alone = [
+        tokenizer._lookup_all([to_symbols(letters[i : i + PIECE])])[0] for i in range(0, len(letters), PIECE)
+    ]
     assert np.array_equal(parts, np.concatenate(alone))
     assert "".join(tokenizer.decode_stream([parts])) == letters
 
