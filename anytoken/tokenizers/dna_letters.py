@@ -153,7 +153,7 @@ class DNALetters(ModalityTokenizer):
             return []
         symbols, are_letters = self._spelled(values)
         bases = to_bases(symbols[are_letters])
-        ends = accumulate(np.count_nonzero(one) for one in pieces(are_letters, lengths))
+        ends = accumulate(int(np.count_nonzero(one)) for one in pieces(are_letters, lengths))
         return [DNA(bases[start:stop]) for start, stop in pairwise([0, *ends])]
 
     def _in_range(self, values: np.ndarray) -> bool:
