@@ -13,6 +13,9 @@ from torch import Tensor
 
 from anytoken.segments import Segment, Text
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.dna_context import DNAContextTokenizer
+from anytoken.tokenizers.dna_letters import DNALetters
+from anytoken.tokenizers.dna_variants import DNABPETokenizer, DNAKmerTokenizer
 
 SEED = 0
 
@@ -248,3 +251,12 @@ class TokenizerBattery:
         path.write_text(json.dumps({**header, "kind": "smell"}))
         with pytest.raises(TokenizerError, match=r"'smell' tokenizer.*not registered"):
             load_tokenizer(saved)
+
+
+def dna_tokenizers() -> list[DNALetters]:
+    """Small ones of every kind of DNA tokenizer whose codes spell by construction."""
+    torch.manual_seed(SEED)
+    context = DNAContextTokenizer(k=2, classes=3, reach=5, width=16, code_dim=4)
+    context.train().training_loss(torch.randint(0, 4, (400, 12)))  # sets the codebook
+    kmers = [DNAKmerTokenizer(k) for k in (1, 3, 6)]
+    return [*kmers, DNABPETokenizer(16, ["A C", "G T", "AC GT", "T T"]), context.eval()]

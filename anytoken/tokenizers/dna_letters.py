@@ -129,6 +129,15 @@ class DNALetters(ModalityTokenizer):
 
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
         """DNA to codes int64 [n, 1], looked up all at once; TokenizerError for another kind, or more than 400 codes."""
+        try:
+            return self._encode_all(segments)
+        except TokenizerError:
+            if len(segments) > 1:
+                for one in segments:
+                    self.encode(one)  # the first that is wrong is told as it is alone
+            raise
+
+    def _encode_all(self, segments: Sequence[Segment]) -> list[Codes]:
         for one in segments:
             self.check_segment(one)
         texts = [one.bases for one in segments if isinstance(one, DNA)]

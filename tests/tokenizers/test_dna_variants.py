@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from batteries import TokenizerBattery
+from batteries import TokenizerBattery, dna_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +22,6 @@ from anytoken.tokenizers.dna_context import DNAContextTokenizer
 from anytoken.tokenizers.dna_letters import read_fasta, to_symbols
 from anytoken.tokenizers.dna_variants import PIECE, DNABPETokenizer, DNAKmerTokenizer
 from anytoken.tokenizers.trainer import train_tokenizer
-
-MERGES = ["A C", "G T", "AC GT", "T T"]
 
 
 def bases(length: int, seed: int = 0, letters: str = "ACGT") -> str:
@@ -90,7 +88,7 @@ class TestKmer(FixedBattery):
 
 class TestBPE(FixedBattery):
     tokenizer_class = DNABPETokenizer
-    settings = {"vocab_size": 16, "merges": MERGES}
+    settings = {"vocab_size": 16, "merges": ["A C", "G T", "AC GT", "T T"]}
 
     def test_merges_are_applied_in_their_order(self, tokenizer):
         pieces = [tokenizer._spell(code) for code in tokenizer.encode(DNA("ACGTTTACC")).values]
@@ -98,13 +96,6 @@ class TestBPE(FixedBattery):
 
     def test_codes_that_stand_for_no_piece_decode(self, tokenizer):
         assert tokenizer.decode(Codes(np.array([[15], [0]]))) == DNA("NA")
-
-
-def context_tokenizer():
-    torch.manual_seed(0)
-    tokenizer = DNAContextTokenizer(k=2, classes=3, reach=5, width=16, code_dim=4)
-    tokenizer.train().training_loss(torch.randint(0, 4, (400, 12)))  # sets the codebook
-    return tokenizer.eval()
 
 
 class TestContext(VariantBattery):
@@ -183,13 +174,7 @@ class TestContext(VariantBattery):
             tokenizer.training_batches(source, 64, 0)
 
 
-TOKENIZERS = [
-    DNAKmerTokenizer(1),
-    DNAKmerTokenizer(3),
-    DNAKmerTokenizer(6),
-    DNABPETokenizer(16, MERGES),
-    context_tokenizer(),
-]
+TOKENIZERS = dna_tokenizers()
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda one: f"{one.kind}-{one.codebook_sizes[0]}")
@@ -205,30 +190,8 @@ def test_a_stream_in_any_chunks_has_the_codes_of_the_whole(tokenizer, letters, c
     assert "".join(tokenizer.decode_stream(parts)) == letters
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda one: f"{one.kind}-{one.codebook_sizes[0]}")
-@given(texts=st.lists(st.text("ACGTNacgu", min_size=1, max_size=80), max_size=12))
-@settings(max_examples=40, deadline=None)
-def test_many_at_once_are_what_each_is_alone(tokenizer, texts):
-    segments = [DNA(text) for text in texts]
-    codes = tokenizer.encode_batch(segments)
-    assert codes == [tokenizer.encode(one) for one in segments]
-    assert tokenizer.decode_batch(codes) == [tokenizer.decode(one) for one in codes]
-    assert [one.bases for one in tokenizer.decode_batch(codes)] == [
-        t.upper().replace("U", "T") for t in texts
-    ]
-
-
-@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda one: f"{one.kind}-{one.codebook_sizes[0]}")
-def test_what_is_wrong_with_one_of_many_is_told_as_alone(tokenizer):
-    good = DNA("ACGTACGT")
-    with pytest.raises(TokenizerError, match="at most 400 codes; 9000 bases"):
-        tokenizer.encode_batch([good, DNA(bases(9_000))])
-    with pytest.raises(TokenizerError, match=f"received values from {10**6}"):
-        tokenizer.decode_batch([tokenizer.encode(good), Codes(np.array([[10**6]]))])
-
-
 def test_bpe_of_a_long_sequence_is_that_of_its_pieces():
-    tokenizer, letters = TOKENIZERS[3], bases(3 * PIECE + 5, 4)
+    tokenizer, letters = next(one for one in TOKENIZERS if one.kind == "dna_bpe"), bases(3 * PIECE + 5, 4)
     cut = (letters[i : i + 997] for i in range(0, len(letters), 997))
     parts = np.concatenate(list(tokenizer.encode_stream(cut)))
     alone = [
@@ -291,7 +254,7 @@ def test_real_genomes_come_back_exactly(dna_folder):
     paths = [path for path in sorted(root.rglob("references/*.fasta.gz")) if "E.Coli" not in path.parts]
     if not paths:
         pytest.skip("ragout-examples is not installed")
-    for tokenizer in (load_tokenizer(dna_folder), *TOKENIZERS[1:]):
+    for tokenizer in (load_tokenizer(dna_folder), *TOKENIZERS):
         for path in paths[:4]:
             letters = re.sub("[^ACGT]", "N", "".join(piece.upper() for _, _, piece in read_fasta(path)))
             back = (
