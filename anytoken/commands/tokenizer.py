@@ -102,10 +102,14 @@ def tokenizer_import(
     """Save a pretrained codec (Mimi, DAC, EnCodec, X-Codec, Emu3, Janus, Chameleon) as a tokenizer folder."""
     import yaml
 
+    from anytoken.tokenizers import TokenizerError
     from anytoken.tokenizers.pretrained import pretrained_tokenizer
 
-    chosen = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in settings or [])}
-    print(pretrained_tokenizer(source, kind, **chosen).save_pretrained(out))
+    if wrong := [one for one in settings or [] if "=" not in one]:
+        raise TokenizerError(f"Settings are key=value; received {wrong[0]!r}.")
+    pairs = (one.split("=", 1) for one in settings or [])
+    chosen = {"kind": kind} | {key: yaml.safe_load(value) for key, value in pairs}
+    print(pretrained_tokenizer(source, **chosen).save_pretrained(out))
 
 
 @app.command("overview")
