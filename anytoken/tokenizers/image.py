@@ -45,6 +45,14 @@ def fit_side(height: int, width: int, side_px: int) -> tuple[int, int]:
     return tuple(max(PATCH_PX, round(n * scale / PATCH_PX) * PATCH_PX) for n in (height, width))  # type: ignore[return-value]
 
 
+def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
+    """TokenizerError unless a side is whole patches, from `least` pixels: the grid is declared by it."""
+    if not isinstance(side_px, int) or side_px < least or side_px % PATCH_PX:
+        raise TokenizerError(
+            f"side_px is a multiple of {PATCH_PX} pixels, {least} or more; received {side_px!r}."
+        )
+
+
 def _patches(x: Tensor) -> Tensor:
     return patchify(x, (PATCH_PX, PATCH_PX))
 
@@ -55,6 +63,7 @@ class ImageTokenizer(ModalityTokenizer):
 
     Every size is welcome: 1x1 and 5000x5000 both become `side_px` on the longer side, the aspect ratio is kept
     to whole patches. With `side_px=0` pictures keep their size (rounded to whole patches, at most 128 px a side).
+    A grid has up to 16 cells a side, or as many as `side_px` takes. TokenizerError for a setting that cannot be.
     """
 
     kind = "image"
@@ -79,11 +88,14 @@ class ImageTokenizer(ModalityTokenizer):
             "refine_width": refine_width, "refine_depth": refine_depth, "quantizer": quantizer,
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
         }  # fmt: skip
+        check_side_px(side_px, least=0)
+        if kernel < 1 or kernel % 2 == 0:
+            raise TokenizerError(f"kernel is odd, so that a window has a middle; received {kernel}.")
         if kernel != 7:  # files from before there was a choice do not write it
             config["kernel"] = kernel
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        most = (self.max_cells, self.max_cells)
-        shape = Grid(("rows", "cols"), (1, 1), most, quantize.num_codebooks, quantize.order)
+        most = max(self.max_cells, side_px // PATCH_PX)
+        shape = Grid(("rows", "cols"), (1, 1), (most, most), quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
         self._losses: tuple[dict[str, float], tuple[PatchCritic | None]] = ({"pixel": 1.0}, (None,))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
-from anytoken.tokenizers.image import PATCH_PX, fit_side, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.image import PATCH_PX, check_side_px, fit_side, psnr_db, to_pixels, to_unit_range
 from anytoken.tokenizers.picture_losses import pixel_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
@@ -56,6 +56,7 @@ class VideoTokenizer(ModalityTokenizer):
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
             "video_frame_rate_hz": video_frame_rate_hz,
         }  # fmt: skip
+        check_side_px(side_px)
         # Files from before there was a choice do not write it.
         config |= {"max_steps": max_steps} if max_steps != MAX_STEPS else {}
         config |= {"causal": True} if causal else {}
