@@ -20,6 +20,7 @@ from anytoken.tokenizers.picture_losses import TERMS, PatchCritic, feature_loss,
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 PATCH_PX = 8
+KEPT_PX = 128  # a side that every tokenizer's grid has room for
 REFINE_PX = 4  # the refining stage works on 4x4 pixels a position
 
 
@@ -53,6 +54,12 @@ def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
         )
 
 
+def fit_picture(picture: Image, side_px: int) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] as they are encoded: whole patches, the longer side `side_px`; 0 keeps up to 128 px."""
+    side = side_px or min(KEPT_PX, max(picture.height, picture.width))
+    return picture.resize(*fit_side(picture.height, picture.width, side)).pixels
+
+
 def _patches(x: Tensor) -> Tensor:
     return patchify(x, (PATCH_PX, PATCH_PX))
 
@@ -68,7 +75,6 @@ class ImageTokenizer(ModalityTokenizer):
 
     kind = "image"
     segment_type = Image
-    max_cells = 16
 
     def __init__(
         self,
@@ -94,7 +100,7 @@ class ImageTokenizer(ModalityTokenizer):
         if kernel != 7:  # files from before there was a choice do not write it
             config["kernel"] = kernel
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        most = max(self.max_cells, side_px // PATCH_PX)
+        most = max(KEPT_PX, side_px) // PATCH_PX
         shape = Grid(("rows", "cols"), (1, 1), (most, most), quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
@@ -166,10 +172,7 @@ class ImageTokenizer(ModalityTokenizer):
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
         assert isinstance(segment, Image)
-        limit = self.max_cells * PATCH_PX
-        side = self.config["side_px"] or min(limit, max(segment.height, segment.width))
-        height, width = fit_side(segment.height, segment.width, side)
-        return segment.resize(height, width).pixels
+        return fit_picture(segment, self.config["side_px"])
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:

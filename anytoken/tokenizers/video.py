@@ -27,6 +27,15 @@ TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
 KERNEL = (3, 5, 5)
 
 
+def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] as they are encoded: whole steps and patches, the longer side `side_px`."""
+    count, height, width, _ = clip.frames.shape
+    frames = STEP_FRAMES * min(max_steps, max(1, round(count / STEP_FRAMES)))
+    rows, cols = fit_side(height, width, side_px)
+    picked = clip.frames[[int(i * count / frames) for i in range(frames)]]
+    return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])
+
+
 @register_modality
 class VideoTokenizer(ModalityTokenizer):
     """4 frames of 8x8 pixels a code. `encode` scales the longer side to `side_px` and takes 4 to 4 * max_steps frames.
@@ -101,13 +110,7 @@ class VideoTokenizer(ModalityTokenizer):
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
         assert isinstance(segment, Video)
-        count, height, width, _ = segment.frames.shape
-        frames = STEP_FRAMES * min(
-            self.config.get("max_steps", MAX_STEPS), max(1, round(count / STEP_FRAMES))
-        )
-        rows, cols = fit_side(height, width, self.config["side_px"])
-        picked = segment.frames[[int(i * count / frames) for i in range(frames)]]
-        return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])
+        return fit_clip(segment, self.config["side_px"], self.config.get("max_steps", MAX_STEPS))
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
