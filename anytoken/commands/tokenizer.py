@@ -23,6 +23,12 @@ PictureTokenizer = Annotated[
     Path | None,
     typer.Option("--image", help="The picture tokenizer that clips are compared with; else `image` beside."),
 ]
+Files = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder or glob of your own files under --data, in the place of the sets' held-out items."
+    ),
+]
 app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
 
 
@@ -48,6 +54,7 @@ def tokenizer_eval(
     ] = None,
     genome: Genomes = None,
     image: PictureTokenizer = None,
+    files: Files = None,
     count: Count = None,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
@@ -58,10 +65,10 @@ def tokenizer_eval(
     from anytoken.tokenizers.measures import measure
 
     if card is None:
-        found = measure(tokenizer, data, count, seed, genome or [], image)
+        found = measure(tokenizer, data, count, seed, genome or [], image, files)
         print(json.dumps(found.figures, indent=2, ensure_ascii=False))
     else:
-        print(make_card(tokenizer, data, card, count, seed, genome or [], image))
+        print(make_card(tokenizer, data, card, count, seed, genome or [], image, files))
 
 
 @app.command("compare")
@@ -71,6 +78,7 @@ def tokenizer_compare(
     out: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
     genome: Genomes = None,
     image: PictureTokenizer = None,
+    files: Files = None,
     count: Count = None,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
@@ -79,7 +87,7 @@ def tokenizer_compare(
 
     from anytoken.tokenizers.compare import compare, comparison
 
-    found = compare(tokenizers, data, count, seed, genome or [], image)
+    found = compare(tokenizers, data, count, seed, genome or [], image, files)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -102,10 +110,14 @@ def tokenizer_import(
     """Save a pretrained codec (Mimi, DAC, EnCodec, X-Codec, Emu3, Janus, Chameleon) as a tokenizer folder."""
     import yaml
 
+    from anytoken.tokenizers import TokenizerError
     from anytoken.tokenizers.pretrained import pretrained_tokenizer
 
-    chosen = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in settings or [])}
-    print(pretrained_tokenizer(source, kind, **chosen).save_pretrained(out))
+    if wrong := [one for one in settings or [] if "=" not in one]:
+        raise TokenizerError(f"Settings are key=value; received {wrong[0]!r}.")
+    pairs = (one.split("=", 1) for one in settings or [])
+    chosen = {"kind": kind} | {key: yaml.safe_load(value) for key, value in pairs}
+    print(pretrained_tokenizer(source, **chosen).save_pretrained(out))
 
 
 @app.command("overview")

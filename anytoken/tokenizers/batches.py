@@ -8,8 +8,9 @@ the seed and `n` alone, so an interrupted training goes on as if it had not been
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.image import PATCH_PX, to_unit_range
+from anytoken.tokenizers.image import PATCH_PX, fit_picture, to_unit_range
 from anytoken.tokenizers.speech import HOP, SAMPLE_RATE_HZ
-from anytoken.tokenizers.video import STEP_FRAMES
+from anytoken.tokenizers.video import MAX_STEPS, fit_clip
 
 Batches = Callable[[int], Tensor]  # step -> batch
 BACKGROUNDS = [
@@ -35,10 +36,13 @@ SUFFIXES = {  # of a user's own files, for each kind that has batches here
 }
 
 
-def batches_for(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
+def batches_for(
+    kind: str, source: Path, batch_size: int, seed: int, config: Mapping[str, Any] | None = None
+) -> Batches:
     """The batches of a kind from `source`: an .npy array, or a folder or glob of files.
 
-    TokenizerError if there is nothing there, naming what is expected.
+    config: of the tokenizer to be trained, whose sizes own files are brought to. TokenizerError if there is nothing
+    there, naming what is expected.
     """
     if source.suffix == ".npy":
         makers = {"image": sprite_batches, "video": animation_batches, "speech": audio_batches}
@@ -47,7 +51,7 @@ def batches_for(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
                 f"{source} is missing: build the set first, or name your own files in `data`."
             )
         return makers[kind](source, batch_size, seed)
-    return file_batches(kind, source, batch_size, seed)
+    return file_batches(kind, source, batch_size, seed, config or {})
 
 
 def training_rows(index: Path) -> np.ndarray:
@@ -143,38 +147,53 @@ def _toned(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, poin
     return filtered / filtered.abs().amax(1, keepdim=True).clamp_min(1.0)
 
 
-def file_batches(kind: str, source: Path, batch_size: int, seed: int) -> Batches:
-    """Batches from a user's own pictures, clips or recordings: a folder, or a glob such as photos/*.png."""
-    suffixes = SUFFIXES[kind]
+def own_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files in a folder and below it, or of a glob such as photos/*.png, that end so; sorted."""
     pattern = source / "**" / "*" if source.is_dir() else source
     root = Path(pattern.anchor or ".")
     names = sorted(root.glob(str(pattern.relative_to(root) if pattern.is_absolute() else pattern)))
-    files = [path for path in names if path.suffix.lower() in suffixes]
+    return [path for path in names if path.is_file() and path.name.lower().endswith(tuple(suffixes))]
+
+
+def file_batches(
+    kind: str, source: Path, batch_size: int, seed: int, config: Mapping[str, Any] | None = None
+) -> Batches:
+    """Batches from a user's own pictures, clips or recordings, in a folder or of a glob.
+
+    Pictures and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
+    one drawn from all. Of recordings it is a second, drawn anew each time.
+    """
+    files, config = own_files(source, SUFFIXES[kind]), config or {}
     if not files:
-        raise TokenizerError(f"{source} holds no {kind} files; expected {', '.join(suffixes)}.")
-    load = {"image": _picture, "video": _clip, "speech": _sound}[kind]
-    items = [load(path) for path in files]
+        raise TokenizerError(f"{source} holds no {kind} files; expected {', '.join(SUFFIXES[kind])}.")
+    if kind == "speech":
+        return _sound_batches([_sound(path) for path in files], batch_size, seed)
+    side_px, most = config.get("side_px", 64), config.get("max_steps", MAX_STEPS)
+    if kind == "image":
+        items = [fit_picture(Image.open(path), side_px) for path in files]
+    else:
+        items = [fit_clip(Video.open(path), side_px, most) for path in files]
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        picked = [items[i] for i in rng.integers(0, len(items), batch_size)]
-        if kind == "speech":
-            length = int(CROP_SECONDS * SAMPLE_RATE_HZ) // HOP * HOP
-            picked = [_crop(item, length, rng) for item in picked]
-        return torch.stack(picked)
+        shape = items[rng.integers(len(items))].shape
+        alike = [row for row, item in enumerate(items) if item.shape == shape]
+        x = to_unit_range(np.stack([items[row] for row in rng.choice(alike, batch_size)]))
+        return x if kind == "image" else x.transpose(1, 2)
 
     return batch
 
 
-def _picture(path: Path) -> Tensor:
-    return to_unit_range(Image.open(path).resize(64, 64).pixels)
+def _sound_batches(items: Sequence[Tensor], batch_size: int, seed: int) -> Batches:
+    length = int(CROP_SECONDS * SAMPLE_RATE_HZ) // HOP * HOP
 
+    def batch(step: int) -> Tensor:
+        rng = np.random.default_rng((seed, step))
+        return torch.stack(
+            [_crop(items[row], length, rng) for row in rng.integers(0, len(items), batch_size)]
+        )
 
-def _clip(path: Path) -> Tensor:
-    frames = Video.open(path).frames
-    count = 2 * STEP_FRAMES
-    picked = [Image(frames[int(i * len(frames) / count)]).resize(64, 64).pixels for i in range(count)]
-    return to_unit_range(np.stack(picked)).transpose(0, 1)
+    return batch
 
 
 def _sound(path: Path) -> Tensor:

@@ -8,6 +8,7 @@ what was not measured. Together a card's files stay under 150 kB, small enough t
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ def make_card(
     seed: int = 0,
     genomes: Sequence[Path] = (),
     image: Path | None = None,
+    files: str | None = None,
 ) -> Path:
     """Measure a tokenizer (see `measure`) and write its card into the folder `card`; returns the README.md.
 
@@ -39,19 +41,22 @@ def make_card(
     if missing:
         raise TokenizerError(f"A card needs {' and '.join(missing)}: pip install 'anytoken[eval]'.")
     tokenizer, data, card = Path(tokenizer), Path(data), Path(card)
-    found = measure(tokenizer, data, count, seed, genomes, image)
+    found = measure(tokenizer, data, count, seed, genomes, image, files)
     card.mkdir(parents=True, exist_ok=True)
     training = _read_json(tokenizer / "training.json")
     consent = f"--modality {_shown(tokenizer)} " if class_source(type(found.tokenizer)) else ""
     options = "" if count is None else f" --count {count}"
     options += "".join(f" --genome {_shown(path)}" for path in genomes)
     options += f" --image {_shown(image)}" if image else ""
+    options += f" --files {shlex.quote(files)}" if files else ""
     figures = {
         **found.figures,
         "about": _about(found),
         "command": f"anytoken {consent}tokenizer eval {_shown(tokenizer)} --data {_shown(data)} --card {_shown(card)}"
         f"{options} --seed {seed}",
-        "data": made_of(found.figures["kind"], data, training.get("recipe", {}).get("data", "")),
+        "data": []
+        if files
+        else made_of(found.figures["kind"], data, training.get("recipe", {}).get("data", "")),
         "training": training,
         "curve": read_curve(tokenizer / "metrics.jsonl"),
         "samples": write_samples(found, card),
@@ -157,8 +162,15 @@ def _rate(figures: dict[str, Any]) -> list[Row]:
     ]
     if figures["parameters"]:
         rows.append(("parameters", f"{figures['parameters']:,}"))
-    settings = ", ".join(f"{key} {value}" for key, value in figures.get("config", {}).items())
+    settings = ", ".join(f"{key} {_flow(value)}" for key, value in figures.get("config", {}).items())
     return [*rows, ("settings", settings)] if settings else rows
+
+
+def _flow(value: Any) -> str:
+    """A setting as a recipe has it, on one line."""
+    if not isinstance(value, dict):
+        return str(value)
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10_000).strip()
 
 
 def _limits(shape: dict[str, Any]) -> str:
@@ -173,6 +185,11 @@ def _limits(shape: dict[str, Any]) -> str:
 
 
 def _kept_intro(figures: dict[str, Any]) -> str:
+    if "files" in figures:
+        return (
+            f"Measured on {figures['items']:,} items: of the files `{figures['files']}`, chosen by whoever made this "
+            "page; that training never saw them is for them to say."
+        )
     what = {
         "image": "pictures of concepts that the tokenizer never saw in any style, composed as in training",
         "video": "clips of concepts that the tokenizer never saw, composed as in training",

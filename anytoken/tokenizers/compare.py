@@ -25,10 +25,12 @@ def compare(
     seed: int = 0,
     genomes: Sequence[Path] = (),
     image: Path | None = None,
+    files: str | None = None,
 ) -> dict[str, Any]:
     """The figures of each folder by its name, in order; TokenizerError for tokenizers of different modalities."""
     found = {
-        Path(folder).name: measure(folder, data, count, seed, genomes, image).figures for folder in folders
+        Path(folder).name: measure(folder, data, count, seed, genomes, image, files).figures
+        for folder in folders
     }
     kinds = {figures["kind"] for figures in found.values()}
     if len(found) < len(folders) or len(kinds) != 1:

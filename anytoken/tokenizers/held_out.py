@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
-from anytoken.tokenizers.batches import place
+from anytoken.tokenizers.batches import SUFFIXES, own_files, place
 from anytoken.tokenizers.dna import WINDOW
 from anytoken.tokenizers.dna_letters import MAX_TOKENS
 from anytoken.tokenizers.image import to_pixels
@@ -40,11 +40,15 @@ TEXTS = {  # group: file, field
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One item: what is encoded, what it is called, and its group (a style, a voice), or ""."""
+    """One item: what is encoded, what it is called, and its group (a style, a voice), or "".
+
+    says_name: of speech, whether the name is what is said.
+    """
 
     segment: Segment
     name: str
     group: str = ""
+    says_name: bool = True
 
 
 def by_group(items: Sequence[HeldOut], scores: Sequence[float]) -> dict[str, float]:
@@ -87,6 +91,21 @@ def own_held_out(
     if not items:
         raise TokenizerError(f"{source} has nothing that is held out for {tokenizer.name}.")
     return items
+
+
+def file_items(tokenizer: ModalityTokenizer, source: Path, count: int | None, seed: int) -> list[HeldOut]:
+    """At most `count` (None: all) items from a user's own files: those in the folder `source`, or of a glob.
+
+    Whether a training saw them is not known here. TokenizerError if there are none.
+    """
+    suffixes = SUFFIXES.get(tokenizer.name, ("",))
+    files = own_files(source, suffixes)
+    if not files:
+        raise TokenizerError(
+            f"{source} holds no {tokenizer.name} files; expected {', '.join(suffixes) or 'any'}."
+        )
+    chosen = np.random.default_rng((seed, 1)).permutation(len(files))[:count]
+    return [HeldOut(tokenizer.segment_type.open(files[i]), files[i].stem, says_name=False) for i in chosen]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from anytoken.tokenizers.picture_losses import TERMS, PatchCritic, feature_loss,
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 PATCH_PX = 8
+KEPT_PX = 128  # a side that every tokenizer's grid has room for
 REFINE_PX = 4  # the refining stage works on 4x4 pixels a position
 
 
@@ -45,6 +46,20 @@ def fit_side(height: int, width: int, side_px: int) -> tuple[int, int]:
     return tuple(max(PATCH_PX, round(n * scale / PATCH_PX) * PATCH_PX) for n in (height, width))  # type: ignore[return-value]
 
 
+def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
+    """TokenizerError unless a side is whole patches, from `least` pixels: the grid is declared by it."""
+    if not isinstance(side_px, int) or side_px < least or side_px % PATCH_PX:
+        raise TokenizerError(
+            f"side_px is a multiple of {PATCH_PX} pixels, {least} or more; received {side_px!r}."
+        )
+
+
+def fit_picture(picture: Image, side_px: int) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] as they are encoded: whole patches, the longer side `side_px`; 0 keeps up to 128 px."""
+    side = side_px or min(KEPT_PX, max(picture.height, picture.width))
+    return picture.resize(*fit_side(picture.height, picture.width, side)).pixels
+
+
 def _patches(x: Tensor) -> Tensor:
     return patchify(x, (PATCH_PX, PATCH_PX))
 
@@ -55,11 +70,11 @@ class ImageTokenizer(ModalityTokenizer):
 
     Every size is welcome: 1x1 and 5000x5000 both become `side_px` on the longer side, the aspect ratio is kept
     to whole patches. With `side_px=0` pictures keep their size (rounded to whole patches, at most 128 px a side).
+    A grid has up to 16 cells a side, or as many as `side_px` takes. TokenizerError for a setting that cannot be.
     """
 
     kind = "image"
     segment_type = Image
-    max_cells = 16
 
     def __init__(
         self,
@@ -79,11 +94,14 @@ class ImageTokenizer(ModalityTokenizer):
             "refine_width": refine_width, "refine_depth": refine_depth, "quantizer": quantizer,
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
         }  # fmt: skip
+        check_side_px(side_px, least=0)
+        if kernel < 1 or kernel % 2 == 0:
+            raise TokenizerError(f"kernel is odd, so that a window has a middle; received {kernel}.")
         if kernel != 7:  # files from before there was a choice do not write it
             config["kernel"] = kernel
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        most = (self.max_cells, self.max_cells)
-        shape = Grid(("rows", "cols"), (1, 1), most, quantize.num_codebooks, quantize.order)
+        most = max(KEPT_PX, side_px) // PATCH_PX
+        shape = Grid(("rows", "cols"), (1, 1), (most, most), quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
         self._losses: tuple[dict[str, float], tuple[PatchCritic | None]] = ({"pixel": 1.0}, (None,))
@@ -154,10 +172,7 @@ class ImageTokenizer(ModalityTokenizer):
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
         assert isinstance(segment, Image)
-        limit = self.max_cells * PATCH_PX
-        side = self.config["side_px"] or min(limit, max(segment.height, segment.width))
-        height, width = fit_side(segment.height, segment.width, side)
-        return segment.resize(height, width).pixels
+        return fit_picture(segment, self.config["side_px"])
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:

@@ -29,7 +29,7 @@ from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.bars import bars
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.dna_letters import DNALetters
-from anytoken.tokenizers.held_out import HeldOut, by_group, held_out_items, own_held_out
+from anytoken.tokenizers.held_out import HeldOut, by_group, file_items, held_out_items, own_held_out
 from anytoken.tokenizers.measures_dna import exact, other_letters, stream_genomes, untrained_genomes
 from anytoken.tokenizers.measures_pictures import pictures_kept
 from anytoken.tokenizers.measures_speech import RANDOM_ITEMS, random_codes, speech_kept
@@ -59,25 +59,33 @@ def measure(
     seed: int = 0,
     genomes: Sequence[Path] = (),
     image: str | Path | None = None,
+    files: str | None = None,
 ) -> Measured:
     """Encode and decode the held-out items of the built sets in `data` (at most `count`): what the codes keep, how
     many there are, how fast on one thread.
 
     genomes: FASTA files that a DNA tokenizer streams besides, in the place of those of `untrained_genomes`. image: the
-    picture tokenizer that a video tokenizer is compared with; by default the folder `image` beside it.
+    picture tokenizer that a video tokenizer is compared with; by default the folder `image` beside it. files: a folder
+    or glob under `data`, whose files are measured in the place of the sets' items.
     Raises TokenizerError for a folder that holds no tokenizer, or a set that is not there.
     """
     folder, data = Path(tokenizer), Path(data)
     with one_thread():
         if (folder / TEXT_FILE).is_file():
+            if files:
+                raise TokenizerError("A text tokenizer is measured on texts of the built sets, not on files.")
             found = _measure_text(TextTokenizer.from_pretrained(folder), data, count, seed)
         else:
             loaded = load_tokenizer(folder)
-            items = own_held_out(loaded, data, data / _trained_on(folder), count, seed)
+            if files:
+                items = file_items(loaded, data / files, count, seed)
+            else:
+                items = own_held_out(loaded, data, data / _trained_on(folder), count, seed)
             peer = _picture_tokenizer(loaded, folder, image)
             found = measure_codes(loaded, items, seed, genomes or untrained_genomes(data), peer)
         found.figures |= {"seed": seed, "date": date.today().isoformat(), **_circumstances()}
-    found.figures["bars"] = bars(found.figures)
+    # What is expected is expected on the sets.
+    found.figures |= {"files": files, "bars": []} if files else {"bars": bars(found.figures)}
     return found
 
 

@@ -77,6 +77,9 @@ def words_kept(
 
     words_share is the second as a share of the first. Names with words the recogniser does not know are not asked for.
     """
+    if not all(item.says_name for item in items):
+        log.warning("Words are not measured: what the clips say is not known.")
+        return {}
     try:
         judge = WordJudge(sorted({item.name for item in items}))
     except JudgeError as error:

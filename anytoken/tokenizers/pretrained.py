@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ from anytoken.tokenizers.base import (
 from anytoken.tokenizers.image import to_pixels, to_unit_range
 
 WHOLE = 1 << 30  # an image size that Emu3's encoder, which cuts the wrong axes of a video, never cuts at
+UNUSED = ("num_batches_tracked", "masked_spec_embed")  # of a codec's state, what only its training reads
 Item = TypeVar("Item")
 
 
@@ -368,33 +370,54 @@ def pretrained_tokenizer(source: str | Path, kind: str | None = None, **settings
         kind = kind or (codec.kinds[0] if codec else "speech")
         if kind not in KINDS:
             raise TokenizerError(f"There are pretrained codecs for {', '.join(KINDS)}; received {kind!r}.")
+        if unknown := set(settings) - set(known := _settings(KINDS[kind])):
+            raise TokenizerError(
+                f"{KINDS[kind].__name__} has the settings {', '.join(known)}; received {', '.join(sorted(unknown))}."
+            )
         tokenizer = KINDS[kind](model_config=chosen, **settings)
         if inner is None:
-            model = type(tokenizer.model).from_pretrained(source, dtype=torch.float32)
-            state = model.state_dict()
+            state = _own_weights(type(tokenizer.model), source)
         else:
             state = _inner_weights(Path(source))
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise TokenizerError(f"{source} does not load as a codec of transformers: {said}") from error
-    try:
-        tokenizer.model.load_state_dict(state)
-    except RuntimeError as error:
-        raise TokenizerError(
-            f"{source} lacks weights of its codec: {' '.join(str(error).split())}"
-        ) from error
+    _fill(tokenizer.model, state, source)
     return tokenizer.eval()
+
+
+def _fill(model: Any, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load the state of a checkpoint; TokenizerError if it is not that of this model, to the last weight."""
+    try:
+        found = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise TokenizerError(f"{source} does not fit its codec: {' '.join(str(error).split())}") from error
+    missing = [key for key in found.missing_keys if not key.endswith(UNUSED)]
+    if missing:
+        raise TokenizerError(
+            f"{source} lacks weights of its codec, {len(missing)} in all, such as {missing[0]}: it is cut short, or a "
+            "checkpoint of something else."
+        )
+    if found.unexpected_keys:
+        raise TokenizerError(f"{source} does not fit its codec, which has no {found.unexpected_keys[0]}.")
+
+
+def _settings(cls: type[PretrainedTokenizer]) -> list[str]:
+    """What a user may set of a kind: its constructor's arguments but the codec's own configuration."""
+    return [name for name in signature(cls).parameters if name != "model_config"]
+
+
+def _own_weights(model: Any, source: str | Path) -> dict[str, Tensor]:
+    """The weights of a codec's own checkpoint, float32; those it lacks, which transformers makes up, are left out."""
+    loaded, found = model.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    return {key: value for key, value in loaded.state_dict().items() if key not in found["missing_keys"]}
 
 
 def _inner_weights(source: Path) -> dict[str, Tensor]:
     """The weights of the codec inside a larger model, float32; other weights are not read."""
     from safetensors import safe_open
 
-    folder = source
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    folder = source if source.is_dir() else _download(str(source))
     state = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -402,6 +425,18 @@ def _inner_weights(source: Path) -> dict[str, Tensor]:
                 if "vqmodel." in key:
                     state[key.split("vqmodel.", 1)[1]] = file.get_tensor(key).float()
     return state
+
+
+def _download(source: str) -> Path:
+    """The folder of a larger model from the hub, with only those of its files that hold weights of the codec."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(source, allow_patterns=["*.json"]))
+    index, wanted = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        wanted = {file for key, file in places.items() if "vqmodel." in key}
+    return Path(snapshot_download(source, allow_patterns=sorted(wanted)))
 
 
 def _config(model_config: dict[str, Any], kind: str) -> Any:

@@ -51,6 +51,11 @@ KINDS, LEARNED = tuple(_CLASSES), ("vq", "cosine")
 Choice = str | Mapping[str, Any]
 
 
+def _counts(*values: Any, least: int = 1) -> bool:
+    """Whether all are whole numbers of at least so much; a recipe may hold anything."""
+    return all(isinstance(one, int) and one >= least for one in values)
+
+
 @dataclass
 class Quantized:
     """`vectors` [B, N, D] with straight-through gradients, `codes` int64 [B, N, Q], `loss` a scalar."""
@@ -82,7 +87,7 @@ class Quantizer(nn.Module):
         codebook_size: int = 1024,
     ) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"kind": choice} if isinstance(choice, str) else dict(choice)
+        settings: dict[str, Any] = {"kind": choice} if isinstance(choice, str) else dict(choice or {})
         self.kind: str = settings.pop("kind", "")
         self.residual: int = settings.pop("residual", 1)
         self.groups: int = settings.pop("groups", 1)
@@ -92,18 +97,14 @@ class Quantizer(nn.Module):
         if self.kind not in KINDS:
             raise TokenizerError(f"Unknown quantizer {self.kind!r}; allowed: {', '.join(KINDS)}.")
         learned = {_RENAMED[k]: settings.pop(k) for k in _RENAMED if k in settings and self.kind in LEARNED}
-        if settings or self.residual < 1 or self.groups < 1 or dim % self.groups:
+        whole = [self.residual, self.groups, learned.get("codebook_dim", 1)]
+        if settings or not _counts(*whole) or dim % self.groups:
             raise TokenizerError(
                 f"A quantizer is a kind, or {{kind, residual, groups, order, dropout, first}} with at least 1 each and "
                 f"groups that divide the width {dim}, and for {' and '.join(LEARNED)} also {', '.join(_RENAMED)}; "
                 f"received {choice!r}."
             )
-        if not 1 <= self.first <= self.residual or (self.first < self.residual and not dropout):
-            raise TokenizerError(
-                f"`first` is 1 to residual ({self.residual}), and less only with dropout; received {choice!r}."
-            )
-        if self.kind == "lfq" and codebook_size.bit_count() != 1:
-            raise TokenizerError(f"lfq needs a power of two as codebook_size; received {codebook_size}.")
+        self._check(choice, dropout, levels, codebook_size)
         size = {"levels": list(levels)} if self.kind == "fsq" else {"codebook_size": codebook_size}
         if dropout and self.residual > 1:
             learned["quantize_dropout"] = True
@@ -111,6 +112,20 @@ class Quantizer(nn.Module):
         self.inner: Any = parts[0] if self.groups == 1 else nn.ModuleList(parts)
         self.codebook_size = math.prod(levels) if self.kind == "fsq" else codebook_size
         self.num_codebooks = self.first * self.groups
+
+    def _check(self, choice: Choice, dropout: bool, levels: Sequence[int], codebook_size: int) -> None:
+        if not 1 <= self.first <= self.residual or (self.first < self.residual and not dropout):
+            raise TokenizerError(
+                f"`first` is 1 to residual ({self.residual}), and less only with dropout; received {choice!r}."
+            )
+        if self.kind == "fsq" and (not levels or not _counts(*levels, least=2)):
+            raise TokenizerError(
+                f"fsq needs levels of at least 2 each, such as [8, 5, 5, 5]; received {levels!r}."
+            )
+        if not _counts(codebook_size, least=2) or (self.kind == "lfq" and codebook_size.bit_count() != 1):
+            raise TokenizerError(
+                f"codebook_size is at least 2, and for lfq a power of two; received {codebook_size!r}."
+            )
 
     def _part(self, dim: int, size: dict[str, Any]) -> Any:
         single, residual, settings = _CLASSES[self.kind]

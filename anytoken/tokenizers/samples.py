@@ -30,7 +30,7 @@ def table(rows: list[Row]) -> str:
     """Rows as a Markdown table, the first of them its head."""
     head, *body = rows
     lines = [head, tuple("---" for _ in head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def number(value: float) -> str:

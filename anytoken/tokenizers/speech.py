@@ -129,6 +129,8 @@ class SpeechTokenizer(ModalityTokenizer):
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
             "levels": list(levels), "codebook_size": codebook_size, "max_frames": max_frames,
         }  # fmt: skip
+        if not isinstance(frames_per_code, int) or frames_per_code < 1:
+            raise TokenizerError(f"frames_per_code is a whole number from 1; received {frames_per_code!r}.")
         if frames_per_code != 1:  # files from before there was a choice do not write it
             config["frames_per_code"] = frames_per_code
         quantize = Quantizer(width, quantizer, levels, codebook_size)

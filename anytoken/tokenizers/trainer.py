@@ -12,7 +12,6 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,8 +164,11 @@ class _Loop:
         from anytoken.tokenizers.batches import SUFFIXES, batches_for
 
         self.tokenizer, self.plan, self.out = tokenizer.train(), plan, out
-        batches = partial(batches_for, plan.kind) if plan.kind in SUFFIXES else tokenizer.training_batches
-        self.batch = batches(data / plan.data, plan.batch_size, plan.seed)
+        source = data / plan.data, plan.batch_size, plan.seed
+        own = plan.kind not in SUFFIXES
+        self.batch = (
+            tokenizer.training_batches(*source) if own else batches_for(plan.kind, *source, tokenizer.config)
+        )
         torch.manual_seed(plan.seed)
         self.critic = self.tokenizer.weigh_losses(plan.loss)
         self.parts = [self.tokenizer] if self.critic is None else [self.tokenizer, self.critic]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
-from anytoken.tokenizers.image import PATCH_PX, fit_side, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.image import PATCH_PX, check_side_px, fit_side, psnr_db, to_pixels, to_unit_range
 from anytoken.tokenizers.picture_losses import pixel_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
@@ -25,6 +25,15 @@ STEP_FRAMES = 4
 MAX_STEPS = 2
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
 KERNEL = (3, 5, 5)
+
+
+def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] as they are encoded: whole steps and patches, the longer side `side_px`."""
+    count, height, width, _ = clip.frames.shape
+    frames = STEP_FRAMES * min(max_steps, max(1, round(count / STEP_FRAMES)))
+    rows, cols = fit_side(height, width, side_px)
+    picked = clip.frames[[int(i * count / frames) for i in range(frames)]]
+    return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])
 
 
 @register_modality
@@ -56,6 +65,7 @@ class VideoTokenizer(ModalityTokenizer):
             "levels": list(levels), "codebook_size": codebook_size, "side_px": side_px,
             "video_frame_rate_hz": video_frame_rate_hz,
         }  # fmt: skip
+        check_side_px(side_px)
         # Files from before there was a choice do not write it.
         config |= {"max_steps": max_steps} if max_steps != MAX_STEPS else {}
         config |= {"causal": True} if causal else {}
@@ -100,13 +110,7 @@ class VideoTokenizer(ModalityTokenizer):
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
         assert isinstance(segment, Video)
-        count, height, width, _ = segment.frames.shape
-        frames = STEP_FRAMES * min(
-            self.config.get("max_steps", MAX_STEPS), max(1, round(count / STEP_FRAMES))
-        )
-        rows, cols = fit_side(height, width, self.config["side_px"])
-        picked = segment.frames[[int(i * count / frames) for i in range(frames)]]
-        return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])
+        return fit_clip(segment, self.config["side_px"], self.config.get("max_steps", MAX_STEPS))
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:

@@ -2,19 +2,21 @@
 
 import json
 import re
+import shlex
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
 from typer.testing import CliRunner
 
 from anytoken.cli import app
-from anytoken.segments import Speech
+from anytoken.segments import Image, Speech
 from anytoken.tokenizers import cards
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.cards import make_card, read_curve, render
 from anytoken.tokenizers.image import ImageTokenizer
-from anytoken.tokenizers.samples import GAP_PX, number, share
+from anytoken.tokenizers.samples import GAP_PX, number, share, table
 from anytoken.tokenizers.speech import SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.tokenizers.video import VideoTokenizer
@@ -152,6 +154,44 @@ def test_the_overview_has_a_line_for_each_card_and_fills_a_page(made, tmp_path):
     assert "old" not in page.read_text() and page.read_text().startswith("before\n")
     with pytest.raises(TokenizerError, match=r"no \*/figures\.json"):
         cards.overview(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """Photographs and recordings of a user, in other sizes and rates than the sets have."""
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        Image(rng.integers(0, 256, (60 + n, 120, 3), dtype=np.uint8)).save(folder / f"fox|{n}.png")
+        Speech(rng.uniform(-0.5, 0.5, 40_000).astype(np.float32), 44_100).save(folder / f"{n}.wav")
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "files"), [("image", "*.png"), ("speech", ".")])
+def test_own_files_take_the_place_of_the_sets(kind, files, folders, own, tmp_path):
+    words = ["tokenizer", "eval", str(folders[kind]), "--data", str(own), "--files", files]
+    done = CliRunner().invoke(app, [*words, "--card", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    figures, page = json.loads((tmp_path / "figures.json").read_text()), (tmp_path / "README.md").read_text()
+    assert (figures["items"], figures["files"], figures["bars"], figures["data"]) == (3, files, [], [])
+    assert "chosen by whoever made this page" in page and f"--files {shlex.quote(files)}" in page
+    assert "licences" not in page and "never saw in any style" not in page and "words" not in figures
+    compared = CliRunner().invoke(app, ["tokenizer", "compare", *words[2:]])
+    assert compared.exit_code == 0 and f"| tokenizer | {kind} |" in compared.stdout
+
+
+def test_files_that_are_not_there_are_an_error(folders, own):
+    for kind, files, says in [
+        ("image", "*.jpg", "holds no image files; expected .png, .jpg"),
+        ("text", "*.txt", "measured on texts of the built sets"),
+    ]:
+        words = ["tokenizer", "eval", str(folders[kind]), "--data", str(own), "--files", files]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 2 and says in " ".join(done.stderr.split())
+
+
+def test_a_bar_in_a_name_does_not_break_a_table():
+    assert table([("says",), ("a|b",)]) == "| says |\n| --- |\n| a\\|b |"
 
 
 def test_tokenizers_of_one_modality_are_compared_side_by_side(folders, sets, tmp_path):

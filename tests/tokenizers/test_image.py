@@ -7,6 +7,7 @@ from batteries import TokenizerBattery
 from safetensors.torch import load_file
 
 from anytoken.segments import Image
+from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer, fit_side, psnr_db, to_pixels, to_unit_range
 
 
@@ -63,10 +64,20 @@ class TestImageTokenizer(TokenizerBattery):
         assert tokenizer.decode(codes).pixels.shape == (8 * grid[0], 8 * grid[1], 3)
 
     def test_without_a_side_pictures_keep_their_size(self):
-        tokenizer = self.build()
-        tokenizer.config["side_px"] = 0
+        tokenizer = ImageTokenizer(**self.settings, side_px=0).eval()
         assert tokenizer.encode(picture(40, 72)).size == (5, 9)
         assert tokenizer.encode(picture(256, 512)).size == (8, 16), "at most 128 pixels a side"
+
+    def test_larger_pictures_have_larger_grids(self):
+        tokenizer = ImageTokenizer(**self.settings, side_px=160).eval()
+        codes = tokenizer.encode(picture(300, 150))
+        assert codes.size == (20, 10) and tokenizer.decode(codes).pixels.shape == (160, 80, 3)
+        assert tokenizer.shape.max_size == (20, 20)
+
+    @pytest.mark.parametrize("wrong", [{"side_px": 60}, {"side_px": -8}, {"side_px": 64.0}, {"kernel": 4}])
+    def test_a_setting_that_cannot_be_is_an_error(self, wrong):
+        with pytest.raises(TokenizerError, match=f"received {next(iter(wrong.values()))}"):
+            ImageTokenizer(**self.settings, **wrong)
 
     def test_a_learned_codebook_in_place_of_fsq(self, tmp_path):
         torch.manual_seed(0)

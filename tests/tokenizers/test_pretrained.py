@@ -1,6 +1,7 @@
 """Pretrained codecs: tiny random checkpoints on disk give the codes that their class gives, through one interface."""
 
 import json
+import shutil
 from functools import cache
 
 import numpy as np
@@ -16,7 +17,9 @@ from transformers import (
     MimiModel,
     XcodecModel,
 )
+from typer.testing import CliRunner
 
+from anytoken.cli import app
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.base import Codes, TokenizerError, load_tokenizer
 from anytoken.tokenizers.image import to_unit_range
@@ -195,6 +198,45 @@ class TestJanus(PictureBattery):
     codec, settings = "janus_vqgan", settings_of("janus_vqgan")
 
 
+class TestChameleon(PictureBattery):
+    """Encode only: what would decode says that it cannot, after the checks that every codec's codes go through."""
+
+    codec, settings = "chameleon_vqgan", settings_of("chameleon_vqgan")
+
+    test_round_trip_keeps_kind_and_shape = None
+    test_any_legal_codes_decode = None
+
+    def test_encoding_and_decoding_are_deterministic(self, tokenizer):
+        segment = self.segment(1)
+        assert tokenizer.encode(segment) == tokenizer.encode(segment) == self.build().encode(segment)
+
+    def test_a_batch_gives_what_single_segments_give(self, tokenizer):
+        segments = [self.segment(1), *self.odd().values(), self.segment(2)]
+        assert tokenizer.encode_batch(segments) == [tokenizer.encode(segment) for segment in segments]
+
+    def test_odd_sizes_and_extremes(self, tokenizer):
+        for segment in self.odd().values():
+            tokenizer.check_codes(tokenizer.encode(segment))
+
+    def test_saved_and_loaded_it_gives_the_same_codes(self, tokenizer, saved):
+        loaded = load_tokenizer(saved)
+        assert loaded.fingerprint() == tokenizer.fingerprint()
+        assert loaded.encode(self.segment(1)) == tokenizer.encode(self.segment(1))
+
+    def test_saved_in_bfloat16_it_loads_and_stays_as_it_is(self, tokenizer, tmp_path):
+        loaded = load_tokenizer(tokenizer.save_pretrained(tmp_path / "small", dtype=torch.bfloat16))
+        again = load_tokenizer(loaded.save_pretrained(tmp_path / "again", dtype=torch.bfloat16))
+        assert again.fingerprint() == loaded.fingerprint()
+        assert again.encode(self.segment(1)) == loaded.encode(self.segment(1))
+
+    def test_whatever_would_decode_says_that_it_cannot(self, tokenizer):
+        for decode in (tokenizer.decode, tokenizer.preview, lambda codes: tokenizer.decode_batch([codes])):
+            with pytest.raises(
+                TokenizerError, match=r"published without its decoder.*emu3_vqgan, janus_vqgan"
+            ):
+                decode(tokenizer.encode(picture(12, 12)))
+
+
 class TestEmu3Video(CodecBattery):
     codec, settings = "emu3_vqgan", settings_of("emu3_vqgan", side_px=12, max_steps=2)
     tokenizer_class = PretrainedVideo
@@ -269,13 +311,6 @@ def test_a_clip_gets_the_codes_that_the_class_gives(folders):
     assert found.size == (2, 6, 6) and np.array_equal(found.values[:, 0], codes.flatten().numpy())
 
 
-def test_chameleon_reads_and_says_that_it_cannot_write(folders):
-    tokenizer = pretrained_tokenizer(folders["chameleon_vqgan"])
-    codes = tokenizer.encode(picture(12, 12))
-    with pytest.raises(TokenizerError, match=r"published without its decoder.*emu3_vqgan, janus_vqgan"):
-        tokenizer.decode(codes)
-
-
 def test_fewer_codebooks_are_the_first_ones(folders):
     clip = sound(640, 1)
     whole, two = pretrained_tokenizer(folders["mimi"]), pretrained_tokenizer(folders["mimi"], num_codebooks=2)
@@ -305,6 +340,47 @@ def test_a_codec_inside_a_larger_checkpoint_is_taken_out(tmp_path):
         pretrained_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_weights_that_are_not_there_are_never_made_up(name, folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders[name], tmp_path / name)
+    path = tmp_path / name / "model.safetensors"
+    weights = load_file(path)
+    lost = next(key for key in weights if "conv" in key)
+    save_file({key: one for key, one in weights.items() if key != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(TokenizerError, match=r"lacks weights of its codec, 1 in all, such as .*conv"):
+        pretrained_tokenizer(tmp_path / name)
+    save_file({**weights, lost: weights[lost][..., None]}, path, metadata={"format": "pt"})
+    with pytest.raises(TokenizerError, match=r"does not (load as a codec of transformers|fit its codec)"):
+        pretrained_tokenizer(tmp_path / name)
+
+
+def test_of_a_larger_model_on_the_hub_only_the_codecs_files_are_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    from safetensors.torch import save_file
+    from transformers import ChameleonConfig
+
+    inner = random_codec("chameleon_vqgan")
+    config = ChameleonConfig(vq_config=inner.config.to_dict(), hidden_size=8, num_hidden_layers=1)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda source: config)
+    tensors = {f"model.vqmodel.{key}": value.contiguous() for key, value in inner.state_dict().items()}
+    save_file(tensors, tmp_path / "model-2.safetensors")
+    places = {"model.embed_tokens.weight": "model-1.safetensors"} | dict.fromkeys(
+        tensors, "model-2.safetensors"
+    )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    fetched = []
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda source, allow_patterns: fetched.append((source, allow_patterns)) or str(tmp_path),
+    )
+    found = pretrained_tokenizer("some/chameleon")
+    assert fetched == [("some/chameleon", ["*.json"]), ("some/chameleon", ["model-2.safetensors"])]
+    assert torch.equal(found.codebook_vectors(), inner.quantize.embedding.weight)
+
+
 def test_what_is_no_codec_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(TokenizerError, match="No speech codec 'bert'; there are mimi, dac, encodec, xcodec"):
@@ -313,6 +389,24 @@ def test_what_is_no_codec_is_an_error(tmp_path):
         pretrained_tokenizer(tmp_path / "nowhere")
     with pytest.raises(TokenizerError, match="received 'smell'"):
         pretrained_tokenizer(tmp_path, "smell")
+
+
+def test_a_codec_is_imported_on_the_command_line(folders, tmp_path):
+    words = ["tokenizer", "import", str(folders["dac"]), "--out", str(tmp_path / "dac")]
+    done = CliRunner().invoke(app, [*words, "num_codebooks=2", "order=delayed"])
+    assert done.exit_code == 0, done.output
+    loaded = load_tokenizer(tmp_path / "dac")
+    assert (loaded.shape.num_codebooks, loaded.shape.order) == (2, "delayed")
+    for wrong, says in [
+        ("num_codebooks", "Settings are key=value; received 'num_codebooks'"),
+        (
+            "num_codebook=2",
+            "PretrainedSpeech has the settings num_codebooks, max_seconds, order; received num_codebook",
+        ),
+        ("kind=video", "No video codec 'dac'; there are emu3_vqgan"),
+    ]:
+        done = CliRunner().invoke(app, [*words, wrong])
+        assert done.exit_code == 2 and says in " ".join(done.stderr.split()), done.stderr
 
 
 def test_stereo_and_scales_are_refused():

@@ -121,7 +121,11 @@ def test_only_scalar_levels_have_no_loss():
         ({"kind": "fsq", "code_dim": 4}, "for vq and cosine also code_dim"),
         ({"kind": "vq", "residual": 2, "first": 1}, "less only with dropout"),
         ({"kind": "vq", "residual": 2, "first": 3, "dropout": True}, "1 to residual .2."),
-        ("lfq", "power of two as codebook_size; received 24"),
+        ("lfq", "for lfq a power of two; received 24"),
+        (None, "Unknown quantizer ''"),
+        ({"kind": "vq", "residual": "two"}, "at least 1 each"),
+        ({"kind": "vq", "groups": 1.5}, "at least 1 each"),
+        ({"kind": "vq", "code_dim": 0}, "at least 1 each"),
     ],
 )
 def test_a_choice_that_cannot_be_is_an_error(choice, says):
@@ -129,15 +133,29 @@ def test_a_choice_that_cannot_be_is_an_error(choice, says):
         Quantizer(8, choice, codebook_size=24)
 
 
+@pytest.mark.parametrize("levels", [(), (8, 1), ("a",), (4.5,)])
+def test_levels_that_are_none_are_an_error(levels):
+    with pytest.raises(TokenizerError, match=r"levels of at least 2 each, such as \[8, 5, 5, 5\]; received"):
+        Quantizer(8, "fsq", levels)
+
+
+@pytest.mark.parametrize("size", [0, 1, "many", 10.5])
+def test_a_codebook_without_a_size_is_an_error(size):
+    with pytest.raises(TokenizerError, match="codebook_size is at least 2"):
+        Quantizer(8, "vq", codebook_size=size)
+
+
 RANKS = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from anytoken.tokenizers.quantizers import KINDS, Quantizer
+from anytoken.tokenizers.quantizers import Quantizer
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-for kind in sys.argv[1:]:
+for form in sys.argv[1:]:
+    kind, residual, groups = form.split("-")
     torch.manual_seed(0)  # as every training begins
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Quantizer(8, {"kind": kind, "residual": 2}, (5, 4, 3), 32))
+    choice = {"kind": kind, "residual": int(residual), "groups": int(groups)}
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), Quantizer(8, choice, (5, 4, 3), 32))
     # Without broadcasts in the forward pass, equal codebooks are the quantiser's own doing.
     ranks = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -149,9 +167,9 @@ for kind in sys.argv[1:]:
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         both = [torch.empty_like(tensor) for _ in range(2)]
         dist.all_gather(both, tensor.detach().contiguous())
-        assert torch.allclose(both[0].float(), both[1].float(), atol=1e-6), (kind, name)
+        assert torch.allclose(both[0].float(), both[1].float(), atol=1e-6), (form, name)
     if rank == 0:
-        print(kind, "equal", flush=True)
+        print(form, "equal", flush=True)
 dist.destroy_process_group()
 """
 
@@ -162,17 +180,11 @@ def test_codebooks_are_equal_on_all_ranks(tmp_path):
     import sys
 
     (tmp_path / "ranks.py").write_text(RANKS)
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(tmp_path / "ranks.py"),
-        *KINDS,
-    ]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=170)
+    forms = [f"{kind}-{residual}-{groups}" for kind in KINDS for residual, groups in ((1, 1), (2, 1), (2, 2))]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "ranks.py")]
+    done = subprocess.run([sys.executable, *launch, *forms], capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == [word for kind in KINDS for word in (kind, "equal")]
+    assert done.stdout.split() == [word for form in forms for word in (form, "equal")]
 
 
 def test_with_dropout_the_first_codebooks_will_do():

@@ -146,6 +146,12 @@ def test_the_published_weights_are_those_of_their_card_and_serve_two_rates():
     )
 
 
+@pytest.mark.parametrize("frames", [0, -1, 1.5])
+def test_a_code_has_whole_frames(frames):
+    with pytest.raises(TokenizerError, match=f"frames_per_code is a whole number from 1; received {frames}"):
+        SpeechTokenizer(**TestSpeechTokenizer.settings, frames_per_code=frames)
+
+
 def test_log_mel_tells_pitch_and_level():
     mel = LogMel()
     frames = mel(torch.from_numpy(np.stack([tone(0.4, 200).samples, tone(0.4, 2_000).samples])))

@@ -5,6 +5,7 @@ import pytest
 from batteries import TokenizerBattery
 
 from anytoken.segments import Image, Video
+from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.image import to_unit_range
 from anytoken.tokenizers.video import VideoTokenizer
 
@@ -98,6 +99,12 @@ class TestCausalVideoTokenizer(TestVideoTokenizer):
         still = clip(1)
         moving = Video(np.concatenate([still.frames.repeat(4, 0), clip(4, seed=5).frames]))
         assert np.array_equal(tokenizer.encode(moving).values[:16], tokenizer.encode(still).values)
+
+
+@pytest.mark.parametrize("side_px", [60, 0, 4])
+def test_a_side_of_no_whole_patches_is_an_error(side_px):
+    with pytest.raises(TokenizerError, match=f"multiple of 8 pixels, 8 or more; received {side_px}"):
+        VideoTokenizer(**{**TestVideoTokenizer.settings, "side_px": side_px})
 
 
 def test_without_causality_the_first_step_sees_the_second():
