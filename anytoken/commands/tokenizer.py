@@ -123,15 +123,26 @@ def tokenizer_import(
 @app.command("overview")
 def tokenizer_overview(
     cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Say which tokenizers are part of this model: mini, or a folder."),
+    ] = None,
     fill: Annotated[
         list[Path] | None, typer.Option(help="Markdown whose table of tokenizers is written anew.")
     ] = None,
 ) -> None:
     """One line for each tokenizer that has a card: rate, what it keeps beside a baseline, codebook usage."""
+    import json
+
     from anytoken.evaluation.report import fill_between
+    from anytoken.inference.checkpoint import find_checkpoint
+    from anytoken.processor import FINGERPRINTS
     from anytoken.tokenizers.cards import overview
 
-    table = overview(cards)
+    models = {
+        name: json.loads((find_checkpoint(name) / FINGERPRINTS).read_text(encoding="utf-8")).values()
+        for name in model or []
+    }
     for page in fill or []:
-        fill_between(page, "tokenizers", table)
-    print(table)
+        fill_between(page, "tokenizers", overview(cards, models, page))
+    print(overview(cards, models))
