@@ -1,4 +1,4 @@
-"""Every command that README, CONTRIBUTING and the list of tokenizers show exists and is spelled right, checked offline."""
+"""Every command that README, CONTRIBUTING and the list of tokenizers show exists, spelled right; checked offline."""
 
 import re
 import shlex
