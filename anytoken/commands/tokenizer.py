@@ -39,7 +39,11 @@ def tokenizer_train(
     out: Out,
     overrides: Overrides = None,
 ) -> None:
-    """Train a tokenizer by its recipe."""
+    """Train a tokenizer by its recipe; run again after an interruption it goes on where it was.
+
+    Writes the tokenizer, training.json, metrics.jsonl, and tensorboard/ where that package is installed. `data` of a
+    recipe may be a folder or glob of your own files under --data, as in data=photos/train.
+    """
     from anytoken.tokenizers.trainer import train_tokenizer
 
     print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
