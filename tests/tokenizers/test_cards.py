@@ -190,7 +190,7 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     rng = np.random.default_rng(0)
     for n in range(3):
-        Image(rng.integers(0, 256, (60 + n, 120, 3), dtype=np.uint8)).save(folder / f"fox|{n}.png")
+        Image(np.zeros((500 + n, 1000, 3), np.uint8)).save(folder / f"fox|{n}.png")
         Speech(rng.uniform(-0.5, 0.5, 40_000).astype(np.float32), 44_100).save(folder / f"{n}.wav")
     return folder
 
@@ -203,6 +203,8 @@ def test_own_files_take_the_place_of_the_sets(kind, files, folders, own, tmp_pat
     figures, page = json.loads((tmp_path / "figures.json").read_text()), (tmp_path / "README.md").read_text()
     assert (figures["items"], figures["files"], figures["bars"], figures["data"]) == (3, files, [], [])
     assert "chosen by whoever made this page" in page and f"--files {shlex.quote(files)}" in page
+    if kind == "image":  # at most 200 pixels wide each
+        assert Picture.open(tmp_path / "samples.png").size == (3 * (200 + GAP_PX) - GAP_PX, 2 * 100 + GAP_PX)
     assert "licences" not in page and "never saw in any style" not in page and "words" not in figures
     compared = CliRunner().invoke(app, ["tokenizer", "compare", *words[2:]])
     assert compared.exit_code == 0 and f"| tokenizer | {kind} |" in compared.stdout
