@@ -1,4 +1,4 @@
-"""Every command the README and CONTRIBUTING show exists and is spelled right, checked offline."""
+"""Every command that README, CONTRIBUTING and the list of tokenizers show exists, spelled right; checked offline."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from typer.main import get_command
 from anytoken.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "tokenizers/README.md")
 
 
 def command_lines() -> list[str]:
@@ -71,6 +71,12 @@ def test_a_shown_command_exists(line):
 def test_a_misspelled_option_would_be_found():
     with pytest.raises(Exception, match="--no-such-option"):
         parse_anytoken(["generate", "hello", "--no-such-option", "1"])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
 
 
 def test_shown_files_exist():

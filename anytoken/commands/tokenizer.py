@@ -39,7 +39,11 @@ def tokenizer_train(
     out: Out,
     overrides: Overrides = None,
 ) -> None:
-    """Train a tokenizer by its recipe."""
+    """Train a tokenizer by its recipe; run again after an interruption it goes on where it was.
+
+    Writes the tokenizer, training.json, metrics.jsonl, and tensorboard/ where that package is installed. `data` of a
+    recipe may be a folder or glob of your own files under --data, as in data=photos/train.
+    """
     from anytoken.tokenizers.trainer import train_tokenizer
 
     print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
@@ -123,15 +127,26 @@ def tokenizer_import(
 @app.command("overview")
 def tokenizer_overview(
     cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Say which tokenizers are part of this model: mini, or a folder."),
+    ] = None,
     fill: Annotated[
         list[Path] | None, typer.Option(help="Markdown whose table of tokenizers is written anew.")
     ] = None,
 ) -> None:
     """One line for each tokenizer that has a card: rate, what it keeps beside a baseline, codebook usage."""
+    import json
+
     from anytoken.evaluation.report import fill_between
+    from anytoken.inference.checkpoint import find_checkpoint
+    from anytoken.processor import FINGERPRINTS
     from anytoken.tokenizers.cards import overview
 
-    table = overview(cards)
+    models = {
+        name: json.loads((find_checkpoint(name) / FINGERPRINTS).read_text(encoding="utf-8")).values()
+        for name in model or []
+    }
     for page in fill or []:
-        fill_between(page, "tokenizers", table)
-    print(table)
+        fill_between(page, "tokenizers", overview(cards, models, page))
+    print(overview(cards, models))

@@ -36,10 +36,13 @@ class ConvNeXtBlock(nn.Module):
         self.down = nn.Linear(width * expansion, width)
         self.scale = nn.Parameter(torch.full((width,), 0.2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, D, *space] to the same shape."""
-        past = F.pad(x, [0, 0] * (x.ndim - 3) + [self.before, 0]) if self.before else x
-        y = self.mix(past).movedim(1, -1)
+    def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
+        """x [B, D, *space] to the same shape; past: of a causal block, the `before` positions in time before x."""
+        if past is not None:
+            seen = torch.cat([past, x], 2)
+        else:
+            seen = F.pad(x, [0, 0] * (x.ndim - 3) + [self.before, 0]) if self.before else x
+        y = self.mix(seen).movedim(1, -1)
         y = self.down(F.gelu(self.up(self.norm(y)))) * self.scale
         return x + y.movedim(-1, 1)
 
@@ -51,6 +54,18 @@ class Trunk(nn.Sequential):
         self, width: int, depth: int, kernel: Sequence[int], expansion: int = 3, causal: bool = False
     ) -> None:
         super().__init__(*(ConvNeXtBlock(width, kernel, expansion, causal) for _ in range(depth)))
+
+    def step(self, x: Tensor, past: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The next positions in time x [B, D, *space] of a causal trunk, and what to give as `past` with those after.
+
+        Pieces in turn give what the whole gives at once. past: None at the start.
+        """
+        kept, blocks = [], list[Any](self)
+        for row, block in enumerate(blocks):
+            before = x.new_zeros(*x.shape[:2], block.before, *x.shape[3:]) if past is None else past[row]
+            kept.append(torch.cat([before, x], 2)[:, :, -block.before :])
+            x = block(x, before)
+        return x, kept
 
 
 class ChannelLinear(nn.Linear):

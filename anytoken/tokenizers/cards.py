@@ -8,9 +8,10 @@ what was not measured. Together a card's files stay under 150 kB, small enough t
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,26 +130,45 @@ def render(figures: dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def overview(cards: Path) -> str:
-    """The cards in a folder's subfolders as one Markdown table, a line a tokenizer; TokenizerError without any."""
-    found = [_read_json(path) for path in sorted(Path(cards).glob("*/figures.json"))]
+def overview(
+    cards: Path, models: Mapping[str, Collection[str]] | None = None, page: Path | None = None
+) -> str:
+    """The cards in a folder and below it as one Markdown table, a line a tokenizer; TokenizerError without any.
+
+    models: fingerprints of the tokenizers of each model, which are named beside the tokenizer. page: where the table
+    will stand; names are links then.
+    """
+    folders = sorted(path.parent for path in Path(cards).rglob("figures.json"))
+    found = {folder: _read_json(folder / "figures.json") for folder in folders}
     if not found:
-        raise TokenizerError(
-            f"{cards} holds no */figures.json; `anytoken tokenizer eval --card` writes them."
-        )
-    head = ("tokenizer", "rate", "held-out items", "what comes back", "beside", "codebook usage")
-    return table([head, *(_overview_row(figures) for figures in found)])
+        raise TokenizerError(f"{cards} holds no figures.json; `anytoken tokenizer eval --card` writes them.")
+    head: Row = (
+        "tokenizer",
+        "part of",
+        "rate",
+        "held-out items",
+        "what comes back",
+        "beside",
+        "codebook usage",
+    )
+    rows = [head]
+    for folder, figures in found.items():
+        name = folder.relative_to(cards).as_posix()
+        name = f"[{name}]({os.path.relpath(folder, page.parent)})" if page else name
+        part_of = [model for model, prints in (models or {}).items() if figures["fingerprint"] in prints]
+        rows.append((name, ", ".join(part_of), *_overview_row(figures)))
+    return table(rows if models else [(row[0], *row[2:]) for row in rows])
 
 
 def _overview_row(figures: dict[str, Any]) -> Row:
-    kind, unit = figures["kind"], figures["unit"]
+    unit = figures["unit"]
     rate = f"{number(figures['tokens_per_unit'])} codes a {unit}"
     head, (title, *columns), *_ = kept_rows(figures)
     baseline = head[2] if len(columns) > 1 else ""
     kept = f"{title}: {columns[0]}"
     beside = f"{baseline}: {columns[1]}" if baseline else ""
-    usage = f"{share(figures['codebook_usage'])} of {figures['codebook_size']:,}"
-    return (kind, rate, f"{figures['items']:,}", kept, beside, usage)
+    usage = f"{share(figures['codebook_usage'])} of {sum(figures['codebook_sizes']):,}"
+    return (rate, f"{figures['items']:,}", kept, beside, usage)
 
 
 def _rate(figures: dict[str, Any]) -> list[Row]:

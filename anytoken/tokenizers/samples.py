@@ -19,7 +19,13 @@ from anytoken.tokenizers.measures import Measured
 from anytoken.tokenizers.measures_pictures import frames_of
 from anytoken.tokenizers.text import TextTokenizer
 
-SHEET_BYTES, SHEET_COLUMNS, GAP_PX = 90_000, (10, 8, 6, 4, 2), 4
+SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = (
+    90_000,
+    1_000,
+    (10, 8, 6, 4, 2),
+    4,
+)  # wider ones are shown too small
+SHOWN_PX = 200  # the longer side of a picture on a sheet, at most
 CLIP_FRAMES = 4  # of each clip on a sheet
 SOUND_SECONDS = 1.2  # 16-bit samples at 16 kHz are then at most 38 kB, and FLAC halves that
 LETTERS, TEXTS, VOICES = 60, 3, 2
@@ -57,23 +63,31 @@ def _one_of_each(items: list[HeldOut]) -> list[int]:
 
 
 def _sheet(found: Measured, card: Path) -> list[dict[str, Any]]:
-    """samples.png: originals above what came back, as many columns as fit into SHEET_BYTES."""
+    """samples.png: originals above what came back, as many columns as fit into SHEET_BYTES and SHEET_PX."""
     columns, size = [], None
     for index in _one_of_each(found.items):
         item, output = found.items[index], found.outputs[index]
         before, after = frames_of(item.segment), frames_of(output)
-        size = size or before.shape[1:3]
+        size = size or _shown_size(*before.shape[1:3])
         for place in range(0, len(before), max(1, len(before) // CLIP_FRAMES)):
             back = Image(after[place * len(after) // len(before)])
             pair = [Image(before[place]).resize(*size).pixels, back.resize(*size).pixels]
             columns.append((item, np.stack(pair)))
-    for count in SHEET_COLUMNS:
+    assert size is not None
+    fits = [count for count in SHEET_COLUMNS if count * (size[1] + GAP_PX) <= SHEET_PX]
+    for count in fits or SHEET_COLUMNS[-1:]:
         shown = columns[:count]
         _grid(np.stack([pair for _, pair in shown])).save(card / "samples.png", optimize=True)
         if (card / "samples.png").stat().st_size <= SHEET_BYTES:
             break
     names = dict.fromkeys(f"{item.name} ({item.group})" if item.group else item.name for item, _ in shown)
     return [{"file": "samples.png", "names": list(names), "columns": len(shown)}]
+
+
+def _shown_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of a picture on a sheet: its own, or smaller."""
+    scale = min(1.0, SHOWN_PX / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _grid(pairs: np.ndarray) -> Picture.Image:

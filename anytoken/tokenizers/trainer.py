@@ -87,6 +87,11 @@ def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
         place = raw
         for parent in parents:
             place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise TokenizerError(
+                    f"{key}: {parent} is {place!r}, which has no parts; give it whole, as in "
+                    f"{parent}={{{leaf}: {value}}}."
+                )
         place[leaf] = _yaml(value, item)
     try:
         return Recipe(**raw)

@@ -3,12 +3,14 @@
 The image tokenizer's autoencoder with a third axis: tubelets instead of patches (ViViT, arXiv 2103.15691),
 3-D depthwise convolutions, finite scalar quantisation (2309.15505). Eight frames of 64x64 are 128 codes, so
 what stands still is written once in four frames instead of four times. With `causal` a step of four frames depends on
-nothing after it (as in MAGVIT-v2, 2310.05737): a still is a clip of one step, and a clip is decoded as its codes come.
+nothing after it (as in MAGVIT-v2, 2310.05737): a still is a clip of one step, and frames are encoded and decoded as
+they come (`encode_stream`, `decode_stream`), for as long as they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, register_modality
+from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.image import PATCH_PX, check_side_px, fit_side, psnr_db, to_pixels, to_unit_range
 from anytoken.tokenizers.picture_losses import pixel_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
@@ -34,6 +36,26 @@ def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarra
     rows, cols = fit_side(height, width, side_px)
     picked = clip.frames[[int(i * count / frames) for i in range(frames)]]
     return np.stack([Image(frame).resize(rows, cols).pixels for frame in picked])
+
+
+def _whole_steps(clips: Iterable[Video], side_px: int) -> Iterator[np.ndarray]:
+    """Frames uint8 [4, H, W, 3] of clips in turn, scaled as those of the first one are."""
+    waiting: list[np.ndarray] = []
+    size: tuple[int, int] | None = None
+    for clip in clips:
+        height, width = clip.frames.shape[1:3]
+        size = size or (height, width)
+        if (height, width) != size:
+            raise TokenizerError(
+                f"Frames of a stream have one size; received {(height, width)} after {size}."
+            )
+        rows, cols = fit_side(*size, side_px)
+        waiting += [Image(frame).resize(rows, cols).pixels for frame in clip.frames]
+        while len(waiting) >= STEP_FRAMES:
+            yield np.stack(waiting[:STEP_FRAMES])
+            waiting = waiting[STEP_FRAMES:]
+    if waiting:
+        yield np.stack(waiting + waiting[-1:] * (STEP_FRAMES - len(waiting)))
 
 
 @register_modality
@@ -138,6 +160,53 @@ class VideoTokenizer(ModalityTokenizer):
             rate = self.config["video_frame_rate_hz"]
             result.update({i: Video(clip, rate) for i, clip in zip(rows, clips, strict=True)})
         return [result[i] for i in range(len(codes))]
+
+    # ---- frames as they come ----
+
+    def encode_stream(self, clips: Iterable[Video]) -> Iterator[Codes]:
+        """The codes of each step of four frames once they are there: those that `encode` gives for all frames at once.
+
+        clips: pieces of any number of frames, of one size. A last step that is not whole repeats its last frame. There
+        is no longest stream. TokenizerError if this tokenizer is not causal, or the size changes.
+        """
+        self._check_causal()
+        past = None
+        for frames in _whole_steps(clips, self.config["side_px"]):
+            codes, past = self._encode_step(frames, past)
+            yield codes
+
+    def decode_stream(self, codes: Iterable[Codes]) -> Iterator[Video]:
+        """The frames of each piece of one or more steps, as `decode` gives them for all codes at once.
+
+        TokenizerError if this tokenizer is not causal, or codes do not fit.
+        """
+        self._check_causal()
+        past = None
+        for piece in codes:
+            self.check_codes(piece)
+            frames, past = self._decode_step(piece, past)
+            yield Video(frames, self.config["video_frame_rate_hz"])
+
+    def _check_causal(self) -> None:
+        if not self.config.get("causal"):
+            raise TokenizerError(
+                "Only a causal video tokenizer takes frames as they come: train it with config.causal=true."
+            )
+
+    @torch.inference_mode()
+    def _encode_step(self, frames: np.ndarray, past: list[Tensor] | None) -> tuple[Codes, list[Tensor]]:
+        into, trunk, norm = list[Any](self.encoder)
+        x = patchify(to_unit_range(frames)[None].transpose(1, 2).to(self.device), TUBELET)
+        latent, past = trunk.step(into(x), past)
+        values = self.quantize(norm(latent).flatten(2).transpose(1, 2)).codes[0].cpu().numpy()
+        return Codes(values, tuple(latent.shape[2:])), past
+
+    @torch.inference_mode()
+    def _decode_step(self, codes: Codes, past: list[Tensor] | None) -> tuple[np.ndarray, list[Tensor]]:
+        trunk, norm, out = list[Any](self.decoder)
+        vectors = self.quantize.lookup(torch.from_numpy(codes.values)[None].to(self.device))
+        x, past = trunk.step(vectors.transpose(1, 2).unflatten(2, codes.size), past)
+        return to_pixels(unpatchify(out(norm(x)), TUBELET).transpose(1, 2))[0], past
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""

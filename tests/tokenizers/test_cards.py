@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from anytoken.cli import app
 from anytoken.segments import Image, Speech
 from anytoken.tokenizers import cards
-from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.base import TokenizerError, load_tokenizer
 from anytoken.tokenizers.cards import make_card, read_curve, render
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.samples import GAP_PX, number, share, table
@@ -21,6 +23,7 @@ from anytoken.tokenizers.speech import SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.tokenizers.video import VideoTokenizer
 
+ROOT = Path(__file__).parents[2]
 TINY = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3]}
 KINDS = ("image", "speech", "video", "dna", "text")
 
@@ -147,13 +150,38 @@ def test_the_overview_has_a_line_for_each_card_and_fills_a_page(made, tmp_path):
     done = CliRunner().invoke(app, ["tokenizer", "overview", str(made), "--fill", str(page)])
     assert done.exit_code == 0, done.output
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")][2:]
-    assert [row.split(" | ")[0] for row in rows] == [f"| {kind}" for kind in sorted(KINDS)]
+    links = [re.match(r"\| \[(\w+)\]\(([^)]+)\)", row).groups() for row in rows]
+    assert [kind for kind, _ in links] == sorted(KINDS)
+    assert all((tmp_path / target / "figures.json").is_file() for _, target in links)
     figures = json.loads((made / "image" / "figures.json").read_text())
-    row = next(row for row in rows if row.startswith("| image"))
+    row = next(row for row in rows if row.startswith("| [image]"))
     assert f"{figures['psnr_db']:.2f}" in row and f"{figures['thumbnail_psnr_db']:.2f}" in row
     assert "old" not in page.read_text() and page.read_text().startswith("before\n")
-    with pytest.raises(TokenizerError, match=r"no \*/figures\.json"):
+    with pytest.raises(TokenizerError, match=r"no figures\.json"):
         cards.overview(tmp_path)
+
+
+def test_the_overview_says_which_tokenizers_a_model_has(made, folders, save_tiny, tmp_path):
+    model = save_tiny(tmp_path / "model", {"image": load_tokenizer(folders["image"])}, 64)
+    cards_of = tmp_path / "cards"
+    shutil.copytree(made / "image", cards_of / "image")
+    shutil.copytree(made / "speech", cards_of / "speech" / "25hz")
+    done = CliRunner().invoke(app, ["tokenizer", "overview", str(cards_of), "--model", str(model)])
+    assert done.exit_code == 0, done.output
+    cells = [line.split(" | ")[:2] for line in done.stdout.splitlines()]
+    assert cells == [
+        ["| tokenizer", "part of"],
+        ["| ---", "---"],
+        ["| image", str(model)],
+        ["| speech/25hz", ""],
+    ]
+
+
+def test_the_pages_of_this_repository_hold_the_overview_of_its_cards(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prints = json.loads((ROOT / "anytoken/pretrained/mini/fingerprints.json").read_text()).values()
+    for name in ("README.md", "tokenizers/README.md"):
+        assert cards.overview(Path("tokenizers"), {"mini": prints}, Path(name)) in Path(name).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +190,7 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     rng = np.random.default_rng(0)
     for n in range(3):
-        Image(rng.integers(0, 256, (60 + n, 120, 3), dtype=np.uint8)).save(folder / f"fox|{n}.png")
+        Image(np.zeros((500 + n, 1000, 3), np.uint8)).save(folder / f"fox|{n}.png")
         Speech(rng.uniform(-0.5, 0.5, 40_000).astype(np.float32), 44_100).save(folder / f"{n}.wav")
     return folder
 
@@ -175,6 +203,8 @@ def test_own_files_take_the_place_of_the_sets(kind, files, folders, own, tmp_pat
     figures, page = json.loads((tmp_path / "figures.json").read_text()), (tmp_path / "README.md").read_text()
     assert (figures["items"], figures["files"], figures["bars"], figures["data"]) == (3, files, [], [])
     assert "chosen by whoever made this page" in page and f"--files {shlex.quote(files)}" in page
+    if kind == "image":  # at most 200 pixels wide each
+        assert Picture.open(tmp_path / "samples.png").size == (3 * (200 + GAP_PX) - GAP_PX, 2 * 100 + GAP_PX)
     assert "licences" not in page and "never saw in any style" not in page and "words" not in figures
     compared = CliRunner().invoke(app, ["tokenizer", "compare", *words[2:]])
     assert compared.exit_code == 0 and f"| tokenizer | {kind} |" in compared.stdout

@@ -182,6 +182,10 @@ def test_overrides_reach_into_the_config(recipe):
         (["lr=fast"], "lr: .*valid number"),
         (["steps"], "Overrides are key=value; received 'steps'"),
         (["steps=["], r"steps=\[ is not YAML"),
+        (
+            ["config.quantizer=fsq", "config.quantizer.kind=vq"],
+            r"quantizer is 'fsq', which has no parts; .*{kind: vq}",
+        ),
         (["kind=smell"], r"Unknown tokenizer kind 'smell'; known: .*\bdna, .*\bimage\b"),
         (["config.widht=3"], "config of a image tokenizer: .*widht"),
         (["config.quantizer=rvq"], "Unknown quantizer 'rvq'"),

@@ -5,7 +5,7 @@ import pytest
 from batteries import TokenizerBattery
 
 from anytoken.segments import Image, Video
-from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.base import Codes, TokenizerError
 from anytoken.tokenizers.image import to_unit_range
 from anytoken.tokenizers.video import VideoTokenizer
 
@@ -95,6 +95,46 @@ class TestCausalVideoTokenizer(TestVideoTokenizer):
             "the past is seen"
         )
 
+    @pytest.mark.parametrize("pieces", [(4, 4, 4, 4), (1,) * 16, (3, 9, 4), (16,)])
+    def test_frames_that_come_in_pieces_get_the_codes_of_the_whole(self, tokenizer, pieces):
+        long, ends = clip(16, 40, 28), np.cumsum(pieces)
+        parts = [Video(long.frames[end - count : end]) for end, count in zip(ends, pieces, strict=True)]
+        steps = list(tokenizer.encode_stream(iter(parts)))
+        whole = tokenizer.encode(long)
+        assert [one.size for one in steps] == [(1, *whole.size[1:])] * 4
+        assert np.array_equal(np.concatenate([one.values for one in steps]), whole.values)
+
+    def test_codes_that_come_in_pieces_give_the_frames_of_the_whole(self, tokenizer):
+        whole = tokenizer.encode(clip(16))
+        for counts in ((1, 1, 1, 1), (2, 1, 1), (4,)):
+            ends = 16 * np.cumsum(counts)
+            pieces = (
+                Codes(whole.values[end - 16 * n : end], (n, 4, 4))
+                for end, n in zip(ends, counts, strict=True)
+            )
+            back = np.concatenate([one.frames for one in tokenizer.decode_stream(pieces)]).astype(int)
+            assert np.abs(back - tokenizer.decode(whole).frames).max() <= 1
+
+    def test_a_stream_comes_step_by_step_and_has_no_longest_length(self, tokenizer):
+        read = []
+
+        def camera():
+            for n in range(30):
+                read.append(n)
+                yield clip(1, seed=n)
+
+        stream = tokenizer.encode_stream(camera())
+        first = next(stream)
+        assert len(read) == 4, "codes come as soon as their frames are there"
+        rest = list(stream)
+        assert len([first, *rest]) == 8 > tokenizer.shape.max_size[0]
+        still = tokenizer.encode_stream([clip(1)])
+        assert next(still) == tokenizer.encode(clip(1)), "what is not whole is filled up"
+
+    def test_frames_of_a_stream_have_one_size(self, tokenizer):
+        with pytest.raises(TokenizerError, match=r"received \(32, 24\) after \(32, 32\)"):
+            list(tokenizer.encode_stream([clip(2), clip(2, 32, 24)]))
+
     def test_a_picture_is_a_clip_of_one_step(self, tokenizer):
         still = clip(1)
         moving = Video(np.concatenate([still.frames.repeat(4, 0), clip(4, seed=5).frames]))
@@ -112,3 +152,6 @@ def test_without_causality_the_first_step_sees_the_second():
     long = clip(8)
     begun = tokenizer.encode(Video(long.frames[:4]))
     assert not np.array_equal(tokenizer.encode(long).values[:16], begun.values)
+    for stream in (tokenizer.encode_stream([long]), tokenizer.decode_stream([begun])):
+        with pytest.raises(TokenizerError, match=r"config\.causal=true"):
+            next(stream)

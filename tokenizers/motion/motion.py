@@ -14,6 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import Image as Picture
+from PIL import ImageDraw
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,6 +25,7 @@ from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerErr
 from anytoken.tokenizers.quantizers import Quantizer
 
 CHANNELS, SAMPLE_RATE_HZ, PATCH, MAX_FRAMES = 6, 10, 2, 256
+COLOURS = ("#c0392b", "#27ae60", "#2471a3") * 2  # x y z
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +66,14 @@ class Motion(Segment):
 
     def to_image(self):
         """The six channels as curves of their own scale, one above the other, on white."""
-        pixels = np.full((CHANNELS * 32, 2 * len(self.samples), 3), 255, np.uint8)
+        picture = Picture.new("RGB", (2 * len(self.samples) + 4, 32 * CHANNELS), "white")
+        pen = ImageDraw.Draw(picture)
         low, high = self.samples.min(0), self.samples.max(0)
-        heights = 30 - (29 * (self.samples - low) / np.maximum(high - low, 1e-6)).astype(int)
-        for time, row in enumerate(heights):
-            for channel, height in enumerate(row):
-                pixels[channel * 32 + height : channel * 32 + height + 2, 2 * time : 2 * time + 2] = 40
-        return Image(pixels)
+        heights = 29 - 27 * (self.samples - low) / np.maximum(high - low, 1e-6)
+        for channel, colour in enumerate(COLOURS):
+            line = [(2 * time, 32 * channel + y) for time, y in enumerate(heights[:, channel])]
+            pen.line(line * 2 if len(line) == 1 else line, colour)
+        return Image.open(picture)
 
 
 @register_modality
