@@ -50,7 +50,8 @@ FRAMES_SUFFIXES = (".gif", ".webp")
 VIDEO_SUFFIXES = CONTAINER_SUFFIXES + FRAMES_SUFFIXES
 DNA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".seq", ".fa.gz", ".fasta.gz", ".fna.gz", ".ffn.gz")
 TEXT_SUFFIXES = (".txt", ".md")
-_NOT_IUPAC = re.compile(r"[^ACGTURYSWKMBDHVNacgturyswkmbdhvn]")
+_IUPAC = "ACGTURYSWKMBDHVNacgturyswkmbdhvn"
+_NOT_IUPAC = re.compile(f"[^{_IUPAC}]")
 
 
 Kind = TypeVar("Kind", bound="Segment")
@@ -373,8 +374,9 @@ class DNA(Segment):
     def __post_init__(self) -> None:
         if not isinstance(self.bases, str) or not self.bases:
             raise SegmentError("DNA holds at least one base; received an empty sequence.")
-        wrong = _NOT_IUPAC.search(self.bases)
-        if wrong:
+        if self.bases.isascii() and not self.bases.encode().translate(None, _IUPAC.encode()):
+            return  # several times as fast as the search, which says where it goes wrong
+        if wrong := _NOT_IUPAC.search(self.bases):
             raise SegmentError(
                 f"DNA takes IUPAC letters (ACGT, U, N, RYSWKMBDHV, either case); received {wrong[0]!r} "
                 f"at position {wrong.start() + 1} of {self.name or 'the sequence'}."

@@ -27,14 +27,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anytoken.tokenizers.base import Run, TokenizerError, register_modality
-from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters, to_bases
+from anytoken.tokenizers.dna_letters import LETTERS, MAX_TOKENS, DNALetters
 from anytoken.tokenizers.quantizers import Quantizer
 
 PAD = len(LETTERS)
 NUM_SYMBOLS = len(LETTERS) + 1
 WINDOW = 3
 MAX_ROUNDS = 10
-_PLACES = np.array([NUM_SYMBOLS**2, NUM_SYMBOLS, 1])
+_PLACES = np.array([NUM_SYMBOLS**2, NUM_SYMBOLS, 1], dtype=np.uint8)  # 215 is the largest sum
+_SPELLED = np.frombuffer(LETTERS.encode() + b"\0", dtype=np.uint8)
 
 
 def all_windows() -> Tensor:
@@ -172,13 +173,19 @@ class DNATokenizer(DNALetters):
 
     # ---- letters ----
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        padded = np.pad(symbols, (0, -len(symbols) % WINDOW), constant_values=PAD)
-        return self.tables()[0][padded.reshape(-1, WINDOW) @ _PLACES]
+    def _lookup_all(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        missing = -lengths % WINDOW
+        padded = np.full(len(symbols) + missing.sum(), PAD, dtype=np.uint8)
+        before = missing.cumsum() - missing
+        padded[np.arange(len(symbols)) + np.repeat(before, lengths)] = symbols
+        return self.tables()[0][padded.reshape(-1, WINDOW) @ _PLACES], (lengths + missing) // WINDOW
 
     def _spell(self, codes: np.ndarray) -> str:
-        symbols = self.tables()[1][codes].ravel()
-        return to_bases(symbols[symbols != PAD])
+        windows = _SPELLED[self.tables()[1]].take(codes, axis=0)
+        return windows.tobytes().translate(None, b"\0").decode("ascii")
+
+    def _num_letters(self, codes: np.ndarray) -> np.ndarray:
+        return (self.tables()[1] != PAD).sum(1)[codes]
 
     def _whole(self, symbols: np.ndarray) -> int:
         return len(symbols) // WINDOW * WINDOW

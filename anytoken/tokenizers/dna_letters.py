@@ -1,16 +1,16 @@
 """What all DNA tokenizers share: which letters there are, sequences of any length as streams, and FASTA files.
 
 Lower case (soft-masked) is read as upper case, U (RNA) as T, every other IUPAC letter (R, Y, S, W, K, M, B, D, H, V)
-as N. A tokenizer only says how symbols become codes, codes letters, and where a stream may be cut; segments, streams
-and whole genomes in constant memory follow from that.
+as N. A tokenizer only says how symbols become codes, codes letters, and where a stream may be cut; segments, batches,
+streams and whole genomes in constant memory follow from that.
 """
 
 from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -25,12 +25,12 @@ MAX_TOKENS = 400
 BLOCK = 1 << 16  # letters of a file that are in memory at once
 
 
-def _symbol_of_byte() -> np.ndarray:
+def _symbol_of_byte() -> bytes:
     table = np.full(256, 255, dtype=np.uint8)
     for letter in "ACGTUNRYSWKMBDHV":
         symbol = LETTERS.find("T" if letter == "U" else letter)
         table[[ord(letter), ord(letter.lower())]] = symbol if symbol >= 0 else N
-    return table
+    return table.tobytes()
 
 
 _SYMBOLS = _symbol_of_byte()
@@ -39,7 +39,7 @@ _BASES = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
 
 def to_symbols(bases: str) -> np.ndarray:
     """IUPAC letters as uint8 [T] indices into A C G T N; TokenizerError names the first other letter."""
-    symbols = _SYMBOLS[np.frombuffer(bases.encode("latin-1", errors="replace"), dtype=np.uint8)]
+    symbols = np.frombuffer(bases.encode("latin-1", errors="replace").translate(_SYMBOLS), dtype=np.uint8)
     if symbols.size and symbols.max() > N:
         position = int(symbols.argmax())
         raise TokenizerError(
@@ -86,21 +86,31 @@ def read_fasta(path: str | Path) -> Iterator[tuple[int, str, str]]:
 
 
 class DNALetters(ModalityTokenizer):
-    """A tokenizer of DNA segments; a subclass implements `_lookup`, `_spell` and `_whole`."""
+    """A tokenizer of DNA segments; a subclass implements `_lookup_all`, `_spell`, `_num_letters` and `_whole`."""
 
     segment_type = DNA
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        """Codes int64 [n] of symbols uint8 [T], which end a sequence or stop where `_whole` said."""
+    def _lookup_all(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes int64 [n] of sequences one after the other, and how many each has.
+
+        symbols: uint8 [sum(lengths)]; each sequence ends as a sequence does, or stops where `_whole` said.
+        """
         raise NotImplementedError
 
     def _spell(self, codes: np.ndarray) -> str:
         """The letters of codes [n], all in range."""
         raise NotImplementedError
 
+    def _num_letters(self, codes: np.ndarray) -> np.ndarray:
+        """How many letters each of codes [n] stands for, at least one."""
+        raise NotImplementedError
+
     def _whole(self, symbols: np.ndarray) -> int:
         """How many of these first symbols of a stream have the codes they would have if all of it were there."""
         raise NotImplementedError
+
+    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
+        return self._lookup_all(symbols, np.array([len(symbols)]))[0]
 
     def encode(self, segment: Segment) -> Codes:
         """DNA to codes int64 [n, 1]; TokenizerError for another kind, or more than 400 codes."""
@@ -118,6 +128,31 @@ class DNALetters(ModalityTokenizer):
         """Codes to upper-case A C G T N; every code in range decodes."""
         self.check_codes(codes)
         return DNA(self._spell(codes.values[:, 0]))
+
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """`encode` for many, looked up at once; what one of them does not take is its error, as `encode` words it."""
+        bases = [segment.bases for segment in segments if isinstance(segment, DNA)]
+        try:
+            symbols = to_symbols("".join(bases))
+        except TokenizerError:
+            return super().encode_batch(segments)
+        codes, counts = self._lookup_all(symbols, np.array([len(one) for one in bases], dtype=np.int64))
+        if len(bases) < len(segments) or counts.max(initial=0) > MAX_TOKENS:
+            return super().encode_batch(segments)  # one by one: the first that is wrong says so
+        column, ends = codes[:, None], counts.cumsum().tolist()
+        return [Codes(column[start:end]) for start, end in pairwise([0, *ends])]
+
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """`decode` for many, spelled at once; codes that are none are an error, as `decode` words it."""
+        shapes = [one.values.shape for one in codes]
+        if not shapes or any(books != 1 or not 0 < count <= MAX_TOKENS for count, books in shapes):
+            return super().decode_batch(codes)
+        values = np.concatenate([one.values for one in codes])[:, 0]
+        if values.min() < 0 or values.max() >= self.codebook_sizes[0]:
+            return super().decode_batch(codes)
+        last = np.cumsum([count for count, _ in shapes]) - 1
+        bases, ends = self._spell(values), self._num_letters(values).cumsum()[last].tolist()
+        return [DNA(bases[start:end]) for start, end in pairwise([0, *ends])]
 
     @property
     def lookahead(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,25 +40,24 @@ class DNAKmerTokenizer(DNALetters):
     def fit(self, source: Path, seed: int) -> None:
         """Nothing is learnt: all windows are there."""
 
-    def _windows(self, symbols: np.ndarray) -> np.ndarray:
+    def _windows(self, symbols: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Where windows begin: each at the first letter that is in none yet, if k letters without N follow."""
-        edges = np.concatenate([[-1], np.flatnonzero(symbols == N), [len(symbols)]])
-        counts = (np.diff(edges) - 1) // self.k
-        runs = [
-            start + 1 + self.k * np.arange(count)
-            for start, count in zip(edges, counts, strict=False)
-            if count
-        ]
-        return np.concatenate(runs) if runs else np.empty(0, dtype=np.int64)
+        unknown = np.flatnonzero(symbols == N)
+        starts = np.sort(np.concatenate([[0], unknown + 1, ends[:-1]]))
+        counts = (np.sort(np.concatenate([unknown, ends])) - starts) // self.k
+        before = counts.cumsum() - counts
+        return np.repeat(starts - self.k * before, counts) + self.k * np.arange(counts.sum())
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        starts = self._windows(symbols)
+    def _lookup_all(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ends = lengths.cumsum()
+        starts = self._windows(symbols, ends)
         codes = 4**self.k + symbols.astype(np.int64)
         inside = starts[:, None] + np.arange(self.k)
         codes[starts] = symbols[inside] @ self._places
         keep = np.ones(len(symbols), dtype=bool)
         keep[inside[:, 1:]] = False
-        return codes[keep]
+        kept = np.concatenate([[0], keep.cumsum()])
+        return codes[keep], kept[ends] - kept[ends - lengths]
 
     def _spell(self, codes: np.ndarray) -> str:
         letters = (codes[:, None] // self._places) % 4
@@ -66,6 +66,9 @@ class DNAKmerTokenizer(DNALetters):
         keep = np.ones(letters.shape, dtype=bool)
         keep[single, 1:] = False
         return to_bases(letters[keep])
+
+    def _num_letters(self, codes: np.ndarray) -> np.ndarray:
+        return np.where(codes < 4**self.k, self.k, 1)
 
     def _whole(self, symbols: np.ndarray) -> int:
         after_n = int(np.flatnonzero(symbols == N)[-1]) + 1 if (symbols == N).any() else 0
@@ -97,6 +100,7 @@ class DNABPETokenizer(DNALetters):
         self.config["merges"] = merges
         self._bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
         self._pieces = pieces + ["N"] * missing  # codes that no merge was learnt for: every code decodes
+        self._lengths = np.array([len(piece) for piece in self._pieces])
 
     def fit(self, source: Path, seed: int) -> None:
         """Learn merges from the training genes of a JSON lines file with `dna` and `split`."""
@@ -113,13 +117,22 @@ class DNABPETokenizer(DNALetters):
         learner.train_from_iterator(pieces, trainer)
         self._set_merges([" ".join(pair) for pair in json.loads(learner.to_str())["model"]["merges"]])
 
-    def _lookup(self, symbols: np.ndarray) -> np.ndarray:
-        bases = to_bases(symbols)
-        pieces = [bases[i : i + PIECE] for i in range(0, len(bases), PIECE)]
-        return np.concatenate([np.array(one.ids, dtype=np.int64) for one in self._bpe.encode_batch(pieces)])
+    def _lookup_all(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bases, ends = to_bases(symbols), lengths.cumsum().tolist()
+        pieces = [
+            (number, bases[i : min(i + PIECE, end)])
+            for number, (start, end) in enumerate(pairwise([0, *ends]))
+            for i in range(start, end, PIECE)
+        ]
+        found = [one.ids for one in self._bpe.encode_batch_fast([piece for _, piece in pieces])]
+        counts = np.bincount([n for n, _ in pieces], [len(ids) for ids in found], len(lengths))
+        return np.array(list(chain.from_iterable(found)), dtype=np.int64), counts.astype(np.int64)
 
     def _spell(self, codes: np.ndarray) -> str:
-        return "".join([self._pieces[code] for code in codes.tolist()])
+        return "".join(map(self._pieces.__getitem__, codes.tolist()))
+
+    def _num_letters(self, codes: np.ndarray) -> np.ndarray:
+        return self._lengths[codes]
 
     def _whole(self, symbols: np.ndarray) -> int:
         return len(symbols) // PIECE * PIECE
