@@ -7,14 +7,30 @@ its codes. Inputs are patchified first: convolutions at full resolution are what
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AT_ONCE = 2048  # positions of a forward pass: with more, calls get no cheaper and activations leave the cache
+
+# glibc gives the memory of every large activation back to the system and takes it anew with page faults, which can be a
+# fifth of the time. Once it has seen a block of nearly 32 MB come and go, it keeps what was freed.
+torch.empty(31 << 20, dtype=torch.uint8)
+
+
+class RowConv(nn.Conv1d):
+    """A convolution along x [B, D, T], made as one of a picture of one row: only that is fast with channels last."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [B, in, T] to [B, out, T]."""
+        weight, padding = self.weight[:, :, None], (0, *map(int, self.padding))
+        return F.conv2d(input[:, :, None], weight, self.bias, padding=padding, groups=self.groups)[:, :, 0]
+
+
+_CONV: dict[int, Any] = {1: RowConv, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvNeXtBlock(nn.Module):
@@ -38,13 +54,15 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
         """x [B, D, *space] to the same shape; past: of a causal block, the `before` positions in time before x."""
+        x = x.movedim(1, -1).contiguous()
+        seen = x.movedim(-1, 1)
         if past is not None:
-            seen = torch.cat([past, x], 2)
-        else:
-            seen = F.pad(x, [0, 0] * (x.ndim - 3) + [self.before, 0]) if self.before else x
-        y = self.mix(seen).movedim(1, -1)
-        y = self.down(F.gelu(self.up(self.norm(y)))) * self.scale
-        return x + y.movedim(-1, 1)
+            seen = torch.cat([past, seen], 2)
+        elif self.before:
+            seen = F.pad(x, [0, 0] * (x.ndim - 2) + [self.before, 0]).movedim(-1, 1)
+        y = self.norm(self.mix(seen).movedim(1, -1))
+        y = self.down(F.gelu(self.up(y)) if torch.is_grad_enabled() else torch.ops.aten.gelu_(self.up(y)))
+        return torch.addcmul(x, y, self.scale).movedim(-1, 1)
 
 
 class Trunk(nn.Sequential):
@@ -85,24 +103,27 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
-    """Fold x [B, C, *space] into [B, C * prod(patch), *space / patch]; space must divide by patch."""
+    """Fold x [B, C, *space] into [B, C * prod(patch), *space / patch]; space must divide by patch.
+
+    In memory the channels of a position stand together, as the layers here take them.
+    """
     b, c, *space = x.shape
     n = len(patch)
     shape = [b, c]
     for size, p in zip(space, patch, strict=True):
         shape += [size // p, p]
     cells, inner = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
-    grid = [size // p for size, p in zip(space, patch, strict=True)]
-    return x.reshape(shape).permute(0, 1, *inner, *cells).reshape(b, -1, *grid)
+    return x.reshape(shape).permute(0, *cells, 1, *inner).flatten(n + 1).movedim(-1, 1)
 
 
 def unpatchify(x: Tensor, patch: Sequence[int]) -> Tensor:
-    """The inverse of `patchify`: [B, C * prod(patch), *grid] to [B, C, *grid * patch]."""
+    """The inverse of `patchify`: [B, C * prod(patch), *grid] to [B, C, *grid * patch], channels together in memory."""
     b, _, *grid = x.shape
     n = len(patch)
     y = x.reshape(b, -1, *patch, *grid)
     order = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
-    return y.permute(0, 1, *order).reshape(b, y.shape[1], *(g * p for g, p in zip(grid, patch, strict=True)))
+    space = [g * p for g, p in zip(grid, patch, strict=True)]
+    return y.permute(0, *order, 1).reshape(b, *space, y.shape[1]).movedim(-1, 1)
 
 
 class Fold(nn.Module):
@@ -130,3 +151,18 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs)
     )
+
+
+def alike(keys: Sequence[Hashable], positions: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Indices of items with one key, to share a forward pass; on a CPU no more of them than pay.
+
+    positions: how many codes, or the like, each item has.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    batches = []
+    for rows in groups.values():
+        most = max(1, AT_ONCE // positions[rows[0]]) if device.type == "cpu" else len(rows)
+        batches += [rows[i : i + most] for i in range(0, len(rows), most)]
+    return batches

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
+from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, alike, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.picture_losses import TERMS, PatchCritic, feature_loss, pixel_loss, psnr_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
@@ -30,14 +30,29 @@ def psnr_db(output: Tensor, target: Tensor) -> Tensor:
     return 10 * torch.log10(4.0 / error.clamp_min(1e-10))
 
 
+def as_bytes(pixels: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] as [..., 3, H, W], uncopied."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3)
+
+
+def from_bytes(x: Tensor) -> Tensor:
+    """uint8 to float in [-1, 1]."""
+    return (x / 127.5).sub_(1)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Float, clamped to [-1, 1], to uint8."""
+    return x.clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+
+
 def to_unit_range(pixels: np.ndarray) -> Tensor:
     """uint8 [..., H, W, 3] to float [..., 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3).float() / 127.5 - 1
+    return from_bytes(as_bytes(pixels))
 
 
 def to_pixels(x: Tensor) -> np.ndarray:
     """float [..., 3, H, W] in [-1, 1] to uint8 [..., H, W, 3]."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu().numpy()
+    return to_bytes(x).movedim(-3, -1).cpu().numpy()
 
 
 def fit_side(height: int, width: int, side_px: int) -> tuple[int, int]:
@@ -126,9 +141,12 @@ class ImageTokenizer(ModalityTokenizer):
         return self._decode_vectors(self.quantize.lookup(codes.flatten(1, 2)), codes.shape[1:3])
 
     def _decode_vectors(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        return unpatchify(self._refined(vectors, grid), (REFINE_PX, REFINE_PX))
+
+    def _refined(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
         x = vectors.transpose(1, 2).unflatten(2, tuple(grid))
         up = PATCH_PX // REFINE_PX
-        return unpatchify(self.refine(unpatchify(self.decoder(x), (up, up))), (REFINE_PX, REFINE_PX))
+        return self.refine(unpatchify(self.decoder(x), (up, up)))
 
     def _encode_pixels(self, x: Tensor) -> Tensor:
         return self.encoder(_patches(x))
@@ -179,10 +197,10 @@ class ImageTokenizer(ModalityTokenizer):
         """Pictures to codes; pictures of one size share a forward pass."""
         pictures = [self._prepare(segment) for segment in segments]
         result: list[Codes | None] = [None] * len(pictures)
-        for shape in {p.shape for p in pictures}:
-            rows = [i for i, p in enumerate(pictures) if p.shape == shape]
-            x = to_unit_range(np.stack([pictures[i] for i in rows])).to(self.device)
-            latent = self._encode_pixels(x)
+        shapes = [p.shape for p in pictures]
+        for rows in alike(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
+            x = _patches(as_bytes(np.stack([pictures[i] for i in rows]))).to(self.device)
+            latent = self.encoder(from_bytes(x))
             codes = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
             for i, values in zip(rows, codes, strict=True):
                 result[i] = Codes(values, tuple(latent.shape[2:]))
@@ -194,11 +212,13 @@ class ImageTokenizer(ModalityTokenizer):
         for one in codes:
             self.check_codes(one)
         result: list[Segment | None] = [None] * len(codes)
-        for size in {one.size for one in codes}:
-            rows = [i for i, one in enumerate(codes) if one.size == size]
+        for rows in alike([one.size for one in codes], [len(one) for one in codes], self.device):
             values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
-            for i, pixels in zip(rows, to_pixels(self.reconstruct(values.unflatten(1, size))), strict=True):
-                result[i] = Image(pixels)
+            size = codes[rows[0]].size
+            x = to_bytes(self._refined(self.quantize.lookup(values), size))
+            pixels = unpatchify(x, (REFINE_PX, REFINE_PX)).movedim(1, -1).cpu().numpy()
+            for i, one in zip(rows, pixels, strict=True):
+                result[i] = Image(one)
         return [segment for segment in result if segment is not None]
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:

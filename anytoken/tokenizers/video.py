@@ -9,6 +9,7 @@ they come (`encode_stream`, `decode_stream`), for as long as they come.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,15 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment, Video
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
+from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, alike, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, register_modality
-from anytoken.tokenizers.image import PATCH_PX, check_side_px, fit_side, psnr_db, to_pixels, to_unit_range
+from anytoken.tokenizers.image import (
+    PATCH_PX,
+    as_bytes,
+    check_side_px,
+    fit_side,
+    from_bytes,
+    psnr_db,
+    to_bytes,
+)
 from anytoken.tokenizers.picture_losses import pixel_loss
 from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 STEP_FRAMES = 4
 MAX_STEPS = 2
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
+PATCH = 3 * math.prod(TUBELET)  # numbers a code
 KERNEL = (3, 5, 5)
 
 
@@ -102,29 +112,25 @@ class VideoTokenizer(ModalityTokenizer):
         )
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
-        patch = int(np.prod(TUBELET)) * 3
         self.encoder = nn.Sequential(
-            ChannelLinear(patch, width),
+            ChannelLinear(PATCH, width),
             Trunk(width, encoder_depth, KERNEL, causal=causal),
             ChannelNorm(width),
         )
         self.decoder = nn.Sequential(
             Trunk(width, decoder_depth, KERNEL, causal=causal),
             ChannelNorm(width),
-            ChannelLinear(width, patch),
+            ChannelLinear(width, PATCH),
         )
 
-    def _encode_pixels(self, x: Tensor) -> Tensor:
-        return self.encoder(patchify(x, TUBELET))
-
-    def _decode_vectors(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
-        return unpatchify(self.decoder(vectors.transpose(1, 2).unflatten(2, tuple(grid))), TUBELET)
+    def _tubelets(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        return self.decoder(vectors.transpose(1, 2).unflatten(2, tuple(grid)))
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """batch: pixels [B, 3, T, H, W] in [-1, 1], T a multiple of 4, H and W of 8."""
-        latent = self._encode_pixels(batch)
+        latent = self.encoder(patchify(batch, TUBELET))
         quantized = self.quantize(latent.flatten(2).transpose(1, 2))
-        output = self._decode_vectors(quantized.vectors, latent.shape[2:])
+        output = unpatchify(self._tubelets(quantized.vectors, latent.shape[2:]), TUBELET)
         return pixel_loss(output, batch) + quantized.loss, {
             "psnr_db": psnr_db(output.detach(), batch).mean().item()
         }
@@ -139,10 +145,10 @@ class VideoTokenizer(ModalityTokenizer):
         """Clips to codes; clips of one size share a forward pass."""
         clips = [self._prepare(segment) for segment in segments]
         result: dict[int, Codes] = {}
-        for shape in {clip.shape for clip in clips}:
-            rows = [i for i, clip in enumerate(clips) if clip.shape == shape]
-            x = to_unit_range(np.stack([clips[i] for i in rows])).transpose(1, 2).to(self.device)
-            latent = self._encode_pixels(x)
+        shapes = [clip.shape for clip in clips]
+        for rows in alike(shapes, [math.prod(shape) // PATCH for shape in shapes], self.device):
+            frames = as_bytes(np.stack([clips[i] for i in rows])).transpose(1, 2)
+            latent = self.encoder(from_bytes(patchify(frames, TUBELET).to(self.device)))
             values = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
             result.update({i: Codes(v, tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)})
         return [result[i] for i in range(len(clips))]
@@ -153,10 +159,11 @@ class VideoTokenizer(ModalityTokenizer):
         for one in codes:
             self.check_codes(one)
         result: dict[int, Segment] = {}
-        for size in {one.size for one in codes}:
-            rows = [i for i, one in enumerate(codes) if one.size == size]
+        for rows in alike([one.size for one in codes], [len(one) for one in codes], self.device):
             values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
-            clips = to_pixels(self._decode_vectors(self.quantize.lookup(values), size).transpose(1, 2))
+            size = codes[rows[0]].size
+            x = to_bytes(self._tubelets(self.quantize.lookup(values), size))
+            clips = unpatchify(x, TUBELET).movedim(1, -1).cpu().numpy()
             rate = self.config["video_frame_rate_hz"]
             result.update({i: Video(clip, rate) for i, clip in zip(rows, clips, strict=True)})
         return [result[i] for i in range(len(codes))]
@@ -196,7 +203,8 @@ class VideoTokenizer(ModalityTokenizer):
     @torch.inference_mode()
     def _encode_step(self, frames: np.ndarray, past: list[Tensor] | None) -> tuple[Codes, list[Tensor]]:
         into, trunk, norm = list[Any](self.encoder)
-        x = patchify(to_unit_range(frames)[None].transpose(1, 2).to(self.device), TUBELET)
+        clip = as_bytes(frames)[None].transpose(1, 2)
+        x = from_bytes(patchify(clip, TUBELET).to(self.device))
         latent, past = trunk.step(into(x), past)
         values = self.quantize(norm(latent).flatten(2).transpose(1, 2)).codes[0].cpu().numpy()
         return Codes(values, tuple(latent.shape[2:])), past
@@ -206,7 +214,7 @@ class VideoTokenizer(ModalityTokenizer):
         trunk, norm, out = list[Any](self.decoder)
         vectors = self.quantize.lookup(torch.from_numpy(codes.values)[None].to(self.device))
         x, past = trunk.step(vectors.transpose(1, 2).unflatten(2, codes.size), past)
-        return to_pixels(unpatchify(out(norm(x)), TUBELET).transpose(1, 2))[0], past
+        return unpatchify(to_bytes(out(norm(x))), TUBELET).movedim(1, -1)[0].cpu().numpy(), past
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
