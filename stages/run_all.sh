@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline, read top to bottom: raw files -> tokenizers -> shards -> five stages -> LoRA -> a checkpoint
+# The whole pipeline, read top to bottom: raw files -> tokenizers -> shards -> six stages -> LoRA -> a checkpoint
 # that anytoken.load opens.
 #
 #   stages/run_all.sh           builds the sets from their packages and trains for hours on two cores
@@ -68,11 +68,25 @@ stage 2_interleaved init_from="$RUNS/1_alignment"
 stage 3_speech init_from="$RUNS/2_interleaved" "${speech_tiny[@]}"
 stage 4_instruct init_from="$RUNS/3_speech"
 stage 5_more init_from="$RUNS/4_instruct"
-anytoken train stages/lora.yaml init_from="$RUNS/5_more" output="$RUNS/lora" \
-  data.train="$RUNS/shards/conversations" "${stage_tiny[@]}"
 
-say "done: anytoken.load('$RUNS/5_more'), adapter '$RUNS/lora'"
-python - "$RUNS/5_more" <<'PY'
+say "speech anew: half as many codes a second, and what holds speech tokenized with them"
+next=$RUNS/next # the other tokenizers and shards, and those that change
+mkdir -p "$next/tokenizers" "$next/shards"
+anytoken tokenizer train tokenizers/speech/25hz/recipe.yaml --data "$DATA" --out "$next/tokenizers/speech" \
+  "${codec_tiny[@]}"
+for name in text image video dna; do ln -sfn "../../tokenizers/$name" "$next/tokenizers/$name"; done
+for name in images videos joint translate; do ln -sfn "../../shards/$name" "$next/shards/$name"; done
+for file in "$DATA"/speech/speech "$DATA"/speech/varied "$RUNS"/conversations/conversations; do
+  anytoken data tokenize "$file.jsonl" --tokenizers "$next/tokenizers" --workers "$WORKERS" \
+    --out "$next/shards/$(basename "$file")"
+done
+stage 6_speech init_from="$RUNS/5_more" data_root="$next/shards" replace.speech="$next/tokenizers/speech"
+
+anytoken train stages/lora.yaml init_from="$RUNS/6_speech" output="$RUNS/lora" \
+  data.train="$next/shards/conversations" "${stage_tiny[@]}"
+
+say "done: anytoken.load('$RUNS/6_speech'), adapter '$RUNS/lora'"
+python - "$RUNS/6_speech" <<'PY'
 import sys
 
 import anytoken

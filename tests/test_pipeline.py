@@ -28,7 +28,7 @@ from anytoken.training.stage import Stage
 ROOT = Path(__file__).parents[1]
 SCRIPT, TINY = ROOT / "stages" / "run_all.sh", ROOT / "tests" / "assets" / "tiny"
 KINDS = ("text", "image", "speech", "video", "dna")
-STAGES = ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "lora")
+STAGES = ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech", "lora")
 Script = Callable[..., tuple[int, list[list[str]]]]
 
 
@@ -85,7 +85,7 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[str]]], Done]
         return out
 
     def tokenize(records: str, tokenizers: Path, out: Path, workers: int, **options: object) -> Path:
-        assert tokenizers == next(iter(done.tokenizers.values())).parent
+        assert tokenizers in {folder.parent for folder in done.tokenizers.values()}
         done.shards[out] = Path(records)
         return out
 
@@ -123,18 +123,23 @@ def test_every_command_finds_what_it_needs(
     done, runs = follow(calls), tmp_path / "runs"
     data = TINY.relative_to(ROOT) if tiny else Path("data/sets")
     assert done.sets == ([] if tiny else ["emoji", "speech", "dna"])
-    assert done.tokenizers == {kind: runs / "tokenizers" / kind for kind in KINDS}
+    first = {kind: runs / "tokenizers" / kind for kind in KINDS}
+    assert done.tokenizers == {**first, "25hz": runs / "next" / "tokenizers" / "speech"}
+    assert {path.resolve() for path in (runs / "next" / "tokenizers").glob("[!s]*")} == {
+        folder for kind, folder in first.items() if kind != "speech"
+    }
     for records in done.shards.values():
         assert records in done.files or (ROOT / TINY / records.relative_to(data)).is_file()
     assert [Path(stage.output) for stage in done.stages] == [runs / name for name in STAGES]
-    assert done.stages[0].tokenizers == {kind: str(folder) for kind, folder in done.tokenizers.items()}
+    assert done.stages[0].tokenizers == {kind: str(folder) for kind, folder in first.items()}
+    assert done.stages[-2].replace == {"speech": str(done.tokenizers["25hz"])}
     starts = [stage.init_from for stage in done.stages]
     assert starts == ["scratch", *(stage.output for stage in done.stages[:-1])]
     for stage in done.stages:
         for source in stage.sources([*stage.data, *stage.eval.data]):
-            assert Path(source.path) in done.shards
-            assert source.pair_with is None or Path(source.pair_with.path) in done.shards
-    assert calls[-1] == ["-", str(runs / "5_more")]
+            assert Path(source.path).resolve() in done.shards
+            assert source.pair_with is None or Path(source.pair_with.path).resolve() in done.shards
+    assert calls[-1] == ["-", str(runs / "6_speech")]
 
 
 def test_tiny_shrinks_sizes_and_steps_only(script: Script, follow: Callable[[list[list[str]]], Done]) -> None:
@@ -154,7 +159,7 @@ def test_tiny_shrinks_sizes_and_steps_only(script: Script, follow: Callable[[lis
 def test_the_full_run_is_the_recipes_as_they_are(
     script: Script, follow: Callable[[list[list[str]]], Done]
 ) -> None:
-    paths = {"init_from", "output", "tokenizers", "data_root", "data"}
+    paths = {"init_from", "output", "tokenizers", "data_root", "data", "replace"}
     for name, stage in zip(STAGES, follow(script()[1]).stages, strict=True):
         full = Stage.load(ROOT / "stages" / f"{name}.yaml")
         assert stage.model_dump(exclude=paths) == full.model_dump(exclude=paths)
@@ -210,12 +215,12 @@ def test_other_arguments_are_refused(script: Script, arguments: tuple[str, ...])
 @pytest.mark.timeout(3600)
 def test_from_raw_files_to_a_model_and_an_adapter(tmp_path: Path) -> None:
     run_script(tmp_path)
-    model = anytoken.load(tmp_path / "5_more", device="cpu")
+    model = anytoken.load(tmp_path / "6_speech", device="cpu")
     assert model.kinds == list(KINDS)
     for kind in KINDS:
         reply = model.generate("an apple", output=kind, seed=0)
         assert [segment.kind for segment in reply.segments] == [kind]
-    adapted = anytoken.load(tmp_path / "5_more", device="cpu", adapter=tmp_path / "lora")
+    adapted = anytoken.load(tmp_path / "6_speech", device="cpu", adapter=tmp_path / "lora")
     assert adapted.generate("an apple", output="image", seed=0).images[0].pixels.shape[2] == 3
     changed = {
         name.rsplit(".", 2)[-2]

@@ -3,9 +3,9 @@
 flite and espeak-ng (Debian packages) and Piper (`piper-tts`) with the voice joe. The speech is synthetic, and the
 card says so. Every usable concept is said once by the main voices, for the codec; the core concepts also at other
 rates and in other accents, for the language model. Two whole voices (awb, rms) and some (concept, voice) pairs
-are held out. `varied.jsonl` holds more throats, to learn hearing from and nothing to learn saying from: other accents
-of espeak-ng, and training clips played slower and faster, pitch and all (speed perturbation, Ko et al., Interspeech
-2015).
+are held out. `varied.jsonl` holds more throats: other accents of espeak-ng, and, to learn hearing from and nothing to
+learn saying from, training clips played slower and faster, pitch and all (speed perturbation, Ko et al., Interspeech
+2015): those with a `speed`.
 """
 
 from __future__ import annotations

@@ -163,7 +163,9 @@ def tiny_speech(speech: Path, folder: Path, codes: list[str]) -> None:
     ]
     keep(chosen, "speech", speech, folder, "speech.jsonl")
     varied = [one for one in read_lines(speech / "varied.jsonl") if one["hexcode"] in codes[:3]]
-    keep([one for one in varied if one["voice"] == "slt"][:8], "speech", speech, folder, "varied.jsonl")
+    faster = [one for one in varied if one["voice"] == "slt"][:8]
+    accents = [one for one in varied if "speed" not in one][:3]
+    keep(faster + accents, "speech", speech, folder, "varied.jsonl")
     index = {one["speech"]: one for one in read_lines(speech / "train_audio.jsonl")}
     places = [index[one["speech"]] for one in chosen if one["speech"] in index][:12]
     audio = np.load(speech / "train_audio.npy", mmap_mode="r")

@@ -30,7 +30,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 def test_stages_follow_each_other() -> None:
     stages = [
         Stage.load(STAGES / f"{name}.yaml")
-        for name in ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more")
+        for name in ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech")
     ]
     assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
 
