@@ -129,9 +129,9 @@ class TestSpeechTokenizerOf25CodesASecond(TestSpeechTokenizer):
             tokenizer.first_codebooks(3)
 
 
-def test_the_published_weights_are_those_of_their_card_and_serve_two_rates():
+def test_the_weights_of_mini_are_those_of_their_card_and_serve_two_rates():
     folder = ROOT / "tokenizers" / "speech" / "25hz"
-    tokenizer = SpeechTokenizer.from_pretrained(folder / "weights")
+    tokenizer = SpeechTokenizer.from_pretrained(ROOT / "anytoken/pretrained/mini/tokenizers/speech")
     figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     assert tokenizer.fingerprint() == figures["fingerprint"]
     assert tokenizer.config == load_recipe(folder / "recipe.yaml").config | {"levels": [8, 8, 8, 8]}

@@ -149,7 +149,9 @@ def test_references_are_thin_and_written_between_the_marks(tmp_path: Path) -> No
         publish_references([run], stages)
 
 
-@pytest.mark.parametrize("name", ["1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech"])
+@pytest.mark.parametrize(
+    "name", ["1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech"]
+)
 def test_shipped_stages_have_their_references(name: str) -> None:
     stage = Stage.load(recipes.root() / "stages" / f"{name}.yaml")
     assert stage.reference is not None
