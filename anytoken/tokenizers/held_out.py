@@ -24,6 +24,7 @@ from anytoken.tokenizers.dna_letters import MAX_TOKENS
 from anytoken.tokenizers.image import to_pixels
 
 SIDE_PX = 64
+MOST_PX = 512
 SETS = {
     "image": ["emoji"],
     "video": ["emoji"],
@@ -96,7 +97,8 @@ def own_held_out(
 def file_items(tokenizer: ModalityTokenizer, source: Path, count: int | None, seed: int) -> list[HeldOut]:
     """At most `count` (None: all) items from a user's own files: those in the folder `source`, or of a glob.
 
-    Whether a training saw them is not known here. TokenizerError if there are none.
+    Whether a training saw them is not known here. Pictures and clips are measured with at most MOST_PX a side: other
+    coders take minutes for a photograph. TokenizerError if there are none.
     """
     suffixes = SUFFIXES.get(tokenizer.name, ("",))
     files = own_files(source, suffixes)
@@ -105,7 +107,20 @@ def file_items(tokenizer: ModalityTokenizer, source: Path, count: int | None, se
             f"{source} holds no {tokenizer.name} files; expected {', '.join(suffixes) or 'any'}."
         )
     chosen = np.random.default_rng((seed, 1)).permutation(len(files))[:count]
-    return [HeldOut(tokenizer.segment_type.open(files[i]), files[i].stem, says_name=False) for i in chosen]
+    opened = [(_smaller(tokenizer.segment_type.open(files[i])), files[i].stem) for i in chosen]
+    return [HeldOut(segment, name, says_name=False) for segment, name in opened]
+
+
+def _smaller(segment: Segment) -> Segment:
+    if isinstance(segment, Video):
+        frames = np.stack([_at_most(Image(frame)).pixels for frame in segment.frames])
+        return Video(frames, segment.frame_rate_hz)
+    return _at_most(segment) if isinstance(segment, Image) else segment
+
+
+def _at_most(picture: Image) -> Image:
+    scale = min(1.0, MOST_PX / max(picture.height, picture.width))
+    return picture.resize(*(max(1, round(side * scale)) for side in (picture.height, picture.width)))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

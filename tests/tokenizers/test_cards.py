@@ -190,7 +190,7 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     rng = np.random.default_rng(0)
     for n in range(3):
-        Image(np.zeros((500 + n, 1000, 3), np.uint8)).save(folder / f"fox|{n}.png")
+        Image(np.full((110, 220, 3), 9 * n, np.uint8)).save(folder / f"fox|{n}.png")
         Speech(rng.uniform(-0.5, 0.5, 40_000).astype(np.float32), 44_100).save(folder / f"{n}.wav")
     return folder
 

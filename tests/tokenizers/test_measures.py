@@ -12,7 +12,7 @@ from anytoken.segments import DNA, Image, Speech, Video
 from anytoken.tokenizers import measures, measures_dna, measures_pictures, measures_speech
 from anytoken.tokenizers.bars import bars
 from anytoken.tokenizers.base import Codes, TokenizerError, load_tokenizer
-from anytoken.tokenizers.held_out import HeldOut, held_out_items, made_of
+from anytoken.tokenizers.held_out import HeldOut, file_items, held_out_items, made_of
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.measures import measure
 from anytoken.tokenizers.measures_pictures import psnr_db, ssim
@@ -166,6 +166,16 @@ def test_what_sets_are_made_of_is_read_from_their_manifests(sets, tmp_path):
         for name in ("emoji", "dna")
     ]
     assert made_of("image", tmp_path) == []
+
+
+def test_own_pictures_and_clips_are_measured_at_no_more_than_a_photograph_needs(tmp_path):
+    Video(np.zeros((2, 300, 600, 3), np.uint8)).save(tmp_path / "clip.gif")
+    for n, (height, width) in enumerate([(700, 1400), (20, 30)]):
+        Image(np.zeros((height, width, 3), np.uint8)).save(tmp_path / f"{n}.png")
+    pictures = file_items(ImageTokenizer(**TINY), tmp_path, None, 0)
+    assert {one.segment.pixels.shape for one in pictures} == {(256, 512, 3), (20, 30, 3)}
+    (clip,) = file_items(VideoTokenizer(**TINY), tmp_path / "*.gif", None, 0)
+    assert clip.segment.frames.shape == (2, 256, 512, 3) and clip.name == "clip"
 
 
 # ---- whole tokenizers ----
