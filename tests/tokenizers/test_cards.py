@@ -21,6 +21,7 @@ from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.samples import GAP_PX, number, share, table
 from anytoken.tokenizers.speech import SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.tokenizers.trainer import load_recipe
 from anytoken.tokenizers.video import VideoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -248,3 +249,13 @@ def test_tokenizers_of_one_modality_are_compared_side_by_side(folders, sets, tmp
         app, ["tokenizer", "compare", str(kmer), str(folders["text"]), "--data", str(sets)]
     )
     assert other.exit_code == 2 and "one modality" in other.stderr
+
+
+@pytest.mark.parametrize("weights", sorted(ROOT.glob("tokenizers/*/*/weights")), ids=lambda path: path.parent.name)
+def test_published_weights_are_those_of_their_card_and_recipe(weights):
+    tokenizer, card = load_tokenizer(weights), weights.parent
+    figures = json.loads((card / "figures.json").read_text(encoding="utf-8"))
+    assert tokenizer.fingerprint() == figures["fingerprint"]
+    recipe = load_recipe(card / "recipe.yaml")
+    assert (recipe.kind, figures["training"]["recipe"]["steps"]) == (tokenizer.kind, recipe.steps)
+    assert tokenizer.config.items() >= recipe.config.items()
