@@ -30,6 +30,7 @@ class RowConv(nn.Conv1d):
         return F.conv2d(input[:, :, None], weight, self.bias, padding=padding, groups=self.groups)[:, :, 0]
 
 
+_gelu_: Any = vars(torch._C._nn)["gelu_"]  # in place
 _CONV: dict[int, Any] = {1: RowConv, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -60,9 +61,11 @@ class ConvNeXtBlock(nn.Module):
             seen = torch.cat([past, seen], 2)
         elif self.before:
             seen = F.pad(x, [0, 0] * (x.ndim - 2) + [self.before, 0]).movedim(-1, 1)
-        y = self.norm(self.mix(seen).movedim(1, -1))
-        y = self.down(F.gelu(self.up(y)) if torch.is_grad_enabled() else torch.ops.aten.gelu_(self.up(y)))
-        return torch.addcmul(x, y, self.scale).movedim(-1, 1)
+        y = self.up(self.norm(self.mix(seen).movedim(1, -1)))
+        if torch.is_grad_enabled():
+            return (x + self.down(F.gelu(y)) * self.scale).movedim(-1, 1)
+        # Nothing that is still needed is overwritten.
+        return (x + self.down(_gelu_(y)).mul_(self.scale)).movedim(-1, 1)
 
 
 class Trunk(nn.Sequential):

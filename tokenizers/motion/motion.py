@@ -66,7 +66,7 @@ class Motion(Segment):
 
     def to_image(self):
         """The six channels as curves of their own scale, one above the other, on white."""
-        picture = Picture.new("RGB", (2 * len(self.samples) + 4, 32 * CHANNELS), "white")
+        picture = Picture.new("RGB", (2 * len(self.samples), 32 * CHANNELS), "white")
         pen = ImageDraw.Draw(picture)
         low, high = self.samples.min(0), self.samples.max(0)
         heights = 29 - 27 * (self.samples - low) / np.maximum(high - low, 1e-6)
