@@ -251,7 +251,9 @@ def test_tokenizers_of_one_modality_are_compared_side_by_side(folders, sets, tmp
     assert other.exit_code == 2 and "one modality" in other.stderr
 
 
-@pytest.mark.parametrize("weights", sorted(ROOT.glob("tokenizers/*/*/weights")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "weights", sorted(ROOT.glob("tokenizers/*/*/weights")), ids=lambda path: path.parent.name
+)
 def test_published_weights_are_those_of_their_card_and_recipe(weights):
     tokenizer, card = load_tokenizer(weights), weights.parent
     figures = json.loads((card / "figures.json").read_text(encoding="utf-8"))
