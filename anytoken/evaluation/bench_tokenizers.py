@@ -54,15 +54,15 @@ def items(kind: str, count: int, seed: int = 0) -> list[Segment]:
 
 
 def bench_tokenizers(folders: Sequence[Path], batches: Sequence[int], repeats: int) -> Figures:
-    """Rows {what, items/s, peer items/s, ratio, bar, met} for tokenizer folders and sizes of a batch."""
+    """Rows {tokenizer, what, items/s, peer, peer items/s, ratio, bar, met} for tokenizer folders and sizes of a batch."""
     rows: list[Figures] = []
     with one_thread():
         for folder in folders:
             tokenizer = load_tokenizer(folder)
-            for batch in batches:
-                rows += _batched(tokenizer, batch, repeats)
+            found = [row for batch in batches for row in _batched(tokenizer, batch, repeats)]
             if tokenizer.name == "speech":
-                rows += _beside_codecs(tokenizer, max(batches), repeats)
+                found += _beside_codecs(tokenizer, max(batches), repeats)
+            rows += [{"tokenizer": folder.as_posix(), **row} for row in found]
     return {"batches": list(batches), "repeats": repeats, "codecs": CODECS, "rows": rows}
 
 
