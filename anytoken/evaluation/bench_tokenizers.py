@@ -54,7 +54,7 @@ def items(kind: str, count: int, seed: int = 0) -> list[Segment]:
 
 
 def bench_tokenizers(folders: Sequence[Path], batches: Sequence[int], repeats: int) -> Figures:
-    """Rows {tokenizer, what, items/s, peer, peer items/s, ratio, bar, met} for tokenizer folders and sizes of a batch."""
+    """Rows {tokenizer, what, items/s, peer, peer items/s, ratio, bar, met} for folders and sizes of a batch."""
     rows: list[Figures] = []
     with one_thread():
         for folder in folders:
