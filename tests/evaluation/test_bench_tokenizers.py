@@ -33,6 +33,9 @@ def test_speech_is_timed_beside_one_by_one_and_beside_codecs(tmp_path):
         ("dna, encode, 2 at once", "one by one"), ("dna, decode, 2 at once", "one by one"),
     ]  # fmt: skip
     assert all(row["ratio"] == pytest.approx(row["items/s"] / row["peer items/s"]) for row in rows)
+    assert {row["tokenizer"]: row["what"].split(",")[0] for row in rows} == {
+        folder.as_posix(): folder.name for folder in folders
+    }
     assert all(row["met"] == (row["ratio"] >= row["bar"]) for row in rows)
 
 
