@@ -136,6 +136,7 @@ def tokenizers(
     batches: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Items at once.")] = None,
     repeats: Repeats = 3,
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_tokenizers.json"),
+    device: Annotated[str, typer.Option(help="cpu, on one thread; or cuda, or auto.")] = "cpu",
 ) -> None:
     """Encoding and decoding, many items beside one by one, and speech beside EnCodec and DAC; on one thread."""
     from anytoken.evaluation import bench
@@ -143,4 +144,4 @@ def tokenizers(
     from anytoken.training.start import checkpoint_folder
 
     own = sorted(path.parent for path in (checkpoint_folder("mini") / "tokenizers").glob("*/config.json"))
-    bench.report(bench_tokenizers(folders or own, batches or [8, 32], repeats), out)
+    bench.report(bench_tokenizers(folders or own, batches or [8, 32], repeats, device), out)

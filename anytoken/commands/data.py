@@ -56,6 +56,21 @@ def speech(
 
 
 @app.command()
+def voices(
+    out: Out,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Recordings in G.722; by default where Debian's packages put theirs.")
+    ] = None,
+    workers: Workers = 2,
+    limit: Limit = None,
+) -> None:
+    """Gather people and more throats beside the spoken names, for a speech tokenizer that knows many voices."""
+    from anytoken.data.voices import PROMPTS, build_voices
+
+    print(build_voices(out, prompts or PROMPTS, workers=workers, limit=limit))
+
+
+@app.command()
 def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
     """Build the genes, proteins and intergenic stretches of real bacterial genomes."""
     from anytoken.data.dna import build_dna

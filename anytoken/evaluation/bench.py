@@ -73,7 +73,7 @@ def report(figures: Figures, out: Path) -> None:
     """
     rows: list[Figures] = figures["rows"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures | environment(), indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(environment() | figures, indent=1) + "\n", encoding="utf-8")
     console = Console()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = _table(columns, [[row.get(column, "") for column in columns] for row in rows])

@@ -1,7 +1,7 @@
 """Tokenizers: many items at once beside one after the other, and speech beside codecs of transformers.
 
-All on one thread. The codecs have random weights, which are as fast as trained ones: EnCodec (arXiv 2210.13438) and DAC
-(2306.06546), made small, at the same 50 frames a second of 16 kHz sound with one codebook.
+All on one thread, or on a GPU. The codecs have random weights, which are as fast as trained ones: EnCodec (arXiv
+2210.13438) and DAC (2306.06546), made small, at the same 50 frames a second of 16 kHz sound with one codebook.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from anytoken.evaluation.bench import BenchError, Figures, take_turns
 from anytoken.segments import DNA, Image, Segment, Speech, Video
-from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+from anytoken.tokenizers.base import ModalityTokenizer, device_name, load_tokenizer, usable_device
 from anytoken.tokenizers.measures import one_thread
 from anytoken.tokenizers.pretrained import PretrainedSpeech
 
@@ -53,17 +53,26 @@ def items(kind: str, count: int, seed: int = 0) -> list[Segment]:
     return [makers[kind]() for _ in range(count)]
 
 
-def bench_tokenizers(folders: Sequence[Path], batches: Sequence[int], repeats: int) -> Figures:
+def bench_tokenizers(
+    folders: Sequence[Path], batches: Sequence[int], repeats: int, device: str = "cpu"
+) -> Figures:
     """Rows {tokenizer, what, items/s, peer, peer items/s, ratio, bar, met} for folders and sizes of a batch."""
+    place = usable_device(device)
     rows: list[Figures] = []
     with one_thread():
         for folder in folders:
-            tokenizer = load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder).to(place)
             found = [row for batch in batches for row in _batched(tokenizer, batch, repeats)]
             if tokenizer.name == "speech":
                 found += _beside_codecs(tokenizer, max(batches), repeats)
             rows += [{"tokenizer": folder.as_posix(), **row} for row in found]
-    return {"batches": list(batches), "repeats": repeats, "codecs": CODECS, "rows": rows}
+    return {
+        "batches": list(batches),
+        "repeats": repeats,
+        "codecs": CODECS,
+        "machine": device_name(place),
+        "rows": rows,
+    }
 
 
 def _batched(tokenizer: ModalityTokenizer, batch: int, repeats: int) -> list[Figures]:
@@ -87,7 +96,7 @@ def _beside_codecs(tokenizer: ModalityTokenizer, batch: int, repeats: int) -> li
     segments, rows = items("speech", batch), []
     for name, config in CODECS.items():
         torch.manual_seed(0)
-        codec = PretrainedSpeech(config, num_codebooks=1).eval()
+        codec = PretrainedSpeech(config, num_codebooks=1).eval().to(tokenizer.device)
         for verb in ("encode", "decode"):
             sides = {}
             for side, one in (("ours", tokenizer), ("peer", codec)):

@@ -27,6 +27,7 @@ import anytoken.model  # noqa: F401  (registers the architecture with the Auto c
 from anytoken.model.modalities import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
+from anytoken.tokenizers.base import TokenizerError, usable_device
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")
@@ -138,17 +139,10 @@ def _check_safetensors(path: Path) -> None:
 
 def pick_device(device: str | torch.device) -> torch.device:
     """The device to run on; "auto" takes CUDA if it is there. CheckpointError for an unusable name."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"device {device!r} is not usable here: {reason}. Use 'auto' or 'cpu'."
-        ) from error
-    return chosen
+        return usable_device(device)
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def load_folder(

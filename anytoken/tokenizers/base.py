@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -147,6 +148,18 @@ class Codes:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+def loss_weights(
+    weights: Mapping[str, float], terms: Sequence[str], default: Mapping[str, float]
+) -> dict[str, float]:
+    """A recipe's `loss`, or what is taken without one; TokenizerError if it weighs other terms, or none above 0."""
+    weights = weights or default
+    if set(weights) - set(terms) or min(weights.values()) < 0 or not any(weights.values()):
+        raise TokenizerError(
+            f"loss weighs {', '.join(terms)}, each 0 or more and one above; received {dict(weights)}."
+        )
+    return dict(weights)
 
 
 class ModalityTokenizer(nn.Module):
@@ -413,6 +426,26 @@ def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
         if mean is not None and count is not None:
             state[name] = mean * count[..., None]
     return state
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device by name; "auto" takes CUDA if it is there. TokenizerError for one that cannot be used."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TokenizerError(
+            f"device {device!r} is not usable here: {reason}. Use 'auto' or 'cpu'."
+        ) from error
+    return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """The make of a GPU, or the processor's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}

@@ -37,12 +37,18 @@ SUFFIXES = {  # of a user's own files, for each kind that has batches here
 
 
 def batches_for(
-    kind: str, source: Path, batch_size: int, seed: int, config: Mapping[str, Any] | None = None
+    kind: str,
+    source: Path,
+    batch_size: int,
+    seed: int,
+    config: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
 ) -> Batches:
     """The batches of a kind from `source`: an .npy array, or a folder or glob of files.
 
-    config: of the tokenizer to be trained, whose sizes own files are brought to. TokenizerError if there is nothing
-    there, naming what is expected.
+    config: of the tokenizer to be trained, whose sizes own files are brought to. An array is kept on `device`, and
+    batches are composed there; on other machines, or devices, they differ in their last bits.
+    TokenizerError if there is nothing there, naming what is expected.
     """
     if source.suffix == ".npy":
         makers = {"image": sprite_batches, "video": animation_batches, "speech": audio_batches}
@@ -50,8 +56,15 @@ def batches_for(
             raise TokenizerError(
                 f"{source} is missing: build the set first, or name your own files in `data`."
             )
-        return makers[kind](source, batch_size, seed)
-    return file_batches(kind, source, batch_size, seed, config or {})
+        halves = {"seconds": crop_seconds(config or {})} if kind == "speech" else {}
+        return makers[kind](source, batch_size, seed, device=device, **halves)
+    batches = file_batches(kind, source, batch_size, seed, config or {})
+    return lambda step: batches(step).to(device)
+
+
+def crop_seconds(config: Mapping[str, Any]) -> float:
+    """How long a crop of sound is: twice as long where the voice is heard in another clip than what is said."""
+    return CROP_SECONDS * (2 if config.get("voice_codes") else 1)
 
 
 def training_rows(index: Path) -> np.ndarray:
@@ -60,28 +73,33 @@ def training_rows(index: Path) -> np.ndarray:
     return np.array([line["row"] for line in lines if not line["tokenizer_held_out"]])
 
 
-def sprite_batches(path: Path, batch_size: int, seed: int) -> Batches:
+def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
     """Pictures [B, 3, H, W] in [-1, 1]: sprites on a colour, half of them as the composed set has them."""
-    sprites, rows = np.load(path), training_rows(path.with_suffix(".jsonl"))
+    sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        picked = sprites[rng.choice(rows, batch_size)]
+        picked = sprites[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
         height = width = 64
         if rng.random() < 0.15:  # other sizes, so that the size header means something
             height, width = (PATCH_PX * int(n) for n in rng.integers(4, 13, 2))
-        return place(torch.from_numpy(picked), height, width, rng)
+        return place(picked, height, width, rng)
 
     return batch
 
 
-def animation_batches(path: Path, batch_size: int, seed: int) -> Batches:
+def _on(device: str | torch.device, path: Path) -> Tensor:
+    """An array as a tensor on a device; on the CPU it stays on disk until it is read."""
+    return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
+
+
+def animation_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
     """Clips [B, 3, 8, 64, 64] in [-1, 1]: animations on a colour, placed alike in all frames."""
-    clips, rows = np.load(path, mmap_mode="r"), training_rows(path.with_suffix(".jsonl"))
+    clips, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        picked = torch.from_numpy(np.stack([clips[row] for row in rng.choice(rows, batch_size)]))
+        picked = clips[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
         count = picked.shape[1]
         placed = place(picked.flatten(0, 1), 64, 64, rng, repeat=count)
         return placed.unflatten(0, (batch_size, count)).transpose(1, 2)
@@ -108,21 +126,28 @@ def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, re
     for axis, (row, size) in enumerate(((1, height), (0, width))):
         theta[:, row, row] = size / scale
         theta[:, row, 2] = (size - 2 * offset[:, axis]) / scale - 1
-    full = torch.from_numpy(theta).repeat_interleave(repeat, 0)
+    full = torch.from_numpy(theta).to(sprites.device).repeat_interleave(repeat, 0)
     rgba = sprites.permute(0, 3, 1, 2).float() / 255
     rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)  # premultiplied: no dark fringes
     grid = F.affine_grid(full, [len(sprites), 4, 2 * height, 2 * width], align_corners=False)
     drawn = F.avg_pool2d(F.grid_sample(rgba, grid, align_corners=False), 2)
-    back = torch.from_numpy(color.astype(np.float32) / 255).repeat_interleave(repeat, 0)[:, :, None, None]
+    back = torch.from_numpy(color.astype(np.float32) / 255).to(sprites.device)
+    back = back.repeat_interleave(repeat, 0)[:, :, None, None]
     return (drawn[:, :3] + back * (1 - drawn[:, 3:])) * 2 - 1
 
 
-def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
-    """One-second crops [B, 16000] of one long int16 recording, at varied level, speed and timbre."""
+def audio_batches(
+    path: Path,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    seconds: float = CROP_SECONDS,
+) -> Batches:
+    """Crops [B, seconds * 16000] of one long int16 recording, at varied level, speed and timbre."""
     from torchaudio.functional import resample
 
-    audio = np.load(path, mmap_mode="r")
-    length = int(CROP_SECONDS * SAMPLE_RATE_HZ)
+    audio = _on(device, path)
+    length = int(seconds * SAMPLE_RATE_HZ)
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
@@ -130,10 +155,10 @@ def audio_batches(path: Path, batch_size: int, seed: int) -> Batches:
             rng.choice([8, 9, 10, 10, 11, 12])
         )  # ten in `ratio` out: pitch and speed of other speakers
         need = length * 10 // ratio + 10
-        starts = rng.integers(0, max(1, len(audio) - need), batch_size)
-        crops = torch.from_numpy(np.stack([audio[s : s + need] for s in starts]).astype(np.float32) / 32768)
+        starts = torch.from_numpy(rng.integers(0, max(1, len(audio) - need), batch_size)).to(device)
+        crops = audio[starts[:, None] + torch.arange(need, device=device)].float() / 32768
         crops = _toned((crops if ratio == 10 else resample(crops, 10, ratio))[:, :length], rng)
-        return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (batch_size, 1)).astype(np.float32))
+        return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (batch_size, 1)).astype(np.float32)).to(device)
 
     return batch
 
@@ -142,7 +167,9 @@ def _toned(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, poin
     """Half of the crops [B, samples] through a smooth random filter: other throats, rooms and microphones."""
     decibels = rng.normal(0, spread_db, (len(crops), 1, points)) * (rng.random((len(crops), 1, 1)) < 0.5)
     bins = crops.shape[1] // 2 + 1
-    curve = F.interpolate(torch.from_numpy(decibels).float(), bins, mode="linear", align_corners=True)[:, 0]
+    curve = F.interpolate(
+        torch.from_numpy(decibels).float().to(crops.device), bins, mode="linear", align_corners=True
+    )[:, 0]
     filtered = torch.fft.irfft(torch.fft.rfft(crops) * 10 ** (curve / 20), crops.shape[1])
     return filtered / filtered.abs().amax(1, keepdim=True).clamp_min(1.0)
 
@@ -161,13 +188,13 @@ def file_batches(
     """Batches from a user's own pictures, clips or recordings, in a folder or of a glob.
 
     Pictures and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
-    one drawn from all. Of recordings it is a second, drawn anew each time.
+    one drawn from all. Of recordings it is a crop (`crop_seconds`), drawn anew each time.
     """
     files, config = own_files(source, SUFFIXES[kind]), config or {}
     if not files:
         raise TokenizerError(f"{source} holds no {kind} files; expected {', '.join(SUFFIXES[kind])}.")
     if kind == "speech":
-        return _sound_batches([_sound(path) for path in files], batch_size, seed)
+        return _sound_batches([_sound(path) for path in files], batch_size, seed, crop_seconds(config))
     side_px, most = config.get("side_px", 64), config.get("max_steps", MAX_STEPS)
     if kind == "image":
         items = [fit_picture(Image.open(path), side_px) for path in files]
@@ -184,8 +211,8 @@ def file_batches(
     return batch
 
 
-def _sound_batches(items: Sequence[Tensor], batch_size: int, seed: int) -> Batches:
-    length = int(CROP_SECONDS * SAMPLE_RATE_HZ) // HOP * HOP
+def _sound_batches(items: Sequence[Tensor], batch_size: int, seed: int, seconds: float) -> Batches:
+    length = int(seconds * SAMPLE_RATE_HZ) // HOP * HOP
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
@@ -202,6 +229,6 @@ def _sound(path: Path) -> Tensor:
 
 def _crop(samples: Tensor, length: int, rng: np.random.Generator) -> Tensor:
     if len(samples) <= length:
-        return F.pad(samples, (0, length - len(samples)))
+        return samples.repeat(-(-length // len(samples)))[:length]
     start = int(rng.integers(0, len(samples) - length))
     return samples[start : start + length]

@@ -24,7 +24,7 @@ from anytoken.tokenizers.speech import SAMPLE_RATE_HZ, LogMel
 from anytoken.tokenizers.words import JudgeError, WordJudge
 
 RANDOM_ITEMS = 50  # clips decoded from random codes: enough for a mean that means "nothing"
-JUDGED_ITEMS = 200  # clips whose words are heard, which takes longest: a seeded choice
+JUDGED_ITEMS = 200  # clips whose words are heard, which takes longest
 OPTIONAL = {"stoi": "pystoi", "pesq": "pesq"}  # measure: package
 log = logging.getLogger(__name__)
 
@@ -73,20 +73,21 @@ def random_codes(tokenizer: ModalityTokenizer, like: Sequence[Codes], seed: int)
 def words_kept(
     items: Sequence[HeldOut], outputs: Sequence[Segment], noise: Sequence[Segment], seed: int
 ) -> dict[str, Any]:
-    """Shares of clips whose name is heard, of all names there are: of originals, of what came back, of random codes.
+    """Shares of clips whose name is heard: of originals, of what came back, of random codes.
 
-    words_share is the second as a share of the first. Names with words the recogniser does not know are not asked for.
+    A seeded choice of JUDGED_ITEMS clips is heard, and its names are those to choose from. words_share is the second
+    as a share of the first. Names with words the recogniser does not know are not asked for.
     """
     if not all(item.says_name for item in items):
         log.warning("Words are not measured: what the clips say is not known.")
         return {}
+    picked = np.random.default_rng((seed, 3)).permutation(len(items))[:JUDGED_ITEMS].tolist()
     try:
-        judge = WordJudge(sorted({item.name for item in items}))
+        judge = WordJudge(sorted({items[index].name for index in picked}))
     except JudgeError as error:
         log.warning("Words are not measured: %s", error)
         return {}
-    known = [index for index, item in enumerate(items) if judge.knows(item.name)]
-    chosen = np.random.default_rng((seed, 3)).permutation(known)[:JUDGED_ITEMS].tolist()
+    chosen = [index for index in picked if judge.knows(items[index].name)]
 
     def heard(clips: Sequence[Segment], rows: Sequence[int]) -> float:
         right = [
@@ -97,7 +98,7 @@ def words_kept(
 
     originals = heard([items[row].segment for row in chosen], chosen)
     back = heard([outputs[row] for row in chosen], chosen)
-    floor = [row for row in range(len(noise)) if row in known]
+    floor = [row for row in range(len(noise)) if judge.knows(items[row].name)]
     return {
         "words_items": len(chosen), "words_names": len(judge.names), "words_originals": originals,
         "words": back, "words_share": back / originals if originals else 0.0,

@@ -177,6 +177,15 @@ class Quantizer(nn.Module):
         return find(codes[..., 0])
 
     @torch.no_grad()
+    def nearest(self, x: Tensor, count: int) -> Tensor:
+        """The `count` codes [B, N, count] nearest to x [B, N, D], nearest first; of one learned codebook only."""
+        projected = self.inner.project_in(x.float())
+        if self.kind == "cosine":
+            projected = torch.nn.functional.normalize(projected, dim=-1)
+        entries = self.inner.codebook.expand(len(x), -1, -1)
+        return torch.cdist(projected, entries).topk(count, largest=False).indices
+
+    @torch.no_grad()
     def codebook(self, number: int = 0) -> Tensor:
         """All vectors [K, D] of one codebook; a residual one's are in the space where they are summed up."""
         part, depth = self._parts()[number // self.first], number % self.first

@@ -3,13 +3,15 @@
 Log-mel frames every 20 ms go through 1-D ConvNeXt blocks and a quantiser; the decoder predicts magnitude and phase of
 a short-time spectrum and inverts it, which is cheap and makes the waveform directly (Vocos, arXiv 2306.00814). Trained
 with multi-resolution spectral losses, no adversary. `frames_per_code: 2` halves what a language model has to read and
-write; residual codebooks with dropout then serve 25 and 50 codes a second with one set of weights.
+write; residual codebooks with dropout then serve 25 and 50 codes a second with one set of weights. `voice_codes` says
+once, before the frames, who speaks and through what (the global tokens of BiCodec, 2503.01710): frames then need not
+say it again and again, and a language model meets the same codes whoever says a word.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,13 +20,21 @@ from torch.nn import functional as F
 
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Fold, RowConv, Trunk, Unfold, alike
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
+from anytoken.tokenizers.base import (
+    Codes,
+    ModalityTokenizer,
+    Run,
+    TokenizerError,
+    loss_weights,
+    register_modality,
+)
 from anytoken.tokenizers.quantizers import Choice, Quantizer
+from anytoken.tokenizers.sound_losses import TERMS, envelope_loss, power, spectral_loss
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
 KERNEL = 7
 MAX_FRAMES = 400  # eight seconds
-LOSS_WINDOWS = (256, 512, 1024, 2048)
+SPECTRA = {"mel": 2.0, "spectral": 1.0}
 
 
 class LogMel(nn.Module):
@@ -51,7 +61,7 @@ class LogMel(nn.Module):
             padded, self.window_size, self.hop, window=self.window, center=False, return_complex=True
         )
         with torch.autocast(samples.device.type, enabled=False):  # soft sounds are lost in fewer bits
-            energy = _power(spectrum).clamp_min(1e-14).sqrt().transpose(1, 2) @ self.filters
+            energy = power(spectrum).clamp_min(1e-14).sqrt().transpose(1, 2) @ self.filters
         return energy.clamp_min(1e-5).log().transpose(1, 2)
 
 
@@ -88,27 +98,37 @@ def _overlap_add(frames: Tensor) -> Tensor:
     return total.flatten(1)
 
 
-def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Log-magnitude and convergence error at several resolutions; output, target [B, samples].
+class Voice(nn.Module):
+    """What stays as it is through a clip, in `count` codes: pooled over time, each quantised by fsq of four levels.
 
-    Windows overlap by half, which is enough for a loss over random crops.
+    size: of each code, the largest power of four up to `codebook_size`.
     """
-    loss = output.new_zeros(())
-    for size in LOSS_WINDOWS:
-        window = torch.hann_window(size, device=output.device)
-        a, b = (
-            _power(torch.stft(x, size, size // 2, window=window, return_complex=True)).clamp_min(1e-10)
-            for x in (output, target)
+
+    def __init__(self, width: int, count: int, codebook_size: int, depth: int = 2) -> None:
+        super().__init__()
+        levels = [4] * ((codebook_size.bit_length() - 1) // 2)
+        self.count, self.size = count, 4 ** len(levels)
+        self.listen = nn.Sequential(
+            RowConv(MELS, width, 3, padding=1), Trunk(width, depth, (KERNEL,)), ChannelNorm(width)
         )
-        loss = loss + 0.5 * F.l1_loss(a.log(), b.log())
-        loss = loss + (a.sqrt() - b.sqrt()).norm() / b.sum().sqrt().clamp_min(1e-3)
-    return loss / len(LOSS_WINDOWS)
+        self.split = nn.Linear(2 * width, count * width)
+        self.quantize = Quantizer(width, "fsq", levels)
+        self.join = nn.Linear(count * width, width)
 
+    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled log-mel frames [B, 80, T] to what a decoder adds to its frames [B, D, 1], and codes [B, count]."""
+        heard = self.listen(mel)
+        spread = heard.var(2, unbiased=False).add(1e-4).sqrt()
+        parts = self.split(torch.cat([heard.mean(2), spread], 1)).unflatten(1, (self.count, -1))
+        quantized = self.quantize(parts)
+        return self._joined(quantized.vectors), quantized.codes[..., 0]
 
-def _power(spectrum: Tensor) -> Tensor:
-    """|z|^2, several times faster than through `abs`, whose gradient is slow."""
-    real, imaginary = torch.view_as_real(spectrum).unbind(-1)
-    return torch.addcmul(real * real, imaginary, imaginary)
+    def lookup(self, codes: Tensor) -> Tensor:
+        """What codes [B, count] add to a decoder's frames [B, D, 1]; any number is a code, counted round."""
+        return self._joined(self.quantize.lookup((codes % self.size)[..., None]))
+
+    def _joined(self, vectors: Tensor) -> Tensor:
+        return self.join(vectors.flatten(1))[..., None]
 
 
 @register_modality
@@ -116,6 +136,8 @@ class SpeechTokenizer(ModalityTokenizer):
     """16 kHz mono, 20 ms a frame; other rates are resampled, other lengths padded to whole codes.
 
     frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
+    voice_codes: codes of the whole clip that come before those of its frames, from the same codebooks' ids, in as many
+    rows of codes [N, Q] as they take. Frames are then encoded less the clip's mean spectrum, and decoded with it.
     """
 
     kind = "speech"
@@ -131,6 +153,7 @@ class SpeechTokenizer(ModalityTokenizer):
         codebook_size: int = 4096,
         max_frames: int = MAX_FRAMES,
         frames_per_code: int = 1,
+        voice_codes: int = 0,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -138,14 +161,19 @@ class SpeechTokenizer(ModalityTokenizer):
         }  # fmt: skip
         if not isinstance(frames_per_code, int) or frames_per_code < 1:
             raise TokenizerError(f"frames_per_code is a whole number from 1; received {frames_per_code!r}.")
-        if frames_per_code != 1:  # files from before there was a choice do not write it
-            config["frames_per_code"] = frames_per_code
+        if not isinstance(voice_codes, int) or voice_codes < 0:
+            raise TokenizerError(f"voice_codes is a whole number, 0 for none; received {voice_codes!r}.")
+        # Files from before there was a choice do not write it.
+        config |= {"frames_per_code": frames_per_code} if frames_per_code != 1 else {}
+        config |= {"voice_codes": voice_codes} if voice_codes else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        shape = Run(1, max_frames, quantize.num_codebooks, quantize.order)
+        self.head = math.ceil(voice_codes / quantize.num_codebooks)  # rows of codes before those of frames
+        shape = Run(self.head + 1, self.head + max_frames, quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.hop = HOP * frames_per_code
         self.frame_rate_hz = SAMPLE_RATE_HZ / self.hop
         self.quantize = quantize
+        self.voice = Voice(width, voice_codes, min(quantize.codebook_sizes)) if voice_codes else None
         self.mel = LogMel()
         fold: list[nn.Module] = []
         unfold: list[nn.Module] = []
@@ -162,18 +190,44 @@ class SpeechTokenizer(ModalityTokenizer):
             *unfold, Trunk(width, decoder_depth, (KERNEL,)), ChannelNorm(width), WaveHead(width)
         )
         self.mel_for_loss = LogMel(1024, 256, MELS)
+        self._losses = SPECTRA
 
-    def _features(self, samples: Tensor) -> Tensor:
-        return self.encoder((self.mel(samples) + 5.0) / 4.0).transpose(1, 2)
+    def _scaled_mel(self, samples: Tensor) -> Tensor:
+        return (self.mel(samples) + 5.0) / 4.0
+
+    def _features(self, mel: Tensor) -> Tensor:
+        """Scaled log-mel frames to what is quantised [B, T, D]; with a voice, less what the clip has all along."""
+        seen = mel if self.voice is None else mel - mel.mean(2, keepdim=True)
+        return self.encoder(seen).transpose(1, 2)
+
+    def weigh_losses(self, weights: Mapping[str, float]) -> None:
+        """Train by these terms of `sound_losses`; without a word, by mel energies and spectra."""
+        self._losses = loss_weights(weights, TERMS, SPECTRA)
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """batch: samples [B, T] in [-1, 1]; what is no whole code at the end is left out."""
-        batch = batch[:, : batch.shape[1] // self.hop * self.hop]
-        quantized = self.quantize(self._features(batch))
-        output = self.decoder(quantized.vectors.transpose(1, 2))
-        mel = F.l1_loss(self.mel_for_loss(output), self.mel_for_loss(batch))
-        spectral = spectral_loss(output, batch)
-        return 2.0 * mel + spectral + quantized.loss, {"mel_l1": mel.item(), "spectral": spectral.item()}
+        """batch: samples [B, T] in [-1, 1]; what is no whole code at the end is left out.
+
+        With voice codes the halves of each row are two clips of one voice: each takes it from the other, where nothing
+        else that it could say of its clip is to be had.
+        """
+        halves = 2 if self.voice else 1
+        batch = batch[:, : batch.shape[1] // (halves * self.hop) * halves * self.hop]
+        if self.voice:
+            batch = torch.cat(batch.chunk(2, 1))
+        seen = self._scaled_mel(batch)
+        quantized = self.quantize(self._features(seen))
+        frames = quantized.vectors.transpose(1, 2)
+        if self.voice:
+            frames = frames + self.voice(seen)[0].roll(len(seen) // 2, 0)
+        output = self.decoder(frames)
+        terms = {
+            "mel": lambda: F.l1_loss(self.mel_for_loss(output), self.mel_for_loss(batch)),
+            "spectral": lambda: spectral_loss(output, batch),
+            "envelope": lambda: envelope_loss(output, batch),
+        }
+        losses = {name: terms[name]() for name, weight in self._losses.items() if weight}
+        loss = torch.stack([self._losses[name] * one for name, one in losses.items()]).sum()
+        return loss + quantized.loss, {name: one.item() for name, one in losses.items()}
 
     def _samples(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
@@ -196,8 +250,13 @@ class SpeechTokenizer(ModalityTokenizer):
         frames = [len(clip) // HOP for clip in clips]
         for rows in alike(frames, frames, self.device):
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
-            values = self.quantize(self._features(batch)).codes.cpu().numpy()
-            codes.update({i: Codes(one) for i, one in zip(rows, values, strict=True)})
+            seen = self._scaled_mel(batch)
+            values = self.quantize(self._features(seen)).codes
+            if self.voice:
+                books = values.shape[2]
+                told = F.pad(self.voice(seen)[1], (0, self.head * books - self.voice.count))
+                values = torch.cat([told.unflatten(1, (-1, books)), values], 1)
+            codes.update({i: Codes(one) for i, one in zip(rows, values.cpu().numpy(), strict=True)})
         return [codes[i] for i in range(len(clips))]
 
     @torch.inference_mode()
@@ -214,8 +273,11 @@ class SpeechTokenizer(ModalityTokenizer):
         return [result[i] for i in range(len(codes))]
 
     def _decode_values(self, values: Tensor) -> np.ndarray:
-        """Codes [B, T, Q] to samples [B, T * hop] in [-1, 1]."""
-        return self.decoder(self.quantize.lookup(values).transpose(1, 2)).clamp(-1, 1).cpu().numpy()
+        """Codes [B, head + T, Q] to samples [B, T * hop] in [-1, 1]."""
+        frames = self.quantize.lookup(values[:, self.head :]).transpose(1, 2)
+        if self.voice:
+            frames = frames + self.voice.lookup(values[:, : self.head].flatten(1)[:, : self.voice.count])
+        return self.decoder(frames).clamp(-1, 1).cpu().numpy()
 
     @property
     def lookahead(self) -> int:
@@ -228,11 +290,18 @@ class SpeechTokenizer(ModalityTokenizer):
         """Codes `start` to `stop` as sound, decoded with the decoder's whole reach around them.
 
         What lies further away has no part in them, so they are the samples of the whole clip, to the bit where the
-        sums of both lengths are taken in one order, else within float32 rounding.
+        sums of both lengths are taken in one order, else within float32 rounding. TokenizerError for a span of voice
+        codes alone, which last no time.
         """
-        first, last = max(0, start - self.lookahead), min(len(codes), stop + self.lookahead)
-        values = torch.from_numpy(codes.values[first:last]).to(self.device)
-        samples = self._decode_values(values[None])[0]
+        if stop <= self.head:
+            raise TokenizerError(
+                f"The first {self.head} codes are the voice's and last no time: a span of sound ends after "
+                f"code {self.head}; received {start} to {stop}."
+            )
+        start = max(start, self.head)
+        first, last = max(self.head, start - self.lookahead), min(len(codes), stop + self.lookahead)
+        kept = np.concatenate([codes.values[: self.head], codes.values[first:last]])
+        samples = self._decode_values(torch.from_numpy(kept).to(self.device)[None])[0]
         return Speech(samples[(start - first) * self.hop : (stop - first) * self.hop], SAMPLE_RATE_HZ)
 
     def first_codebooks(self, count: int) -> SpeechTokenizer:

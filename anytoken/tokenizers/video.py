@@ -23,6 +23,8 @@ from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerEr
 from anytoken.tokenizers.image import (
     PATCH_PX,
     as_bytes,
+    best_decoded,
+    check_candidates,
     check_side_px,
     fit_side,
     from_bytes,
@@ -37,6 +39,7 @@ MAX_STEPS = 2
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
 PATCH = 3 * math.prod(TUBELET)  # numbers a code
 KERNEL = (3, 5, 5)
+Past = tuple[list[Tensor] | None, list[Tensor] | None]  # what encoder and decoder have seen of a stream
 
 
 def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarray:
@@ -73,7 +76,8 @@ class VideoTokenizer(ModalityTokenizer):
     """4 frames of 8x8 pixels a code. `encode` scales the longer side to `side_px` and takes 4 to 4 * max_steps frames.
 
     The number of frames becomes the nearest multiple of 4, spread evenly over the clip (a single frame is repeated).
-    Decoded video runs at `frame_rate_hz` frames a second; the clip's own rate is not part of the codes.
+    Decoded video runs at `frame_rate_hz` frames a second; the clip's own rate is not part of the codes. `candidates`:
+    as of a picture tokenizer, tried step by step, if causal.
     """
 
     kind = "video"
@@ -91,6 +95,7 @@ class VideoTokenizer(ModalityTokenizer):
         video_frame_rate_hz: float = 4.0,
         max_steps: int = MAX_STEPS,
         causal: bool = False,
+        candidates: int = 1,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -101,7 +106,13 @@ class VideoTokenizer(ModalityTokenizer):
         # Files from before there was a choice do not write it.
         config |= {"max_steps": max_steps} if max_steps != MAX_STEPS else {}
         config |= {"causal": True} if causal else {}
+        config |= {"candidates": candidates} if candidates != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
+        check_candidates(candidates, quantize)
+        if candidates != 1 and not causal:
+            raise TokenizerError(
+                f"candidates are tried step by step: 1, or causal=true; received {candidates} without."
+            )
         cells = side_px // PATCH_PX
         shape = Grid(
             ("steps", "rows", "cols"),
@@ -148,10 +159,46 @@ class VideoTokenizer(ModalityTokenizer):
         shapes = [clip.shape for clip in clips]
         for rows in alike(shapes, [math.prod(shape) // PATCH for shape in shapes], self.device):
             frames = as_bytes(np.stack([clips[i] for i in rows])).transpose(1, 2)
-            latent = self.encoder(from_bytes(patchify(frames, TUBELET).to(self.device)))
-            values = self.quantize(latent.flatten(2).transpose(1, 2)).codes.cpu().numpy()
+            x = from_bytes(patchify(frames, TUBELET).to(self.device))
+            latent = self.encoder(x)
+            values = self._quantized(latent, x)[0].cpu().numpy()
             result.update({i: Codes(v, tuple(latent.shape[2:])) for i, v in zip(rows, values, strict=True)})
         return [result[i] for i in range(len(clips))]
+
+    def _quantized(
+        self, latent: Tensor, x: Tensor, past: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """Codes [B, N, 1] of latents [B, D, steps, rows, cols] of tubelets x, and what the decoder has seen with them.
+
+        With candidates, those of each step that decode best after the steps before.
+        """
+        flat = latent.flatten(2).transpose(1, 2)
+        codes = self.quantize(flat).codes
+        if self.config.get("candidates", 1) == 1:
+            return codes, past
+        others = self.quantize.nearest(flat, self.config["candidates"])[..., 1:]
+        cells, found = math.prod(latent.shape[3:]), []
+        for step, (now, tried) in enumerate(
+            zip(codes[..., 0].split(cells, 1), others.split(cells, 1), strict=True)
+        ):
+            target = unpatchify(x[:, :, step : step + 1], TUBELET)
+            before = past
+
+            def decode(trial: Tensor, grid: Sequence[int], before: list[Tensor] | None = before) -> Tensor:
+                return unpatchify(self._next_step(trial[..., None], (1, *grid), before)[0], TUBELET)
+
+            found.append(best_decoded(now, tried, decode, target))
+            _, past = self._next_step(found[-1][..., None], (1, *latent.shape[3:]), before)
+        return torch.cat(found, 1)[..., None], past
+
+    def _next_step(
+        self, codes: Tensor, size: Sequence[int], past: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tubelets of codes [B, N, Q] of a causal tokenizer after what the decoder has seen, and that with them."""
+        trunk, norm, out = list[Any](self.decoder)
+        vectors = self.quantize.lookup(codes)
+        x, past = trunk.step(vectors.transpose(1, 2).unflatten(2, tuple(size)), past)
+        return out(norm(x)), past
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
@@ -177,7 +224,7 @@ class VideoTokenizer(ModalityTokenizer):
         is no longest stream. TokenizerError if this tokenizer is not causal, or the size changes.
         """
         self._check_causal()
-        past = None
+        past: Past = (None, None)
         for frames in _whole_steps(clips, self.config["side_px"]):
             codes, past = self._encode_step(frames, past)
             yield codes
@@ -201,20 +248,19 @@ class VideoTokenizer(ModalityTokenizer):
             )
 
     @torch.inference_mode()
-    def _encode_step(self, frames: np.ndarray, past: list[Tensor] | None) -> tuple[Codes, list[Tensor]]:
+    def _encode_step(self, frames: np.ndarray, past: Past) -> tuple[Codes, Past]:
         into, trunk, norm = list[Any](self.encoder)
         clip = as_bytes(frames)[None].transpose(1, 2)
         x = from_bytes(patchify(clip, TUBELET).to(self.device))
-        latent, past = trunk.step(into(x), past)
-        values = self.quantize(norm(latent).flatten(2).transpose(1, 2)).codes[0].cpu().numpy()
-        return Codes(values, tuple(latent.shape[2:])), past
+        latent, seen = trunk.step(into(x), past[0])
+        codes, told = self._quantized(norm(latent), x, past[1])
+        return Codes(codes[0].cpu().numpy(), tuple(latent.shape[2:])), (seen, told)
 
     @torch.inference_mode()
     def _decode_step(self, codes: Codes, past: list[Tensor] | None) -> tuple[np.ndarray, list[Tensor]]:
-        trunk, norm, out = list[Any](self.decoder)
-        vectors = self.quantize.lookup(torch.from_numpy(codes.values)[None].to(self.device))
-        x, past = trunk.step(vectors.transpose(1, 2).unflatten(2, codes.size), past)
-        return unpatchify(to_bytes(out(norm(x))), TUBELET).movedim(1, -1)[0].cpu().numpy(), past
+        values = torch.from_numpy(codes.values)[None].to(self.device)
+        x, past = self._next_step(values, codes.size, past)
+        return unpatchify(to_bytes(x), TUBELET).movedim(1, -1)[0].cpu().numpy(), past
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""

@@ -258,11 +258,12 @@ def test_a_mask_leaks_exactly_if_it_shows_two_samples(row: tuple[list[int], list
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_keeps_packed_rows_apart_on_a_gpu(attention: str) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"])
+def test_attention_keeps_packed_rows_apart_on_a_gpu(attention: str) -> None:
     """Within the rounding of bfloat16: no further from float32 than twice what eager attention is."""
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}[attention]
-    pytest.importorskip(package)
+    packages = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+    if attention in packages:
+        pytest.importorskip(packages[attention])
     torch.manual_seed(0)
     make = partial(
         AnyTokenConfig, vocab_size=VOCABULARY, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,

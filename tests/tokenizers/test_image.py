@@ -74,10 +74,13 @@ class TestImageTokenizer(TokenizerBattery):
         assert codes.size == (20, 10) and tokenizer.decode(codes).pixels.shape == (160, 80, 3)
         assert tokenizer.shape.max_size == (20, 20)
 
-    @pytest.mark.parametrize("wrong", [{"side_px": 60}, {"side_px": -8}, {"side_px": 64.0}, {"kernel": 4}])
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"side_px": 60}, {"side_px": -8}, {"side_px": 64.0}, {"kernel": 4}, {"candidates": 0}],
+    )
     def test_a_setting_that_cannot_be_is_an_error(self, wrong):
         with pytest.raises(TokenizerError, match=f"received {next(iter(wrong.values()))}"):
-            ImageTokenizer(**self.settings, **wrong)
+            ImageTokenizer(**{**self.settings, **wrong})
 
     def test_a_learned_codebook_in_place_of_fsq(self, tmp_path):
         torch.manual_seed(0)
@@ -94,6 +97,40 @@ class TestImageTokenizer(TokenizerBattery):
         torch.testing.assert_close(
             loaded.state_dict()[sums], tokenizer.state_dict()[sums], rtol=1e-2, atol=1e-2
         )
+
+
+class TestImageTokenizerThatListensToItsDecoder(TestImageTokenizer):
+    """Of each patch's three nearest codes the one stays that decodes best."""
+
+    quantizer = {"kind": "vq", "code_dim": 4, "decay": 0.9}
+    settings = {**TestImageTokenizer.settings, "quantizer": quantizer, "codebook_size": 32, "candidates": 3}
+
+    def test_codes_decode_nearer_to_the_picture_than_the_nearest_ones(self, tokenizer):
+        plain = ImageTokenizer(**{**tokenizer.config, "candidates": 1}).eval()
+        plain.load_state_dict(tokenizer.state_dict())
+        for height, width in ((64, 64), (8, 64), (64, 8), (40, 64)):
+            target = picture(height, width, seed=height + width)
+            x = to_unit_range(target.pixels[None].copy())
+            listening, nearest = (
+                psnr_db(to_unit_range(one.autoencode(target).pixels[None]), x).item()
+                for one in (tokenizer, plain)
+            )
+            assert listening > nearest
+
+    def test_the_nearest_candidate_is_the_code_that_quantising_gives(self, tokenizer):
+        latent = torch.randn(2, 30, tokenizer.config["width"], generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            found = tokenizer.quantize.nearest(latent, 3)
+            assert torch.equal(found[..., 0], tokenizer.quantize(latent).codes[..., 0])
+        assert all(len(set(row)) == 3 for row in found.flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize(
+    ("candidates", "quantizer"), [(2, "fsq"), (2, {"kind": "vq", "residual": 2}), (9, "vq"), (1.5, "vq")]
+)
+def test_candidates_that_cannot_be_are_named(candidates, quantizer):
+    with pytest.raises(TokenizerError, match=f"candidates is 1, or .*received {candidates} with"):
+        ImageTokenizer(quantizer=quantizer, codebook_size=8, candidates=candidates)
 
 
 class TestImageTokenizerOfFourCodebooks(TestImageTokenizer):

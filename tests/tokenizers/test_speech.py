@@ -11,8 +11,9 @@ import torch
 from batteries import TokenizerBattery
 
 from anytoken.segments import Speech
-from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer, spectral_loss
+from anytoken.tokenizers.base import Codes, TokenizerError
+from anytoken.tokenizers.sound_losses import spectral_loss
+from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer
 from anytoken.tokenizers.trainer import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,68 @@ class TestSpeechTokenizerOf25CodesASecond(TestSpeechTokenizer):
             tokenizer.first_codebooks(3)
 
 
+class TestSpeechTokenizerWithAVoice(TestSpeechTokenizerOf25CodesASecond):
+    """Three codes of the voice come first, in two rows of two, and those of the frames after."""
+
+    settings = {**TestSpeechTokenizerOf25CodesASecond.settings, "voice_codes": 3, "codebook_size": 8}
+
+    def batch(self):
+        return torch.from_numpy(np.stack([tone(0.8, 150 + 40 * seed).samples for seed in range(2)]))
+
+    def test_every_20_ms_are_a_code(self, tokenizer):
+        assert tokenizer.frame_rate_hz == 25 and tokenizer.shape.min_length == 3
+        for samples in (1, 639, 640, 641, 6_400):
+            assert len(tokenizer.encode(Speech(np.zeros(samples)))) == 2 + math.ceil(samples / 640)
+
+    def test_stereo_at_48_khz_is_averaged_and_resampled(self, tokenizer):
+        codes = tokenizer.encode(tone(0.5, rate=48_000))
+        assert len(codes) == 2 + 13 and tokenizer.decode(codes).sample_rate_hz == 16_000
+
+    def test_too_long_is_a_clear_error(self, tokenizer):
+        assert len(tokenizer.encode(tone(1.0))) == 2 + 25
+        with pytest.raises(TokenizerError, match=r"1\.1 s is 28 codes; at most 25 \(1 s\).*cut it"):
+            tokenizer.encode(tone(1.1))
+
+    def test_the_first_codebook_alone_is_a_tokenizer_of_half_the_rate(self, tokenizer):
+        coarse = tokenizer.first_codebooks(1)
+        both, first = (one.encode(tone(0.4)) for one in (tokenizer, coarse))
+        assert np.array_equal(first.values[:3, 0], both.values[:2].flatten()[:3]) and not both.values[1, 1]
+        assert np.array_equal(first.values[3:, 0], both.values[2:, 0])
+
+    def test_loudness_and_a_filter_are_the_voice_s(self, tokenizer):
+        """A louder clip has the same spectrum but for its mean: its frames have the same codes, its voice has not."""
+        clip = tone(0.8)
+        loud, soft = (tokenizer.encode(Speech(gain * clip.samples)) for gain in (1.0, 0.5))
+        assert np.array_equal(loud.values[2:], soft.values[2:])
+        with torch.inference_mode():
+            seen = [tokenizer._scaled_mel(torch.from_numpy(g * clip.samples)[None]) for g in (1.0, 0.5)]
+            assert not torch.allclose(*(tokenizer.voice.listen(mel).mean(2) for mel in seen), atol=1e-3)
+
+    def test_the_voice_of_one_clip_with_the_words_of_another(self, tokenizer):
+        one, other = (tokenizer.encode(tone(0.4, pitch)) for pitch in (150, 400))
+        values = one.values.copy()
+        values[0] = (values[0] + 1) % 4
+        changed = tokenizer.decode(Codes(values))
+        assert len(other) == len(one) and changed != tokenizer.decode(one)
+
+    def test_spans_joined_are_the_whole_clip(self, tokenizer):
+        codes = tokenizer.encode(tone(1.0))
+        whole = tokenizer.decode(codes).samples
+        for step in (3, 10):
+            spans = [
+                tokenizer.decode_span(codes, n, min(n + step, len(codes))) for n in range(0, len(codes), step)
+            ]
+            np.testing.assert_allclose(np.concatenate([span.samples for span in spans]), whole, atol=1e-5)
+        with pytest.raises(TokenizerError, match=r"first 2 codes are the voice's.*received 0 to 2"):
+            tokenizer.decode_span(codes, 0, 2)
+
+
+@pytest.mark.parametrize("codes", [-1, 1.5, "two"])
+def test_a_number_of_voice_codes_that_cannot_be_is_named(codes):
+    with pytest.raises(TokenizerError, match="voice_codes is a whole number, 0 for none; received"):
+        SpeechTokenizer(voice_codes=codes)
+
+
 def test_the_weights_of_mini_are_those_of_their_card_and_serve_two_rates():
     folder = ROOT / "tokenizers" / "speech" / "25hz"
     tokenizer = SpeechTokenizer.from_pretrained(ROOT / "anytoken/pretrained/mini/tokenizers/speech")
@@ -162,9 +225,3 @@ def test_log_mel_tells_pitch_and_level():
     louder = mel(torch.from_numpy(2 * tone(0.4, 200).samples[None]))
     assert (louder[0, low, 10] - frames[0, low, 10]).item() == pytest.approx(math.log(2), abs=1e-3)
     assert mel(torch.zeros(1, 3_200)).unique().item() == pytest.approx(math.log(1e-5))
-
-
-def test_the_spectral_loss_is_zero_for_equal_sounds_only():
-    a, b = (torch.from_numpy(tone(0.3, pitch).samples[None]) for pitch in (200, 300))
-    assert spectral_loss(a, a) == 0
-    assert spectral_loss(b, a) > spectral_loss(0.9 * a, a) > 0

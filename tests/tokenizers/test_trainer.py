@@ -57,6 +57,28 @@ def log_of(folder):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["image", "video", "speech"])
+def test_training_on_a_gpu_begins_as_on_the_cpu(recipe, sets, tmp_path, kind):
+    sizes = {k: v for k, v in CONFIG.items() if kind == "image" or not k.startswith("refine")}
+    sizes |= {"voice_codes": 2} if kind == "speech" else {}
+    data = {"image": "emoji/sprites.npy", "video": "emoji/animations.npy", "speech": "speech/train_audio.npy"}
+    plan = {"kind": kind, "config": sizes, "data": data[kind], "steps": 5, "log_every": 1, "save_every": 2}
+    logs = {}
+    for device in ("cpu", "cuda"):
+        folder = train_tokenizer(recipe(**plan, device=device), sets, tmp_path / device)
+        logs[device] = [line["loss"] for line in log_of(folder)]
+        load_tokenizer(folder)
+    assert logs["cuda"] == pytest.approx(logs["cpu"], rel=0.02)
+    assert "NVIDIA" in json.loads((tmp_path / "cuda" / "training.json").read_text())["machine"]
+
+
+def test_a_device_that_is_not_there_is_named(recipe, sets, tmp_path):
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(TokenizerError, match=f"device '{name}' is not usable here.*Use 'auto' or 'cpu'"):
+            train_tokenizer(recipe(device=name), sets, tmp_path / "out")
+
+
 def test_the_loss_falls_and_the_folder_is_whole(recipe, sets, tmp_path):
     out = train_tokenizer(recipe(), sets, tmp_path / "out")
     log = log_of(out)

@@ -7,7 +7,7 @@ from batteries import TokenizerBattery
 from anytoken.segments import Image, Video
 from anytoken.tokenizers.base import Codes, TokenizerError
 from anytoken.tokenizers.image import to_unit_range
-from anytoken.tokenizers.video import VideoTokenizer
+from anytoken.tokenizers.video import VideoTokenizer, fit_clip
 
 
 def clip(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Video:
@@ -139,6 +139,33 @@ class TestCausalVideoTokenizer(TestVideoTokenizer):
         still = clip(1)
         moving = Video(np.concatenate([still.frames.repeat(4, 0), clip(4, seed=5).frames]))
         assert np.array_equal(tokenizer.encode(moving).values[:16], tokenizer.encode(still).values)
+
+
+class TestCausalVideoTokenizerThatListensToItsDecoder(TestCausalVideoTokenizer):
+    """Of each tubelet's three nearest codes the one stays that decodes best after the steps before."""
+
+    quantizer = {"kind": "vq", "code_dim": 4, "decay": 0.9}
+    settings = {
+        **TestCausalVideoTokenizer.settings,
+        "quantizer": quantizer,
+        "codebook_size": 32,
+        "candidates": 3,
+    }
+
+    def test_codes_decode_nearer_to_the_clip_than_the_nearest_ones(self, tokenizer):
+        plain = VideoTokenizer(**{**tokenizer.config, "candidates": 1}).eval()
+        plain.load_state_dict(tokenizer.state_dict())
+        target = self.segment(5)
+        errors = [
+            np.square(one.autoencode(target).frames.astype(float) - fit_clip(target, 32, 4)).mean()
+            for one in (tokenizer, plain)
+        ]
+        assert errors[0] < errors[1]
+
+
+def test_candidates_need_a_causal_tokenizer():
+    with pytest.raises(TokenizerError, match="1, or causal=true; received 4 without"):
+        VideoTokenizer(quantizer="vq", candidates=4)
 
 
 @pytest.mark.parametrize("side_px", [60, 0, 4])
