@@ -28,10 +28,10 @@ PICTURE = ROOT / "tests" / "assets" / "images" / "1F300-3d-red.png"
 def new_tokenizer(kind: str):
     torch.manual_seed(0)
     tokenizer = load_modality(ROOT / "tokenizers" / kind)(**SETTINGS[kind])
-    if kind != "motion":  # a learned codebook begins where its first batch is
-        width = {"protein": (2, 64, 2), "palette": (1, 900, 3)}[kind]
-        batch = torch.randint(0, 20, width) if kind == "protein" else torch.rand(width) * 2 - 1
-        tokenizer.train().training_loss(batch)
+    # A learned codebook begins where its first batch is.
+    shape = {"protein": (2, 64, 2), "motion": (8, 64, 6), "palette": (1, 900, 3)}[kind]
+    batch = torch.randint(0, 20, shape) if kind == "protein" else torch.rand(shape) * 2 - 1
+    tokenizer.train().training_loss(batch)
     return tokenizer.eval()
 
 

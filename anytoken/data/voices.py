@@ -1,17 +1,18 @@
 """More voices for a speech tokenizer than the spoken names have: people, and throats of all kinds.
 
 A codec trained on few voices keeps those and not others. Recordings of people, telephone prompts in five languages
-(Debian's asterisk-core-sounds-*-g722: 16 kHz, CC-BY-SA), and emoji names said through the variants of espeak-ng's
+(Debian's asterisk-core-sounds-*-g722: 16 kHz), and emoji names said through the variants of espeak-ng's
 voice at many pitches go, with the training voices of the spoken names, into one array. The held-out voices do not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -20,13 +21,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from anytoken.data.cards import read_lines, write_lines
+from anytoken.data.cards import read_lines, write_card, write_lines
 from anytoken.data.speech import RATE_HZ, SpeechSetError, trim
 from anytoken.segments import Speech
 
 PROMPTS = Path("/usr/share/asterisk/sounds")  # where Debian puts them, a folder for each person and language
+PEOPLE = {  # of such a folder: Debian's package, and the licence of what was recorded
+    "en_US_f_Allison": ("asterisk-core-sounds-en-g722", "CC-BY-SA-3.0, Allison Smith"),
+    "es_MX_f_Allison": ("asterisk-core-sounds-es-g722", "CC-BY-SA-3.0, Allison Smith"),
+    "fr_CA_f_June": ("asterisk-core-sounds-fr-g722", "CC-BY-SA-3.0, June Wallack"),
+    "it_IT_m_Carlo": ("asterisk-core-sounds-it-g722", "CC-BY-3.0, Carlo Flora"),
+    "ru_RU_f_IvrvoiceRU": ("asterisk-core-sounds-ru-g722", "CC-BY-3.0, Maxim Topal"),
+}
+ABOUT = """The training voices of the spoken names, people that recorded telephone prompts, and emoji names said by the
+variants of espeak-ng's voice, one after the other in `audio.npy` (int16, 16 kHz); `audio.jsonl` says where each clip
+lies. It is for training speech tokenizers; the held-out voices of the spoken names are not in it."""
 LEFT_OUT = ("silence", "robot", "robosoft", "halflife", "whisper", "fast_test", "demonic", "announcement")
-NAMES_A_THROAT = 24
+NAMES_A_THROAT = 6
 PITCHES, SPEEDS_WPM = (20, 35, 50, 65, 80), (130, 150, 170, 190)
 ENGLISH = ("en-us", "en-gb")
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.3, 12.0
@@ -40,13 +51,13 @@ def build_voices(
     limit: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write OUT/speech/voices_audio.npy, int16 at 16 kHz, and voices_audio.jsonl, what lies where; returns the former.
+    """Write OUT/voices: audio.npy, int16 at 16 kHz, audio.jsonl, what lies where, and a card; returns the array's path.
 
-    The spoken names come first, as in train_audio.npy. limit: at most so many prompts and so many said names.
-    SpeechSetError if the spoken names, espeak-ng or the prompts are not there.
+    The spoken names of OUT/speech come first, as in its train_audio.npy. limit: at most so many prompts and so many
+    said names. SpeechSetError if the spoken names, espeak-ng or the prompts are not there.
     """
-    folder, prompts = Path(out) / "speech", Path(prompts)
-    names = folder / "train_audio.npy"
+    spoken, folder, prompts = Path(out) / "speech", Path(out) / "voices", Path(prompts)
+    names = spoken / "train_audio.npy"
     if not names.is_file():
         raise SpeechSetError(
             f"{names} is missing: build the spoken names first (anytoken data speech --out DIR)."
@@ -58,22 +69,44 @@ def build_voices(
         )
     if shutil.which("espeak-ng") is None:
         raise SpeechSetError("espeak-ng is not installed; install the Debian package of that name.")
-    jobs = list(plan(throats(), sorted({line["text"] for line in read_lines(folder / "speech.jsonl")})))
+    jobs = list(plan(throats(), sorted({line["text"] for line in read_lines(spoken / "speech.jsonl")})))
     files, jobs = files[:limit], jobs[:limit]
     with ProcessPoolExecutor(workers) as pool:
         made = chain(pool.map(read_prompt, files, chunksize=8), pool.map(say_in_throat, jobs, chunksize=8))
         clips = [*tqdm(made, "voices", len(files) + len(jobs), disable=not progress)]
     voices = [path.relative_to(prompts).parts[0] for path in files] + [job[1] for job in jobs]
-    lines, start = read_lines(folder / "train_audio.jsonl"), len(np.load(names, mmap_mode="r"))
+    lines, start = read_lines(names.with_suffix(".jsonl")), len(np.load(names, mmap_mode="r"))
     kept = [(voice, clip) for voice, clip in zip(voices, clips, strict=True) if len(clip)]
     for voice, clip in kept:
         lines.append({"voice": voice, "start": start, "samples": len(clip)})
         start += len(clip)
-    target, scratch = folder / "voices_audio.npy", folder / "voices_audio.tmp.npy"
+    folder.mkdir(parents=True, exist_ok=True)
+    target, scratch = folder / "audio.npy", folder / "audio.tmp.npy"
     np.save(scratch, np.concatenate([np.load(names), *[clip for _, clip in kept]]))
     write_lines(target.with_suffix(".jsonl"), lines)
     scratch.replace(target)
+    people = {path.relative_to(prompts).parts[0] for path in files}
+    write_card(folder, "Voices", ABOUT, {"sources": _sources(spoken, people)})
     return target
+
+
+def _sources(spoken: Path, people: Collection[str]) -> list[dict[str, str]]:
+    """What the spoken names are made of, and whose recordings were there."""
+    manifest = spoken / "manifest.json"
+    found = json.loads(manifest.read_text(encoding="utf-8"))["sources"] if manifest.is_file() else []
+    for person in sorted(people):
+        package, licence = PEOPLE.get(person, (person, "ask whoever recorded it"))
+        found.append({"name": f"{package} ({person})", "version": _version(package), "licence": licence})
+    return found
+
+
+def _version(package: str) -> str:
+    if shutil.which("dpkg-query") is None:
+        return "not known"
+    done = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Version}", package], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "not known"
 
 
 def throats() -> list[str]:

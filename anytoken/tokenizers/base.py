@@ -186,6 +186,9 @@ class ModalityTokenizer(nn.Module):
         self.codebook_sizes = tuple(int(k) for k in codebook_sizes)
         self.config = dict(config)
         self.frame_rate_hz: float | None = None
+        self.header_rows = (
+            0  # of codes [N, Q], before those of frames: of the whole segment, such as its voice
+        )
         self._saves_sums = True
 
     @property

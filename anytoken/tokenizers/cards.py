@@ -411,7 +411,7 @@ def _data(figures: dict[str, Any]) -> str:
         return ""
     text = "## Data and licences\n\n" + table([("set", "made of", "version", "licence"), *rows])
     if figures["kind"] == "speech":
-        text += "\n\nThe speech is synthetic: these engines said it, no person did."
+        text += "\n\nWhat is measured is synthetic: engines said it, no person did."
     return (
         text
         + "\n\nThe samples on this page show these works, or what came back of them, under their licences."

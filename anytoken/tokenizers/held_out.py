@@ -202,11 +202,11 @@ def _texts(data: Path, count: int | None, rng: np.random.Generator) -> list[Held
 def made_of(kind: str, data: Path, trained_on: str = "") -> list[dict[str, str]]:
     """What the sets that a kind is trained and measured on are made of: set, name, version, licence of each source.
 
-    trained_on: for a kind that has no set of its own, a path whose first folder names the set. Empty where the sets
-    say nothing of themselves (a manifest.json is written when a set is built).
+    trained_on: a path whose first folder names one more set. Empty where the sets say nothing of themselves (a
+    manifest.json is written when a set is built).
     """
     found = []
-    for name in SETS.get(kind, [*Path(trained_on).parts[:1]]):
+    for name in dict.fromkeys([*SETS.get(kind, []), *Path(trained_on).parts[:1]]):
         path = data / name / "manifest.json"
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []
         found += [

@@ -158,7 +158,7 @@ def _timed(work: Callable[[list[A]], list[B]], items: Sequence[A]) -> tuple[list
 
 
 def _usage(codes: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
-    """Share of all codes that the held-out items use, and the perplexity of the distribution of codes [N, Q].
+    """Share of all codes that the held-out items' frames use, and the perplexity of the distribution of codes [N, Q].
 
     The perplexity of several codebooks is the geometric mean of theirs.
     """
@@ -204,7 +204,9 @@ def measure_codes(
         "tokens_per_item": tokens / len(items), "tokens_per_unit": tokens / amount, "bits_per_unit": bits / amount,
         "encode_units_per_second": amount / encode_seconds, "decode_units_per_second": amount / decode_seconds,
         "units_per_second": amount / (encode_seconds + decode_seconds),
-        **_usage(np.concatenate([one.values for one in codes]), tokenizer.codebook_sizes),
+        **_usage(
+            np.concatenate([one.values[tokenizer.header_rows :] for one in codes]), tokenizer.codebook_sizes
+        ),
     }  # fmt: skip
     if isinstance(tokenizer, DNALetters):
         figures |= {"exact": exact(segments, outputs)} | other_letters(tokenizer, segments)

@@ -137,7 +137,7 @@ class SpeechTokenizer(ModalityTokenizer):
 
     frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
     voice_codes: codes of the whole clip that come before those of its frames, from the same codebooks' ids, in as many
-    rows of codes [N, Q] as they take. Frames are then encoded less the clip's mean spectrum, and decoded with it.
+    rows of codes [N, Q] as they take. Frames are then encoded less what the clip has all along, and decoded with them.
     """
 
     kind = "speech"
@@ -167,9 +167,10 @@ class SpeechTokenizer(ModalityTokenizer):
         config |= {"frames_per_code": frames_per_code} if frames_per_code != 1 else {}
         config |= {"voice_codes": voice_codes} if voice_codes else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        self.head = math.ceil(voice_codes / quantize.num_codebooks)  # rows of codes before those of frames
-        shape = Run(self.head + 1, self.head + max_frames, quantize.num_codebooks, quantize.order)
+        head = math.ceil(voice_codes / quantize.num_codebooks)
+        shape = Run(head + 1, head + max_frames, quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
+        self.header_rows = head
         self.hop = HOP * frames_per_code
         self.frame_rate_hz = SAMPLE_RATE_HZ / self.hop
         self.quantize = quantize
@@ -196,9 +197,19 @@ class SpeechTokenizer(ModalityTokenizer):
         return (self.mel(samples) + 5.0) / 4.0
 
     def _features(self, mel: Tensor) -> Tensor:
-        """Scaled log-mel frames to what is quantised [B, T, D]; with a voice, less what the clip has all along."""
-        seen = mel if self.voice is None else mel - mel.mean(2, keepdim=True)
-        return self.encoder(seen).transpose(1, 2)
+        """Scaled log-mel frames to what is quantised [B, T, D].
+
+        With a voice, less what the clip has all along: the mean of its spectrum, and after each part of the encoder
+        mean and spread of each feature (instance normalisation, which takes the speaker out: arXiv 1904.05742).
+        """
+        if self.voice is None:
+            return self.encoder(mel).transpose(1, 2)
+        found = mel - mel.mean(2, keepdim=True)
+        for part in self.encoder:
+            found = part(found)
+            found = found - found.mean(2, keepdim=True)
+            found = found / found.square().mean(2, keepdim=True).add(0.01).sqrt()
+        return found.transpose(1, 2)
 
     def weigh_losses(self, weights: Mapping[str, float]) -> None:
         """Train by these terms of `sound_losses`; without a word, by mel energies and spectra."""
@@ -254,7 +265,7 @@ class SpeechTokenizer(ModalityTokenizer):
             values = self.quantize(self._features(seen)).codes
             if self.voice:
                 books = values.shape[2]
-                told = F.pad(self.voice(seen)[1], (0, self.head * books - self.voice.count))
+                told = F.pad(self.voice(seen)[1], (0, self.header_rows * books - self.voice.count))
                 values = torch.cat([told.unflatten(1, (-1, books)), values], 1)
             codes.update({i: Codes(one) for i, one in zip(rows, values.cpu().numpy(), strict=True)})
         return [codes[i] for i in range(len(clips))]
@@ -274,9 +285,11 @@ class SpeechTokenizer(ModalityTokenizer):
 
     def _decode_values(self, values: Tensor) -> np.ndarray:
         """Codes [B, head + T, Q] to samples [B, T * hop] in [-1, 1]."""
-        frames = self.quantize.lookup(values[:, self.head :]).transpose(1, 2)
+        frames = self.quantize.lookup(values[:, self.header_rows :]).transpose(1, 2)
         if self.voice:
-            frames = frames + self.voice.lookup(values[:, : self.head].flatten(1)[:, : self.voice.count])
+            frames = frames + self.voice.lookup(
+                values[:, : self.header_rows].flatten(1)[:, : self.voice.count]
+            )
         return self.decoder(frames).clamp(-1, 1).cpu().numpy()
 
     @property
@@ -293,14 +306,14 @@ class SpeechTokenizer(ModalityTokenizer):
         sums of both lengths are taken in one order, else within float32 rounding. TokenizerError for a span of voice
         codes alone, which last no time.
         """
-        if stop <= self.head:
+        if stop <= self.header_rows:
             raise TokenizerError(
-                f"The first {self.head} codes are the voice's and last no time: a span of sound ends after "
-                f"code {self.head}; received {start} to {stop}."
+                f"The first {self.header_rows} codes are the voice's and last no time: a span of sound ends after "
+                f"code {self.header_rows}; received {start} to {stop}."
             )
-        start = max(start, self.head)
-        first, last = max(self.head, start - self.lookahead), min(len(codes), stop + self.lookahead)
-        kept = np.concatenate([codes.values[: self.head], codes.values[first:last]])
+        start = max(start, self.header_rows)
+        first, last = max(self.header_rows, start - self.lookahead), min(len(codes), stop + self.lookahead)
+        kept = np.concatenate([codes.values[: self.header_rows], codes.values[first:last]])
         samples = self._decode_values(torch.from_numpy(kept).to(self.device)[None])[0]
         return Speech(samples[(start - first) * self.hop : (stop - first) * self.hop], SAMPLE_RATE_HZ)
 

@@ -1,5 +1,6 @@
 """More voices for a speech tokenizer: what is read, said and left out, and what lies where in the array."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def a_set(folder: Path) -> Path:
     np.save(folder / "speech" / "train_audio.npy", tone(0.5))
     write_lines(folder / "speech" / "train_audio.jsonl", [{"voice": "slt", "start": 0, "samples": 8_000}])
     write_lines(folder / "speech" / "speech.jsonl", [{"text": name} for name in NAMES])
+    made_of = {"sources": [{"name": "flite", "version": "2", "licence": "BSD"}]}
+    (folder / "speech" / "manifest.json").write_text(json.dumps(made_of))
     return folder
 
 
@@ -68,14 +71,17 @@ def test_people_and_throats_follow_the_spoken_names(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(voices, "say_in_throat", _say)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     audio = np.load(build_voices(out, prompts, progress=False))
-    lines = read_lines(out / "speech" / "voices_audio.jsonl")
+    lines = read_lines(out / "voices" / "audio.jsonl")
     spoken = len(said) * len(NAMES)
     assert [line["voice"] for line in lines[:3]] == ["slt", "anna", "carlo"] and len(lines) == 3 + spoken
     assert lines[-1]["start"] + lines[-1]["samples"] == len(audio) and audio.dtype == np.int16
     for line, hz in zip(lines, [440, 200, 600, *[250] * 3, *[350] * 3], strict=True):
         piece = audio[line["start"] :][: line["samples"]][:4_000].astype(float)
         assert np.abs(np.fft.rfft(piece)).argmax() * 4 == pytest.approx(hz, abs=8)
-    assert not list((out / "speech").glob("*.tmp*"))
+    assert not list((out / "voices").glob("*.tmp*"))
+    sources = json.loads((out / "voices" / "manifest.json").read_text())["sources"]
+    assert [one["name"] for one in sources] == ["flite", "anna (anna)", "carlo (carlo)"]
+    assert "| flite | 2 | BSD |" in (out / "voices" / "README.md").read_text()
     few = build_voices(out, prompts, limit=1, progress=False)
     assert len(read_lines(few.with_suffix(".jsonl"))) == 3
 

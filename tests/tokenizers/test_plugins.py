@@ -41,7 +41,7 @@ class TestProtein(TokenizerBattery):
         assert one == other
 
     def test_letters_of_any_case_and_more_than_a_segment_takes(self, tokenizer):
-        assert Protein("mkbu").residues == "MKXX"
+        assert Protein("mkbujoxz").residues == "MKDCLKAE"
         with pytest.raises(SegmentError, match="received 'M1'"):
             Protein("M1")
         with pytest.raises(TokenizerError, match="at most 1024 residues; received 1025"):
@@ -50,7 +50,7 @@ class TestProtein(TokenizerBattery):
 
 class TestMotion(TokenizerBattery):
     tokenizer_class = load_modality(ROOT / "motion")
-    settings = {"width": 16, "depth": 1, "levels": [5, 4, 3], "residual": 2}
+    settings = {"width": 16, "depth": 1, "codebook_size": 24, "residual": 2}
 
     def segment(self, seed):
         return Motion(np.random.default_rng(seed).normal(size=(40, 6)).cumsum(0))
@@ -144,7 +144,7 @@ def plugin_sets(sets, tmp_path_factory):
 
 TINY = {
     "protein": ["config.width=16", "config.codebook_size=32"],
-    "motion": ["config.width=16", "config.depth=1", "config.levels=[4, 3]"],
+    "motion": ["config.width=16", "config.depth=1", "config.codebook_size=12"],
     "palette": ["config.width=16", "config.codebook_size=16"],
 }
 

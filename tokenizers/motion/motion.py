@@ -1,7 +1,7 @@
 """Six channels of a motion sensor to codes and back: a fifth of a second a frame, four residual codebooks.
 
 Acceleration and rotation about three axes at 10 samples a second, as a wrist watch gives them, go through 1-D ConvNeXt
-blocks and residual codebooks (finite scalar quantisation, arXiv 2309.15505; residual as in SoundStream, 2107.03312):
+blocks and residual codebooks of learned vectors (VQ-VAE, arXiv 1711.00937; residual as in SoundStream, 2107.03312):
 each says what the ones before left out. The folder is a whole modality: this file, a recipe and a card.
 
 The data are real: BasicMotions of the UEA archive (four students, a smart watch, four activities), 40 series of ten
@@ -83,9 +83,9 @@ class MotionTokenizer(ModalityTokenizer):
     kind = "motion"
     segment_type = Motion
 
-    def __init__(self, width: int = 96, depth: int = 3, levels: list[int] = (8, 5, 5), residual: int = 4):
-        config = {"width": width, "depth": depth, "levels": list(levels), "residual": residual}
-        quantize = Quantizer(width, {"kind": "fsq", "residual": residual}, levels)
+    def __init__(self, width: int = 96, depth: int = 3, codebook_size: int = 128, residual: int = 4):
+        config = {"width": width, "depth": depth, "codebook_size": codebook_size, "residual": residual}
+        quantize = Quantizer(width, {"kind": "vq", "residual": residual}, codebook_size=codebook_size)
         shape = Run(1, MAX_FRAMES, quantize.num_codebooks)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.frame_rate_hz = SAMPLE_RATE_HZ / PATCH
@@ -149,7 +149,7 @@ class MotionTokenizer(ModalityTokenizer):
         return {name: ((x - y).square().mean() / x.var()).item() for name, (x, y) in pairs.items()}
 
     def codebook_vectors(self, codebook=0):
-        """The levels of each code [K, 3]."""
+        """Learned vectors [K, width]."""
         return self.quantize.codebook(codebook)
 
 

@@ -88,7 +88,7 @@ class PaletteTokenizer(ModalityTokenizer):
     kind = "palette"
     segment_type = Palette
 
-    def __init__(self, width: int = 64, codebook_size: int = 512):
+    def __init__(self, width: int = 64, codebook_size: int = 256):
         config = {"width": width, "codebook_size": codebook_size}
         shape = Run(1, MAX_COLOURS, num_codebooks=2)
         super().__init__(shape=shape, codebook_sizes=[codebook_size, SHARES], config=config)

@@ -1,8 +1,8 @@
 """Proteins to codes and back: two residues a code, whatever their length up to 1,024.
 
-Pairs of residues (the 20 amino acids, X for any other) go through a small network and a learned codebook of vectors
-(VQ-VAE, arXiv 1711.00937). There are 462 pairs, so 512 codes can keep nearly all of them; which pairs share letters
-is where a language model's embedding rows start. The folder is a whole modality: this file, a recipe and a card.
+Pairs of the 20 amino acids go through a small network and a learned codebook of vectors (VQ-VAE, arXiv 1711.00937).
+There are 420, with those of an odd last residue, and as many codes, so that every letter can be kept; which pairs share
+letters is where a language model's embedding rows start. The folder is a whole modality: this file, a recipe, a card.
 """
 
 import json
@@ -19,23 +19,26 @@ from anytoken.segments import Segment, SegmentError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
 from anytoken.tokenizers.quantizers import Quantizer
 
-RESIDUES = "ACDEFGHIKLMNPQRSTVWYX"
+RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
+KEPT_AS = str.maketrans(
+    {"B": "D", "J": "L", "O": "K", "U": "C", "X": "A", "Z": "E"}
+)  # the residue each is nearest to
 PAD = len(RESIDUES)
 WINDOW, MAX_CODES = 2, 512
 
 
 @dataclass(frozen=True)
 class Protein(Segment):
-    """A chain of amino acids in one-letter code; B, J, O, U and Z are kept as X."""
+    """A chain of amino acids in one-letter code; B, J, O, U, X and Z are kept as D, L, K, C, A and E."""
 
     residues: str
     kind: ClassVar[str] = "protein"
 
     def __post_init__(self):
-        known = "".join("X" if letter in "BJOUZ" else letter for letter in str(self.residues).upper())
+        known = str(self.residues).upper().translate(KEPT_AS)
         if not known or set(known) - set(RESIDUES):
             raise SegmentError(
-                f"Protein takes the letters {RESIDUES} and BJOUZ; received {self.residues!r:.60}."
+                f"Protein takes the letters {RESIDUES} and BJOUXZ; received {self.residues!r:.60}."
             )
         object.__setattr__(self, "residues", known)
 
@@ -61,12 +64,16 @@ class ProteinTokenizer(ModalityTokenizer):
     kind = "protein"
     segment_type = Protein
 
-    def __init__(self, width: int = 128, code_dim: int = 32, codebook_size: int = 512):
+    def __init__(self, width: int = 128, code_dim: int = 32, codebook_size: int = len(RESIDUES) * (PAD + 1)):
         config = {"width": width, "code_dim": code_dim, "codebook_size": codebook_size}
         super().__init__(shape=Run(1, MAX_CODES), codebook_sizes=[codebook_size], config=config)
         pairs = WINDOW * (PAD + 1)
         self.encoder = nn.Sequential(nn.Linear(pairs, width), nn.GELU(), nn.Linear(width, code_dim))
-        self.quantize = Quantizer(code_dim, "vq", codebook_size=codebook_size)
+        follow = {
+            "kind": "vq",
+            "decay": 0.5,
+        }  # vectors keep up with the network, so that no two pairs come to share one
+        self.quantize = Quantizer(code_dim, follow, codebook_size=codebook_size)
         self.decoder = nn.Sequential(nn.Linear(code_dim, width), nn.GELU(), nn.Linear(width, pairs))
 
     def _latents(self, pairs):
@@ -80,10 +87,8 @@ class ProteinTokenizer(ModalityTokenizer):
         """batch: pairs int64 [B, N, 2], indices into RESIDUES and padding."""
         quantized = self.quantize(self._latents(batch))
         logits = self._logits(quantized.vectors)
-        exact = (logits.argmax(-1) == batch).float().mean().item()
-        return F.cross_entropy(logits.flatten(0, 2), batch.flatten()) + quantized.loss, {
-            "letters_exact": exact
-        }
+        loss = F.cross_entropy(logits.flatten(0, 2), batch.flatten()) + quantized.loss
+        return loss, {"letters_exact": (logits.argmax(-1) == batch).float().mean().item()}
 
     @torch.inference_mode()
     def encode(self, segment):
@@ -97,24 +102,25 @@ class ProteinTokenizer(ModalityTokenizer):
 
     @torch.inference_mode()
     def decode(self, codes):
-        """The likeliest letters; X where all are padding."""
+        """The likeliest letters; the first of a pair is no padding."""
         self.check_codes(codes)
-        letters = self._logits(self.quantize.lookup(torch.from_numpy(codes.values)[None])).argmax(-1)
-        return Protein("".join(RESIDUES[n] for n in letters.flatten().tolist() if n != PAD) or "X")
+        logits = self._logits(self.quantize.lookup(torch.from_numpy(codes.values)[None]))
+        logits[..., 0, PAD] = -torch.inf
+        return Protein("".join(RESIDUES[n] for n in logits.argmax(-1).flatten().tolist() if n != PAD))
+
+    def fit(self, source, seed):
+        """One vector a code to begin with: k-means of all pairs."""
+        torch.manual_seed(seed)
+        self.train().quantize(self._latents(_all_pairs()[None]))
 
     def training_batches(self, source, batch_size, seed):
-        """128 pairs a row from the training split of a JSON lines file with a `protein` key, and 128 of any letters:
-
-        a pair that is rarely seen would else lose its code to a frequent one.
-        """
+        """128 pairs a row from the training split of a JSON lines file with a `protein` key, and every pair once."""
         chain = _pairs("".join(residues for _, residues in _proteins(source, "train")))
-        edge = torch.tensor([[n, PAD] for n in range(PAD)])  # an odd last residue
+        all_pairs = _all_pairs().expand(batch_size, -1, -1)
 
         def batch(step):
             rng = np.random.default_rng((seed, step))
-            seen = chain[rng.integers(0, len(chain), (batch_size, 128 - PAD))]
-            any_letters = torch.from_numpy(rng.integers(0, PAD, (batch_size, 128, WINDOW)))
-            return torch.cat([seen, edge.expand(batch_size, -1, -1), any_letters], 1)
+            return torch.cat([chain[rng.integers(0, len(chain), (batch_size, 128))], all_pairs], 1)
 
         return batch
 
@@ -124,12 +130,17 @@ class ProteinTokenizer(ModalityTokenizer):
 
     def distortion(self, original, decoded):
         """Share of letters that come back, and whether all do."""
-        same = [a == b for a, b in zip(original.residues, decoded.residues, strict=False)]
-        return {"letters kept": sum(same) / len(original.residues), "exact": float(original == decoded)}
+        same = sum(a == b for a, b in zip(original.residues, decoded.residues, strict=False))
+        return {"letters kept": same / len(original.residues), "exact": float(original == decoded)}
 
     def codebook_vectors(self, codebook=0):
         """Learned vectors [K, code_dim]."""
         return self.quantize.codebook()
+
+
+def _all_pairs():
+    """Each pair once [420, 2], with those of an odd last residue."""
+    return torch.cartesian_prod(torch.arange(PAD), torch.arange(PAD + 1))
 
 
 def _pairs(residues):
