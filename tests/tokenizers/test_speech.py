@@ -12,7 +12,7 @@ from batteries import TokenizerBattery
 
 from anytoken.segments import Speech
 from anytoken.tokenizers.base import Codes, TokenizerError
-from anytoken.tokenizers.sound_losses import spectral_loss
+from anytoken.tokenizers.sound_losses import envelope_loss, spectral_loss
 from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer
 from anytoken.tokenizers.trainer import load_recipe
 
@@ -228,3 +228,41 @@ def test_log_mel_tells_pitch_and_level():
     louder = mel(torch.from_numpy(2 * tone(0.4, 200).samples[None]))
     assert (louder[0, low, 10] - frames[0, low, 10]).item() == pytest.approx(math.log(2), abs=1e-3)
     assert mel(torch.zeros(1, 3_200)).unique().item() == pytest.approx(math.log(1e-5))
+
+
+class TestThePublishedVoice:
+    """tokenizers/speech/voice, on clips of two voices that it never heard."""
+
+    tokenizer = SpeechTokenizer.from_pretrained(ROOT / "tokenizers" / "speech" / "voice" / "weights")
+    names = ("1F69C-100", "1F994-100", "1F9AC-100", "2708-100")
+
+    def clip(self, voice: str, name: str) -> Speech:
+        return Speech.open(ROOT / "tests" / "assets" / "audio" / voice / f"{name}.flac").resample(16_000)
+
+    def likeness(self, clip: Speech, back: Speech) -> float:
+        length = min(len(clip.samples), len(back.samples))
+        a, b = (torch.from_numpy(one.samples[:length].copy())[None] for one in (clip, back))
+        return 1 - envelope_loss(b, a).item()
+
+    @pytest.mark.parametrize("voice", ["awb", "rms"])
+    def test_syllables_rise_and_fall_as_they_did(self, voice):
+        clips = [self.clip(voice, name) for name in self.names]
+        both = self.tokenizer.first_codebooks(2)
+        one, two = (
+            np.mean([self.likeness(clip, each.autoencode(clip)) for clip in clips])
+            for each in (self.tokenizer, both)
+        )
+        others = np.mean([self.likeness(clips[n], self.tokenizer.autoencode(clips[n - 1])) for n in range(4)])
+        assert two > one > 0.8 and others < 0.6
+
+    def test_the_header_says_who_speaks(self):
+        """Words of one voice under the header of the other: their mean spectrum moves to the other's."""
+
+        def colour(codes: np.ndarray) -> np.ndarray:
+            samples = torch.from_numpy(self.tokenizer.decode(Codes(codes)).samples.copy())[None]
+            return LogMel()(samples)[0].mean(1).numpy()
+
+        for name in self.names:
+            awb, rms = (self.tokenizer.encode(self.clip(voice, name)).values for voice in ("awb", "rms"))
+            swapped = colour(np.concatenate([rms[:4], awb[4:]]))
+            assert np.abs(swapped - colour(rms)).mean() < np.abs(swapped - colour(awb)).mean()
