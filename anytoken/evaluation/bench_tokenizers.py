@@ -67,12 +67,9 @@ def bench_tokenizers(
                 found += _beside_codecs(tokenizer, max(batches), repeats)
             rows += [{"tokenizer": folder.as_posix(), **row} for row in found]
     return {
-        "batches": list(batches),
-        "repeats": repeats,
-        "codecs": CODECS,
-        "machine": device_name(place),
-        "rows": rows,
-    }
+        "batches": list(batches), "repeats": repeats, "codecs": CODECS,
+        "threads": 1, "machine": device_name(place), "rows": rows,
+    }  # fmt: skip
 
 
 def _batched(tokenizer: ModalityTokenizer, batch: int, repeats: int) -> list[Figures]:
