@@ -16,8 +16,13 @@ import torch
 
 from anytoken.evaluation.bench import BenchError, Figures, take_turns
 from anytoken.segments import DNA, Image, Segment, Speech, Video
-from anytoken.tokenizers.base import ModalityTokenizer, device_name, load_tokenizer, usable_device
-from anytoken.tokenizers.measures import one_thread
+from anytoken.tokenizers.base import (
+    ModalityTokenizer,
+    device_name,
+    load_tokenizer,
+    math_threads,
+    usable_device,
+)
 from anytoken.tokenizers.pretrained import PretrainedSpeech
 
 BATCHED = 3.0  # times the speed of one item after the other
@@ -59,7 +64,7 @@ def bench_tokenizers(
     """Rows {tokenizer, what, items/s, peer, peer items/s, ratio, bar, met} for folders and sizes of a batch."""
     place = usable_device(device)
     rows: list[Figures] = []
-    with one_thread():
+    with math_threads(1):
         for folder in folders:
             tokenizer = load_tokenizer(folder).to(place)
             found = [row for batch in batches for row in _batched(tokenizer, batch, repeats)]

@@ -16,7 +16,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -148,6 +149,17 @@ class Codes:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+@contextmanager
+def math_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads; after, on as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def loss_weights(

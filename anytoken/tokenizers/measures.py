@@ -14,8 +14,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -27,7 +26,7 @@ import torch
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.bars import bars
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer, math_threads
 from anytoken.tokenizers.dna_letters import DNALetters
 from anytoken.tokenizers.held_out import HeldOut, by_group, file_items, held_out_items, own_held_out
 from anytoken.tokenizers.measures_dna import exact, other_letters, stream_genomes, untrained_genomes
@@ -70,7 +69,7 @@ def measure(
     Raises TokenizerError for a folder that holds no tokenizer, or a set that is not there.
     """
     folder, data = Path(tokenizer), Path(data)
-    with one_thread():
+    with math_threads(1):
         if (folder / TEXT_FILE).is_file():
             if files:
                 raise TokenizerError("A text tokenizer is measured on texts of the built sets, not on files.")
@@ -87,17 +86,6 @@ def measure(
     # What is expected is expected on the sets.
     found.figures |= {"files": files, "bars": []} if files else {"bars": bars(found.figures)}
     return found
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _picture_tokenizer(

@@ -27,6 +27,7 @@ from anytoken.tokenizers.base import (
     TokenizerError,
     device_name,
     load_tokenizer,
+    math_threads,
     usable_device,
 )
 from anytoken.tokenizers.modalities import load_modality, modality_class
@@ -128,11 +129,15 @@ def train_tokenizer(
     report = out / "training.json"
     if report.is_file() and Recipe(**json.loads(report.read_text())["recipe"]) == plan:
         return out
+    with math_threads(plan.threads):
+        return _train(plan, recipe_path, data, out)
+
+
+def _train(plan: Recipe, recipe_path: Path, data: Path, out: Path) -> Path:
     if plan.kind == "dna":
         return _train_dna(plan, out)
     if plan.code:
         load_modality(recipe_path.parent / plan.code)
-    torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed)
     tokenizer, start = _build(plan), time.perf_counter()
     tokenizer.fit(data / plan.data, plan.seed)

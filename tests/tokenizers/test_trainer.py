@@ -133,6 +133,14 @@ def test_a_kind_without_terms_says_so(recipe, sets, tmp_path):
         train_tokenizer(path, sets, tmp_path / "out")
 
 
+def test_the_caller_s_threads_are_as_they_were(recipe, sets, tmp_path):
+    train_tokenizer(recipe(steps=2, threads=2), sets, tmp_path / "image")
+    assert torch.get_num_threads() == 1
+    with pytest.raises(TokenizerError, match=r"init_from|not a folder|missing"):
+        train_tokenizer(recipe(threads=2, init_from=str(tmp_path / "none")), sets, tmp_path / "other")
+    assert torch.get_num_threads() == 1
+
+
 def test_another_seed_trains_another_tokenizer(recipe, sets, tmp_path):
     path = recipe(steps=2)
     folders = [train_tokenizer(path, sets, tmp_path / str(seed), [f"seed={seed}"]) for seed in (0, 1)]
