@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache as memoize
@@ -166,23 +166,20 @@ def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | 
         if voice_model is None:
             raise SpeechSetError(f"The voice {PIPER} needs voice_model, the .onnx file of {PIPER_PACKAGE}.")
         return trim(_say_with_piper(text, stretch, voice_model))
+    if voice in FLITE + TEST_FLITE:
+        return engine_says(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}"], text)
+    return engine_says(["espeak-ng", "-v", voice, "-s", str(round(160 / stretch))], text)
+
+
+def engine_says(command: Sequence[str], text: str) -> Speech:
+    """What flite or espeak-ng, with these options, makes of `text`: 16 kHz, levelled and trimmed as by `trim`.
+
+    SpeechSetError if the engine fails.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         wav = Path(scratch) / "out.wav"
-        if voice in FLITE + TEST_FLITE:
-            command = [
-                "flite",
-                "-voice",
-                voice,
-                "--setf",
-                f"duration_stretch={stretch}",
-                "-t",
-                text,
-                "-o",
-                str(wav),
-            ]
-        else:
-            command = ["espeak-ng", "-v", voice, "-s", str(round(160 / stretch)), "-w", str(wav), text]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        task = ["-t", text, "-o", str(wav)] if command[0] == "flite" else ["-w", str(wav), text]
+        done = subprocess.run([*command, *task], capture_output=True, text=True, check=False)
         if done.returncode or not wav.is_file():
             raise SpeechSetError(f"{' '.join(command[:3])} failed on {text!r}: {done.stderr.strip()[-200:]}")
         return trim(Speech.open(wav).resample(RATE_HZ))

@@ -11,18 +11,16 @@ import hashlib
 import json
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from anytoken.data.cards import read_lines, write_card, write_lines
-from anytoken.data.speech import RATE_HZ, SpeechSetError, trim
+from anytoken.data.speech import RATE_HZ, SpeechSetError, engine_says, trim
 from anytoken.segments import Speech
 
 PROMPTS = Path("/usr/share/asterisk/sounds")  # where Debian puts them, a folder for each person and language
@@ -135,23 +133,17 @@ def read_prompt(path: Path) -> np.ndarray:
     samples = np.concatenate([np.zeros(0, np.int16), *blocks])
     if not SHORTEST_SECONDS <= len(samples) / RATE_HZ <= LONGEST_SECONDS:
         return np.zeros(0, np.int16)
-    return _packed(Speech(samples.astype(np.float32) / 32768, RATE_HZ))
+    return _packed(trim(Speech(samples.astype(np.float32) / 32768, RATE_HZ)))
 
 
 def say_in_throat(job: Job) -> np.ndarray:
     """A name by espeak-ng as int16 [T] at 16 kHz, levelled and trimmed."""
     text, voice, pitch, speed = job
-    with tempfile.TemporaryDirectory() as scratch:
-        wav = Path(scratch) / "out.wav"
-        command: list[Any] = ["espeak-ng", "-v", voice, "-p", pitch, "-s", speed, "-w", wav, text]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-        if done.returncode or not wav.is_file():
-            raise SpeechSetError(f"espeak-ng -v {voice} failed on {text!r}: {done.stderr.strip()[-200:]}")
-        return _packed(Speech.open(wav).resample(RATE_HZ))
+    return _packed(engine_says(["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(speed)], text))
 
 
 def _packed(clip: Speech) -> np.ndarray:
-    return np.round(trim(clip).samples * 32767).astype(np.int16)
+    return np.round(clip.samples * 32767).astype(np.int16)
 
 
 def _left_out(path: Path) -> bool:

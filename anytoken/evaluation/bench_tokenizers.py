@@ -16,13 +16,8 @@ import torch
 
 from anytoken.evaluation.bench import BenchError, Figures, take_turns
 from anytoken.segments import DNA, Image, Segment, Speech, Video
-from anytoken.tokenizers.base import (
-    ModalityTokenizer,
-    device_name,
-    load_tokenizer,
-    math_threads,
-    usable_device,
-)
+from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+from anytoken.tokenizers.machine import device_name, math_threads, usable_device
 from anytoken.tokenizers.pretrained import PretrainedSpeech
 
 BATCHED = 3.0  # times the speed of one item after the other

@@ -27,7 +27,8 @@ import anytoken.model  # noqa: F401  (registers the architecture with the Auto c
 from anytoken.model.modalities import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
-from anytoken.tokenizers.base import TokenizerError, usable_device
+from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.machine import usable_device
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")

@@ -12,12 +12,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,17 +147,6 @@ class Codes:
 
     def __len__(self) -> int:
         return len(self.values)
-
-
-@contextmanager
-def math_threads(count: int) -> Iterator[None]:
-    """Inside, torch computes on so many threads; after, on as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def loss_weights(
@@ -441,26 +428,6 @@ def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
         if mean is not None and count is not None:
             state[name] = mean * count[..., None]
     return state
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """A device by name; "auto" takes CUDA if it is there. TokenizerError for one that cannot be used."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise TokenizerError(
-            f"device {device!r} is not usable here: {reason}. Use 'auto' or 'cpu'."
-        ) from error
-    return chosen
-
-
-def device_name(device: torch.device) -> str:
-    """The make of a GPU, or the processor's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}

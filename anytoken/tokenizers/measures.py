@@ -26,9 +26,10 @@ import torch
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.bars import bars
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer, math_threads
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.dna_letters import DNALetters
 from anytoken.tokenizers.held_out import HeldOut, by_group, file_items, held_out_items, own_held_out
+from anytoken.tokenizers.machine import math_threads
 from anytoken.tokenizers.measures_dna import exact, other_letters, stream_genomes, untrained_genomes
 from anytoken.tokenizers.measures_pictures import pictures_kept
 from anytoken.tokenizers.measures_speech import RANDOM_ITEMS, random_codes, speech_kept

@@ -22,14 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from anytoken.tokenizers.backbone import Trunk
-from anytoken.tokenizers.base import (
-    ModalityTokenizer,
-    TokenizerError,
-    device_name,
-    load_tokenizer,
-    math_threads,
-    usable_device,
-)
+from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.machine import device_name, math_threads, usable_device
 from anytoken.tokenizers.modalities import load_modality, modality_class
 
 
