@@ -29,6 +29,7 @@ BACKGROUNDS = [
     (250, 225, 90), (80, 175, 90), (70, 120, 225), (150, 90, 190),
 ]  # fmt: skip
 CROP_SECONDS = 1.0
+CROP_SHARES = 1.0, 1.0, 1.0, 0.8, 0.6, 0.4  # of that: down to a word of one syllable
 SUFFIXES = {  # of a user's own files, for each kind that has batches here
     "image": (".png", ".jpg", ".jpeg", ".webp"),
     "video": (".mp4", ".webm", ".gif", ".webp"),
@@ -63,7 +64,7 @@ def batches_for(
 
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
-    """How long a crop of sound is: twice as long where the voice is heard in another clip than what is said."""
+    """How long a crop of sound is at most: twice as long where the voice is heard in another clip than what is said."""
     return CROP_SECONDS * (2 if config.get("voice_codes") else 1)
 
 
@@ -143,24 +144,49 @@ def audio_batches(
     device: str | torch.device = "cpu",
     seconds: float = CROP_SECONDS,
 ) -> Batches:
-    """Crops [B, seconds * 16000] of one long int16 recording, at varied level, speed and timbre."""
+    """Crops [B, samples] of one long int16 recording, at varied level, speed and timbre.
+
+    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others shorter ones and so many more. Where
+    an index beside the recording says where its clips lie, a third of the crops begin with a clip and a third end with
+    one: a sound's first and last moment have nothing beside them, and a random crop hardly ever has either.
+    """
     from torchaudio.functional import resample
 
-    audio = _on(device, path)
-    length = int(seconds * SAMPLE_RATE_HZ)
+    audio, edges = _on(device, path), _clip_edges(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
         ratio = int(
             rng.choice([8, 9, 10, 10, 11, 12])
         )  # ten in `ratio` out: pitch and speed of other speakers
+        length, count = _crop_size(batch_size, seconds, rng)
         need = length * 10 // ratio + 10
-        starts = torch.from_numpy(rng.integers(0, max(1, len(audio) - need), batch_size)).to(device)
-        crops = audio[starts[:, None] + torch.arange(need, device=device)].float() / 32768
+        starts = rng.integers(0, max(1, len(audio) - need), count)
+        if edges is not None:
+            first, last = (rng.choice(one, count) for one in edges)
+            kind = rng.integers(0, 3, count)
+            starts = np.choose(kind, [starts, first, last - need]).clip(0, max(0, len(audio) - need))
+        rows = torch.from_numpy(starts).to(device)[:, None] + torch.arange(need, device=device)
+        crops = audio[rows].float() / 32768
         crops = _toned((crops if ratio == 10 else resample(crops, 10, ratio))[:, :length], rng)
-        return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (batch_size, 1)).astype(np.float32)).to(device)
+        return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (count, 1)).astype(np.float32)).to(device)
 
     return batch
+
+
+def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Where the clips of a recording begin and where they end, in samples; None if nothing says so."""
+    if not index.is_file():
+        return None
+    lines = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+    begins = np.array([line["start"] for line in lines])
+    return begins, begins + np.array([line["samples"] for line in lines])
+
+
+def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tuple[int, int]:
+    """How long the crops of a batch are, in samples, and how many there are: the same sound in all, or nearly."""
+    share = float(rng.choice(CROP_SHARES))
+    return int(share * seconds * SAMPLE_RATE_HZ), int(batch_size / share)
 
 
 def _toned(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, points: int = 9) -> Tensor:
@@ -188,7 +214,7 @@ def file_batches(
     """Batches from a user's own pictures, clips or recordings, in a folder or of a glob.
 
     Pictures and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
-    one drawn from all. Of recordings it is a crop (`crop_seconds`), drawn anew each time.
+    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn anew each time.
     """
     files, config = own_files(source, SUFFIXES[kind]), config or {}
     if not files:
@@ -212,13 +238,11 @@ def file_batches(
 
 
 def _sound_batches(items: Sequence[Tensor], batch_size: int, seed: int, seconds: float) -> Batches:
-    length = int(seconds * SAMPLE_RATE_HZ) // HOP * HOP
-
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        return torch.stack(
-            [_crop(items[row], length, rng) for row in rng.integers(0, len(items), batch_size)]
-        )
+        length, count = _crop_size(batch_size, seconds, rng)
+        length -= length % HOP
+        return torch.stack([_crop(items[row], length, rng) for row in rng.integers(0, len(items), count)])
 
     return batch
 
@@ -230,5 +254,6 @@ def _sound(path: Path) -> Tensor:
 def _crop(samples: Tensor, length: int, rng: np.random.Generator) -> Tensor:
     if len(samples) <= length:
         return samples.repeat(-(-length // len(samples)))[:length]
-    start = int(rng.integers(0, len(samples) - length))
+    last = len(samples) - length
+    start = int(rng.choice([rng.integers(0, last), 0, last]))  # a clip's ends are to be heard, too
     return samples[start : start + length]

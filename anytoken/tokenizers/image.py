@@ -2,9 +2,8 @@
 
 A VQ autoencoder (VQ-VAE, arXiv 1711.00937) on patches: convolutional trunk at patch resolution, finite scalar
 quantisation (2309.15505), a deeper trunk, and a short refining stage at a quarter of the patch size so that
-patch borders do not show. 64x64 pixels are 64 codes. With `candidates` the encoder listens to the decoder: codes are
-chosen by what they decode to, as in speech coders (Schroeder and Atal, ICASSP 1985), for some 0.8 dB more and an
-encoding that takes as long as a few decodings for each candidate.
+patch borders do not show. 64x64 pixels are 64 codes. With `candidates` they are chosen by what they decode to, for some
+0.8 dB more and an encoding that takes as long as a few decodings for each candidate.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from anytoken.tokenizers.base import (
     loss_weights,
     register_modality,
 )
+from anytoken.tokenizers.candidates import best_codes, check_candidates
 from anytoken.tokenizers.picture_losses import TERMS, PatchCritic, feature_loss, pixel_loss, psnr_loss
-from anytoken.tokenizers.quantizers import LEARNED, Choice, Quantizer
+from anytoken.tokenizers.quantizers import Choice, Quantizer
 
 PATCH_PX = 8
 KEPT_PX = 128  # a side that every tokenizer's grid has room for
@@ -81,43 +81,23 @@ def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
         )
 
 
-def check_candidates(count: int, quantize: Quantizer) -> None:
-    """TokenizerError unless so many of a patch's nearest codes can be tried when encoding."""
-    one_learned = quantize.kind in LEARNED and quantize.num_codebooks == 1
-    most = quantize.codebook_size if one_learned else 1
-    if not isinstance(count, int) or not 1 <= count <= most:
-        raise TokenizerError(
-            f"candidates is 1, or with one codebook of {' or '.join(LEARNED)} up to its size; received {count!r} "
-            f"with a quantizer {quantize.kind} of {quantize.num_codebooks} codebooks of {quantize.codebook_size}."
-        )
-
-
 def best_decoded(
-    codes: Tensor, others: Tensor, decode: Callable[[Tensor, Sequence[int]], Tensor], target: Tensor
+    choices: Tensor, decode: Callable[[Tensor, Sequence[int]], Tensor], target: Tensor
 ) -> Tensor:
-    """Codes [B, N], each another one of others [B, N, candidates] where that decodes nearer to target [B, ..., H, W].
+    """Of choices [B, N, C, Q] the codes [B, N, Q] that decode nearest to target [B, ..., H, W].
 
-    decode: codes and their grid to what is as the target, of 8x8 pixels a code. Analysis by synthesis: a code is judged
-    by the squared error of its patch and the eight around it, with the codes that these have so far. Every other row
-    and column is tried at once: no two that change are neighbours.
+    decode: codes and their grid to what is as the target, of 8x8 pixels a code. A code is judged by the squared error
+    of its patch and the eight around it. Every other row and column is tried at once: no neighbours change together.
     """
     grid = [side // PATCH_PX for side in target.shape[-2:]]
 
-    def error_around(trial: Tensor) -> Tensor:
-        error = (decode(trial, grid).clamp(-1, 1) - target).square().flatten(1, -3).sum(1, keepdim=True)
-        return F.avg_pool2d(F.avg_pool2d(error, PATCH_PX), 3, 1, 1).flatten(1)
+    def error(trials: Tensor) -> Tensor:
+        decoded = decode(trials.flatten(0, 1), grid).clamp(-1, 1).unflatten(0, trials.shape[:2])
+        squared = (decoded - target).square().flatten(2, -3).sum(2)
+        return F.avg_pool2d(F.avg_pool2d(squared, PATCH_PX), 3, 1, 1).flatten(2)
 
-    place = torch.arange(math.prod(grid), device=codes.device)
-    parity = place // grid[1] % 2 * 2 + place % grid[1] % 2
-    for group in parity.unique():
-        free, start = parity == group, codes
-        error = error_around(start)
-        for tried in others.unbind(-1):
-            trial = torch.where(free, tried, start)
-            found = error_around(trial)
-            better = free & (found < error)
-            codes, error = torch.where(better, trial, codes), torch.where(better, found, error)
-    return codes
+    place = torch.arange(math.prod(grid), device=choices.device)
+    return best_codes(choices, place // grid[1] % 2 * 2 + place % grid[1] % 2, error)
 
 
 def fit_picture(picture: Image, side_px: int) -> np.ndarray:
@@ -204,7 +184,7 @@ class ImageTokenizer(ModalityTokenizer):
         return self.refine(unpatchify(self.decoder(x), (up, up)))
 
     def _pixels(self, codes: Tensor, grid: Sequence[int]) -> Tensor:
-        return self.reconstruct(codes.unflatten(1, tuple(grid))[..., None])
+        return self.reconstruct(codes.unflatten(1, tuple(grid)))
 
     def _encode_pixels(self, x: Tensor) -> Tensor:
         return self.encoder(_patches(x))
@@ -256,11 +236,11 @@ class ImageTokenizer(ModalityTokenizer):
             x = _patches(as_bytes(np.stack([pictures[i] for i in rows]))).to(self.device)
             latent = self.encoder(from_bytes(x))
             flat = latent.flatten(2).transpose(1, 2)
-            codes = self.quantize(flat).codes
-            if self.config.get("candidates", 1) > 1:
+            if (count := self.config.get("candidates", 1)) == 1:
+                codes = self.quantize(flat).codes
+            else:
                 target = unpatchify(from_bytes(x), (PATCH_PX, PATCH_PX))
-                others = self.quantize.nearest(flat, self.config["candidates"])[..., 1:]
-                codes = best_decoded(codes[..., 0], others, self._pixels, target)[..., None]
+                codes = best_decoded(self.quantize.nearest(flat, count), self._pixels, target)
             for i, values in zip(rows, codes.cpu().numpy(), strict=True):
                 result[i] = Codes(values, tuple(latent.shape[2:]))
         return [codes for codes in result if codes is not None]

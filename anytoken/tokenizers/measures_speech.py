@@ -24,7 +24,7 @@ from anytoken.tokenizers.speech import SAMPLE_RATE_HZ, LogMel
 from anytoken.tokenizers.words import JudgeError, WordJudge
 
 RANDOM_ITEMS = 50  # clips decoded from random codes: enough for a mean that means "nothing"
-JUDGED_ITEMS = 200  # clips whose words are heard, which takes longest
+CLIPS_A_GRAMMAR = 200  # whose names are those to choose from
 OPTIONAL = {"stoi": "pystoi", "pesq": "pesq"}  # measure: package
 log = logging.getLogger(__name__)
 
@@ -75,35 +75,38 @@ def words_kept(
 ) -> dict[str, Any]:
     """Shares of clips whose name is heard: of originals, of what came back, of random codes.
 
-    A seeded choice of JUDGED_ITEMS clips is heard, and its names are those to choose from. words_share is the second
-    as a share of the first. Names with words the recogniser does not know are not asked for.
+    All clips are heard, in seeded parts of at most CLIPS_A_GRAMMAR, each with its own names to choose from: one grammar
+    of more names would be another, harder test. words_share is the second as a share of the first, and by part. Names
+    with words the recogniser does not know are not asked for.
     """
     if not all(item.says_name for item in items):
         log.warning("Words are not measured: what the clips say is not known.")
         return {}
-    picked = np.random.default_rng((seed, 3)).permutation(len(items))[:JUDGED_ITEMS].tolist()
-    try:
-        judge = WordJudge(sorted({items[index].name for index in picked}))
-    except JudgeError as error:
-        log.warning("Words are not measured: %s", error)
-        return {}
-    chosen = [index for index in picked if judge.knows(items[index].name)]
-
-    def heard(clips: Sequence[Segment], rows: Sequence[int]) -> float:
-        right = [
-            isinstance(clip, Speech) and judge.hear(clip) == items[row].name
-            for clip, row in zip(clips, rows, strict=True)
-        ]
-        return float(np.mean(right)) if right else 0.0
-
-    originals = heard([items[row].segment for row in chosen], chosen)
-    back = heard([outputs[row] for row in chosen], chosen)
-    floor = [row for row in range(len(noise)) if judge.knows(items[row].name)]
+    order = np.random.default_rng((seed, 3)).permutation(len(items))
+    tallies, names = [], 0
+    for part in np.array_split(order, -(-len(items) // CLIPS_A_GRAMMAR)):
+        try:
+            judge = WordJudge(sorted({items[row].name for row in part}))
+        except JudgeError as error:
+            log.warning("Words are not measured: %s", error)
+            return {}
+        rows = [row for row in part.tolist() if judge.knows(items[row].name)]
+        names = max(names, len(judge.names))
+        tallies.append([
+            sum(_says(judge, clips[row], items[row].name) for row in rows if row < len(clips))
+            for clips in ([item.segment for item in items], outputs, noise)
+        ] + [len(rows), sum(row < len(noise) for row in rows)])  # fmt: skip
+    originals, back, floor, asked, asked_noise = np.sum(tallies, 0).tolist()
     return {
-        "words_items": len(chosen), "words_names": len(judge.names), "words_originals": originals,
-        "words": back, "words_share": back / originals if originals else 0.0,
-        "random_codes_words": heard([noise[row] for row in floor], floor),
+        "words_items": asked, "words_names": names, "words_originals": originals / asked, "words": back / asked,
+        "words_share": back / originals if originals else 0.0,
+        "words_share_by_part": [part[1] / part[0] if part[0] else 0.0 for part in tallies],
+        "random_codes_words": floor / asked_noise if asked_noise else 0.0,
     }  # fmt: skip
+
+
+def _says(judge: WordJudge, clip: Segment, name: str) -> bool:
+    return isinstance(clip, Speech) and judge.hear(clip) == name
 
 
 def _log_mel_l1(clean: Segment, other: Segment) -> float:

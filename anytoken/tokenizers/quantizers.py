@@ -48,6 +48,7 @@ _CLASSES: dict[
     "lfq": (LFQ, ResidualLFQ, {}),
 }
 KINDS, LEARNED = tuple(_CLASSES), ("vq", "cosine")
+BEAM = 8  # sums of residual codebooks that `nearest` follows up
 Choice = str | Mapping[str, Any]
 
 
@@ -178,12 +179,27 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, x: Tensor, count: int) -> Tensor:
-        """The `count` codes [B, N, count] nearest to x [B, N, D], nearest first; of one learned codebook only."""
-        projected = self.inner.project_in(x.float())
+        """The `count` choices [B, N, count, Q] whose vectors are nearest to x [B, N, D], nearest first.
+
+        Of a learned codebook, or of residual ones of "vq": there it is a beam search, which also finds better sums than
+        one code after the other does.
+        """
+        left = self.inner.project_in(x.float())
         if self.kind == "cosine":
-            projected = torch.nn.functional.normalize(projected, dim=-1)
-        entries = self.inner.codebook.expand(len(x), -1, -1)
-        return torch.cdist(projected, entries).topk(count, largest=False).indices
+            left = torch.nn.functional.normalize(left, dim=-1)
+        left = left[:, :, None]
+        books = [self.inner.codebook] if self.residual == 1 else [*self.inner.codebooks[: self.first]]
+        found = torch.empty(*left.shape[:3], 0, dtype=torch.long, device=x.device)
+        for number, book in enumerate(books, 1):
+            distance = torch.cdist(left.flatten(1, 2), book.expand(len(x), -1, -1)).unflatten(
+                1, left.shape[1:3]
+            )
+            width = count if number == len(books) else min(max(count, BEAM), len(book))
+            best = distance.flatten(2).topk(width, largest=False).indices
+            row, code = (best // len(book))[..., None], best % len(book)
+            found = torch.cat([found.gather(2, row.expand(-1, -1, -1, number - 1)), code[..., None]], -1)
+            left = left.gather(2, row.expand(-1, -1, -1, left.shape[-1])) - book[code]
+        return found
 
     @torch.no_grad()
     def codebook(self, number: int = 0) -> Tensor:

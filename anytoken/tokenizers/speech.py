@@ -5,7 +5,8 @@ a short-time spectrum and inverts it, which is cheap and makes the waveform dire
 with multi-resolution spectral losses, no adversary. `frames_per_code: 2` halves what a language model has to read and
 write; residual codebooks with dropout then serve 25 and 50 codes a second with one set of weights. `voice_codes` says
 once, before the frames, who speaks and through what (the global tokens of BiCodec, 2503.01710): frames then need not
-say it again and again, and a language model meets the same codes whoever says a word.
+say it again and again, and a language model meets the same codes whoever says a word. With `candidates` codes are
+chosen by how they are heard once decoded.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anytoken.segments import Segment, Speech
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Fold, RowConv, Trunk, Unfold, alike
+from anytoken.tokenizers.backbone import (
+    AT_ONCE,
+    ChannelLinear,
+    ChannelNorm,
+    Fold,
+    RowConv,
+    Trunk,
+    Unfold,
+    alike,
+)
 from anytoken.tokenizers.base import (
     Codes,
     ModalityTokenizer,
@@ -28,12 +38,23 @@ from anytoken.tokenizers.base import (
     loss_weights,
     register_modality,
 )
+from anytoken.tokenizers.candidates import best_codes, check_candidates
 from anytoken.tokenizers.quantizers import Choice, Quantizer
-from anytoken.tokenizers.sound_losses import TERMS, envelope_loss, power, spectral_loss
+from anytoken.tokenizers.sound_losses import (
+    FRAME,
+    TERMS,
+    cepstral_loss,
+    envelope_loss,
+    heard_apart,
+    log_bands,
+    power,
+    spectral_loss,
+)
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
 KERNEL = 7
 MAX_FRAMES = 400  # eight seconds
+SPECTRA_PER_FRAME = 1, 2  # of 80 or 40 ms: a window of 20 ms has empty mel bands
 SPECTRA = {"mel": 2.0, "spectral": 1.0}
 
 
@@ -66,31 +87,33 @@ class LogMel(nn.Module):
 
 
 class WaveHead(nn.Module):
-    """Magnitude and phase of each frame, overlap-added into samples by an inverse short-time transform."""
+    """Magnitude and phase of `spectra` short spectra a frame, overlap-added into samples by an inverse transform."""
 
     window: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, spectra: int = 1) -> None:
         super().__init__()
-        self.project = ChannelLinear(width, WINDOW + 2)
-        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.spectra, self.size, self.hop = spectra, WINDOW // spectra, HOP // spectra
+        self.project = ChannelLinear(width, spectra * (self.size + 2))
+        self.register_buffer("window", torch.hann_window(self.size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [B, D, T] to samples [B, T * 320]."""
-        log_magnitude, phase = self.project(x).movedim(1, -1).float().chunk(2, dim=-1)
+        parts = self.project(x).movedim(1, -1).float().unflatten(-1, (self.spectra, -1)).flatten(1, 2)
+        log_magnitude, phase = parts.chunk(2, dim=-1)
         magnitude = log_magnitude.clamp_max(6.0).exp()
         # As torch.polar, which takes four times as long.
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
-        frames = torch.fft.irfft(spectrum, WINDOW) * self.window
-        weight = _overlap_add(self.window.square().expand(1, x.shape[2], -1))
-        edge = (WINDOW - HOP) // 2
-        samples = _overlap_add(frames) / weight.clamp_min(1e-3)
+        frames = torch.fft.irfft(spectrum, self.size) * self.window
+        weight = _overlap_add(self.window.square().expand(1, frames.shape[1], -1), self.hop)
+        edge = (self.size - self.hop) // 2
+        samples = _overlap_add(frames, self.hop) / weight.clamp_min(1e-3)
         return samples[:, edge : edge + x.shape[2] * HOP]
 
 
-def _overlap_add(frames: Tensor) -> Tensor:
-    """Frames [B, T, 1280], one every 320 samples, summed up where they overlap: [B, T * 320 + 960]."""
-    parts = frames.unflatten(-1, (-1, HOP))
+def _overlap_add(frames: Tensor, hop: int) -> Tensor:
+    """Frames [B, T, 4 * hop], one every `hop` samples, summed up where they overlap: [B, (T + 3) * hop]."""
+    parts = frames.unflatten(-1, (-1, hop))
     count = parts.shape[2]
     total = F.pad(parts[:, :, 0], (0, 0, 0, count - 1))
     for i in range(1, count):
@@ -104,12 +127,12 @@ class Voice(nn.Module):
     size: of each code, the largest power of four up to `codebook_size`.
     """
 
-    def __init__(self, width: int, count: int, codebook_size: int, depth: int = 2) -> None:
+    def __init__(self, width: int, count: int, codebook_size: int, bands: int = MELS, depth: int = 2) -> None:
         super().__init__()
         levels = [4] * ((codebook_size.bit_length() - 1) // 2)
         self.count, self.size = count, 4 ** len(levels)
         self.listen = nn.Sequential(
-            RowConv(MELS, width, 3, padding=1), Trunk(width, depth, (KERNEL,)), ChannelNorm(width)
+            RowConv(bands, width, 3, padding=1), Trunk(width, depth, (KERNEL,)), ChannelNorm(width)
         )
         self.split = nn.Linear(2 * width, count * width)
         self.quantize = Quantizer(width, "fsq", levels)
@@ -139,6 +162,10 @@ class SpeechTokenizer(ModalityTokenizer):
     voice_codes: codes of the whole clip that come before those of its frames, from the same codebooks' ids, in as many
     rows of codes [N, Q] as they take. Frames are then encoded less what the clip has all along, and decoded with them;
     a clip of less than some 0.3 s, which has little else, is kept less well than without.
+    spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; more keep the
+    moments of consonants apart, and cost nothing.
+    candidates: when encoding, so many of the nearest codes of each position are decoded and the one that is heard
+    nearest stays: more is understood, for an encoding that takes as long as twice so many decodings.
     """
 
     kind = "speech"
@@ -155,6 +182,8 @@ class SpeechTokenizer(ModalityTokenizer):
         max_frames: int = MAX_FRAMES,
         frames_per_code: int = 1,
         voice_codes: int = 0,
+        candidates: int = 1,
+        spectra_per_frame: int = 1,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -164,10 +193,17 @@ class SpeechTokenizer(ModalityTokenizer):
             raise TokenizerError(f"frames_per_code is a whole number from 1; received {frames_per_code!r}.")
         if not isinstance(voice_codes, int) or voice_codes < 0:
             raise TokenizerError(f"voice_codes is a whole number, 0 for none; received {voice_codes!r}.")
+        if spectra_per_frame not in SPECTRA_PER_FRAME:
+            raise TokenizerError(
+                f"spectra_per_frame is one of {', '.join(map(str, SPECTRA_PER_FRAME))}; received {spectra_per_frame!r}."
+            )
         # Files from before there was a choice do not write it.
         config |= {"frames_per_code": frames_per_code} if frames_per_code != 1 else {}
         config |= {"voice_codes": voice_codes} if voice_codes else {}
+        config |= {"candidates": candidates} if candidates != 1 else {}
+        config |= {"spectra_per_frame": spectra_per_frame} if spectra_per_frame != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
+        check_candidates(candidates, quantize)
         head = math.ceil(voice_codes / quantize.num_codebooks)
         shape = Run(head + 1, head + max_frames, quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
@@ -175,27 +211,33 @@ class SpeechTokenizer(ModalityTokenizer):
         self.hop = HOP * frames_per_code
         self.frame_rate_hz = SAMPLE_RATE_HZ / self.hop
         self.quantize = quantize
-        self.voice = Voice(width, voice_codes, min(quantize.codebook_sizes)) if voice_codes else None
-        self.mel = LogMel()
+        bands = MELS * spectra_per_frame
+        self.voice = Voice(width, voice_codes, min(quantize.codebook_sizes), bands) if voice_codes else None
+        self.mel = LogMel(WINDOW // spectra_per_frame, HOP // spectra_per_frame)
+        self.side_by_side = Fold((spectra_per_frame,))
         fold: list[nn.Module] = []
         unfold: list[nn.Module] = []
         if frames_per_code > 1:
             fold = [Fold((frames_per_code,)), ChannelLinear(width * frames_per_code, width)]
             unfold = [ChannelLinear(width, width * frames_per_code), Unfold((frames_per_code,))]
         self.encoder = nn.Sequential(
-            RowConv(MELS, width, 3, padding=1),
+            RowConv(bands, width, 3, padding=1),
             Trunk(width, encoder_depth, (KERNEL,)),
             *fold,
             ChannelNorm(width),
         )
         self.decoder = nn.Sequential(
-            *unfold, Trunk(width, decoder_depth, (KERNEL,)), ChannelNorm(width), WaveHead(width)
+            *unfold,
+            Trunk(width, decoder_depth, (KERNEL,)),
+            ChannelNorm(width),
+            WaveHead(width, spectra_per_frame),
         )
         self.mel_for_loss = LogMel(1024, 256, MELS)
         self._losses = SPECTRA
 
     def _scaled_mel(self, samples: Tensor) -> Tensor:
-        return (self.mel(samples) + 5.0) / 4.0
+        """Log-mel spectra [B, 80 * spectra_per_frame, T] of samples [B, T * 320], at a network's scale."""
+        return (self.side_by_side(self.mel(samples)) + 5.0) / 4.0
 
     def _features(self, mel: Tensor) -> Tensor:
         """Scaled log-mel frames to what is quantised [B, T, D].
@@ -219,8 +261,8 @@ class SpeechTokenizer(ModalityTokenizer):
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """batch: samples [B, T] in [-1, 1]; what is no whole code at the end is left out.
 
-        With voice codes the halves of each row are two clips of one voice: each takes it from the other, where nothing
-        else that it could say of its clip is to be had.
+        With voice codes the halves of each row are two clips of one voice. Some take it from themselves, as when
+        encoding, and some from the other, where nothing else that it could say of its clip is to be had.
         """
         halves = 2 if self.voice else 1
         batch = batch[:, : batch.shape[1] // (halves * self.hop) * halves * self.hop]
@@ -230,12 +272,15 @@ class SpeechTokenizer(ModalityTokenizer):
         quantized = self.quantize(self._features(seen))
         frames = quantized.vectors.transpose(1, 2)
         if self.voice:
-            frames = frames + self.voice(seen)[0].roll(len(seen) // 2, 0)
+            told = self.voice(seen)[0]
+            own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
+            frames = frames + torch.where(own, told, told.roll(len(seen) // 2, 0))
         output = self.decoder(frames)
         terms = {
             "mel": lambda: F.l1_loss(self.mel_for_loss(output), self.mel_for_loss(batch)),
             "spectral": lambda: spectral_loss(output, batch),
             "envelope": lambda: envelope_loss(output, batch),
+            "cepstral": lambda: cepstral_loss(output, batch),
         }
         losses = {name: terms[name]() for name, weight in self._losses.items() if weight}
         loss = torch.stack([self._losses[name] * one for name, one in losses.items()]).sum()
@@ -263,13 +308,36 @@ class SpeechTokenizer(ModalityTokenizer):
         for rows in alike(frames, frames, self.device):
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
             seen = self._scaled_mel(batch)
-            values = self.quantize(self._features(seen)).codes
-            if self.voice:
+            told = self.voice(seen)[1] if self.voice else None
+            values = self._chosen(self._features(seen), told, batch)
+            if told is not None:
                 books = values.shape[2]
-                told = F.pad(self.voice(seen)[1], (0, self.header_rows * books - self.voice.count))
+                told = F.pad(told, (0, self.header_rows * books - told.shape[1]))
                 values = torch.cat([told.unflatten(1, (-1, books)), values], 1)
             codes.update({i: Codes(one) for i, one in zip(rows, values.cpu().numpy(), strict=True)})
         return [codes[i] for i in range(len(clips))]
+
+    def _chosen(self, features: Tensor, told: Tensor | None, target: Tensor) -> Tensor:
+        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `candidates` those whose sound is heard as target.
+
+        told: codes of the voice [B, count]. Every other code is tried at once, and judged by its own time and that of
+        the codes beside it.
+        """
+        if (count := self.config.get("candidates", 1)) == 1:
+            return self.quantize(features).codes
+        wanted, frames = log_bands(target), self.hop // FRAME
+
+        def error(trials: Tensor) -> Tensor:
+            kinds = len(trials)
+            voice = None if told is None else told.repeat(kinds, 1)
+            sounds = self._sounds(trials.flatten(0, 1), voice)
+            apart = heard_apart(log_bands(sounds).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
+            each = F.avg_pool1d(apart, frames)
+            return F.avg_pool1d(F.pad(each, (1, 1), mode="replicate"), 3, 1).unflatten(0, (kinds, -1))
+
+        turns = torch.arange(features.shape[1], device=features.device) % 2
+        at_once = max(1, AT_ONCE // target.shape[0] // features.shape[1])
+        return best_codes(self.quantize.nearest(features, count), turns, error, at_once)
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
@@ -286,12 +354,15 @@ class SpeechTokenizer(ModalityTokenizer):
 
     def _decode_values(self, values: Tensor) -> np.ndarray:
         """Codes [B, head + T, Q] to samples [B, T * hop] in [-1, 1]."""
-        frames = self.quantize.lookup(values[:, self.header_rows :]).transpose(1, 2)
-        if self.voice:
-            frames = frames + self.voice.lookup(
-                values[:, : self.header_rows].flatten(1)[:, : self.voice.count]
-            )
-        return self.decoder(frames).clamp(-1, 1).cpu().numpy()
+        told = values[:, : self.header_rows].flatten(1)[:, : self.voice.count] if self.voice else None
+        return self._sounds(values[:, self.header_rows :], told).cpu().numpy()
+
+    def _sounds(self, codes: Tensor, told: Tensor | None) -> Tensor:
+        """Codes [B, N, Q] of frames and [B, count] of the voice to samples [B, N * hop] in [-1, 1]."""
+        frames = self.quantize.lookup(codes).transpose(1, 2)
+        if self.voice and told is not None:
+            frames = frames + self.voice.lookup(told)
+        return self.decoder(frames).clamp(-1, 1)
 
     @property
     def lookahead(self) -> int:

@@ -37,6 +37,9 @@ class Recipe(BaseModel):
     init_from: str = Field(
         "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
     )
+    begin_anew: list[str] = Field(
+        default_factory=list, description="beginnings of the names of weights that init_from is not asked for"
+    )
     data: str = ""
     loss: dict[str, float] = Field(
         default_factory=dict, description="weights of its terms, where a kind has them"
@@ -147,13 +150,15 @@ def _build(plan: Recipe) -> ModalityTokenizer:
     except TypeError as error:
         raise TokenizerError(f"config of a {plan.kind} tokenizer: {error}.") from error
     if plan.init_from:
-        begun = load_tokenizer(plan.init_from)
+        begun, anew = load_tokenizer(plan.init_from), tuple(plan.begin_anew)
+        taken = {name: one for name, one in begun.state_dict().items() if not name.startswith(anew)}
+        kept = {name: one for name, one in tokenizer.state_dict().items() if name.startswith(anew)}
         try:
-            tokenizer.load_state_dict(begun.state_dict())
+            tokenizer.load_state_dict(taken | kept)
         except RuntimeError as error:
             raise TokenizerError(
                 f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
-                f"theirs is {begun.config}."
+                f"theirs is {begun.config}. `begin_anew` names weights that are not to be taken over. {error}"
             ) from error
     return tokenizer
 

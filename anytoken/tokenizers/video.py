@@ -173,23 +173,19 @@ class VideoTokenizer(ModalityTokenizer):
         With candidates, those of each step that decode best after the steps before.
         """
         flat = latent.flatten(2).transpose(1, 2)
-        codes = self.quantize(flat).codes
-        if self.config.get("candidates", 1) == 1:
-            return codes, past
-        others = self.quantize.nearest(flat, self.config["candidates"])[..., 1:]
+        if (count := self.config.get("candidates", 1)) == 1:
+            return self.quantize(flat).codes, past
         cells, found = math.prod(latent.shape[3:]), []
-        for step, (now, tried) in enumerate(
-            zip(codes[..., 0].split(cells, 1), others.split(cells, 1), strict=True)
-        ):
+        for step, choices in enumerate(self.quantize.nearest(flat, count).split(cells, 1)):
             target = unpatchify(x[:, :, step : step + 1], TUBELET)
             before = past
 
             def decode(trial: Tensor, grid: Sequence[int], before: list[Tensor] | None = before) -> Tensor:
-                return unpatchify(self._next_step(trial[..., None], (1, *grid), before)[0], TUBELET)
+                return unpatchify(self._next_step(trial, (1, *grid), before)[0], TUBELET)
 
-            found.append(best_decoded(now, tried, decode, target))
-            _, past = self._next_step(found[-1][..., None], (1, *latent.shape[3:]), before)
-        return torch.cat(found, 1)[..., None], past
+            found.append(best_decoded(choices, decode, target))
+            _, past = self._next_step(found[-1], (1, *latent.shape[3:]), before)
+        return torch.cat(found, 1), past
 
     def _next_step(
         self, codes: Tensor, size: Sequence[int], past: list[Tensor] | None

@@ -121,12 +121,19 @@ class TestImageTokenizerThatListensToItsDecoder(TestImageTokenizer):
         latent = torch.randn(2, 30, tokenizer.config["width"], generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             found = tokenizer.quantize.nearest(latent, 3)
-            assert torch.equal(found[..., 0], tokenizer.quantize(latent).codes[..., 0])
-        assert all(len(set(row)) == 3 for row in found.flatten(0, 1).tolist())
+            assert torch.equal(found[:, :, 0], tokenizer.quantize(latent).codes)
+        assert all(len(set(row)) == 3 for row in found.flatten(0, 1)[..., 0].tolist())
 
 
 @pytest.mark.parametrize(
-    ("candidates", "quantizer"), [(2, "fsq"), (2, {"kind": "vq", "residual": 2}), (9, "vq"), (1.5, "vq")]
+    ("candidates", "quantizer"),
+    [
+        (2, "fsq"),
+        (2, {"kind": "cosine", "residual": 2}),
+        (2, {"kind": "vq", "groups": 2}),
+        (9, "vq"),
+        (1.5, "vq"),
+    ],
 )
 def test_candidates_that_cannot_be_are_named(candidates, quantizer):
     with pytest.raises(TokenizerError, match=f"candidates is 1, or .*received {candidates} with"):

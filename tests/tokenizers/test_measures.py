@@ -378,6 +378,28 @@ def test_words_are_a_share_of_what_is_heard_in_the_originals(monkeypatch):
     assert found["words_items"] == 3, "the recogniser does not know one name"
     assert found["words_originals"] == pytest.approx(2 / 3) and found["words"] == pytest.approx(1 / 3)
     assert found["words_share"] == pytest.approx(0.5) and found["random_codes_words"] == 0.5
+    assert found["words_share_by_part"] == [0.5] and found["words_names"] == 4
+
+
+def test_many_clips_are_heard_in_parts_each_with_its_own_names(monkeypatch):
+    asked = []
+
+    class Judge(FakeJudge):
+        def __init__(self, names):
+            super().__init__(names)
+            asked.append(names)
+
+    monkeypatch.setattr(measures_speech, "WordJudge", Judge)
+    monkeypatch.setattr(measures_speech, "CLIPS_A_GRAMMAR", 2)
+    levels = [0, 1, 3, 4, 5]
+    items = [HeldOut(Speech(np.full(10, n / 10, np.float32)), f"name {n}") for n in levels]
+    wrong = Speech(np.full(10, 0.9, np.float32))
+    found = measures_speech.words_kept(items, [*(item.segment for item in items[:4]), wrong], [], 0)
+    assert sorted(map(len, asked)) == [1, 2, 2] and sorted(name for names in asked for name in names) == [
+        f"name {n}" for n in levels
+    ]
+    assert found["words_items"] == 5 and found["words"] == pytest.approx(4 / 5)
+    assert sorted(found["words_share_by_part"])[1:] == [1, 1] and min(found["words_share_by_part"]) < 1
 
 
 def test_bars_are_those_of_the_rate_and_say_what_is_met():

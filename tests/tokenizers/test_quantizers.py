@@ -203,6 +203,25 @@ def test_with_dropout_the_first_codebooks_will_do():
     assert first.codebook().shape == (32, 4)
 
 
+def test_the_nearest_sums_of_residual_codebooks_are_found():
+    choice = {"kind": "vq", "residual": 2, "dropout": True, "code_dim": 6}
+    torch.manual_seed(0)
+    whole, x = Quantizer(8, choice, codebook_size=8), torch.randn(2, 50, 8)
+    for _ in range(9):  # of which some train both
+        whole.train()(x)
+    projected = whole.eval().inner.project_in(x)
+    first, second = whole.inner.codebooks
+    sums = (first[:, None] + second).flatten(0, 1)  # a beam of 8 follows up all first codes
+    nearest = torch.cdist(projected, sums.expand(2, -1, -1)).topk(5, largest=False).indices
+    found = whole.nearest(x, 5)
+    assert found.shape == (2, 50, 5, 2) and torch.equal(found[..., 0] * 8 + found[..., 1], nearest)
+    greedy = whole(x).codes
+    assert not torch.equal(found[:, :, 0], greedy), "one code after the other is not always nearest"
+    alone = Quantizer(8, {**choice, "first": 1}, codebook_size=8)
+    alone.load_state_dict(whole.state_dict())
+    assert torch.equal(alone.eval().nearest(x, 3)[:, :, 0], greedy[..., :1])
+
+
 def test_settings_of_moving_averages_reach_the_codebook():
     book = Quantizer(8, {"kind": "vq", "decay": 0.5, "dead_below": 0.25}, codebook_size=16).inner._codebook
     assert (book.decay, book.threshold_ema_dead_code) == (0.5, 0.25)

@@ -12,8 +12,8 @@ from batteries import TokenizerBattery
 
 from anytoken.segments import Speech
 from anytoken.tokenizers.base import Codes, TokenizerError
-from anytoken.tokenizers.sound_losses import envelope_loss, spectral_loss
-from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer
+from anytoken.tokenizers.sound_losses import envelope_loss, heard_apart, log_bands, spectral_loss
+from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer, WaveHead
 from anytoken.tokenizers.trainer import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +189,51 @@ class TestSpeechTokenizerWithAVoice(TestSpeechTokenizerOf25CodesASecond):
             tokenizer.decode_span(codes, 0, 2)
 
 
+class TestSpeechTokenizerOfTwoSpectraAFrame(TestSpeechTokenizerWithAVoice):
+    """Each frame is seen and made by two spectra of half the window."""
+
+    settings = {**TestSpeechTokenizerWithAVoice.settings, "spectra_per_frame": 2}
+
+    def test_frames_are_seen_in_halves(self, tokenizer):
+        """A click in either half of a frame is told by the bands of that half."""
+        sounds = torch.zeros(2, 6_400)
+        sounds[0, 3_280], sounds[1, 3_440] = 1, 1  # frame 10 begins at 3,200
+        bands = tokenizer._scaled_mel(sounds)[:, :, 10].unflatten(1, (80, 2)).mean(1)
+        assert bands[0, 0] > bands[0, 1] + 0.1 and bands[1, 1] > bands[1, 0] + 0.1
+
+
+class TestSpeechTokenizerThatListens(TestSpeechTokenizerWithAVoice):
+    """Of three codes, or pairs of codes, each position has the one whose sound is heard nearest."""
+
+    settings = {**TestSpeechTokenizerWithAVoice.settings, "candidates": 3}
+
+    def plain(self, tokenizer):
+        nearest = SpeechTokenizer(**{**tokenizer.config, "candidates": 1}).eval()
+        nearest.load_state_dict(tokenizer.state_dict())
+        return nearest
+
+    @pytest.mark.parametrize("books", [1, 2])
+    def test_clips_are_heard_nearer_than_with_the_nearest_codes(self, tokenizer, books):
+        listening, nearest = (one.first_codebooks(books).eval() for one in (tokenizer, self.plain(tokenizer)))
+        for seconds, pitch in ((0.04, 200), (0.4, 150), (0.76, 300)):
+            clip = tone(seconds, pitch)
+            bands = [
+                log_bands(torch.from_numpy(sound.samples[: len(clip.samples)].copy())[None])
+                for sound in (clip, listening.autoencode(clip), nearest.autoencode(clip))
+            ]
+            ours, theirs = (heard_apart(one, bands[0]).mean().item() for one in bands[1:])
+            assert ours <= theirs and (ours < theirs or seconds < 0.1)
+
+    def test_the_voice_is_told_as_without(self, tokenizer):
+        clip = tone(0.4)
+        ours, theirs = (one.encode(clip).values for one in (tokenizer, self.plain(tokenizer)))
+        assert np.array_equal(ours[:2], theirs[:2]) and not np.array_equal(ours[2:], theirs[2:])
+
+    def test_the_first_codebook_alone_is_a_tokenizer_of_half_the_rate(self, tokenizer):
+        coarse = tokenizer.first_codebooks(1).encode(tone(0.4))
+        assert coarse.values.shape == (3 + 10, 1)
+
+
 @pytest.mark.parametrize("codes", [-1, 1.5, "two"])
 def test_a_number_of_voice_codes_that_cannot_be_is_named(codes):
     with pytest.raises(TokenizerError, match="voice_codes is a whole number, 0 for none; received"):
@@ -217,6 +262,27 @@ def test_the_weights_of_mini_are_those_of_their_card_and_serve_two_rates():
 def test_a_code_has_whole_frames(frames):
     with pytest.raises(TokenizerError, match=f"frames_per_code is a whole number from 1; received {frames}"):
         SpeechTokenizer(**TestSpeechTokenizer.settings, frames_per_code=frames)
+
+
+@pytest.mark.parametrize("count", [0, 3, "2"])
+def test_a_frame_has_one_spectrum_or_two(count):
+    with pytest.raises(TokenizerError, match=f"spectra_per_frame is one of 1, 2; received {count!r}"):
+        SpeechTokenizer(**TestSpeechTokenizer.settings, spectra_per_frame=count)
+
+
+@pytest.mark.parametrize("spectra", [1, 2])
+def test_a_head_s_frames_add_up_to_what_their_spectra_say(spectra):
+    """Of noise the spectra of every frame, in the place of a projection, give the noise back."""
+    head = WaveHead(4, spectra)
+    frames = 12 * spectra
+    noise = torch.randn(2, frames * head.hop, generator=torch.Generator().manual_seed(0))
+    edge = (head.size - head.hop) // 2
+    seen = torch.nn.functional.pad(noise, (edge, edge)).unfold(1, head.size, head.hop) * head.window
+    spectrum = torch.fft.rfft(seen)
+    told = torch.cat([spectrum.abs().clamp_min(1e-9).log(), spectrum.angle()], -1)
+    head.project = torch.nn.Identity()
+    back = head(told.unflatten(1, (12, spectra)).flatten(2).transpose(1, 2))
+    torch.testing.assert_close(back, noise, atol=1e-3, rtol=0)
 
 
 def test_log_mel_tells_pitch_and_level():

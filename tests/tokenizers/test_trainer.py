@@ -127,6 +127,20 @@ def test_training_goes_on_from_the_weights_of_another(recipe, sets, tmp_path):
         train_tokenizer(wider, sets, tmp_path / "wider")
 
 
+def test_weights_that_begin_anew_are_not_taken_over(recipe, sets, tmp_path):
+    first = train_tokenizer(recipe(), sets, tmp_path / "first")
+    other = {"init_from": str(first), "steps": 1, "warmup_steps": 0, "lr": 1e-9}
+    config = {**IMAGE["config"], "refine_depth": IMAGE["config"].get("refine_depth", 2) + 1}
+    with pytest.raises(TokenizerError, match="`begin_anew` names weights that are not to be taken over"):
+        train_tokenizer(recipe(**other, config=config), sets, tmp_path / "strict")
+    path = recipe(**other, config=config, begin_anew=["refine.", "decoder.2."])
+    was, now = (
+        load_tokenizer(one).state_dict() for one in (first, train_tokenizer(path, sets, tmp_path / "anew"))
+    )
+    assert torch.equal(now["encoder.0.weight"], was["encoder.0.weight"])
+    assert not torch.equal(now["decoder.2.weight"], was["decoder.2.weight"])
+
+
 def test_a_kind_without_terms_says_so(recipe, sets, tmp_path):
     path = recipe(kind="video", data="emoji/animations.npy", loss={"feature": 1.0}, config={"width": 16})
     with pytest.raises(TokenizerError, match="loss of video has no terms to weigh"):
