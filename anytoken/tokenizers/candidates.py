@@ -20,9 +20,8 @@ from anytoken.tokenizers.quantizers import LEARNED, Quantizer
 def check_candidates(count: int, quantize: Quantizer) -> None:
     """TokenizerError unless so many of the nearest codes can be tried when encoding."""
     learned = quantize.kind in LEARNED and quantize.groups == 1
-    summed = (
-        quantize.residual == 1 or quantize.kind == "vq"
-    )  # unit vectors are scaled before they are summed up
+    # Residual unit vectors are scaled before they are summed up.
+    summed = quantize.residual == 1 or quantize.kind == "vq"
     most = quantize.codebook_size if learned and summed else 1
     if not isinstance(count, int) or not 1 <= count <= most:
         raise TokenizerError(

@@ -162,8 +162,8 @@ class SpeechTokenizer(ModalityTokenizer):
     voice_codes: codes of the whole clip that come before those of its frames, from the same codebooks' ids, in as many
     rows of codes [N, Q] as they take. Frames are then encoded less what the clip has all along, and decoded with them;
     a clip of less than some 0.3 s, which has little else, is kept less well than without.
-    spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; more keep the
-    moments of consonants apart, and cost nothing.
+    spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
+    moments of consonants apart.
     candidates: when encoding, so many of the nearest codes of each position are decoded and the one that is heard
     nearest stays: more is understood, for an encoding that takes as long as twice so many decodings.
     """
