@@ -27,9 +27,15 @@ class _Part(BaseModel):
 
 
 class OptimizerSpec(_Part):
-    """AdamW. Norms, biases and embeddings have no weight decay."""
+    """AdamW, or Muon for hidden matrices and AdamW for the rest. Norms, biases and embeddings have no weight decay."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
+    muon_lr: float = Field(
+        default=0.02,
+        gt=0,
+        description="of hidden matrices [A, B]: times sqrt(max(1, A / B)); the same schedule",
+    )
     weight_decay: float = Field(default=0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -265,9 +271,23 @@ class Stage(_Part):
             raise ValueError(
                 "eval.integration needs whole weights; set it to false, or leave distributed.mesh out"
             )
+        self._check_muon()
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")
         return self
+
+    def _check_muon(self) -> None:
+        if self.optimizer.kind != "muon":
+            return
+        if self.distributed.engine != "ddp":
+            raise ValueError(
+                f"optimizer.kind muon needs whole matrices, which distributed.{self.distributed.engine} shares out; "
+                "use kind: adamw, or leave it out so that every process keeps all weights"
+            )
+        if self.lora is not None:
+            raise ValueError(
+                "optimizer.kind muon is for full matrices, not for a lora adapter; use kind: adamw"
+            )
 
     @property
     def rows(self) -> int:

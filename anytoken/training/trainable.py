@@ -74,15 +74,18 @@ def _train_rows_only(parameter: nn.Parameter, rows: list[int]) -> None:
     parameter.register_hook(keep_rows)
 
 
-def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
-    """Optimizer groups: matrices decay; vectors and the vocabulary (frozen rows must stay) do not."""
-    vocabulary: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            vocabulary.add(id(module.weight))
+def vocabulary_parameters(model: PreTrainedModel) -> set[int]:
+    """Identities of the parameters that are looked up by an id: embeddings and the head."""
+    found = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     if head is not None and isinstance(getattr(head, "weight", None), Tensor):
-        vocabulary.add(id(head.weight))
+        found.add(id(head.weight))
+    return found
+
+
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
+    """Optimizer groups: matrices decay; vectors and the vocabulary (frozen rows must stay) do not."""
+    vocabulary = vocabulary_parameters(model)
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

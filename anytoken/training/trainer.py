@@ -44,6 +44,7 @@ from anytoken.training.mesh import (
     whole,
 )
 from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
+from anytoken.training.muon import make_optimizer
 from anytoken.training.page import FACTS, Page
 from anytoken.training.report import write_report
 from anytoken.training.samples import Answer, Sampler
@@ -129,12 +130,12 @@ class StageTrainer(Trainer):
         return DataLoader(self.stream, batch_size=None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW, fused, with weight decay on matrices only."""
+        """AdamW, fused, with weight decay on matrices only; or Muon for the hidden matrices."""
         if self.optimizer is None:
             spec = self.stage.optimizer
             groups = groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
             self.weight_decays = [group["weight_decay"] for group in groups]
-            self.optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+            self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anytoken.training
+from anytoken.training import muon
 from anytoken.training.mesh import mesh_settings
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import Stage, StageError
@@ -133,7 +134,12 @@ def assert_same_run(ours: str | Path, theirs: str | Path) -> None:
 
 
 @pytest.mark.slow  # it forks, which beside other tests' threads may hang
-def test_two_processes_train_as_one(shared: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_two_processes_train_as_one(
+    shared: dict[str, Any], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "quicker_dtype", lambda device: torch.float32)  # or rounding drowns the rest
+    shared["optimizer"] = {"kind": kind, "lr": 1e-2}
     assert fork(shared | {"distributed": {"world_size": 2}}, 2) == [0, 0]
     assert_same_run(shared["output"], alone(shared, tmp_path))
 

@@ -134,10 +134,11 @@ def test_killed_at_every_third_file_operation_and_at_random_moments(
         assert_same_run(recipe["output"], whole)
 
 
-def test_accumulated_batches_resume_too(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"optimizer": {"kind": "muon", "lr": 1e-2}}])
+def test_accumulated_batches_and_muon_resume_too(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    recipe |= {"accumulate": 2, "steps": 6}
+    recipe |= {"steps": 6, **changes}
     whole = train(Stage.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "whole")}))
     with at_step(5, crash, monkeypatch), pytest.raises(Killed):
         train(Stage.from_dict(recipe))
