@@ -65,7 +65,7 @@ def batches_for(
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
     """How long a crop of sound is at most: twice as long where the voice is heard in another clip than what is said."""
-    return CROP_SECONDS * (2 if config.get("voice_codes") else 1)
+    return CROP_SECONDS * (2 if config.get("num_global_codes") or config.get("voice_codes") else 1)
 
 
 def training_rows(index: Path) -> np.ndarray:

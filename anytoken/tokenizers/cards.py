@@ -194,6 +194,11 @@ def _flow(value: Any) -> str:
 
 
 def _limits(shape: dict[str, Any]) -> str:
+    count = shape.get("num_global_codes", 0)
+    return (f"{count} global codes, then " if count else "") + _local_limits(shape)
+
+
+def _local_limits(shape: dict[str, Any]) -> str:
     if shape["type"] == "grid":
         sizes = zip(shape["axes"], shape["min_size"], shape["max_size"], strict=True)
         return " × ".join(f"{low} to {high} {axis}" for axis, low, high in sizes)

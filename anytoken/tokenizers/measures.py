@@ -181,8 +181,9 @@ def measure_codes(
     codes, encode_seconds = _timed(tokenizer.encode_batch, segments)
     outputs, decode_seconds = _timed(tokenizer.decode_batch, codes)
     frames = sum(len(one) for one in codes)
-    tokens = frames * tokenizer.shape.num_codebooks
-    bits = frames * sum(map(math.log2, tokenizer.codebook_sizes))
+    tokens = frames * tokenizer.shape.num_codebooks + len(codes) * tokenizer.shape.num_global_codes
+    global_bits = tokenizer.shape.num_global_codes * math.log2(max(tokenizer.global_codebook_size, 1))
+    bits = frames * sum(map(math.log2, tokenizer.codebook_sizes)) + len(codes) * global_bits
     amount, unit = _amount(tokenizer, segments, frames)
     figures = {
         "kind": tokenizer.name, "tokenizer": tokenizer.kind, "items": len(items),
@@ -193,9 +194,7 @@ def measure_codes(
         "tokens_per_item": tokens / len(items), "tokens_per_unit": tokens / amount, "bits_per_unit": bits / amount,
         "encode_units_per_second": amount / encode_seconds, "decode_units_per_second": amount / decode_seconds,
         "units_per_second": amount / (encode_seconds + decode_seconds),
-        **_usage(
-            np.concatenate([one.values[tokenizer.header_rows :] for one in codes]), tokenizer.codebook_sizes
-        ),
+        **_usage(np.concatenate([one.values for one in codes]), tokenizer.codebook_sizes),
     }  # fmt: skip
     if isinstance(tokenizer, DNALetters):
         figures |= {"exact": exact(segments, outputs)} | other_letters(tokenizer, segments)

@@ -64,10 +64,17 @@ def speech_kept(
 
 
 def random_codes(tokenizer: ModalityTokenizer, like: Sequence[Codes], seed: int) -> list[Codes]:
-    """Codes drawn evenly, of the sizes of others."""
+    """Codes drawn evenly, local and global ones, of the sizes of others."""
     rng = np.random.default_rng(seed)
     books = tokenizer.codebook_sizes
-    return [Codes(np.stack([rng.integers(0, k, len(one)) for k in books], 1), one.size) for one in like]
+    return [
+        Codes(
+            np.stack([rng.integers(0, k, len(one)) for k in books], 1),
+            one.size,
+            rng.integers(0, max(tokenizer.global_codebook_size, 1), len(one.header)),
+        )
+        for one in like
+    ]
 
 
 def words_kept(
