@@ -483,7 +483,7 @@ def test_global_codes_stand_between_the_size_header_and_the_local_codes() -> Non
         grammar.advance(state, code)
     opened = grammar.walk(grammar.reply(("tone",)), [space.open_token("tone")])
     assert members(grammar.allowed(opened)) == set(range(*grammar.segments["tone"].global_codes[0]))
-    with pytest.raises(GrammarError, match=r"stop in the size header.*at least 5 more"):
+    with pytest.raises(GrammarError, match=r"stop in the size header.*at least 6 more"):
         grammar.parse([open_])
     row = grammar.class_ranges[int(grammar.loss_rows(torch.tensor([globals_.start])))]
     assert row == ((globals_.start, globals_.stop),)

@@ -136,7 +136,7 @@ def _encode_opened(
     }
 
 
-def _pack_codes(codes: Sequence[Codes]) -> dict[str, np.ndarray]:
+def _pack_codes(codes: Sequence[Any]) -> dict[str, np.ndarray]:
     headers = np.stack([item.header for item in codes]).astype(np.int32)
     return {
         "values": np.concatenate([item.values for item in codes]).astype(np.int32),

@@ -178,6 +178,11 @@ def _rate(figures: dict[str, Any]) -> list[Row]:
         (f"codes a {unit}", number(figures["tokens_per_unit"])),
         (f"bits a {unit}", number(figures["bits_per_unit"])),
         ("codebook sizes", ", ".join(f"{size:,}" for size in figures["codebook_sizes"])),
+        *(
+            [("size of global codes' codebook", f"{size:,}")]
+            if (size := figures.get("global_codebook_size"))
+            else []
+        ),
         ("a segment has", _limits(figures["shape"])),
     ]
     if figures["parameters"]:

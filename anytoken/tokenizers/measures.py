@@ -189,6 +189,7 @@ def measure_codes(
         "kind": tokenizer.name, "tokenizer": tokenizer.kind, "items": len(items),
         "fingerprint": tokenizer.fingerprint(), "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "shape": tokenizer.shape.to_dict(), "codebook_sizes": list(tokenizer.codebook_sizes),
+        **({"global_codebook_size": size} if (size := tokenizer.global_codebook_size) else {}),
         "quantizer": tokenizer.config.get("quantizer", "vq"), "config": tokenizer.config,
         "unit": unit, "units": amount,
         "tokens_per_item": tokens / len(items), "tokens_per_unit": tokens / amount, "bits_per_unit": bits / amount,
