@@ -44,7 +44,7 @@ def speech_kept(
     floor = tokenizer.decode_batch(noise)
     found: dict[str, Any] = {}
     measures: dict[str, Callable[[Segment, Segment], float | None]] = {
-        "log_mel_l1": _log_mel_l1, "stoi": _stoi, "pesq": _pesq,
+        "log_mel_l1": _log_mel_l1, "stoi": stoi, "pesq": _pesq,
     }  # fmt: skip
     for name, measure_one in measures.items():
         package = OPTIONAL.get(name)
@@ -124,14 +124,14 @@ def _log_mel_l1(clean: Segment, other: Segment) -> float:
         return F.l1_loss(mel(torch.from_numpy(b)[None]), mel(torch.from_numpy(a)[None])).item()
 
 
-def _stoi(clean: Segment, other: Segment) -> float | None:
+def stoi(clean: Segment, other: Segment) -> float | None:
     """Short-time objective intelligibility; None for a clip with less speech than it looks at (some 0.4 s)."""
-    from pystoi import stoi
+    from pystoi import stoi as intelligibility
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # pystoi warns, and returns 1e-5, where it cannot tell
         try:
-            return float(stoi(*_alike(clean, other), SAMPLE_RATE_HZ))
+            return float(intelligibility(*_alike(clean, other), SAMPLE_RATE_HZ))
         except RuntimeWarning:
             return None
 
