@@ -111,7 +111,8 @@ class Layout:
     def targets(self, codes: Codes) -> np.ndarray:
         """Ids int64 [T]."""
         local = (codes.values + self.starts[:-1]).ravel()
-        return np.concatenate([codes.header + self.starts[-1], local, [self.end] * self.ends])
+        end = np.full(int(self.ends), self.end)
+        return np.concatenate([codes.header + self.starts[-1], local, end])
 
     def codes(self, ids: np.ndarray, size: tuple[int, ...]) -> Codes:
         """Back from ids [T], up to an end; a frame that is not whole is left out."""
@@ -380,7 +381,8 @@ def _generated_kept(
 ) -> dict[str, float]:
     """How near what is generated from held-out captions is to the true items: mean PSNR, or STOI where it is installed.
 
-    It stands between other items of the set, and what the true items' own codes decode to.
+    It stands between other items of the set, and what the true items' own codes decode to. Clips in which STOI finds no
+    speech once decoded are not scored; generated ones without speech count 0.
     """
     if tokenizer.name == "speech" and not find_spec(OPTIONAL["stoi"]):
         return {}
@@ -394,7 +396,10 @@ def _generated_kept(
         f"reconstructed_{name}": tokenizer.decode_batch(codes),
     }
     scores = {key: [score(*pair) for pair in zip(true, some, strict=True)] for key, some in others.items()}
-    return {key: float(np.mean([one for one in some if one is not None])) for key, some in scores.items()}
+    scored = [row for row, one in enumerate(scores[f"reconstructed_{name}"]) if one is not None]
+    return {
+        key: float(np.mean([some[row] or 0.0 for row in scored])) for key, some in scores.items() if scored
+    }
 
 
 def _psnr_db(true: Segment, other: Segment) -> float:

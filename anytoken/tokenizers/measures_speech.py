@@ -132,7 +132,7 @@ def stoi(clean: Segment, other: Segment) -> float | None:
         warnings.simplefilter("error", RuntimeWarning)  # pystoi warns, and returns 1e-5, where it cannot tell
         try:
             return float(intelligibility(*_alike(clean, other), SAMPLE_RATE_HZ))
-        except RuntimeWarning:
+        except (RuntimeWarning, ValueError):  # a clip of less than one of its frames
             return None
 
 
