@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,11 @@ def serve(
 
     SIGTERM stops it after the running requests are answered.
     """
+    missing = [
+        name for name in ("fastapi", "uvicorn", "prometheus_client", "multipart") if not find_spec(name)
+    ]
+    if missing:
+        raise typer.BadParameter(f"serve needs {', '.join(missing)}: pip install 'anytoken[serve]'.")
     from anytoken.serving.server import Address, run, settings_from
     from anytoken.serving.settings import check_exposure, read_keys
 
