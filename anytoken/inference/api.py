@@ -12,16 +12,16 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from transformers import PreTrainedModel
 
+from anytoken.atomic import check_target, write_folder
 from anytoken.inference.adapters import Adapters
 from anytoken.inference.cache import Prefixes
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
+    CHECKPOINT,
     CheckpointError,
-    check_target,
     find_checkpoint,
     load_folder,
     pick_device,
-    replacing,
 )
 from anytoken.inference.engine import Engine, Token
 from anytoken.inference.logits_processor import lm_inputs
@@ -78,6 +78,7 @@ class AnyToken:
         self.compiled = False
         self._engine: Engine | None = None
         self._adapters: Adapters | None = None
+        self._homes: set[Path] = set()  # folders that hold an older state of this model
 
     @classmethod
     def from_pretrained(
@@ -102,6 +103,8 @@ class AnyToken:
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        if adapter is None and quantize is None:
+            model._homes.add(folder.resolve())
         model.compiled = compile
         if compile:
             model.engine.head()
@@ -393,7 +396,12 @@ class AnyToken:
         ValueError if the model has a modality of that name. The new rows are to be trained before they mean
         anything; what is generated is well-formed from the start.
         """
-        self.processor = add_modality(self.lm, self.processor, tokenizer)
+        active = self.adapters.active
+        self.use_adapter(None)
+        try:
+            self.processor = add_modality(self.lm, self.processor, tokenizer)
+        finally:
+            self.use_adapter(active)
 
     @property
     def adapters(self) -> Adapters:
@@ -414,33 +422,48 @@ class AnyToken:
         """Answer with an adapter from now on, or with the bare model (None); AdapterError for an unknown name."""
         self.adapters.use(name)
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.
+    def save_pretrained(
+        self, path: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write a checkpoint folder that `load` opens, whole or not at all.
 
-        dtype: how weights are stored, such as torch.bfloat16 for half the size; by default as they are.
-        CheckpointError if the path holds something that is no checkpoint, or `lm` carries an adapter or is quantised.
+        An older state of this model there (loaded from, or saved to the same folder before) is replaced; files there
+        that are no part of a checkpoint are kept. dtype: how weights are stored, such as torch.bfloat16 for half the
+        size; by default as they are. CheckpointError if the path holds another checkpoint or something else and
+        `overwrite` is False, or if `lm` carries an adapter or is quantised.
         """
         target = Path(path)
-        if any(".base_layer." in name for name, _ in self.lm.named_parameters()):
-            raise CheckpointError(
-                "The model carries a PEFT adapter, which is no part of a checkpoint: fold it in first "
-                "(model.lm = peft_model.merge_and_unload()), or save it alone (peft_model.save_pretrained) and "
-                "load it with adapter=."
-            )
-        check_target(target, "token_space.json")
-        if getattr(self.lm, "quantized", None):
-            raise CheckpointError(
-                f"The weights are quantised ({self.lm.quantized}) and rounded for good: open the checkpoint without "
-                "quantize= to save it."
-            )
+        self._check_saveable()
+        check_target(target, CHECKPOINT, overwrite)
         lm = self.lm if dtype is None else copy.deepcopy(self.lm).to(dtype)
-        with replacing(target) as folder:
+        with write_folder(target, CHECKPOINT, overwrite, own=target.resolve() in self._homes) as folder:
             lm.save_pretrained(folder)
             self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
             if self.card is not None:
                 (folder / "README.md").write_text(self.card, encoding="utf-8")
+        self._homes.add(target.resolve())
         return target
+
+    def _check_saveable(self) -> None:
+        active = self.adapters.active
+        if active is not None:
+            raise CheckpointError(
+                f"The adapter {active!r} is in use, and it is no part of the model: take it off first "
+                "(model.use_adapter(None)), or make a checkpoint of both with load(..., adapter=FOLDER) or "
+                "anytoken merge-adapter."
+            )
+        if hasattr(self.lm, "peft_config") or any(".base_layer." in n for n, _ in self.lm.named_parameters()):
+            raise CheckpointError(
+                "The model carries a PEFT adapter, which is no part of a checkpoint: fold it in first "
+                "(model.lm = peft_model.merge_and_unload()), or save it alone (peft_model.save_pretrained) and "
+                "load it with adapter=."
+            )
+        if getattr(self.lm, "quantized", None):
+            raise CheckpointError(
+                f"The weights are quantised ({self.lm.quantized}) and rounded for good: open the checkpoint without "
+                "quantize= to save it."
+            )
 
 
 def load(

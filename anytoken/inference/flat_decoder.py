@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from anytoken.inference.cache import COLUMNS, KeyValues, RowCache
+from anytoken.inference.weights import has_hooks
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, group_mask
 
@@ -232,7 +233,7 @@ def flat_decoder(lm: PreTrainedModel) -> tuple[FlatDecoder | None, str]:
     for name, module in lm.named_modules():
         if type(module).__module__ not in KNOWN and not name.endswith("act_fn"):
             return None, f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_hooks(module):
             return None, f"{name or 'the model'} has hooks"
     config = lm.config
     if config.attention_bias or config.sliding_window is not None:
