@@ -1,10 +1,12 @@
 """The front door: a model that takes typed segments and answers with typed segments."""
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -34,6 +36,7 @@ from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 
+log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
 Output = str | Sequence[str] | None
 Rerank = Callable[[Reply], float]
@@ -49,7 +52,8 @@ class Options(TypedDict, total=False):
 
     sampling: settings of one kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they win.
     max_new_tokens: limit of the whole reply, controls included; the reply is complete within it.
-    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch.
+    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch. Without one, equal
+        prompts get different replies.
     sizes: pins the grid of a kind, {"image": (8, 8)} in codes.
     """
 
@@ -195,6 +199,8 @@ class AnyToken:
         """
         _check_count("num_return", num_return)
         samples = num_return if best_of is None else _check_count("best_of", best_of)
+        if samples > 1:
+            self._check_random(samples, output, options)
         if samples < num_return:
             raise RequestError(
                 f"best_of={best_of} is less than num_return={num_return}: make at least as many."
@@ -217,8 +223,22 @@ class AnyToken:
                 score = (lambda one: rerank(one[0])) if rerank is not None else itemgetter(1)
                 group = sorted(group, key=score, reverse=True)
             replies = [reply for reply, _ in group[:num_return]]
+            if len({tuple(reply.ids) for reply, _ in group}) == 1 < samples:
+                _warn_of_copies(samples)
             found.append(replies if num_return > 1 else replies[0])
         return found if batch else found[0]
+
+    def _check_random(self, samples: int, output: Output, options: Options) -> None:
+        """RequestError if several replies would be copies of one, as no kind of them has a choice."""
+        settings = merge_sampling(
+            self.kinds, self.sampling, {name: options.get(name) for name in NAMES}, options.get("sampling")
+        )
+        kinds = self._plan(output) or self.kinds
+        if all(settings[kind].greedy for kind in kinds):
+            raise RequestError(
+                f"{samples} replies would be {samples} copies: {', '.join(kinds)} is decoded greedily here "
+                "(temperature 0 or top_k 1). Set temperature=1.0 or so, or ask for one reply."
+            )
 
     def _encode_prompts(self, prompt: Prompt, batch: bool) -> list[list[int]]:
         if batch and not (isinstance(prompt, list | tuple) and prompt):
@@ -235,8 +255,9 @@ class AnyToken:
     ) -> list[Reply]:
         """`generate` for prompts that are ids already, one reply each.
 
-        Each reply draws from (seed, its number in `rows`); by default all numbers are 0. What `prefixes` holds of a
-        prompt is not read again.
+        Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
+        reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
+        holds of a prompt is not read again. EngineError for an empty prompt and for ids that are none.
         """
         return [reply for reply, _ in self._replies(prompts, output, rows, prefixes, **options)]
 
@@ -334,7 +355,7 @@ class AnyToken:
             self._limit(plan) if max_new_tokens is None else max_new_tokens,
             seed,
             self.processor.null_prompt(),
-            [0] * len(prompts) if rows is None else rows,
+            range(len(prompts)) if seed is None else [0] * len(prompts) if rows is None else rows,
             sizes,
             prefixes,
             scored,
@@ -475,6 +496,16 @@ def load(
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
     return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile)
+
+
+@cache
+def _warn_of_copies(samples: int) -> None:
+    """Once: what was asked for has a choice, but all replies took the same one."""
+    log.warning(
+        "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
+        "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",
+        samples,
+    )
 
 
 def _check_count(name: str, count: object) -> int:

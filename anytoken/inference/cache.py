@@ -156,14 +156,14 @@ class Prefixes:
 
     def __init__(self, max_sequences: int = 1) -> None:
         self.max_sequences = max_sequences
-        self._weights: int | None = None
+        self._weights: object = None
         self._stored: OrderedDict[tuple[int, ...], KeyValues] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._stored)
 
-    def use(self, weights: int) -> None:
-        """Say which weights are in use, by a checksum of their bits; anything stored with others is forgotten."""
+    def use(self, weights: object) -> None:
+        """Say what model is in use, by anything that tells it from others; what was stored with them is forgotten."""
         if self._weights != weights:
             self._stored.clear()
         self._weights = weights

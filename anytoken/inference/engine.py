@@ -149,7 +149,8 @@ class Engine:
         budget = self._budget(state, max(len(prompt), len(null_prompt or ())), max_new_tokens)
         random = np.random.default_rng([_checked_seed(seed), draw])
         if prefixes is not None:
-            prefixes.use(checksum(chain(self.lm.parameters(), self.lm.buffers())))
+            _, facts = storage_key(self.lm)
+            prefixes.use((facts, checksum(chain(self.lm.parameters(), self.lm.buffers()))))
         slot = Slot(prompt, prefixes)
         return Row(number, state, budget, random, slot, settings, list(null_prompt or ()), scored)
 

@@ -28,7 +28,7 @@ from transformers.activations import ACT2FN
 from anytoken.inference.cache import COLUMNS, KeyValues, RowCache
 from anytoken.inference.weights import has_hooks
 from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.model.moe import AnyTokenMoE, group_mask
+from anytoken.model.moe import AnyTokenMoE, group_mask, run_experts
 
 KNOWN = {  # where the types of modules that this file does the work of are defined
     "anytoken.model.modeling", "anytoken.model.moe", "transformers.models.qwen3_moe.modeling_qwen3_moe",
@@ -173,7 +173,7 @@ class FlatDecoder:
             if torch.compiler.is_compiling():
                 parts.append(_gathered(hidden, layer.experts, self.act, choices, weights))
             elif len(hidden) > FEW or hidden.device.type != "cpu":
-                parts.append(layer.experts(hidden, choices.clamp(max=len(layer.gate_up)), weights))
+                parts.append(run_experts(layer.experts, hidden, choices.clamp(max=len(layer.gate_up)), weights))
             else:
                 parts.append(self._routed(hidden, layer, choices.tolist(), weights))
         if layer.dense is not None:

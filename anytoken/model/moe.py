@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,17 @@ class AnyTokenExperts(Qwen3MoeExperts):
     """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model."""
 
 
+PLAIN_LOOP = unwrap(AnyTokenExperts.forward)
+
+
+def run_experts(experts: AnyTokenExperts, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+    """The chosen experts' weighted sum [T, H] by the implementation in use; float64, which grouped products lack, by
+    the plain loop."""
+    if hidden_states.dtype == torch.float64:
+        return PLAIN_LOOP(experts, hidden_states, choices, weights)
+    return experts(hidden_states, choices, weights)
+
+
 class AnyTokenMoE(nn.Module):
     """Routed experts, plus the shared expert if the configuration has one."""
 
@@ -120,7 +132,8 @@ class AnyTokenMoE(nn.Module):
         """hidden_states [B, T, H] to the same shape."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, choices = self.gate(flat, open_experts)
-        routed = self.experts(flat, choices.clamp(max=self.gate.num_experts), weights).view_as(hidden_states)
+        routed = run_experts(self.experts, flat, choices.clamp(max=self.gate.num_experts), weights)
+        routed = routed.view_as(hidden_states)
         return routed if self.shared_expert is None else routed + self.shared_expert(hidden_states)
 
 
