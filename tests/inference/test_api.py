@@ -270,6 +270,30 @@ def test_added_rows_come_from_the_codebook(own_model: AnyToken, toys: SimpleName
     assert 0.2 < rows.std() / old.std() < 5
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_ids_take_a_small_share_until_they_are_trained(
+    own_model: AnyToken, toys: SimpleNamespace, tied: bool
+) -> None:
+    """Less than their number would, also where the embedding spreads far more than the head."""
+    lm, size = own_model.lm, own_model.token_space.vocab_size
+    if not tied:
+        lm.config.tie_word_embeddings, lm.all_tied_weights_keys = False, {}
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach().clone())
+        lm.get_input_embeddings().weight.data *= 30
+    lm.model.norm.weight.data *= 3  # as confident as a trained model
+    ids = torch.tensor([own_model.encode_prompt("What is this? red apple")])
+    before = lm(ids).logits
+    own_model.add_modality(toys.HumTokenizer())
+    tables = [lm.get_input_embeddings().weight, lm.lm_head.weight]
+    assert (tables[0] is tables[1]) == tied
+    logits = lm(ids).logits
+    assert torch.equal(logits[..., :size], before)
+    added = logits.shape[-1] - size
+    assert logits.softmax(-1)[..., size:].sum(-1).max() < added / size
+    for table in tables:
+        assert 0.1 < table[size:].std() / table[:size].std() < 1.5
+
+
 def test_what_is_no_tokenizer_is_not_added(own_model: AnyToken) -> None:
     with pytest.raises(ValueError, match=r"ModalityTokenizer.*'hum'"):
         own_model.add_modality("hum")  # type: ignore[arg-type]
