@@ -60,6 +60,7 @@ def export(
     to: Annotated[
         Target, typer.Option(help="qwen3_moe: a stock Qwen3-MoE, for vLLM, SGLang and transformers.")
     ],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a model as serving engines know it, with a tokenizer whose ids are the model's (docs/serving.md)."""
     from transformers.utils import logging
@@ -103,5 +104,7 @@ def merge(
     lm.to(AutoConfig.from_pretrained(find_checkpoint(one)).dtype)  # on a CPU it was opened in float32
     merged = AnyToken(lm, models[0].processor, models[0].sampling)
     names = " and ".join(Path(name).name for name in (one, other))
-    merged.card = f"# Merge of {names}\n\nWeights averaged with the shares {weights[0]:g} and {weights[1]:g}.\n"
+    merged.card = (
+        f"# Merge of {names}\n\nWeights averaged with the shares {weights[0]:g} and {weights[1]:g}.\n"
+    )
     print(merged.save_pretrained(out, overwrite=overwrite))

@@ -95,7 +95,9 @@ def merge_adapter(
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(kinds)}.", param_hint="--dtype")
     check_target(out, CHECKPOINT, overwrite)
     merged = load(model, "cpu", adapter)
-    merged.card = f"# {Path(model).name} with the adapter {adapter.name}\n\nThe adapter is merged into the weights.\n"
+    merged.card = (
+        f"# {Path(model).name} with the adapter {adapter.name}\n\nThe adapter is merged into the weights.\n"
+    )
     print(merged.save_pretrained(out, kinds[dtype], overwrite))
 
 

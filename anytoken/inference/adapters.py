@@ -62,9 +62,7 @@ class Adapters:
                 raise CheckpointError(f"The adapter {folder} adds or removes {odd}; it cannot be switched.")
             processor = add_saved_modalities(self.lm, processor, folder)
             bare = _parameters(self.lm)
-            changed = {
-                key: value.detach() for key, value in merged.items() if not _same(value, bare[key])
-            }
+            changed = {key: value.detach() for key, value in merged.items() if not _same(value, bare[key])}
             self._made_from[name] = checksum(bare[key] for key in changed)
             self._merged[name] = changed
         finally:
@@ -83,7 +81,9 @@ class Adapters:
         if name is None:
             return
         bare, changed = _parameters(self.lm), self._merged[name]
-        shown = {key: bare[key][: len(value)] for key, value in changed.items()}  # the vocabulary may have grown
+        shown = {
+            key: bare[key][: len(value)] for key, value in changed.items()
+        }  # the vocabulary may have grown
         if checksum(shown.values()) != self._made_from[name]:
             if before is not None and before != name:
                 self.use(before)

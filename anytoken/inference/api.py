@@ -92,18 +92,21 @@ class AnyToken:
         adapter: str | Path | None = None,
         quantize: str | None = None,
         compile: bool = False,
+        attn_implementation: str = "auto",
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
         `adapter` is a PEFT folder; it is merged into the weights. quantize="int8" keeps a byte a weight: less
         memory, for inference only (model/quantize.py). `compile` compiles the decoding step now, which takes a
-        minute or so the first time and says so; later loads find it in torch's cache. ValueError (CheckpointError
-        and the like)
-        names the file that is missing or damaged, the unknown name, or the device that cannot be used.
+        minute or so the first time and says so; later loads find it in torch's cache. attn_implementation: "sdpa",
+        "flex_attention", "flash_attention_2", "flash_attention_3" or "eager"; "auto" takes FlashAttention where its
+        package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
+        ValueError (CheckpointError, AttentionError and the like) names the file that is missing or damaged, the
+        unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
         folder = find_checkpoint(name_or_path)
-        lm, processor = load_folder(folder, chosen, adapter, quantize)
+        lm, processor = load_folder(folder, chosen, adapter, quantize, attn_implementation)
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
@@ -421,6 +424,7 @@ class AnyToken:
         self.use_adapter(None)
         try:
             self.processor = add_modality(self.lm, self.processor, tokenizer)
+            tokenizer.to(self.lm.device)
         finally:
             self.use_adapter(active)
 
@@ -437,7 +441,8 @@ class AnyToken:
         ValueError (CheckpointError and the like) for a folder that is none or does not fit, or a name that is taken.
         """
         self.processor = self.adapters.load(Path(path), name, self.processor)
-        self._engine = None
+        for tokenizer in self.processor.tokenizers.values():
+            tokenizer.to(self.lm.device)
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with an adapter from now on, or with the bare model (None); AdapterError for an unknown name."""
@@ -493,9 +498,10 @@ def load(
     adapter: str | Path | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    attn_implementation: str = "auto",
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
-    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile)
+    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile, attn_implementation)
 
 
 @cache

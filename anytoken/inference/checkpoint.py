@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
 from anytoken.atomic import FolderKind
+from anytoken.model.attention import use_attention
 from anytoken.model.modalities import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
@@ -167,11 +168,16 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def load_folder(
-    folder: Path, device: torch.device, adapter: str | Path | None = None, quantize: str | None = None
+    folder: Path,
+    device: torch.device,
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
+    attention: str = "auto",
 ) -> tuple[PreTrainedModel, Processor]:
     """The language model, with an adapter merged and weights quantised if asked, and the processor of a folder.
 
-    Weights are float32 on a CPU, where bfloat16 is many times slower, and as stored elsewhere.
+    Both are on the device; attention is one of the choices of `model/attention.py`. Weights are float32 on a CPU, where
+    bfloat16 is many times slower, and as stored elsewhere.
     """
     check_folder(folder)
     processor = Processor.from_pretrained(folder)
@@ -196,6 +202,9 @@ def load_folder(
         lm.set_experts_implementation("eager")  # grouped products cost 40 ms a token on a CPU, a loop 3
     if quantize is not None:
         quantize_weights(lm, quantize)
+    for tokenizer in processor.tokenizers.values():
+        tokenizer.to(device)
+    use_attention(lm, attention, device, lm.dtype)
     return lm.eval().to(device), processor
 
 

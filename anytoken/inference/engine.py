@@ -164,7 +164,9 @@ class Engine:
         for place, token in enumerate(prompt):
             whole = hasattr(token, "__index__") and not isinstance(token, bool)
             if not whole or not 0 <= token < size:
-                raise EngineError(f"Ids are whole numbers from 0 to {size - 1}; id {place} of the prompt is {token!r}.")
+                raise EngineError(
+                    f"Ids are whole numbers from 0 to {size - 1}; id {place} of the prompt is {token!r}."
+                )
 
     def _budget(self, state: State, prompt_length: int, max_new_tokens: int | None) -> int:
         """How many ids a reply may have; EngineError if its shortest legal form is longer."""

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from anytoken.inference.cache import COLUMNS, KeyValues, RowCache
+from anytoken.inference.cache import COLUMNS, KeyValues, RowCache, forward_inputs
 from anytoken.inference.weights import has_hooks
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, group_mask, run_experts
@@ -173,7 +173,9 @@ class FlatDecoder:
             if torch.compiler.is_compiling():
                 parts.append(_gathered(hidden, layer.experts, self.act, choices, weights))
             elif len(hidden) > FEW or hidden.device.type != "cpu":
-                parts.append(run_experts(layer.experts, hidden, choices.clamp(max=len(layer.gate_up)), weights))
+                parts.append(
+                    run_experts(layer.experts, hidden, choices.clamp(max=len(layer.gate_up)), weights)
+                )
             else:
                 parts.append(self._routed(hidden, layer, choices.tolist(), weights))
         if layer.dense is not None:
@@ -252,12 +254,8 @@ def _agrees(decoder: FlatDecoder, lm: PreTrainedModel) -> bool:
     weight = decoder.embedding
     caches = [RowCache(weight.device, weight.dtype) for _ in range(2)]
     for position, token in enumerate(ids):
-        where = torch.tensor([[position]], device=weight.device)
-        for cache in caches:
-            cache.aim(0, where)
-        inputs = {"input_ids": torch.tensor([[token]], device=weight.device), "position_ids": where}
-        mask = caches[0].causal_mask()
-        expected = lm.model(**inputs, attention_mask=mask, past_key_values=caches[0]).last_hidden_state[:, -1]
+        inputs, _ = forward_inputs(lm, [[token]], [[position]], caches[0], 0)
+        expected = lm.model(**inputs).last_hidden_state[:, -1]
         if not position:  # the storage of the other cache is made by a first write
             caches[1].write_row(0, caches[0].read_row(0, 1), 1)
         found = decoder.step([token], [position], caches[1], 0)

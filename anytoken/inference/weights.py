@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
-RECORDERS = "transformers.utils.output_capturing"  # left in place by every forward pass that asked for router logits
+RECORDERS = (
+    "transformers.utils.output_capturing"  # left in place by every forward pass that asked for router logits
+)
 
 
 def storage_key(model: nn.Module) -> tuple[list[object], list[object]]:

@@ -237,8 +237,8 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         needs_ids = output_expert_use or (labels is not None and config.router_modality_aux_loss_coef > 0)
         if input_ids is None and config.modality_boundaries and needs_ids:
             raise ValueError(
-                "Modalities are told by token id: give input_ids, not inputs_embeds, or leave output_expert_use out and "
-                "set router_modality_aux_loss_coef to 0."
+                "Modalities are told by token id: give input_ids, not inputs_embeds, or leave output_expert_use out "
+                "and set router_modality_aux_loss_coef to 0."
             )
         decoded = self.model(input_ids=input_ids, output_router_logits=routed, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -277,9 +277,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         )
         terms = config.output_z_loss_coef * output_z
         if decoded.router_logits:
-            router = router_losses(
-                decoded.router_logits, decoded.router_choices, decoded.modality, real=real
-            )
+            router = router_losses(decoded.router_logits, decoded.router_choices, decoded.modality, real=real)
             output.aux_loss = router.balance
             terms = (
                 terms

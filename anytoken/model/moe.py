@@ -180,8 +180,9 @@ def router_losses(
     """Load-balance losses (Switch, arXiv 2101.03961) and router z-loss (ST-MoE, 2202.08906).
 
     router_logits: per layer [T, C], minus infinity where closed; choices: per layer [T, K]; modality: int64 [T], all
-    zero by default; real: bool [T], which tokens count, the others are padding. A balance is 1 when tokens and probability spread evenly over the experts that are open.
-    across: of the tokens of all processes, which must all call this, with num_modalities (default: those seen).
+    zero by default; real: bool [T], which tokens count (the others are padding). A balance is 1 when tokens and
+    probability spread evenly over the experts that are open. across: of the tokens of all processes, which must all
+    call this, with num_modalities (default: those seen).
     """
     reduce = sum_over_processes if across else lambda value: value
     tokens = torch.zeros(len(router_logits[0]), dtype=torch.long, device=router_logits[0].device)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from anytoken.model.attention import AttentionError, use_attention
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modalities import add_modality, replace_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -20,6 +21,7 @@ from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.stage import Stage, StageError
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in
 
 
 def build_processor(folders: Mapping[str, str]) -> Processor:
@@ -102,3 +104,13 @@ def balance_by_bias(model: PreTrainedModel) -> None:
             f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
         )
     model.add_expert_bias()
+
+
+def choose_attention(model: PreTrainedModel, stage: Stage, device: torch.device) -> None:
+    """Switch a model to the recipe's attention implementation; StageError if that cannot train here."""
+    if stage.attention == "flex_attention" and device.type == "cpu":
+        raise StageError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")
+    try:
+        use_attention(model, stage.attention, device, DTYPES[stage.precision])
+    except AttentionError as error:
+        raise StageError(f"attention with precision {stage.precision}: {error}") from error

@@ -132,7 +132,10 @@ def state(model: AnyToken) -> list[object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 64}, r"made for another model \(.*other\).*is \[2, 64\] in the adapter and \[2, 32\] in this"),
+        (
+            {"hidden_size": 64},
+            r"made for another model \(.*other\).*is \[2, 64\] in the adapter and \[2, 32\] in this",
+        ),
         ({"num_hidden_layers": 4}, r"layers\.2\..*and absent in this model"),
         ({"num_hidden_layers": 1}, r"layers\.1\..*absent in the adapter and \[2, 32\]"),
     ],
@@ -161,7 +164,9 @@ def test_rows_that_the_base_has_not_are_refused(folder: Path, toys: SimpleNamesp
     grown.add_modality(toys.HumTokenizer())
     last = grown.token_space.vocab_size - 1
     bigger = grown.save_pretrained(tmp_path / "bigger")
-    adapter = make_adapter(bigger, tmp_path / "adapter", 1, target_modules=["o_proj"], trainable_token_indices=[last])
+    adapter = make_adapter(
+        bigger, tmp_path / "adapter", 1, target_modules=["o_proj"], trainable_token_indices=[last]
+    )
     model = AnyToken.from_pretrained(folder)
     before = state(model)
     with pytest.raises(CheckpointError, match=r"does not fit this model"):

@@ -46,7 +46,9 @@ def test_mini_answers_on_a_gpu_as_on_the_cpu(output: str) -> None:
     assert there.ids[:8] == here.ids[:8] and there.segments
 
 
-def test_saving_over_its_own_checkpoint_replaces_it(folder: Path, tmp_path: Path, toys: SimpleNamespace) -> None:
+def test_saving_over_its_own_checkpoint_replaces_it(
+    folder: Path, tmp_path: Path, toys: SimpleNamespace
+) -> None:
     target = AnyToken.from_pretrained(folder).save_pretrained(tmp_path / "copy")
     model = AnyToken.from_pretrained(target)  # and one that was opened there
     (target / "model-00001-of-00002.safetensors").write_bytes(b"of an older version")
@@ -59,7 +61,9 @@ def test_saving_over_its_own_checkpoint_replaces_it(folder: Path, tmp_path: Path
     assert (target / "tokenizers/tone/notes.txt").read_text() == "mine"
 
 
-def test_another_checkpoint_is_replaced_only_if_asked(folder: Path, tmp_path: Path, toys: SimpleNamespace) -> None:
+def test_another_checkpoint_is_replaced_only_if_asked(
+    folder: Path, tmp_path: Path, toys: SimpleNamespace
+) -> None:
     target = AnyToken.from_pretrained(folder).save_pretrained(tmp_path / "run")
     for name in (".git/HEAD", "report.html", "metrics.jsonl"):
         (target / name).parent.mkdir(exist_ok=True)
@@ -67,13 +71,17 @@ def test_another_checkpoint_is_replaced_only_if_asked(folder: Path, tmp_path: Pa
     AnyToken.from_pretrained(folder).save_pretrained(target)  # the same bits: nothing is lost
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     other = toys.make_model(seed=5)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors would change.*overwrite=True.*--overwrite"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors would change.*overwrite=True.*--overwrite"
+    ):
         other.save_pretrained(target)
     assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     other.save_pretrained(target, overwrite=True)
     assert torch.equal(AnyToken.from_pretrained(target).lm.lm_head.weight, other.lm.lm_head.weight)
-    assert all((target / name).read_text() == "mine" for name in (".git/HEAD", "report.html", "metrics.jsonl"))
+    assert all(
+        (target / name).read_text() == "mine" for name in (".git/HEAD", "report.html", "metrics.jsonl")
+    )
 
 
 def test_saving_over_something_else_is_refused(model: AnyToken, tmp_path: Path) -> None:
@@ -89,7 +97,12 @@ def test_saving_over_something_else_is_refused(model: AnyToken, tmp_path: Path) 
 
 def test_what_lies_beside_a_checkpoint_does_not_damage_it(folder: Path, tmp_path: Path) -> None:
     mixed = shutil.copytree(folder, tmp_path / "mixed")
-    for name in ("notes.json", "logs/run.json", "tokenizers/image/old.json", "tokenizers/image/old.safetensors"):
+    for name in (
+        "notes.json",
+        "logs/run.json",
+        "tokenizers/image/old.json",
+        "tokenizers/image/old.safetensors",
+    ):
         (mixed / name).parent.mkdir(exist_ok=True)
         (mixed / name).write_text("no JSON")
     assert AnyToken.from_pretrained(mixed).kinds == ["text", "image", "tone"]

@@ -67,7 +67,9 @@ def model_ids(model: AnyToken, words: str) -> dict[str, Any]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True}, {"do_sample": False}, {"do_sample": False, "num_beams": 2}])
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"do_sample": False}, {"do_sample": False, "num_beams": 2}]
+)
 def test_a_contradiction_with_other_settings_is_said(model: AnyToken, options: dict[str, Any]) -> None:
     """An image ends when it ends: min_new_tokens would leave no id, and the first of the vocabulary be taken."""
     inputs = model.lm_inputs("a", "image", max_new_tokens=60, sizes={"image": (1, 1)})

@@ -14,7 +14,12 @@ from anytoken.inference.scheduler import Scheduler
 from anytoken.inference.weights import checksum
 from anytoken.model.modeling import AnyTokenForCausalLM
 
-OPTIONS: dict[str, Any] = {"output": ["text", "image"], "temperature": 0, "cfg_scale": 1, "max_new_tokens": 60}
+OPTIONS: dict[str, Any] = {
+    "output": ["text", "image"],
+    "temperature": 0,
+    "cfg_scale": 1,
+    "max_new_tokens": 60,
+}
 
 
 def other_values(lm: AnyTokenForCausalLM) -> list[Tensor]:
@@ -69,7 +74,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_next_call_uses_the_new_weights(own_model: AnyToken, change: Callable[[AnyTokenForCausalLM], Any]) -> None:
+def test_the_next_call_uses_the_new_weights(
+    own_model: AnyToken, change: Callable[[AnyTokenForCausalLM], Any]
+) -> None:
     """Compared with a model that is opened in that state; a chat does not use what it read with the old ones."""
     chat = own_model.chat()
     chat.send("red apple", **OPTIONS)
@@ -92,18 +99,27 @@ def test_a_batch_that_runs_on_takes_them_with_its_next_request(own_model: AnyTok
         ids = []
         while len(scheduler):
             ids += [token.id for token in scheduler.step() if token.row == number]
-        assert ids == AnyToken(own_model.lm, own_model.processor).generate_ids([prompt], "image", seed=3, top_k=0)[0].ids
+        assert (
+            ids
+            == AnyToken(own_model.lm, own_model.processor)
+            .generate_ids([prompt], "image", seed=3, top_k=0)[0]
+            .ids
+        )
         found.append(ids)
     assert found[0] != found[1]
 
 
-def test_nothing_is_prepared_twice_without_a_reason(own_model: AnyToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_prepared_twice_without_a_reason(
+    own_model: AnyToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made, chat = [], own_model.chat()
     original = Head.__init__
     monkeypatch.setattr(Head, "__init__", lambda self, *given: (made.append(1), original(self, *given))[1])
     for _ in range(3):
         chat.send("red apple", **OPTIONS)
-        own_model.lm(torch.zeros(1, 4, dtype=torch.long), output_router_logits=True)  # leaves recording hooks behind
+        own_model.lm(
+            torch.zeros(1, 4, dtype=torch.long), output_router_logits=True
+        )  # leaves recording hooks behind
     assert len(made) == 1 and own_model.engine.head().decoder is not None and len(chat._prefixes) == 1
 
 

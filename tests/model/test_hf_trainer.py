@@ -15,7 +15,11 @@ TINY = {
     "head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 NO_TERMS = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "output_z_loss_coef": 0.0}
-MODALITIES = {"modality_boundaries": [32, 64], "modality_index": [0, 1, 2], "modality_names": ["text", "a", "b"]}
+MODALITIES = {
+    "modality_boundaries": [32, 64],
+    "modality_index": [0, 1, 2],
+    "modality_names": ["text", "a", "b"],
+}
 CUTS = [(4, 1), (2, 2), (1, 4)]  # rows at once and accumulation
 LENGTHS = (16, 9, 5, 12)
 
@@ -46,7 +50,9 @@ def stock() -> Qwen3MoeForCausalLM:
     return other
 
 
-def train(model: Any, folder: Path, cut: tuple[int, int], padded: bool) -> tuple[list[float], dict[str, Tensor]]:
+def train(
+    model: Any, folder: Path, cut: tuple[int, int], padded: bool
+) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of two steps of four rows, as the Trainer logs them, and the weights after."""
     arguments = TrainingArguments(
         str(folder), per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1], max_steps=2,
@@ -72,7 +78,12 @@ def test_every_cut_trains_as_stock_qwen3_moe(tmp_path: Path, padded: bool) -> No
 def test_further_terms_count_once_for_every_cut(tmp_path: Path, padded: bool) -> None:
     """Load balance is a product of two means, so that of parts differs a little from that of the whole."""
     whole, *parts = (
-        train(ours(router_aux_loss_coef=0.1, router_z_loss_coef=0.1, output_z_loss_coef=0.1), tmp_path, cut, padded)[0]
+        train(
+            ours(router_aux_loss_coef=0.1, router_z_loss_coef=0.1, output_z_loss_coef=0.1),
+            tmp_path,
+            cut,
+            padded,
+        )[0]
         for cut in CUTS
     )
     assert whole[0] > train(ours(**NO_TERMS), tmp_path, CUTS[0], padded)[0][0] + 0.1
@@ -87,7 +98,7 @@ def loss(lm: AnyTokenForCausalLM, rows: list[dict[str, Tensor]], **more: Any) ->
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_parts_add_up_to_the_whole(padded: bool) -> None:
-    """Exactly where rows are alike; otherwise terms that are means over tokens weigh by targets, which are one fewer."""
+    """Exactly where rows are alike; otherwise means over tokens are weighted by targets, which are one fewer."""
     lm, rows = ours(**{**NO_TERMS, "output_z_loss_coef": 1.0, "router_z_loss_coef": 1.0}), samples(padded)
     total = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
     parts = sum(loss(lm, rows[start : start + 2], num_items_in_batch=total) for start in range(0, 8, 2))
@@ -136,7 +147,7 @@ def test_embeddings_train_without_groups_and_are_refused_with() -> None:
     with pytest.raises(ValueError, match="router_modality_aux_loss_coef"):
         ours(**MODALITIES, router_modality_aux_loss_coef=0.1)(inputs_embeds=embedded, labels=ids)
     grouped = ours(**MODALITIES, expert_groups={"common": 2, "text": 1, "a": 1})
-    with pytest.raises(ValueError, match="Expert groups.*input_ids"):
+    with pytest.raises(ValueError, match=r"Expert groups.*input_ids"):
         grouped(inputs_embeds=embedded, labels=ids)
 
 
