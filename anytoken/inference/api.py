@@ -231,7 +231,7 @@ class AnyToken:
             found.append(replies if num_return > 1 else replies[0])
         return found if batch else found[0]
 
-    def _check_random(self, samples: int, output: Output, options: Options) -> None:
+    def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
         """RequestError if several replies would be copies of one, as no kind of them has a choice."""
         settings = merge_sampling(
             self.kinds, self.sampling, {name: options.get(name) for name in NAMES}, options.get("sampling")

@@ -203,27 +203,26 @@ def forward_inputs(
     A row with fewer ids repeats its last one. For FlashAttention, which takes no mask, the rows are laid end to end
     without repetitions; then also where in the output the last id of each row is, [S].
     """
-    if not runs_flash(lm):
-        where = torch.tensor(positions, device=lm.device)
-        cache.aim(start, where)
-        tokens, extra, ends = ids, {"attention_mask": _masks(lm.config.get_text_config(), cache)}, None
-    else:
+    flash = runs_flash(lm)
+    if flash:
         extra = cache.aim_flat(start, positions)
-        ends = extra["cu_seq_lens_q"][1:].long() - 1
         counts = [row[-1] - row[0] + 1 for row in positions]
-        tokens, flat = (
-            [[one for row, count in zip(rows, counts, strict=True) for one in row[:count]]]
+        ids, positions = (
+            [[one for row, n in zip(rows, counts, strict=True) for one in row[:n]]]
             for rows in (ids, positions)
         )
-        where = torch.tensor(flat, device=lm.device)
+    where = torch.tensor(positions, device=lm.device)
+    if not flash:
+        cache.aim(start, where)
+        extra = {"attention_mask": _masks(lm.config.get_text_config(), cache)}
     inputs = {
-        "input_ids": torch.tensor(tokens, device=lm.device),
+        "input_ids": torch.tensor(ids, device=lm.device),
         "position_ids": where,
         "past_key_values": cache,
         "use_cache": True,
         **extra,
     }
-    return inputs, ends
+    return inputs, extra["cu_seq_lens_q"][1:].long() - 1 if flash else None
 
 
 def _masks(config: PretrainedConfig, cache: RowCache) -> Tensor | dict[str, Tensor]:

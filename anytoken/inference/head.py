@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.cache import RowCache, forward_inputs
 from anytoken.inference.flat_decoder import blocked, flat_decoder, product
-from anytoken.model.attention import without_flash
+from anytoken.model.attention import usable_attention
 
 SLICES = 1024  # sets of ranges whose rows are kept
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Head:
         self.lm = lm
         self.layer = lm.get_output_embeddings()
         self._slices: dict[Ranges, list[Tensor]] = {}
-        with without_flash(lm):
+        with usable_attention(lm, cached=True):
             self.sliced = self._slicing_is_exact()
             self.decoder, reason = flat_decoder(lm) if self.sliced else (None, "its logits are its own")
         if not self.sliced:
@@ -82,7 +82,7 @@ class Head:
         """
         if self.decoder is not None and cache.keys and len(ids[0]) == 1:
             return self.decoder.step([one for (one,) in ids], [one for (one,) in positions], cache, start)
-        with without_flash(self.lm):
+        with usable_attention(self.lm, cached=True):
             inputs, ends = forward_inputs(self.lm, ids, positions, cache, start)
             if self.sliced:
                 hidden = self.lm.base_model(**inputs).last_hidden_state

@@ -89,10 +89,15 @@ def runs_flash(lm: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def without_flash(lm: PreTrainedModel) -> Iterator[None]:
-    """Inside, sdpa stands in for a FlashAttention that cannot run: float32 weights, as trained under autocast."""
+def usable_attention(lm: PreTrainedModel, cached: bool = False) -> Iterator[None]:
+    """Inside, sdpa stands in for an implementation that cannot do what is asked.
+
+    That is FlashAttention where weights are float32 and no autocast is on, as between steps of training; and with a
+    key-value cache (cached) flex_attention, whose block masks are made for whole sequences.
+    """
     before = lm.config._attn_implementation
-    swap = is_flash_attention_requested(lm.config) and not runs_flash(lm)
+    flash = is_flash_attention_requested(lm.config) and not runs_flash(lm)
+    swap = flash or (cached and before == "flex_attention")
     if swap:
         lm.config._attn_implementation = "sdpa"
     try:

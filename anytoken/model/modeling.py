@@ -112,8 +112,8 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        told = (open_experts, real) if isinstance(self.mlp, AnyTokenMoE) else ()
-        return hidden_states + self.mlp(normed, *told)
+        told = {"open_experts": open_experts, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
+        return hidden_states + self.mlp(normed, **{name: one for name, one in told.items() if one is not None})
 
 
 class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -277,7 +277,9 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         )
         terms = config.output_z_loss_coef * output_z
         if decoded.router_logits:
-            router = router_losses(decoded.router_logits, decoded.router_choices, decoded.modality, real=real)
+            router = router_losses(
+                decoded.router_logits, decoded.router_choices or (), decoded.modality, real=real
+            )
             output.aux_loss = router.balance
             terms = (
                 terms
@@ -306,7 +308,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
             return {}
         groups = decoded.modality if decoded.modality is not None else torch.zeros_like(choices[0][:, 0])
         if real is not None:
-            choices, groups = [one[real] for one in choices], groups[real]
+            choices, groups = tuple(one[real] for one in choices), groups[real]
         return expert_use(expert_counts(choices, groups, len(names), self.config.num_experts), names)
 
     @property

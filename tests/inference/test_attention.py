@@ -141,6 +141,13 @@ def test_another_architecture_and_an_adapted_model_decode_the_same(
         assert engine.generate(prompts, [["image"]] * 3, seed=2) == expected and passed
 
 
+def test_a_prompt_is_read_with_sdpa_where_flex_is_asked_for(own_model: AnyToken) -> None:
+    expected = [reply.ids for reply in own_model.generate(PROMPTS, "image", batch=True, seed=1)]
+    assert use_attention(own_model.lm, "flex_attention", CPU, torch.float32) == "flex_attention"
+    assert [reply.ids for reply in own_model.generate(PROMPTS, "image", batch=True, seed=1)] == expected
+    assert own_model.lm.config._attn_implementation == "flex_attention"
+
+
 def test_bfloat16_is_what_the_kernel_gets(own_model: AnyToken, passed: list[dict[str, Any]]) -> None:
     own_model.lm.bfloat16()
     use_attention(own_model.lm, FLASH, CPU, torch.bfloat16)
