@@ -245,6 +245,14 @@ class Processor:
             text = ""
         return [*ids, *self.text_tokenizer.encode(text), self.token_space.end]
 
+    def encode_reply(self, content: Any) -> list[int]:
+        """What an assistant's turn holds after its opening id: the ids of its content, and the end id.
+
+        content: a string, a segment, or a list of both. PromptError if it is empty or not to be encoded.
+        """
+        opens = self._content(content, "The reply")
+        return self._turn_ids({"role": "assistant", "content": [open_() for open_ in opens]})[1:]
+
     def encode_training(self, messages: Any) -> tuple[list[int], list[bool]]:
         """A conversation as ids, and for each id whether it is to be learnt: the assistant's content and end ids."""
         ids, learn = [self.token_space.bos], [False]

@@ -337,3 +337,23 @@ def test_a_wheel_carries_the_recipes_and_no_second_package(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == recipes.names()
+
+
+def test_score_and_classify_print_the_best_first(checkpoint, picture, tmp_path):
+    options = ["--model", str(checkpoint), "--json"]
+    scored = CliRunner().invoke(app, ["score", str(picture), "-a", "a red apple", "-a", "what", *options])
+    rows = [json.loads(line) for line in scored.stdout.splitlines()]
+    assert scored.exit_code == 0 and {row["answer"] for row in rows} == {"a red apple", "what"}
+    assert rows[0]["score"] > rows[1]["score"]
+    names = tmp_path / "names.txt"
+    names.write_text("a red apple\nwhat\n\nthis\n")
+    found = CliRunner().invoke(
+        app, ["classify", str(picture), "--labels", str(names), "--top", "2", *options]
+    )
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert found.exit_code == 0 and len(rows) == 2 and 1 >= rows[0]["probability"] >= rows[1]["probability"]
+
+
+def test_classify_without_labels_is_an_error(checkpoint):
+    result = CliRunner().invoke(app, ["classify", "a fox", "--model", str(checkpoint)])
+    assert result.exit_code == 2 and "needs labels" in result.output

@@ -29,6 +29,16 @@ from anytoken.inference.engine import Engine, Token
 from anytoken.inference.logits_processor import lm_inputs
 from anytoken.inference.reply import Reply, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
+from anytoken.inference.score import (
+    Classification,
+    Normalize,
+    Score,
+    ScoreError,
+    check_normalize,
+    classify,
+    perplexity,
+    score_ids,
+)
 from anytoken.inference.stream import Event, SegmentStream
 from anytoken.model.modalities import add_modality, longest_segment
 from anytoken.processor import Processor
@@ -409,6 +419,57 @@ class AnyToken:
         """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
         limit = self._limit(self._plan(output)) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
+
+    # ---- comparing ----
+
+    def score_details(
+        self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none"
+    ) -> list[Score]:
+        """The log-likelihood of each answer as the whole reply to a prompt, by token and by segment.
+
+        answers: each a string, a segment, or a list of both; the prompt is read once for all of them. With
+        normalize="pmi" each also has its likelihood after an empty prompt. ValueError (ScoreError, PromptError) for no
+        answers, an empty one, a kind that the model lacks, or more than the context holds.
+        """
+        check_normalize(normalize)
+        if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
+            raise ScoreError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
+        replies = [self.processor.encode_reply(answer) for answer in answers]
+        prior = self.processor.null_prompt() if normalize == "pmi" else None
+        return score_ids(self.engine, self.encode_prompt(prompt), replies, prior)
+
+    def score(self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none") -> list[float]:
+        """How likely each answer is as the whole reply to a prompt: log-likelihoods in nats.
+
+        normalize: "none" for the sum over tokens, "tokens" for the mean, "pmi" for the sum less that after an empty
+        prompt. Everything else as for `score_details`.
+        """
+        return [one.value(normalize) for one in self.score_details(prompt, answers, normalize)]
+
+    def classify(
+        self, prompt: Prompt, labels: Sequence[Any], normalize: Normalize = "none"
+    ) -> Classification:
+        """Which of the labels answers a prompt best, with their probabilities among themselves.
+
+        labels: as `answers` of `score`.
+        """
+        return classify(labels, self.score(prompt, labels, normalize))
+
+    def rerank(
+        self, prompt: Prompt, candidates: Sequence[Any], normalize: Normalize = "tokens"
+    ) -> list[tuple[int, float]]:
+        """Index and score of each candidate, best first; arguments as for `score`."""
+        scores = self.score(prompt, candidates, normalize)
+        return sorted(enumerate(scores), key=itemgetter(1), reverse=True)
+
+    def perplexity(self, segments: Any, prompt: Prompt | None = None) -> float:
+        """exp of the mean negative log-likelihood per token of segments, after an empty prompt by default.
+
+        Tokens without an alternative, such as close ids, are not counted.
+        """
+        ids = self.processor.encode_reply(segments)
+        start = self.processor.null_prompt() if prompt is None else self.encode_prompt(prompt)
+        return perplexity(self.engine.grammar, score_ids(self.engine, start, [ids])[0])
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""
