@@ -113,7 +113,9 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         told = {"open_experts": open_experts, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
-        return hidden_states + self.mlp(normed, **{name: one for name, one in told.items() if one is not None})
+        return hidden_states + self.mlp(
+            normed, **{name: one for name, one in told.items() if one is not None}
+        )
 
 
 class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -165,6 +167,7 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] to last_hidden_state [B, T, H].
 
+        real: bool [B * T], tokens that are no padding where no mask tells; the balancing bias counts only those.
         Restarting `position_ids` mark packed samples, which never attend to each other. PackingError (compiled: a
         RuntimeError) if a mask or a cache is given with them: either would silently let them.
         """
@@ -182,8 +185,9 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         mask = group_mask(self.config)
         if mask is not None and modality is not None:
             kwargs["open_experts"] = mask.to(modality.device)[modality]
+        real = kwargs.pop("real", None)
         if self.training and self.config.expert_bias and ids is not None:
-            kwargs["real"] = real_tokens(attention_mask, ids.shape[1])
+            kwargs["real"] = real_tokens(attention_mask, ids.shape[1]) if real is None else real
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

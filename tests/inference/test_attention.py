@@ -37,10 +37,11 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ) -> tuple[Tensor, None]:
         assert attention_mask is None and query.dtype == key.dtype == value.dtype
         calls.append({"dtype": query.dtype, "device": query.device, "queries": query.shape, **given})
-        if "cu_seq_lens_q" not in given:  # a probe: one sample a row
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-            ).transpose(1, 2), None
+        if "cu_seq_lens_q" not in given:  # one sample a row, after a cache that all share
+            ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+            mask = ones.tril(key.shape[2] - query.shape[2])
+            found = F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+            return found.transpose(1, 2), None
         edges_q, edges_k = given["cu_seq_lens_q"], given["cu_seq_lens_k"]
         counts, lengths = edges_q.diff().tolist(), edges_k.diff().tolist()
         assert edges_q.dtype == edges_k.dtype == torch.int32 and edges_q.device == query.device
@@ -91,6 +92,15 @@ def test_replies_are_the_same(
     packed = [call for call in passed if "cu_seq_lens_q" in call]
     assert any(len(call["cu_seq_lens_q"]) > 3 and call["max_length_q"] > 1 for call in packed)
     assert own_model.engine.head().decoder is not None  # single ids go through the flat step
+
+
+@pytest.mark.parametrize("name", [FLASH, "flex_attention"])
+def test_answers_are_scored_the_same(own_model: AnyToken, passed: list[dict[str, Any]], name: str) -> None:
+    answers = ["red apple", "a", "green pear and a red apple"]
+    expected = own_model.score("What is this?", answers)
+    use_attention(own_model.lm, name, CPU, torch.float32)
+    assert own_model.score("What is this?", answers) == pytest.approx(expected, abs=1e-4)
+    assert bool(passed) == (name == FLASH)
 
 
 def test_a_chunked_prompt_is_read_the_same(
