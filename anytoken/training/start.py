@@ -1,19 +1,19 @@
 """Where a run begins: the processor and the model that a stage's ``init_from`` names."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from anytoken.atomic import FolderKind, check_target, write_folder
 from anytoken.model.attention import AttentionError, use_attention
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modalities import add_modality, replace_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.rows import initialise_code_rows
 from anytoken.model.upcycle import adopt_backbone
-from anytoken.processor import Processor
+from anytoken.processor import SPACE_FILE, Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
@@ -48,20 +48,23 @@ def checkpoint_folder(init_from: str) -> Path:
 
 
 def make_start(stage: Stage) -> None:
-    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait."""
+    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait.
+
+    StageError if the folder holds something else.
+    """
     folder = Path(stage.init_from)
-    if stage.backbone is None or (folder / "token_space.json").is_file():
+    if stage.backbone is None or (folder / SPACE_FILE).is_file():
         return
+    start = FolderKind("checkpoint", SPACE_FILE, (), StageError)
+    check_target(folder, start)
     codecs = stage.backbone.codecs
     tokenizers = {
         kind: pretrained_tokenizer(one.source, kind, **one.settings) for kind, one in codecs.items()
     }
     lm, processor = adopt_backbone(stage.backbone.model, tokenizers)
-    scratch = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    lm.save_pretrained(scratch)
-    processor.save_pretrained(scratch)
-    scratch.rename(folder)
+    with write_folder(folder, start) as scratch:
+        lm.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
 
 
 def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
