@@ -489,6 +489,20 @@ class AnyToken:
         finally:
             self.use_adapter(active)
 
+    def swap_global(self, segment: Segment, other: Segment) -> Segment:
+        """`segment` with the global codes of `other`: recolours an image, converts a voice.
+
+        No language model is asked: both are encoded, and the local codes of the first decoded with the header of the
+        second. ValueError (RequestError, PromptError, TokenizerError) for segments of different kinds, and a kind
+        without tokenizer or global codes.
+        """
+        kinds = [one.kind if isinstance(one, Segment) else type(one).__name__ for one in (segment, other)]
+        if kinds[0] != kinds[1]:
+            raise RequestError(
+                f"swap_global takes two segments of one kind; received {kinds[0]} and {kinds[1]}."
+            )
+        return self.processor.tokenizer_of(kinds[0]).swap_global(segment, other)
+
     @property
     def adapters(self) -> Adapters:
         """The adapters that `load_adapter` read for the present weights."""

@@ -71,7 +71,7 @@ def adopt_backbone(
         raise BackboneError(f"The tokenizer of {source} has {text.vocab_size} ids but the model {rows} rows.")
     space = TokenSpace(rows, text_ranges=text.ranges)
     for name, tokenizer in tokenizers.items():
-        space.append_modality(name, tokenizer.codebook_sizes, tokenizer.shape)
+        space.append_modality(name, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
     ends = _end_ids(backbone)
     lm: PreTrainedModel
     try:

@@ -35,7 +35,7 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
     tokenizers = {kind: load_tokenizer(folder) for kind, folder in folders.items() if kind != "text"}
     space = TokenSpace(text.vocab_size, text_ranges=text.ranges)
     for kind, tokenizer in tokenizers.items():
-        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
     return Processor(space, text, tokenizers)
 
 

@@ -10,7 +10,9 @@ import torch
 from anytoken.inference.api import AnyToken, _warn_of_copies
 from anytoken.inference.reply import Reply
 from anytoken.inference.sampling import Sampling
-from anytoken.segments import Image, Text
+from anytoken.segments import Image, Speech, Text
+from anytoken.tokenizers.base import Codes
+from anytoken.tokenizers.speech import SpeechTokenizer
 
 COLD = {"temperature": 1e-6}
 PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
@@ -292,6 +294,31 @@ def test_added_ids_take_a_small_share_until_they_are_trained(
     assert logits.softmax(-1)[..., size:].sum(-1).max() < added / size
     for table in tables:
         assert 0.1 < table[size:].std() / table[:size].std() < 1.5
+
+
+def test_the_rows_of_global_codes_come_from_their_vectors_and_they_are_exchanged(own_model: AnyToken) -> None:
+    class Voiced(SpeechTokenizer):
+        def global_vectors(self) -> torch.Tensor:
+            return torch.arange(64.0)[:, None].expand(-1, 4).contiguous()
+
+    torch.manual_seed(0)
+    tokenizer = Voiced(8, 1, 1, levels=[5, 5, 4], max_frames=20, num_global_codes=3).eval()
+    own_model.add_modality(tokenizer)
+    span = own_model.token_space.global_range("speech")
+    rows = own_model.lm.get_input_embeddings().weight[span.start : span.stop]
+    assert len(rows) == 64 and torch.dist(rows[0], rows[1]) < torch.dist(rows[0], rows[63])
+    reply = own_model.generate("a", "speech", seed=0)
+    assert own_model.detokenize(own_model.tokenize(reply.speech[0]))[0].kind == "speech"
+    low, high = (Speech(np.sin(np.arange(6_400) * pitch).astype(np.float32)) for pitch in (0.05, 0.3))
+    swapped = own_model.swap_global(low, high)
+    one, other = tokenizer.encode(low), tokenizer.encode(high)
+    assert swapped == tokenizer.decode(Codes(one.values, header=other.header))
+    with pytest.raises(ValueError, match="two segments of one kind; received speech and image"):
+        own_model.swap_global(low, PICTURE)
+    with pytest.raises(ValueError, match=r"image tokenizer.*no global codes to exchange"):
+        own_model.swap_global(PICTURE, PICTURE)
+    with pytest.raises(ValueError, match="No tokenizer for 'text'"):
+        own_model.swap_global(Text("a"), Text("b"))
 
 
 def test_what_is_no_tokenizer_is_not_added(own_model: AnyToken) -> None:
