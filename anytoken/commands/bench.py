@@ -58,6 +58,22 @@ def score(
 
 
 @app.command()
+def serve(
+    model: ModelArgument = "mini",
+    prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",
+    kind: Annotated[str, typer.Option(help="Kind of reply.")] = "image",
+    clients: Annotated[int, typer.Option(min=2, help="Concurrent clients.")] = 16,
+    requests: Annotated[int, typer.Option(min=2, help="Requests of all clients together.")] = 64,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_serve.json"),
+) -> None:
+    """A server on this machine: throughput and latency with one client, with many, and beyond its limits."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_serve import bench_serve
+
+    bench.report(bench_serve(model, prompt, kind, clients, requests), out)
+
+
+@app.command()
 def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")] = "stages/1_alignment.yaml",
     overrides: Overrides = None,

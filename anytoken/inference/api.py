@@ -351,6 +351,30 @@ class AnyToken:
         sizes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
     ) -> Generator[Token, None, None]:
+        request = self.request(
+            output, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, sizes=sizes, **settings
+        )
+        plan = request.pop("plan")
+        return self.engine.stream(
+            prompts,
+            [plan] * len(prompts),
+            rows=range(len(prompts)) if seed is None else [0] * len(prompts) if rows is None else rows,
+            prefixes=prefixes,
+            scored=scored,
+            **request,
+        )
+
+    def request(
+        self,
+        output: Output,
+        *,
+        sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Output and `Options` of one reply as the keyword arguments of `Scheduler.submit`, checked."""
         unknown = sorted(set(settings) - set(NAMES))
         if unknown:
             raise RequestError(
@@ -361,18 +385,14 @@ class AnyToken:
                 f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
             )
         plan = self._plan(output)
-        return self.engine.stream(
-            prompts,
-            [plan] * len(prompts),
-            merge_sampling(self.kinds, self.sampling, settings, sampling),
-            self._limit(plan) if max_new_tokens is None else max_new_tokens,
-            seed,
-            self.processor.null_prompt(),
-            range(len(prompts)) if seed is None else [0] * len(prompts) if rows is None else rows,
-            sizes,
-            prefixes,
-            scored,
-        )
+        return {
+            "plan": plan,
+            "sampling": merge_sampling(self.kinds, self.sampling, settings, sampling),
+            "max_new_tokens": self._limit(plan) if max_new_tokens is None else max_new_tokens,
+            "seed": seed,
+            "null_prompt": self.processor.null_prompt(),
+            "sizes": sizes,
+        }
 
     def _plan(self, output: Output) -> tuple[str, ...] | None:
         if output is None:
