@@ -11,7 +11,6 @@ anywhere, names are for people. One discrete stream for all modalities is the id
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from anytoken.atomic import write_file
 from anytoken.tokenizers.base import CodeShape, Grid, TokenizerError, code_shape_from_dict
 
 CONTROLS = ("pad", "bos", "user", "assistant", "system", "end", "null")
@@ -316,12 +316,7 @@ class TokenSpace:
 
     def save(self, path: str | Path) -> Path:
         """Write token_space.json, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}-{os.getpid()}")
-        scratch.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
-        return path
+        return write_file(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TokenSpace:

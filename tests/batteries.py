@@ -230,6 +230,13 @@ class TokenizerBattery:
         assert (loaded.shape, loaded.codebook_sizes) == (tokenizer.shape, tokenizer.codebook_sizes)
         assert {path.name for path in saved.parent.iterdir()} == {"saved"}, "scratch files are left"
 
+    def test_a_model_of_another_kind_is_not_replaced(self, tokenizer, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        (tmp_path / "model.safetensors").write_bytes(b"weights")
+        with pytest.raises(TokenizerError, match="holds something else"):
+            tokenizer.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
     def test_the_fingerprint_tells_other_weights(self, tokenizer):
         before = tokenizer.fingerprint()
         assert before == self.build().fingerprint()

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 
 from anytoken.grammar import Grammar
 from anytoken.inference.engine import Engine
+from anytoken.model.attention import usable_attention
 from anytoken.training.cross_entropy import linear_cross_entropy
 from anytoken.training.losses import grammar_groups
 
@@ -168,9 +169,10 @@ def _logprobs(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[
 def _features(engine: Engine, ids: Tensor, cache: DynamicCache) -> Tensor:
     """What the head reads of ids [N, T] after the cache: [N, T, D], or logits [N, T, V] of a head of its own kind."""
     inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-    if engine.head().sliced:
-        return engine.lm.base_model(**inputs).last_hidden_state
-    return engine.lm(**inputs).logits
+    with usable_attention(engine.lm, cached=True):
+        if engine.head().sliced:
+            return engine.lm.base_model(**inputs).last_hidden_state
+        return engine.lm(**inputs).logits
 
 
 def _target_logprobs(engine: Engine, features: Tensor, targets: Tensor) -> Tensor:

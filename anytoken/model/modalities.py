@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from anytoken.grammar_tables import longest, segment_length
-from anytoken.model.rows import new_rows, replaced_rows
+from anytoken.model.rows import appended_rows, replaced_rows
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
@@ -39,9 +39,7 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
     space.append_modality(
         tokenizer.name, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size
     )
-    old = lm.get_input_embeddings().weight[:first]
-    rows = new_rows(old, space, {tokenizer.name: tokenizer}, first)
-    _write_rows(lm, first, rows)
+    _write_rows(lm, first, appended_rows(lm, space, {tokenizer.name: tokenizer}, first))
     return _grown(lm, processor, space, tokenizer)
 
 
@@ -126,15 +124,15 @@ def _check_experts(lm: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def _write_rows(lm: PreTrainedModel, first: int, rows: Tensor) -> None:
-    """Put rows [N, D] at ids first, first + 1, ... of the embedding and the head; older rows keep their bits."""
-    size = first + len(rows)
+def _write_rows(lm: PreTrainedModel, first: int, tables: tuple[Tensor, Tensor]) -> None:
+    """Put rows [N, D] at ids first, first + 1, ... of the embedding and of the head; older rows keep their bits."""
+    size = first + len(tables[0])
     if size > lm.config.get_text_config().vocab_size:
         grow = getattr(lm, "grow_vocabulary", None) or partial(
             lm.resize_token_embeddings, mean_resizing=False
         )
         grow(size)
-    for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+    for layer, rows in zip((lm.get_input_embeddings(), lm.get_output_embeddings()), tables, strict=True):
         layer.weight[first:size] = rows.to(layer.weight)
 
 

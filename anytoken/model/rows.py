@@ -21,6 +21,8 @@ from anytoken.processor import Processor
 from anytoken.token_space import Range, TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 
+HEAD_SCALE = 0.25  # how far new rows of a head spread, as a share of the old ones' spread
+
 
 def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """Project codebook vectors [K, D] to [K, width] with unit variance."""
@@ -57,6 +59,21 @@ def new_rows(
             place = slice(span.start - first, span.stop - first)
             rows[place] = (rows[place] + projected_rows(vectors, width, generator)) / math.sqrt(2)
     return old.mean(0) + rows * (scale * old.std(0).mean())
+
+
+def appended_rows(
+    lm: PreTrainedModel, space: TokenSpace, tokenizers: Mapping[str, ModalityTokenizer], first: int
+) -> tuple[Tensor, Tensor]:
+    """`new_rows` for the embedding and for the head of a trained model, each by the spread of its own table.
+
+    Those of a head, which a tied table is too, spread less than the old ones: untrained ids then take about the share
+    of the softmax that as many average ids would, however long its hidden states are.
+    """
+    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    rows = new_rows(head[:first], space, tokenizers, first, HEAD_SCALE)
+    if embedding is head:
+        return rows, rows
+    return new_rows(embedding[:first], space, tokenizers, first), rows
 
 
 def replaced_rows(

@@ -304,9 +304,11 @@ class ModalityTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json and model.safetensors; floating tensors are cast to `dtype` if given.
 
-        Written beside the target and renamed, so an interrupted save leaves nothing half-written.
+        Written beside the target and renamed, so an interrupted save leaves nothing half-written. TokenizerError if the
+        folder holds the config.json of something else, such as a language model.
         """
         folder = Path(folder)
+        _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -421,6 +423,18 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise TokenizerError(
             f"{path} is not a tokenizer configuration ({error!r}); copy the folder again."
         ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """TokenizerError if a save would replace files that are no tokenizer's."""
+    if (folder / "config.json").is_file():
+        try:
+            _read_header(folder)
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"{folder} holds something else: {folder / 'config.json'} is no tokenizer's, and a tokenizer is saved "
+                "under that name; choose another folder."
+            ) from error
 
 
 def load_tokenizer(folder: str | Path) -> ModalityTokenizer:
