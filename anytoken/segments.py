@@ -398,20 +398,26 @@ class DNA(Segment):
 
     @classmethod
     def iter_records(cls, path: str | Path) -> Iterator[DNA]:
-        """The sequences of a FASTA or plain file one by one, holding one at a time in memory."""
-        name, seen = "", False
+        """The sequences of a FASTA or plain file one by one, holding one at a time in memory.
+
+        SegmentError for a file or a record without bases: skipping a record would shift the others against labels.
+        """
+        name, named = "", False
         lines: list[str] = []
         for line in text_lines(path):
             if line.startswith(">"):
                 if lines:
-                    seen = True
                     yield _named(path, partial(cls, "".join(lines), name))
-                name, lines = line[1:].strip(), []
+                elif named:
+                    raise _no_bases(path, name)
+                name, named, lines = line[1:].strip(), True, []
             elif line and not line.startswith(";"):
                 lines.append("".join(line.split()))
         if lines:
             yield _named(path, partial(cls, "".join(lines), name))
-        elif not seen:
+        elif named:
+            raise _no_bases(path, name)
+        else:
             raise SegmentError(f"{path} holds no sequence; expected FASTA or plain bases.")
 
     def save(self, path: str | Path) -> Path:
@@ -433,6 +439,10 @@ class DNA(Segment):
         )
         more = f"… {len(self.bases)} bases" if len(self.bases) > 600 else ""
         return f"<code style='word-break:break-all'>{letters}{more}</code>"
+
+
+def _no_bases(path: str | Path, name: str) -> SegmentError:
+    return SegmentError(f"{path} holds no sequence in the record {name!r:.80}; remove it or give its bases.")
 
 
 KINDS: dict[str, type[Segment]] = {cls.kind: cls for cls in (Text, Image, Speech, Video, DNA)}

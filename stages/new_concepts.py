@@ -31,6 +31,7 @@ from anytoken.data.emoji import BACKGROUNDS, compose
 from anytoken.data.records import open_media
 from anytoken.evaluation.bench import report
 from anytoken.evaluation.metrics import same_text, share
+from anytoken.json_lines import read_json_lines
 from anytoken.segments import KINDS
 
 NAMES = (
@@ -45,7 +46,7 @@ Folder = Annotated[Path, typer.Argument(help="Where the small set and its adapte
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(read_json_lines(path))
 
 
 def write(path: Path, lines: list[dict[str, str]]) -> None:

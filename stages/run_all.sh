@@ -55,7 +55,7 @@ for file in emoji/images emoji/videos emoji/joint speech/speech speech/varied dn
     --out "$RUNS/shards/$(basename $file)"
 done
 anytoken data tokenize "$RUNS/conversations/conversations.jsonl" --tokenizers "$RUNS/tokenizers" \
-  --workers "$WORKERS" --out "$RUNS/shards/conversations"
+  --workers "$WORKERS" --out "$RUNS/shards/conversations" --data-root "$DATA"
 
 say "stages"
 stage() { # NAME [overrides]: from raw weights or the last stage's output
@@ -78,6 +78,7 @@ for name in text image video dna; do ln -sfn "../../tokenizers/$name" "$next/tok
 for name in images videos joint translate; do ln -sfn "../../shards/$name" "$next/shards/$name"; done
 for file in "$DATA"/speech/speech "$DATA"/speech/varied "$RUNS"/conversations/conversations; do
   anytoken data tokenize "$file.jsonl" --tokenizers "$next/tokenizers" --workers "$WORKERS" \
+    --data-root "$DATA" \
     --out "$next/shards/$(basename "$file")"
 done
 stage 6_speech init_from="$RUNS/5_more" data_root="$next/shards" replace.speech="$next/tokenizers/speech"

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RECIPES = ("tokenizers", "stages", "inference")
 ROOMS = (
+    "json_lines",
     "media_files",
     "segments",
     "tokenizers",

@@ -16,12 +16,16 @@ Cache = Annotated[Path | None, typer.Option(help="Where fetched packages are kep
 Source = Annotated[
     str,
     typer.Argument(
-        help="A .jsonl file, a folder of media with captions or in class folders, webdataset tars, Parquet or Arrow "
-        "files, a saved `datasets` folder, or hf:owner/name; a pattern such as 'set-*.tar' for several files."
+        help="A .jsonl, .json, .csv or .tsv file, a folder of media with captions or in class folders, webdataset "
+        "tars, Parquet or Arrow files, a saved `datasets` folder, or hf:owner/name; a pattern such as 'set-*.tar' for "
+        "several files."
     ),
 ]
 Rename = Annotated[
     list[str] | None, typer.Option(metavar="OLD=NEW", help="Give a key of the records another name.")
+]
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Media may be below this folder, too; by default below the source's own.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Build only so many items: a quick look.")]
 
@@ -95,12 +99,17 @@ def instruct(
 def data_check(
     source: Source,
     decode: Annotated[bool, typer.Option("--open", help="Decode every medium, too.")] = False,
+    tokenizers: Annotated[
+        Path | None,
+        typer.Option(help="A folder of tokenizers; list what they refuse, too, such as long clips."),
+    ] = None,
     rename: Rename = None,
+    data_root: DataRoot = None,
 ) -> None:
     """List every bad record with its place and reason; exit code 2 if there is any. Of shards: compare checksums."""
     from anytoken.data.check import Census, check_source
     from anytoken.data.records import RecordError
-    from anytoken.data.shards import is_shards, verify_shards
+    from anytoken.data.shards import is_shards, load_tokenizers, verify_shards
 
     if is_shards(source):
         manifest = verify_shards(source)
@@ -109,10 +118,13 @@ def data_check(
         )
         return
     census = Census()
-    for place, error in check_source(source, census, decode, pairs(rename)):
-        print(f"{place}: {error}")
-    media = ", ".join(f"{count:,} {kind}" for kind, count in census.media.items()) or "no media"
+    made = load_tokenizers(tokenizers) if tokenizers else None
+    for place, error in check_source(source, census, decode, pairs(rename), data_root, made):
+        print(f"{Path(source).name} {place}: {error}")
+    media = ", ".join(f"{count:,} {kind}" for kind, count in census.media.items() if count) or "no media"
     print(f"{source}: {census.records:,} records, {census.conversations:,} of them conversations; {media}")
+    if census.files:
+        print(f"note: {len(census.files):,} files are no part of a record; the first: {census.files[0]}")
     for hint in census.hints():
         print(f"note: {hint}")
     if census.bad:
@@ -120,6 +132,10 @@ def data_check(
         raise RecordError(
             f"{source}: {census.bad.total():,} of {census.records:,} records are bad: {reasons}"
         )
+    if not census.records:
+        raise RecordError(f"{source} holds no record")
+    for note in census.unused():
+        print(f"note: {note}")
 
 
 @app.command("tokenize")
@@ -133,11 +149,16 @@ def data_tokenize(
     ] = "local",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of records that may be bad.")] = 0.01,
     rename: Rename = None,
+    data_root: DataRoot = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace shards of other records in OUT.")
+    ] = False,
 ) -> None:
     """Tokenize the media of records once, into shards; it resumes where it was stopped."""
     from anytoken.data.shards import load_tokenizers, tokenize_records
 
     options = {"max_bad": max_bad, "engine": engine, "rename": pairs(rename)}
+    options |= {"data_root": data_root, "overwrite": overwrite}
     print(tokenize_records(source, load_tokenizers(tokenizers), out, workers, **options))  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.data.packages import sha256_of
+from anytoken.json_lines import read_json_lines
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -28,8 +29,7 @@ def write_text(path: Path, text: str) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines."""
-    # Not splitlines: a text may hold U+2028 and its like, which JSON does not escape.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return list(read_json_lines(path))
 
 
 def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> None:

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from anytoken.data.records import MediaPart, Medium, Record, RecordError, media_parts, open_media, record_line
+from anytoken.data.records import (
+    MediaPart,
+    Medium,
+    Record,
+    RecordError,
+    bad_record,
+    media_parts,
+    open_media,
+    record_line,
+)
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
 
@@ -31,6 +40,7 @@ class Job(NamedTuple):
     root: Path
     entries: list[tuple[str, Any]]
     batch_size: int
+    data_root: Path | None = None
 
 
 def part_names(index: int) -> tuple[str, str]:
@@ -38,46 +48,60 @@ def part_names(index: int) -> tuple[str, str]:
     return f"part-{index:05d}.jsonl", f"part-{index:05d}.safetensors"
 
 
-def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Entry]:
-    """One part as files, {name: bytes}, and what the journal says of it."""
-    skipped: Skipped = {}
+class Encoded(NamedTuple):
+    """What became of some entries: records with their rows of codes, and the faults of the others by place."""
+
+    lines: list[str]
+    codes: dict[str, list[Codes]]
+    faults: list[tuple[str, RecordError]]
+
+
+def encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
+    """Entries as records and codes. Whatever is wrong with one makes it a fault and does nothing to the others."""
+    faults: list[tuple[str, RecordError]] = []
     parsed: list[tuple[str, Record, list[MediaPart]]] = []
     for place, entry in job.entries:
         try:
             record = job.parse(entry)
-            parsed.append((place, record, media_parts(record, tokenizers)))
-        except RecordError as error:
-            _skip(skipped, place, error)
+            media = media_parts(record, tokenizers)
+            record_line(record).encode()
+            parsed.append((place, record, media))
+        except Exception as error:
+            faults.append((place, bad_record(error)))
     values: dict[str, dict[Medium, None]] = {kind: {} for kind in tokenizers}
     for _, _, media in parsed:
         for kind, value, _ in media:
             values[kind][value] = None
-    codes = {
-        kind: _encode_all(tokenizers[kind], list(found), job.root, job.batch_size)
-        for kind, found in values.items()
-    }
+    codes = {kind: _encode_all(tokenizers[kind], list(found), job) for kind, found in values.items()}
     rows: dict[str, dict[Medium, int]] = {kind: {} for kind in tokenizers}
     lines = []
     for place, record, media in parsed:
-        faults = [fault for kind, value, _ in media if isinstance(fault := codes[kind][value], RecordError)]
-        if faults:
-            _skip(skipped, place, faults[0])
+        wrong = [fault for kind, value, _ in media if isinstance(fault := codes[kind][value], RecordError)]
+        if wrong:
+            faults.append((place, wrong[0]))
         else:
             lines.append(record_line({"record": record, "rows": _place(media, rows)}))
+    kept = {kind: [codes[kind][one] for one in found] for kind, found in rows.items()}
+    return Encoded(lines, kept, faults)  # type: ignore[arg-type]  # what is kept is no fault
+
+
+def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Entry]:
+    """One part as files, {name: bytes}, and what the journal says of it."""
+    encoded = encode_entries(tokenizers, job)
     arrays: dict[str, np.ndarray] = {}
-    for kind, found in rows.items():
+    for kind, found in encoded.codes.items():
         if found:
-            arrays |= {
-                f"{kind}.{name}": array
-                for name, array in _pack_codes([codes[kind][one] for one in found]).items()
-            }
+            arrays |= {f"{kind}.{name}": array for name, array in _pack_codes(found).items()}
     names = part_names(job.part)
-    files = dict(zip(names, ("".join(lines).encode(), save(arrays)), strict=True))
+    files = dict(zip(names, ("".join(encoded.lines).encode(), save(arrays)), strict=True))
+    skipped: Skipped = {}
+    for place, error in encoded.faults:
+        skipped.setdefault(error.reason, [0, f"{place}: {error}"])[0] += 1
     entry = {
         "part": job.part,
         "read": len(job.entries),
-        "records": len(lines),
-        "kinds": [kind for kind, found in rows.items() if found],
+        "records": len(encoded.lines),
+        "kinds": [kind for kind, found in encoded.codes.items() if found],
         "skipped": skipped,
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -85,10 +109,6 @@ def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Ent
         },
     }
     return files, entry
-
-
-def _skip(skipped: Skipped, place: str, error: RecordError) -> None:
-    skipped.setdefault(error.reason, [0, f"{place}: {error}"])[0] += 1
 
 
 def _place(media: list[MediaPart], rows: dict[str, dict[Medium, int]]) -> dict[str, int]:
@@ -104,15 +124,15 @@ def _place(media: list[MediaPart], rows: dict[str, dict[Medium, int]]) -> dict[s
 
 
 def _encode_all(
-    tokenizer: ModalityTokenizer, values: Sequence[Medium], root: Path, batch_size: int
+    tokenizer: ModalityTokenizer, values: Sequence[Medium], job: Job
 ) -> dict[Medium, Codes | RecordError]:
     """Codes of every medium, or what is wrong with it."""
     found: dict[Medium, Codes | RecordError] = {}
-    for start in range(0, len(values), batch_size):
+    for start in range(0, len(values), job.batch_size):
         opened: dict[Medium, Segment] = {}
-        for value in values[start : start + batch_size]:
+        for value in values[start : start + job.batch_size]:
             try:
-                opened[value] = open_media(value, tokenizer.segment_type, root)
+                opened[value] = open_media(value, tokenizer.segment_type, job.root, job.data_root)
             except RecordError as error:
                 found[value] = error
         with torch.no_grad():
@@ -126,9 +146,9 @@ def _encode_opened(
     """As one batch; if the tokenizer refuses it, one by one, to find which."""
     try:
         return dict(zip(opened, tokenizer.encode_batch(list(opened.values())), strict=True)) if opened else {}
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of a plug-in's encoder, too
         if len(opened) == 1:
-            return dict.fromkeys(opened, RecordError(str(error), f"refused {tokenizer.kind}"))
+            return dict.fromkeys(opened, RecordError(str(bad_record(error)), f"refused {tokenizer.kind}"))
     return {
         value: found
         for one in opened.items()

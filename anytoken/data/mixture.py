@@ -8,10 +8,11 @@ the steps named (a curriculum), and a temperature T multiplies each by its sourc
 """
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import sys
+from array import array
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Annotated, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from anytoken.tokenizers.base import TokenizerError
 
 MAX_TRIES = 1000  # draws of one sample before giving up on finding one that fits the context
 LENGTHS_ASKED = 32  # samples of each view that tell how long its sequences are
+CACHED_BYTES = 64 << 20  # of texts and their ids that each process keeps
 PIECES = 1000  # of a weight that changes over the steps
 log = logging.getLogger(__name__)
 
@@ -224,6 +226,30 @@ class _Source:
         return turns
 
 
+class TextCache:
+    """The ids of texts used lately, in at most ``limit`` bytes: captions recur, long documents would fill memory."""
+
+    def __init__(self, encode: Callable[[str], list[int]], limit: int = CACHED_BYTES) -> None:
+        self.encode, self.limit, self.bytes = encode, limit, 0
+        self._kept: OrderedDict[str, array[int]] = OrderedDict()
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of a text."""
+        if text in self._kept:
+            self._kept.move_to_end(text)
+            return self._kept[text].tolist()
+        ids = self.encode(text)
+        kept = array("i", ids)
+        size = sys.getsizeof(text) + sys.getsizeof(kept)
+        if size <= self.limit // 16:  # one text must not drive out all others
+            self._kept[text] = kept
+            self.bytes += size
+        while self.bytes > self.limit:
+            old, dropped = self._kept.popitem(last=False)
+            self.bytes -= sys.getsizeof(old) + sys.getsizeof(dropped)
+        return ids
+
+
 class Mixture:
     """Draws training sequences: ``sample(i)`` is a function of the seed and ``i`` alone."""
 
@@ -247,7 +273,7 @@ class Mixture:
             raise MixtureError("the mixture is empty; name at least one source under data")
         self.context, self.seed, self.prompt_drop, self.learn_all = context, seed, prompt_drop, learn_all
         self.controls, sampling = processor.token_space, sampling or SamplingSpec()
-        self._encode_text = lru_cache(maxsize=100_000)(processor.text_tokenizer.encode)
+        self._encode_text = TextCache(processor.text_tokenizer.encode)
         self.choices = [choice for spec in sources for choice in _Source(spec, processor, sampling).choices()]
         named = {
             step

@@ -9,7 +9,7 @@ histogram of lengths; Ding et al., arXiv 2404.10830, by best-fit decreasing.)
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # the model imports this file, and does not need what makes s
     from anytoken.data.views import TrainingSequence
 
 POOL = 256  # sequences to choose from, at least; more where a batch holds more
+CHOICE = 1024  # sequences that one row chooses from, at least, where more wait: it need not look at all of a large pool
+EXACT = (
+    16_384  # ids of a row that are filled by the best choice; what is longer is filled in turn up to there
+)
 DRAWN_TOGETHER = 16  # samples that a worker draws at a time
 FEW = 1000  # a share of unusable draws is of so many at least
 
@@ -159,7 +163,8 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         state, info = self._states[self.batch_index], get_worker_info()
         draws, next_index = self._draws(state), state.next_index
-        pool = {index: next(draws) for index in state.waiting}
+        # Ordered: unlike a dictionary's, its first item is found at once after thousands were taken.
+        pool = OrderedDict((index, next(draws)) for index in state.waiting)
         size = sum(len(sequence.ids) for sequence in pool.values())
         while True:
             while len(pool) < POOL or size < 2 * self.rows * self.context:
@@ -187,15 +192,29 @@ class PackedStream(IterableDataset):
         )
         return chain.from_iterable(loader)
 
-    def _row(self, pool: dict[int, TrainingSequence]) -> list[TrainingSequence]:
-        """Take from the pool the oldest sequence and what fills its row best."""
-        oldest, *others = pool
-        row = [pool.pop(oldest)]
-        room = self.context - len(row[0].ids)
+    def _row(self, pool: OrderedDict[int, TrainingSequence]) -> list[TrainingSequence]:
+        """Take from the pool the oldest sequence and what fills its row best, of those that waited longest.
+
+        A row looks at as many sequences as it needs, whatever the pool holds, so packing is linear in the rows.
+        """
+        _, oldest = pool.popitem(last=False)
+        row, room = [oldest], self.context - len(oldest.ids)
         if room < 0:
-            raise PackingError(f"{len(row[0].ids)} ids in a row of {self.context}")
-        places = best_fit([len(pool[index].ids) for index in others], room)
-        return row + [pool.pop(others[place]) for place in places]
+            raise PackingError(f"{len(oldest.ids)} ids in a row of {self.context}")
+        while room > EXACT and pool and len(next(iter(pool.values())).ids) <= room - EXACT // 2:
+            _, taken = pool.popitem(last=False)
+            row.append(taken)
+            room -= len(taken.ids)
+        indices: list[int] = []
+        lengths: list[int] = []
+        total = 0
+        for index, sequence in pool.items():
+            if len(lengths) >= CHOICE and total >= 4 * room:
+                break
+            indices.append(index)
+            lengths.append(len(sequence.ids))
+            total += lengths[-1]
+        return row + [pool.pop(indices[place]) for place in best_fit(lengths, room)]
 
     def _count(self, sequence: TrainingSequence) -> None:
         self.drawn += 1 + len(sequence.skipped)

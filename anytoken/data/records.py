@@ -9,14 +9,18 @@ business of ``sources.py``.
 """
 
 import json
+import os
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anytoken.segments import KINDS, Segment
 
+LONGEST = 300  # letters of a message about a bad record
+UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".amr", ".heic", ".heif", ".svg", ".psd")
 ROLES = ("system", "user", "assistant")
 Record = dict[str, Any]
 
@@ -27,6 +31,18 @@ class RecordError(ValueError):
     def __init__(self, message: str, reason: str = "wrong shape") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def bad_record(error: Exception) -> RecordError:
+    """Whatever went wrong with one record as a RecordError: one short line, never the payload.
+
+    Readers of media are libraries over files that anyone may have written, so any exception is expected of them.
+    """
+    reason = error.reason if isinstance(error, RecordError) else "cannot be read"
+    words = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    if not isinstance(error, ValueError):
+        words = f"{type(error).__name__}: {words}"
+    return RecordError(words if len(words) <= LONGEST else f"{words[:LONGEST]}...", reason)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,19 @@ Medium = str | Blob
 MediaPart = tuple[
     str, Medium, dict[str, Any] | None
 ]  # kind, value, and in a conversation the part that holds it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Entries in order; each is a place, for messages, and something raw that ``parse`` makes a record of."""
+
+    name: str
+    root: Path  # where relative paths of media start
+    entries: Callable[[], Iterator[tuple[str, Any]]]
+    parse: Callable[[Any], Record]
+    digest: Callable[[], str]  # of what lists the records; media in files of their own are not read for it
+    length: int | None = None
+    unused: tuple[str, ...] = ()  # files in the source that no record holds
 
 
 def record_line(entry: Mapping[str, Any]) -> str:
@@ -66,12 +95,13 @@ def validate_record(record: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise RecordError("messages must be a non-empty list")
     for message in messages:
-        _validate_message(message)
+        validate_message(message)
     if not any(message["role"] == "assistant" for message in messages):
         raise RecordError("a conversation needs at least one assistant message to learn from")
 
 
-def _validate_message(message: Any) -> None:
+def validate_message(message: Any) -> None:
+    """Check the shape of one message of a conversation; RecordError says what is wrong."""
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         raise RecordError(f'a message is {{"role": ..., "content": ...}}, got {message!r:.200}')
     _check_keys(message, {"role", "content"}, "a message")
@@ -103,38 +133,6 @@ def _check_value(kind: str, value: Any) -> None:
         raise RecordError(f"{kind}: expected {wanted}, got {value!r:.80}")
 
 
-def place_media(record: Record) -> Record:
-    """Put the media of the lists ``images``, ``videos``... into the parts that leave theirs out, in order.
-
-    ``{"images": [a, b], "messages": [... {"type": "image"}, {"type": "image"} ...]}`` is how many vision sets are
-    kept. RecordError unless there are as many media as such parts.
-    """
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        return record
-    parts = [
-        part
-        for message in record["messages"]
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
-        for part in message["content"]
-        if isinstance(part, dict) and part.get("type") in KINDS and part.get(part["type"]) is None
-    ]
-    if not parts:
-        return record
-    record = dict(record)
-    for kind in dict.fromkeys(part["type"] for part in parts):
-        empty = [part for part in parts if part["type"] == kind]
-        if f"{kind}s" not in record:
-            continue  # no such list: the parts are simply wrong, and the check of the shape says so
-        media = record.pop(f"{kind}s") or []
-        if len(media) != len(empty):
-            raise RecordError(
-                f"{len(media)} {kind}s in the list for {len(empty)} parts of type {kind} without one"
-            )
-        for part, medium in zip(empty, media, strict=True):
-            part[kind] = medium
-    return record
-
-
 def media_parts(record: Record, kinds: Mapping[str, Any]) -> list[MediaPart]:
     """List the media of a record as (kind, value, content part); the part is None outside conversations.
 
@@ -163,10 +161,47 @@ def is_inline(kind: str, value: Medium) -> bool:
     return kind == "dna" and isinstance(value, str) and not Path(value).suffix and "/" not in value
 
 
-def open_media(value: Any, segment_type: type[Segment], root: Path) -> Segment:
+def check_place(kind: str, value: str, root: Path, data_root: Path | None = None) -> Path:
+    """The path of a medium; RecordError unless it is below ``root`` or ``data_root`` and no device, pipe or folder.
+
+    Records are data: a path in them must not be able to read what is not part of the set, by a link neither.
+    """
+    if "\0" in value or not value:
+        raise RecordError(f"{kind}: {value!r:.80} is no path", "missing file")
+    path = root / value
+    real = os.path.realpath(path)
+    allowed = [os.path.realpath(one) for one in (root, data_root) if one is not None]
+    if not any(real.startswith(one.rstrip(os.sep) + os.sep) for one in allowed):
+        raise RecordError(
+            f"{kind} {value!r:.200} is outside of {' and '.join(allowed)}; set data_root (--data-root) to a "
+            "folder that holds it", "outside the data root",
+        )  # fmt: skip
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if kind in KINDS:  # what a plug-in's "path" names is its own business
+            raise RecordError(f"{kind} {value!r:.200} does not exist in {root}", "missing file") from error
+        return path
+    if not regular:
+        raise RecordError(f"{kind} {value!r:.200} is no regular file", "missing file")
+    if path.suffix.lower() in UNREAD_SUFFIXES:
+        raise unread(kind, value)
+    return path
+
+
+def unread(kind: str, name: str) -> RecordError:
+    """The fault of a medium in a format that nothing here decodes."""
+    return RecordError(
+        f"{kind} {name!r:.200}: the format {Path(name).suffix} is not read; convert it, to .wav, .png or .mp4",
+        "unread format",
+    )
+
+
+def open_media(value: Any, segment_type: type[Segment], root: Path, data_root: Path | None = None) -> Segment:
     """Open one medium of a record: a path relative to ``root``, a Blob, or DNA bases written inline.
 
-    RecordError for a missing file, or one that does not hold this kind.
+    data_root: a folder that media may be in, too; by default they are below ``root``. RecordError for a missing
+    file, one elsewhere, or one that does not hold this kind.
     """
     kind = segment_type.kind
     if not isinstance(value, str | Blob):
@@ -176,22 +211,24 @@ def open_media(value: Any, segment_type: type[Segment], root: Path) -> Segment:
             return _open_blob(value, segment_type)
         if is_inline(kind, value):
             return segment_type(value)  # type: ignore[call-arg]
-        return segment_type.open(root / value)
-    except (ValueError, OSError) as error:
-        missing = isinstance(value, str) and not is_inline(kind, value) and not (root / value).exists()
+        return segment_type.open(check_place(kind, value, root, data_root))
+    except RecordError:
+        raise
+    except Exception as error:  # of as many kinds as there are libraries that decode
+        missing = isinstance(value, str) and not is_inline(kind, value) and not os.path.exists(root / value)
         reason = "missing file" if missing else f"unreadable {kind}"
-        raise RecordError(str(error), reason) from error
+        raise RecordError(str(bad_record(error)), reason) from error
 
 
 def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
     """Through a file, since that is what every segment type opens, a plug-in's too."""
     with tempfile.TemporaryDirectory(prefix="anytoken-") as folder:
-        path = Path(folder) / (Path(blob.name).name + _missing_suffix(blob))
+        path = Path(folder) / (Path(blob.name).name[-100:] + _missing_suffix(blob))
         path.write_bytes(blob.data)
         try:
             return segment_type.open(path)
-        except (ValueError, OSError) as error:
-            raise ValueError(str(error).replace(str(path), blob.name)) from error
+        except Exception as error:
+            raise ValueError(str(bad_record(error)).replace(str(path), blob.name)) from error
 
 
 def _missing_suffix(blob: Blob) -> str:

@@ -13,6 +13,7 @@ one for every part that is whole. A run that is killed loses the parts in progre
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import count, islice
@@ -29,10 +30,12 @@ from anytoken.data.encoding import Entry, Job, Skipped, Tokenizers, encode_part,
 from anytoken.data.engines import run
 from anytoken.data.records import Record, RecordError
 from anytoken.data.sources import Source, open_source
+from anytoken.json_lines import JSONLinesError, read_json_lines
 from anytoken.media_files import write_whole
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
+_PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")
 FEW = 1000  # a share of bad records is of so many at least while a source is being read
 log = logging.getLogger(__name__)
 
@@ -66,13 +69,16 @@ def tokenize_records(
     max_bad: float = 0.01,
     engine: str = "local",
     rename: Mapping[str, str] | None = None,
+    data_root: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
 
-    The bytes are the same for any number of workers and either engine (see ``engines.py``). If ``out`` was written
-    from other records or other tokenizers it is begun anew. Records that cannot be read or encoded are left out and
-    counted by reason in the manifest; RecordError if there is none, or as soon as more than the share ``max_bad`` of
-    all (or, while their number is not known, of those read, a thousand at least) is bad.
+    The bytes are the same for any number of workers and either engine (see ``engines.py``). ShardError if ``out``
+    holds shards of other records or tokenizers, or anything else; with ``overwrite`` shards are replaced, and no other
+    file is touched. Media are below the source's folder, or below ``data_root``. Records that cannot be read or
+    encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
+    the share ``max_bad`` of all (or, while their number is not known, of those read, a thousand at least) is bad.
     """
     source, out = open_source(records, rename), Path(out)
     tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items()}
@@ -87,8 +93,11 @@ def tokenize_records(
     if _is_whole(out, plan):
         (out / PROGRESS).unlink(missing_ok=True)
         return out
-    tally = _Tally(source, max_bad, _begin(out, plan))
-    jobs = _jobs(source, part_size, batch_size, set(tally.parts))
+    tally = _Tally(source, max_bad, _begin(out, plan, overwrite))
+    if source.unused:
+        log.warning("%s: %d files are no part of a record; the first: %s",
+                    source.name, len(source.unused), source.unused[0])  # fmt: skip
+    jobs = _jobs(source, part_size, batch_size, set(tally.parts), Path(data_root) if data_root else None)
     shown = {"desc": f"tokenize {source.name}", "unit": "rec", "disable": not progress}
     with (
         tqdm(total=source.length, initial=tally.read, **shown) as bar,  # type: ignore[call-overload]
@@ -112,7 +121,9 @@ def _write(data: bytes, path: Path) -> None:
     path.write_bytes(data)
 
 
-def _jobs(source: Source, part_size: int, batch_size: int, done: set[int]) -> Iterator[Job]:
+def _jobs(
+    source: Source, part_size: int, batch_size: int, done: set[int], data_root: Path | None
+) -> Iterator[Job]:
     """The parts that are not done; entries of the others are read past, and nothing more."""
     entries = source.entries()
     for index in count():
@@ -120,7 +131,7 @@ def _jobs(source: Source, part_size: int, batch_size: int, done: set[int]) -> It
         if not chunk:
             return
         if index not in done:
-            yield Job(index, source.parse, source.root, chunk, batch_size)
+            yield Job(index, source.parse, source.root, chunk, batch_size, data_root)
 
 
 class _Tally:
@@ -185,22 +196,22 @@ def _is_whole(out: Path, plan: Mapping[str, Any]) -> bool:
     return same and all(_files_fit(out, part) for part in manifest["written"])
 
 
-def _begin(out: Path, plan: Mapping[str, Any]) -> dict[int, Entry]:
-    """Begin a folder, or go on with one: the parts of this very plan that are whole; all others are removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    before: dict[str, Any] = {}
-    if (out / MANIFEST).is_file():
-        before = read_manifest(out)
-        before = {"plan": {key: before.get(key) for key in plan}, "written": before.get("written", [])}
-    elif (out / PROGRESS).is_file():
-        before = _read_progress(out / PROGRESS)
+def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Entry]:
+    """Begin a folder, or resume it: the parts of this very plan that are whole; all other parts are removed."""
+    before = _found(out, plan, overwrite)
     same = before.get("plan") == plan
-    done = {part["part"]: part for part in before["written"] if _files_fit(out, part)} if same else {}
     if before and not same:
-        log.warning("%s holds shards of other records or tokenizers; it is begun anew", out)
+        if before["written"] and not overwrite:
+            raise ShardError(
+                f"{out} holds shards of other records, settings or tokenizers; choose another folder, or replace "
+                "them with --overwrite"
+            )
+        log.warning("%s held shards of other records or tokenizers; they are replaced", out)
+    done = {part["part"]: part for part in before["written"] if _files_fit(out, part)} if same else {}
+    out.mkdir(parents=True, exist_ok=True)
     kept = {name for part in done.values() for name in part["files"]}
-    for stale in [*out.glob("part-*"), *out.glob(".part-*")]:
-        if stale.name not in kept:
+    for stale in out.iterdir():
+        if _PART.fullmatch(stale.name) and stale.name not in kept:
             stale.unlink()
     lines = "".join(json.dumps(one) + "\n" for one in (plan, *done.values()))
     write_whole(out / PROGRESS, partial(_write, lines.encode()))
@@ -208,14 +219,39 @@ def _begin(out: Path, plan: Mapping[str, Any]) -> dict[int, Entry]:
     return done
 
 
+def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Plan and parts of the shards in a folder; ShardError if it holds something else, and nothing may be replaced."""
+    if out.exists() and not out.is_dir():
+        raise ShardError(f"{out} is a file; --out names a folder")
+    try:
+        if (out / MANIFEST).is_file():
+            before = read_manifest(out)
+            if "source_sha256" in before:
+                return {
+                    "plan": {key: before.get(key) for key in plan},
+                    "written": before.get("written", []),
+                }
+        elif (out / PROGRESS).is_file():
+            return _read_progress(out / PROGRESS)
+    except ShardError:
+        if overwrite:
+            return {}
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ShardError(
+            f"{out} holds files and no shards of this command; choose a new folder, or write the shards into it with "
+            "--overwrite"
+        )  # fmt: skip
+    return {}
+
+
 def _read_progress(path: Path) -> dict[str, Any]:
-    """The plan and the parts of a journal whose last line may be torn."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """The plan and the parts of a journal whose last line may be torn; ShardError if it is no such journal."""
+    try:
+        found = list(read_json_lines(path, torn_end=True))
+        if any("files" not in part for part in found[1:]) or (found and "source_sha256" not in found[0]):
+            raise ShardError(f"{path} is no journal of `anytoken data tokenize`")
+    except JSONLinesError as error:
+        raise ShardError(f"{path} is damaged ({error}); remove it and tokenize again") from None
     return {"plan": found[0], "written": found[1:]} if found else {}
 
 
@@ -333,11 +369,11 @@ class Shards:
             self._arrays.append(
                 {kind: tuple(found[f"{kind}.{name}"].numpy() for name in names) for kind in kinds}
             )
-            entries = json.loads(f"[{','.join(lines.read_text(encoding='utf-8').splitlines())}]")
+            entries = list(read_json_lines(lines))
             self.records += [entry["record"] for entry in entries]
             self._rows += [entry["rows"] for entry in entries]
             self._part_of += [index] * len(entries)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             raise ShardError(
                 f"{arrays} or {lines.name} is damaged ({error}); tokenize the records again"
             ) from error

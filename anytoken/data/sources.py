@@ -3,7 +3,9 @@
 | SOURCE | what it is |
 |---|---|
 | ``set.jsonl``, ``set.jsonl.gz`` | a record or conversation a line |
-| a folder with ``metadata.jsonl`` | as `datasets` has it: ``file_name`` (or ``<kind>_file_name``) names the medium |
+| ``set.json`` | a list of records or conversations |
+| ``set.csv``, ``set.tsv`` | a record a row; the first line names the keys |
+| a folder with ``metadata.jsonl`` or ``.csv`` | ``file_name`` (or ``<kind>_file_name``) names the medium |
 | a folder of files | files of one stem are one record: ``cat.png``, ``cat.wav`` and the caption ``cat.txt`` |
 | a folder of class folders | no caption anywhere: the text is the name of the folder a file is in |
 | ``set.tar``, ``"set-*.tar"``, a folder of tars | webdataset: neighbouring members of one key are one record |
@@ -15,25 +17,37 @@ In folders and tars a suffix tells the kind (``.webp`` an image, ``.gif`` a vide
 ``.json`` file gives any keys, ``messages`` too, whose parts name files of the same stem. Top folders and dataset
 splits become the key ``split``, so that ``train`` is trained on and others are not.
 
-An *entry* is what is cheap to read and to skip: a line, a group of files, a row. ``parse`` makes a record of it,
-perhaps in another process. Tars are read with the standard library: the format is tar, and grouping its members
-takes a dozen lines.
+Conversations and captions of other libraries' forms are converted by ``forms.py``. An *entry* is what is cheap to
+read and to skip: a line, a group of files, a row. ``parse`` makes a record of it, perhaps in another process. Tars are
+read with the standard library: the format is tar, and grouping its members takes a dozen lines.
 """
 
-import gzip
+import csv
 import hashlib
-import json
+import mimetypes
 import re
 import tarfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from anytoken.data.records import Blob, Medium, Record, RecordError, place_media, validate_record
+from anytoken.data.forms import to_record
+from anytoken.data.records import (
+    UNREAD_SUFFIXES,
+    Blob,
+    Medium,
+    Record,
+    RecordError,
+    Source,
+    bad_record,
+    unread,
+    validate_record,
+)
+from anytoken.data.tables import digest_files, hub, rows_of, saved_folder, tables
+from anytoken.json_lines import DAMAGE, check_unicode, load_json, numbered_lines
 from anytoken.segments import (
     CONTAINER_SUFFIXES,
     DNA_SUFFIXES,
@@ -51,24 +65,14 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "dna": DNA_SUFFIXES,
 }
 WORDS = (".txt", ".json")  # read for the record itself; other files are media
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv")
+SHEETS = (".csv", ".tsv")
+LISTED = ("messages", "conversations", "images", "videos", "audios")  # cells that hold JSON lists
+CELLS = 1 << 30  # letters of a cell, of which the csv module allows few
 SPLIT_FOLDERS = ("train", "validation", "val", "test")
 TARS, TABLES = (".tar", ".tar.gz", ".tgz"), (".parquet", ".arrow")
 # webdataset's key and suffix: a key ends at the first dot of the file name
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
-_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Entries in order; each is a place, for messages, and something raw that ``parse`` makes a record of."""
-
-    name: str
-    root: Path  # where relative paths of media start
-    entries: Callable[[], Iterator[tuple[str, Any]]]
-    parse: Callable[[Any], Record]
-    digest: Callable[[], str]  # of what lists the records; media in files of their own are not read for it
-    length: int | None = None
 
 
 def read_records(source: Any) -> Iterator[Record]:
@@ -79,9 +83,11 @@ def read_records(source: Any) -> Iterator[Record]:
     opened = open_source(source)
     for place, entry in opened.entries():
         try:
-            yield opened.parse(entry)
-        except RecordError as error:
-            raise RecordError(f"{opened.name} {place}: {error}", error.reason) from None
+            record = opened.parse(entry)
+        except Exception as error:
+            bad = bad_record(error)
+            raise RecordError(f"{opened.name} {place}: {bad}", bad.reason) from None
+        yield record
 
 
 def open_source(source: Any, rename: Mapping[str, str] | None = None) -> Source:
@@ -90,28 +96,28 @@ def open_source(source: Any, rename: Mapping[str, str] | None = None) -> Source:
     rename: keys of the records that are to have another name, such as {"audio": "speech"}.
     """
     found = _find(source)
-    return Source(
-        found.name, found.root, found.entries, partial(_parse, found.parse, dict(rename or {})), found.digest,
-        found.length,
-    )  # fmt: skip
+    return replace(found, parse=partial(_parse, found.parse, dict(rename or {})))
 
 
 def _parse(parse: Callable[[Any], Any], rename: Mapping[str, str], entry: Any) -> Record:
     record = parse(entry)
+    if isinstance(record, _Bad):
+        raise record["error"]
     if rename and isinstance(record, dict):
         record = {rename.get(key, key): value for key, value in record.items()}
-    record = place_media(record)
+    record = to_record(record)
     validate_record(record)
     return record
 
 
 def _find(source: Any) -> Source:
     if not isinstance(source, str | Path):
-        return _dataset(source, type(source).__name__, partial(_digest_object, source))
+        return rows_of(source)
     if str(source).startswith("hf:"):
-        return _hub(str(source)[3:])
+        return hub(str(source)[3:])
     path = Path(source)
-    files = sorted(path.parent.glob(path.name)) if re.search(r"[*?\[]", path.name) else [path]
+    pattern = re.search(r"[*?\[]", path.name) and not path.exists()  # a name may hold brackets of its own
+    files = sorted(path.parent.glob(path.name)) if pattern else [path]
     if path.is_dir():
         return _find_in_folder(path)
     if not files or not files[0].is_file():
@@ -121,89 +127,151 @@ def _find(source: Any) -> Source:
     names = [file.name.lower() for file in files]
     if len(files) == 1 and names[0].endswith((".jsonl", ".jsonl.gz")):
         return _json_lines(path)
+    if len(files) == 1 and names[0].endswith(".json"):
+        return _json_list(path)
+    if len(files) == 1 and names[0].endswith(SHEETS):
+        return Source(path.name, path.parent, partial(_sheet, path), _as_is, partial(_digest_file, path))
     if all(name.endswith(TARS) for name in names):
         return _tars(path.name, files)
     if all(name.endswith(TABLES) for name in names):
-        return _tables(path.name, files)
+        return tables(path.name, files)
     raise RecordError(
-        f"{source} is of no known form; allowed: .jsonl, .jsonl.gz, .tar, .tar.gz, .parquet, a folder"
+        f"{source} is of no known form; allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .tar, .tar.gz, "
+        ".parquet, .arrow, a folder"
     )
 
 
 def _find_in_folder(path: Path) -> Source:
-    tables = partial(_digest_files, sorted(one for one in path.rglob("*") if one.suffix in TABLES))
-    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        saved = _load(str(path), lambda datasets: datasets.load_from_disk(str(path)))
-        return _dataset(saved, path.name, tables, path)
-    if next(path.rglob("*.parquet"), None):  # a clone from the hub, perhaps: file names tell the splits
-        parquet = _load(str(path), lambda datasets: datasets.load_dataset(str(path), streaming=True))
-        return _dataset(parquet, path.name, tables, path)
+    if found := saved_folder(path):
+        return found
     if files := sorted(one for one in path.iterdir() if one.name.lower().endswith(TARS)):
         return _tars(path.name, files)
-    if files := sorted(path.rglob(METADATA)):
+    if files := sorted(one for name in METADATA for one in path.rglob(name)):
         return _folder_with_metadata(path, files)
     return _folder(path)
-
-
-def _digest_files(paths: Iterable[Path]) -> str:
-    """sha256 over the sha256 of each file."""
-    total = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 # ---- JSON lines ----
 
 
 def _json_lines(path: Path) -> Source:
-    def digest() -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with path.open("rb") as file:
         length = None if path.suffix == ".gz" else sum(1 for line in file if line.strip())
-    return Source(path.name, path.parent, partial(_lines, path), _load_json, digest, length)
+    return Source(
+        path.name, path.parent, partial(_lines, path), _load_json, partial(_digest_file, path), length
+    )
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"line {number}", line.strip()
-    except _DAMAGE as error:
+        for number, line in numbered_lines(path):
+            yield f"line {number}", line.strip()
+    except DAMAGE as error:
         raise RecordError(f"{path} cannot be read to its end: {error}", "damaged file") from error
 
 
 def _load_json(line: bytes) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:  # of letters, of form, or nested without end
-        raise RecordError(f"not JSON: {error}", "not JSON") from None
+        return load_json(line)
+    except ValueError as error:
+        raise RecordError(str(error), "not JSON") from None
+
+
+def _json_list(path: Path) -> Source:
+    """A .json file that holds a list of records, as LLaVA and LLaMA-Factory ship theirs."""
+
+    def entries() -> Iterator[tuple[str, Any]]:
+        found = _load_json(path.read_bytes())
+        if not isinstance(found, list):
+            raise RecordError(f"{path} holds no list of records but {type(found).__name__}; write JSON lines")
+        for number, record in enumerate(found, start=1):
+            yield f"record {number}", record
+
+    return Source(path.name, path.parent, entries, _as_is, partial(_digest_file, path))
+
+
+def _as_is(entry: Any) -> Any:
+    return entry
+
+
+def _sheet(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a .csv or .tsv file as {column: cell} without the empty cells; a bad row is given as its error."""
+    csv.field_size_limit(CELLS)
+    # Bytes that are no UTF-8 become surrogates, which make the row that holds them a bad record, and no other.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            start = rows.line_num + 1
+            try:
+                row = next(rows, None)
+                if row is None:
+                    return
+                header, entry = (header, _cells(header, row)) if header else (_header(path, row), None)
+            except csv.Error as error:
+                entry = _Bad(RecordError(f"not CSV: {error}", "not CSV"))
+            except RecordError as error:
+                if header is None:
+                    raise
+                entry = _Bad(error)
+            if entry:
+                yield f"line {start}", entry
+
+
+class _Bad(dict[str, Any]):
+    """A row that is no record: {"error": what is wrong}."""
+
+    def __init__(self, error: RecordError) -> None:
+        super().__init__(error=error)
+
+
+def _header(path: Path, row: list[str]) -> list[str]:
+    names = [name.strip() for name in row]
+    if len(set(names)) < len(names) or "" in names:
+        raise RecordError(f"{path} line 1: the columns need names, each another one; got {row!r:.200}")
+    return names
+
+
+def _cells(header: list[str], row: list[str]) -> Record:
+    if row and len(row) != len(header):
+        raise RecordError(f"{len(row)} cells for {len(header)} columns", "not CSV")
+    record: Record = {}
+    for name, cell in zip(header, row, strict=False):
+        try:
+            check_unicode(cell)
+        except ValueError:
+            raise RecordError(f"the cell of {name!r:.80} is not UTF-8", "not CSV") from None
+        if name in LISTED and cell.lstrip().startswith("["):
+            record[name] = _load_json(cell.encode())
+        elif cell:
+            record[name] = cell
+    return record
 
 
 # ---- folders ----
 
 
 def _folder_with_metadata(root: Path, files: list[Path]) -> Source:
-    def entries() -> Iterator[tuple[str, tuple[str, bytes]]]:
+    def entries() -> Iterator[tuple[str, tuple[str, Any]]]:
         for file in files:
             folder = file.parent.relative_to(root).as_posix()
-            for place, line in _lines(file):
-                yield f"{file.relative_to(root)} {place}", (folder, line)
+            for place, entry in _sheet(file) if file.suffix == ".csv" else _lines(file):
+                yield f"{file.relative_to(root)} {place}", (folder, entry)
 
-    return Source(root.name, root, entries, _from_metadata, partial(_digest_files, files))
+    return Source(root.name, root, entries, _from_metadata, partial(digest_files, files))
 
 
-def _from_metadata(entry: tuple[str, bytes]) -> Record:
-    """A line of metadata.jsonl: file_name and <kind>_file_name become media, the rest stays."""
-    folder, line = entry
-    given = _load_json(line)
-    if not isinstance(given, dict):
-        raise RecordError(f"expected a JSON object, got {type(given).__name__}")
+def _from_metadata(entry: tuple[str, Any]) -> Record:
+    """A row of metadata.jsonl or .csv: file_name and <kind>_file_name become media, the rest stays."""
+    folder, found = entry
+    given = _load_json(found) if isinstance(found, bytes) else found
+    if not isinstance(given, dict) or isinstance(given, _Bad):
+        return given  # the check of the shape says what is wrong
     record = _split_of(PurePosixPath(folder))
     for key, value in given.items():
         if key != "file_name" and not key.endswith("_file_name"):
@@ -211,21 +279,37 @@ def _from_metadata(entry: tuple[str, bytes]) -> Record:
             continue
         if not isinstance(value, str):
             raise RecordError(f"{key}: expected a path, got {value!r:.80}")
-        kind = key.removesuffix("file_name").removesuffix("_") or _key_of(_stem_and_suffix(value)[1])
+        kind = key.removesuffix("file_name").removesuffix("_") or _kind_of(value)
         record[kind] = (PurePosixPath(folder) / value).as_posix()
     return record
 
 
+def _kind_of(name: str) -> str:
+    """The kind of a file by its suffix; RecordError if files of this format are not read."""
+    _, suffix = _stem_and_suffix(name)
+    if not suffix or _is_unread(suffix):
+        raise unread("file_name", name)
+    return _key_of(suffix)
+
+
 def _folder(root: Path) -> Source:
     groups: dict[str, dict[str, str]] = {}
+    unused = []
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         stem, suffix = _stem_and_suffix(name)
-        if suffix and path.is_file() and not re.search(r"(^|/)\.", name):
+        if not path.is_file() or re.search(r"(^|/)\.", name):
+            continue
+        if suffix:
             groups.setdefault(stem, {})[suffix] = name
+        else:
+            unused.append(name)
+    for stem, members in list(groups.items()):  # settings of some program, perhaps, and no record
+        if list(members) == ["json"] and not _is_object(root / members["json"]):
+            unused.append(groups.pop(stem)["json"])
     if not groups:
         raise RecordError(
-            f"{root} holds no record: neither {METADATA}, nor .tar or .parquet files, nor media"
+            f"{root} holds no record: neither {' or '.join(METADATA)}, nor .tar or .parquet files, nor media"
         )
     words = [name for members in groups.values() for name in members.values() if name.lower().endswith(WORDS)]
 
@@ -236,9 +320,16 @@ def _folder(root: Path) -> Source:
     def digest() -> str:
         names = [name for members in groups.values() for name in members.values()]
         sizes = "".join(f"{name}\0{(root / name).stat().st_size}\0" for name in names)
-        return hashlib.sha256((sizes + _digest_files(root / name for name in words)).encode()).hexdigest()
+        return hashlib.sha256((sizes + digest_files(root / name for name in words)).encode()).hexdigest()
 
-    return Source(root.name, root, entries, _from_files, digest, len(groups))
+    return Source(root.name, root, entries, _from_files, digest, len(groups), tuple(unused))
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(load_json(path.read_bytes()), dict)
+    except (ValueError, OSError):
+        return False
 
 
 def _stem_and_suffix(name: str) -> tuple[str, str]:
@@ -249,7 +340,19 @@ def _stem_and_suffix(name: str) -> tuple[str, str]:
             kind = PurePosixPath(stem).suffix
             kind = kind if kind[1:] in SUFFIXES.keys() | MODALITIES.keys() else ""
             return stem.removesuffix(kind), f"{kind}{one}"[1:]
+    own = PurePosixPath(name).suffix.lower()
+    if own and _is_unread(own[1:]):
+        return name[: -len(own)], own[1:]
     return name, ""
+
+
+def _is_unread(suffix: str) -> bool:
+    """Whether a suffix is of media, yet of no format that is read: its record is bad, and not just without it."""
+    own = f".{suffix}"
+    if any(own.endswith(one) for formats in SUFFIXES.values() for one in formats):
+        return False
+    form = mimetypes.guess_type(f"a.{suffix.rpartition('.')[2]}")[0] or ""
+    return own.endswith(UNREAD_SUFFIXES) or form.partition("/")[0] in ("image", "audio", "video")
 
 
 def _from_files(entry: tuple[Path, dict[str, str], bool]) -> Record:
@@ -280,6 +383,8 @@ def _from_members(members: Mapping[str, Any], read: Callable[[Medium], bytes]) -
     record: Record = {}
     for suffix, value in members.items():
         key = _key_of(suffix)
+        if _is_unread(suffix):
+            raise unread(key, _name(value))
         if suffix == "json":
             found = _load_json(read(value))
             if not isinstance(found, dict):
@@ -325,7 +430,7 @@ def _tars(name: str, files: list[Path]) -> Source:
             for key, found in groupby(_members(file), key=lambda one: one[0]):
                 yield f"{key} in {file.name}", [(suffix, blob) for _, suffix, blob in found]
 
-    return Source(name, files[0].parent, entries, _from_blobs, partial(_digest_files, files))
+    return Source(name, files[0].parent, entries, _from_blobs, partial(digest_files, files))
 
 
 class _Member(tarfile.TarInfo):
@@ -351,7 +456,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, Blob]]:
                 file = tar.extractfile(member) if match else None
                 if match and file is not None:
                     yield match[1], match[2].lower(), Blob(f"{path.name}/{match[0]}", file.read())
-    except _DAMAGE as error:
+    except (*DAMAGE, tarfile.TarError) as error:
         raise RecordError(f"{path} cannot be read to its end: {error}", "damaged file") from error
 
 
@@ -360,106 +465,3 @@ def _from_blobs(entry: list[tuple[str, Blob]]) -> Record:
     if len(members) < len(entry):
         raise RecordError(f"two members of one name: {', '.join(suffix for suffix, _ in entry)}")
     return _from_members(members, lambda blob: blob.data if isinstance(blob, Blob) else b"")
-
-
-# ---- Hugging Face datasets ----
-
-
-def _load(name: str, load: Callable[[Any], Any]) -> Any:
-    """What `datasets` loads; RecordError if it is not installed, or with its words if it cannot."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise RecordError(
-            f"reading {name} needs Hugging Face datasets: pip install 'anytoken[data]'"
-        ) from error
-    try:
-        return load(datasets)
-    except (
-        Exception
-    ) as error:  # it and Arrow raise a family of their own: damaged, offline, unknown, gated...
-        raise RecordError(f"{name} does not open: {' '.join(str(error).split())}", "damaged file") from error
-
-
-def _tables(name: str, files: list[Path]) -> Source:
-    form, paths = files[0].suffix.lower()[1:], {"all": [str(file) for file in files]}
-    found = _load(name, lambda datasets: datasets.load_dataset(form, data_files=paths, streaming=True))
-    return _dataset(found["all"], name, partial(_digest_files, files), files[0].parent)
-
-
-def _hub(name: str) -> Source:
-    owner_and_name, _, configuration = name.partition(":")
-    found = _load(
-        f"hf:{name}",
-        lambda datasets: datasets.load_dataset(owner_and_name, configuration or None, streaming=True),
-    )
-    return _dataset(found, name, partial(_digest_object, found))
-
-
-def _digest_object(found: Any) -> str:
-    """sha256 over what `datasets` tells of a set: its fingerprint, or for a stream its name, version and features."""
-    splits = dict(found) if isinstance(found, Mapping) else {None: found}
-    told = [f"{split} {getattr(one, '_fingerprint', one.info)}" for split, one in splits.items()]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
-
-
-def _dataset(found: Any, name: str, digest: Callable[[], str], root: Path = Path()) -> Source:
-    """Rows of a Dataset or IterableDataset, or of a dictionary of them by split; media stay encoded."""
-    splits = dict(found) if isinstance(found, Mapping) else {None: found}
-    if not splits or not all(hasattr(one, "features") for one in splits.values()):
-        raise RecordError(f"expected a path or a `datasets` object, got {type(found).__name__}")
-    streams = {split: _encoded(one) for split, one in splits.items()}
-
-    def entries() -> Iterator[tuple[str, tuple[str | None, Any]]]:
-        for split, stream in streams.items():
-            try:
-                for number, row in enumerate(stream):
-                    yield f"row {number}" + (f" of {split}" if split else ""), (split, row)
-            except RecordError:
-                raise
-            except Exception as error:
-                raise RecordError(f"{name} cannot be read to its end: {error}", "damaged file") from error
-
-    lengths = [len(one) if hasattr(one, "__len__") else None for one in splits.values()]
-    total = None if None in lengths else sum(n for n in lengths if n is not None)
-    return Source(name, root, entries, _from_row, digest, total)
-
-
-def _encoded(rows: Any) -> Any:
-    """Rows one by one, with their media as they are kept."""
-    stream = rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
-    return stream.decode(False) if stream.features else stream
-
-
-def _from_row(entry: tuple[str | None, Any]) -> Record:
-    split, row = entry
-    return ({"split": split} if split else {}) | {
-        key: _plain(value, key) for key, value in row.items() if value is not None
-    }
-
-
-def _plain(value: Any, name: str) -> Any:
-    """A cell without the nulls that Arrow fills structures up with; encoded media as Blobs or paths."""
-    if isinstance(value, bytes):
-        return Blob(name, value)
-    if isinstance(value, list):
-        return [_plain(one, name) for one in value]
-    if isinstance(value, dict):
-        if set(value) == {"bytes", "path"}:
-            data, path = value["bytes"], value["path"]
-            if data is None and "://" in str(path):
-                data = _fetch(path)
-            return path if data is None else Blob(path or name, data)
-        return {key: _plain(one, key) for key, one in value.items() if one is not None}
-    return value
-
-
-def _fetch(url: str) -> bytes:
-    """A medium that a streamed set only points at."""
-    import fsspec  # comes with datasets
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            return file.read()
-    except Exception as error:  # of as many kinds as there are protocols
-        raise RecordError(f"{url} cannot be fetched: {error}", "missing file") from error

@@ -8,9 +8,9 @@ strings are joined before they are tokenized, so that training sees the ids that
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -81,6 +81,34 @@ def parse_view(name: str) -> View:
     if not targets:
         raise ViewError(f"view {name!r} has nothing to learn: name a key after '->'")
     return View(name, sources, targets)
+
+
+def held_kinds(record: Mapping[str, Any], kinds: Iterable[str]) -> frozenset[str]:
+    """What a record can teach without a view that names its keys: "messages", or the kinds it holds."""
+    if record.get("messages") is not None:
+        return frozenset(["messages"])
+    return frozenset(kind for kind in kinds if record.get(kind) is not None)
+
+
+def auto_views(held: Collection[frozenset[str]], kinds: Iterable[str]) -> dict[str, float]:
+    """The view ``auto``: conversations as they are; of media of one record all directions, equally often.
+
+    held: what the records of a set hold, as `held_kinds` says. Sets of text alone are learnt as text. {} if there is
+    nothing to learn; a record that holds one medium alone is in no view.
+    """
+    kinds = list(kinds)
+    pairs = [(one, other) for one in kinds for other in kinds if one != other]
+    views = {f"{one}->{other}": 1.0 for one, other in pairs if any({one, other} <= found for found in held)}
+    if any("messages" in found for found in held):
+        views["messages"] = max(1.0, float(len(views)))
+    if not views and any(found == {"text"} for found in held):
+        views["->text"] = 1.0
+    return views
+
+
+def is_used(held: frozenset[str], views: Iterable[str]) -> bool:
+    """Whether a record is in one of the automatic views."""
+    return "messages" in held or len(held) > 1 or (held == {"text"} and "->text" in views)
 
 
 def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:

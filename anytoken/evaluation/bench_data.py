@@ -74,7 +74,7 @@ def tiny_shards(folder: Path) -> Path:
     for name, file in SETS.items():
         tokenize_records(sets / f"{file}.jsonl", tokenizers, folder / name, progress=False)
     talk = build_instruct(sets, folder / "talk", 400, 0)
-    tokenize_records(talk, tokenizers, folder / "conversations", progress=False)
+    tokenize_records(talk, tokenizers, folder / "conversations", progress=False, data_root=sets)
     return folder
 
 

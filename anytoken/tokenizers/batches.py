@@ -7,7 +7,6 @@ the seed and `n` alone, so an interrupted training goes on as if it had not been
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anytoken.json_lines import read_json_lines
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.image import PATCH_PX, fit_picture, to_unit_range
@@ -71,8 +71,7 @@ def crop_seconds(config: Mapping[str, Any]) -> float:
 
 def training_rows(index: Path) -> np.ndarray:
     """Row numbers of an index.jsonl whose concepts tokenizers may see."""
-    lines = [json.loads(line) for line in index.read_text().splitlines()]
-    return np.array([line["row"] for line in lines if not line["tokenizer_held_out"]])
+    return np.array([line["row"] for line in read_json_lines(index) if not line["tokenizer_held_out"]])
 
 
 def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
@@ -196,7 +195,7 @@ def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """Where the clips of a recording begin and where they end, in samples; None if nothing says so."""
     if not index.is_file():
         return None
-    lines = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+    lines = list(read_json_lines(index))
     begins = np.array([line["start"] for line in lines])
     return begins, begins + np.array([line["samples"] for line in lines])
 

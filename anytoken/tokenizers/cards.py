@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from anytoken.json_lines import read_json_lines
 from anytoken.tokenizers.base import TokenizerError, class_source
 from anytoken.tokenizers.held_out import made_of
 from anytoken.tokenizers.measures import Measured, measure
@@ -77,8 +78,8 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     """What a training logged, in order of steps; [] without a log. A step logged again after a kill counts once."""
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
+    by_step = {line["step"]: line for line in read_json_lines(path, torn_end=True)}
+    return sorted(by_step.values(), key=lambda line: line["step"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ and in batches, streams, and whole genomes in constant memory follow from that.
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby, pairwise
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from anytoken.json_lines import read_json_lines
 from anytoken.segments import DNA, Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError
 
@@ -95,8 +95,7 @@ def training_genes(source: Path) -> list[np.ndarray]:
     """Symbols uint8 [T] of each training gene of JSON lines with `dna` and `split`; TokenizerError without the file."""
     if not source.is_file():
         raise TokenizerError(f"{source} is missing: build the set with `anytoken data dna` first.")
-    lines = (json.loads(line) for line in source.read_text(encoding="utf-8").split("\n") if line)
-    return [to_symbols(line["dna"]) for line in lines if line["split"] == "train"]
+    return [to_symbols(line["dna"]) for line in read_json_lines(source) if line["split"] == "train"]
 
 
 class DNALetters(ModalityTokenizer):

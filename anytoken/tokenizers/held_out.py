@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anytoken.json_lines import read_json_lines
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
 from anytoken.tokenizers.batches import BACKGROUNDS, OBJECT_SHARE, SUFFIXES, compose, own_files, place
@@ -127,8 +128,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a built set; TokenizerError if the file is not there."""
     if not path.is_file():
         raise TokenizerError(f"{path} is missing: --data names the folder of the built sets.")
-    with path.open(encoding="utf-8") as file:  # str.splitlines would also split at U+2028 inside a string
-        return [json.loads(line) for line in file]
+    return list(read_json_lines(path))
 
 
 def _chosen(

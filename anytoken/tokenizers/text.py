@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from anytoken import recipes
 from anytoken.atomic import write_file
+from anytoken.json_lines import load_json, read_json_lines
 from anytoken.tokenizers.base import TokenizerError
 
 NUM_BYTES = 256
@@ -272,11 +273,9 @@ def _find_corpus(name: str, data: Path) -> Path | None:
 
 def _read_fields(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """The strings, or lists of strings, in these fields, and whether their line is of the test split."""
-    content = path.read_text(encoding="utf-8")
-    lines = content.split("\n") if path.suffix == ".jsonl" else [content]
     try:
-        records = [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
+        records = list(read_json_lines(path)) if path.suffix == ".jsonl" else [load_json(path.read_bytes())]
+    except ValueError as error:
         raise TokenizerError(f"{path} is not JSON ({error}); build it again.") from error
     for record in records:
         for field in fields:

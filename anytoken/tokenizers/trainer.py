@@ -21,6 +21,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
+from anytoken.json_lines import read_json_lines
+from anytoken.media_files import write_whole
 from anytoken.tokenizers.backbone import Trunk
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.machine import device_name, math_threads, usable_device
@@ -219,8 +221,9 @@ class _Loop:
         """Forget what was logged after the checkpoint: those steps are done again."""
         path = self.out / "metrics.jsonl"
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            kept = [entry for entry in read_json_lines(path, torn_end=True) if entry["step"] <= self.step]
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def run(self) -> Path:
         """Train to the end, then save the tokenizer and drop the checkpoint."""

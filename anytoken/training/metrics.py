@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anytoken.json_lines import read_json_lines
 from anytoken.model.moe import expert_use
 from anytoken.training.losses import LossParts, bits
 
@@ -141,5 +142,5 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All entries of a ``metrics.jsonl``."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """All entries of a ``metrics.jsonl``, but for a last line that a killed process left torn."""
+    return list(read_json_lines(path, torn_end=True))

@@ -19,6 +19,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from anytoken.data.forms import to_record
+from anytoken.data.records import bad_record, media_parts, open_media, validate_message
+from anytoken.json_lines import load_json, numbered_lines
 from anytoken.processor import Processor
 from anytoken.training.lora import lora_config
 from anytoken.training.stage import LoraSpec, StageError
@@ -89,36 +92,44 @@ def pair_ids(path: Path, processor: Processor, limit: int) -> Iterator[dict[str,
         raise StageError(
             f"{path} does not exist; give a .jsonl file with messages, chosen and rejected a line"
         )
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in numbered_lines(path):
         try:
-            pair = json.loads(line)
-            if not isinstance(pair, dict) or set(pair) < set(KEYS):
-                raise StageError(f"a pair has the keys {', '.join(KEYS)}")
-            asked = [_rooted(message, path.parent) for message in pair["messages"]]
-            prompt = processor.encode_chat(asked)
-            found = {"prompt_ids": prompt}
-            for key in KEYS[1:]:
-                answer = _rooted({"role": "assistant", "content": pair[key]}, path.parent)
-                ids = processor.encode_chat([*asked, answer], add_generation_prompt=False)
-                if len(ids) > limit:
-                    raise StageError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
-                found[key + "_ids"] = ids[len(prompt) :]
-        except ValueError as error:
-            raise StageError(f"{path} line {number}: {error}") from error
-        yield found
+            yield _pair(load_json(line), path.parent, processor, limit)
+        except Exception as error:  # of media, as many kinds as there are libraries that decode
+            raise StageError(f"{path} line {number}: {bad_record(error)}") from error
 
 
-def _rooted(message: dict[str, Any], root: Path) -> dict[str, Any]:
-    """A message whose media paths start at the folder of its file."""
-    content = message["content"]
-    if isinstance(content, list):
-        parts = [dict(part) for part in content]
-        for part in parts:
-            kind = part.get("type")
-            if kind not in ("text", "dna") and isinstance(part.get(kind), str):
-                part[kind] = str(root / part[kind])
-        content = parts
-    return {**message, "content": content}
+def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, list[int]]:
+    if not isinstance(pair, dict) or not set(KEYS) <= set(pair):
+        found = ", ".join(sorted(pair)) if isinstance(pair, dict) else type(pair).__name__
+        raise StageError(f"a pair has the keys {', '.join(KEYS)}; received {found}")
+    asked = _opened(pair["messages"], root, processor)
+    prompt = processor.encode_chat(asked)
+    found_ids = {"prompt_ids": prompt}
+    for key in KEYS[1:]:
+        answer = _opened([{"role": "assistant", "content": pair[key]}], root, processor)
+        ids = processor.encode_chat([*asked, *answer], add_generation_prompt=False)
+        if len(ids) > limit:
+            raise StageError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
+        found_ids[key + "_ids"] = ids[len(prompt) :]
+    return found_ids
+
+
+def _opened(messages: Any, root: Path, processor: Processor) -> list[dict[str, Any]]:
+    """Messages of a record with their media opened: files are below the folder of the pairs, and nowhere else."""
+    if not isinstance(messages, list) or not messages:
+        raise StageError(f"messages must be a non-empty list, got {messages!r:.80}")
+    record = to_record({"messages": messages})
+    for message in record["messages"]:
+        validate_message(message)
+    media = {id(part): open_media(value, processor.kinds[kind], root)
+             for kind, value, part in media_parts(record, processor.tokenizers)}  # fmt: skip
+    return [
+        {**message, "content": [media.get(id(part), part) for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in record["messages"]
+    ]
 
 
 def _padding(pad: int) -> PreTrainedTokenizerFast:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anytoken.data.forms import place_media
 from anytoken.data.records import (
     Blob,
     RecordError,
     media_parts,
     open_media,
-    place_media,
     record_line,
     validate_record,
 )

@@ -233,7 +233,7 @@ def test_an_engine_that_is_not_there(records: Path, tmp_path: Path, monkeypatch:
         tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="ray")
 
 
-def test_another_tokenizer_is_refused_and_starts_anew(
+def test_another_tokenizer_is_refused_and_replaces_shards_only_if_asked(
     records: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = tiny_tokenizer(0), tiny_tokenizer(1)
@@ -241,8 +241,12 @@ def test_another_tokenizer_is_refused_and_starts_anew(
     both = rf"another image tokenizer \(fingerprint {old.fingerprint()[:12]}.*{new.fingerprint()[:12]}"
     with pytest.raises(ShardError, match=both):
         Shards(out, {"image": new})
-    tokenize(records, out, new)
-    assert "begun anew" in caplog.text
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ShardError, match=r"shards of other records, settings or tokenizers.*--overwrite"):
+        tokenize(records, out, new)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    tokenize(records, out, new, overwrite=True)
+    assert "are replaced" in caplog.text
     assert len(Shards(out, {"image": new})) == 9
 
 

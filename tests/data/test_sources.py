@@ -91,12 +91,18 @@ def test_a_bad_line_is_named(line: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("none.jsonl", "does not exist"), ("none-*.tar", "does not exist"), ("a.csv", "no known form")],
+    [
+        ("none.jsonl", "does not exist"),
+        ("none-*.tar", "does not exist"),
+        ("a.xyz", "no known form"),
+        ("a.csv", "columns need names"),
+    ],
 )
 def test_what_is_no_source(name: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("a,b")
+    (tmp_path / "a.xyz").write_text("a,b")
+    (tmp_path / "a.csv").write_text("a,\nb,c")
     with pytest.raises(RecordError, match=said):
-        open_source(tmp_path / name)
+        list(open_source(tmp_path / name).entries())
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="holds no record"):
         open_source(tmp_path / "empty")
@@ -268,13 +274,18 @@ def test_a_stream_without_features(dataset: Any) -> None:
 def test_media_that_a_stream_only_points_at_are_fetched(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     (tmp_path / "a.png").write_bytes(png(10))
-    urls = [f"file://{tmp_path}/a.png", f"file://{tmp_path}/none.png"]
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    memory.pipe("/a.png", png(10))
+    urls = ["memory://a.png", "memory://none.png", f"file://{tmp_path}/a.png", "zip://x::/etc/passwd"]
     rows = [{"text": "a", "image": {"bytes": None, "path": url}} for url in urls]
     opened = open_source(datasets.IterableDataset.from_generator(lambda: iter(rows)))
-    (_, first), (_, second) = opened.entries()
+    (_, first), (_, second), *local = opened.entries()
     assert open_media(opened.parse(first)["image"], Image, tmp_path) == picture(10)
     with pytest.raises(RecordError, match=r"none\.png cannot be fetched"):
         opened.parse(second)
+    for _, entry in local:
+        with pytest.raises(RecordError, match="is on this machine"):
+            opened.parse(entry)
 
 
 def test_without_datasets_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

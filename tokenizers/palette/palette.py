@@ -16,6 +16,7 @@ from PIL import Image as Picture
 from torch import nn
 from torch.nn import functional as F
 
+from anytoken.json_lines import read_json_lines
 from anytoken.segments import Image, Segment, SegmentError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
 from anytoken.tokenizers.quantizers import Quantizer
@@ -161,7 +162,7 @@ def _sprites(source, held_out):
         raise TokenizerError(
             f"{source} or {index.name} is missing: build the set with `anytoken data emoji` first."
         )
-    lines = [json.loads(line) for line in index.read_text(encoding="utf-8").split("\n") if line]
+    lines = read_json_lines(index)
     return np.load(source, mmap_mode="r"), [line for line in lines if line["tokenizer_held_out"] == held_out]
 
 

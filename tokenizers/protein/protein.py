@@ -5,7 +5,6 @@ There are 420, with those of an odd last residue, and as many codes, so that eve
 letters is where a language model's embedding rows start. The folder is a whole modality: this file, a recipe, a card.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from anytoken.json_lines import read_json_lines
 from anytoken.segments import Segment, SegmentError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
 from anytoken.tokenizers.quantizers import Quantizer
@@ -151,6 +151,5 @@ def _pairs(residues):
 def _proteins(source, split):
     if not Path(source).is_file():
         raise TokenizerError(f"{source} is missing: build the set with `anytoken data dna` first.")
-    with open(source, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+    lines = read_json_lines(source)
     return [(one["product"], Protein(one["protein"]).residues) for one in lines if one["split"] == split]
