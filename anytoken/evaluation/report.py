@@ -102,9 +102,10 @@ def score(
         name: share([parts.get(main, 0.0) for parts in rows]).to_dict() for name, rows in judged.items()
     }
     parts = {name: _parts(rows, main) for name, rows in judged.items()}
-    groups: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[Parts]] = defaultdict(list)
     for case, row in zip(cases, judged["model"], strict=True):
-        groups[str(case.record.get("holdout") or "all")].append(row.get(main, 0.0))
+        groups[str(case.record.get("holdout") or "all")].append(row)
+    by_holdout = {name: _shares(rows) for name, rows in sorted(groups.items())}
     tokens = sum(reply.usage.new_tokens for reply in replies)
     return {
         "held_out": direction.held_out,
@@ -113,7 +114,12 @@ def score(
         **figures,
         "parts": parts.pop("model"),
         "parts_of_others": parts,
-        "by_holdout": {name: share(scores).to_dict() for name, scores in sorted(groups.items())},
+        "part_shares": _shares(judged["model"]),
+        "by_holdout": {name: shares[main] for name, shares in by_holdout.items()},
+        "parts_by_holdout": by_holdout,
+        "controls": {
+            name: share(found).to_dict() for name, found in controls(world, direction, cases).items()
+        },
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),
@@ -125,6 +131,24 @@ def _parts(rows: Sequence[Parts], main: str) -> dict[str, float]:
     """The share of each part but the main one, such as the concept alone of what was to be right as a whole."""
     names = sorted({name for row in rows for name in row} - {main})
     return {name: round(share([row.get(name, 0.0) for row in rows]).value, 4) for name in names}
+
+
+def _shares(rows: Sequence[Parts]) -> dict[str, dict[str, float | int]]:
+    """The share of every part, with its interval."""
+    names = sorted({name for row in rows for name in row})
+    return {name: share([row.get(name, 0.0) for row in rows]).to_dict() for name in names}
+
+
+def controls(world: World, direction: Direction, cases: Sequence[Case]) -> dict[str, list[float]]:
+    """What a judge must refuse: the true answers of other cases, and noise (of speech and video also silence, grey)."""
+    main = main_part(direction)
+    others: dict[str, list[Segment]] = {"shuffled": [case.answer for case in [*cases[1:], *cases[:1]]]}
+    for name, nothing in world.nothings(direction.target).items():
+        others[name] = [nothing] * len(cases)
+    return {
+        name: [parts.get(main, 0.0) for parts in _judge_all(world, direction, cases, answers)]
+        for name, answers in others.items()
+    }
 
 
 def main_part(direction: Direction) -> str:
@@ -202,6 +226,21 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def part_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What is right about the answers, part by part, as rows of text; a row for each direction that has parts."""
+    directions = report["directions"].items()
+    names = list(dict.fromkeys(name for _, one in directions for name in one.get("parts", {})))
+    table = [["direction", *names]]
+    for direction, one in directions:
+        if one.get("part_shares") and one["parts"]:
+            table.append([direction, *(_with_interval(one["part_shares"].get(name)) for name in names)])
+    return table
+
+
+def _with_interval(found: dict[str, float] | None) -> str:
+    return f"{percent(found['value'])} ({100 * found['low']:.0f}–{100 * found['high']:.0f})" if found else ""
+
+
 def percent(value: float) -> str:
     """A share as text."""
     return f"{100 * value:.1f} %"
@@ -209,14 +248,14 @@ def percent(value: float) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table and what it rests on, as Markdown."""
-    head, *body = rows(report)
     counts = defaultdict(list)
     for name, one in report["directions"].items():
         counts[one["valid"]["total"]].append(name)
     cases = ", ".join(f"{total}" for total in sorted(counts, reverse=True))
     worse = [name for name, one in report["directions"].items() if not one["better"]]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in body]
+    lines = _as_table(rows(report))
+    if len(by_part := part_rows(report)) > 1:
+        lines += ["", *_as_table(by_part)]
     lines += [
         "",
         f"{cases} held-out prompts a direction, seed {report['seed']}, commit {report['commit']}, {report['machine']}.",
@@ -227,6 +266,11 @@ def markdown(report: dict[str, Any]) -> str:
         else "Better than every baseline in all."
     ]
     return "\n".join([*lines, *_caveats(report)])
+
+
+def _as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return [head, "|" + "---|" * len(rows[0]), *body]
 
 
 def _caveats(report: dict[str, Any]) -> list[str]:
@@ -245,6 +289,13 @@ def _caveats(report: dict[str, Any]) -> list[str]:
         if subject in near:
             alone.append(f"{name} {percent(one['parts'][subject])} ({percent(near[subject])})")
     lines = [f"Better, but with 95 % intervals that overlap: {', '.join(thin)}."] if thin else []
+    checked = {name: one["controls"] for name, one in report["directions"].items() if one.get("controls")}
+    if checked:
+        passed = {name: max(share["value"] for share in found.values()) for name, found in checked.items()}
+        worst = max(passed, key=lambda name: passed[name])
+        lines.append(
+            f"Controls (answers of other prompts, noise, silence) pass for at most {percent(passed[worst])} ({worst})."
+        )
     if alone:
         lines.append(
             "A held-out combination as a whole is out of reach of a training answer. The concept alone (of speech the "

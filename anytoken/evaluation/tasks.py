@@ -18,6 +18,7 @@ import numpy as np
 from anytoken.data.dna import translate
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
+from anytoken.evaluation.identity import Drawing, Identity, IdentityJudge
 from anytoken.evaluation.judges import (
     BackgroundJudge,
     PictureClassifier,
@@ -34,6 +35,11 @@ Record = dict[str, Any]
 Parts = dict[str, float]
 IMAGES, VIDEOS, JOINT = "emoji/images.jsonl", "emoji/videos.jsonl", "emoji/joint.jsonl"
 SPEECH, TRANSLATE = "speech/speech.jsonl", "dna/translate.jsonl"
+ANIMATED, LAYOUT = (
+    "3d",
+    ("size", "place"),
+)  # the style that videos are drawn in; what else tells drawings apart
+TOP = 5
 # Which styles a concept judge must not have seen, by the style it judges: close relatives are left out together.
 RELATIVES = {"3d": ("3d",), "line": ("line", "noto"), "noto": ("line", "noto"), "flat": ("flat", "twemoji")}
 RELATIVES["twemoji"] = RELATIVES["flat"]
@@ -215,12 +221,43 @@ class World:
 
     def concepts(self, style: str) -> PictureClassifier:
         """Names a concept in a style, trained on drawings of other styles only."""
-        return self._classifier("name", RELATIVES.get(style, (style,)))
+        unseen = RELATIVES.get(style, (style,))
+        key = "-".join(unseen)
+        if key not in self._classifiers:
+            records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
+            images = [self.picture(one) for one in records]
+            pictures = np.stack(images) if images else np.zeros((0, 64, 64, 3), np.uint8)
+            names = [one["name"] for one in records]
+            self._classifiers[key] = fit_classifier(pictures, names, self.judge_steps, self.seed)
+        return self._classifiers[key]
 
     @cached_property
-    def styles(self) -> PictureClassifier:
-        """Names a drawing style, trained on training pictures."""
-        return self._classifier("style", ())
+    def stills(self) -> IdentityJudge:
+        """Names the concept and the style of an image, by all known drawings."""
+        return self._identity(IMAGES, "image")
+
+    @cached_property
+    def clips(self) -> IdentityJudge:
+        """Names the concept of a video, by all known animations."""
+        return self._identity(VIDEOS, "video")
+
+    def _identity(self, file: str, kind: str) -> IdentityJudge:
+        """Drawings are known by compositions other than the held-out ones, where they have any other."""
+        groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+        for record in self.records(file):
+            drawing = (record["name"], record.get("style", ANIMATED), *map(str, map(record.get, LAYOUT)))
+            groups[drawing].append(record)
+        return IdentityJudge(
+            Drawing(
+                name,
+                style,
+                [
+                    self.media(file, one, kind)
+                    for one in [one for one in group if one.get("holdout") != "pair"] or group
+                ],
+            )
+            for (name, style, *_), group in groups.items()
+        )
 
     @cached_property
     def backgrounds(self) -> BackgroundJudge:
@@ -244,22 +281,17 @@ class World:
         assert isinstance(image, Image)
         return image.pixels
 
-    def _classifier(self, label: str, unseen: tuple[str, ...]) -> PictureClassifier:
-        key = "-".join((label, *unseen))
-        if key not in self._classifiers:
-            records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
-            if label == "style":
-                records = [one for one in records if one["split"] == "train"]
-            pictures = (
-                np.stack([self.picture(one) for one in records])
-                if records
-                else np.zeros((0, 64, 64, 3), np.uint8)
-            )
-            steps = self.judge_steps if label == "name" else max(1, self.judge_steps // 3)
-            self._classifiers[key] = fit_classifier(
-                pictures, [one[label] for one in records], steps, self.seed
-            )
-        return self._classifiers[key]
+    def nothings(self, kind: str) -> dict[str, Segment]:
+        """Answers of a kind that say nothing, which every judge must refuse."""
+        rng = np.random.default_rng(self.seed)
+        noise = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+        hiss = rng.normal(0, 0.1, 16_000).astype(np.float32)
+        known: dict[str, dict[str, Segment]] = {
+            "image": {"noise": Image(noise[0])},
+            "video": {"noise": Video(noise, 4.0), "grey": Video(np.full_like(noise, 128), 4.0)},
+            "speech": {"noise": Speech(hiss, 16_000), "silence": Speech(np.zeros_like(hiss), 16_000)},
+        }
+        return known.get(kind, {})
 
     def judge(self, direction: Direction, case: Case, answer: Segment | None) -> Parts:
         """What is right about an answer: "right" is the whole of it, the other parts say where it failed."""
@@ -281,14 +313,23 @@ def _judge_text(world: World, case: Case, answer: Any) -> Parts:
 
 
 def _judge_image(world: World, case: Case, answer: Any) -> Parts:
-    record, drawn = case.record, world.styles.tell(answer)
-    concept = world.concepts(record.get("style", drawn)).tell(answer) == record["name"]
+    record, seen = case.record, world.stills.identify(answer)
+    independent = world.concepts(record.get("style", seen.style)).tell(answer) == record["name"]
+    parts = _concept_parts(seen, record, independent)
     if "style" not in record:
-        return {"right": float(concept)}
-    style = drawn == record["style"]
+        return {"right": parts["concept"], **parts}
     background = world.backgrounds.tell(answer) == record["background"]
-    parts = {"concept": concept, "style": style, "background": background}
-    return {"right": float(all(parts.values())), **{key: float(value) for key, value in parts.items()}}
+    checked = {"style": float(seen.style == record["style"]), "background": float(background)}
+    return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
+
+
+def _concept_parts(seen: Identity, record: Record, independent: bool) -> Parts:
+    """The concept by the identity judge, first and among the first five; and by the judge from other styles."""
+    return {
+        "concept": float(seen.concept == record["name"]),
+        "concept top-5": float(record["name"] in seen.concepts[:TOP]),
+        "concept, other judge": float(independent),
+    }
 
 
 def _judge_speech(world: World, case: Case, answer: Any) -> Parts:
@@ -300,11 +341,11 @@ def _judge_speech(world: World, case: Case, answer: Any) -> Parts:
 
 
 def _judge_video(world: World, case: Case, answer: Any) -> Parts:
-    concept = world.concepts("3d").tell(answer) == case.record["name"]
-    background = world.backgrounds.tell(answer) == case.record["background"]
-    moves = motion(answer) >= world.least_motion
-    parts = {"concept": concept, "background": background, "moves": moves}
-    return {"right": float(all(parts.values())), **{key: float(value) for key, value in parts.items()}}
+    record, seen = case.record, world.clips.identify(answer)
+    parts = _concept_parts(seen, record, world.concepts(ANIMATED).tell(answer) == record["name"])
+    background = world.backgrounds.tell(answer) == record["background"]
+    checked = {"background": float(background), "moves": float(motion(answer) >= world.least_motion)}
+    return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
 
 
 def _judge_dna(world: World, case: Case, answer: Any) -> Parts:

@@ -129,4 +129,25 @@ def test_every_answerer_has_its_parts(world, ignorant):
     found = report.evaluate(ignorant, world, ["text->image"], count=5, progress=False)
     others = found["directions"]["text->image"]["parts_of_others"]
     assert set(others) == {"ceiling", "chance", "nearest"}
-    assert set(others["nearest"]) == {"concept", "style", "background"}
+    parts = {"concept", "concept top-5", "concept, other judge", "style", "background"}
+    assert set(others["nearest"]) == parts
+
+
+def test_parts_have_intervals_and_hold_outs_of_their_own(world, fake_model):
+    found = report.evaluate(knowing(world, fake_model), world, ["text->image"], count=20, progress=False)
+    one = found["directions"]["text->image"]
+    assert one["part_shares"]["concept"]["value"] == 1 and one["part_shares"]["concept"]["low"] < 1
+    assert {name: parts["concept"]["value"] for name, parts in one["parts_by_holdout"].items()} == {
+        "pair": 1.0,
+        "style": 1.0,
+    }
+    assert "| direction | background | concept |" in report.markdown(found)
+
+
+def test_controls_are_refused(world, ignorant):
+    names = ["text->image", "text->video", "image->text"]
+    found = report.evaluate(ignorant, world, names, count=20, progress=False)["directions"]
+    assert set(found["text->video"]["controls"]) == {"shuffled", "noise", "grey"}
+    for name in names:
+        for control, score in found[name]["controls"].items():
+            assert score["value"] <= 0.4, (name, control)  # three concepts: a third is right by chance
