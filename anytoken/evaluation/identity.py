@@ -4,7 +4,7 @@ It may know every real drawing, so that its ceiling is near 100 % and a wrong an
 learned as a matte from its real compositions: every pixel is `paint + clear * background`, linear in the background
 colour, so two backgrounds or more give both by least squares (a trimap-free form of triangulation matting, Smith and
 Blinn, SIGGRAPH 1996). A drawing is then compared as it would look on the background that was observed, at 16x16, where
-blur and the tokenizer's faults hardly show. Nothing is trained, so the judge is deterministic and cannot fit a generator.
+blur and the tokenizer's faults hardly show. Nothing is trained, so the judge is deterministic.
 Shapes: K compositions, D drawings, F frames, P pixels (16x16).
 """
 

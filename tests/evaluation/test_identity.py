@@ -1,4 +1,4 @@
-"""The identity judge: knows every drawing on backgrounds it never saw it on, through blur and noise, and nothing else."""
+"""The identity judge: names every drawing on backgrounds it never saw it on, through blur and noise."""
 
 import numpy as np
 import pytest
