@@ -56,6 +56,22 @@ def speech(
 
 
 @app.command()
+def words(
+    out: Out,
+    emoji: Annotated[Path | None, typer.Option(help="The built emoji set; by default OUT/emoji.")] = None,
+    cache: Cache = None,
+    count: Annotated[int, typer.Option(min=1, help="Different words and short phrases.")] = 6_000,
+    voices: Annotated[int, typer.Option(min=1, help="Voices that say each of them.")] = 3,
+    workers: Workers = 2,
+    limit: Limit = None,
+) -> None:
+    """Build spoken words and short phrases by all speech engines, for learning to read aloud."""
+    from anytoken.data.spoken_words import build_words
+
+    print(build_words(out, emoji or out / "emoji", cache, count, voices, workers, limit))
+
+
+@app.command()
 def voices(
     out: Out,
     prompts: Annotated[

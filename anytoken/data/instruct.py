@@ -26,7 +26,7 @@ FILES = {
     "videos": "emoji/videos.jsonl",
     "joint": "emoji/joint.jsonl",
     "speech": "speech/speech.jsonl",
-    "words": "speech/words.jsonl",
+    "words": "words/words.jsonl",
     "translate": "dna/translate.jsonl",
     "coding": "dna/coding.jsonl",
     "genes": "dna/genes.jsonl",

@@ -197,6 +197,7 @@ def test_genes_are_asked_for_their_products_if_they_are_short(sets: Path, tmp_pa
 
 def test_words_are_said_where_there_are_any(sets: Path, tmp_path: Path) -> None:
     line = {"text": "umbrella stand", "speech": "a/umbrella.flac", "split": "train", "name": "umbrella stand"}
-    (sets / "speech" / "words.jsonl").write_text(json.dumps(line) + "\n")
+    (sets / "words").mkdir()
+    (sets / "words" / "words.jsonl").write_text(json.dumps(line) + "\n")
     said = by_purpose(sets, tmp_path / "out")["say"]
-    assert any(shown(one[1], "speech") == ["../sets/speech/a/umbrella.flac"] for one in said)
+    assert any(shown(one[1], "speech") == ["../sets/words/a/umbrella.flac"] for one in said)
