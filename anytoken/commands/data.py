@@ -33,13 +33,19 @@ def emoji(
     concepts: Annotated[
         int, typer.Option(min=1, help="Core concepts that are composed into pictures.")
     ] = 160,
+    still: Annotated[
+        bool, typer.Option(help="Core concepts may include some without a video, for more than 183 of them.")
+    ] = False,
+    layouts: Annotated[
+        bool, typer.Option(help="Also images of small and large objects at the left, right, top and bottom.")
+    ] = False,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
     """Build the emoji world: pictures in five styles and videos, with captions."""
     from anytoken.data.emoji import build_emoji
 
-    print(build_emoji(out, cache=cache, concepts=concepts, workers=workers, limit=limit))
+    print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts))
 
 
 @app.command()
