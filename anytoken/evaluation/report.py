@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from anytoken.evaluation.dialogues import FIRST, SECOND
+from anytoken.evaluation.directions import DIRECTIONS, Case, Direction
 from anytoken.evaluation.metrics import majority, nearest, share
-from anytoken.evaluation.tasks import DIRECTIONS, Case, Direction, Parts, World, features
+from anytoken.evaluation.products import score_products
+from anytoken.evaluation.tasks import Parts, World, features
 from anytoken.segments import Segment, Text
 from anytoken.tokenizers.measures import commit
 
@@ -55,10 +58,14 @@ def evaluate(
         raise ReportError(f"{world.sets} holds no records for {', '.join(one.name for one in asked)}.")
     scores = {}
     for direction in tqdm(able, desc="directions", disable=not progress):
-        cases = world.cases(direction, "test", count, seed)
-        if cases:
+        if direction.how == "ranked":
+            if figures := score_products(model, world, count, seed):
+                scores[direction.name] = figures
+        elif cases := world.cases(direction, "test", count, seed):
             replies = answer(model, cases, direction, seed, batch)
             scores[direction.name] = score(world, direction, cases, replies, model, seed)
+    if (first := scores.get(FIRST)) and (second := scores.get(SECOND)):
+        second["share_of_first_turn"] = _quotient(second["model"], first["model"])
     return {
         "version": 1,
         "seed": seed,
@@ -77,8 +84,9 @@ def answer(
     """The model's replies to the cases, in batches; the checkpoint's own sampling."""
     replies: list[Reply] = []
     for start in range(0, len(cases), batch):
-        prompts = [list(case.prompt) for case in cases[start : start + batch]]
-        replies += model.generate(prompts, direction.target, batch=True, seed=seed + start)
+        prompts = [list(case.asked) for case in cases[start : start + batch]]
+        kind = None if direction.free else direction.target
+        replies += model.generate(prompts, kind, batch=True, seed=seed + start)
     return replies
 
 
@@ -92,7 +100,7 @@ def score(
 ) -> dict[str, Any]:
     """One direction's figures: the model's parts, its valid share, the judge's ceiling, and the baselines."""
     main = main_part(direction)
-    answers = [reply.segments[0] if reply.segments else None for reply in replies]
+    answers = [_answer(direction, reply) for reply in replies]
     judged = {"model": _judge_all(world, direction, cases, answers)}
     judged["ceiling"] = _judge_all(world, direction, cases, [case.answer for case in cases])
     for name, guesses in baseline_answers(world, direction, cases, seed).items():
@@ -120,6 +128,7 @@ def score(
         "controls": {
             name: share(found).to_dict() for name, found in controls(world, direction, cases).items()
         },
+        "share_of_ceiling": _of_ceiling(judged["model"], judged["ceiling"]),
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),
@@ -133,6 +142,23 @@ def _parts(rows: Sequence[Parts], main: str) -> dict[str, float]:
     return {name: round(share([row.get(name, 0.0) for row in rows]).value, 4) for name in names}
 
 
+def _answer(direction: Direction, reply: "Reply") -> Segment | None:
+    """What is judged of a reply: its first segment, or the kinds of all of them as words."""
+    if direction.free:
+        return Text(" ".join(segment.kind for segment in reply.segments))
+    return reply.segments[0] if reply.segments else None
+
+
+def _of_ceiling(model: Sequence[Parts], ceiling: Sequence[Parts]) -> dict[str, float]:
+    """Each part as a share of the judge's score on the originals."""
+    ours, real = _shares(model), _shares(ceiling)
+    return {name: _quotient(ours[name], real[name]) for name in ours if name in real}
+
+
+def _quotient(one: dict[str, float], whole: dict[str, float]) -> float:
+    return round(one["value"] / whole["value"], 4) if whole["value"] else 0.0
+
+
 def _shares(rows: Sequence[Parts]) -> dict[str, dict[str, float | int]]:
     """The share of every part, with its interval."""
     names = sorted({name for row in rows for name in row})
@@ -141,6 +167,8 @@ def _shares(rows: Sequence[Parts]) -> dict[str, dict[str, float | int]]:
 
 def controls(world: World, direction: Direction, cases: Sequence[Case]) -> dict[str, list[float]]:
     """What a judge must refuse: the true answers of other cases, and noise (of speech and video also silence, grey)."""
+    if direction.free:
+        return {}  # most requests are for the same few kinds
     main = main_part(direction)
     others: dict[str, list[Segment]] = {"shuffled": [case.answer for case in [*cases[1:], *cases[:1]]]}
     for name, nothing in world.nothings(direction.target).items():
@@ -158,10 +186,11 @@ def main_part(direction: Direction) -> str:
 
 def is_valid(model: "AnyToken", direction: Direction, reply: "Reply") -> bool:
     """Whether a reply is exactly one whole segment of the kind asked for, and its ids decode again."""
-    if reply.finish_reason != "stop" or [segment.kind for segment in reply.segments] != [direction.target]:
+    kinds = [segment.kind for segment in reply.segments]
+    if reply.finish_reason != "stop" or (not kinds if direction.free else kinds != [direction.target]):
         return False
     ids = [token for token in reply.ids if token != model.token_space.end]
-    return [segment.kind for segment in model.detokenize(ids)] == [direction.target]
+    return [segment.kind for segment in model.detokenize(ids)] == kinds
 
 
 def baseline_answers(
@@ -289,6 +318,11 @@ def _caveats(report: dict[str, Any]) -> list[str]:
         if subject in near:
             alone.append(f"{name} {percent(one['parts'][subject])} ({percent(near[subject])})")
     lines = [f"Better, but with 95 % intervals that overlap: {', '.join(thin)}."] if thin else []
+    second = report["directions"].get(SECOND, {})
+    if "share_of_first_turn" in second:
+        lines.append(
+            f"Images named in a second turn: {percent(second['share_of_first_turn'])} of those in a first."
+        )
     checked = {name: one["controls"] for name, one in report["directions"].items() if one.get("controls")}
     if checked:
         passed = {name: max(share["value"] for share in found.values()) for name, found in checked.items()}
