@@ -2,12 +2,15 @@
 
 A language model needs very little from a tokenizer: `encode`, `decode`, how many codebooks of what size, and
 which code sequences are legal. The last is declared as data (`Grid` or `Run`), and the grammar is derived from
-it, so a new modality never writes decoding rules. Shapes in this room: N codes positions, Q codebooks,
-K codebook size, D codebook dimension.
+it, so a new modality never writes decoding rules. What an item has all along, such as a base colour or a voice, may be
+said once in a header of global codes (as the global tokens of BiCodec, arXiv 2503.01710); the local codes after it need
+not repeat it. Shapes in this room: N positions of local codes, Q codebooks, G global codes, K codebook size,
+D codebook dimension.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,13 +38,15 @@ class TokenizerError(ValueError):
 
 ORDERS = ("interleaved", "delayed")
 SUMS = ".embed_avg"  # of vector-quantize-pytorch's moving averages
+NO_HEADER = np.zeros(0, dtype=np.int64)
+NO_HEADER.setflags(write=False)
 
 
 @dataclass(frozen=True)
 class Grid:
     """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order.
 
-    order: see `writing_order`.
+    order: see `writing_order`. num_global_codes: global codes between the size header and the positions.
     """
 
     axes: tuple[str, ...]
@@ -49,9 +54,10 @@ class Grid:
     max_size: tuple[int, ...]
     num_codebooks: int = 1
     order: str = "interleaved"
+    num_global_codes: int = 0
 
     def __post_init__(self) -> None:
-        _check_order(self.order)
+        _check_declared(self)
         for field in ("axes", "min_size", "max_size"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.axes or not len(self.axes) == len(self.min_size) == len(self.max_size):
@@ -70,16 +76,17 @@ class Grid:
 class Run:
     """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each.
 
-    order: see `writing_order`.
+    order: see `writing_order`. num_global_codes: global codes before the first frame.
     """
 
     min_length: int
     max_length: int
     num_codebooks: int = 1
     order: str = "interleaved"
+    num_global_codes: int = 0
 
     def __post_init__(self) -> None:
-        _check_order(self.order)
+        _check_declared(self)
         if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
             raise TokenizerError(
                 f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
@@ -93,15 +100,21 @@ class Run:
 CodeShape = Grid | Run
 
 
-def _check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise TokenizerError(f"Unknown order {order!r}; allowed: {', '.join(ORDERS)}.")
+def _check_declared(shape: CodeShape) -> None:
+    if shape.order not in ORDERS:
+        raise TokenizerError(f"Unknown order {shape.order!r}; allowed: {', '.join(ORDERS)}.")
+    if not isinstance(shape.num_global_codes, int) or shape.num_global_codes < 0:
+        raise TokenizerError(
+            f"num_global_codes is a whole number, 0 for none; received {shape.num_global_codes!r}."
+        )
 
 
 def _declared(shape: CodeShape) -> dict[str, Any]:
-    """The fields of a shape; an order that is the default is not written, as in files from before there was one."""
+    """The fields of a shape; `order` and `num_global_codes` only if not the default: older files do not name them."""
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(shape).items()}
-    return {k: v for k, v in fields.items() if (k, v) != ("order", "interleaved")}
+    return {
+        k: v for k, v in fields.items() if (k, v) not in (("order", "interleaved"), ("num_global_codes", 0))
+    }
 
 
 def writing_order(shape: CodeShape, frames: int) -> np.ndarray:
@@ -128,21 +141,32 @@ def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Discrete codes of one segment: `values` int64 [N, Q]; `size` is the grid size, or () for a run."""
+    """Discrete codes of one segment: `values` int64 [N, Q], the local ones; `size` is the grid size, or () for a run.
+
+    header: global codes int64 [G], none by default.
+    """
 
     values: np.ndarray
     size: tuple[int, ...] = ()
+    header: np.ndarray = dataclasses.field(default_factory=lambda: NO_HEADER)
 
     def __post_init__(self) -> None:
         values = np.asarray(self.values, dtype=np.int64)
+        header = np.asarray(self.header, dtype=np.int64)
         if values.ndim != 2:
             raise TokenizerError(f"Codes need an array [N, Q]; got shape {values.shape}.")
+        if header.ndim != 1:
+            raise TokenizerError(f"Global codes are an array [G]; got shape {header.shape}.")
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "header", header)
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Codes) and self.size == other.size and np.array_equal(self.values, other.values)
+            isinstance(other, Codes)
+            and self.size == other.size
+            and np.array_equal(self.values, other.values)
+            and np.array_equal(self.header, other.header)
         )
 
     def __len__(self) -> int:
@@ -168,26 +192,37 @@ class ModalityTokenizer(nn.Module):
     constructor argument in `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode`
     and `decode`. Batched versions fall back to loops; override them where batching pays. A trainable tokenizer also
     implements `training_loss` and, unless it is built in, `training_batches`; `held_out` and `distortion` let
-    `anytoken tokenizer eval` measure it. docs/add_a_modality.md is a whole one.
+    `anytoken tokenizer eval` measure it. A shape with global codes needs their `global_codebook_size`, one codebook for
+    all of them. docs/add_a_modality.md is a whole one.
     """
 
     kind: ClassVar[str]
     segment_type: ClassVar[type[Segment]]
 
-    def __init__(self, *, shape: CodeShape, codebook_sizes: Sequence[int], config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        shape: CodeShape,
+        codebook_sizes: Sequence[int],
+        config: dict[str, Any],
+        global_codebook_size: int = 0,
+    ) -> None:
         super().__init__()
         if len(codebook_sizes) != shape.num_codebooks:
             raise TokenizerError(
                 f"{type(self).__name__} declares {shape.num_codebooks} codebooks in its shape "
                 f"but {len(codebook_sizes)} codebook sizes."
             )
+        if bool(shape.num_global_codes) != (global_codebook_size > 0):
+            raise TokenizerError(
+                f"{type(self).__name__} declares {shape.num_global_codes} global codes in its shape but a "
+                f"global_codebook_size of {global_codebook_size}; both or neither are 0."
+            )
         self.shape = shape
         self.codebook_sizes = tuple(int(k) for k in codebook_sizes)
+        self.global_codebook_size = int(global_codebook_size)
         self.config = dict(config)
         self.frame_rate_hz: float | None = None
-        self.header_rows = (
-            0  # of codes [N, Q], before those of frames: of the whole segment, such as its voice
-        )
         self._saves_sums = True
 
     @property
@@ -219,6 +254,20 @@ class ModalityTokenizer(nn.Module):
         """decode(encode(segment)): what the codes keep."""
         return self.decode(self.encode(segment))
 
+    def swap_global(self, segment: Segment, other: Segment) -> Segment:
+        """`segment` with the global codes of `other`: an image in its colours, a clip in its voice.
+
+        Local codes are kept as they are. TokenizerError for a tokenizer without global codes, or a segment of another
+        kind.
+        """
+        if not self.shape.num_global_codes:
+            raise TokenizerError(
+                f"This {self.name} tokenizer ({self.kind}) has no global codes to exchange; train one with "
+                "num_global_codes."
+            )
+        codes, source = self.encode_batch([segment, other])
+        return self.decode(replace(codes, header=source.header))
+
     # ---- decoding what is not whole yet, for streaming ----
 
     @property
@@ -244,7 +293,7 @@ class ModalityTokenizer(nn.Module):
         period = next(length for length in slices if length <= len(codes))
         tail, missing = codes.values[-period:], math.prod(codes.size) - len(codes)
         filled = np.concatenate([codes.values, *[tail] * math.ceil(missing / period)])
-        return self.decode(Codes(filled[: math.prod(codes.size)], codes.size))
+        return self.decode(replace(codes, values=filled[: math.prod(codes.size)]))
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
@@ -283,6 +332,11 @@ class ModalityTokenizer(nn.Module):
         """Codebook entries [K, D], used to initialise a language model's new embedding rows."""
         size = self.codebook_sizes[codebook]
         return torch.randn(size, 8, generator=torch.Generator().manual_seed(codebook))
+
+    def global_vectors(self) -> Tensor:
+        """As `codebook_vectors`, of the global codes: [global_codebook_size, D]."""
+        generator = torch.Generator().manual_seed(len(self.codebook_sizes))
+        return torch.randn(self.global_codebook_size, 8, generator=generator)
 
     @property
     def device(self) -> torch.device:
@@ -327,6 +381,16 @@ class ModalityTokenizer(nn.Module):
                     f"{self.name} codebook {book} has codes 0 to {size - 1}; "
                     f"received values from {low[book]} to {high[book]}."
                 )
+        header = codes.header
+        if len(header) != self.shape.num_global_codes:
+            raise TokenizerError(
+                f"{self.name} codes have {self.shape.num_global_codes} global codes; received {len(header)}."
+            )
+        if len(header) and (header.min() < 0 or header.max() >= self.global_codebook_size):
+            raise TokenizerError(
+                f"{self.name} global codes are 0 to {self.global_codebook_size - 1}; "
+                f"received values from {header.min()} to {header.max()}."
+            )
 
     # ---- saving and loading ----
 
@@ -363,9 +427,11 @@ class ModalityTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json and model.safetensors; floating tensors are cast to `dtype` if given.
 
-        Written beside the target and renamed, so an interrupted save leaves nothing half-written.
+        Written beside the target and renamed, so an interrupted save leaves nothing half-written. TokenizerError if the
+        folder holds the config.json of something else, such as a language model.
         """
         folder = Path(folder)
+        _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -382,6 +448,7 @@ class ModalityTokenizer(nn.Module):
                 "class": f"{type(self).__module__}:{type(self).__qualname__}",
                 "shape": self.shape.to_dict(),
                 "codebook_sizes": list(self.codebook_sizes),
+                **({"global_codebook_size": self.global_codebook_size} if self.global_codebook_size else {}),
                 "config": self.config,
             }
             if source := class_source(type(self)):
@@ -479,6 +546,18 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise TokenizerError(
             f"{path} is not a tokenizer configuration ({error!r}); copy the folder again."
         ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """TokenizerError if a save would replace files that are no tokenizer's."""
+    if (folder / "config.json").is_file():
+        try:
+            _read_header(folder)
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"{folder} holds something else: {folder / 'config.json'} is no tokenizer's, and a tokenizer is saved "
+                "under that name; choose another folder."
+            ) from error
 
 
 def load_tokenizer(folder: str | Path) -> ModalityTokenizer:
