@@ -37,13 +37,19 @@ def emoji(
     concepts: Annotated[
         int, typer.Option(min=1, help="Core concepts that are composed into pictures.")
     ] = 160,
+    still: Annotated[
+        bool, typer.Option(help="Core concepts may include some without a video, for more than 183 of them.")
+    ] = False,
+    layouts: Annotated[
+        bool, typer.Option(help="Also images of small and large objects at the left, right, top and bottom.")
+    ] = False,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
     """Build the emoji world: pictures in five styles and videos, with captions."""
     from anytoken.data.emoji import build_emoji
 
-    print(build_emoji(out, cache=cache, concepts=concepts, workers=workers, limit=limit))
+    print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts))
 
 
 @app.command()
@@ -57,6 +63,22 @@ def speech(
     from anytoken.data.speech import build_speech
 
     print(build_speech(out, emoji or out / "emoji", workers=workers, limit=limit))
+
+
+@app.command()
+def words(
+    out: Out,
+    emoji: Annotated[Path | None, typer.Option(help="The built emoji set; by default OUT/emoji.")] = None,
+    cache: Cache = None,
+    count: Annotated[int, typer.Option(min=1, help="Different words and short phrases.")] = 6_000,
+    voices: Annotated[int, typer.Option(min=1, help="Voices that say each of them.")] = 3,
+    workers: Workers = 2,
+    limit: Limit = None,
+) -> None:
+    """Build spoken words and short phrases by all speech engines, for learning to read aloud."""
+    from anytoken.data.spoken_words import build_words
+
+    print(build_words(out, emoji or out / "emoji", cache, count, voices, workers, limit))
 
 
 @app.command()

@@ -154,15 +154,22 @@ def evaluate(
     fill: Annotated[
         list[Path] | None, typer.Option(help="Markdown whose score table is written anew.")
     ] = None,
+    asr: Annotated[
+        str | None,
+        typer.Option(help="A second opinion on speech: a Whisper for faster-whisper, by name or folder."),
+    ] = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
     """Score a model on held-out prompts in every direction, beside chance and simple baselines."""
     from anytoken.evaluation import gallery, report
+    from anytoken.evaluation.directions import read_directions
     from anytoken.evaluation.tasks import World
+    from anytoken.evaluation.transcriber import Transcriber
 
-    chosen = directions.split(",") if directions else None
-    found = report.evaluate(load(model, device, adapter), World(data, judge_steps, seed), chosen, count, seed)
+    chosen = read_directions(directions) if directions else None
+    world = World(data, judge_steps, seed, Transcriber(asr) if asr else None)
+    found = report.evaluate(load(model, device, adapter), world, chosen, count, seed)
     report.save(found, out)
     for page in fill or []:
         report.fill(page, found)

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache as memoize
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ BACKGROUNDS = {
 }  # fmt: skip
 SPRITE_PX, CANVAS_PX, OBJECT_PX, FRAMES = 96, 64, 56, 8
 FRAME_RATE_HZ = 4.0
+# Sizes and places of objects in `layouts`: multiples of 8 pixels, so that a tokenizer with patches of 8 sees a shift as
+# the same patches elsewhere. A place is how many times the free half goes to the left of the object, and above it.
+SIZES_PX = {"small": 32, "large": 48}
+PLACES = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "centre": (1, 1)}
 ICONIFY = {
     "noto": "@iconify-json/noto",
     "twemoji": "@iconify-json/twemoji",
@@ -86,18 +91,22 @@ def build_emoji(
     workers: int = 2,
     limit: int | None = None,
     progress: bool = True,
+    still: bool = False,
+    layouts: bool = False,
 ) -> Path:
     """Build OUT/emoji from the registry packages; returns the folder.
 
     Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
-    pictures and videos; `limit` builds only so many concepts in all. EmojiError or PackageError if it cannot.
+    pictures and videos; `limit` builds only so many concepts in all. still: core concepts may be some that do not
+    move, which come after all that do; layouts: also images of sizes and places. EmojiError or PackageError if it
+    cannot.
     """  # fmt: skip
     folder = Path(out) / "emoji"
     cache = Path(cache) if cache else Path(out) / "packages"
     folder.mkdir(parents=True, exist_ok=True)
     roots = {name: unpack(name, cache) / "package" for name in PACKAGE_NAMES}
     known = find_concepts(roots)
-    core = choose_core(known, concepts)
+    core = choose_core(known, concepts, still)
     if limit:
         core = core[:limit]
         others = [one for one in known if one not in core]
@@ -108,6 +117,8 @@ def build_emoji(
         sprites = _sprites(folder, known, roots, pool, progress)
         animations = _animations(folder, [one for one in known if one.animated], pool, progress)
         _compose_all(folder, core, sprites, animations, pool, progress)
+        if layouts:
+            _lay_out_all(folder, core, sprites, pool, progress)
     _write_card(folder, known, core, cache)
     return folder
 
@@ -138,16 +149,17 @@ def find_concepts(roots: dict[str, Path]) -> list[Concept]:
     return found
 
 
-def choose_core(known: list[Concept], count: int) -> list[Concept]:
+def choose_core(known: list[Concept], count: int, still: bool = False) -> list[Concept]:
     """The concepts the bundled model knows: they move, are called by at most two plain words and look distinct.
 
-    Groups in order of preference, within a group by hash; none is a concept that tokenizers are tested on.
+    Groups in order of preference, within a group by hash; none is a concept that tokenizers are tested on. With
+    `still`, those that do not move follow, in the same order.
     """
     names = {one.name for one in known}
     fit = [
         one
         for one in known
-        if one.animated
+        if (one.animated or still)
         and one.group in CORE_GROUPS
         and re.fullmatch(r"[a-z]+( [a-z]+)?", one.name)
         and one.name.removesuffix(" face") not in names - {one.name}
@@ -156,11 +168,13 @@ def choose_core(known: list[Concept], count: int) -> list[Concept]:
     ]
     if not 0 < count <= len(fit):
         raise EmojiError(
-            f"{count} core concepts were asked for; 1 to {len(fit)} are animated and plainly named."
+            f"{count} core concepts were asked for; 1 to {len(fit)} are {'' if still else 'animated and '}"
+            "plainly named."
         )
     order = sorted(
         fit,
         key=lambda one: (
+            one.animated is None,
             CORE_GROUPS.index(one.group),
             "face" in one.name,
             splits.fraction(one.hexcode, "core"),
@@ -182,12 +196,15 @@ def describe(concept: Concept) -> dict[str, Any]:
     }
 
 
-def compose(sprite: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """A sprite uint8 [S, S, 4] as a picture uint8 [64, 64, 3]: 56 pixels of object, centred, on a plain colour."""
-    small = Picture.fromarray(sprite).resize((OBJECT_PX, OBJECT_PX), Picture.Resampling.LANCZOS)
+def compose(
+    sprite: np.ndarray, color: tuple[int, int, int], side_px: int = OBJECT_PX, place: str = "centre"
+) -> np.ndarray:
+    """A sprite uint8 [S, S, 4] as a picture uint8 [64, 64, 3]: an object of `side_px` pixels on a plain colour."""
+    small = Picture.fromarray(sprite).resize((side_px, side_px), Picture.Resampling.LANCZOS)
     canvas = Picture.new("RGB", (CANVAS_PX, CANVAS_PX), color)
-    offset = (CANVAS_PX - OBJECT_PX) // 2
-    canvas.paste(small, (offset, offset), small)
+    across, down = PLACES[place]
+    free = (CANVAS_PX - side_px) // 2
+    canvas.paste(small, (free * across, free * down), small)
     return np.asarray(canvas)
 
 
@@ -279,18 +296,62 @@ def _animations(
     return {one.hexcode: frames for one, frames in zip(known, np.load(path, mmap_mode="r"), strict=True)}
 
 
+def _drawn(folder: Path, core: list[Concept], sprites: np.ndarray) -> list[list[np.ndarray]]:
+    """Of each concept its sprites, in the order of the styles."""
+    row = {(line["hexcode"], line["style"]): line["row"] for line in read_lines(folder / "sprites.jsonl")}
+    return [[np.array(sprites[row[one.hexcode, style]]) for style in STYLES] for one in core]
+
+
+def _lay_out_all(
+    folder: Path, core: list[Concept], sprites: np.ndarray, pool: ProcessPoolExecutor, progress: bool
+) -> None:
+    jobs = list(zip(core, _drawn(folder, core, sprites), strict=True))
+    made = _map(pool, partial(_lay_out_concept, folder), jobs, "layouts", progress)
+    write_lines(folder / "layouts.jsonl", (line for lines in made for line in lines))
+
+
+def _lay_out_concept(folder: Path, job: tuple[Concept, list[np.ndarray]]) -> Lines:
+    """One concept in every style on every background, each in one size and place that a hash decides."""
+    concept, drawn = job
+    lines: Lines = []
+    for background, color in BACKGROUNDS.items():
+        for style, sprite in zip(STYLES, drawn, strict=True):
+            chances = {
+                layout: splits.fraction(concept.hexcode, style, background, *layout)
+                for layout in product(SIZES_PX, PLACES)
+            }
+            size, place = min(chances, key=chances.__getitem__)
+            image = f"layouts/{concept.hexcode}-{style}-{background}.png"
+            if not (folder / image).is_file():
+                Image(compose(sprite, color, SIZES_PX[size], place)).save(folder / image)
+            named = (
+                f"{size} {concept.name}" if concept.article == concept.name else f"a {size} {concept.name}"
+            )
+            base = {"hexcode": concept.hexcode, "name": concept.name, "background": background}
+            text = f"{named}, {place}, {style}, {background} background"
+            why = splits.image_holdout(concept.hexcode, style, background)
+            why = why or ("layout" if splits.layout_held_out(concept.hexcode, size, place) else None)
+            lines.append(
+                {
+                    "text": text,
+                    "image": image,
+                    **base,
+                    "style": style,
+                    "size": size,
+                    "place": place,
+                    **_split(why),
+                }
+            )
+    return lines
+
+
 def _compose_all(
     folder: Path, core: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
     pool: ProcessPoolExecutor, progress: bool,
 ) -> None:  # fmt: skip
-    row = {(line["hexcode"], line["style"]): line["row"] for line in read_lines(folder / "sprites.jsonl")}
     jobs = [
-        (
-            one,
-            [np.array(sprites[row[one.hexcode, style]]) for style in STYLES],
-            np.array(animations[one.hexcode]),
-        )
-        for one in core
+        (one, drawn, np.array(animations[one.hexcode]) if one.animated else None)
+        for one, drawn in zip(core, _drawn(folder, core, sprites), strict=True)
     ]
     made = _map(pool, partial(_compose_concept, folder), jobs, "compositions", progress)
     for index, name in enumerate(("images", "videos", "joint")):
@@ -298,7 +359,7 @@ def _compose_all(
 
 
 def _compose_concept(
-    folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray]
+    folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray | None]
 ) -> tuple[Lines, Lines, Lines]:
     """One concept on every background, where that is not there yet; the lines of images, videos and joint."""
     concept, drawn, frames = job
@@ -312,6 +373,8 @@ def _compose_concept(
             text = f"{concept.article}, {style}, {background} background"
             why = splits.image_holdout(concept.hexcode, style, background)
             lines[0].append({"text": text, "image": image, **base, "style": style, **_split(why)})
+        if frames is None:
+            continue
         video = f"videos/{concept.hexcode}-{background}.webp"
         if not (folder / video).is_file():
             Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(folder / video)
@@ -361,6 +424,10 @@ Held out of training: `style`, the 3-D pictures of {splits.STYLE_SHARE:.0%} of t
 drawn in 3-D too, are not: what is unseen is the still picture); `video`, the videos of {splits.VIDEO_SHARE:.0%};
 `pair`, {splits.PAIR_SHARE:.0%} of the (concept, background) pairs in every style and moving. Tokenizers never see
 {splits.TOKENIZER_SHARE:.0%} of the concepts, none of them core (`tokenizer_held_out`)."""
+    if (folder / "layouts.jsonl").is_file():
+        about += f"""
+layouts.jsonl: the same drawings small ({SIZES_PX["small"]} pixels) or large ({SIZES_PX["large"]}), at one of
+{len(PLACES)} places; `layout`, {splits.LAYOUT_SHARE:.0%} of (concept, size, place), is held out too."""
     facts = {
         "concepts": len(known),
         "moving": moving,

@@ -114,6 +114,7 @@ PACKAGES = {
             "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a",
         ),
         Package("debian", "ragout-examples", "2.3", "BSD-3-Clause"),
+        Package("debian", "wamerican-small", "2020.12.07", "SCOWL (free for any use, with its notice)"),
         Package("debian", "prokka", "1.14.6", "GPL-3.0-or-later"),
     )
 }

@@ -23,7 +23,7 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +35,7 @@ from anytoken.segments import Speech
 
 RATE_HZ, PEAK, MARGIN_SECONDS = 16_000, 0.7, 0.04
 FLITE, PIPER, TEST_FLITE = ("slt", "kal16"), "joe", ("awb", "rms")
+FLITE_VOICES = (*FLITE, *TEST_FLITE, "kal")
 ESPEAK = ("en-us", "en-gb", "en-us+f3")
 ACCENTS = (
     "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc", "en-us+m3",
@@ -96,16 +97,16 @@ def build_speech(
         raise SpeechSetError(
             f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR)."
         )
-    _require_engines()
+    require_engines()
     voice_model = unpack(PIPER_PACKAGE, cache) / PIPER_MODEL
     jobs = list(plan(read_lines(concepts)))[:limit]
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(partial(_render, folder, voice_model), jobs, chunksize=8)
+        made = pool.map(partial(render, folder, voice_model), jobs, chunksize=8)
         seconds = list(tqdm(made, total=len(jobs), desc="speech", disable=not progress))
         lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
         others = list(accents(lines))
-        made = pool.map(partial(_render, folder, voice_model), others, chunksize=8)
+        made = pool.map(partial(render, folder, voice_model), others, chunksize=8)
         lengths = list(tqdm(made, total=len(others), desc="accents", disable=not progress))
     accented = [_line(job, length) for job, length in zip(others, lengths, strict=True)]
     write_lines(folder / "speech.jsonl", lines)
@@ -166,7 +167,7 @@ def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | 
         if voice_model is None:
             raise SpeechSetError(f"The voice {PIPER} needs voice_model, the .onnx file of {PIPER_PACKAGE}.")
         return trim(_say_with_piper(text, stretch, voice_model))
-    if voice in FLITE + TEST_FLITE:
+    if voice in FLITE_VOICES:
         return engine_says(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}"], text)
     return engine_says(["espeak-ng", "-v", voice, "-s", str(round(160 / stretch))], text)
 
@@ -194,7 +195,8 @@ def trim(speech: Speech) -> Speech:
     return Speech(samples[max(0, first - margin) : last + margin + 1], speech.sample_rate_hz)
 
 
-def _require_engines() -> None:
+def require_engines() -> None:
+    """SpeechSetError names the engine that is not installed."""
     for program in ("flite", "espeak-ng"):
         if shutil.which(program) is None:
             raise SpeechSetError(f"{program} is not installed; install the Debian package of that name.")
@@ -226,7 +228,21 @@ def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:
     return Speech(samples, parts[0].sample_rate).resample(RATE_HZ)
 
 
-def _render(folder: Path, voice_model: Path, job: Utterance) -> float:
+class Rendering(Protocol):
+    """A clip to be made: what is said, by which voice, how much longer than usual, and where it goes."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def voice(self) -> str: ...
+    @property
+    def stretch(self) -> float: ...
+    @property
+    def path(self) -> Path: ...
+
+
+def render(folder: Path, voice_model: Path, job: Rendering) -> float:
+    """Make a clip unless it is there; returns its seconds."""
     path = folder / job.path
     if not path.is_file():
         synthesize(job.text, job.voice, job.stretch, voice_model).save(path)
@@ -274,7 +290,16 @@ Minutes by voice: {spoken}.
 Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(splits.SPOKEN_VOICES)} a share of
 {splits.SPOKEN_SHARE:.0%} of the concepts. train_audio.npy holds every clip of the training voices and of the
 {len(ACCENTS)} accents, held-out pairs included: it is for codecs, whose hold-out is the voice."""
-    engines = [
+    facts = {
+        "minutes": {voice: round(value, 2) for voice, value in minutes.items()},
+        "sources": [*engine_sources(), *sources([PIPER_PACKAGE], cache)],
+    }
+    write_card(folder, "Spoken names", about, facts)
+
+
+def engine_sources() -> list[dict[str, str]]:
+    """Name, version and licence of each engine, for a card."""
+    return [
         {"name": "flite", "version": _version("flite"), "licence": "BSD-like"},
         {"name": "espeak-ng", "version": _version("espeak-ng"), "licence": "GPL-3.0-or-later (the program)"},
         {
@@ -283,11 +308,6 @@ Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(spli
             "licence": "GPL-3.0-or-later (the program)",
         },
     ]
-    facts = {
-        "minutes": {voice: round(value, 2) for voice, value in minutes.items()},
-        "sources": [*engines, *sources([PIPER_PACKAGE], cache)],
-    }
-    write_card(folder, "Spoken names", about, facts)
 
 
 def _version(program: str) -> str:

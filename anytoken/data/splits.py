@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 
 STYLE_SHARE, VIDEO_SHARE, PAIR_SHARE, SPOKEN_SHARE, TOKENIZER_SHARE = 0.20, 0.10, 0.10, 0.20, 0.20
-GENE_SHARE = 0.10
+GENE_SHARE, LAYOUT_SHARE = 0.10, 0.10
 SPOKEN_VOICES = ("kal16", "joe")
 
 
@@ -32,6 +32,11 @@ def video_held_out(hexcode: str) -> bool:
 def pair_held_out(hexcode: str, background: str) -> bool:
     """Whether the concept is never seen on this background in training, in any style, still or moving."""
     return fraction(hexcode, background, "pair") < PAIR_SHARE
+
+
+def layout_held_out(hexcode: str, size: str, place: str) -> bool:
+    """Whether the concept is never seen in this size at this place in training."""
+    return fraction(hexcode, size, place, "layout") < LAYOUT_SHARE
 
 
 def spoken_held_out(hexcode: str, voice: str) -> bool:

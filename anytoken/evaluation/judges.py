@@ -1,7 +1,8 @@
 """Judges of generated media: what a picture shows, which words a clip says, and in whose voice.
 
-A judge never sees a generator's output before it judges one. What a picture shows is told by a small classifier that
-was trained on *other* drawing styles than the one it judges; words by pocketsphinx under a closed grammar of the
+A judge never sees a generator's output before it judges one. What an image shows is named by the identity judge, which
+knows the real drawings (`anytoken.evaluation.identity`), and, independently, by a small classifier that was trained on
+*other* drawing styles than the one it judges; words by pocketsphinx under a closed grammar of the
 known names (`anytoken.tokenizers.words`); a voice by a linear classifier of spectra of real clips. (What DNA codes
 for is no judgement: `anytoken.data.dna.translate`.) No judge is perfect: scores stand beside the judge's ceiling, its
 score on real held-out media.

@@ -4,6 +4,7 @@ A share of right answers carries its 95 % Wilson interval (Wilson 1927): with 20
 means nothing, and the reader should see that.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ def share(scores: Sequence[float]) -> Share:
 def same_text(answer: str, target: str) -> bool:
     """Exact match up to letter case and runs of white space."""
     return answer.casefold().split() == target.casefold().split()
+
+
+def same_words(answer: str, target: str) -> bool:
+    """`same_text` without punctuation, as a transcript has it and a name does not: "Red Apple." is "red apple"."""
+    plain = (re.sub(r"[^\w\s']", " ", text) for text in (answer, target))
+    return same_text(*plain)
 
 
 def sequence_identity(answer: Sequence[Any], target: Sequence[Any]) -> float:

@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from anytoken.evaluation.dialogues import FIRST, SECOND
+from anytoken.evaluation.directions import DIRECTIONS, Case, Direction
 from anytoken.evaluation.metrics import majority, nearest, share
-from anytoken.evaluation.tasks import DIRECTIONS, Case, Direction, Parts, World, features
+from anytoken.evaluation.products import score_products
+from anytoken.evaluation.tasks import Parts, World, features
 from anytoken.segments import Segment, Text
 from anytoken.tokenizers.measures import commit
 
@@ -55,10 +58,14 @@ def evaluate(
         raise ReportError(f"{world.sets} holds no records for {', '.join(one.name for one in asked)}.")
     scores = {}
     for direction in tqdm(able, desc="directions", disable=not progress):
-        cases = world.cases(direction, "test", count, seed)
-        if cases:
+        if direction.how == "ranked":
+            if figures := score_products(model, world, count, seed):
+                scores[direction.name] = figures
+        elif cases := world.cases(direction, "test", count, seed):
             replies = answer(model, cases, direction, seed, batch)
             scores[direction.name] = score(world, direction, cases, replies, model, seed)
+    if (first := scores.get(FIRST)) and (second := scores.get(SECOND)):
+        second["share_of_first_turn"] = _quotient(second["model"], first["model"])
     return {
         "version": 1,
         "seed": seed,
@@ -77,8 +84,9 @@ def answer(
     """The model's replies to the cases, in batches; the checkpoint's own sampling."""
     replies: list[Reply] = []
     for start in range(0, len(cases), batch):
-        prompts = [list(case.prompt) for case in cases[start : start + batch]]
-        replies += model.generate(prompts, direction.target, batch=True, seed=seed + start)
+        prompts = [list(case.asked) for case in cases[start : start + batch]]
+        kind = None if direction.free else direction.target
+        replies += model.generate(prompts, kind, batch=True, seed=seed + start)
     return replies
 
 
@@ -92,7 +100,7 @@ def score(
 ) -> dict[str, Any]:
     """One direction's figures: the model's parts, its valid share, the judge's ceiling, and the baselines."""
     main = main_part(direction)
-    answers = [reply.segments[0] if reply.segments else None for reply in replies]
+    answers = [_answer(direction, reply) for reply in replies]
     judged = {"model": _judge_all(world, direction, cases, answers)}
     judged["ceiling"] = _judge_all(world, direction, cases, [case.answer for case in cases])
     for name, guesses in baseline_answers(world, direction, cases, seed).items():
@@ -102,9 +110,10 @@ def score(
         name: share([parts.get(main, 0.0) for parts in rows]).to_dict() for name, rows in judged.items()
     }
     parts = {name: _parts(rows, main) for name, rows in judged.items()}
-    groups: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[Parts]] = defaultdict(list)
     for case, row in zip(cases, judged["model"], strict=True):
-        groups[str(case.record.get("holdout") or "all")].append(row.get(main, 0.0))
+        groups[str(case.record.get("holdout") or "all")].append(row)
+    by_holdout = {name: _shares(rows) for name, rows in sorted(groups.items())}
     tokens = sum(reply.usage.new_tokens for reply in replies)
     return {
         "held_out": direction.held_out,
@@ -113,7 +122,13 @@ def score(
         **figures,
         "parts": parts.pop("model"),
         "parts_of_others": parts,
-        "by_holdout": {name: share(scores).to_dict() for name, scores in sorted(groups.items())},
+        "part_shares": _shares(judged["model"]),
+        "by_holdout": {name: shares[main] for name, shares in by_holdout.items()},
+        "parts_by_holdout": by_holdout,
+        "controls": {
+            name: share(found).to_dict() for name, found in controls(world, direction, cases).items()
+        },
+        "share_of_ceiling": _of_ceiling(judged["model"], judged["ceiling"]),
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),
@@ -127,6 +142,43 @@ def _parts(rows: Sequence[Parts], main: str) -> dict[str, float]:
     return {name: round(share([row.get(name, 0.0) for row in rows]).value, 4) for name in names}
 
 
+def _answer(direction: Direction, reply: "Reply") -> Segment | None:
+    """What is judged of a reply: its first segment, or the kinds of all of them as words."""
+    if direction.free:
+        return Text(" ".join(segment.kind for segment in reply.segments))
+    return reply.segments[0] if reply.segments else None
+
+
+def _of_ceiling(model: Sequence[Parts], ceiling: Sequence[Parts]) -> dict[str, float]:
+    """Each part as a share of the judge's score on the originals."""
+    ours, real = _shares(model), _shares(ceiling)
+    return {name: _quotient(ours[name], real[name]) for name in ours if name in real}
+
+
+def _quotient(one: dict[str, float], whole: dict[str, float]) -> float:
+    return round(one["value"] / whole["value"], 4) if whole["value"] else 0.0
+
+
+def _shares(rows: Sequence[Parts]) -> dict[str, dict[str, float | int]]:
+    """The share of every part, with its interval."""
+    names = sorted({name for row in rows for name in row})
+    return {name: share([row.get(name, 0.0) for row in rows]).to_dict() for name in names}
+
+
+def controls(world: World, direction: Direction, cases: Sequence[Case]) -> dict[str, list[float]]:
+    """What a judge must refuse: the true answers of other cases, and noise (of speech and video also silence, grey)."""
+    if direction.free:
+        return {}  # most requests are for the same few kinds
+    main = main_part(direction)
+    others: dict[str, list[Segment]] = {"shuffled": [case.answer for case in [*cases[1:], *cases[:1]]]}
+    for name, nothing in world.nothings(direction.target).items():
+        others[name] = [nothing] * len(cases)
+    return {
+        name: [parts.get(main, 0.0) for parts in _judge_all(world, direction, cases, answers)]
+        for name, answers in others.items()
+    }
+
+
 def main_part(direction: Direction) -> str:
     """What a direction's score counts: residues in the right place for DNA, else answers right as a whole."""
     return "identity" if "dna" in (*direction.sources, direction.target) else "right"
@@ -134,10 +186,11 @@ def main_part(direction: Direction) -> str:
 
 def is_valid(model: "AnyToken", direction: Direction, reply: "Reply") -> bool:
     """Whether a reply is exactly one whole segment of the kind asked for, and its ids decode again."""
-    if reply.finish_reason != "stop" or [segment.kind for segment in reply.segments] != [direction.target]:
+    kinds = [segment.kind for segment in reply.segments]
+    if reply.finish_reason != "stop" or (not kinds if direction.free else kinds != [direction.target]):
         return False
     ids = [token for token in reply.ids if token != model.token_space.end]
-    return [segment.kind for segment in model.detokenize(ids)] == [direction.target]
+    return [segment.kind for segment in model.detokenize(ids)] == kinds
 
 
 def baseline_answers(
@@ -202,6 +255,21 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def part_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What is right about the answers, part by part, as rows of text; a row for each direction that has parts."""
+    directions = report["directions"].items()
+    names = list(dict.fromkeys(name for _, one in directions for name in one.get("parts", {})))
+    table = [["direction", *names]]
+    for direction, one in directions:
+        if one.get("part_shares") and one["parts"]:
+            table.append([direction, *(_with_interval(one["part_shares"].get(name)) for name in names)])
+    return table
+
+
+def _with_interval(found: dict[str, float] | None) -> str:
+    return f"{percent(found['value'])} ({100 * found['low']:.0f}–{100 * found['high']:.0f})" if found else ""
+
+
 def percent(value: float) -> str:
     """A share as text."""
     return f"{100 * value:.1f} %"
@@ -209,14 +277,14 @@ def percent(value: float) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The table and what it rests on, as Markdown."""
-    head, *body = rows(report)
     counts = defaultdict(list)
     for name, one in report["directions"].items():
         counts[one["valid"]["total"]].append(name)
     cases = ", ".join(f"{total}" for total in sorted(counts, reverse=True))
     worse = [name for name, one in report["directions"].items() if not one["better"]]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in body]
+    lines = _as_table(rows(report))
+    if len(by_part := part_rows(report)) > 1:
+        lines += ["", *_as_table(by_part)]
     lines += [
         "",
         f"{cases} held-out prompts a direction, seed {report['seed']}, commit {report['commit']}, {report['machine']}.",
@@ -227,6 +295,11 @@ def markdown(report: dict[str, Any]) -> str:
         else "Better than every baseline in all."
     ]
     return "\n".join([*lines, *_caveats(report)])
+
+
+def _as_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return [head, "|" + "---|" * len(rows[0]), *body]
 
 
 def _caveats(report: dict[str, Any]) -> list[str]:
@@ -245,6 +318,18 @@ def _caveats(report: dict[str, Any]) -> list[str]:
         if subject in near:
             alone.append(f"{name} {percent(one['parts'][subject])} ({percent(near[subject])})")
     lines = [f"Better, but with 95 % intervals that overlap: {', '.join(thin)}."] if thin else []
+    second = report["directions"].get(SECOND, {})
+    if "share_of_first_turn" in second:
+        lines.append(
+            f"Images named in a second turn: {percent(second['share_of_first_turn'])} of those in a first."
+        )
+    checked = {name: one["controls"] for name, one in report["directions"].items() if one.get("controls")}
+    if checked:
+        passed = {name: max(share["value"] for share in found.values()) for name, found in checked.items()}
+        worst = max(passed, key=lambda name: passed[name])
+        lines.append(
+            f"Controls (answers of other prompts, noise, silence) pass for at most {percent(passed[worst])} ({worst})."
+        )
     if alone:
         lines.append(
             "A held-out combination as a whole is out of reach of a training answer. The concept alone (of speech the "

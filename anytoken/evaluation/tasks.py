@@ -1,14 +1,8 @@
-"""The directions a model is asked in, the held-out cases of each, and what counts as a right answer.
-
-A direction is data: which records, what of them is the prompt, what the answer. Everything else is the same for all:
-the model's answers, the truth (the judge's ceiling), a random training answer (chance), the most frequent training
-answer (majority, for text) and the answer of the nearest training prompt all go through one judge.
-"""
+"""The held-out cases of every direction, and what counts as a right answer."""
 
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +12,17 @@ import numpy as np
 from anytoken.data.dna import translate
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
+from anytoken.evaluation import dialogues
+from anytoken.evaluation.directions import (
+    IMAGES,
+    SPEECH,
+    VIDEOS,
+    WORDS,
+    Case,
+    Direction,
+    Record,
+)
+from anytoken.evaluation.identity import Drawing, Identity, IdentityJudge
 from anytoken.evaluation.judges import (
     BackgroundJudge,
     PictureClassifier,
@@ -26,14 +31,15 @@ from anytoken.evaluation.judges import (
     mel_frames,
     motion,
 )
-from anytoken.evaluation.metrics import same_text, sequence_identity
+from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
+from anytoken.evaluation.transcriber import Transcriber
 from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.words import WordJudge
 
-Record = dict[str, Any]
 Parts = dict[str, float]
-IMAGES, VIDEOS, JOINT = "emoji/images.jsonl", "emoji/videos.jsonl", "emoji/joint.jsonl"
-SPEECH, TRANSLATE = "speech/speech.jsonl", "dna/translate.jsonl"
+ANIMATED = "3d"  # the style that videos are drawn in
+LAYOUT = ("size", "place")  # what else tells drawings apart, where records have it
+TOP = 5
 # Which styles a concept judge must not have seen, by the style it judges: close relatives are left out together.
 RELATIVES = {"3d": ("3d",), "line": ("line", "noto"), "noto": ("line", "noto"), "flat": ("flat", "twemoji")}
 RELATIVES["twemoji"] = RELATIVES["flat"]
@@ -43,72 +49,14 @@ class TaskError(ValueError):
     """Sets from which a direction cannot be judged."""
 
 
-@dataclass(frozen=True)
-class Direction:
-    """What is asked of a model: `sources` of a record are the prompt, `target` is the answer's kind.
-
-    file: the records. pair: another file whose record of the same name lends its medium. words: text after the
-    media. held_out: the hold-outs that the cases come from.
-    """
-
-    name: str
-    file: str
-    sources: tuple[str, ...]
-    target: str
-    held_out: str
-    pair: str | None = None
-    words: str = ""
-    twice: bool = False
-
-
-DIRECTIONS: dict[str, Direction] = {
-    one.name: one
-    for one in (
-        Direction("text->image", IMAGES, ("text",), "image", "drawing or background unseen for the concept"),
-        Direction("image->text", IMAGES, ("image",), "text", "drawing or background unseen for the concept"),
-        Direction("text->speech", SPEECH, ("text",), "speech", "voice that never said the name"),
-        Direction("speech->text", SPEECH, ("speech",), "text", "voice never heard, or never with the name"),
-        Direction(
-            "speech->image",
-            SPEECH,
-            ("speech",),
-            "image",
-            "voice never heard, or never with the name",
-            pair=IMAGES,
-        ),
-        Direction("image->speech", IMAGES, ("image",), "speech", "drawing or background unseen", pair=SPEECH),
-        Direction("text->video", VIDEOS, ("text",), "video", "concept never animated, or background unseen"),
-        Direction("video->text", VIDEOS, ("video",), "text", "concept never animated, or background unseen"),
-        Direction("image->video", JOINT, ("image",), "video", "concept never animated, or background unseen"),
-        Direction("dna->text", TRANSLATE, ("dna",), "text", "genes of unseen products"),
-        Direction("text->dna", TRANSLATE, ("text",), "dna", "genes of unseen products"),
-        Direction(
-            "image,image->text",
-            IMAGES,
-            ("image",),
-            "text",
-            "two unseen drawings",
-            words="What are these?",
-            twice=True,
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One question: the prompt, the true answer, and the record (with what the judges need) it comes from."""
-
-    prompt: list[Segment]
-    answer: Segment
-    record: Record
-
-
 class World:
     """The built sets, and the judges that are made from them, each when it is first needed."""
 
-    def __init__(self, sets: str | Path, judge_steps: int = 1500, seed: int = 0) -> None:
+    def __init__(
+        self, sets: str | Path, judge_steps: int = 1500, seed: int = 0, asr: Transcriber | None = None
+    ) -> None:
         self.sets = Path(sets)
+        self.asr = asr
         self.judge_steps = judge_steps
         self.seed = seed
         self._records: dict[str, list[Record]] = {}
@@ -137,6 +85,10 @@ class World:
 
     def cases(self, direction: Direction, split: str, count: int, seed: int = 0) -> list[Case]:
         """Up to `count` cases of a split, drawn without return, the same for the same seed."""
+        if direction.how == "requests":
+            return dialogues.requests(self, split, count, seed)
+        if direction.how == "turns":
+            return dialogues.turns(self, split, count, seed, direction.name == dialogues.SECOND)
         rng = np.random.default_rng((seed, zlib.crc32(f"{direction.name} {split}".encode())))
         records = [
             one
@@ -165,10 +117,11 @@ class World:
             return False
         if direction.file == SPEECH and not record.get("core", True):
             return False
-        if direction.name == "text->speech":
-            asked = record["split"] == "train" or record.get("holdout") == "spoken"
-            return asked and self.words.knows(record["text"])
-        return direction.target != "speech" or self.words.knows(record["name"])
+        if direction.file == WORDS and record["split"] == "test" and record["holdout"] != "word":
+            return direction.target == "text"  # a held-out voice can be heard, but not asked for
+        if direction.name == "text->speech" and record.get("holdout") not in (None, "spoken"):
+            return False
+        return direction.target != "speech" or self.hears(record).knows(record["name"])
 
     def _partners(self, direction: Direction, split: str) -> dict[str, list[Record]]:
         """Records that lend their medium, by name. A train answer comes with a train prompt; a test prompt with any."""
@@ -180,7 +133,7 @@ class World:
 
     def _one(self, direction: Direction, record: Record) -> Case:
         prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
-        if direction.name == "text->speech":
+        if direction.target == "speech" and "voice" in record:
             prompt = [Text(f"{record['text']}, voice {record['voice']}")]
         return Case(prompt, self.media(direction.file, record, direction.target), record)
 
@@ -203,6 +156,15 @@ class World:
         return WordJudge(sorted({one["name"] for one in self.records(SPEECH) if one.get("core", True)}))
 
     @cached_property
+    def unseen_words(self) -> WordJudge:
+        """Hears the words that are held out."""
+        return WordJudge(sorted({one["name"] for one in self.records(WORDS) if one["holdout"] == "word"}))
+
+    def hears(self, record: Record) -> WordJudge:
+        """The judge whose closed list the name of a record is in."""
+        return self.unseen_words if record.get("holdout") == "word" else self.words
+
+    @cached_property
     def voices(self) -> VoiceJudge:
         """Knows the voices of the training clips, by clips of other names than the core ones where there are any."""
         clips: dict[str, list[Record]] = defaultdict(list)
@@ -215,12 +177,43 @@ class World:
 
     def concepts(self, style: str) -> PictureClassifier:
         """Names a concept in a style, trained on drawings of other styles only."""
-        return self._classifier("name", RELATIVES.get(style, (style,)))
+        unseen = RELATIVES.get(style, (style,))
+        key = "-".join(unseen)
+        if key not in self._classifiers:
+            records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
+            images = [self.picture(one) for one in records]
+            pictures = np.stack(images) if images else np.zeros((0, 64, 64, 3), np.uint8)
+            names = [one["name"] for one in records]
+            self._classifiers[key] = fit_classifier(pictures, names, self.judge_steps, self.seed)
+        return self._classifiers[key]
 
     @cached_property
-    def styles(self) -> PictureClassifier:
-        """Names a drawing style, trained on training pictures."""
-        return self._classifier("style", ())
+    def stills(self) -> IdentityJudge:
+        """Names the concept and the style of an image, by all known drawings."""
+        return self._identity(IMAGES, "image")
+
+    @cached_property
+    def clips(self) -> IdentityJudge:
+        """Names the concept of a video, by all known animations."""
+        return self._identity(VIDEOS, "video")
+
+    def _identity(self, file: str, kind: str) -> IdentityJudge:
+        """Drawings are known by compositions other than the held-out ones, where they have any other."""
+        groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+        for record in self.records(file):
+            drawing = (record["name"], record.get("style", ANIMATED), *map(str, map(record.get, LAYOUT)))
+            groups[drawing].append(record)
+        return IdentityJudge(
+            Drawing(
+                name,
+                style,
+                [
+                    self.media(file, one, kind)
+                    for one in [one for one in group if one.get("holdout") != "pair"] or group
+                ],
+            )
+            for (name, style, *_), group in groups.items()
+        )
 
     @cached_property
     def backgrounds(self) -> BackgroundJudge:
@@ -244,22 +237,17 @@ class World:
         assert isinstance(image, Image)
         return image.pixels
 
-    def _classifier(self, label: str, unseen: tuple[str, ...]) -> PictureClassifier:
-        key = "-".join((label, *unseen))
-        if key not in self._classifiers:
-            records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
-            if label == "style":
-                records = [one for one in records if one["split"] == "train"]
-            pictures = (
-                np.stack([self.picture(one) for one in records])
-                if records
-                else np.zeros((0, 64, 64, 3), np.uint8)
-            )
-            steps = self.judge_steps if label == "name" else max(1, self.judge_steps // 3)
-            self._classifiers[key] = fit_classifier(
-                pictures, [one[label] for one in records], steps, self.seed
-            )
-        return self._classifiers[key]
+    def nothings(self, kind: str) -> dict[str, Segment]:
+        """Answers of a kind that say nothing, which every judge must refuse."""
+        rng = np.random.default_rng(self.seed)
+        noise = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+        hiss = rng.normal(0, 0.1, 16_000).astype(np.float32)
+        known: dict[str, dict[str, Segment]] = {
+            "image": {"noise": Image(noise[0])},
+            "video": {"noise": Video(noise, 4.0), "grey": Video(np.full_like(noise, 128), 4.0)},
+            "speech": {"noise": Speech(hiss, 16_000), "silence": Speech(np.zeros_like(hiss), 16_000)},
+        }
+        return known.get(kind, {})
 
     def judge(self, direction: Direction, case: Case, answer: Segment | None) -> Parts:
         """What is right about an answer: "right" is the whole of it, the other parts say where it failed."""
@@ -281,30 +269,43 @@ def _judge_text(world: World, case: Case, answer: Any) -> Parts:
 
 
 def _judge_image(world: World, case: Case, answer: Any) -> Parts:
-    record, drawn = case.record, world.styles.tell(answer)
-    concept = world.concepts(record.get("style", drawn)).tell(answer) == record["name"]
+    record, seen = case.record, world.stills.identify(answer)
+    independent = world.concepts(record.get("style", seen.style)).tell(answer) == record["name"]
+    parts = _concept_parts(seen, record, independent)
     if "style" not in record:
-        return {"right": float(concept)}
-    style = drawn == record["style"]
+        return {"right": parts["concept"], **parts}
     background = world.backgrounds.tell(answer) == record["background"]
-    parts = {"concept": concept, "style": style, "background": background}
-    return {"right": float(all(parts.values())), **{key: float(value) for key, value in parts.items()}}
+    checked = {"style": float(seen.style == record["style"]), "background": float(background)}
+    return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
+
+
+def _concept_parts(seen: Identity, record: Record, independent: bool) -> Parts:
+    """The concept by the identity judge, first and among the first five; and by the judge from other styles."""
+    return {
+        "concept": float(seen.concept == record["name"]),
+        "concept top-5": float(record["name"] in seen.concepts[:TOP]),
+        "concept, other judge": float(independent),
+    }
 
 
 def _judge_speech(world: World, case: Case, answer: Any) -> Parts:
-    words = world.words.hear(answer) == case.record["name"]
+    name = case.record["name"]
+    words = float(world.hears(case.record).hear(answer) == name)
+    parts = {"words": words}
+    if world.asr is not None:
+        parts["words, open vocabulary"] = float(same_words(world.asr.transcribe(answer), name))
     if "voice" not in case.record:
-        return {"right": float(words)}
-    voice = world.voices.tell(answer) == case.record["voice"]
-    return {"right": float(words and voice), "words": float(words), "voice": float(voice)}
+        return {"right": words, **parts}
+    voice = float(world.voices.tell(answer) == case.record["voice"])
+    return {"right": min(words, voice), **parts, "voice": voice}
 
 
 def _judge_video(world: World, case: Case, answer: Any) -> Parts:
-    concept = world.concepts("3d").tell(answer) == case.record["name"]
-    background = world.backgrounds.tell(answer) == case.record["background"]
-    moves = motion(answer) >= world.least_motion
-    parts = {"concept": concept, "background": background, "moves": moves}
-    return {"right": float(all(parts.values())), **{key: float(value) for key, value in parts.items()}}
+    record, seen = case.record, world.clips.identify(answer)
+    parts = _concept_parts(seen, record, world.concepts(ANIMATED).tell(answer) == record["name"])
+    background = world.backgrounds.tell(answer) == record["background"]
+    checked = {"background": float(background), "moves": float(motion(answer) >= world.least_motion)}
+    return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
 
 
 def _judge_dna(world: World, case: Case, answer: Any) -> Parts:

@@ -1,6 +1,7 @@
 """The emoji world, built from a miniature of its packages: which concepts, how they look, what is held out."""
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -470,3 +471,60 @@ def test_limit_keeps_core_concepts_first(cache: Path, tmp_path: Path) -> None:
         ("owl", False),
     ]
     assert np.load(more / "sprites.npy").shape[0] == 15 and len(lines(more, "joint")) == 8
+
+
+# ---- more concepts, sizes and places ----
+
+
+def test_more_core_concepts_begin_with_those_that_move(roots: dict[str, Path]) -> None:
+    known = find_concepts(roots)
+    more = choose_core(known, 7, still=True)
+    assert [concept.name for concept in more] == [*CORE, "egg"]
+    with pytest.raises(EmojiError, match=r"8 core concepts were asked for; 1 to 7 are plainly named"):
+        choose_core(known, 8, still=True)
+
+
+def test_a_concept_that_does_not_move_has_images_only(cache: Path, tmp_path: Path) -> None:
+    folder = build_emoji(tmp_path, cache=cache, concepts=7, workers=1, progress=False, still=True)
+    assert {row["name"] for row in lines(folder, "images")} == {*CORE, "egg"}
+    assert {row["name"] for row in lines(folder, "videos")} == set(CORE)
+    assert {row["name"] for row in lines(folder, "joint")} == set(CORE)
+    assert not (folder / "layouts.jsonl").exists()  # they are an option
+
+
+def test_sizes_and_places_are_as_the_captions_say(cache: Path, tmp_path: Path) -> None:
+    folder = build_emoji(tmp_path, cache=cache, concepts=6, workers=1, progress=False, layouts=True)
+    rows = lines(folder, "layouts")
+    assert len(rows) == 6 * 8 * 5 and len({(row["size"], row["place"]) for row in rows}) == 10
+    centres = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "centre": (0, 0)}
+    for row in rows:
+        assert row["text"].split(", ")[1:] == [row["place"], row["style"], f"{row['background']} background"]
+        assert row["size"] in row["text"] and row["name"] in row["text"]
+        pixels = Image.open(folder / row["image"]).pixels.astype(int)
+        # The drawings here are squares, half as wide as their sprite.
+        inside = np.argwhere(np.abs(pixels - COLORS[row["style"]]).max(-1) <= 2)
+        (top, left), (bottom, right) = inside.min(0), inside.max(0) + 1
+        side = {"small": 32, "large": 48}[row["size"]]
+        assert abs(right - left - side // 2) <= 2 and abs(bottom - top - side // 2) <= 2, row
+        across, down = centres[row["place"]]
+        offsets = ((left + right) / 2 - 32, (top + bottom) / 2 - 32)
+        free = (64 - side) / 2
+        assert np.allclose(offsets, (free * across, free * down), atol=1.5), row
+        assert free % 8 == 0  # shifts are of whole patches
+
+
+def test_layouts_are_held_out_by_combination(cache: Path, tmp_path: Path) -> None:
+    folder = build_emoji(tmp_path, cache=cache, concepts=6, workers=1, progress=False, layouts=True)
+    for row in lines(folder, "layouts"):
+        image = splits.image_holdout(row["hexcode"], row["style"], row["background"])
+        layout = splits.layout_held_out(row["hexcode"], row["size"], row["place"])
+        assert row["holdout"] == (image or ("layout" if layout else None))
+        assert row["split"] == ("test" if row["holdout"] else "train")
+    assert "layout" in (folder / "README.md").read_text()
+    assert not emoji.PLACES.keys() & emoji.SIZES_PX.keys()
+
+
+def test_compositions_stay_as_they_are() -> None:
+    rng = np.random.default_rng(0)
+    sprite = rng.integers(0, 256, (96, 96, 4), dtype=np.uint8)
+    assert hashlib.sha256(compose(sprite, (70, 120, 225)).tobytes()).hexdigest()[:16] == "8e9bbc35b92a3063"

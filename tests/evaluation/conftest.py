@@ -90,6 +90,20 @@ def sets(tmp_path_factory):
                 {"text": shape, "name": shape, "speech": path, "voice": voice, "core": True, **split}
             )
     write(speech, "speech.jsonl", spoken)
+    (root / "words").mkdir()
+    words = []
+    for seconds, (text, split) in enumerate((("table", "train"), ("river", "test"), ("garden", "test")), 1):
+        Speech(say("low", 0.3 * seconds), 16_000).save(root / "words" / f"{text}.wav")
+        held = {"split": split, "holdout": "word" if split == "test" else None}
+        words.append({"text": text, "name": text, "speech": f"{text}.wav", "voice": "low", **held})
+    write(root / "words", "words.jsonl", words)
+    proteins = {"train": ("MKLAA", "MWWGG", "MKKLA"), "test": ("MKLAG", "MWGGG", "MVVAA")}
+    located = [
+        {"product": f"{kind} {split}", "dna": "ATG" * 4, "protein": protein, "short": True, "split": split}
+        for split, found in proteins.items()
+        for protein, kind in zip(found, ("kinase", "transporter", "ligase"), strict=True)
+    ]
+    write(root / "dna", "genes.jsonl", located)
     genes = [("M K L", "ATGAAACTG"), ("M A W", "ATGGCCTGG"), ("M K W", "ATGAAATGG"), ("M V L", "ATGGTTCTG")]
     lines = [{"text": t, "dna": d, "split": "test" if n > 2 else "train"} for n, (t, d) in enumerate(genes)]
     write(root / "dna", "translate.jsonl", lines)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from anytoken.evaluation import gallery, report
-from anytoken.evaluation.tasks import DIRECTIONS
+from anytoken.evaluation.directions import DIRECTIONS, WORDS
 from anytoken.segments import DNA, Text
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -20,7 +20,7 @@ def test_the_demo_answers_every_direction_and_links_only_files_that_exist(tmp_pa
     )
     page = gallery.run_demo(hostile, ASSETS, tmp_path / "demo", each=1)
     text = page.read_text()
-    for name in DIRECTIONS:
+    for name in (name for name, one in DIRECTIONS.items() if not one.how and one.file != WORDS):
         assert f"<h2>{name.replace('>', '&gt;')}</h2>" in text
     linked = set(re.findall(r'(?:src|href)="([^"]+)"', text))
     assert linked and linked == {path.name for path in page.parent.iterdir()} - {"index.html"}

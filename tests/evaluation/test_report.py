@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 
 from anytoken.evaluation import report
-from anytoken.evaluation.tasks import DIRECTIONS, TaskError, World, features
+from anytoken.evaluation.directions import DIRECTIONS
+from anytoken.evaluation.tasks import TaskError, World, features
 from anytoken.segments import Text
 
-DEAF = [name for name, one in DIRECTIONS.items() if one.target != "speech"]  # tones are no words
+PLAIN = {
+    name: one for name, one in DIRECTIONS.items() if not one.how
+}  # the others: test_dialogues, test_products
+DEAF = [name for name, one in PLAIN.items() if one.target != "speech"]  # tones are no words
 
 
 def knowing(world, fake_model):
     """A model that has seen the test cases: it finds the prompt among them."""
     known = {}
-    for direction in DIRECTIONS.values():
+    for direction in PLAIN.values():
         cases = world.cases(direction, "test", 50)
         known[direction.target, len(known)] = (
             cases,
@@ -51,7 +55,7 @@ def test_knowing_all_is_the_ceiling_and_knowing_nothing_is_nothing(world, fake_m
 
 
 def test_cases_are_held_out_repeatable_and_differ_from_training(world):
-    for direction in DIRECTIONS.values():
+    for direction in PLAIN.values():
         cases = world.cases(direction, "test", 5)
         assert cases, direction.name
         again = world.cases(direction, "test", 5)
@@ -129,4 +133,25 @@ def test_every_answerer_has_its_parts(world, ignorant):
     found = report.evaluate(ignorant, world, ["text->image"], count=5, progress=False)
     others = found["directions"]["text->image"]["parts_of_others"]
     assert set(others) == {"ceiling", "chance", "nearest"}
-    assert set(others["nearest"]) == {"concept", "style", "background"}
+    parts = {"concept", "concept top-5", "concept, other judge", "style", "background"}
+    assert set(others["nearest"]) == parts
+
+
+def test_parts_have_intervals_and_hold_outs_of_their_own(world, fake_model):
+    found = report.evaluate(knowing(world, fake_model), world, ["text->image"], count=20, progress=False)
+    one = found["directions"]["text->image"]
+    assert one["part_shares"]["concept"]["value"] == 1 and one["part_shares"]["concept"]["low"] < 1
+    assert {name: parts["concept"]["value"] for name, parts in one["parts_by_holdout"].items()} == {
+        "pair": 1.0,
+        "style": 1.0,
+    }
+    assert "| direction | background | concept |" in report.markdown(found)
+
+
+def test_controls_are_refused(world, ignorant):
+    names = ["text->image", "text->video", "image->text"]
+    found = report.evaluate(ignorant, world, names, count=20, progress=False)["directions"]
+    assert set(found["text->video"]["controls"]) == {"shuffled", "noise", "grey"}
+    for name in names:
+        for control, score in found[name]["controls"].items():
+            assert score["value"] <= 0.4, (name, control)  # three concepts: a third is right by chance
