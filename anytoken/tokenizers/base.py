@@ -182,6 +182,10 @@ class ModalityTokenizer(nn.Module):
             raise TokenizerError(f"The loss of {self.kind} has no terms to weigh; received {dict(weights)}.")
         return None
 
+    def adapted_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the tokenizer that a recipe's `init_from` names, as this kind of tokenizer takes them over."""
+        return state
+
     def fit(self, source: Path, seed: int) -> None:
         """What is learnt from data without gradients, before the steps of a training; by default nothing.
 
@@ -376,7 +380,7 @@ def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
 
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}
 BUILTIN = {  # kind: module of this package
-    "image": "image", "speech": "speech", "video": "video",
+    "image": "image", "layered_image": "layered", "speech": "speech", "video": "video",
     "dna": "dna", "dna_context": "dna_context", "dna_kmer": "dna_variants", "dna_bpe": "dna_variants",
     "pretrained_speech": "pretrained", "pretrained_image": "pretrained", "pretrained_video": "pretrained",
 }  # fmt: skip

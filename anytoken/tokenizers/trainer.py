@@ -153,7 +153,8 @@ def _build(plan: Recipe) -> ModalityTokenizer:
         raise TokenizerError(f"config of a {plan.kind} tokenizer: {error}.") from error
     if plan.init_from:
         begun, anew = load_tokenizer(plan.init_from), tuple(plan.begin_anew)
-        taken = {name: one for name, one in begun.state_dict().items() if not name.startswith(anew)}
+        state = tokenizer.adapted_state(begun.state_dict())
+        taken = {name: one for name, one in state.items() if not name.startswith(anew)}
         kept = {name: one for name, one in tokenizer.state_dict().items() if name.startswith(anew)}
         try:
             tokenizer.load_state_dict(taken | kept)

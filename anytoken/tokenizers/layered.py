@@ -1,0 +1,318 @@
+"""Images as a layer over a plain base colour: the base is said once, local codes do not depend on the background.
+
+Codes of composed pixels repeat the background in every patch and change with it, so a language model has to learn every
+drawing once per background. Here the base colour goes into global codes, and local codes describe the layer over it:
+premultiplied colour and coverage (Porter and Duff, 1984), which are the same on any background. A small network
+estimates the coverage of each pixel given the base colour (matting with a known background, arXiv 2004.00626). A patch
+without coverage has a code of its own. An image without a plain border is one opaque layer, coded like any image.
+
+Values are in [-1, 1], where premultiplied colour is the layer over mid-grey (0): image = colour + (1 - coverage) * base.
+Shapes: B items, H and W pixels, N patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anytoken.segments import Image, Segment
+from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, alike, patchify, unpatchify
+from anytoken.tokenizers.base import Codes, Grid, TokenizerError, loss_weights, register_modality
+from anytoken.tokenizers.image import (
+    PATCH_PX,
+    REFINE_PX,
+    ImageTokenizer,
+    as_bytes,
+    from_bytes,
+    psnr_db,
+    to_bytes,
+)
+from anytoken.tokenizers.picture_losses import pixel_loss, psnr_loss
+from anytoken.tokenizers.quantizers import Choice
+
+BASE_LEVELS, BASE_CODES = 32, 3  # of each of red, green and blue
+BORDER_PX = 2
+PLAIN_SHARE, PLAIN_STEP = 0.5, 16 / 127.5  # share of the border's pixels that lie within this of the base
+MATTE_PX = 4  # pixels per side that the matte network sees as one position
+EMPTY = 0.03  # coverage below this is none
+TERMS = ("pixel", "psnr", "recolored", "matte", "consistency", "commitment")
+# Consistency and commitment are squared distances in the codebook's own space, where codes lie about 0.04 apart.
+WEIGHTS = {
+    "pixel": 1.0,
+    "psnr": 0.1,
+    "recolored": 0.5,
+    "matte": 0.5,
+    "consistency": 200.0,
+    "commitment": 12.0,
+}
+
+
+@dataclass
+class Layers:
+    """Images taken apart: `layer` [B, 4, H, W] (premultiplied colour, coverage) over the base colour of `codes` [B, 3].
+
+    plain: bool [B], whether the border is plain. logits: of the coverage, [B, 1, H, W].
+    """
+
+    layer: Tensor
+    codes: Tensor
+    plain: Tensor
+    logits: Tensor
+
+
+def base_color(codes: Tensor) -> Tensor:
+    """Global codes int64 [B, 3] as colours [B, 3]."""
+    return codes / (BASE_LEVELS - 1) * 2 - 1
+
+
+def find_base(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Global codes int64 [B, 3] of the median colour of the border of x [B, 3, H, W]; whether it is plain, bool [B]."""
+    w = BORDER_PX
+    sides = [x[..., :w, :], x[..., -w:, :], x[..., :w], x[..., -w:]]
+    border = torch.cat([side.flatten(2) for side in sides], 2)
+    codes = ((border.median(2).values + 1) / 2 * (BASE_LEVELS - 1)).round().long().clamp(0, BASE_LEVELS - 1)
+    near = (border - base_color(codes)[:, :, None]).abs().amax(1) <= PLAIN_STEP
+    return codes, near.float().mean(1) >= PLAIN_SHARE
+
+
+def composed(layer: Tensor, base: Tensor) -> Tensor:
+    """A layer [B, 4, H, W] over colours [B, 3]: pixels [B, 3, H, W]."""
+    return layer[:, :3] + (1 - layer[:, 3:]) * base[:, :, None, None]
+
+
+def hardened(coverage: Tensor) -> Tensor:
+    """Coverage in [0, 1] where nearly nothing is nothing and nearly everything is everything."""
+    return ((coverage - EMPTY) / (1 - 2 * EMPTY)).clamp(0, 1)
+
+
+def empty_patches(layer: Tensor) -> Tensor:
+    """Which patches of layers [B, 4, H, W] hold nothing, bool [B, N]."""
+    return F.max_pool2d(layer[:, 3:], PATCH_PX).flatten(1) < EMPTY
+
+
+class Matte(nn.Module):
+    """Takes images apart into a base colour and the layer over it."""
+
+    def __init__(self, width: int, depth: int, kernel: int = 5) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            ChannelLinear(7 * MATTE_PX**2, width),
+            Trunk(width, depth, (kernel, kernel)),
+            ChannelNorm(width),
+            ChannelLinear(width, MATTE_PX**2),
+        )
+
+    def forward(self, x: Tensor) -> Layers:
+        """x [B, 3, H, W] in [-1, 1], sides multiples of 4."""
+        codes, plain = find_base(x)
+        base = base_color(codes)[:, :, None, None]
+        off = x - base
+        far = off.square().sum(1, keepdim=True).add(4e-6).sqrt()
+        patch = (MATTE_PX, MATTE_PX)
+        logits = unpatchify(self.net(patchify(torch.cat([x, off, far], 1), patch)), patch).float()
+        coverage = hardened(logits.sigmoid())
+        coverage = torch.where(plain[:, None, None, None], coverage, torch.ones_like(coverage))
+        color = x - (1 - coverage) * base
+        color = torch.maximum(torch.minimum(color, coverage), -coverage)
+        return Layers(torch.cat([color, coverage], 1), codes, plain, logits)
+
+    @staticmethod
+    def loss(found: Layers, true: Tensor) -> Tensor:
+        """Error of the coverage against that of true layers [B, 4, H, W], over images with a plain border."""
+        target = true[:, 3:]
+        each = F.binary_cross_entropy_with_logits(found.logits, target, reduction="none")
+        each = each + 2 * (found.logits.sigmoid() - target).abs()
+        return (each.flatten(1).mean(1) * found.plain).mean()
+
+
+@register_modality
+class LayeredImageTokenizer(ImageTokenizer):
+    """Diff with ImageTokenizer: encodes the layer over a base colour, which three global codes say.
+
+    matte_width, matte_depth: of the network that estimates coverage. A recoloured image keeps its local codes:
+    `swap_global` exchanges the base. It has one codebook, with one more code for empty patches, and no `candidates`.
+    """
+
+    kind = "layered_image"
+
+    def __init__(
+        self,
+        width: int = 128,
+        encoder_depth: int = 3,
+        decoder_depth: int = 6,
+        refine_width: int = 64,
+        refine_depth: int = 2,
+        quantizer: Choice = "fsq",
+        levels: Sequence[int] = (8, 5, 5, 5),
+        codebook_size: int = 1024,
+        side_px: int = 64,
+        kernel: int = 7,
+        matte_width: int = 64,
+        matte_depth: int = 3,
+    ) -> None:
+        super().__init__(
+            width, encoder_depth, decoder_depth, refine_width, refine_depth, quantizer, levels, codebook_size,
+            side_px, kernel,
+        )  # fmt: skip
+        if self.quantize.num_codebooks != 1:
+            raise TokenizerError(f"A layered image tokenizer has one codebook; received {quantizer!r}.")
+        self.config |= {"matte_width": matte_width, "matte_depth": matte_depth}
+        assert isinstance(self.shape, Grid)
+        limits = self.shape.axes, self.shape.min_size, self.shape.max_size
+        self.shape = Grid(*limits, num_global_codes=BASE_CODES)
+        self.empty_code = self.codebook_sizes[0]
+        self.codebook_sizes = (self.empty_code + 1,)
+        self.global_codebook_size = BASE_LEVELS
+        self.matte = Matte(matte_width, matte_depth)
+        self.empty = nn.Parameter(torch.zeros(width))  # what the decoder is given for an empty patch
+        self.encoder[0] = ChannelLinear(4 * PATCH_PX**2, width)
+        self.refine[-1] = ChannelLinear(refine_width, 4 * REFINE_PX**2)
+        self._term_weights = WEIGHTS
+
+    # ---- layers to codes and back ----
+
+    def _latents(self, layer: Tensor) -> Tensor:
+        """Layers [B, 4, H, W] to what is quantised [B, N, D]."""
+        return self.encoder(patchify(layer, (PATCH_PX, PATCH_PX))).flatten(2).transpose(1, 2)
+
+    def _quantized(self, latents: Tensor, empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors [B, N, D], codes [B, N] and the codebook's loss; empty patches never meet the codebook."""
+        full = ~empty
+        vectors = self.empty.to(latents.dtype).expand_as(latents).clone()
+        codes = torch.full(empty.shape, self.empty_code, device=empty.device)
+        if not full.any():
+            return vectors, codes, latents.new_zeros(())
+        found = self.quantize(latents[full][None])
+        vectors[full], codes[full] = found.vectors[0].to(vectors.dtype), found.codes[0, :, 0]
+        return vectors, codes, found.loss
+
+    def _layer(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        """Vectors [B, N, D] to layers [B, 4, H, W]."""
+        y = self._decode_vectors(vectors, grid).float()
+        return torch.cat([y[:, :3], y[:, 3:].sigmoid()], 1)
+
+    def _lookup(self, codes: Tensor) -> Tensor:
+        vectors = self.quantize.lookup(codes.clamp(max=self.empty_code - 1)[..., None])
+        return torch.where((codes == self.empty_code)[..., None], self.empty.to(vectors.dtype), vectors)
+
+    @torch.inference_mode()
+    def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+        """Images to codes; images of one size share a forward pass."""
+        images = [self._prepare(segment) for segment in segments]
+        result: dict[int, Codes] = {}
+        shapes = [image.shape for image in images]
+        for rows in alike(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
+            x = from_bytes(as_bytes(np.stack([images[i] for i in rows])).to(self.device))
+            found = self.matte(x)
+            _, codes, _ = self._quantized(self._latents(found.layer), empty_patches(found.layer))
+            size = tuple(side // PATCH_PX for side in x.shape[-2:])
+            for i, local, header in zip(rows, codes.cpu().numpy(), found.codes.cpu().numpy(), strict=True):
+                result[i] = Codes(local[:, None], size, header)
+        return [result[i] for i in range(len(images))]
+
+    @torch.inference_mode()
+    def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
+        """Codes to images of rows*8 by cols*8 pixels."""
+        for one in codes:
+            self.check_codes(one)
+        result: dict[int, Segment] = {}
+        for rows in alike([one.size for one in codes], [len(one) for one in codes], self.device):
+            local = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            header = torch.from_numpy(np.stack([codes[i].header for i in rows])).to(self.device)
+            layer = self._layer(self._lookup(local), codes[rows[0]].size)
+            pixels = to_bytes(composed(layer, base_color(header))).movedim(1, -1).cpu().numpy()
+            result.update({i: Image(one) for i, one in zip(rows, pixels, strict=True)})
+        return [result[i] for i in range(len(codes))]
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """Vectors [K, width] in the decoder's input space, the one of empty patches last."""
+        return torch.cat([self.quantize.codebook(codebook), self.empty.detach()[None]])
+
+    # ---- training ----
+
+    def adapted_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of a plain image tokenizer with those of coverage, matte and empty patches added.
+
+        An image over mid-grey and its premultiplied layer are the same numbers, so they are a good beginning.
+        """
+        if "empty" in state:
+            return state
+        own = self.state_dict()
+        grown = {key: own[key].clone() for key in own if key.startswith(("matte.", "empty"))}
+        first, last = "encoder.0.weight", "refine.2."
+        grown[first] = torch.zeros_like(own[first])
+        grown[first][:, : state[first].shape[1]] = state[first]
+        for key in (f"{last}weight", f"{last}bias"):
+            grown[key] = torch.zeros_like(own[key])
+            grown[key][: len(state[key])] = state[key]
+        return {**state, **grown}
+
+    def training_batches(self, source: Path, batch_size: int, seed: int) -> Callable[[int], Tensor]:
+        """True layers and two base colours of each: see `batches.layer_batches`."""
+        from anytoken.tokenizers.batches import layer_batches
+
+        return layer_batches(source, batch_size, seed)
+
+    def weigh_losses(self, weights: Mapping[str, float]) -> None:
+        """Train by these terms.
+
+        pixel, psnr: of the image. recolored: pixel, of the decoded layer over another colour. matte: of the coverage.
+        consistency: of latents of the layer as found on two bases with those of the true layer. commitment: of latents
+        with their codes.
+        """
+        self._term_weights = loss_weights(weights, TERMS, WEIGHTS)
+
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """batch: true layers and two base colours as planes, [B, 4 + 3 + 3, H, W], H and W multiples of 8."""
+        true, bases = batch[:, :4], batch[:, 4:, 0, 0].unflatten(1, (2, 3))
+        x = torch.cat([composed(true, bases[:, 0]), composed(true, bases[:, 1])])
+        found, both = self.matte(x), torch.cat([true, true])
+        layer = found.layer.detach()
+        latents = self._latents(torch.cat([true, layer])).float()
+        empty = torch.cat([empty_patches(true), empty_patches(layer)])
+        vectors, codes, loss = self._quantized(latents, empty)
+        count, grid = len(true), [side // PATCH_PX for side in x.shape[-2:]]
+        decoded = self._layer(vectors[count : 2 * count], grid)
+        image, target = composed(decoded, base_color(found.codes[:count])), x[:count]
+        other = torch.rand(count, 3, device=x.device) * 2 - 1
+        near = self._nearness(latents, codes, empty, count)
+        terms = {
+            "pixel": lambda: pixel_loss(image, target),
+            "psnr": lambda: psnr_loss(image, target),
+            "recolored": lambda: pixel_loss(composed(decoded, other), composed(true, other)),
+            "matte": lambda: Matte.loss(found, both),
+            **near,
+        }
+        losses = {name: terms[name]() for name, weight in self._term_weights.items() if weight}
+        total = torch.stack([self._term_weights[name] * one for name, one in losses.items()]).sum() + loss
+        seen = {"psnr_db": psnr_db(image.detach(), target).mean().item()}
+        return total, seen | {name: one.item() for name, one in losses.items()}
+
+    def _nearness(
+        self, latents: Tensor, codes: Tensor, empty: Tensor, count: int
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Consistency and commitment, as squared distances in the space where the codebook lies."""
+        inner: Any = self.quantize.inner
+        project = getattr(inner, "project_in", nn.Identity())
+        points = project(latents)
+        true, views = points[:count], points[count:].unflatten(0, (2, count))
+
+        def consistency() -> Tensor:
+            full = ~empty[:count] & ~empty[count:].unflatten(0, (2, count))
+            return ((views - true.detach()).square().mean(-1) * full).sum() / full.sum().clamp_min(1)
+
+        def commitment() -> Tensor:
+            if not hasattr(inner, "codebook") or self.quantize.kind == "fsq":
+                return latents.new_zeros(())
+            nearest = inner.codebook[codes[:count].clamp(max=self.empty_code - 1)].detach()
+            full = ~empty[:count]
+            return ((true - nearest).square().mean(-1) * full).sum() / full.sum().clamp_min(1)
+
+        return {"consistency": consistency, "commitment": commitment}
