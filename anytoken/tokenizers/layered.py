@@ -1,4 +1,4 @@
-"""Images as a layer over a plain base colour: the base is said once, local codes do not depend on the background.
+"""Images as a layer over a plain base colour: said once, so that local codes do not depend on the background.
 
 Codes of composed pixels repeat the background in every patch and change with it, so a language model has to learn every
 drawing once per background. Here the base colour goes into global codes, and local codes describe the layer over it:
