@@ -121,9 +121,9 @@ def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.de
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
         picked = sprites[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
-        drawn, first = draw(picked, 64, 64, rng)
-        second = torch.from_numpy(_plain_colors(batch_size, rng) / 255).to(drawn)
-        bases = [one[:, :, None, None].expand(-1, -1, 64, 64) * 2 - 1 for one in (first, second)]
+        drawn = draw(picked, *_places(batch_size, 64, 64, rng), 64, 64)
+        colors = [torch.from_numpy(_plain_colors(batch_size, rng) / 255).to(drawn) for _ in range(2)]
+        bases = [one[:, :, None, None].expand(-1, -1, 64, 64) * 2 - 1 for one in colors]
         layer = torch.cat([2 * drawn[:, :3] - drawn[:, 3:], drawn[:, 3:]], 1)
         if rng.random() < 0.1:
             ramp = torch.linspace(0, 1, 64, device=drawn.device)
@@ -137,27 +137,49 @@ def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.de
 
 
 def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, repeat: int = 1) -> Tensor:
-    """Compose sprites uint8 [B, S, S, 4] on plain colours: float [B, 3, H, W] in [-1, 1]; see `draw`."""
-    drawn, color = draw(sprites, height, width, rng, repeat)
-    back = color.repeat_interleave(repeat, 0)[:, :, None, None]
+    """Compose sprites uint8 [B, S, S, 4] on plain colours: float [B, 3, H, W] in [-1, 1].
+
+    Half stand as in the composed set (56/64 of the side, centred), half at a random size and position; groups
+    of `repeat` consecutive sprites share colour, size and position.
+    """
+    count = len(sprites) // repeat
+    scale, offset = _places(count, height, width, rng)
+    return compose(sprites, _plain_colors(count, rng), scale, offset, height, width, repeat)
+
+
+def _places(count: int, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Side of each sprite in pixels [count], and rows and columns before it [count, 2]."""
+    side = min(height, width)
+    fixed = rng.random(count) < 0.5
+    scale = np.where(fixed, OBJECT_SHARE, rng.uniform(0.4, 1.0, count)) * side
+    room = np.array([height, width]) - scale[:, None]
+    return scale, np.where(fixed[:, None], room / 2, rng.random((count, 2)) * room)
+
+
+def compose(
+    sprites: Tensor,
+    color: np.ndarray,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    height: int,
+    width: int,
+    repeat: int = 1,
+) -> Tensor:
+    """Sprites uint8 [B * repeat, S, S, 4] on plain colours [B, 3] (0 to 255): float [B * repeat, 3, H, W] in [-1, 1].
+
+    scale: side of each in pixels [B]; offset: rows and columns before it [B, 2].
+    """
+    drawn = draw(sprites, scale, offset, height, width, repeat)
+    back = torch.from_numpy(color.astype(np.float32) / 255).to(sprites.device)
+    back = back.repeat_interleave(repeat, 0)[:, :, None, None]
     return (drawn[:, :3] + back * (1 - drawn[:, 3:])) * 2 - 1
 
 
 def draw(
-    sprites: Tensor, height: int, width: int, rng: np.random.Generator, repeat: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Place sprites uint8 [B, S, S, 4] for an image: premultiplied RGBA [B, 4, H, W], plain colours [B / repeat, 3].
-
-    All in [0, 1]. Half stand as in the composed set (56/64 of the side, centred), half at a random size and position;
-    groups of `repeat` consecutive sprites share colour, size and position.
-    """
+    sprites: Tensor, scale: np.ndarray, offset: np.ndarray, height: int, width: int, repeat: int = 1
+) -> Tensor:
+    """Sprites uint8 [B * repeat, S, S, 4] where `compose` puts them: premultiplied RGBA [B * repeat, 4, H, W], 0 to 1."""
     count = len(sprites) // repeat
-    side = min(height, width)
-    fixed = rng.random(count) < 0.5
-    scale = np.where(fixed, 56 / 64, rng.uniform(0.4, 1.0, count)) * side
-    room = np.array([height, width]) - scale[:, None]
-    offset = np.where(fixed[:, None], room / 2, rng.random((count, 2)) * room)
-    color = _plain_colors(count, rng)
     # Affine map from output coordinates [-1, 1] to sprite coordinates [-1, 1].
     theta = np.zeros((count, 2, 3), dtype=np.float32)
     for axis, (row, size) in enumerate(((1, height), (0, width))):
@@ -167,8 +189,7 @@ def draw(
     rgba = sprites.permute(0, 3, 1, 2).float() / 255
     rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)  # premultiplied: no dark fringes
     grid = F.affine_grid(full, [len(sprites), 4, 2 * height, 2 * width], align_corners=False)
-    drawn = F.avg_pool2d(F.grid_sample(rgba, grid, align_corners=False), 2)
-    return drawn, torch.from_numpy(color.astype(np.float32) / 255).to(sprites.device)
+    return F.avg_pool2d(F.grid_sample(rgba, grid, align_corners=False), 2)
 
 
 def _plain_colors(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -6,7 +6,7 @@ premultiplied colour and coverage (Porter and Duff, 1984), which are the same on
 estimates the coverage of each pixel given the base colour (matting with a known background, arXiv 2004.00626). A patch
 without coverage has a code of its own. An image without a plain border is one opaque layer, coded like any image.
 
-Values are in [-1, 1], where premultiplied colour is the layer over mid-grey (0): image = colour + (1 - coverage) * base.
+Values are in [-1, 1], where premultiplied colour is the layer over mid-grey: image = colour + (1 - coverage) * base.
 Shapes: B items, H and W pixels, N patches, D width.
 """
 
