@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP, Qwen3MoeTopKRouter
 
+from anytoken.autocast import in_float32
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.processes import sum_over_processes
 
@@ -58,7 +59,8 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         states = hidden_states.float()
         if self.training and self.jitter:
             states = states * torch.empty_like(states).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = F.linear(states, self.weight.float())
+        with torch.autocast(states.device.type, enabled=False):  # or it would cast both to bfloat16 again
+            logits = F.linear(states, self.weight.float())
         if open_experts is not None:
             logits = logits.masked_fill(~open_experts, float("-inf"))
         probabilities = logits.softmax(-1)
@@ -169,6 +171,7 @@ class RouterLosses:
     z: Tensor
 
 
+@in_float32
 def router_losses(
     router_logits: Sequence[Tensor],
     choices: Sequence[Tensor],

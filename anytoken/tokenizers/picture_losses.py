@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from anytoken.autocast import in_float32
+
 TERMS = ("pixel", "psnr", "feature", "adversarial")
 
 
+@in_float32
 def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
     """Squared error for PSNR, absolute error for clean flats, and absolute error of gradients for edges.
 
@@ -34,6 +37,7 @@ def _edges(output: Tensor, target: Tensor) -> Tensor:
     return torch.stack(differences).sum()
 
 
+@in_float32
 def psnr_loss(output: Tensor, target: Tensor) -> Tensor:
     """The mean PSNR of pictures, in nats and negated: one that is nearly right counts as much as one that is not."""
     return (output - target).square().flatten(1).mean(1).clamp_min(1e-5).log().mean()

@@ -5,7 +5,7 @@ third of an octave rises and falls over syllables (the measure of Taal et al. 20
 1709.03658). Cepstra and how they change are what recognisers listen to (Davis and Mermelstein 1980; Furui 1986). A
 recipe weighs them: `loss: {mel: 2, spectral: 1, envelope: 3}`; without a word it is mel and spectral.
 
-Sounds are [B, samples] at 16 kHz.
+Sounds are [B, samples] at 16 kHz. All are computed in float32, under autocast too: energies span more than 16 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from anytoken.autocast import in_float32
 
 TERMS = ("mel", "spectral", "envelope", "cepstral")
 LOSS_WINDOWS = (256, 512, 1024, 2048)
@@ -38,6 +40,7 @@ def _energies(sound: Tensor, size: int, hop: int) -> Tensor:
     return power(torch.stft(sound, size, hop, window=window, return_complex=True))
 
 
+@in_float32
 def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     """Log-magnitude and convergence error at several resolutions.
 
@@ -51,6 +54,7 @@ def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
     return loss / len(LOSS_WINDOWS)
 
 
+@in_float32
 def envelope_loss(output: Tensor, target: Tensor) -> Tensor:
     """One less the mean correlation of both sounds' band envelopes over 384 ms; of what is not silence in the target.
 
@@ -66,6 +70,7 @@ def envelope_loss(output: Tensor, target: Tensor) -> Tensor:
     return 1 - (likeness * counted).sum() / (counted.sum() * BANDS).clamp_min(1)
 
 
+@in_float32
 def cepstral_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean distance of both sounds' cepstra, as `heard_apart` has it; of sounds shorter than a window 0."""
     if output.shape[1] < CEPSTRAL_WINDOW:
@@ -73,12 +78,14 @@ def cepstral_loss(output: Tensor, target: Tensor) -> Tensor:
     return _distance(*(_cepstra(log_bands(x)) for x in (output, target))).mean()
 
 
+@in_float32
 def log_bands(sound: Tensor) -> Tensor:
     """Natural logarithm [B, 40, T] of the energies in mel bands, of frames 10 ms apart; the first is centred on 0."""
     filters, _ = (x.to(sound.device) for x in _cepstral())
     return (filters @ _energies(sound, CEPSTRAL_WINDOW, FRAME)).clamp_min(FAINT).log()
 
 
+@in_float32
 def heard_apart(output: Tensor, target: Tensor) -> Tensor:
     """How differently two sounds are heard at each moment [..., T], from their `log_bands` [..., 40, T].
 

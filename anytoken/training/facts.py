@@ -31,6 +31,7 @@ def run_facts(
         "trained_parameters": counted.trained,
         "flops_per_token": flops_per_token(model.config, counted, context),
         "measured_peak_flops": processes * measured_peak(model.device, dtype),
+        "precision": str(dtype).removeprefix("torch."),
         "device": str(model.device),
         "attention": model.config._attn_implementation,
         "machine": platform.machine(),

@@ -31,3 +31,10 @@ def bf16_speedup(device: torch.device) -> float:
 def quicker_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where its products are clearly quicker on this device, else float32."""
     return torch.bfloat16 if bf16_speedup(device) >= MARGIN else torch.float32
+
+
+def choose_precision(device: torch.device) -> str:
+    """What ``precision: auto`` means on this device, fp32 or bf16; the log says which, and why."""
+    chosen = "bf16" if quicker_dtype(device) == torch.bfloat16 else "fp32"
+    log.info("precision: %s; bf16 products are %.1f x as fast here", chosen, bf16_speedup(device))
+    return chosen

@@ -202,7 +202,10 @@ class Stage(_Part):
     gradient_checkpointing: bool = Field(
         default=False, description="keep one hidden state a layer and compute the rest again"
     )
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32",
+        description="of matrix products, weights are float32; auto: bf16 where this machine computes it quicker",
+    )
     attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         default="auto",
         description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",

@@ -46,6 +46,7 @@ from anytoken.training.mesh import (
 from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
 from anytoken.training.muon import make_optimizer
 from anytoken.training.page import FACTS, Page
+from anytoken.training.precision import choose_precision
 from anytoken.training.report import write_report
 from anytoken.training.samples import Answer, Sampler
 from anytoken.training.schedule import Schedule
@@ -235,6 +236,7 @@ class StageTrainer(Trainer):
             "log_bytes": self.metrics_log.position(),
             "finished": step >= self.schedule.total,
             "engine": self.stage.distributed.engine,
+            "precision": self.stage.precision,
             "processes": self.args.world_size,
         }
 
@@ -323,9 +325,10 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     folder = Path(stage.output)
     if is_finished(stage):
         return folder
-    arguments, mesh = _training_arguments(stage), read_mesh(stage)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
+    recipe, stage = stage, _settled(stage)
+    arguments, mesh = _training_arguments(stage), read_mesh(stage)
     with loading_whole(arguments):
         with arguments.main_process_first(local=False):
             make_start(stage)
@@ -346,7 +349,7 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
     trainer.held_out = _mixture(stage, held_out, processor, prompt_drop=0.0) if held_out else None
     if trainer.is_world_process_zero():
-        _begin(trainer, [*data, *held_out])
+        _begin(trainer, recipe, [*data, *held_out])
     trainer.accelerator.wait_for_everyone()
     trainer.run()
     try:
@@ -384,11 +387,24 @@ def build_loss(stage: Stage, processor: Processor) -> BalancedLoss:
     )
 
 
-def _begin(trainer: StageTrainer, sources: list[SourceSpec]) -> None:
+def _settled(stage: Stage) -> Stage:
+    """The stage with a precision instead of auto: that of the state it goes on from, or the quicker one here."""
+    if stage.precision != "auto":
+        return stage
+    states = saved_states(Path(stage.output))
+    if states:
+        chosen = read_progress(states[-1])["precision"]
+    else:
+        arguments = _training_arguments(stage)  # joins the other processes, so that all choose the same
+        chosen = choose_precision(arguments.device)
+    return stage.model_copy(update={"precision": chosen})
+
+
+def _begin(trainer: StageTrainer, recipe: Stage, sources: list[SourceSpec]) -> None:
     """Write the recipe and the facts of the run; StageError if it would go on with other data."""
     stage, folder = trainer.stage, trainer.folder
     clear_partial(folder)
-    write_whole(folder / "stage.yaml", yaml.safe_dump(stage.model_dump(mode="json"), sort_keys=False))
+    write_whole(folder / "stage.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
     facts = run_facts(base_model(trainer.lm), sources, trainer.args.world_size, stage.context, dtype)
     if saved_states(folder):

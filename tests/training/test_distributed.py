@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anytoken.training
-from anytoken.training import muon
+from anytoken.training import muon, precision, trainer
 from anytoken.training.mesh import mesh_settings
 from anytoken.training.metrics import read_metrics
 from anytoken.training.stage import Stage, StageError
@@ -142,6 +142,24 @@ def test_two_processes_train_as_one(
     shared["optimizer"] = {"kind": kind, "lr": 1e-2}
     assert fork(shared | {"distributed": {"world_size": 2}}, 2) == [0, 0]
     assert_same_run(shared["output"], alone(shared, tmp_path))
+
+
+@pytest.mark.slow
+def test_the_first_process_chooses_the_precision_of_all(
+    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(device: torch.device, dtype: torch.dtype, *sizes: int) -> float:
+        return 3.0 if (dtype == torch.bfloat16) == (os.environ["RANK"] == "0") else 1.0
+
+    def noting(start: Any, stage: Stage, device: torch.device) -> None:
+        (tmp_path / os.environ["RANK"]).write_text(stage.precision)
+
+    monkeypatch.setattr(precision, "measured_peak", measured)
+    monkeypatch.setattr(trainer, "choose_attention", noting)
+    shared |= {"precision": "auto", "steps": 1, "distributed": {"world_size": 2}}
+    precision.bf16_speedup.cache_clear()
+    assert fork(shared, 2) == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["bf16", "bf16"]
 
 
 def test_another_number_of_processes_than_asked_for_is_an_error(
