@@ -107,12 +107,15 @@ class Maker:
         self.rng = np.random.default_rng((seed, len(split)))
         self.held_out = split == "test"
         self.records: dict[str, list[Record]] = {}
+        self.names: dict[
+            str, str
+        ] = {}  # of every image; one of the test split of `joint` may be known as a still
         for name, file in FILES.items():
             if (sets / file).is_file():
                 prefix = Path(os.path.relpath((sets / file).parent, out))
-                found = [
-                    _moved(one, prefix) for one in read_records(sets / file) if one.get("split") == split
-                ]
+                moved = [_moved(one, prefix) for one in read_records(sets / file)]
+                self.names = {one["image"]: _short(one) for one in moved if "image" in one} | self.names
+                found = [one for one in moved if one.get("split") == split]
                 self.records[name] = [one for one in found if name != "genes" or one["short"]]
         if not self.records.get("images") or not self.records.get("speech"):
             raise InstructError(
@@ -292,11 +295,10 @@ class Maker:
             before[0] = self.ask("decline", _media(self.pick("images"), "image"))
         if not before:
             return []
-        paths = [
+        image = next(
             part["image"] for message in before for part in message["content"] if part["type"] == "image"
-        ]
-        record = next(one for one in self.records["images"] if one["image"] == paths[0])
-        return [*before, _user(self.word("look_back")), _assistant(_short(record))]
+        )
+        return [*before, _user(self.word("look_back")), _assistant(self.names[image])]
 
     def again(self) -> list[Message]:
         """Any exchange, and then an image to be named: a second turn must see as well as a first."""

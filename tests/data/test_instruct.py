@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from anytoken.data.instruct import ABOUT, DECLINED, LONGEST, InstructError, build_instruct, cost
+from anytoken.data.instruct import ABOUT, DECLINED, LONGEST, InstructError, Maker, build_instruct, cost
 from anytoken.data.phrases import phrasings
 from anytoken.data.sources import read_records
 
@@ -165,6 +165,16 @@ def test_second_turns_name_what_was_shown(sets: Path, tmp_path: Path) -> None:
     for messages in seconds:
         [image], [text] = shown(messages[2], "image"), shown(messages[3], "text")
         assert text.startswith(f"a {Path(image).stem.removesuffix('-blue')}")
+
+
+def test_an_image_that_is_held_out_only_as_a_video_is_named_too(sets: Path, tmp_path: Path) -> None:
+    joint = {"name": "dog", "image": "images/dog.png", "video": "v/dog.webp", "split": "test"}
+    (sets / "emoji" / "joint.jsonl").write_text(json.dumps(joint) + "\n")
+    maker = Maker(sets, tmp_path, "test", 0)
+    for _ in range(60):
+        messages = maker.look_back()
+        image = next(path for message in messages for path in shown(message, "image"))
+        assert shown(messages[3], "text") == [f"a {Path(image).stem.removesuffix('-blue')}"]
 
 
 def test_the_same_drawing_on_another_background(sets: Path, tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ def test_stages_follow_each_other() -> None:
     assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
 
 
+def test_the_edition_is_one_run_at_a_constant_rate_that_ends_with_a_decay() -> None:
+    names = ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "decay")
+    stages = [Stage.load(STAGES / "edition" / f"{name}.yaml") for name in names]
+    assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
+    assert [stage.schedule.kind for stage in stages] == ["constant"] * 4 + ["wsd"]
+    assert stages[-1].schedule.decay_fraction == 1.0 and stages[-1].data == stages[-2].data
+    assert 150e6 <= sum(stage.steps * stage.tokens_per_batch for stage in stages) <= 300e6
+    assert stages[0].model["shared_expert_intermediate_size"] == 0  # what stock engines can run
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
