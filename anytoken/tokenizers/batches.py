@@ -178,7 +178,7 @@ def compose(
 def draw(
     sprites: Tensor, scale: np.ndarray, offset: np.ndarray, height: int, width: int, repeat: int = 1
 ) -> Tensor:
-    """Sprites uint8 [B * repeat, S, S, 4] where `compose` puts them: premultiplied RGBA [B * repeat, 4, H, W], 0 to 1."""
+    """Sprites uint8 [B * repeat, S, S, 4] where `compose` puts them: premultiplied RGBA in [0, 1], [.., 4, H, W]."""
     count = len(sprites) // repeat
     # Affine map from output coordinates [-1, 1] to sprite coordinates [-1, 1].
     theta = np.zeros((count, 2, 3), dtype=np.float32)
