@@ -2,8 +2,9 @@
 
     bos ( role content end )*        role: system | user | assistant
     content: text ids and segments in any order, at least one; or `null` alone, in a user's turn
-    segment: open (a size id per axis) codes close        for a Grid: exactly prod(size) * num_codebooks codes
-             open codes close                             for a Run: whole frames between min and max length
+    segment: open (a size id per axis) globals codes close   for a Grid: exactly prod(size) * num_codebooks codes
+             open globals codes close                        for a Run: whole frames between min and max length
+    globals: the num_global_codes global codes of the segment, often none
     codes of several codebooks are written frame after frame, or delayed (see `writing_order`)
 
 One object serves decoding (`allowed` masks, so every emitted segment is valid), the head (which rows to compute),
@@ -40,7 +41,7 @@ from anytoken.grammar_tables import (
     role_ranges,
 )
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Grid, writing_order
+from anytoken.tokenizers.base import NO_HEADER, Codes, Grid, writing_order
 
 CACHE = 1024  # tasks and masks that are kept
 
@@ -57,20 +58,21 @@ class Phase(IntEnum):
     CONTENT = 2  # in a turn, outside segments
     NULL = 3  # after a null prompt
     SIZE = 4  # in a segment's size header
-    CODES = 5  # in a segment's codes, or before its close id
-    DONE = 6  # after the end of a reply
+    GLOBAL = 5  # in a segment's global codes
+    CODES = 6  # in a segment's local codes, or before its close id
+    DONE = 7  # after the end of a reply
 
 
-START, TURNS, CONTENT, NULL, SIZE, CODES, DONE = Phase  # bare names: a look-up less per id
+START, TURNS, CONTENT, NULL, SIZE, GLOBAL, CODES, DONE = Phase  # bare names: a look-up less per id
 
 
 class State(NamedTuple):
     """A place in the grammar; immutable and hashable.
 
-    role: of the open turn. kind: modality of the open segment. size: the header read so far. total: codes of
-    the open segment (0: a run's, not fixed). read: codes read of the open segment; outside segments whether
-    the turn (with a plan: the plan's current text) has begun. task: None in a conversation, set in a reply.
-    step: which part of the plan is current.
+    role: of the open turn. kind: modality of the open segment. size: the size header read so far. total: local codes
+    of the open segment (0: a run's, not fixed). read: codes read of the open segment, global ones in their phase, else
+    local ones; outside segments whether the turn (with a plan: the plan's current text) has begun. task: None in a
+    conversation, set in a reply. step: which part of the plan is current.
     """
 
     phase: Phase
@@ -84,12 +86,21 @@ class State(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One part of a parsed sequence: `values` are text ids int64 [N], or codes int64 [N, Q] of grid size `size`."""
+    """One part of a parsed sequence: `values` are text ids int64 [N], or codes int64 [N, Q] of grid size `size`.
+
+    header: global codes int64 [G].
+    """
 
     kind: str
     values: np.ndarray
     size: Size
     role: str
+    header: np.ndarray = NO_HEADER
+
+    @property
+    def codes(self) -> Codes:
+        """The codes of a segment."""
+        return Codes(self.values, self.size, self.header)
 
 
 class Grammar:
@@ -173,7 +184,7 @@ class Grammar:
     def min_remaining(self, state: State) -> int:
         """The least number of ids that takes this state to a finished one; 0 if it is finished."""
         phase = state.phase
-        if phase is CODES or phase is SIZE:
+        if phase is CODES or phase is SIZE or phase is GLOBAL:
             return self._codes_left(state) + 1 + self._tail(state)
         if phase is CONTENT:
             begun = 1 if state.read else 0
@@ -191,6 +202,9 @@ class Grammar:
     def _codes_left(self, state: State) -> int:
         """The least number of ids before the close id of the open segment."""
         segment, read = self.segments[state.kind], state.read
+        if state.phase is SIZE or state.phase is GLOBAL:
+            within = state._replace(phase=CODES, read=0)
+            return segment.num_global_codes - read + self._codes_left(within)
         if state.total:
             return state.total - read
         books, shape = segment.num_codebooks, segment.shape
@@ -221,6 +235,8 @@ class Grammar:
             return self._allowed_content(state, budget)
         if phase is SIZE:
             return self._allowed_size(state, budget)
+        if phase is GLOBAL:
+            return self.segments[state.kind].global_codes
         if phase is TURNS:
             return self._role_ranges if budget is None or budget >= 3 else ()
         if phase is DONE:
@@ -252,10 +268,10 @@ class Grammar:
         if (
             budget is not None
         ):  # codes that each further cell along this axis brings, the later axes at their least
-            each = (
-                math.prod(state.size) * math.prod(lows[axis + 1 :]) * self.segments[state.kind].num_codebooks
-            )
-            high = min(high, (budget - (len(lows) - axis) - 1 - self._tail(state)) // each)
+            segment = self.segments[state.kind]
+            each = math.prod(state.size) * math.prod(lows[axis + 1 :]) * segment.num_codebooks
+            rest = len(lows) - axis + segment.num_global_codes + 1 + self._tail(state)
+            high = min(high, (budget - rest) // each)
         return ((self.token_space.size_token(lows[axis]), self.token_space.size_token(high) + 1),)
 
     def _allowed_content(self, state: State, budget: int | None) -> Ranges:
@@ -288,6 +304,11 @@ class Grammar:
             return self._advance_content(state, token)
         if phase is SIZE:
             return self._advance_size(state, token)
+        if phase is GLOBAL:
+            last = read + 1 == self.segments[kind].num_global_codes
+            return State(
+                CODES if last else GLOBAL, role, kind, size, total, 0 if last else read + 1, task, step
+            )
         if phase is TURNS:
             return State(CONTENT, self._roles[token])
         return State(TURNS)  # after bos, or the end of a null prompt
@@ -313,8 +334,12 @@ class Grammar:
         segment = self._opens[token]
         if task and task.plan and state.read:  # the text before it was a part of its own
             step += 1
-        phase = SIZE if isinstance(segment.shape, Grid) else CODES
+        phase = SIZE if isinstance(segment.shape, Grid) else self._after_size(segment)
         return State(phase, role, segment.name, (), 0, 0, task, step)
+
+    @staticmethod
+    def _after_size(segment: SegmentTable) -> Phase:
+        return GLOBAL if segment.num_global_codes else CODES
 
     def _advance_size(self, state: State, token: int) -> State:
         segment = self.segments[state.kind]
@@ -323,7 +348,7 @@ class Grammar:
         if len(size) < len(segment.shape.axes):
             return state._replace(size=size)
         total = math.prod(size) * segment.num_codebooks
-        return state._replace(phase=CODES, size=size, total=total)
+        return state._replace(phase=self._after_size(segment), size=size, total=total)
 
     def walk(self, state: State, ids: Iterable[int]) -> State:
         """The state after all these ids; GrammarError also says at which place of `ids`."""
@@ -385,12 +410,12 @@ class Grammar:
     def _segment_piece(self, last: State, ids: list[int]) -> Piece:
         """The piece of one segment: `last` is the state before its close id, `ids` run from its open id to there."""
         segment = self.segments[last.kind]
-        written = np.array(ids[1 + len(last.size) :], dtype=np.int64)
+        behind_size = np.array(ids[1 + len(last.size) :], dtype=np.int64)
+        header, written = np.split(behind_size, [segment.num_global_codes])
         codes = np.empty_like(written)
         codes[writing_order(segment.shape, len(written) // segment.num_codebooks)] = written
-        return Piece(
-            last.kind, codes.reshape(-1, segment.num_codebooks) - segment.starts, last.size, last.role
-        )
+        values = codes.reshape(-1, segment.num_codebooks) - segment.starts
+        return Piece(last.kind, values, last.size, last.role, header - segment.global_start)
 
     # ---- ranges as tensors, and the grammar-restricted loss ----
 
@@ -424,6 +449,9 @@ class Grammar:
         plan = state.task.plan if state.task else None
         if state.phase is SIZE:
             return f"in the size header of a segment of {state.kind}{turn}"
+        if state.phase is GLOBAL:
+            count = self.segments[state.kind].num_global_codes
+            return f"after {state.read} of {count} global codes of a segment of {state.kind}{turn}"
         if state.phase is CODES:
             extent = f"{state.read} of {state.total} codes" if state.total else f"{state.read} codes"
             return f"after {extent} of a segment of {state.kind}{turn}"

@@ -39,6 +39,10 @@ class SegmentTable:
         books = [space.code_range(name, codebook) for codebook in range(self.num_codebooks)]
         self.starts = np.array([book.start for book in books])
         self.codes: list[Ranges] = [((book.start, book.stop),) for book in books]
+        self.num_global_codes = self.shape.num_global_codes
+        spans = [space.global_range(name)] if self.num_global_codes else []
+        self.global_start = spans[0].start if spans else 0
+        self.global_codes: Ranges = tuple((span.start, span.stop) for span in spans)
         self.close_only: Ranges = (one(self.close),)
         # What may stand where a run's next frame could begin: its close id, or, delayed, the rest of the frames before.
         self.delayed = self.num_codebooks > 1 and self.shape.order == "delayed"
@@ -53,7 +57,7 @@ class SegmentTable:
         return self._orders[frames]
 
     def place(self, total: int, read: int) -> tuple[int, int]:
-        """Frame and codebook of the code after `read` ones; total: all codes of the segment, 0 if not yet known.
+        """Frame and codebook of the local code after `read` ones; total: all of the segment, 0 if not yet known.
 
         While a run goes on its codes stand as in the longest one.
         """
@@ -80,7 +84,8 @@ class TaskTable:
             if isinstance(shape, Grid):
                 pin = pins.get(name)
                 self.limits[name] = (pin or shape.min_size, pin or shape.max_size)
-            shortest[name] = segment_length(shape, pins.get(name))
+            frames = math.prod(self.limits[name][0]) if isinstance(shape, Grid) else shape.min_length
+            shortest[name] = segment_length(shape, frames)
         self.tails = [1]
         for kind in reversed(task.plan or ()):
             self.tails.insert(0, self.tails[0] + shortest[kind])
@@ -111,8 +116,9 @@ class TaskTable:
 def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ranges]:
     """Disjoint sets of ids: each holds all that `allowed` offers wherever one of its own ids stands.
 
-    Content (text, end, null, the open ids) | roles | sizes | each codebook, a run's first one with its close
-    id, or with the second where it is delayed | close ids of grids and delayed runs, bos and pad, each alone.
+    Content (text, end, null, the open ids) | roles | sizes | a modality's global codes | each codebook, a run's first
+    one with its close id, or with the second where it is delayed | close ids of grids and delayed runs, bos and pad,
+    each alone.
     """
     opens = [one(space.open_token(name)) for name in space.shapes]
     sets: list[Ranges] = [
@@ -128,6 +134,7 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
         else:
             sets += [segment.code_or_ending, *segment.codes[2 if segment.delayed else 1 :]]
             sets += [segment.close_only] if segment.delayed else []
+        sets += [segment.global_codes] if segment.num_global_codes else []
     return sets
 
 
@@ -141,11 +148,10 @@ def role_ranges(space: TokenSpace) -> Ranges:
     return merge_ranges(one(getattr(space, role)) for role in ROLES)
 
 
-def segment_length(shape: CodeShape, size: Size | None = None) -> int:
-    """Ids of one segment with its open, size and close ids: of a grid at `size`, else the fewest it can have."""
-    if isinstance(shape, Grid):
-        return 2 + len(shape.axes) + math.prod(size or shape.min_size) * shape.num_codebooks
-    return 2 + shape.min_length * shape.num_codebooks
+def segment_length(shape: CodeShape, frames: int) -> int:
+    """Ids of one segment of so many frames with its open, size and close ids and its global codes."""
+    axes = len(shape.axes) if isinstance(shape, Grid) else 0
+    return 2 + axes + shape.num_global_codes + frames * shape.num_codebooks
 
 
 def one(token: int) -> Span:

@@ -64,12 +64,13 @@ class Processor:
                 "they must be the same."
             )
         for kind, tokenizer in self.tokenizers.items():
-            given = (tokenizer.shape, tokenizer.codebook_sizes)
-            wanted = (space.shapes[kind], space.codebook_sizes(kind))
+            given = (tokenizer.shape, tokenizer.codebook_sizes, tokenizer.global_codebook_size)
+            wanted = (space.shapes[kind], space.codebook_sizes(kind), space.global_codebook_size(kind))
             if given != wanted or tokenizer.name != kind:
                 raise TokenSpaceError(
-                    f"The token space has {kind} with {wanted[0]} and codebooks {wanted[1]}, but its tokenizer is "
-                    f"{tokenizer.name} with {given[0]} and {given[1]}; use the tokenizer that the space was made for."
+                    f"The token space has {kind} with {wanted[0]} and codebooks {_sizes(*wanted[1:])}, but its "
+                    f"tokenizer is {tokenizer.name} with {given[0]} and {_sizes(*given[1:])}; use the tokenizer that "
+                    "the space was made for."
                 )
 
     @property
@@ -93,30 +94,30 @@ class Processor:
             )
         if isinstance(segment, Text):
             return self.text_tokenizer.encode(segment.text)
-        tokenizer = self._tokenizer(segment.kind)
+        tokenizer = self.tokenizer_of(segment.kind)
         with torch.no_grad():
             codes = tokenizer.encode(segment)
         return self.codes_to_ids(segment.kind, codes)
 
     tokenize = segment_ids
 
-    def _tokenizer(self, kind: str) -> ModalityTokenizer:
+    def tokenizer_of(self, kind: str) -> ModalityTokenizer:
+        """The tokenizer of a medium; PromptError for a kind without one, such as text."""
         if kind not in self.tokenizers:
             raise PromptError(f"No tokenizer for {kind!r}{_choices(kind, list(self.kinds))}.")
         return self.tokenizers[kind]
 
     def codes_to_ids(self, kind: str, codes: Codes) -> list[int]:
         """Codes of one segment as ids, with open, size and close ids; TokenizerError if they break its shape."""
-        tokenizer, space = self._tokenizer(kind), self.token_space
+        tokenizer, space = self.tokenizer_of(kind), self.token_space
         tokenizer.check_codes(codes)
-        starts = np.array(
-            [space.code_range(kind, book).start for book in range(len(tokenizer.codebook_sizes))]
-        )
+        segment = self.grammar.segments[kind]
         return [
-            space.open_token(kind),
+            segment.open,
             *(space.size_token(n) for n in codes.size),
-            *(codes.values + starts).ravel()[writing_order(tokenizer.shape, len(codes))].tolist(),
-            space.close_token(kind),
+            *(codes.header + segment.global_start).tolist(),
+            *(codes.values + segment.starts).ravel()[writing_order(tokenizer.shape, len(codes))].tolist(),
+            segment.close,
         ]
 
     def ids_to_codes(self, ids: Sequence[int]) -> tuple[str, Codes]:
@@ -127,7 +128,7 @@ class Processor:
             raise GrammarError(
                 f"Expected the ids of one medium, from its open to its close id; received {found}."
             )
-        return pieces[0].kind, Codes(pieces[0].values, pieces[0].size)
+        return pieces[0].kind, pieces[0].codes
 
     def detokenize(self, ids: Sequence[int]) -> list[Segment]:
         """Ids as segments, in order: those of a segment, a reply, a turn, or a whole conversation.
@@ -146,7 +147,7 @@ class Processor:
         if kind == "text":
             return [Text(self.text_tokenizer.decode(piece.values.tolist())) for piece in pieces]
         with torch.no_grad():
-            return self.tokenizers[kind].decode_batch([Codes(piece.values, piece.size) for piece in pieces])
+            return self.tokenizers[kind].decode_batch([piece.codes for piece in pieces])
 
     # ---- prompts and messages ----
 
@@ -245,6 +246,14 @@ class Processor:
             text = ""
         return [*ids, *self.text_tokenizer.encode(text), self.token_space.end]
 
+    def encode_reply(self, content: Any) -> list[int]:
+        """What an assistant's turn holds after its opening id: the ids of its content, and the end id.
+
+        content: a string, a segment, or a list of both. PromptError if it is empty or not to be encoded.
+        """
+        opens = self._content(content, "The reply")
+        return self._turn_ids({"role": "assistant", "content": [open_() for open_ in opens]})[1:]
+
     def encode_training(self, messages: Any) -> tuple[list[int], list[bool]]:
         """A conversation as ids, and for each id whether it is to be learnt: the assistant's content and end ids."""
         ids, learn = [self.token_space.bos], [False]
@@ -316,6 +325,10 @@ class Processor:
                     f"its {kind} tokenizer has the fingerprint {found[:12]}, the one it was saved with "
                     f"{str(saved.get(kind))[:12]}; copy the checkpoint again"
                 )
+
+
+def _sizes(codebooks: tuple[int, ...], global_codes: int) -> str:
+    return f"{codebooks}, global codes {global_codes}" if global_codes else str(codebooks)
 
 
 def _is_empty_text(part: Any) -> bool:

@@ -1,7 +1,8 @@
 """The one id space: text ids, control ids, then a contiguous range of ids for every codebook.
 
 Order: text ids from 0, the shared control ids, then for each modality in the order it was appended its open and
-close ids and one range per codebook. Appending never moves an id, so a modality can join a trained checkpoint.
+close ids, one range per codebook and one for its global codes, if it has any. Appending never moves an id, so a
+modality can join a trained checkpoint.
 What an id means is arithmetic (`torch.bucketize` over a few boundaries); no strings such as ``<img17>`` exist
 anywhere, names are for people. One discrete stream for all modalities is the idea of Chameleon
 (arXiv 2405.09818) and Unified-IO (arXiv 2206.08916).
@@ -10,7 +11,6 @@ anywhere, names are for people. One discrete stream for all modalities is the id
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from anytoken.atomic import write_file
 from anytoken.tokenizers.base import CodeShape, Grid, TokenizerError, code_shape_from_dict
 
 CONTROLS = ("pad", "bos", "user", "assistant", "system", "end", "null")
@@ -32,7 +33,7 @@ class TokenSpaceError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """Ids start to stop - 1 of one kind; `codebook` counts within the modality and is None for other ids."""
+    """Ids start to stop - 1 of one kind; `codebook` counts within the modality; None for global codes and other ids."""
 
     name: str
     start: int
@@ -94,19 +95,22 @@ class TokenSpace:
         ]
         self.shapes: dict[str, CodeShape] = {}
         self._codebooks: dict[str, list[Range]] = {}
+        self._globals: dict[str, Range] = {}
         self._opens: dict[str, int] = {}
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     # ---- modalities ----
 
-    def append_modality(self, name: str, codebook_sizes: Sequence[int], shape: CodeShape) -> None:
-        """Give a modality open and close ids and a range per codebook, after all ids there are.
+    def append_modality(
+        self, name: str, codebook_sizes: Sequence[int], shape: CodeShape, global_codebook_size: int = 0
+    ) -> None:
+        """Give a modality open and close ids, a range per codebook and one for global codes, after all ids there are.
 
         TokenSpaceError, with nothing changed, for a name that is taken or no identifier, for sizes that do not
         fit the shape, and for a grid that is larger than the size tokens can say.
         """
         sizes = [int(size) for size in codebook_sizes]
-        self._check_new(name, sizes, shape)
+        self._check_new(name, sizes, shape, global_codebook_size)
         start = self.vocab_size
         self._opens[name] = start
         self.ranges.append(Range(f"{name} control", start, start + 2, "control", name))
@@ -116,10 +120,14 @@ class TokenSpace:
             span = Range(label, self.vocab_size, self.vocab_size + size, "code", name, codebook)
             self.ranges.append(span)
             self._codebooks[name].append(span)
+        if global_codebook_size:
+            size = self.vocab_size + int(global_codebook_size)
+            self._globals[name] = Range(f"{name}.global", self.vocab_size, size, "code", name)
+            self.ranges.append(self._globals[name])
         self.shapes[name] = shape
         self._tables.clear()
 
-    def _check_new(self, name: str, sizes: list[int], shape: CodeShape) -> None:
+    def _check_new(self, name: str, sizes: list[int], shape: CodeShape, global_size: int) -> None:
         reserved = ("text", "size", *CONTROLS)
         if not isinstance(name, str) or not name.isidentifier() or name in reserved:
             raise TokenSpaceError(
@@ -134,6 +142,11 @@ class TokenSpace:
             raise TokenSpaceError(
                 f"{name} declares {shape.num_codebooks} codebooks and needs that many sizes of at least 1; "
                 f"received {sizes}."
+            )
+        if bool(shape.num_global_codes) != (global_size > 0):
+            raise TokenSpaceError(
+                f"{name} declares {shape.num_global_codes} global codes; received a global_codebook_size of "
+                f"{global_size}; both or neither are 0."
             )
         if isinstance(shape, Grid) and max(shape.max_size) > self.max_size_token:
             raise TokenSpaceError(
@@ -179,6 +192,17 @@ class TokenSpace:
             raise TokenSpaceError(f"{modality} has codebooks 0 to {len(books) - 1}; received {codebook}.")
         return books[codebook]
 
+    def global_range(self, modality: str) -> Range:
+        """The ids of a modality's global codes; TokenSpaceError if it has none."""
+        if self._known(modality) not in self._globals:
+            raise TokenSpaceError(f"{modality} has no global codes.")
+        return self._globals[modality]
+
+    def global_codebook_size(self, modality: str) -> int:
+        """How many values a global code of a modality can have; 0 if it has no global codes."""
+        span = self._globals.get(self._known(modality))
+        return len(span) if span else 0
+
     def codebook_sizes(self, modality: str) -> tuple[int, ...]:
         """The number of codes in each codebook of a modality."""
         return tuple(len(span) for span in self._codebooks[self._known(modality)])
@@ -196,7 +220,7 @@ class TokenSpace:
         return self.ranges[bisect_right(self.ranges, token, key=lambda span: span.start) - 1]
 
     def token_name(self, token: int) -> str:
-        """An id for people: text:5, <|bos|>, <|size:8|>, <|image|>, <|/image|>, image:17, or tone[1]:3."""
+        """An id for people: text:5, <|bos|>, <|size:8|>, <|image|>, <|/image|>, image:17, tone[1]:3, image.global:2."""
         span = self.range_of(token)
         if span.kind != "control":
             return f"{span.name}:{token - span.start}"
@@ -256,7 +280,12 @@ class TokenSpace:
             **({} if whole else {"text_ranges": [list(span) for span in self.text_ranges]}),
             "max_size_token": self.max_size_token,
             "modalities": [
-                {"name": name, "codebook_sizes": list(self.codebook_sizes(name)), "shape": shape.to_dict()}
+                {
+                    "name": name,
+                    "codebook_sizes": list(self.codebook_sizes(name)),
+                    "shape": shape.to_dict(),
+                    **({"global_codebook_size": size} if (size := self.global_codebook_size(name)) else {}),
+                }
                 for name, shape in self.shapes.items()
             ],
             "vocab_size": self.vocab_size,
@@ -273,7 +302,10 @@ class TokenSpace:
             space = cls(data["text_size"], data["max_size_token"], data.get("text_ranges"))
             for entry in data["modalities"]:
                 space.append_modality(
-                    entry["name"], entry["codebook_sizes"], code_shape_from_dict(entry["shape"])
+                    entry["name"],
+                    entry["codebook_sizes"],
+                    code_shape_from_dict(entry["shape"]),
+                    entry.get("global_codebook_size", 0),
                 )
             expected = data["vocab_size"]
         except (KeyError, TypeError, AttributeError, TokenizerError) as error:
@@ -284,12 +316,7 @@ class TokenSpace:
 
     def save(self, path: str | Path) -> Path:
         """Write token_space.json, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}-{os.getpid()}")
-        scratch.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
-        return path
+        return write_file(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TokenSpace:
@@ -312,5 +339,8 @@ class TokenSpace:
     def __repr__(self) -> str:
         parts = [f"text {self.text_size}"]
         for name in self.shapes:
-            parts.append(f"{name} {'+'.join(str(size) for size in self.codebook_sizes(name))}")
+            sizes = "+".join(str(size) for size in self.codebook_sizes(name))
+            parts.append(
+                f"{name} {sizes}" + (f" global {n}" if (n := self.global_codebook_size(name)) else "")
+            )
         return f"TokenSpace({self.vocab_size} ids: {', '.join(parts)})"

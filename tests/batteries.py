@@ -4,6 +4,7 @@ Test classes here have no instances of their own: pytest collects them only thro
 """
 
 import json
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -90,6 +91,7 @@ class TokenizerBattery:
             tokenizer.check_codes(codes)
             assert codes.values.dtype == np.int64
             assert codes.values.shape[1] == tokenizer.shape.num_codebooks == len(tokenizer.codebook_sizes)
+            assert codes.header.dtype == np.int64 and len(codes.header) == tokenizer.shape.num_global_codes
 
     def test_different_segments_get_different_codes(self, tokenizer):
         assert tokenizer.encode(self.segment(1)) != tokenizer.encode(self.segment(2))
@@ -120,7 +122,8 @@ class TokenizerBattery:
         rng = np.random.default_rng(0)
         for size in self.legal_sizes(tokenizer):
             values = [rng.integers(0, k, int(np.prod(size))) for k in tokenizer.codebook_sizes]
-            codes = Codes(np.stack(values, 1), size if isinstance(tokenizer.shape, Grid) else ())
+            header = rng.integers(0, tokenizer.global_codebook_size or 1, tokenizer.shape.num_global_codes)
+            codes = Codes(np.stack(values, 1), size if isinstance(tokenizer.shape, Grid) else (), header)
             assert type(tokenizer.decode(codes)) is tokenizer.segment_type
 
     def legal_sizes(self, tokenizer: ModalityTokenizer) -> list[tuple[int, ...]]:
@@ -155,6 +158,26 @@ class TokenizerBattery:
             vectors = tokenizer.codebook_vectors(book)
             assert vectors.ndim == 2 and len(vectors) == size and vectors.isfinite().all()
             assert len(vectors.unique(dim=0)) > 1
+        assert tokenizer.global_vectors().shape[0] == tokenizer.global_codebook_size
+
+    def test_global_codes_are_exchanged_and_checked(self, tokenizer):
+        codes, other = tokenizer.encode_batch([self.segment(1), self.segment(2)])
+        if not tokenizer.shape.num_global_codes:
+            with pytest.raises(TokenizerError, match="no global codes to exchange"):
+                tokenizer.swap_global(self.segment(1), self.segment(2))
+            with pytest.raises(TokenizerError, match="0 global codes; received 1"):
+                tokenizer.decode(replace(codes, header=[0]))
+            return
+        swapped = tokenizer.swap_global(self.segment(1), self.segment(2))
+        assert swapped == tokenizer.decode(Codes(codes.values, codes.size, other.header))
+        flipped = replace(codes, header=(codes.header + 1) % tokenizer.global_codebook_size)
+        assert codes != flipped and tokenizer.decode(codes) != tokenizer.decode(flipped)
+        for header in (codes.header[:-1], [*codes.header, 0]):
+            with pytest.raises(TokenizerError, match=f"global codes; received {len(header)}"):
+                tokenizer.decode(replace(codes, header=header))
+        for beyond in (-1, tokenizer.global_codebook_size):
+            with pytest.raises(TokenizerError, match=r"global codes are 0 to .*; received values from"):
+                tokenizer.decode(replace(codes, header=[*codes.header[:-1], beyond]))
 
     # ---- mistakes ----
 
@@ -166,7 +189,7 @@ class TokenizerBattery:
 
     def test_a_wrong_number_of_codebooks_is_an_error(self, tokenizer):
         codes = tokenizer.encode(self.segment(1))
-        doubled = Codes(np.concatenate([codes.values, codes.values], 1), codes.size)
+        doubled = replace(codes, values=np.concatenate([codes.values, codes.values], 1))
         with pytest.raises(TokenizerError, match=f"codebooks; received {doubled.values.shape[1]}"):
             tokenizer.decode(doubled)
 
@@ -177,7 +200,7 @@ class TokenizerBattery:
         wrong = -1 if beyond else tokenizer.codebook_sizes[0]
         values[-1, 0] = wrong
         with pytest.raises(TokenizerError, match=f"codes 0 to .*received values from .*{wrong}"):
-            tokenizer.decode(Codes(values, codes.size))
+            tokenizer.decode(replace(codes, values=values))
 
     def test_a_wrong_size_is_an_error(self, tokenizer):
         codes, shape = tokenizer.encode(self.segment(1)), tokenizer.shape
@@ -206,6 +229,13 @@ class TokenizerBattery:
         assert loaded.autoencode(segment) == tokenizer.autoencode(segment)
         assert (loaded.shape, loaded.codebook_sizes) == (tokenizer.shape, tokenizer.codebook_sizes)
         assert {path.name for path in saved.parent.iterdir()} == {"saved"}, "scratch files are left"
+
+    def test_a_model_of_another_kind_is_not_replaced(self, tokenizer, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        (tmp_path / "model.safetensors").write_bytes(b"weights")
+        with pytest.raises(TokenizerError, match="holds something else"):
+            tokenizer.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
     def test_the_fingerprint_tells_other_weights(self, tokenizer):
         before = tokenizer.fingerprint()

@@ -337,3 +337,68 @@ def test_a_wheel_carries_the_recipes_and_no_second_package(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == recipes.names()
+
+
+def test_score_and_classify_print_the_best_first(checkpoint, picture, tmp_path):
+    options = ["--model", str(checkpoint), "--json"]
+    scored = CliRunner().invoke(app, ["score", str(picture), "-a", "a red apple", "-a", "what", *options])
+    rows = [json.loads(line) for line in scored.stdout.splitlines()]
+    assert scored.exit_code == 0 and {row["answer"] for row in rows} == {"a red apple", "what"}
+    assert rows[0]["score"] > rows[1]["score"]
+    names = tmp_path / "names.txt"
+    names.write_text("a red apple\nwhat\n\nthis\n")
+    found = CliRunner().invoke(
+        app, ["classify", str(picture), "--labels", str(names), "--top", "2", *options]
+    )
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert found.exit_code == 0 and len(rows) == 2 and 1 >= rows[0]["probability"] >= rows[1]["probability"]
+
+
+def test_classify_without_labels_is_an_error(checkpoint):
+    result = CliRunner().invoke(app, ["classify", "a fox", "--model", str(checkpoint)])
+    assert result.exit_code == 2 and "needs labels" in result.output
+
+
+def test_commands_that_write_checkpoints_replace_nothing_unasked(checkpoint, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    import anytoken
+
+    other = anytoken.load(checkpoint, "cpu")
+    get_peft_model(other.lm, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    other = anytoken.load(checkpoint, "cpu")
+    other.lm.lm_head.weight.data *= 0.5
+    other.save_pretrained(tmp_path / "other")
+    out = tmp_path / "out"
+    merge = ("merge", checkpoint, tmp_path / "other", "--out", out, "--weights")
+    commands = [
+        (*merge, 0.5, 0.5),
+        (*merge, 0.25, 0.75),
+        ("merge-adapter", checkpoint, tmp_path / "adapter", "--out", out),
+        ("export", checkpoint, out, "--to", "qwen3_moe"),
+    ]
+    for number, words in enumerate(commands):
+        if number:  # after another one wrote there
+            before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+            said = complaint(run(*words))
+            assert "holds another checkpoint" in said and "--overwrite" in said
+            assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        result = run(*words, *(["--overwrite"] if number else []))
+        assert result.exit_code == 0, result.output
+        assert run(*words).exit_code == 0  # the same again changes nothing
+        if not number:
+            (out / "metrics.jsonl").write_text("mine")
+    assert (out / "metrics.jsonl").read_text() == "mine"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/holiday.jpg").touch()
+    for words in commands:
+        words = [tmp_path / "photos" if word == out else word for word in words]
+        said = complaint(run(*words))
+        assert "holds something else (holiday.jpg)" in said and "--overwrite" in said
+
+
+def test_copies_of_one_greedy_reply_are_refused(checkpoint):
+    said = complaint(
+        run("generate", "hi", "-m", checkpoint, "-o", "text", "--temperature", 0, "--num-return", 2)
+    )
+    assert "2 copies" in said and "temperature" in said

@@ -3,12 +3,14 @@
 import re
 import shlex
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from anytoken.cli import app
+from anytoken.evaluation.bench_serve import running_server
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -32,7 +34,15 @@ PAGES = [
 def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    with ExitStack() as stack:
+        if "\nanytoken serve " in text:  # on a free port, and for as long as the page is read
+            url, _ = stack.enter_context(running_server("mini", 2, 8, name="mini"))
+            text = text.replace("http://127.0.0.1:8000", url)
+        run_blocks(BLOCK.findall(text), page.name, names)
+
+
+def run_blocks(blocks, name, names):
     assert blocks
     for language, text in blocks:
         path = re.match(r"# ([\w/]+\.\w+)\n", text)
@@ -40,10 +50,11 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
             Path(path[1]).parent.mkdir(exist_ok=True)
             Path(path[1]).write_text(text)
         elif language == "python":
-            exec(compile(text, page.name, "exec"), names)
+            exec(compile(text, name, "exec"), names)
         elif language == "bash":
             for line in text.splitlines():
-                run_line(line)
+                if not line.startswith(("pip install", "anytoken serve")):
+                    run_line(line)
         else:
             assert language == "toml" and tomllib.loads(text)
 

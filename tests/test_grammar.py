@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from anytoken.grammar import Grammar, GrammarError, State
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import CodeShape, Grid, Run, writing_order
+from anytoken.tokenizers.base import Codes, CodeShape, Grid, Run, writing_order
 
 Walk = Generator[set[int], int, int]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -30,18 +30,19 @@ def random_shape(chance: random.Random) -> CodeShape:
     order = chance.choice(["interleaved", "delayed"])
     if chance.random() < 0.5:
         low = chance.randint(1, 3)
-        return Run(low, low + chance.randint(0, 3), books, order)
+        return Run(low, low + chance.randint(0, 3), books, order, chance.choice([0, 0, 1, 3]))
     axes = chance.randint(1, 3)
     low_size = tuple(chance.randint(1, 2) for _ in range(axes))
     high_size = tuple(n + chance.randint(0, 2) for n in low_size)
-    return Grid(tuple("abc"[:axes]), low_size, high_size, books, order)
+    return Grid(tuple("abc"[:axes]), low_size, high_size, books, order, chance.choice([0, 0, 1, 3]))
 
 
 def random_space(chance: random.Random) -> TokenSpace:
     space = TokenSpace(chance.randint(1, 3), 4)
     for name in ["image", "tone", "film"][: chance.randint(0, 3)]:
         shape = random_shape(chance)
-        space.append_modality(name, [chance.randint(1, 3) for _ in range(shape.num_codebooks)], shape)
+        sizes = [chance.randint(1, 3) for _ in range(shape.num_codebooks)]
+        space.append_modality(name, sizes, shape, chance.randint(1, 3) if shape.num_global_codes else 0)
     return space
 
 
@@ -90,12 +91,14 @@ class Language:
                 numbers = [pin[axis]] if pin else range(shape.min_size[axis], shape.max_size[axis] + 1)
                 sizes = {space.size_token(n): n for n in numbers}
                 cells *= sizes[(yield set(sizes))]
+            yield from self.global_codes(name)
             if shape.order == "delayed":
                 return (yield from self.delayed(books, close, cells, cells))
             for _ in range(cells):
                 for book in books:
                     yield book
             return (yield {close})
+        yield from self.global_codes(name)
         if shape.order == "delayed":
             return (yield from self.delayed(books, close, shape.min_length, shape.max_length))
         frames = 0
@@ -107,6 +110,11 @@ class Language:
             for book in books[1:]:
                 yield book
             frames += 1
+
+    def global_codes(self, name: str) -> Generator[set[int], int, None]:
+        """All of one set, before the local codes."""
+        for _ in range(self.space.shapes[name].num_global_codes):
+            yield {i for i in range(self.space.vocab_size) if self.space.range_of(i).name == f"{name}.global"}
 
     def delayed(self, books: list[set[int]], close: int, low: int, high: int) -> Walk:
         """In step s stand codebook q of frame s - q, as far as there are such frames."""
@@ -292,6 +300,10 @@ def test_conversations_parse_and_can_be_written_again(seed: int) -> None:
         frames = math.prod(piece.size) if isinstance(shape, Grid) else len(piece.values)
         assert len(piece.values) == frames
         written += [space.open_token(piece.kind), *(space.size_token(n) for n in piece.size)]
+        assert len(piece.header) == shape.num_global_codes
+        for code in piece.header.tolist():
+            assert 0 <= code < space.global_codebook_size(piece.kind)
+            written.append(space.global_range(piece.kind).start + code)
         for place in writing_order(shape, frames).tolist():
             frame, book = divmod(place, shape.num_codebooks)
             code, span = int(piece.values[frame, book]), space.code_range(piece.kind, book)
@@ -449,6 +461,32 @@ def test_what_is_no_whole_sequence(grammar: Grammar, ids: list[int | str]) -> No
     space = grammar.token_space
     with pytest.raises(GrammarError):
         grammar.validate([getattr(space, one) if isinstance(one, str) else one for one in ids])
+
+
+def test_global_codes_stand_between_the_size_header_and_the_local_codes() -> None:
+    space = TokenSpace(4)
+    space.append_modality("image", [9], Grid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=2), 5)
+    space.append_modality("tone", [7], Run(1, 3, num_global_codes=1), 3)
+    grammar, globals_ = Grammar(space), space.global_range("image")
+    code, open_ = space.code_range("image").start, space.open_token("image")
+    ids = [open_, space.size_token(1), space.size_token(2), globals_.start + 4, globals_.start]
+    ids += [code + 8, code, space.close_token("image")]
+    (piece,) = grammar.parse(ids)
+    assert piece.header.tolist() == [4, 0] and piece.values.tolist() == [[8], [0]] and piece.size == (1, 2)
+    assert piece.codes == Codes(np.array([[8], [0]]), (1, 2), np.array([4, 0]))
+    state = grammar.walk(grammar.reply(("image",)), ids[:4])
+    assert grammar.allowed(state) == ((globals_.start, globals_.stop),)
+    assert grammar.min_remaining(state) == 5
+    with pytest.raises(
+        GrammarError, match=r"after 1 of 2 global codes of a segment of image.*allowed: image\.glo"
+    ):
+        grammar.advance(state, code)
+    opened = grammar.walk(grammar.reply(("tone",)), [space.open_token("tone")])
+    assert members(grammar.allowed(opened)) == set(range(*grammar.segments["tone"].global_codes[0]))
+    with pytest.raises(GrammarError, match=r"stop in the size header.*at least 6 more"):
+        grammar.parse([open_])
+    row = grammar.class_ranges[int(grammar.loss_rows(torch.tensor([globals_.start])))]
+    assert row == ((globals_.start, globals_.stop),)
 
 
 def test_validate_takes_tensors_and_arrays(grammar: Grammar) -> None:

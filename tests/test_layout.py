@@ -92,7 +92,12 @@ def test_optional_packages_are_never_imported_at_the_top_of_a_module():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & optional, path
+            found = {name.split(".")[0] for name in names} & optional
+            # A whole room may stand on an extra if nothing imports it but its command, inside a function.
+            assert found <= ({"fastapi"} if path.parent.name == "serving" else set()), path
+            assert path.parent.name == "serving" or not [
+                name for name in names if "anytoken.serving" in name
+            ], path
 
 
 def test_every_dependency_has_a_pin_that_its_range_admits():

@@ -55,23 +55,28 @@ class Dots(Segment):
 
 @register_modality
 class DotsTokenizer(ModalityTokenizer):
-    """One code a dot; lossless."""
+    """One code a dot, and two global codes that tell the first shade, on which the others hang; lossless."""
 
     kind = "dots"
     segment_type = Dots
 
     def __init__(self, side: int = 3) -> None:
-        shape = Grid(("rows", "columns"), (1, 1), (side, side))
-        super().__init__(shape=shape, codebook_sizes=[SHADES], config={"side": side})
+        shape = Grid(("rows", "columns"), (1, 1), (side, side), num_global_codes=2)
+        super().__init__(
+            shape=shape, codebook_sizes=[SHADES], config={"side": side}, global_codebook_size=SHADES
+        )
 
     def encode(self, segment: Segment) -> Codes:
         self.check_segment(segment)
         assert isinstance(segment, Dots)
-        return Codes(segment.shades.reshape(-1, 1), segment.shades.shape)
+        first = segment.shades[0, 0]
+        header = np.array([first, SHADES - 1 - first]) % SHADES
+        return Codes((segment.shades ^ header[0]).reshape(-1, 1), segment.shades.shape, header)
 
     def decode(self, codes: Codes) -> Segment:
         self.check_codes(codes)
-        return Dots(codes.values.reshape(codes.size))
+        assert codes.header.sum() == SHADES - 1
+        return Dots(codes.values.reshape(codes.size) ^ codes.header[0])
 
 
 class LetterTokenizer(ModalityTokenizer):
@@ -122,7 +127,7 @@ TEXT = TextTokenizer.train(["red apple"] * 3 + ["green pear, ein schöner Apfel"
 def make_processor(*tokenizers: ModalityTokenizer) -> Processor:
     space = TokenSpace(TEXT.vocab_size, 3)
     for one in tokenizers:
-        space.append_modality(one.kind, one.codebook_sizes, one.shape)
+        space.append_modality(one.kind, one.codebook_sizes, one.shape, one.global_codebook_size)
     return Processor(space, TEXT, {one.kind: one for one in tokenizers})
 
 
@@ -196,9 +201,9 @@ def test_no_text_becomes_a_control_or_code_id(parts: list[Text | str]) -> None:
 
 
 def test_ids_of_each_kind() -> None:
-    start = SPACE.code_range("dots").start
+    start, header = SPACE.code_range("dots").start, SPACE.global_range("dots").start
     assert PROCESSOR.segment_ids(DOTS) == [
-        SPACE.open_token("dots"), SPACE.size_token(2), SPACE.size_token(3),
+        SPACE.open_token("dots"), SPACE.size_token(2), SPACE.size_token(3), header, header + 3,
         *(start + shade for shade in (0, 1, 2, 3, 2, 1)), SPACE.close_token("dots"),
     ]  # fmt: skip
     first, second = (SPACE.code_range("dna", book).start for book in (0, 1))
@@ -505,7 +510,7 @@ def test_no_folder(tmp_path: Path, saved: Path) -> None:
 
 def test_files_of_another_checkpoint(saved: Path, tmp_path: Path) -> None:
     other = Processor(TokenSpace(256, 3), TextTokenizer.train(["a"], 256), {})
-    other.token_space.append_modality("dots", [SHADES], DotsTokenizer(2).shape)
+    other.token_space.append_modality("dots", [SHADES], DotsTokenizer(2).shape, SHADES)
     other = Processor(other.token_space, other.text_tokenizer, {"dots": DotsTokenizer(2)})
     elsewhere = other.save_pretrained(tmp_path / "other")
     for name, message in [

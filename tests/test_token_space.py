@@ -15,11 +15,14 @@ from anytoken.tokenizers.base import Grid, Run
 
 SHAPES = st.one_of(
     st.builds(
-        lambda axes, high, books: Grid(tuple("abc"[:axes]), (1,) * axes, (high,) * axes, books),
-        st.integers(1, 3), st.integers(1, 8), st.integers(1, 3),
+        lambda axes, high, books, count: Grid(
+            tuple("abc"[:axes]), (1,) * axes, (high,) * axes, books, num_global_codes=count
+        ),
+        st.integers(1, 3), st.integers(1, 8), st.integers(1, 3), st.integers(0, 2),
     ),
     st.builds(
-        lambda low, more, books: Run(low, low + more, books), st.integers(1, 3), st.integers(0, 9), st.integers(1, 3)
+        lambda low, more, books, count: Run(low, low + more, books, num_global_codes=count),
+        st.integers(1, 3), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2),
     ),
 )  # fmt: skip
 
@@ -31,7 +34,8 @@ def spaces(draw: st.DrawFn) -> TokenSpace:
         st.lists(st.sampled_from(["image", "speech", "video", "dna", "x1"]), unique=True, max_size=4)
     ):
         shape = draw(SHAPES)
-        space.append_modality(name, [draw(st.integers(1, 30)) for _ in range(shape.num_codebooks)], shape)
+        sizes = [draw(st.integers(1, 30)) for _ in range(shape.num_codebooks)]
+        space.append_modality(name, sizes, shape, draw(st.integers(1, 9)) if shape.num_global_codes else 0)
     return space
 
 
@@ -55,6 +59,31 @@ def test_the_layout_of_a_small_space() -> None:
     ]  # fmt: skip
     assert space.vocab_size == 149 and space.codebook_sizes("tone") == (7, 5)
     assert space.modalities == ["image", "tone"] and space.modality_names == ["text", "image", "tone"]
+
+
+def test_global_codes_have_one_range_after_the_codebooks() -> None:
+    space = TokenSpace(10, 16)
+    space.append_modality("tone", [7, 5], Run(2, 5, 2, num_global_codes=3), 4)
+    span = space.global_range("tone")
+    assert (span.start, span.stop, span.modality, span.codebook) == (47, 51, "tone", None)
+    assert span.start == space.code_range("tone", 1).stop and space.vocab_size == 51
+    assert space.token_name(49) == "tone.global:2" and "tone 7+5 global 4" in repr(space)
+    assert space.global_codebook_size("tone") == 4 and example().global_codebook_size("tone") == 0
+    entry = space.to_dict()["modalities"][0]
+    assert entry["global_codebook_size"] == 4 and entry["shape"]["num_global_codes"] == 3
+    for one in example().to_dict()["modalities"]:
+        assert set(one) == {"name", "codebook_sizes", "shape"} and "num_global_codes" not in one["shape"]
+    with pytest.raises(TokenSpaceError, match="tone has no global codes"):
+        example().global_range("tone")
+    for shape, size in ((Run(1, 2), 4), (Run(1, 2, num_global_codes=1), 0)):
+        with pytest.raises(TokenSpaceError, match="both or neither are 0"):
+            space.append_modality("hum", [3], shape, size)
+        assert space.modalities == ["tone"] and space.vocab_size == 51
+
+
+def test_the_file_of_an_older_checkpoint_is_written_as_it_was() -> None:
+    text = (Path(__file__).parents[1] / "anytoken/pretrained/mini/token_space.json").read_text()
+    assert json.dumps(TokenSpace.from_dict(json.loads(text)).to_dict(), indent=2) + "\n" == text
 
 
 def test_names_of_ids() -> None:
@@ -100,14 +129,15 @@ def test_appending_moves_no_id(space: TokenSpace, shape: Grid | Run) -> None:
     old = copy.deepcopy(space)
     ids = torch.arange(old.vocab_size)
     before = space.modality_of(ids)
-    space.append_modality("late", [3] * shape.num_codebooks, shape)
+    size = 5 if shape.num_global_codes else 0
+    space.append_modality("late", [3] * shape.num_codebooks, shape, size)
     assert [space.token_name(token) for token in range(old.vocab_size)] == [
         old.token_name(token) for token in range(old.vocab_size)
     ]
     assert space.ranges[: len(old.ranges)] == old.ranges and space != old
     assert torch.equal(space.modality_of(ids), before)
     assert space.open_token("late") == old.vocab_size
-    assert space.vocab_size == old.vocab_size + 2 + 3 * shape.num_codebooks
+    assert space.vocab_size == old.vocab_size + 2 + 3 * shape.num_codebooks + size
     assert space.modality_of(torch.tensor([space.vocab_size - 1])).item() == len(space.modalities)
 
 

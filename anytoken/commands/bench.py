@@ -37,6 +37,43 @@ def generate(
 
 
 @app.command()
+def score(
+    model: ModelArgument = "mini",
+    answers: Annotated[
+        Path | None, typer.Option(help="A text file with one answer per line; by default the names of emoji.")
+    ] = None,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_score.json"),
+) -> None:
+    """Scoring many answers to one image with the prompt read once, against one forward for every answer."""
+    from anytoken import recipes
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_score import bench_score
+    from anytoken.segments import Image
+    from anytoken.terminal.parts import read_lines
+
+    labels = read_lines(answers or recipes.assets() / "names.txt")
+    image = Image.open(recipes.assets() / "images" / "sample.png")
+    bench.report(bench_score(load(model), [image, "What is this?"], labels, repeats), out)
+
+
+@app.command()
+def serve(
+    model: ModelArgument = "mini",
+    prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",
+    kind: Annotated[str, typer.Option(help="Kind of reply.")] = "image",
+    clients: Annotated[int, typer.Option(min=2, help="Concurrent clients.")] = 16,
+    requests: Annotated[int, typer.Option(min=2, help="Requests of all clients together.")] = 64,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_serve.json"),
+) -> None:
+    """A server on this machine: throughput and latency with one client, with many, and beyond its limits."""
+    from anytoken.evaluation import bench
+    from anytoken.evaluation.bench_serve import bench_serve
+
+    bench.report(bench_serve(model, prompt, kind, clients, requests), out)
+
+
+@app.command()
 def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")] = "stages/1_alignment.yaml",
     overrides: Overrides = None,

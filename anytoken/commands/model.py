@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import ModelArgument, Out, load
+from anytoken.commands.options import ModelArgument, Out, Overwrite, load
 
 app = typer.Typer()
 
@@ -27,20 +27,24 @@ def init(
         int, typer.Option(min=0, help="Make so many experts of every dense layer; 0: none.")
     ] = 0,
     top_k: Annotated[int, typer.Option(min=1, help="Experts a token passes, with --upcycle.")] = 2,
+    overwrite: Overwrite = False,
 ) -> None:
     """Give any language model the ids of other modalities: its text stays as it is until it is trained."""
+    from anytoken.atomic import check_target
     from anytoken.data.shards import load_tokenizers
     from anytoken.inference.api import AnyToken
-    from anytoken.inference.checkpoint import check_target
+    from anytoken.inference.checkpoint import CHECKPOINT
     from anytoken.model.upcycle import adopt_backbone
     from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 
-    check_target(out, "token_space.json")
+    check_target(out, CHECKPOINT, overwrite)
     found: dict[str, ModalityTokenizer] = {}
     for folder in tokenizers:
         one = (folder / "config.json").is_file()
         found |= {load.name: load for load in [load_tokenizer(folder)]} if one else load_tokenizers(folder)
-    print(AnyToken(*adopt_backbone(backbone, found, upcycle, top_k)).save_pretrained(out))
+    made = AnyToken(*adopt_backbone(backbone, found, upcycle, top_k))
+    made.card = f"# {Path(backbone).name} with {', '.join(found)}\n\nThe new ids are untrained.\n"
+    print(made.save_pretrained(out, overwrite=overwrite))
 
 
 class Target(StrEnum):
@@ -56,18 +60,20 @@ def export(
     to: Annotated[
         Target, typer.Option(help="qwen3_moe: a stock Qwen3-MoE, for vLLM, SGLang and transformers.")
     ],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a model as serving engines know it, with a tokenizer whose ids are the model's (docs/serving.md)."""
     from transformers.utils import logging
 
-    from anytoken.inference.checkpoint import check_folder, check_target, find_checkpoint, replacing
+    from anytoken.atomic import check_target, write_folder
+    from anytoken.inference.checkpoint import CHECKPOINT, check_folder, find_checkpoint
     from anytoken.model.export import export_qwen3_moe
 
     logging.disable_progress_bar()
     folder = find_checkpoint(checkpoint)
     check_folder(folder)
-    check_target(out, "token_space.json")
-    with replacing(out) as scratch:
+    check_target(out, CHECKPOINT, overwrite)
+    with write_folder(out, CHECKPOINT, overwrite) as scratch:
         export_qwen3_moe(folder, scratch)
     print(out)
 
@@ -81,18 +87,24 @@ def merge(
         0.5,
         0.5,
     ),
+    overwrite: Overwrite = False,
 ) -> None:
     """Average the weights of two fine-tunes of one model: the merge often does what each of them learnt."""
     from transformers import AutoConfig
 
-    from anytoken.inference.checkpoint import check_target, find_checkpoint
+    from anytoken.atomic import check_target
+    from anytoken.inference.api import AnyToken
+    from anytoken.inference.checkpoint import CHECKPOINT, find_checkpoint
     from anytoken.model.merge import check_mergeable, merge_weights
 
-    check_target(out, "token_space.json")
+    check_target(out, CHECKPOINT, overwrite)
     models = [load(name, "cpu") for name in (one, other)]
     check_mergeable([(model.lm, model.processor) for model in models])
-    merged = models[0]
-    merge_weights([model.lm for model in models], weights)
-    merged.lm.to(AutoConfig.from_pretrained(find_checkpoint(one)).dtype)  # on a CPU it was opened in float32
-    merged.card = None  # it tells of one of them alone
-    print(merged.save_pretrained(out))
+    lm = merge_weights([model.lm for model in models], weights)
+    lm.to(AutoConfig.from_pretrained(find_checkpoint(one)).dtype)  # on a CPU it was opened in float32
+    merged = AnyToken(lm, models[0].processor, models[0].sampling)
+    names = " and ".join(Path(name).name for name in (one, other))
+    merged.card = (
+        f"# Merge of {names}\n\nWeights averaged with the shares {weights[0]:g} and {weights[1]:g}.\n"
+    )
+    print(merged.save_pretrained(out, overwrite=overwrite))

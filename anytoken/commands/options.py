@@ -17,6 +17,9 @@ ModelArgument = Annotated[str, typer.Argument(help="A bundled name, a checkpoint
 Adapter = Annotated[Path | None, typer.Option(help="A PEFT adapter folder to load with the model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace another checkpoint in --out; other files there are kept.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed and prompt give the same reply.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change recipe values.")

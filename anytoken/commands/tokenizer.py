@@ -29,6 +29,13 @@ Files = Annotated[
         help="A folder or glob of your own files under --data, in the place of the sets' held-out items."
     ),
 ]
+Learnability = Annotated[
+    bool,
+    typer.Option(
+        help="Also train two small language models on the codes of the captioned set, which takes ten minutes or so: "
+        "bits per code and item, fidelity of what they generate, codes that stay when only the global changes."
+    ),
+]
 app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
 
 
@@ -60,6 +67,7 @@ def tokenizer_eval(
     image: PictureTokenizer = None,
     files: Files = None,
     count: Count = None,
+    learnability: Learnability = False,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
     """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
@@ -69,10 +77,10 @@ def tokenizer_eval(
     from anytoken.tokenizers.measures import measure
 
     if card is None:
-        found = measure(tokenizer, data, count, seed, genome or [], image, files)
+        found = measure(tokenizer, data, count, seed, genome or [], image, files, learnability)
         print(json.dumps(found.figures, indent=2, ensure_ascii=False))
     else:
-        print(make_card(tokenizer, data, card, count, seed, genome or [], image, files))
+        print(make_card(tokenizer, data, card, count, seed, genome or [], image, files, learnability))
 
 
 @app.command("compare")
@@ -84,6 +92,7 @@ def tokenizer_compare(
     image: PictureTokenizer = None,
     files: Files = None,
     count: Count = None,
+    learnability: Learnability = False,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
 ) -> None:
     """Measure several tokenizers on the same held-out items: rate, what comes back, codebook usage, speed."""
@@ -91,7 +100,7 @@ def tokenizer_compare(
 
     from anytoken.tokenizers.compare import compare, comparison
 
-    found = compare(tokenizers, data, count, seed, genome or [], image, files)
+    found = compare(tokenizers, data, count, seed, genome or [], image, files, learnability)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from anytoken import recipes
-from anytoken.commands.options import Adapter, Device, ModelArgument, Overrides, load
+from anytoken.commands.options import Adapter, Device, ModelArgument, Overrides, Overwrite, load
 
 app = typer.Typer()
 
@@ -82,16 +82,23 @@ def merge_adapter(
     adapter: Annotated[Path, typer.Argument(help="The PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
     dtype: Annotated[str, typer.Option(help="How weights are stored: bfloat16 or float32.")] = "bfloat16",
+    overwrite: Overwrite = False,
 ) -> None:
     """Fold an adapter into its model: a checkpoint of its own, to load, share or serve without PEFT."""
     import torch
 
+    from anytoken.atomic import check_target
+    from anytoken.inference.checkpoint import CHECKPOINT
+
     kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in kinds:
         raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(kinds)}.", param_hint="--dtype")
+    check_target(out, CHECKPOINT, overwrite)
     merged = load(model, "cpu", adapter)
-    merged.card = None  # it tells of the model without the adapter
-    print(merged.save_pretrained(out, kinds[dtype]))
+    merged.card = (
+        f"# {Path(model).name} with the adapter {adapter.name}\n\nThe adapter is merged into the weights.\n"
+    )
+    print(merged.save_pretrained(out, kinds[dtype], overwrite))
 
 
 @app.command()

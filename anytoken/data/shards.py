@@ -1,10 +1,10 @@
 """Tokenize media once: records of any source to folders of codes, resumable, with many workers or on a cluster.
 
 A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each
-modality, ``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1] and ``sizes`` int32 [R, axes], beside a
-JSONL file with the records; a line says which row of which modality holds its codes. Codes are stored, not
-ids, so shards outlive a new text vocabulary and appended modalities; the manifest's fingerprints tie them to
-the tokenizers that wrote them, and its checksums to the bytes that were written.
+modality, ``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1], ``sizes`` int32 [R, axes] and, where there are
+global codes, ``headers`` int32 [R, G], beside a JSONL file with the records; a line says which row of which modality
+holds its codes. Codes are stored, not ids, so shards outlive a new text vocabulary and appended modalities; the
+manifest's fingerprints tie them to the tokenizers that wrote them, and its checksums to the bytes that were written.
 
 While the work goes on there is no manifest but ``progress.jsonl``: a first line that says what is being made, then
 one for every part that is whole. A run that is killed loses the parts in progress and nothing else.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -340,7 +341,7 @@ class Shards:
         self.records: list[Record] = []
         self._rows: list[dict[str, int]] = []
         self._part_of: list[int] = []
-        self._arrays: list[dict[str, tuple[np.ndarray, ...]]] = []  # kind -> values, offsets, sizes
+        self._arrays: list[dict[str, tuple[np.ndarray, ...]]] = []  # kind -> values, offsets, sizes, headers
         for index in range(self.manifest["parts"]):
             self._read_part(index)
 
@@ -363,7 +364,9 @@ class Shards:
         try:
             found = load_file(arrays)
             kinds = {name.partition(".")[0] for name in found}
-            names = ("values", "offsets", "sizes")
+            for kind in kinds:
+                found.setdefault(f"{kind}.headers", torch.zeros(len(found[f"{kind}.sizes"]), 0))
+            names = ("values", "offsets", "sizes", "headers")
             self._arrays.append(
                 {kind: tuple(found[f"{kind}.{name}"].numpy() for name in names) for kind in kinds}
             )
@@ -385,6 +388,6 @@ class Shards:
 
     def codes(self, index: int, kind: str, row: int | None = None) -> Codes:
         """The codes of one medium of record ``index``; ``row`` picks a content part of a conversation."""
-        values, offsets, sizes = self._arrays[self._part_of[index]][kind]
+        values, offsets, sizes, headers = self._arrays[self._part_of[index]][kind]
         row = self._rows[index][kind] if row is None else row
-        return Codes(values[offsets.item(row) : offsets.item(row + 1)], sizes[row].tolist())
+        return Codes(values[offsets.item(row) : offsets.item(row + 1)], sizes[row].tolist(), headers[row])

@@ -58,7 +58,7 @@ class Sizes:
             return space
         grown = TokenSpace(self.text_size)
         for name, shape in space.shapes.items():
-            grown.append_modality(name, space.codebook_sizes(name), shape)
+            grown.append_modality(name, space.codebook_sizes(name), shape, space.global_codebook_size(name))
         return grown
 
     def config(self) -> AnyTokenConfig:

@@ -1,24 +1,28 @@
 """Several PEFT adapters on one model, switched at run time, each as fast as the bare model.
 
-An adapter is merged once and what it makes of the weights it changes is kept on the CPU; switching copies those back
-in. That works for every adapter PEFT can merge (LoRA on attention, experts and router, DoRA, trained vocabulary rows),
-whereas PEFT's own switching asks that all of them adapt the same experts, and costs time in every token. The price is
-memory: a copy of the changed weights an adapter.
+An adapter is merged once, on a copy of the model, and what it makes of the weights it changes is kept on the CPU;
+switching copies those in, and what was there back out. That works for every adapter PEFT can merge (LoRA on attention,
+experts and router, DoRA, trained vocabulary rows), whereas PEFT's own switching asks that all of them adapt the same
+experts, and costs time in every token. The price is memory: a copy of the changed weights an adapter, and while one is
+read a copy of the model.
 """
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anytoken.inference.checkpoint import merge_adapter
+from anytoken.inference.checkpoint import CheckpointError, merge_adapter
+from anytoken.inference.weights import checksum
 from anytoken.model.modalities import add_saved_modalities
 from anytoken.processor import Processor
 
 
 class AdapterError(ValueError):
-    """An adapter's name that is unknown or taken."""
+    """An adapter's name that is unknown or taken, or a model that takes no adapters."""
 
 
 class Adapters:
@@ -27,8 +31,10 @@ class Adapters:
     def __init__(self, lm: PreTrainedModel) -> None:
         self.lm = lm
         self.active: str | None = None
-        self._plain: dict[str, Tensor] = {}
         self._merged: dict[str, dict[str, Tensor]] = {}
+        self._made_from: dict[str, int] = {}  # checksums of the bare weights that an adapter changes
+        self._bare: dict[str, Tensor] = {}  # values that the active one replaced
+        self._tied: dict[str, nn.Parameter] = {}  # parameters that it put others in the place of
 
     @property
     def names(self) -> list[str]:
@@ -38,35 +44,112 @@ class Adapters:
     def load(self, folder: Path, name: str, processor: Processor) -> Processor:
         """Read an adapter; the weights stay as they are, but for rows of modalities that it brings.
 
-        Returns the processor that knows those. AdapterError for a taken name, CheckpointError for a bad folder.
+        Returns the processor that knows those. AdapterError for a taken name or a model that takes none,
+        CheckpointError (ValueError) for a folder that is none or does not fit; then nothing has changed.
         """
         if name in self._merged:
             raise AdapterError(f"There is an adapter {name!r} already; there are {', '.join(self.names)}.")
+        self._check_model()
         active = self.active
         self.use(None)
-        processor = add_saved_modalities(self.lm, processor, folder)
-        before = {key: one.detach().to("cpu", copy=True) for key, one in self.lm.named_parameters()}
-        merge_adapter(self.lm, folder)
-        after = dict(self.lm.named_parameters())
-        changed = [key for key, one in before.items() if not torch.equal(one, after[key].detach().cpu())]
-        self._merged[name] = {key: after[key].detach().to("cpu", copy=True) for key in changed}
-        self._plain |= {key: before[key] for key in changed}
-        self._write({key: before[key] for key in changed})
-        self.use(active)
+        try:
+            trial = _copy_on_cpu(self.lm)
+            add_saved_modalities(trial, processor, folder)
+            names = _parameters(trial).keys()
+            merged = _parameters(merge_adapter(trial, folder))
+            if merged.keys() != names:
+                odd = min(merged.keys() ^ names)
+                raise CheckpointError(f"The adapter {folder} adds or removes {odd}; it cannot be switched.")
+            processor = add_saved_modalities(self.lm, processor, folder)
+            bare = _parameters(self.lm)
+            changed = {key: value.detach() for key, value in merged.items() if not _same(value, bare[key])}
+            self._made_from[name] = checksum(bare[key] for key in changed)
+            self._merged[name] = changed
+        finally:
+            self.use(active)
         return processor
 
     def use(self, name: str | None) -> None:
-        """Put an adapter into the weights in place of the present one; None for the bare model."""
+        """Put an adapter into the weights in place of the present one; None for the bare model, bit for bit.
+
+        AdapterError for an unknown name, and where the bare weights are others than when the adapter was read.
+        """
         if name is not None and name not in self._merged:
             raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.names) or 'none'}.")
-        if self.active is not None:
-            self._write({key: self._plain[key] for key in self._merged[self.active]})
-        if name is not None:
-            self._write(self._merged[name])
+        before = self.active
+        self._take_off()
+        if name is None:
+            return
+        bare, changed = _parameters(self.lm), self._merged[name]
+        shown = {
+            key: bare[key][: len(value)] for key, value in changed.items()
+        }  # the vocabulary may have grown
+        if checksum(shown.values()) != self._made_from[name]:
+            if before is not None and before != name:
+                self.use(before)
+            raise AdapterError(
+                f"The weights have changed since the adapter {name!r} was read, and it was merged into those of "
+                "then: load it again under another name."
+            )
+        self._bare = {key: bare[key].detach().to("cpu", copy=True) for key in changed}
+        self._put(bare, changed)
         self.active = name
 
     @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        parameters = dict(self.lm.named_parameters())
-        for key, value in values.items():
-            parameters[key][: len(value)] = value.to(parameters[key])  # the vocabulary may have grown since
+    def _put(self, bare: Mapping[str, nn.Parameter], changed: Mapping[str, Tensor]) -> None:
+        """Write changed values in place; where a tied parameter is changed under one name only, under that name."""
+        for key, value in changed.items():
+            sharing = [other for other, one in bare.items() if one is bare[key]]
+            if all(other in changed and torch.equal(changed[other], value) for other in sharing):
+                bare[key][: len(value)] = value.to(bare[key])
+                continue
+            own = bare[key].detach().clone()
+            own[: len(value)] = value.to(own)
+            self._tied[key] = bare[key]
+            _set(self.lm, key, nn.Parameter(own, requires_grad=bare[key].requires_grad))
+
+    @torch.no_grad()
+    def _take_off(self) -> None:
+        for key, parameter in self._tied.items():
+            _set(self.lm, key, parameter)
+        parameters = _parameters(self.lm)
+        for key, value in self._bare.items():
+            parameters[key][: len(value)] = value.to(parameters[key])
+        self._bare, self._tied, self.active = {}, {}, None
+
+    def _check_model(self) -> None:
+        quantized = getattr(self.lm, "quantized", None)
+        if quantized:
+            raise AdapterError(
+                f"The weights are quantised ({quantized}), and an adapter is merged before that: open the checkpoint "
+                "with adapter= and quantize= together, or without quantize=."
+            )
+        if hasattr(self.lm, "peft_config"):
+            raise AdapterError(
+                "The model carries a PEFT adapter already: merge it first (model.lm = "
+                "peft_model.merge_and_unload())."
+            )
+
+
+def _parameters(lm: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name, a tied one under each of its names."""
+    return dict(lm.named_parameters(remove_duplicate=False))
+
+
+def _set(lm: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, attribute = name.rpartition(".")
+    setattr(lm.get_submodule(module), attribute, parameter)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.detach().cpu(), other.detach().cpu())
+
+
+def _copy_on_cpu(lm: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model with its tensors on the CPU, ties kept."""
+    copies: dict[int, object] = {}
+    for parameter in lm.parameters():
+        value = parameter.detach().to("cpu", copy=True)
+        copies[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    copies |= {id(buffer): buffer.to("cpu", copy=True) for buffer in lm.buffers()}
+    return copy.deepcopy(lm, copies)

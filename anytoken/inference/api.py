@@ -1,10 +1,12 @@
 """The front door: a model that takes typed segments and answers with typed segments."""
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from difflib import get_close_matches
+from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -12,21 +14,31 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from transformers import PreTrainedModel
 
+from anytoken.atomic import check_target, write_folder
 from anytoken.inference.adapters import Adapters
 from anytoken.inference.cache import Prefixes
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
+    CHECKPOINT,
     CheckpointError,
-    check_target,
     find_checkpoint,
     load_folder,
     pick_device,
-    replacing,
 )
 from anytoken.inference.engine import Engine, Token
 from anytoken.inference.logits_processor import lm_inputs
 from anytoken.inference.reply import Reply, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
+from anytoken.inference.score import (
+    Classification,
+    Normalize,
+    Score,
+    ScoreError,
+    check_normalize,
+    classify,
+    perplexity,
+    score_ids,
+)
 from anytoken.inference.stream import Event, SegmentStream
 from anytoken.model.modalities import add_modality, longest_segment
 from anytoken.processor import Processor
@@ -34,6 +46,7 @@ from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 
+log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
 Output = str | Sequence[str] | None
 Rerank = Callable[[Reply], float]
@@ -49,7 +62,8 @@ class Options(TypedDict, total=False):
 
     sampling: settings of one kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they win.
     max_new_tokens: limit of the whole reply, controls included; the reply is complete within it.
-    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch.
+    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch. Without one, equal
+        prompts get different replies.
     sizes: pins the grid of a kind, {"image": (8, 8)} in codes.
     """
 
@@ -78,6 +92,7 @@ class AnyToken:
         self.compiled = False
         self._engine: Engine | None = None
         self._adapters: Adapters | None = None
+        self._homes: set[Path] = set()  # folders that hold an older state of this model
 
     @classmethod
     def from_pretrained(
@@ -87,21 +102,26 @@ class AnyToken:
         adapter: str | Path | None = None,
         quantize: str | None = None,
         compile: bool = False,
+        attn_implementation: str = "auto",
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
         `adapter` is a PEFT folder; it is merged into the weights. quantize="int8" keeps a byte a weight: less
         memory, for inference only (model/quantize.py). `compile` compiles the decoding step now, which takes a
-        minute or so the first time and says so; later loads find it in torch's cache. ValueError (CheckpointError
-        and the like)
-        names the file that is missing or damaged, the unknown name, or the device that cannot be used.
+        minute or so the first time and says so; later loads find it in torch's cache. attn_implementation: "sdpa",
+        "flex_attention", "flash_attention_2", "flash_attention_3" or "eager"; "auto" takes FlashAttention where its
+        package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
+        ValueError (CheckpointError, AttentionError and the like) names the file that is missing or damaged, the
+        unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
         folder = find_checkpoint(name_or_path)
-        lm, processor = load_folder(folder, chosen, adapter, quantize)
+        lm, processor = load_folder(folder, chosen, adapter, quantize, attn_implementation)
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        if adapter is None and quantize is None:
+            model._homes.add(folder.resolve())
         model.compiled = compile
         if compile:
             model.engine.head()
@@ -192,6 +212,8 @@ class AnyToken:
         """
         _check_count("num_return", num_return)
         samples = num_return if best_of is None else _check_count("best_of", best_of)
+        if samples > 1:
+            self._check_random(samples, output, options)
         if samples < num_return:
             raise RequestError(
                 f"best_of={best_of} is less than num_return={num_return}: make at least as many."
@@ -214,8 +236,22 @@ class AnyToken:
                 score = (lambda one: rerank(one[0])) if rerank is not None else itemgetter(1)
                 group = sorted(group, key=score, reverse=True)
             replies = [reply for reply, _ in group[:num_return]]
+            if len({tuple(reply.ids) for reply, _ in group}) == 1 < samples:
+                _warn_of_copies(samples)
             found.append(replies if num_return > 1 else replies[0])
         return found if batch else found[0]
+
+    def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
+        """RequestError if several replies would be copies of one, as no kind of them has a choice."""
+        settings = merge_sampling(
+            self.kinds, self.sampling, {name: options.get(name) for name in NAMES}, options.get("sampling")
+        )
+        kinds = self._plan(output) or self.kinds
+        if all(settings[kind].greedy for kind in kinds):
+            raise RequestError(
+                f"{samples} replies would be {samples} copies: {', '.join(kinds)} is decoded greedily here "
+                "(temperature 0 or top_k 1). Set temperature=1.0 or so, or ask for one reply."
+            )
 
     def _encode_prompts(self, prompt: Prompt, batch: bool) -> list[list[int]]:
         if batch and not (isinstance(prompt, list | tuple) and prompt):
@@ -232,8 +268,9 @@ class AnyToken:
     ) -> list[Reply]:
         """`generate` for prompts that are ids already, one reply each.
 
-        Each reply draws from (seed, its number in `rows`); by default all numbers are 0. What `prefixes` holds of a
-        prompt is not read again.
+        Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
+        reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
+        holds of a prompt is not read again. EngineError for an empty prompt and for ids that are none.
         """
         return [reply for reply, _ in self._replies(prompts, output, rows, prefixes, **options)]
 
@@ -314,6 +351,30 @@ class AnyToken:
         sizes: Mapping[str, tuple[int, ...]] | None = None,
         **settings: Any,
     ) -> Generator[Token, None, None]:
+        request = self.request(
+            output, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, sizes=sizes, **settings
+        )
+        plan = request.pop("plan")
+        return self.engine.stream(
+            prompts,
+            [plan] * len(prompts),
+            rows=range(len(prompts)) if seed is None else [0] * len(prompts) if rows is None else rows,
+            prefixes=prefixes,
+            scored=scored,
+            **request,
+        )
+
+    def request(
+        self,
+        output: Output,
+        *,
+        sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """Output and `Options` of one reply as the keyword arguments of `Scheduler.submit`, checked."""
         unknown = sorted(set(settings) - set(NAMES))
         if unknown:
             raise RequestError(
@@ -324,18 +385,14 @@ class AnyToken:
                 f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
             )
         plan = self._plan(output)
-        return self.engine.stream(
-            prompts,
-            [plan] * len(prompts),
-            merge_sampling(self.kinds, self.sampling, settings, sampling),
-            self._limit(plan) if max_new_tokens is None else max_new_tokens,
-            seed,
-            self.processor.null_prompt(),
-            [0] * len(prompts) if rows is None else rows,
-            sizes,
-            prefixes,
-            scored,
-        )
+        return {
+            "plan": plan,
+            "sampling": merge_sampling(self.kinds, self.sampling, settings, sampling),
+            "max_new_tokens": self._limit(plan) if max_new_tokens is None else max_new_tokens,
+            "seed": seed,
+            "null_prompt": self.processor.null_prompt(),
+            "sizes": sizes,
+        }
 
     def _plan(self, output: Output) -> tuple[str, ...] | None:
         if output is None:
@@ -383,6 +440,57 @@ class AnyToken:
         limit = self._limit(self._plan(output)) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 
+    # ---- comparing ----
+
+    def score_details(
+        self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none"
+    ) -> list[Score]:
+        """The log-likelihood of each answer as the whole reply to a prompt, by token and by segment.
+
+        answers: each a string, a segment, or a list of both; the prompt is read once for all of them. With
+        normalize="pmi" each also has its likelihood after an empty prompt. ValueError (ScoreError, PromptError) for no
+        answers, an empty one, a kind that the model lacks, or more than the context holds.
+        """
+        check_normalize(normalize)
+        if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
+            raise ScoreError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
+        replies = [self.processor.encode_reply(answer) for answer in answers]
+        prior = self.processor.null_prompt() if normalize == "pmi" else None
+        return score_ids(self.engine, self.encode_prompt(prompt), replies, prior)
+
+    def score(self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none") -> list[float]:
+        """How likely each answer is as the whole reply to a prompt: log-likelihoods in nats.
+
+        normalize: "none" for the sum over tokens, "tokens" for the mean, "pmi" for the sum less that after an empty
+        prompt. Everything else as for `score_details`.
+        """
+        return [one.value(normalize) for one in self.score_details(prompt, answers, normalize)]
+
+    def classify(
+        self, prompt: Prompt, labels: Sequence[Any], normalize: Normalize = "none"
+    ) -> Classification:
+        """Which of the labels answers a prompt best, with their probabilities among themselves.
+
+        labels: as `answers` of `score`.
+        """
+        return classify(labels, self.score(prompt, labels, normalize))
+
+    def rerank(
+        self, prompt: Prompt, candidates: Sequence[Any], normalize: Normalize = "tokens"
+    ) -> list[tuple[int, float]]:
+        """Index and score of each candidate, best first; arguments as for `score`."""
+        scores = self.score(prompt, candidates, normalize)
+        return sorted(enumerate(scores), key=itemgetter(1), reverse=True)
+
+    def perplexity(self, segments: Any, prompt: Prompt | None = None) -> float:
+        """exp of the mean negative log-likelihood per token of segments, after an empty prompt by default.
+
+        Tokens without an alternative, such as close ids, are not counted.
+        """
+        ids = self.processor.encode_reply(segments)
+        start = self.processor.null_prompt() if prompt is None else self.encode_prompt(prompt)
+        return perplexity(self.engine.grammar, score_ids(self.engine, start, [ids])[0])
+
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""
         return Chat(self, system)
@@ -393,7 +501,27 @@ class AnyToken:
         ValueError if the model has a modality of that name. The new rows are to be trained before they mean
         anything; what is generated is well-formed from the start.
         """
-        self.processor = add_modality(self.lm, self.processor, tokenizer)
+        active = self.adapters.active
+        self.use_adapter(None)
+        try:
+            self.processor = add_modality(self.lm, self.processor, tokenizer)
+            tokenizer.to(self.lm.device)
+        finally:
+            self.use_adapter(active)
+
+    def swap_global(self, segment: Segment, other: Segment) -> Segment:
+        """`segment` with the global codes of `other`: recolours an image, converts a voice.
+
+        No language model is asked: both are encoded, and the local codes of the first decoded with the header of the
+        second. ValueError (RequestError, PromptError, TokenizerError) for segments of different kinds, and a kind
+        without tokenizer or global codes.
+        """
+        kinds = [one.kind if isinstance(one, Segment) else type(one).__name__ for one in (segment, other)]
+        if kinds[0] != kinds[1]:
+            raise RequestError(
+                f"swap_global takes two segments of one kind; received {kinds[0]} and {kinds[1]}."
+            )
+        return self.processor.tokenizer_of(kinds[0]).swap_global(segment, other)
 
     @property
     def adapters(self) -> Adapters:
@@ -408,39 +536,55 @@ class AnyToken:
         ValueError (CheckpointError and the like) for a folder that is none or does not fit, or a name that is taken.
         """
         self.processor = self.adapters.load(Path(path), name, self.processor)
-        self._engine = None
+        for tokenizer in self.processor.tokenizers.values():
+            tokenizer.to(self.lm.device)
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with an adapter from now on, or with the bare model (None); AdapterError for an unknown name."""
         self.adapters.use(name)
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write a checkpoint folder that `load` opens; an older one there is replaced once all is written.
+    def save_pretrained(
+        self, path: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write a checkpoint folder that `load` opens, whole or not at all.
 
-        dtype: how weights are stored, such as torch.bfloat16 for half the size; by default as they are.
-        CheckpointError if the path holds something that is no checkpoint, or `lm` carries an adapter or is quantised.
+        An older state of this model there (loaded from, or saved to the same folder before) is replaced; files there
+        that are no part of a checkpoint are kept. dtype: how weights are stored, such as torch.bfloat16 for half the
+        size; by default as they are. CheckpointError if the path holds another checkpoint or something else and
+        `overwrite` is False, or if `lm` carries an adapter or is quantised.
         """
         target = Path(path)
-        if any(".base_layer." in name for name, _ in self.lm.named_parameters()):
-            raise CheckpointError(
-                "The model carries a PEFT adapter, which is no part of a checkpoint: fold it in first "
-                "(model.lm = peft_model.merge_and_unload()), or save it alone (peft_model.save_pretrained) and "
-                "load it with adapter=."
-            )
-        check_target(target, "token_space.json")
-        if getattr(self.lm, "quantized", None):
-            raise CheckpointError(
-                f"The weights are quantised ({self.lm.quantized}) and rounded for good: open the checkpoint without "
-                "quantize= to save it."
-            )
+        self._check_saveable()
+        check_target(target, CHECKPOINT, overwrite)
         lm = self.lm if dtype is None else copy.deepcopy(self.lm).to(dtype)
-        with replacing(target) as folder:
+        with write_folder(target, CHECKPOINT, overwrite, own=target.resolve() in self._homes) as folder:
             lm.save_pretrained(folder)
             self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
             if self.card is not None:
                 (folder / "README.md").write_text(self.card, encoding="utf-8")
+        self._homes.add(target.resolve())
         return target
+
+    def _check_saveable(self) -> None:
+        active = self.adapters.active
+        if active is not None:
+            raise CheckpointError(
+                f"The adapter {active!r} is in use, and it is no part of the model: take it off first "
+                "(model.use_adapter(None)), or make a checkpoint of both with load(..., adapter=FOLDER) or "
+                "anytoken merge-adapter."
+            )
+        if hasattr(self.lm, "peft_config") or any(".base_layer." in n for n, _ in self.lm.named_parameters()):
+            raise CheckpointError(
+                "The model carries a PEFT adapter, which is no part of a checkpoint: fold it in first "
+                "(model.lm = peft_model.merge_and_unload()), or save it alone (peft_model.save_pretrained) and "
+                "load it with adapter=."
+            )
+        if getattr(self.lm, "quantized", None):
+            raise CheckpointError(
+                f"The weights are quantised ({self.lm.quantized}) and rounded for good: open the checkpoint without "
+                "quantize= to save it."
+            )
 
 
 def load(
@@ -449,9 +593,20 @@ def load(
     adapter: str | Path | None = None,
     quantize: str | None = None,
     compile: bool = False,
+    attn_implementation: str = "auto",
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
-    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile)
+    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile, attn_implementation)
+
+
+@cache
+def _warn_of_copies(samples: int) -> None:
+    """Once: what was asked for has a choice, but all replies took the same one."""
+    log.warning(
+        "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
+        "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",
+        samples,
+    )
 
 
 def _check_count(name: str, count: object) -> int:

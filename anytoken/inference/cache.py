@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+
+from anytoken.model.attention import runs_flash
 
 COLUMNS = 256  # the least storage of a row
 ROWS = 2  # the least storage: one row alone would be another case for compiled code
@@ -35,6 +38,7 @@ class RowCache(Cache):
         self.values: list[Tensor] = []
         self.seen = torch.full((ROWS, 1, 1, COLUMNS), -torch.inf, device=device, dtype=dtype)
         self._columns = torch.arange(COLUMNS, device=device)
+        self._flat: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._views: tuple[tuple[int, int, int], KeyValues, Tensor] | None = None
 
     # ---- storage ----
@@ -108,10 +112,37 @@ class RowCache(Cache):
 
     def aim(self, start: int, positions: Tensor) -> None:
         """Where the next `update` of every layer writes: rows from `start` on, at positions [S, W]."""
+        self._flat = None
         self._rows = slice(start, start + len(positions))
         self._positions = positions
         self._length = int(positions.max()) + 1
         self.seen[self._rows, 0, 0].masked_fill_(self._columns <= positions[:, -1:], 0)
+
+    def aim_flat(self, start: int, positions: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The same for N tokens of all rows laid end to end, as FlashAttention takes them, at consecutive positions.
+
+        What it needs to know of them: where each row's new tokens (q) and its keys (k) begin, and the most of a row.
+        """
+        device, lasts = self.seen.device, [row[-1] for row in positions]
+        new, lengths = (
+            [last - row[0] + 1 for row, last in zip(positions, lasts, strict=True)],
+            [n + 1 for n in lasts],
+        )
+        rows = torch.arange(start, start + len(positions), device=device)
+
+        def places(counts: list[int], firsts: list[int]) -> tuple[Tensor, Tensor]:
+            columns = [torch.arange(n, n + count) for n, count in zip(firsts, counts, strict=True)]
+            return rows.repeat_interleave(torch.tensor(counts, device=device)), torch.cat(columns).to(device)
+
+        self._flat = places(new, [row[0] for row in positions]), places(lengths, [0] * len(lengths))
+        self._length = max(lengths)
+        last = torch.tensor(lasts, device=device)[:, None]
+        self.seen[start : start + len(positions), 0, 0].masked_fill_(self._columns <= last, 0)
+        edges = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (new, lengths)]
+        return {
+            "cu_seq_lens_q": edges[0], "cu_seq_lens_k": edges[1],
+            "max_length_q": max(new), "max_length_k": max(lengths),
+        }  # fmt: skip
 
     def causal_mask(self, window: int | None = None) -> Tensor:
         """The mask [S, 1, W, T] of that write: each token reads its row up to itself, at most `window` columns."""
@@ -125,10 +156,19 @@ class RowCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values [S, G, W, E]; all that the rows hold, [S, G, T, E]."""
+        """Write new keys and values [S, G, W, E]; all that the rows hold, [S, G, T, E].
+
+        After `aim_flat` [1, G, N, E], and what the rows hold end to end.
+        """
         if layer_idx == len(self.keys):
             self._allocate([(key_states, value_states)])
         seen = []
+        if self._flat is not None:
+            (rows, columns), (held_rows, held_columns) = self._flat
+            for layer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+                layer[rows, :, columns] = new[0].transpose(0, 1)
+                seen.append(layer[held_rows, :, held_columns].transpose(0, 1)[None])
+            return seen[0], seen[1]
         for layer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             rows = layer[self._rows]
             index = self._positions[:, None, :, None].expand_as(new)
@@ -139,12 +179,62 @@ class RowCache(Cache):
         """How many columns the longest row of the current write has."""
         return self._length
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """How many columns a mask would have, from the first one on."""
+        return self._length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where the new tokens begin; of no use where rows differ, and FlashAttention has its own lengths."""
+        return 0
+
     def _allocate(self, layers: KeyValues) -> None:
         """Storage for further layers like these keys and values [S, G, W, E]."""
         rows, columns = self.seen.shape[0], self.seen.shape[-1]
         for k, v in layers:
             self.keys.append(k.new_zeros(rows, k.shape[1], columns, k.shape[3]))
             self.values.append(v.new_zeros(rows, v.shape[1], columns, v.shape[3]))
+
+
+def forward_inputs(
+    lm: PreTrainedModel, ids: list[list[int]], positions: list[list[int]], cache: RowCache, start: int
+) -> tuple[dict[str, Any], Tensor | None]:
+    """What a model's own forward pass is given to feed ids at positions [S, W] to the cache's rows from `start` on.
+
+    A row with fewer ids repeats its last one. For FlashAttention, which takes no mask, the rows are laid end to end
+    without repetitions; then also where in the output the last id of each row is, [S].
+    """
+    flash = runs_flash(lm)
+    if flash:
+        extra = cache.aim_flat(start, positions)
+        counts = [row[-1] - row[0] + 1 for row in positions]
+        ids, positions = (
+            [[one for row, n in zip(rows, counts, strict=True) for one in row[:n]]]
+            for rows in (ids, positions)
+        )
+    where = torch.tensor(positions, device=lm.device)
+    if not flash:
+        cache.aim(start, where)
+        extra = {"attention_mask": _masks(lm.config.get_text_config(), cache)}
+    inputs = {
+        "input_ids": torch.tensor(ids, device=lm.device),
+        "position_ids": where,
+        "past_key_values": cache,
+        "use_cache": True,
+        **extra,
+    }
+    return inputs, extra["cu_seq_lens_q"][1:].long() - 1 if flash else None
+
+
+def _masks(config: PretrainedConfig, cache: RowCache) -> Tensor | dict[str, Tensor]:
+    """One mask, or one for each type of layer where some look back only so far."""
+    window = getattr(config, "sliding_window", None)
+    types = set(getattr(config, "layer_types", None) or ())
+    if window is None or "sliding_attention" not in types:
+        return cache.causal_mask(None if types else window)
+    return {
+        "full_attention": cache.causal_mask(),
+        "sliding_attention": cache.causal_mask(window),
+    }
 
 
 class Prefixes:
@@ -163,7 +253,7 @@ class Prefixes:
         return len(self._stored)
 
     def use(self, weights: object) -> None:
-        """Say which weights are in use; anything stored with others is forgotten."""
+        """Say what model is in use, by anything that tells it from others; what was stored with them is forgotten."""
         if self._weights != weights:
             self._stored.clear()
         self._weights = weights

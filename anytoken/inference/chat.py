@@ -14,12 +14,14 @@ import logging
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+from anytoken.atomic import FolderKind, check_target, write_folder
 from anytoken.inference.cache import Prefixes
-from anytoken.inference.checkpoint import check_target, replacing
 from anytoken.inference.reply import Reply, segment_html
 from anytoken.inference.stream import Event
 from anytoken.processor import Message
@@ -58,6 +60,7 @@ class Chat:
         self.model = model
         self.turns: list[Turn] = []
         self.forgotten = 0
+        self._id = uuid4().hex  # tells a later state of one conversation from another conversation
         self._prefixes = Prefixes()  # what was read of this conversation is not read again
         if system is not None:
             self.turns = self._encode([{"role": "system", "content": system}])
@@ -224,11 +227,17 @@ class Chat:
 
     # ---- keeping ----
 
-    def save(self, path: str | Path) -> Path:
-        """Write a folder with chat.json and one file per medium, whole or not at all; an older chat is replaced."""
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write a folder with chat.json and one file per medium, whole or not at all.
+
+        An earlier state of this conversation there is replaced; ChatError for another conversation or something else,
+        unless `overwrite`. Files there that are not the conversation's are kept.
+        """
         target = Path(path).expanduser()
-        check_target(target, FILE)
-        with replacing(target) as folder:
+        before, files = _saved(target)
+        kind = FolderKind("conversation", FILE, files, ChatError)
+        check_target(target, kind, overwrite)
+        with write_folder(target, kind, overwrite, own=before == self._id) as folder:
             messages = []
             for number, turn in enumerate(self.turns):
                 parts = [
@@ -237,7 +246,10 @@ class Chat:
                 ]
                 asked = {} if turn.output is None else {"output": turn.output}
                 messages.append({"role": turn.role, "content": parts, **asked})
-            data = {"version": 1, "token_space": _digest(self.model), "messages": messages, "ids": self.ids}
+            data = {
+                "version": 1, "id": self._id, "token_space": _digest(self.model), "messages": messages,
+                "ids": self.ids,
+            }  # fmt: skip
             (folder / FILE).write_text(
                 json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )
@@ -255,6 +267,7 @@ class Chat:
         types = KINDS | {kind: one.segment_type for kind, one in model.processor.tokenizers.items()}
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            chat._id = _saved(folder)[0] or chat._id
             for message in data["messages"]:
                 content = [_load_part(part, folder, types) for part in message["content"]]
                 chat.turns.append(Turn(message["role"], content, [], message.get("output")))
@@ -271,6 +284,21 @@ class Chat:
                 f"{folder} does not hold a saved chat ({type(error).__name__}: {error})."
             ) from error
         return chat
+
+
+def _saved(folder: Path) -> tuple[str | None, tuple[str, ...]]:
+    """Which conversation a folder holds, and the names of its files; None if it holds none.
+
+    Older ones have no id and are told apart by their bits.
+    """
+    try:
+        content = (folder / FILE).read_bytes()
+        data = json.loads(content)
+        parts = [part for message in data["messages"] for part in message["content"]]
+        names = [Path(part[part["type"]]).name for part in parts if part["type"] != "text"]
+        return data.get("id") or hashlib.sha256(content).hexdigest(), (FILE, *map(escape, names))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None, (FILE,)
 
 
 def _split_after(ids: Sequence[int], last: int) -> list[list[int]]:

@@ -10,20 +10,22 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
+from anytoken.atomic import FolderKind
+from anytoken.model.attention import use_attention
 from anytoken.model.modalities import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
@@ -38,6 +40,20 @@ log = logging.getLogger(__name__)
 
 class CheckpointError(ValueError):
     """A checkpoint that is not found, not complete or not readable."""
+
+
+CHECKPOINT = FolderKind(
+    "checkpoint",
+    "token_space.json",
+    (
+        "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json",
+        "text_tokenizer/tokenizer.json", "tokenizers/*/config.json", "tokenizers/*/model.safetensors",
+        "tokenizers/*/*.py",
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",  # an export's
+    ),
+    CheckpointError,
+)  # fmt: skip
 
 
 def find_checkpoint(name_or_path: str | Path) -> Path:
@@ -87,18 +103,23 @@ def _names_a_path(name: str) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """CheckpointError naming the first file that is missing, truncated or not JSON."""
+    """CheckpointError naming the first file of the model that is missing, truncated or not JSON.
+
+    The tokenizers' files are checked where they are loaded; what else lies in the folder is nobody's business here.
+    """
     for name in REQUIRED:
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder / name} is missing: {folder} is no complete checkpoint; copy it again."
             )
-    for path in sorted(folder.rglob("*.json")):
+    for path in (folder / name for name in CHECKPOINT.own_files(folder)):
+        if path.suffix != ".json" or path.parent.parent.name == "tokenizers":
+            continue
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again.") from error
-    for path in [*_weight_files(folder), *sorted(folder.glob("tokenizers/*/*.safetensors"))]:
+    for path in _weight_files(folder):
         _check_safetensors(path)
 
 
@@ -147,11 +168,16 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def load_folder(
-    folder: Path, device: torch.device, adapter: str | Path | None = None, quantize: str | None = None
+    folder: Path,
+    device: torch.device,
+    adapter: str | Path | None = None,
+    quantize: str | None = None,
+    attention: str = "auto",
 ) -> tuple[PreTrainedModel, Processor]:
     """The language model, with an adapter merged and weights quantised if asked, and the processor of a folder.
 
-    Weights are float32 on a CPU, where bfloat16 is many times slower, and as stored elsewhere.
+    Both are on the device; attention is one of the choices of `model/attention.py`. Weights are float32 on a CPU, where
+    bfloat16 is many times slower, and as stored elsewhere.
     """
     check_folder(folder)
     processor = Processor.from_pretrained(folder)
@@ -176,6 +202,9 @@ def load_folder(
         lm.set_experts_implementation("eager")  # grouped products cost 40 ms a token on a CPU, a loop 3
     if quantize is not None:
         quantize_weights(lm, quantize)
+    for tokenizer in processor.tokenizers.values():
+        tokenizer.to(device)
+    use_attention(lm, attention, device, lm.dtype)
     return lm.eval().to(device), processor
 
 
@@ -196,49 +225,62 @@ def _load_lm(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, d
 
 
 def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Load a PEFT adapter and fold it into the weights, so that generation is as fast as without."""
-    from peft import PeftModel  # a second to import, and only adapters need it
+    """Load a PEFT adapter and merge it into the weights of `lm`, so that generation is as fast as without.
+
+    A tied head stays tied only if the adapter leaves the two tables alike. CheckpointError says what does not fit;
+    `lm` is then of no more use.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # a second to import
 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing: {folder} is no adapter folder.")
     _check_safetensors(folder / "adapter_model.safetensors")
     try:
-        merged = PeftModel.from_pretrained(lm, folder).merge_and_unload()
+        weights = load_file(folder / "adapter_model.safetensors")
+        config = PeftConfig.from_pretrained(str(folder))
+        made_for = config.base_model_name_or_path or "an unnamed model"
+        with warnings.catch_warnings():  # of tied weights, which are seen to below
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(lm, config)
+            misfit = _adapter_misfit(adapted, weights)
+            if misfit:
+                raise CheckpointError(
+                    f"The adapter {folder} was made for another model ({made_for}): {misfit}."
+                )
+            set_peft_model_state_dict(adapted, weights)
+            _untie_adapted_tables(lm)
+            merged = adapted.merge_and_unload()
+    except CheckpointError:
+        raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"The adapter {folder} does not fit this model: {error}") from error
     vars(merged).pop("peft_config", None)  # left over: with it the model would pass for an adapted one
+    merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
     return merged
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder: it takes the target's place if the block ends well, and goes if it does not.
+def _adapter_misfit(adapted: Any, weights: Mapping[str, Tensor]) -> str:
+    """The first weight of a saved adapter that the adapted model has no place for, or lacks; "" if all fit."""
+    from peft import get_peft_model_state_dict
 
-    CheckpointError if there is no place for it beside the target.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {target}: {error.strerror} ({target.parent}).") from error
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        for path in scratch.rglob("*"):  # safetensors writes files that only their owner can read
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        old = scratch.with_name(scratch.name + "-old")
-        if target.exists():
-            target.rename(old)
-        scratch.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    known = adapted.state_dict() | own  # a saved adapter may hold the embedding and the head as well
+    for name in sorted({*own, *weights}):
+        there, here = (tuple(one[name].shape) if name in one else None for one in (weights, known))
+        if there != here:
+            words = ["absent" if shape is None else str(list(shape)) for shape in (there, here)]
+            return f"{name} is {words[0]} in the adapter and {words[1]} in this model"
+    return ""
 
 
-def check_target(target: Path, marker: str) -> None:
-    """CheckpointError if `target` exists and is neither empty nor a folder with `marker` in it."""
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
-        raise CheckpointError(
-            f"{target} exists and holds something else; choose another folder or remove it."
-        )
+def _untie_adapted_tables(lm: PreTrainedModel) -> None:
+    """Give the head a table of its own where an adapter changes one of two tied tables: merging would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [lm.get_input_embeddings(), lm.get_output_embeddings()]
+    if not any(isinstance(layer, BaseTunerLayer) for layer in layers):
+        return
+    first, head = (one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in layers)
+    if first.weight is head.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)

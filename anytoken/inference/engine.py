@@ -15,6 +15,7 @@ of one id.
 import secrets
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ from anytoken.inference.cache import Prefixes
 from anytoken.inference.head import Head
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Row, Scheduler, Token
+from anytoken.inference.weights import checksum, storage_key
 
 Plan = Sequence[str] | None
 
@@ -53,7 +55,8 @@ class Engine:
         self.compiled = compiled
         self.lm = lm
         self._head: Head | None = None
-        self._parts: tuple[object, ...] = ()
+        self._objects: list[object] = []
+        self._facts: list[object] = []
 
     @property
     def context(self) -> int:
@@ -61,10 +64,11 @@ class Engine:
         return int(self.lm.config.get_text_config().max_position_embeddings)
 
     def head(self) -> Head:
-        """The model for decoding, prepared anew when one of its modules or weights is another one."""
-        parts = (*map(type, self.lm.modules()), *self.lm.parameters())
-        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
-            self._head, self._parts = Head(self.lm, self.compiled), parts
+        """The model for decoding, prepared again whenever the views of its weights would be of other ones."""
+        objects, facts = storage_key(self.lm)
+        if facts != self._facts or any(a is not b for a, b in zip(objects, self._objects, strict=True)):
+            self._head = Head(self.lm, self.compiled)
+            self._objects, self._facts = objects, facts
         assert self._head is not None
         return self._head
 
@@ -138,15 +142,31 @@ class Engine:
     ) -> Row:
         """A checked request for the scheduler; it draws from (`seed`, `draw`), the rest is as for `stream`."""
         settings = dict(sampling or {})
+        self._check_ids(prompt)
         if null_prompt is None and any(one.cfg_scale != 1 for one in settings.values()):
             raise EngineError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
         state = self.grammar.reply(plan, sizes=dict(sizes) if sizes else None)
         budget = self._budget(state, max(len(prompt), len(null_prompt or ())), max_new_tokens)
         random = np.random.default_rng([_checked_seed(seed), draw])
         if prefixes is not None:
-            prefixes.use([(id(one), one._version) for one in self.lm.parameters()])
+            _, facts = storage_key(self.lm)
+            prefixes.use((facts, checksum(chain(self.lm.parameters(), self.lm.buffers()))))
         slot = Slot(prompt, prefixes)
         return Row(number, state, budget, random, slot, settings, list(null_prompt or ()), scored)
+
+    def _check_ids(self, prompt: Sequence[int]) -> None:
+        """EngineError for a prompt without ids, or with something that is none of the vocabulary's."""
+        size = self.grammar.token_space.vocab_size
+        if not len(prompt):
+            raise EngineError(
+                "The prompt is empty: the model continues a sequence, so give at least one id, such as bos."
+            )
+        for place, token in enumerate(prompt):
+            whole = hasattr(token, "__index__") and not isinstance(token, bool)
+            if not whole or not 0 <= token < size:
+                raise EngineError(
+                    f"Ids are whole numbers from 0 to {size - 1}; id {place} of the prompt is {token!r}."
+                )
 
     def _budget(self, state: State, prompt_length: int, max_new_tokens: int | None) -> int:
         """How many ids a reply may have; EngineError if its shortest legal form is longer."""

@@ -25,9 +25,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from anytoken.inference.cache import COLUMNS, KeyValues, RowCache
+from anytoken.inference.cache import COLUMNS, KeyValues, RowCache, forward_inputs
+from anytoken.inference.weights import has_hooks
 from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.model.moe import AnyTokenMoE, group_mask
+from anytoken.model.moe import AnyTokenMoE, group_mask, run_experts
 
 KNOWN = {  # where the types of modules that this file does the work of are defined
     "anytoken.model.modeling", "anytoken.model.moe", "transformers.models.qwen3_moe.modeling_qwen3_moe",
@@ -172,7 +173,9 @@ class FlatDecoder:
             if torch.compiler.is_compiling():
                 parts.append(_gathered(hidden, layer.experts, self.act, choices, weights))
             elif len(hidden) > FEW or hidden.device.type != "cpu":
-                parts.append(layer.experts(hidden, choices.clamp(max=len(layer.gate_up)), weights))
+                parts.append(
+                    run_experts(layer.experts, hidden, choices.clamp(max=len(layer.gate_up)), weights)
+                )
             else:
                 parts.append(self._routed(hidden, layer, choices.tolist(), weights))
         if layer.dense is not None:
@@ -232,7 +235,7 @@ def flat_decoder(lm: PreTrainedModel) -> tuple[FlatDecoder | None, str]:
     for name, module in lm.named_modules():
         if type(module).__module__ not in KNOWN and not name.endswith("act_fn"):
             return None, f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if has_hooks(module):
             return None, f"{name or 'the model'} has hooks"
     config = lm.config
     if config.attention_bias or config.sliding_window is not None:
@@ -251,12 +254,8 @@ def _agrees(decoder: FlatDecoder, lm: PreTrainedModel) -> bool:
     weight = decoder.embedding
     caches = [RowCache(weight.device, weight.dtype) for _ in range(2)]
     for position, token in enumerate(ids):
-        where = torch.tensor([[position]], device=weight.device)
-        for cache in caches:
-            cache.aim(0, where)
-        inputs = {"input_ids": torch.tensor([[token]], device=weight.device), "position_ids": where}
-        mask = caches[0].causal_mask()
-        expected = lm.model(**inputs, attention_mask=mask, past_key_values=caches[0]).last_hidden_state[:, -1]
+        inputs, _ = forward_inputs(lm, [[token]], [[position]], caches[0], 0)
+        expected = lm.model(**inputs).last_hidden_state[:, -1]
         if not position:  # the storage of the other cache is made by a first write
             caches[1].write_row(0, caches[0].read_row(0, 1), 1)
         found = decoder.step([token], [position], caches[1], 0)

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from anytoken.grammar_tables import Ranges
-from anytoken.inference.cache import RowCache
+from anytoken.inference.cache import RowCache, forward_inputs
 from anytoken.inference.flat_decoder import blocked, flat_decoder, product
+from anytoken.model.attention import usable_attention
 
 SLICES = 1024  # sets of ranges whose rows are kept
 log = logging.getLogger(__name__)
@@ -35,12 +36,12 @@ class Head:
     def __init__(self, lm: PreTrainedModel, compiled: bool = False) -> None:
         self.lm = lm
         self.layer = lm.get_output_embeddings()
-        self.config = lm.config.get_text_config()
         self._slices: dict[Ranges, list[Tensor]] = {}
-        self.sliced = self._slicing_is_exact()
+        with usable_attention(lm, cached=True):
+            self.sliced = self._slicing_is_exact()
+            self.decoder, reason = flat_decoder(lm) if self.sliced else (None, "its logits are its own")
         if not self.sliced:
             log.info("%s makes its logits in its own way: all of them are computed", type(lm).__name__)
-        self.decoder, reason = flat_decoder(lm) if self.sliced else (None, "its logits are its own")
         if reason:
             log.info("%s decodes by its own forward: %s", type(lm).__name__, reason)
         if compiled:
@@ -81,29 +82,13 @@ class Head:
         """
         if self.decoder is not None and cache.keys and len(ids[0]) == 1:
             return self.decoder.step([one for (one,) in ids], [one for (one,) in positions], cache, start)
-        where = torch.tensor(positions, device=self.lm.device)
-        cache.aim(start, where)
-        inputs = {
-            "input_ids": torch.tensor(ids, device=self.lm.device),
-            "attention_mask": self._masks(cache),
-            "position_ids": where,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        if self.sliced:
-            return self.lm.base_model(**inputs).last_hidden_state[:, -1]
-        return self.lm(**inputs, logits_to_keep=1).logits[:, -1]
-
-    def _masks(self, cache: RowCache) -> Tensor | dict[str, Tensor]:
-        """One mask, or one for each type of layer where some look back only so far."""
-        window = getattr(self.config, "sliding_window", None)
-        types = set(getattr(self.config, "layer_types", None) or ())
-        if window is None or "sliding_attention" not in types:
-            return cache.causal_mask(None if types else window)
-        return {
-            "full_attention": cache.causal_mask(),
-            "sliding_attention": cache.causal_mask(window),
-        }
+        with usable_attention(self.lm, cached=True):
+            inputs, ends = forward_inputs(self.lm, ids, positions, cache, start)
+            if self.sliced:
+                hidden = self.lm.base_model(**inputs).last_hidden_state
+                return hidden[:, -1] if ends is None else hidden[0, ends]
+            logits = self.lm(**inputs, logits_to_keep=1 if ends is None else ends).logits
+            return logits[:, -1] if ends is None else logits[0]
 
     def __call__(self, features: Tensor, ranges: Ranges) -> Tensor:
         """Logits [N, K] in float32 on the CPU, of the K ids of `ranges` in order, from N rows of features."""

@@ -24,8 +24,8 @@ class GrammarLogitsProcessor(LogitsProcessor):
     reply is complete within it; GrammarError (a ValueError) if the shortest reply is longer. `prompt_length` is the
     number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first call.
     States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`:
-    GrammarError says so where rows do not go on as replies. That is also what assisted decoding meets, which writes
-    ahead of the grammar.
+    GrammarError says so where rows do not go on as replies, or where other settings leave nothing to follow. The
+    former is also what assisted decoding meets, which writes ahead of the grammar.
     """
 
     def __init__(
@@ -58,8 +58,19 @@ class GrammarLogitsProcessor(LogitsProcessor):
             budget = None if self.max_new_tokens is None else self.max_new_tokens - len(prefix)
             for start, stop in self.grammar.allowed(state, budget):
                 masked[row, start:stop] = scores[row, start:stop]
+            if masked[row].max() == -torch.inf:
+                raise GrammarError(self._contradiction(state, budget))
         self._states = states
         return masked
+
+    def _contradiction(self, state: State, budget: int | None) -> str:
+        space, ((first, stop), *more) = self.grammar.token_space, self.grammar.allowed(state, budget)
+        names = space.token_name(first) if stop - first == 1 and not more else "ids"
+        return (
+            f"Nothing may follow: the grammar allows {names} here, and another setting of generate forbids it. "
+            "min_new_tokens, suppress_tokens and bad_words_ids contradict a reply that is complete; leave them out, "
+            "or ask for a longer reply by output, sizes or the prompt."
+        )
 
     def _state(self, prefix: tuple[int, ...]) -> State:
         if prefix in self._states:

@@ -62,6 +62,11 @@ class Sampling:
             if not isinstance(value, int | float):
                 object.__setattr__(self, name, float(value))
 
+    @property
+    def greedy(self) -> bool:
+        """Whether there is nothing to draw: the likeliest id is always taken."""
+        return self.temperature == 0 or self.top_k == 1
+
 
 NAMES = tuple(field.name for field in fields(Sampling))
 

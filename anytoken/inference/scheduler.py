@@ -116,6 +116,8 @@ class Scheduler:
         What newcomers begin with if there is no choice comes alone, before the model has read anything.
         """
         tokens: list[Token] = []
+        if self._waiting and not self._rows:
+            self._refresh()
         while self._waiting and len(self._rows) < self.max_rows:
             row = self._waiting.popleft()
             row.enter("text")
@@ -132,6 +134,12 @@ class Scheduler:
                 tokens += self._settle(row)
         self._leave([row for row in self._rows if row.finished])
         return tokens
+
+    def _refresh(self) -> None:
+        """Between requests the weights may have become others: take what the engine decodes with now."""
+        head = self._engine.head()
+        if head is not self._head:
+            self._head, self._batch = head, Batch(head)
 
     def _leave(self, rows: list[Row]) -> None:
         if rows:

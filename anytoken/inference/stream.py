@@ -154,10 +154,13 @@ class _Medium:
 
     def __init__(self, processor: Processor, kind: str) -> None:
         self.kind, self.tokenizer = kind, processor.tokenizers[kind]
-        self._starts = processor.grammar.segments[kind].starts
+        segment = processor.grammar.segments[kind]
+        self._starts, self._global_start = segment.starts, segment.global_start
+        self._num_global_codes = segment.num_global_codes
         self._axes = len(self.tokenizer.shape.axes) if isinstance(self.tokenizer.shape, Grid) else 0
         self._size_zero = processor.token_space.size_token(1) - 1
         self._size: list[int] = []
+        self._header: list[int] = []
         self._books: list[list[int]] = [
             [] for _ in self._starts
         ]  # in any order each codebook goes frame by frame
@@ -166,12 +169,16 @@ class _Medium:
     def codes(self) -> Codes:
         """The codes so far, in whole frames."""
         frames = len(self._books[-1])
-        return Codes(np.array([book[:frames] for book in self._books]).T, tuple(self._size))
+        values = np.array([book[:frames] for book in self._books]).T
+        return Codes(values, tuple(self._size), np.array(self._header, dtype=np.int64))
 
     def push(self, token: int) -> Iterator[Event]:
-        """One more id of the size header or the codes."""
+        """One more id of the size header, the global codes or the local ones."""
         if len(self._size) < self._axes:
             self._size.append(token - self._size_zero)
+            return
+        if len(self._header) < self._num_global_codes:
+            self._header.append(token - self._global_start)
             return
         book = int(np.searchsorted(self._starts, token, "right")) - 1
         self._books[book].append(token - int(self._starts[book]))

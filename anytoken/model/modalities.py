@@ -5,7 +5,6 @@ And another tokenizer for one that it has: its codes begin anew, the rows of eve
 
 import copy
 import json
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from anytoken.model.rows import new_rows, replaced_rows
+from anytoken.grammar_tables import longest, segment_length
+from anytoken.model.rows import appended_rows, replaced_rows
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Grid, ModalityTokenizer, load_tokenizer
+from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 
 SAVED = "modalities.json"  # beside an adapter: {"palette": first id}
 
@@ -36,10 +36,10 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
     _check_experts(lm, tokenizer.name)
     space = copy.deepcopy(processor.token_space)
     first = space.vocab_size
-    space.append_modality(tokenizer.name, tokenizer.codebook_sizes, tokenizer.shape)
-    old = lm.get_input_embeddings().weight[:first]
-    rows = new_rows(old, space, {tokenizer.name: tokenizer}, first)
-    _write_rows(lm, first, rows)
+    space.append_modality(
+        tokenizer.name, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size
+    )
+    _write_rows(lm, first, appended_rows(lm, space, {tokenizer.name: tokenizer}, first))
     return _grown(lm, processor, space, tokenizer)
 
 
@@ -58,7 +58,8 @@ def replace_modality(lm: PreTrainedModel, processor: Processor, tokenizer: Modal
     tokenizers = {**processor.tokenizers, name: tokenizer}
     space = TokenSpace(old.text_size, old.max_size_token, old.text_ranges)
     for kind in old.modalities:
-        space.append_modality(kind, tokenizers[kind].codebook_sizes, tokenizers[kind].shape)
+        one = tokenizers[kind]
+        space.append_modality(kind, one.codebook_sizes, one.shape, one.global_codebook_size)
     layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
     tables = [replaced_rows(layer.weight, old, space, name, tokenizer) for layer in layers]
     lm.resize_token_embeddings(space.vocab_size, mean_resizing=False)
@@ -123,21 +124,18 @@ def _check_experts(lm: PreTrainedModel, name: str) -> None:
 
 
 @torch.no_grad()
-def _write_rows(lm: PreTrainedModel, first: int, rows: Tensor) -> None:
-    """Put rows [N, D] at ids first, first + 1, ... of the embedding and the head; older rows keep their bits."""
-    size = first + len(rows)
+def _write_rows(lm: PreTrainedModel, first: int, tables: tuple[Tensor, Tensor]) -> None:
+    """Put rows [N, D] at ids first, first + 1, ... of the embedding and of the head; older rows keep their bits."""
+    size = first + len(tables[0])
     if size > lm.config.get_text_config().vocab_size:
         grow = getattr(lm, "grow_vocabulary", None) or partial(
             lm.resize_token_embeddings, mean_resizing=False
         )
         grow(size)
-    for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+    for layer, rows in zip((lm.get_input_embeddings(), lm.get_output_embeddings()), tables, strict=True):
         layer.weight[first:size] = rows.to(layer.weight)
 
 
 def longest_segment(tokenizer: ModalityTokenizer) -> int:
-    """The most ids one segment of this kind takes, with its opening, size header and closing."""
-    shape = tokenizer.shape
-    if isinstance(shape, Grid):
-        return 2 + len(shape.axes) + math.prod(shape.max_size) * shape.num_codebooks
-    return 2 + shape.max_length * shape.num_codebooks
+    """The most ids one segment of this kind takes, with its opening, header and closing."""
+    return segment_length(tokenizer.shape, longest(tokenizer.shape))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -49,6 +50,16 @@ from anytoken.model.packing import keep_samples_apart
 register_checkpoint_conversion_mapping(
     "anytoken", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )
+
+
+IGNORED = -100  # a label that is not learnt
+
+
+def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
+    """Which of the last `length` columns of a mask [B, C + T] are no padding, bool [B * T]; None without one."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].bool().flatten()
 
 
 @dataclass
@@ -90,13 +101,21 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         if not isinstance(self.mlp, Qwen3MoeMLP):
             self.mlp = AnyTokenMoE(config)
 
-    def forward(self, hidden_states: Tensor, open_experts: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        open_experts: Tensor | None = None,
+        real: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """hidden_states [B, T, H] to the same shape."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        told = () if open_experts is None or not isinstance(self.mlp, AnyTokenMoE) else (open_experts,)
-        return hidden_states + self.mlp(normed, *told)
+        told = {"open_experts": open_experts, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
+        return hidden_states + self.mlp(
+            normed, **{name: one for name, one in told.items() if one is not None}
+        )
 
 
 class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
@@ -148,6 +167,7 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] to last_hidden_state [B, T, H].
 
+        real: bool [B * T], tokens that are no padding where no mask tells; the balancing bias counts only those.
         Restarting `position_ids` mark packed samples, which never attend to each other. PackingError (compiled: a
         RuntimeError) if a mask or a cache is given with them: either would silently let them.
         """
@@ -156,14 +176,18 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         use_cache = keep_samples_apart(self.config, rows, position_ids, attention_mask, use_cache, kwargs)
         modality = None
         if self.config.expert_groups or (output_router_logits and self.config.modality_boundaries):
-            if input_ids is None:
+            if input_ids is not None:
+                modality = self.modality_of(input_ids).flatten()
+            elif self.config.expert_groups:
                 raise ValueError(
-                    "Experts are told modalities by token id: give input_ids, not inputs_embeds."
+                    "Expert groups tell modalities by token id: give input_ids, not inputs_embeds."
                 )
-            modality = self.modality_of(input_ids).flatten()
         mask = group_mask(self.config)
         if mask is not None and modality is not None:
             kwargs["open_experts"] = mask.to(modality.device)[modality]
+        real = kwargs.pop("real", None)
+        if self.training and self.config.expert_bias and ids is not None:
+            kwargs["real"] = real_tokens(attention_mask, ids.shape[1]) if real is None else real
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -198,17 +222,28 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         output_router_logits: bool | None = None,
         output_expert_use: bool = False,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> AnyTokenOutput:
         """input_ids [B, T] to logits [B, T, V]; with labels, the loss: cross-entropy, load balance, z-losses.
 
-        output_expert_use: also how each modality used the experts. Other arguments as in transformers' causal
-        language models.
+        num_items_in_batch: targets of all micro-batches of a step, as transformers' Trainer counts them. The loss is
+        then this micro-batch's part of the mean over them, so that the parts add up to the same for any accumulation.
+        Padding (0 in a 2-D attention_mask, -100 in labels) counts in no term. output_expert_use: also how each
+        modality used the experts. Other arguments as in transformers' causal language models. ValueError for
+        inputs_embeds where modalities must be known: expert groups, router_modality_aux_loss_coef, output_expert_use.
         """
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
         routed = labels is not None or output_router_logits or output_expert_use
+        needs_ids = output_expert_use or (labels is not None and config.router_modality_aux_loss_coef > 0)
+        if input_ids is None and config.modality_boundaries and needs_ids:
+            raise ValueError(
+                "Modalities are told by token id: give input_ids, not inputs_embeds, or leave output_expert_use out "
+                "and set router_modality_aux_loss_coef to 0."
+            )
         decoded = self.model(input_ids=input_ids, output_router_logits=routed, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(decoded.last_hidden_state[:, keep])
@@ -219,25 +254,55 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
             attentions=decoded.attentions,
             router_logits=decoded.router_logits,
         )
+        real = real_tokens(kwargs.get("attention_mask"), decoded.last_hidden_state.shape[1])
         if labels is not None:
-            output_z = torch.logsumexp(logits.float(), -1).square().mean()
-            loss = self.loss_function(logits, labels, config.vocab_size)
-            output.loss = loss + config.output_z_loss_coef * output_z
-            if decoded.router_logits:
-                router = router_losses(decoded.router_logits, decoded.router_choices, decoded.modality)
-                output.aux_loss = router.balance
-                output.loss = (
-                    output.loss
-                    + config.router_aux_loss_coef * router.balance
-                    + config.router_modality_aux_loss_coef * router.modality_balance
-                    + config.router_z_loss_coef * router.z
-                )
+            shown = None if real is None else real.view(len(logits), -1)[:, keep]
+            z = self._output_z(logits, shown)
+            self._add_loss(output, decoded, labels, shift_labels, num_items_in_batch, real, z)
         if output_expert_use:
-            output.expert_use = self._expert_use(decoded)
+            output.expert_use = self._expert_use(decoded, real)
         return output
 
-    def _expert_use(self, decoded: AnyTokenModelOutput) -> dict[str, ExpertUse]:
-        """By modality name; "text" is all there is without a token space."""
+    def _add_loss(
+        self,
+        output: AnyTokenOutput,
+        decoded: AnyTokenModelOutput,
+        labels: Tensor,
+        shift_labels: Tensor | None,
+        num_items: Tensor | int | None,
+        real: Tensor | None,
+        output_z: Tensor,
+    ) -> None:
+        """Set `loss` and `aux_loss` of an output; arguments as for `forward`, real: bool [B * T]."""
+        config, logits = self.config, output.logits
+        targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shift_labels is None else shift_labels
+        loss = self.loss_function(
+            logits, labels, config.vocab_size, num_items_in_batch=num_items, shift_labels=targets.contiguous()
+        )
+        terms = config.output_z_loss_coef * output_z
+        if decoded.router_logits:
+            router = router_losses(
+                decoded.router_logits, decoded.router_choices or (), decoded.modality, real=real
+            )
+            output.aux_loss = router.balance
+            terms = (
+                terms
+                + config.router_aux_loss_coef * router.balance
+                + config.router_modality_aux_loss_coef * router.modality_balance
+                + config.router_z_loss_coef * router.z
+            )
+        if num_items is not None:
+            terms = terms * ((targets != IGNORED).sum() / num_items).to(terms.device)
+        output.loss = loss + terms
+
+    @staticmethod
+    def _output_z(logits: Tensor, real: Tensor | None) -> Tensor:
+        """Mean square of the log-normaliser of logits [B, T, V] over real tokens [B, T]."""
+        squares = torch.logsumexp(logits.float(), -1).square()
+        return squares.mean() if real is None else (squares * real).sum() / real.sum().clamp(min=1)
+
+    def _expert_use(self, decoded: AnyTokenModelOutput, real: Tensor | None) -> dict[str, ExpertUse]:
+        """By modality name, of tokens that are no padding; "text" is all there is without a token space."""
         names = self.config.modality_names or [
             "text" if index == 0 else f"modality {index}"
             for index in range(max(self.config.modality_index or [0]) + 1)
@@ -246,6 +311,8 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         if not choices:
             return {}
         groups = decoded.modality if decoded.modality is not None else torch.zeros_like(choices[0][:, 0])
+        if real is not None:
+            choices, groups = tuple(one[real] for one in choices), groups[real]
         return expert_use(expert_counts(choices, groups, len(names), self.config.num_experts), names)
 
     @property

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,12 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         self.load = self.weight.new_zeros(self.num_choices, dtype=torch.long)
 
     def forward(
-        self, hidden_states: Tensor, open_experts: Tensor | None = None
+        self, hidden_states: Tensor, open_experts: Tensor | None = None, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [T, H], open_experts bool [T, C] to logits [T, C], weights [T, K], choices [T, K].
 
-        A closed expert has the logit minus infinity, a null expert the weight zero.
+        A closed expert has the logit minus infinity, a null expert the weight zero. real: bool [T], which tokens count
+        for the load; the others are padding.
         """
         states = hidden_states.float()
         if self.training and self.jitter:
@@ -63,7 +65,7 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         if self.expert_bias is None:
             weights, choices = torch.topk(probabilities, self.top_k, dim=-1)
         else:
-            choices = self._biased_choices(probabilities, open_experts)
+            choices = self._biased_choices(probabilities, open_experts, real)
             weights = probabilities.gather(-1, choices)
         if self.num_choices > self.num_experts:
             weights = weights * (choices < self.num_experts)
@@ -74,7 +76,9 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         return logits, weights.to(hidden_states.dtype), choices
 
     @torch.no_grad()
-    def _biased_choices(self, probabilities: Tensor, open_experts: Tensor | None) -> Tensor:
+    def _biased_choices(
+        self, probabilities: Tensor, open_experts: Tensor | None, real: Tensor | None
+    ) -> Tensor:
         """The bias decides who is chosen, never how much they count; choices [T, K], counted in training."""
         assert self.expert_bias is not None and self.load is not None
         scores = probabilities + self.expert_bias
@@ -82,7 +86,8 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
             scores = scores.masked_fill(~open_experts, float("-inf"))
         choices = torch.topk(scores, self.top_k, dim=-1).indices
         if self.training:
-            self.load.index_add_(0, choices.flatten(), self.load.new_ones(choices.numel()))
+            ones = torch.ones_like(choices) if real is None else real[:, None].expand_as(choices).long()
+            self.load.index_add_(0, choices.flatten(), ones.flatten())
         return choices
 
     @torch.no_grad()
@@ -103,6 +108,17 @@ class AnyTokenExperts(Qwen3MoeExperts):
     """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model."""
 
 
+PLAIN_LOOP = unwrap(AnyTokenExperts.forward)
+
+
+def run_experts(experts: AnyTokenExperts, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
+    """The chosen experts' weighted sum [T, H] by the implementation in use; float64, which grouped products lack, by
+    the plain loop."""
+    if hidden_states.dtype == torch.float64:
+        return PLAIN_LOOP(experts, hidden_states, choices, weights)
+    return experts(hidden_states, choices, weights)
+
+
 class AnyTokenMoE(nn.Module):
     """Routed experts, plus the shared expert if the configuration has one."""
 
@@ -116,11 +132,14 @@ class AnyTokenMoE(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=width) if width else None
 
-    def forward(self, hidden_states: Tensor, open_experts: Tensor | None = None) -> Tensor:
-        """hidden_states [B, T, H] to the same shape."""
+    def forward(
+        self, hidden_states: Tensor, open_experts: Tensor | None = None, real: Tensor | None = None
+    ) -> Tensor:
+        """hidden_states [B, T, H] to the same shape; open_experts and real as for the router."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, choices = self.gate(flat, open_experts)
-        routed = self.experts(flat, choices.clamp(max=self.gate.num_experts), weights).view_as(hidden_states)
+        _, weights, choices = self.gate(flat, open_experts, real)
+        routed = run_experts(self.experts, flat, choices.clamp(max=self.gate.num_experts), weights)
+        routed = routed.view_as(hidden_states)
         return routed if self.shared_expert is None else routed + self.shared_expert(hidden_states)
 
 
@@ -156,22 +175,26 @@ def router_losses(
     modality: Tensor | None = None,
     num_modalities: int | None = None,
     across: bool = False,
+    real: Tensor | None = None,
 ) -> RouterLosses:
     """Load-balance losses (Switch, arXiv 2101.03961) and router z-loss (ST-MoE, 2202.08906).
 
     router_logits: per layer [T, C], minus infinity where closed; choices: per layer [T, K]; modality: int64 [T], all
-    zero by default. A balance is 1 when tokens and probability spread evenly over the experts that are open.
-    across: of the tokens of all processes, which must all call this, with num_modalities (default: those seen).
+    zero by default; real: bool [T], which tokens count (the others are padding). A balance is 1 when tokens and
+    probability spread evenly over the experts that are open. across: of the tokens of all processes, which must all
+    call this, with num_modalities (default: those seen).
     """
     reduce = sum_over_processes if across else lambda value: value
     tokens = torch.zeros(len(router_logits[0]), dtype=torch.long, device=router_logits[0].device)
     members = F.one_hot(tokens if modality is None else modality, num_modalities or -1).float()
+    members = members if real is None else members * real[:, None]
     sums, z_sums = [], []
     for logits, chosen in zip(router_logits, choices, strict=True):
         probabilities = logits.float().softmax(-1)
         share = torch.zeros_like(probabilities).scatter(-1, chosen, 1 / chosen.shape[-1])
         sums.append(torch.stack([members.T @ probabilities, members.T @ share]))
-        z_sums.append(torch.logsumexp(logits.float(), -1).square().sum())
+        z = torch.logsumexp(logits.float(), -1).square()
+        z_sums.append((z if real is None else z * real).sum())
     count, each, z_loss = reduce(members.sum(0)), reduce(torch.stack(sums)), reduce(torch.stack(z_sums))
     return RouterLosses(
         _balance(each.sum(2, keepdim=True), count.sum()[None]),

@@ -11,15 +11,17 @@ Shapes: K codes, D codebook width, H hidden, N new rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
-from anytoken.token_space import TokenSpace
+from anytoken.token_space import Range, TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
+
+HEAD_SCALE = 0.25  # how far new rows of a head spread, as a share of the old ones' spread
 
 
 def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> Tensor:
@@ -27,6 +29,14 @@ def projected_rows(vectors: Tensor, width: int, generator: torch.Generator) -> T
     vectors = vectors.detach().float().cpu()
     rows = (vectors - vectors.mean(0)) @ torch.randn(vectors.shape[1], width, generator=generator)
     return rows / rows.std().clamp(min=1e-6)
+
+
+def _codebooks(space: TokenSpace, name: str, tokenizer: ModalityTokenizer) -> Iterator[tuple[Range, Tensor]]:
+    """Range and vectors [K, D] of every codebook of a modality, and last of its global codes, if it has any."""
+    for codebook in range(len(tokenizer.codebook_sizes)):
+        yield space.code_range(name, codebook), tokenizer.codebook_vectors(codebook)
+    if tokenizer.global_codebook_size:
+        yield space.global_range(name), tokenizer.global_vectors()
 
 
 def new_rows(
@@ -44,13 +54,26 @@ def new_rows(
     width = old.shape[1]
     rows = torch.randn(space.vocab_size - first, width, generator=torch.Generator().manual_seed(first))
     for name, tokenizer in tokenizers.items():
-        for codebook in range(len(tokenizer.codebook_sizes)):
-            vectors = tokenizer.codebook_vectors(codebook)
+        for span, vectors in _codebooks(space, name, tokenizer):
             generator = torch.Generator().manual_seed(vectors.shape[1])
-            span = space.code_range(name, codebook)
             place = slice(span.start - first, span.stop - first)
             rows[place] = (rows[place] + projected_rows(vectors, width, generator)) / math.sqrt(2)
     return old.mean(0) + rows * (scale * old.std(0).mean())
+
+
+def appended_rows(
+    lm: PreTrainedModel, space: TokenSpace, tokenizers: Mapping[str, ModalityTokenizer], first: int
+) -> tuple[Tensor, Tensor]:
+    """`new_rows` for the embedding and for the head of a trained model, each by the spread of its own table.
+
+    Those of a head, which a tied table is too, spread less than the old ones: untrained ids then take about the share
+    of the softmax that as many average ids would, however long its hidden states are.
+    """
+    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    rows = new_rows(head[:first], space, tokenizers, first, HEAD_SCALE)
+    if embedding is head:
+        return rows, rows
+    return new_rows(embedding[:first], space, tokenizers, first), rows
 
 
 def replaced_rows(
@@ -81,8 +104,7 @@ def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
     scale: float = model.config.initializer_range
     generator = torch.Generator().manual_seed(0)
     for kind, tokenizer in processor.tokenizers.items():
-        for codebook in range(len(tokenizer.codebook_sizes)):
-            span = processor.token_space.code_range(kind, codebook)
-            rows = projected_rows(tokenizer.codebook_vectors(codebook), table.shape[1], generator)
+        for span, vectors in _codebooks(processor.token_space, kind, tokenizer):
+            rows = projected_rows(vectors, table.shape[1], generator)
             table[span.start : span.stop] += scale * rows
             table[span.start : span.stop] /= 2**0.5

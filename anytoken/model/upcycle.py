@@ -23,16 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.model.rows import new_rows
+from anytoken.model.rows import appended_rows
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
 TOLERANCE = 1e-4  # of logits, relative to their size: float32 sums in another order
-HEAD_SCALE = (
-    0.25  # rows of the head spread less than the old ones, so that untrained ids do not win beside text
-)
 COPIED = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
@@ -74,7 +71,7 @@ def adopt_backbone(
         raise BackboneError(f"The tokenizer of {source} has {text.vocab_size} ids but the model {rows} rows.")
     space = TokenSpace(rows, text_ranges=text.ranges)
     for name, tokenizer in tokenizers.items():
-        space.append_modality(name, tokenizer.codebook_sizes, tokenizer.shape)
+        space.append_modality(name, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
     ends = _end_ids(backbone)
     lm: PreTrainedModel
     try:
@@ -211,11 +208,7 @@ def _append_rows(
     """Rows for the ids after the text: the codes', and the backbone's own for what begins and ends a sequence."""
     first = space.text_size
     tables = [lm.get_input_embeddings().weight, lm.get_output_embeddings().weight]
-    tied = tables[0] is tables[1]
-    rows = [
-        new_rows(table, space, tokenizers, first, scale)
-        for table, scale in zip(tables, (1.0, HEAD_SCALE), strict=True)
-    ]
+    rows = appended_rows(lm, space, tokenizers, first)
     for table, new in zip(tables, rows, strict=True):
         for ours, theirs in ((space.bos, bos), (space.end, end)):
             if theirs is not None:
@@ -224,7 +217,7 @@ def _append_rows(
         lm.grow_vocabulary(space.vocab_size)
     else:
         lm.resize_token_embeddings(space.vocab_size, mean_resizing=False)
-    lm.get_input_embeddings().weight[first:] = rows[1 if tied else 0]
+    lm.get_input_embeddings().weight[first:] = rows[0]
     lm.get_output_embeddings().weight[first:] = rows[1]
 
 

@@ -116,6 +116,17 @@ def _media_suffixes() -> set[str]:
     return {Path(f"a{suffix}").suffix for suffix in known}
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, without surrounding white space."""
+    if not is_file(str(path)):
+        raise PartError(f"There is no file {path}; give a text file with one entry per line.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PartError(f"{path} is no UTF-8 text ({error}).") from error
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
 def read_ids(source: str) -> list[int]:
     """Ids from a file or "-" (standard input): a JSON list, or an object with "ids" as `generate --json` prints."""
     if source != STDIN and not is_file(source):

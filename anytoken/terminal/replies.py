@@ -154,7 +154,8 @@ def show_model(model: AnyToken) -> None:
     console = Console()
     console.print(repr(model), markup=False)
     console.print(
-        f"from {config._name_or_path}, {model.lm.dtype}, context {config.max_position_embeddings} tokens"
+        f"from {config._name_or_path}, {model.lm.dtype}, context {config.max_position_embeddings} tokens, "
+        f"attention {config._attn_implementation}"
     )
     table = Table("ids", "range", "kind", "modality", "codebook")
     for one in space.ranges:

@@ -2,8 +2,10 @@
 
 A language model needs very little from a tokenizer: `encode`, `decode`, how many codebooks of what size, and
 which code sequences are legal. The last is declared as data (`Grid` or `Run`), and the grammar is derived from
-it, so a new modality never writes decoding rules. Shapes in this room: N codes positions, Q codebooks,
-K codebook size, D codebook dimension.
+it, so a new modality never writes decoding rules. What an item has all along, such as a base colour or a voice, may be
+said once in a header of global codes (as the global tokens of BiCodec, arXiv 2503.01710); the local codes after it need
+not repeat it. Shapes in this room: N positions of local codes, Q codebooks, G global codes, K codebook size,
+D codebook dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,126 +29,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anytoken.segments import Segment
+from anytoken.tokenizers.codes import (
+    NO_HEADER,
+    Codes,
+    CodeShape,
+    Grid,
+    Run,
+    TokenizerError,
+    code_shape_from_dict,
+    writing_order,
+)
+
+__all__ = [
+    "BUILTIN", "MODALITIES", "NO_HEADER", "PLUGIN", "CodeShape", "Codes", "Grid", "ModalityTokenizer", "Run",
+    "TokenizerError", "class_source", "code_shape_from_dict", "load_tokenizer", "loss_weights", "register_modality",
+    "writing_order",
+]  # fmt: skip
 
 
-class TokenizerError(ValueError):
-    """Raised when a segment cannot be encoded, codes cannot be decoded, or a tokenizer folder is unusable."""
-
-
-ORDERS = ("interleaved", "delayed")
 SUMS = ".embed_avg"  # of vector-quantize-pytorch's moving averages
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order.
-
-    order: see `writing_order`.
-    """
-
-    axes: tuple[str, ...]
-    min_size: tuple[int, ...]
-    max_size: tuple[int, ...]
-    num_codebooks: int = 1
-    order: str = "interleaved"
-
-    def __post_init__(self) -> None:
-        _check_order(self.order)
-        for field in ("axes", "min_size", "max_size"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))
-        if not self.axes or not len(self.axes) == len(self.min_size) == len(self.max_size):
-            raise TokenizerError(f"Grid needs one min and one max per axis; got {self}.")
-        if any(lo < 1 or hi < lo for lo, hi in zip(self.min_size, self.max_size, strict=True)):
-            raise TokenizerError(f"Grid needs 1 <= min_size <= max_size on every axis; got {self}.")
-        if self.num_codebooks < 1:
-            raise TokenizerError(f"Grid needs at least one codebook; got {self.num_codebooks}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The declaration as JSON-ready data."""
-        return {"type": "grid", **_declared(self)}
-
-
-@dataclass(frozen=True)
-class Run:
-    """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each.
-
-    order: see `writing_order`.
-    """
-
-    min_length: int
-    max_length: int
-    num_codebooks: int = 1
-    order: str = "interleaved"
-
-    def __post_init__(self) -> None:
-        _check_order(self.order)
-        if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
-            raise TokenizerError(
-                f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The declaration as JSON-ready data."""
-        return {"type": "run", **_declared(self)}
-
-
-CodeShape = Grid | Run
-
-
-def _check_order(order: str) -> None:
-    if order not in ORDERS:
-        raise TokenizerError(f"Unknown order {order!r}; allowed: {', '.join(ORDERS)}.")
-
-
-def _declared(shape: CodeShape) -> dict[str, Any]:
-    """The fields of a shape; an order that is the default is not written, as in files from before there was one."""
-    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(shape).items()}
-    return {k: v for k, v in fields.items() if (k, v) != ("order", "interleaved")}
-
-
-def writing_order(shape: CodeShape, frames: int) -> np.ndarray:
-    """In which order the codes of `frames` frames are written: flat indices frame * Q + codebook, int64 [frames * Q].
-
-    "interleaved": frame after frame. "delayed": codebook q of a frame stands with codebook 0 of the q-th frame after
-    it (the delay pattern of MusicGen, arXiv 2306.05284, without filling): first codes are known early.
-    """
-    books = shape.num_codebooks
-    flat = np.arange(frames * books)
-    if shape.order == "interleaved":
-        return flat
-    return np.lexsort((flat % books, flat // books + flat % books))
-
-
-def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
-    """Read back what `to_dict` wrote; TokenizerError on an unknown type."""
-    fields = {k: v for k, v in data.items() if k != "type"}
-    types: dict[str, type[CodeShape]] = {"grid": Grid, "run": Run}
-    if data.get("type") not in types:
-        raise TokenizerError(f"Unknown code shape {data.get('type')!r}; allowed: {', '.join(types)}.")
-    return types[data["type"]](**fields)
-
-
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """Discrete codes of one segment: `values` int64 [N, Q]; `size` is the grid size, or () for a run."""
-
-    values: np.ndarray
-    size: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        values = np.asarray(self.values, dtype=np.int64)
-        if values.ndim != 2:
-            raise TokenizerError(f"Codes need an array [N, Q]; got shape {values.shape}.")
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Codes) and self.size == other.size and np.array_equal(self.values, other.values)
-        )
-
-    def __len__(self) -> int:
-        return len(self.values)
 
 
 def loss_weights(
@@ -168,26 +69,37 @@ class ModalityTokenizer(nn.Module):
     constructor argument in `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode`
     and `decode`. Batched versions fall back to loops; override them where batching pays. A trainable tokenizer also
     implements `training_loss` and, unless it is built in, `training_batches`; `held_out` and `distortion` let
-    `anytoken tokenizer eval` measure it. docs/add_a_modality.md is a whole one.
+    `anytoken tokenizer eval` measure it. A shape with global codes needs their `global_codebook_size`, one codebook for
+    all of them. docs/add_a_modality.md is a whole one.
     """
 
     kind: ClassVar[str]
     segment_type: ClassVar[type[Segment]]
 
-    def __init__(self, *, shape: CodeShape, codebook_sizes: Sequence[int], config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        shape: CodeShape,
+        codebook_sizes: Sequence[int],
+        config: dict[str, Any],
+        global_codebook_size: int = 0,
+    ) -> None:
         super().__init__()
         if len(codebook_sizes) != shape.num_codebooks:
             raise TokenizerError(
                 f"{type(self).__name__} declares {shape.num_codebooks} codebooks in its shape "
                 f"but {len(codebook_sizes)} codebook sizes."
             )
+        if bool(shape.num_global_codes) != (global_codebook_size > 0):
+            raise TokenizerError(
+                f"{type(self).__name__} declares {shape.num_global_codes} global codes in its shape but a "
+                f"global_codebook_size of {global_codebook_size}; both or neither are 0."
+            )
         self.shape = shape
         self.codebook_sizes = tuple(int(k) for k in codebook_sizes)
+        self.global_codebook_size = int(global_codebook_size)
         self.config = dict(config)
         self.frame_rate_hz: float | None = None
-        self.header_rows = (
-            0  # of codes [N, Q], before those of frames: of the whole segment, such as its voice
-        )
         self._saves_sums = True
 
     @property
@@ -219,6 +131,20 @@ class ModalityTokenizer(nn.Module):
         """decode(encode(segment)): what the codes keep."""
         return self.decode(self.encode(segment))
 
+    def swap_global(self, segment: Segment, other: Segment) -> Segment:
+        """`segment` with the global codes of `other`: an image in its colours, a clip in its voice.
+
+        Local codes are kept as they are. TokenizerError for a tokenizer without global codes, or a segment of another
+        kind.
+        """
+        if not self.shape.num_global_codes:
+            raise TokenizerError(
+                f"This {self.name} tokenizer ({self.kind}) has no global codes to exchange; train one with "
+                "num_global_codes."
+            )
+        codes, source = self.encode_batch([segment, other])
+        return self.decode(replace(codes, header=source.header))
+
     # ---- decoding what is not whole yet, for streaming ----
 
     @property
@@ -244,7 +170,7 @@ class ModalityTokenizer(nn.Module):
         period = next(length for length in slices if length <= len(codes))
         tail, missing = codes.values[-period:], math.prod(codes.size) - len(codes)
         filled = np.concatenate([codes.values, *[tail] * math.ceil(missing / period)])
-        return self.decode(Codes(filled[: math.prod(codes.size)], codes.size))
+        return self.decode(replace(codes, values=filled[: math.prod(codes.size)]))
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
@@ -283,6 +209,11 @@ class ModalityTokenizer(nn.Module):
         """Codebook entries [K, D], used to initialise a language model's new embedding rows."""
         size = self.codebook_sizes[codebook]
         return torch.randn(size, 8, generator=torch.Generator().manual_seed(codebook))
+
+    def global_vectors(self) -> Tensor:
+        """As `codebook_vectors`, of the global codes: [global_codebook_size, D]."""
+        generator = torch.Generator().manual_seed(len(self.codebook_sizes))
+        return torch.randn(self.global_codebook_size, 8, generator=generator)
 
     @property
     def device(self) -> torch.device:
@@ -327,6 +258,16 @@ class ModalityTokenizer(nn.Module):
                     f"{self.name} codebook {book} has codes 0 to {size - 1}; "
                     f"received values from {low[book]} to {high[book]}."
                 )
+        header = codes.header
+        if len(header) != self.shape.num_global_codes:
+            raise TokenizerError(
+                f"{self.name} codes have {self.shape.num_global_codes} global codes; received {len(header)}."
+            )
+        if len(header) and (header.min() < 0 or header.max() >= self.global_codebook_size):
+            raise TokenizerError(
+                f"{self.name} global codes are 0 to {self.global_codebook_size - 1}; "
+                f"received values from {header.min()} to {header.max()}."
+            )
 
     # ---- saving and loading ----
 
@@ -363,9 +304,11 @@ class ModalityTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json and model.safetensors; floating tensors are cast to `dtype` if given.
 
-        Written beside the target and renamed, so an interrupted save leaves nothing half-written.
+        Written beside the target and renamed, so an interrupted save leaves nothing half-written. TokenizerError if the
+        folder holds the config.json of something else, such as a language model.
         """
         folder = Path(folder)
+        _check_replaceable(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -382,6 +325,7 @@ class ModalityTokenizer(nn.Module):
                 "class": f"{type(self).__module__}:{type(self).__qualname__}",
                 "shape": self.shape.to_dict(),
                 "codebook_sizes": list(self.codebook_sizes),
+                **({"global_codebook_size": self.global_codebook_size} if self.global_codebook_size else {}),
                 "config": self.config,
             }
             if source := class_source(type(self)):
@@ -479,6 +423,18 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise TokenizerError(
             f"{path} is not a tokenizer configuration ({error!r}); copy the folder again."
         ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """TokenizerError if a save would replace files that are no tokenizer's."""
+    if (folder / "config.json").is_file():
+        try:
+            _read_header(folder)
+        except TokenizerError as error:
+            raise TokenizerError(
+                f"{folder} holds something else: {folder / 'config.json'} is no tokenizer's, and a tokenizer is saved "
+                "under that name; choose another folder."
+            ) from error
 
 
 def load_tokenizer(folder: str | Path) -> ModalityTokenizer:

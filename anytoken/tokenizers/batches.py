@@ -28,6 +28,7 @@ BACKGROUNDS = [
     (255, 255, 255), (20, 20, 20), (225, 60, 60), (245, 150, 50),
     (250, 225, 90), (80, 175, 90), (70, 120, 225), (150, 90, 190),
 ]  # fmt: skip
+OBJECT_SHARE = 56 / 64  # of the side, in the composed set
 CROP_SECONDS = 1.0
 CROP_SHARES = 1.0, 1.0, 1.0, 0.8, 0.6, 0.4  # of that: down to a word of one syllable
 SUFFIXES = {  # of a user's own files, for each kind that has batches here
@@ -65,7 +66,7 @@ def batches_for(
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
     """How long a crop of sound is at most: twice as long where the voice is heard in another clip than what is said."""
-    return CROP_SECONDS * (2 if config.get("voice_codes") else 1)
+    return CROP_SECONDS * (2 if config.get("num_global_codes") or config.get("voice_codes") else 1)
 
 
 def training_rows(index: Path) -> np.ndarray:
@@ -116,11 +117,28 @@ def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, re
     count = len(sprites) // repeat
     side = min(height, width)
     fixed = rng.random(count) < 0.5
-    scale = np.where(fixed, 56 / 64, rng.uniform(0.4, 1.0, count)) * side
+    scale = np.where(fixed, OBJECT_SHARE, rng.uniform(0.4, 1.0, count)) * side
     room = np.array([height, width]) - scale[:, None]
     offset = np.where(fixed[:, None], room / 2, rng.random((count, 2)) * room)
     known = np.array(BACKGROUNDS, dtype=np.float32)[rng.integers(len(BACKGROUNDS), size=count)]
     color = np.where(rng.random((count, 1)) < 0.7, known, rng.uniform(0, 255, (count, 3)))
+    return compose(sprites, color, scale, offset, height, width, repeat)
+
+
+def compose(
+    sprites: Tensor,
+    color: np.ndarray,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    height: int,
+    width: int,
+    repeat: int = 1,
+) -> Tensor:
+    """Sprites uint8 [B * repeat, S, S, 4] on plain colours [B, 3] (0 to 255): float [B * repeat, 3, H, W] in [-1, 1].
+
+    scale: side of each in pixels [B]; offset: rows and columns before it [B, 2].
+    """
+    count = len(sprites) // repeat
     # Affine map from output coordinates [-1, 1] to sprite coordinates [-1, 1].
     theta = np.zeros((count, 2, 3), dtype=np.float32)
     for axis, (row, size) in enumerate(((1, height), (0, width))):

@@ -34,6 +34,7 @@ def make_card(
     genomes: Sequence[Path] = (),
     image: Path | None = None,
     files: str | None = None,
+    learnable: bool = False,
 ) -> Path:
     """Measure a tokenizer (see `measure`) and write its card into the folder `card`; returns the README.md.
 
@@ -43,7 +44,7 @@ def make_card(
     if missing:
         raise TokenizerError(f"A card needs {' and '.join(missing)}: pip install 'anytoken[eval]'.")
     tokenizer, data, card = Path(tokenizer), Path(data), Path(card)
-    found = measure(tokenizer, data, count, seed, genomes, image, files)
+    found = measure(tokenizer, data, count, seed, genomes, image, files, learnable)
     card.mkdir(parents=True, exist_ok=True)
     training = _read_json(tokenizer / "training.json")
     consent = f"--modality {_shown(tokenizer)} " if class_source(type(found.tokenizer)) else ""
@@ -51,6 +52,7 @@ def make_card(
     options += "".join(f" --genome {_shown(path)}" for path in genomes)
     options += f" --image {_shown(image)}" if image else ""
     options += f" --files {shlex.quote(files)}" if files else ""
+    options += " --learnability" if learnable else ""
     figures = {
         **found.figures,
         "about": _about(found),
@@ -120,6 +122,7 @@ def render(figures: dict[str, Any]) -> str:
         f"## Rate\n\n{table(_rate(figures))}",
         f"## What it keeps\n\n{_kept_intro(figures)}\n\n{table(kept_rows(figures))}",
         _groups(figures),
+        _learnability(figures),
         _bars(figures),
         f"## Codebook\n\n{_codebook(figures)}",
         f"## Speed\n\n{_speed(figures)}",
@@ -179,6 +182,11 @@ def _rate(figures: dict[str, Any]) -> list[Row]:
         (f"codes a {unit}", number(figures["tokens_per_unit"])),
         (f"bits a {unit}", number(figures["bits_per_unit"])),
         ("codebook sizes", ", ".join(f"{size:,}" for size in figures["codebook_sizes"])),
+        *(
+            [("size of global codes' codebook", f"{size:,}")]
+            if (size := figures.get("global_codebook_size"))
+            else []
+        ),
         ("a segment has", _limits(figures["shape"])),
     ]
     if figures["parameters"]:
@@ -195,6 +203,11 @@ def _flow(value: Any) -> str:
 
 
 def _limits(shape: dict[str, Any]) -> str:
+    count = shape.get("num_global_codes", 0)
+    return (f"{count} global codes, then " if count else "") + _local_limits(shape)
+
+
+def _local_limits(shape: dict[str, Any]) -> str:
     if shape["type"] == "grid":
         sizes = zip(shape["axes"], shape["min_size"], shape["max_size"], strict=True)
         return " × ".join(f"{low} to {high} {axis}" for axis, low, high in sizes)
@@ -312,6 +325,44 @@ def kept_rows(figures: dict[str, Any]) -> list[Row]:
 _KEPT: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
     "image": _kept_pictures, "video": _kept_pictures, "speech": _kept_speech, "dna": _kept_dna, "text": _kept_text,
 }  # fmt: skip
+
+
+def learnability_rows(figures: dict[str, Any]) -> list[Row]:
+    """What was measured of the codes as a language to learn, a measure a line; no lines where it was not."""
+    found = figures.get("learnability", {})
+    rows: list[Row] = []
+    for which, title in (("train", "training"), ("held_out", "held-out")) if found else ():
+        for unit in ("code", "item"):
+            given, none = (found[how][f"{which}_bits_per_{unit}"] for how in ("given", "none"))
+            rows.append(
+                (f"bits per {unit}, {title} items", f"{number(given)} ({number(none)} without captions)")
+            )
+    for key, title in (("psnr_db", "PSNR in dB"), ("stoi", "STOI")):
+        if f"generated_{key}" in found:
+            made, other, back = (
+                number(found[f"{how}_{key}"]) for how in ("generated", "other_items", "reconstructed")
+            )
+            what = f"{title} of items generated from held-out captions"
+            rows.append((what, f"{made} (other items {other}, true codes {back})"))
+    if "equal_local_codes" in found:
+        rows.append(("equal local codes on two backgrounds", share(found["equal_local_codes"])))
+    if "same_word_edit_distance" in found:
+        same, other = (number(found[f"{which}_word_edit_distance"]) for which in ("same", "other"))
+        rows.append(("edit distance of a word by two voices, 0 to 1", f"{same} (different words {other})"))
+    return rows
+
+
+def _learnability(figures: dict[str, Any]) -> str:
+    found = figures.get("learnability")
+    if not found:
+        return ""
+    intro = (
+        f"A decoder of {found['parameters']:,} parameters was trained on the codes of {found['items']:,} captioned "
+        f"items for {found['steps']:,} steps of {found['batch']}, once given the captions and once without; "
+        f"{found['held_out_items']:,} items were held out."
+    )
+    rows = [("", "given the captions"), *learnability_rows(figures)]
+    return f"## How well a language model learns the codes\n\n{intro}\n\n{table(rows)}"
 
 
 def _groups(figures: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.cards import kept_rows, shown_bar
+from anytoken.tokenizers.cards import kept_rows, learnability_rows, shown_bar
 from anytoken.tokenizers.measures import measure
 from anytoken.tokenizers.samples import Row, number, share, table
 
@@ -26,10 +26,11 @@ def compare(
     genomes: Sequence[Path] = (),
     image: Path | None = None,
     files: str | None = None,
+    learnable: bool = False,
 ) -> dict[str, Any]:
     """The figures of each folder by its name, in order; TokenizerError for tokenizers of different modalities."""
     found = {
-        Path(folder).name: measure(folder, data, count, seed, genomes, image, files).figures
+        Path(folder).name: measure(folder, data, count, seed, genomes, image, files, learnable).figures
         for folder in folders
     }
     kinds = {figures["kind"] for figures in found.values()}
@@ -59,6 +60,7 @@ def _rows(figures: dict[str, Any]) -> list[Row]:
         (f"bits a {unit}", number(figures["bits_per_unit"])),
         (f"bits a {unit} at the codes' entropy", number(tokens * math.log2(figures["code_perplexity"]))),
         *((title, kept) for title, kept, *_ in kept_rows(figures)[1:]),
+        *learnability_rows(figures),
         ("codebook usage", share(figures["codebook_usage"])),
         ("perplexity of the codes", number(figures["code_perplexity"])),
     ]

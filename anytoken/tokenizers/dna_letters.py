@@ -153,7 +153,7 @@ class DNALetters(ModalityTokenizer):
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
         """Codes to upper-case A C G T N, spelled all at once; every code in range decodes."""
         lengths = [len(one) for one in codes]
-        same = {one.values.shape[1] for one in codes} == {1}
+        same = {(one.values.shape[1], len(one.header)) for one in codes} == {(1, 0)}
         values = np.concatenate([one.values for one in codes])[:, 0] if same else np.full(1, -1)
         if not (min(lengths, default=0) >= 1 and max(lengths) <= MAX_TOKENS and self._in_range(values)):
             for one in codes:

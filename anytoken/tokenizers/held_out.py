@@ -19,7 +19,7 @@ from torch import Tensor
 from anytoken.json_lines import read_json_lines
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
-from anytoken.tokenizers.batches import SUFFIXES, own_files, place
+from anytoken.tokenizers.batches import BACKGROUNDS, OBJECT_SHARE, SUFFIXES, compose, own_files, place
 from anytoken.tokenizers.dna import WINDOW
 from anytoken.tokenizers.dna_letters import MAX_TOKENS
 from anytoken.tokenizers.image import to_pixels
@@ -124,7 +124,8 @@ def _at_most(picture: Image) -> Image:
     return picture.resize(*(max(1, round(side * scale)) for side in (picture.height, picture.width)))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a built set; TokenizerError if the file is not there."""
     if not path.is_file():
         raise TokenizerError(f"{path} is missing: --data names the folder of the built sets.")
     return list(read_json_lines(path))
@@ -137,14 +138,14 @@ def _chosen(
 
 
 def _test_lines(path: Path) -> list[dict[str, Any]]:
-    return [line for line in _lines(path) if line["split"] == "test"]
+    return [line for line in read_lines(path) if line["split"] == "test"]
 
 
 def _drawn(
     index: Path, count: int | None, rng: np.random.Generator
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Lines of held-out concepts, and their rows uint8 [B, ..., S, S, 4] of the array beside the index."""
-    lines = [line for line in _lines(index) if line["tokenizer_held_out"]]
+    lines = [line for line in read_lines(index) if line["tokenizer_held_out"]]
     lines = list(_chosen(lines, count, rng))
     path = index.with_suffix(".npy")
     if not path.is_file():
@@ -179,6 +180,37 @@ def _voices(data: Path, count: int | None, rng: np.random.Generator) -> list[Hel
         HeldOut(Speech.open(folder / line["speech"]), line["text"], line["voice"])
         for line in _chosen(lines, count, rng)
     ]
+
+
+def on_backgrounds(kind: str, data: Path, count: int, seed: int) -> list[list[Segment]]:
+    """At most `count` held-out drawings, still or moving, on each background; placed as in the composed set."""
+    index = {"image": "sprites.jsonl", "video": "animations.jsonl"}[kind]
+    _, drawn = _drawn(data / "emoji" / index, count, np.random.default_rng((seed, 5)))
+    repeat = drawn.shape[1] if kind == "video" else 1
+    sprites = torch.from_numpy(drawn).reshape(-1, *drawn.shape[-3:])
+    scale = np.full(len(drawn), OBJECT_SHARE * SIDE_PX)
+    offset = np.full((len(drawn), 2), (1 - OBJECT_SHARE) / 2 * SIDE_PX)
+    groups: list[list[Segment]] = [[] for _ in drawn]
+    for background in BACKGROUNDS:
+        colors = np.full((len(drawn), 3), background, dtype=np.float32)
+        frames = to_pixels(compose(sprites, colors, scale, offset, SIDE_PX, SIDE_PX, repeat))
+        for group, one in zip(groups, frames.reshape(len(drawn), repeat, *frames.shape[1:]), strict=True):
+            group.append(Video(one) if kind == "video" else Image(one[0]))
+    return groups
+
+
+def said_by_two_voices(data: Path, count: int, seed: int) -> list[tuple[Segment, Segment]]:
+    """At most `count` names, each by the first two held-out voices; TokenizerError without such names."""
+    folder = data / "speech"
+    lines = [line for line in _test_lines(folder / "speech.jsonl") if line["holdout"] == "voice"]
+    voices = sorted({line["voice"] for line in lines})[:2]
+    files = {(line["text"], line["voice"]): folder / line["speech"] for line in lines}
+    names = [text for text, voice in files if voice == voices[0] and (text, voices[-1]) in files]
+    if len(voices) < 2 or not names:
+        raise TokenizerError(f"{folder} has no name said by two held-out voices; build the set whole.")
+    chosen = np.random.default_rng((seed, 5)).permutation(len(names))[:count]
+    first, second = voices
+    return [(Speech.open(files[names[i], first]), Speech.open(files[names[i], second])) for i in chosen]
 
 
 def _genes(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:

@@ -29,6 +29,7 @@ from anytoken.tokenizers.bars import bars
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.dna_letters import DNALetters
 from anytoken.tokenizers.held_out import HeldOut, by_group, file_items, held_out_items, own_held_out
+from anytoken.tokenizers.learnability import learnability
 from anytoken.tokenizers.machine import math_threads
 from anytoken.tokenizers.measures_dna import exact, other_letters, stream_genomes, untrained_genomes
 from anytoken.tokenizers.measures_pictures import pictures_kept
@@ -60,16 +61,22 @@ def measure(
     genomes: Sequence[Path] = (),
     image: str | Path | None = None,
     files: str | None = None,
+    learnable: bool = False,
 ) -> Measured:
     """Encode and decode the held-out items of the built sets in `data` (at most `count`): what the codes keep, how
     many there are, how fast on one thread.
 
     genomes: FASTA files that a DNA tokenizer streams besides, in the place of those of `untrained_genomes`. image: the
     picture tokenizer that a video tokenizer is compared with; by default the folder `image` beside it. files: a folder
-    or glob under `data`, whose files are measured in the place of the sets' items.
+    or glob under `data`, whose files are measured in the place of the sets' items. learnable: whether two small
+    language models are trained on the codes besides, which takes minutes (see `learnability`).
     Raises TokenizerError for a folder that holds no tokenizer, or a set that is not there.
     """
     folder, data = Path(tokenizer), Path(data)
+    if learnable and ((folder / TEXT_FILE).is_file() or files):
+        raise TokenizerError(
+            "Learnability is measured on the built sets, of tokenizers with codes: not of text or files."
+        )
     with math_threads(1):
         if (folder / TEXT_FILE).is_file():
             if files:
@@ -84,6 +91,8 @@ def measure(
             peer = _picture_tokenizer(loaded, folder, image)
             found = measure_codes(loaded, items, seed, genomes or untrained_genomes(data), peer)
         found.figures |= {"seed": seed, "date": date.today().isoformat(), **_circumstances()}
+    if learnable and isinstance(found.tokenizer, ModalityTokenizer):
+        found.figures["learnability"] = learnability(found.tokenizer, data, seed)
     # What is expected is expected on the sets.
     found.figures |= {"files": files, "bars": []} if files else {"bars": bars(found.figures)}
     return found
@@ -181,21 +190,21 @@ def measure_codes(
     codes, encode_seconds = _timed(tokenizer.encode_batch, segments)
     outputs, decode_seconds = _timed(tokenizer.decode_batch, codes)
     frames = sum(len(one) for one in codes)
-    tokens = frames * tokenizer.shape.num_codebooks
-    bits = frames * sum(map(math.log2, tokenizer.codebook_sizes))
+    tokens = frames * tokenizer.shape.num_codebooks + len(codes) * tokenizer.shape.num_global_codes
+    global_bits = tokenizer.shape.num_global_codes * math.log2(max(tokenizer.global_codebook_size, 1))
+    bits = frames * sum(map(math.log2, tokenizer.codebook_sizes)) + len(codes) * global_bits
     amount, unit = _amount(tokenizer, segments, frames)
     figures = {
         "kind": tokenizer.name, "tokenizer": tokenizer.kind, "items": len(items),
         "fingerprint": tokenizer.fingerprint(), "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "shape": tokenizer.shape.to_dict(), "codebook_sizes": list(tokenizer.codebook_sizes),
+        **({"global_codebook_size": size} if (size := tokenizer.global_codebook_size) else {}),
         "quantizer": tokenizer.config.get("quantizer", "vq"), "config": tokenizer.config,
         "unit": unit, "units": amount,
         "tokens_per_item": tokens / len(items), "tokens_per_unit": tokens / amount, "bits_per_unit": bits / amount,
         "encode_units_per_second": amount / encode_seconds, "decode_units_per_second": amount / decode_seconds,
         "units_per_second": amount / (encode_seconds + decode_seconds),
-        **_usage(
-            np.concatenate([one.values[tokenizer.header_rows :] for one in codes]), tokenizer.codebook_sizes
-        ),
+        **_usage(np.concatenate([one.values for one in codes]), tokenizer.codebook_sizes),
     }  # fmt: skip
     if isinstance(tokenizer, DNALetters):
         figures |= {"exact": exact(segments, outputs)} | other_letters(tokenizer, segments)

@@ -44,7 +44,7 @@ def speech_kept(
     floor = tokenizer.decode_batch(noise)
     found: dict[str, Any] = {}
     measures: dict[str, Callable[[Segment, Segment], float | None]] = {
-        "log_mel_l1": _log_mel_l1, "stoi": _stoi, "pesq": _pesq,
+        "log_mel_l1": _log_mel_l1, "stoi": stoi, "pesq": _pesq,
     }  # fmt: skip
     for name, measure_one in measures.items():
         package = OPTIONAL.get(name)
@@ -64,10 +64,17 @@ def speech_kept(
 
 
 def random_codes(tokenizer: ModalityTokenizer, like: Sequence[Codes], seed: int) -> list[Codes]:
-    """Codes drawn evenly, of the sizes of others."""
+    """Codes drawn evenly, local and global ones, of the sizes of others."""
     rng = np.random.default_rng(seed)
     books = tokenizer.codebook_sizes
-    return [Codes(np.stack([rng.integers(0, k, len(one)) for k in books], 1), one.size) for one in like]
+    return [
+        Codes(
+            np.stack([rng.integers(0, k, len(one)) for k in books], 1),
+            one.size,
+            rng.integers(0, max(tokenizer.global_codebook_size, 1), len(one.header)),
+        )
+        for one in like
+    ]
 
 
 def words_kept(
@@ -117,15 +124,15 @@ def _log_mel_l1(clean: Segment, other: Segment) -> float:
         return F.l1_loss(mel(torch.from_numpy(b)[None]), mel(torch.from_numpy(a)[None])).item()
 
 
-def _stoi(clean: Segment, other: Segment) -> float | None:
+def stoi(clean: Segment, other: Segment) -> float | None:
     """Short-time objective intelligibility; None for a clip with less speech than it looks at (some 0.4 s)."""
-    from pystoi import stoi
+    from pystoi import stoi as intelligibility
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # pystoi warns, and returns 1e-5, where it cannot tell
         try:
-            return float(stoi(*_alike(clean, other), SAMPLE_RATE_HZ))
-        except RuntimeWarning:
+            return float(intelligibility(*_alike(clean, other), SAMPLE_RATE_HZ))
+        except (RuntimeWarning, ValueError):  # a clip of less than one of its frames
             return None
 
 

@@ -3,9 +3,9 @@
 Log-mel frames every 20 ms go through 1-D ConvNeXt blocks and a quantiser; the decoder predicts magnitude and phase of
 a short-time spectrum and inverts it, which is cheap and makes the waveform directly (Vocos, arXiv 2306.00814). Trained
 with multi-resolution spectral losses, no adversary. `frames_per_code: 2` halves what a language model has to read and
-write; residual codebooks with dropout then serve 25 and 50 codes a second with one set of weights. `voice_codes` says
-once, before the frames, who speaks and through what (the global tokens of BiCodec, 2503.01710): frames then need not
-say it again and again, and a language model meets the same codes whoever says a word. With `candidates` codes are
+write; residual codebooks with dropout then serve 25 and 50 codes a second with one set of weights. Global codes say
+once, before the frames, who speaks and through what (as in BiCodec, 2503.01710): frames then need not say it again and
+again, and a language model meets the same codes whoever says a word. With `candidates` codes are
 chosen by how they are heard once decoded.
 """
 
@@ -147,8 +147,8 @@ class Voice(nn.Module):
         return self._joined(quantized.vectors), quantized.codes[..., 0]
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """What codes [B, count] add to a decoder's frames [B, D, 1]; any number is a code, counted round."""
-        return self._joined(self.quantize.lookup((codes % self.size)[..., None]))
+        """What codes [B, count] add to a decoder's frames [B, D, 1]."""
+        return self._joined(self.quantize.lookup(codes[..., None]))
 
     def _joined(self, vectors: Tensor) -> Tensor:
         return self.join(vectors.flatten(1))[..., None]
@@ -159,9 +159,9 @@ class SpeechTokenizer(ModalityTokenizer):
     """16 kHz mono, 20 ms a frame; other rates are resampled, other lengths padded to whole codes.
 
     frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
-    voice_codes: codes of the whole clip that come before those of its frames, from the same codebooks' ids, in as many
-    rows of codes [N, Q] as they take. Frames are then encoded less what the clip has all along, and decoded with them;
-    a clip of less than some 0.3 s, which has little else, is kept less well than without.
+    num_global_codes: global codes, of the voice. Frames are then encoded less what the clip has all along, and decoded
+    with them; a clip of less than some 0.3 s, which has little else, is kept less well than without. voice_codes is
+    the name that older files and recipes have for it.
     spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
     moments of consonants apart.
     candidates: when encoding, so many of the nearest codes of each position are decoded and the one that is heard
@@ -181,9 +181,10 @@ class SpeechTokenizer(ModalityTokenizer):
         codebook_size: int = 4096,
         max_frames: int = MAX_FRAMES,
         frames_per_code: int = 1,
-        voice_codes: int = 0,
+        num_global_codes: int = 0,
         candidates: int = 1,
         spectra_per_frame: int = 1,
+        voice_codes: int = 0,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -191,28 +192,31 @@ class SpeechTokenizer(ModalityTokenizer):
         }  # fmt: skip
         if not isinstance(frames_per_code, int) or frames_per_code < 1:
             raise TokenizerError(f"frames_per_code is a whole number from 1; received {frames_per_code!r}.")
-        if not isinstance(voice_codes, int) or voice_codes < 0:
-            raise TokenizerError(f"voice_codes is a whole number, 0 for none; received {voice_codes!r}.")
+        num_global_codes = num_global_codes or voice_codes
         if spectra_per_frame not in SPECTRA_PER_FRAME:
             raise TokenizerError(
                 f"spectra_per_frame is one of {', '.join(map(str, SPECTRA_PER_FRAME))}; received {spectra_per_frame!r}."
             )
         # Files from before there was a choice do not write it.
         config |= {"frames_per_code": frames_per_code} if frames_per_code != 1 else {}
-        config |= {"voice_codes": voice_codes} if voice_codes else {}
+        config |= {"num_global_codes": num_global_codes} if num_global_codes else {}
         config |= {"candidates": candidates} if candidates != 1 else {}
         config |= {"spectra_per_frame": spectra_per_frame} if spectra_per_frame != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
         check_candidates(candidates, quantize)
-        head = math.ceil(voice_codes / quantize.num_codebooks)
-        shape = Run(head + 1, head + max_frames, quantize.num_codebooks, quantize.order)
-        super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
-        self.header_rows = head
+        shape = Run(1, max_frames, quantize.num_codebooks, quantize.order, num_global_codes)
+        bands, smallest = MELS * spectra_per_frame, min(quantize.codebook_sizes)
+        voice = Voice(width, num_global_codes, smallest, bands) if num_global_codes else None
+        super().__init__(
+            shape=shape,
+            codebook_sizes=quantize.codebook_sizes,
+            config=config,
+            global_codebook_size=voice.size if voice else 0,
+        )
         self.hop = HOP * frames_per_code
         self.frame_rate_hz = SAMPLE_RATE_HZ / self.hop
         self.quantize = quantize
-        bands = MELS * spectra_per_frame
-        self.voice = Voice(width, voice_codes, min(quantize.codebook_sizes), bands) if voice_codes else None
+        self.voice = voice
         self.mel = LogMel(WINDOW // spectra_per_frame, HOP // spectra_per_frame)
         self.side_by_side = Fold((spectra_per_frame,))
         fold: list[nn.Module] = []
@@ -261,7 +265,7 @@ class SpeechTokenizer(ModalityTokenizer):
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """batch: samples [B, T] in [-1, 1]; what is no whole code at the end is left out.
 
-        With voice codes the halves of each row are two clips of one voice. Some take it from themselves, as when
+        With global codes the halves of each row are two clips of one voice. Some take it from themselves, as when
         encoding, and some from the other, where nothing else that it could say of its clip is to be had.
         """
         halves = 2 if self.voice else 1
@@ -309,12 +313,10 @@ class SpeechTokenizer(ModalityTokenizer):
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
             seen = self._scaled_mel(batch)
             told = self.voice(seen)[1] if self.voice else None
-            values = self._chosen(self._features(seen), told, batch)
-            if told is not None:
-                books = values.shape[2]
-                told = F.pad(told, (0, self.header_rows * books - told.shape[1]))
-                values = torch.cat([told.unflatten(1, (-1, books)), values], 1)
-            codes.update({i: Codes(one) for i, one in zip(rows, values.cpu().numpy(), strict=True)})
+            values = self._chosen(self._features(seen), told, batch).cpu().numpy()
+            headers = np.zeros((len(rows), 0)) if told is None else told.cpu().numpy()
+            found = zip(rows, values, headers, strict=True)
+            codes.update({i: Codes(one, header=header) for i, one, header in found})
         return [codes[i] for i in range(len(clips))]
 
     def _chosen(self, features: Tensor, told: Tensor | None, target: Tensor) -> Tensor:
@@ -347,15 +349,15 @@ class SpeechTokenizer(ModalityTokenizer):
             self.check_codes(one)
         lengths = [len(one) for one in codes]
         for rows in alike(lengths, lengths, self.device):
-            values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
-            samples = self._decode_values(values)
+            values = np.stack([codes[i].values for i in rows])
+            samples = self._decode_values(values, np.stack([codes[i].header for i in rows]))
             result.update({i: Speech(one, SAMPLE_RATE_HZ) for i, one in zip(rows, samples, strict=True)})
         return [result[i] for i in range(len(codes))]
 
-    def _decode_values(self, values: Tensor) -> np.ndarray:
-        """Codes [B, head + T, Q] to samples [B, T * hop] in [-1, 1]."""
-        told = values[:, : self.header_rows].flatten(1)[:, : self.voice.count] if self.voice else None
-        return self._sounds(values[:, self.header_rows :], told).cpu().numpy()
+    def _decode_values(self, values: np.ndarray, headers: np.ndarray) -> np.ndarray:
+        """Codes [B, T, Q] and global codes [B, G] to samples [B, T * hop] in [-1, 1]."""
+        local, told = (torch.from_numpy(one).to(self.device) for one in (values, headers))
+        return self._sounds(local, told if self.voice else None).cpu().numpy()
 
     def _sounds(self, codes: Tensor, told: Tensor | None) -> Tensor:
         """Codes [B, N, Q] of frames and [B, count] of the voice to samples [B, N * hop] in [-1, 1]."""
@@ -375,18 +377,10 @@ class SpeechTokenizer(ModalityTokenizer):
         """Codes `start` to `stop` as sound, decoded with the decoder's whole reach around them.
 
         What lies further away has no part in them, so they are the samples of the whole clip, to the bit where the
-        sums of both lengths are taken in one order, else within float32 rounding. TokenizerError for a span of voice
-        codes alone, which last no time.
+        sums of both lengths are taken in one order, else within float32 rounding.
         """
-        if stop <= self.header_rows:
-            raise TokenizerError(
-                f"The first {self.header_rows} codes are the voice's and last no time: a span of sound ends after "
-                f"code {self.header_rows}; received {start} to {stop}."
-            )
-        start = max(start, self.header_rows)
-        first, last = max(self.header_rows, start - self.lookahead), min(len(codes), stop + self.lookahead)
-        kept = np.concatenate([codes.values[: self.header_rows], codes.values[first:last]])
-        samples = self._decode_values(torch.from_numpy(kept).to(self.device)[None])[0]
+        first, last = max(0, start - self.lookahead), min(len(codes), stop + self.lookahead)
+        samples = self._decode_values(codes.values[None, first:last], codes.header[None])[0]
         return Speech(samples[(start - first) * self.hop : (stop - first) * self.hop], SAMPLE_RATE_HZ)
 
     def first_codebooks(self, count: int) -> SpeechTokenizer:
@@ -403,3 +397,7 @@ class SpeechTokenizer(ModalityTokenizer):
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
         return self.quantize.codebook(codebook)
+
+    def global_vectors(self) -> Tensor:
+        """Quantised vectors [K, width] of the voice, before they are joined."""
+        return self.voice.quantize.codebook() if self.voice else super().global_vectors()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from anytoken import recipes
+from anytoken.atomic import write_file
 from anytoken.json_lines import load_json, read_json_lines
 from anytoken.tokenizers.base import TokenizerError
 
@@ -201,10 +201,7 @@ class TextTokenizer:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write tokenizer.json, whole or not at all; returns the folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{FILE}.{os.getpid()}"
-        partial.write_text(self._bpe.to_str(pretty=True), encoding="utf-8")
-        partial.replace(folder / FILE)
+        write_file(folder / FILE, self._bpe.to_str(pretty=True))
         return folder
 
     @classmethod

@@ -32,6 +32,7 @@ def run_facts(
         "flops_per_token": flops_per_token(model.config, counted, context),
         "measured_peak_flops": processes * measured_peak(model.device, dtype),
         "device": str(model.device),
+        "attention": model.config._attn_implementation,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "processes": processes,

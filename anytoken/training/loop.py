@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from anytoken.model.attention import usable_attention
 from anytoken.training.integration import integration_rates
 from anytoken.training.lora import base_model
 from anytoken.training.losses import CONTROL
@@ -111,7 +112,7 @@ class Loop(TrainerCallback):
         """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""
         trainer = self.trainer
         base, loss = base_model(trainer.lm), trainer.model.loss
-        with torch.no_grad():
+        with torch.no_grad(), usable_attention(base):  # no autocast here
             outputs = base.model(
                 input_ids=batch["input_ids"],
                 output_hidden_states=True,

@@ -133,7 +133,7 @@ def planned_config(stage: Stage) -> PretrainedConfig:
     for kind, codec in stage.backbone.codecs.items():
         with torch.device("meta"):
             tokenizer = KINDS[kind](model_config=codec.config, **codec.settings)
-        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
     config.vocab_size = space.vocab_size
     return config
 

@@ -197,6 +197,10 @@ class Stage(_Part):
         default=False, description="keep one hidden state a layer and compute the rest again"
     )
     precision: Literal["fp32", "bf16"] = "fp32"
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        default="auto",
+        description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",
+    )
     seed: int = 0
     save_every: int = Field(default=500, gt=0)
     log_every: int = Field(default=20, gt=0)

@@ -1,18 +1,19 @@
 """Where a run begins: the processor and the model that a stage's ``init_from`` names."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from anytoken.atomic import FolderKind, check_target, write_folder
+from anytoken.model.attention import AttentionError, use_attention
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modalities import add_modality, replace_modality
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.rows import initialise_code_rows
 from anytoken.model.upcycle import adopt_backbone
-from anytoken.processor import Processor
+from anytoken.processor import SPACE_FILE, Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
@@ -20,6 +21,7 @@ from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.stage import Stage, StageError
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in
 
 
 def build_processor(folders: Mapping[str, str]) -> Processor:
@@ -33,7 +35,7 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
     tokenizers = {kind: load_tokenizer(folder) for kind, folder in folders.items() if kind != "text"}
     space = TokenSpace(text.vocab_size, text_ranges=text.ranges)
     for kind, tokenizer in tokenizers.items():
-        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
     return Processor(space, text, tokenizers)
 
 
@@ -46,20 +48,23 @@ def checkpoint_folder(init_from: str) -> Path:
 
 
 def make_start(stage: Stage) -> None:
-    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait."""
+    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait.
+
+    StageError if the folder holds something else.
+    """
     folder = Path(stage.init_from)
-    if stage.backbone is None or (folder / "token_space.json").is_file():
+    if stage.backbone is None or (folder / SPACE_FILE).is_file():
         return
+    start = FolderKind("checkpoint", SPACE_FILE, (), StageError)
+    check_target(folder, start)
     codecs = stage.backbone.codecs
     tokenizers = {
         kind: pretrained_tokenizer(one.source, kind, **one.settings) for kind, one in codecs.items()
     }
     lm, processor = adopt_backbone(stage.backbone.model, tokenizers)
-    scratch = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    lm.save_pretrained(scratch)
-    processor.save_pretrained(scratch)
-    scratch.rename(folder)
+    with write_folder(folder, start) as scratch:
+        lm.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
 
 
 def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
@@ -102,3 +107,13 @@ def balance_by_bias(model: PreTrainedModel) -> None:
             f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
         )
     model.add_expert_bias()
+
+
+def choose_attention(model: PreTrainedModel, stage: Stage, device: torch.device) -> None:
+    """Switch a model to the recipe's attention implementation; StageError if that cannot train here."""
+    if stage.attention == "flex_attention" and device.type == "cpu":
+        raise StageError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")
+    try:
+        use_attention(model, stage.attention, device, DTYPES[stage.precision])
+    except AttentionError as error:
+        raise StageError(f"attention with precision {stage.precision}: {error}") from error

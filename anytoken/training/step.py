@@ -37,10 +37,11 @@ class ModelWithLoss(nn.Module):
         shares: by group of targets, what it adds to the loss, z-losses and router left out; empty unless asked for.
         """
         base = base_model(self.lm)
-        asked = {"output_router_logits": True} if self.routed else {}
+        flat = input_ids.flatten()
+        real = flat != self.loss.grammar.token_space.pad  # the end of a row counts in no routing loss
+        asked = {"output_router_logits": True, "real": real} if self.routed else {}
         outputs = base.base_model(input_ids=input_ids, **packed_inputs(base, position_ids), **asked)
         hidden = outputs.last_hidden_state.flatten(0, 1)[loss_index]
-        flat = input_ids.flatten()
         learnt = hidden, head_weight(base), targets, flat[loss_index]
         parts: LossParts = self.loss(*learnt)
         shares = self.loss.shares(*learnt) if self.by_group else []
@@ -48,7 +49,7 @@ class ModelWithLoss(nn.Module):
         if self.routed and outputs.router_choices:
             routed = outputs.router_logits, outputs.router_choices, outputs.modality
             modalities = None if outputs.modality is None else len(self.loss.names)
-            router = router_losses(*routed, modalities, across=True)
+            router = router_losses(*routed, modalities, across=True, real=real)
             weight = self.moe
             parts.loss = (
                 parts.loss
@@ -61,9 +62,9 @@ class ModelWithLoss(nn.Module):
                 "modality_load_balance": router.modality_balance.detach(),
                 "router_z": router.z.detach(),
             }
-            groups = self.loss.table[flat]
+            groups = self.loss.table[flat[real]]
             sizes = len(self.loss.names), base.config.num_experts
-            counts = [expert_counts([one], groups, *sizes) for one in outputs.router_choices]
+            counts = [expert_counts([one[real]], groups, *sizes) for one in outputs.router_choices]
             load = sum_over_processes(torch.stack(counts))
         return {"loss": parts.loss, "parts": parts, "load": load, "shares": shares}
 

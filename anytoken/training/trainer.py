@@ -50,7 +50,13 @@ from anytoken.training.samples import Answer, Sampler
 from anytoken.training.schedule import Schedule
 from anytoken.training.sources import prepare_sources
 from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import balance_by_bias, checkpoint_folder, load_start, make_start
+from anytoken.training.start import (
+    balance_by_bias,
+    checkpoint_folder,
+    choose_attention,
+    load_start,
+    make_start,
+)
 from anytoken.training.states import (
     SaveError,
     clear_partial,
@@ -325,6 +331,7 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
             if saved_states(folder):
                 _suit(stage, saved_states(folder)[-1])
         processor, start = load_start(stage)
+    choose_attention(start, stage, arguments.device)
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)

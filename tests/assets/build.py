@@ -30,6 +30,7 @@ def main(sets: Path) -> None:
     names = held_out_pictures(sets / "emoji")
     held_out_speech(sets / "speech", names)
     held_out_genes(sets / "dna")
+    core_names(sets / "emoji")
     chosen = tiny_emoji(sets / "emoji", HERE / "tiny" / "emoji")
     tiny_speech(sets / "speech", HERE / "tiny" / "speech", chosen)
     tiny_dna(sets / "dna", HERE / "tiny" / "dna")
@@ -101,6 +102,12 @@ def held_out_genes(dna: Path) -> None:
     write_text(HERE / "genes.fasta", "".join(records))
     fragments = [one for one in read_lines(dna / "translate.jsonl") if one["split"] == "test"]
     write_lines(HERE / "translate.jsonl", stirred(fragments, "dna")[:24])
+
+
+def core_names(emoji: Path) -> None:
+    """One name per line: every concept that the composed images show."""
+    names = dict.fromkeys(line["name"] for line in read_lines(emoji / "images.jsonl"))
+    (HERE / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 def tiny_emoji(emoji: Path, folder: Path) -> list[str]:

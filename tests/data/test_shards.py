@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from anytoken.data import encoding, shards
 from anytoken.data.engines import EngineError
@@ -69,6 +71,27 @@ def test_codes_are_those_of_the_tokenizer(records: Path, tmp_path: Path) -> None
     parts = found.records[8]["messages"][0]["content"]
     assert found.codes(8, "image", parts[0]["row"]) == found.codes(3, "image")
     assert found.codes(8, "image", parts[2]["row"]) == found.codes(4, "image")
+
+
+def test_global_codes_are_kept(records: Path, tmp_path: Path) -> None:
+    """Shards of a tokenizer without any have no array for them, as before."""
+    plain = tiny_tokenizer()
+    out = tokenize(records, tmp_path / "plain", plain)
+    assert set(load_file(out / "part-00000.safetensors")) == {"image.values", "image.offsets", "image.sizes"}
+
+    class Marked(ImageTokenizer):
+        """The brightness of the first pixel is a global code."""
+
+        def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
+            found = super().encode_batch(segments)
+            headers = [[one.pixels[0, 0, 0], 7] for one in segments]  # type: ignore[attr-defined]
+            return [replace(one, header=header) for one, header in zip(found, headers, strict=True)]
+
+    marked = Marked(**plain.config).eval()
+    found = Shards(tokenize(records, tmp_path / "out", marked), {"image": marked})
+    for index in range(7):
+        codes = marked.encode(Image.open(records.parent / f"{index}.png"))
+        assert found.codes(index, "image") == codes and codes.header[1] == 7
 
 
 def test_workers_and_interruptions_change_nothing(records: Path, tmp_path: Path) -> None:

@@ -109,3 +109,12 @@ def test_bench_experts_measures_all_three_sides(monkeypatch: pytest.MonkeyPatch)
     assert [row["decoder"] for row in figures["rows"]] == ["moe", "dense"]
     assert all(row["tokens/s"] > 0 and row["share of the fp32 peak"] > 0 for row in figures["rows"])
     assert figures["rows"][0]["MoE / dense tokens/s"] > 0
+
+
+def test_bench_score_compares_equal_scores(tmp_path):
+    from anytoken import load
+    from anytoken.evaluation.bench_score import bench_score
+
+    figures = bench_score(load("mini"), ["a fox"], ["fox", "a cat", "red panda"], repeats=1)
+    once, plain = figures["rows"]
+    assert figures["largest_difference"] < 1e-3 and plain["speed"] == 1 and once["answers/s"] > 0

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.inference.api import AnyToken
+from anytoken.inference.api import AnyToken, _warn_of_copies
 from anytoken.inference.reply import Reply
 from anytoken.inference.sampling import Sampling
-from anytoken.segments import Image, Text
+from anytoken.segments import Image, Speech, Text
+from anytoken.tokenizers.base import Codes
+from anytoken.tokenizers.speech import SpeechTokenizer
 
+COLD = {"temperature": 1e-6}
 PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
 
 
@@ -64,6 +67,39 @@ def test_batch_equals_single_and_num_return_varies(model: AnyToken) -> None:
         assert [reply.ids for reply in alone] == [reply.ids for reply in group]
         assert group[0].ids == model.generate(prompt, "image", seed=7).ids != group[1].ids
         assert alone[0].segments == group[0].segments
+
+
+def test_without_a_seed_equal_prompts_differ(model: AnyToken) -> None:
+    """With one, each prompt of a batch gets the reply it would get alone."""
+    options = {"sizes": {"image": (2, 2)}, "temperature": 2.0, "top_k": 0}
+    prompts = ["red apple"] * 4
+    for _ in range(2):
+        batch = model.generate(prompts, "image", batch=True, **options)
+        assert len({tuple(reply.ids) for reply in batch}) == 4
+        batch = model.generate(prompts, "image", batch=True, num_return=2, **options)
+        assert len({tuple(reply.ids) for group in batch for reply in group}) == 8
+    ids = model.encode_prompt("red apple")
+    assert len({tuple(reply.ids) for reply in model.generate_ids([ids] * 4, "image", **options)}) == 4
+    alone = model.generate("red apple", "image", seed=5, **options).ids
+    assert [r.ids for r in model.generate(prompts, "image", batch=True, seed=5, **options)] == [alone] * 4
+    assert [r.ids for r in model.generate_ids([ids] * 4, "image", seed=5, **options)] == [alone] * 4
+
+
+def test_several_greedy_replies_are_never_silent_copies(
+    own_model: AnyToken, caplog: pytest.LogCaptureFixture
+) -> None:
+    for options in ({"temperature": 0}, {"top_k": 1}, {"sampling": {"image": {"temperature": 0}}}):
+        for many in ({"num_return": 2}, {"best_of": 3}):
+            with pytest.raises(ValueError, match=r"[23] copies: image is decoded greedily.*temperature=1"):
+                own_model.generate("a", "image", **many, **options)
+    own_model.sampling = {"text": Sampling(temperature=0), "image": Sampling(temperature=0)}
+    with pytest.raises(ValueError, match="text, image is decoded"):
+        own_model.generate("a", ["text", "image"], num_return=2, max_new_tokens=80)
+    _warn_of_copies.cache_clear()
+    for _ in range(2):  # the tone could differ, but is at a temperature that leaves no choice
+        own_model.generate("a", ["text", "tone"], num_return=2, max_new_tokens=40, sampling={"tone": COLD})
+    assert [record.message for record in caplog.records if "replies are equal" in record.message][1:] == []
+    assert "All 2 replies are equal" in caplog.text
 
 
 def test_best_of_by_likelihood(model: AnyToken) -> None:
@@ -176,6 +212,15 @@ def test_prompt_longer_than_the_context(model: AnyToken) -> None:
         model.generate("xyz " * 200, "text")
 
 
+@pytest.mark.parametrize("ids", [[], [10**9], [-1], [1.5], ["a"], [True], np.zeros(0, int)])
+def test_prompts_of_no_ids_or_bad_ones_are_value_errors(model: AnyToken, ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"prompt is empty|whole numbers from 0 to"):
+        model.generate_ids([[0, 1], ids], "text", max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"prompt is empty|whole numbers from 0 to"):
+        next(model.stream_ids(ids, "text", max_new_tokens=4))
+    assert model.generate_ids([], "text") == []
+
+
 @pytest.mark.parametrize("ids", [[10**9], [-1], [1.5], ["a"], [[1]], 5, None])
 def test_bad_ids_are_value_errors(model: AnyToken, ids: Any) -> None:
     with pytest.raises(ValueError, match=r"\w"):
@@ -225,6 +270,55 @@ def test_added_rows_come_from_the_codebook(own_model: AnyToken, toys: SimpleName
     rows = own_model.lm.get_input_embeddings().weight[span.start : span.stop]
     assert torch.dist(rows[0], rows[1]) < torch.dist(rows[0], rows[6])
     assert 0.2 < rows.std() / old.std() < 5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_added_ids_take_a_small_share_until_they_are_trained(
+    own_model: AnyToken, toys: SimpleNamespace, tied: bool
+) -> None:
+    """Less than their number would, also where the embedding spreads far more than the head."""
+    lm, size = own_model.lm, own_model.token_space.vocab_size
+    if not tied:
+        lm.config.tie_word_embeddings, lm.all_tied_weights_keys = False, {}
+        lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.detach().clone())
+        lm.get_input_embeddings().weight.data *= 30
+    lm.model.norm.weight.data *= 3  # as confident as a trained model
+    ids = torch.tensor([own_model.encode_prompt("What is this? red apple")])
+    before = lm(ids).logits
+    own_model.add_modality(toys.HumTokenizer())
+    tables = [lm.get_input_embeddings().weight, lm.lm_head.weight]
+    assert (tables[0] is tables[1]) == tied
+    logits = lm(ids).logits
+    assert torch.equal(logits[..., :size], before)
+    added = logits.shape[-1] - size
+    assert logits.softmax(-1)[..., size:].sum(-1).max() < added / size
+    for table in tables:
+        assert 0.1 < table[size:].std() / table[:size].std() < 1.5
+
+
+def test_the_rows_of_global_codes_come_from_their_vectors_and_they_are_exchanged(own_model: AnyToken) -> None:
+    class Voiced(SpeechTokenizer):
+        def global_vectors(self) -> torch.Tensor:
+            return torch.arange(64.0)[:, None].expand(-1, 4).contiguous()
+
+    torch.manual_seed(0)
+    tokenizer = Voiced(8, 1, 1, levels=[5, 5, 4], max_frames=20, num_global_codes=3).eval()
+    own_model.add_modality(tokenizer)
+    span = own_model.token_space.global_range("speech")
+    rows = own_model.lm.get_input_embeddings().weight[span.start : span.stop]
+    assert len(rows) == 64 and torch.dist(rows[0], rows[1]) < torch.dist(rows[0], rows[63])
+    reply = own_model.generate("a", "speech", seed=0)
+    assert own_model.detokenize(own_model.tokenize(reply.speech[0]))[0].kind == "speech"
+    low, high = (Speech(np.sin(np.arange(6_400) * pitch).astype(np.float32)) for pitch in (0.05, 0.3))
+    swapped = own_model.swap_global(low, high)
+    one, other = tokenizer.encode(low), tokenizer.encode(high)
+    assert swapped == tokenizer.decode(Codes(one.values, header=other.header))
+    with pytest.raises(ValueError, match="two segments of one kind; received speech and image"):
+        own_model.swap_global(low, PICTURE)
+    with pytest.raises(ValueError, match=r"image tokenizer.*no global codes to exchange"):
+        own_model.swap_global(PICTURE, PICTURE)
+    with pytest.raises(ValueError, match="No tokenizer for 'text'"):
+        own_model.swap_global(Text("a"), Text("b"))
 
 
 def test_what_is_no_tokenizer_is_not_added(own_model: AnyToken) -> None:

@@ -258,6 +258,39 @@ def test_save_does_not_replace_something_else(model: AnyToken, tmp_path: Path) -
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_conversation_replaces_its_own_earlier_state_alone(model: AnyToken, tmp_path: Path) -> None:
+    """Also after it was opened again, and where it was saved before conversations had ids."""
+    chat = model.chat()
+    chat.send([PICTURE, "a"], "image", seed=0)
+    folder = chat.save(tmp_path / "talk")
+    (folder / "2023-11-05.jpg").write_text("mine")
+    chat.undo()
+    chat.send("b", "tone", seed=0)
+    chat.save(folder)
+    assert sorted(path.suffix for path in folder.iterdir() if path.name != "2023-11-05.jpg") == [
+        ".json",
+        ".tone",
+    ]
+    again = Chat.load(folder, model)
+    again.send("c", "tone", seed=0)
+    again.save(folder)
+    other = model.chat()
+    with pytest.raises(ChatError, match=r"another conversation.*chat\.json.*overwrite=True"):
+        other.save(folder)
+    assert Chat.load(folder, model).messages == again.messages
+    data = json.loads((folder / "chat.json").read_text())
+    del data["id"]
+    (folder / "chat.json").write_text(json.dumps(data))
+    old = Chat.load(folder, model)
+    with pytest.raises(ChatError, match="another conversation"):
+        other.save(folder)
+    old.send("d", "tone", seed=0)
+    old.save(folder)
+    other.save(folder, overwrite=True)
+    assert len(Chat.load(folder, model)) == 0
+    assert {path.name for path in folder.iterdir()} == {"chat.json", "2023-11-05.jpg"}
+
+
 def test_what_was_read_is_not_read_again(model: AnyToken, fed: list[int]) -> None:
     """A second turn reads only what is new, and says what a model that reads all of it says."""
     chat = model.chat("Be brief.")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anytoken.inference.api import AnyToken, load
-from anytoken.inference.checkpoint import CheckpointError, find_checkpoint, pick_device, replacing
+from anytoken.inference.checkpoint import CheckpointError, find_checkpoint, pick_device
 
 MINI_GOLDEN = Path(__file__).parents[1] / "goldens" / "mini.safetensors"
 
@@ -46,38 +46,66 @@ def test_mini_answers_on_a_gpu_as_on_the_cpu(output: str) -> None:
     assert there.ids[:8] == here.ids[:8] and there.segments
 
 
-def test_saving_over_a_checkpoint_replaces_it(folder: Path, tmp_path: Path) -> None:
-    model = AnyToken.from_pretrained(folder)
-    target = model.save_pretrained(tmp_path / "copy")
-    (target / "stale.txt").write_text("old")
-    model.save_pretrained(target)
-    assert not (target / "stale.txt").exists() and [path.name for path in tmp_path.iterdir()] == ["copy"]
-    assert AnyToken.from_pretrained(target).kinds == model.kinds
+def test_saving_over_its_own_checkpoint_replaces_it(
+    folder: Path, tmp_path: Path, toys: SimpleNamespace
+) -> None:
+    target = AnyToken.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    model = AnyToken.from_pretrained(target)  # and one that was opened there
+    (target / "model-00001-of-00002.safetensors").write_bytes(b"of an older version")
+    (target / "tokenizers/tone/notes.txt").write_text("mine")
+    model.add_modality(toys.HumTokenizer())
+    for _ in range(2):
+        model.save_pretrained(target)
+        assert not list(target.glob("model-*")) and [path.name for path in tmp_path.iterdir()] == ["copy"]
+        assert AnyToken.from_pretrained(target).kinds == model.kinds
+    assert (target / "tokenizers/tone/notes.txt").read_text() == "mine"
+
+
+def test_another_checkpoint_is_replaced_only_if_asked(
+    folder: Path, tmp_path: Path, toys: SimpleNamespace
+) -> None:
+    target = AnyToken.from_pretrained(folder).save_pretrained(tmp_path / "run")
+    for name in (".git/HEAD", "report.html", "metrics.jsonl"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+    AnyToken.from_pretrained(folder).save_pretrained(target)  # the same bits: nothing is lost
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    other = toys.make_model(seed=5)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors would change.*overwrite=True.*--overwrite"
+    ):
+        other.save_pretrained(target)
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    other.save_pretrained(target, overwrite=True)
+    assert torch.equal(AnyToken.from_pretrained(target).lm.lm_head.weight, other.lm.lm_head.weight)
+    assert all(
+        (target / name).read_text() == "mine" for name in (".git/HEAD", "report.html", "metrics.jsonl")
+    )
 
 
 def test_saving_over_something_else_is_refused(model: AnyToken, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"sun")
-    with pytest.raises(CheckpointError, match="holds something else"):
+    with pytest.raises(CheckpointError, match=r"holds something else \(holiday\.jpg\).*--overwrite"):
         model.save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+    assert AnyToken.from_pretrained(model.save_pretrained(tmp_path, overwrite=True)).kinds == model.kinds
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"sun"
+    with pytest.raises(CheckpointError, match="is a file"):
+        model.save_pretrained(tmp_path / "holiday.jpg", overwrite=True)
 
 
-def test_an_interrupted_save_leaves_the_old_folder(tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "old").write_text("1")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "target") as scratch:
-        (scratch / "new").write_text("2")
-        raise KeyboardInterrupt
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["target", "target/old"]
-
-
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with (
-        pytest.raises(CheckpointError, match=r"Cannot write .*file/deeper: .*"),
-        replacing(tmp_path / "file/deeper"),
+def test_what_lies_beside_a_checkpoint_does_not_damage_it(folder: Path, tmp_path: Path) -> None:
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    for name in (
+        "notes.json",
+        "logs/run.json",
+        "tokenizers/image/old.json",
+        "tokenizers/image/old.safetensors",
     ):
-        pass
+        (mixed / name).parent.mkdir(exist_ok=True)
+        (mixed / name).write_text("no JSON")
+    assert AnyToken.from_pretrained(mixed).kinds == ["text", "image", "tone"]
 
 
 FILES = [

@@ -65,3 +65,15 @@ def model_ids(model: AnyToken, words: str) -> dict[str, Any]:
     """Another prompt, for a processor that was made for the first."""
     inputs = model.lm_inputs(words, "image", max_new_tokens=30)
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"do_sample": False}, {"do_sample": False, "num_beams": 2}]
+)
+def test_a_contradiction_with_other_settings_is_said(model: AnyToken, options: dict[str, Any]) -> None:
+    """An image ends when it ends: min_new_tokens would leave no id, and the first of the vocabulary be taken."""
+    inputs = model.lm_inputs("a", "image", max_new_tokens=60, sizes={"image": (1, 1)})
+    with pytest.raises(ValueError, match=r"grammar allows <\|end\|> here.*min_new_tokens"):
+        model.lm.generate(**inputs, min_new_tokens=40, **options)
+    inputs = model.lm_inputs("a", "text", max_new_tokens=60)
+    assert len(replies(model, inputs, min_new_tokens=20, **options)[0]) > 20  # text can go on

@@ -27,9 +27,9 @@ from anytoken.inference.stream import (
     finish,
 )
 from anytoken.processor import Processor
-from anytoken.segments import DNA
+from anytoken.segments import DNA, Image
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Codes
+from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer
 from anytoken.tokenizers.dna import DNATokenizer
 from anytoken.tokenizers.speech import HOP, SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
@@ -143,6 +143,51 @@ def test_sound_comes_in_chunks_that_are_the_clip(world: World, count: int) -> No
     assert np.abs(np.concatenate(chunks) - whole).max() < 1e-5 < np.abs(whole).max()
     assert len(chunks) == 1 + max(0, count - tokenizer.lookahead) // CHUNK
     assert np.array_equal(stream.segments[0].samples, whole)
+
+
+def test_a_voice_of_many_global_codes_streams() -> None:
+    """As many codes as a chunk come before the first frame, and no sound with them."""
+    torch.manual_seed(0)
+    tokenizer = SpeechTokenizer(8, 1, 1, levels=[5, 5, 4], max_frames=80, num_global_codes=CHUNK + 2).eval()
+    space = TokenSpace(256)
+    space.append_modality("speech", tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
+    processor = Processor(space, TextTokenizer.train(["a"], 256), {"speech": tokenizer})
+    rng = np.random.default_rng(0)
+    codes = Codes(rng.integers(0, 100, (40, 1)), header=rng.integers(0, 16, CHUNK + 2))
+    stream = SegmentStream(processor)
+    events = [event for token in processor.codes_to_ids("speech", codes) for event in stream.push(token)]
+    assert [event.done for event in events if isinstance(event, SegmentProgress)] == [10, 20, 30, 40]
+    chunks = [event.segment.samples for event in events if isinstance(event, SegmentDelta)]
+    whole = tokenizer.decode(codes).samples
+    assert len(chunks) > 2 and np.abs(np.concatenate(chunks) - whole).max() < 1e-5
+    assert np.array_equal(stream.segments[0].samples, whole)
+
+
+def test_a_preview_of_a_grid_keeps_its_global_codes() -> None:
+    class Dyed(ModalityTokenizer):
+        """Its global code is the colour of every pixel."""
+
+        kind, segment_type = "image", Image
+
+        def __init__(self) -> None:
+            super().__init__(
+                shape=Grid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=1),
+                codebook_sizes=[3],
+                config={},
+                global_codebook_size=256,
+            )
+
+        def decode_batch(self, codes: Any) -> Any:
+            return [Image(np.full((*one.size, 3), one.header[0], np.uint8)) for one in codes]
+
+    space = TokenSpace(256)
+    space.append_modality("image", [3], Dyed().shape, 256)
+    processor = Processor(space, TextTokenizer.train(["a"], 256), {"image": Dyed()})
+    stream = SegmentStream(processor)
+    ids = processor.codes_to_ids("image", Codes(np.zeros((16, 1)), (4, 4), [200]))
+    events = [event for token in ids for event in stream.push(token)]
+    previews = [event.segment for event in events if isinstance(event, SegmentPreview)]
+    assert len(previews) == 3 and all((one.pixels == 200).all() for one in [*previews, *stream.segments])
 
 
 def test_a_chunk_needs_its_whole_reach(world: World) -> None:

@@ -28,10 +28,14 @@ from anytoken.tokenizers.base import CodeShape, Grid, Run
 CONTEXT = 200
 SHAPES: dict[str, tuple[list[int], CodeShape]] = {
     "image": ([12], Grid(axes=("rows", "cols"), min_size=(1, 2), max_size=(5, 6))),
-    "speech": ([9, 9, 4], Run(2, 9, num_codebooks=3)),
-    "video": ([5, 6], Grid(axes=("steps", "rows"), min_size=(2, 2), max_size=(3, 4), num_codebooks=2)),
+    "speech": ([9, 9, 4], Run(2, 9, num_codebooks=3, num_global_codes=3)),
+    "video": (
+        [5, 6],
+        Grid(axes=("steps", "rows"), min_size=(2, 2), max_size=(3, 4), num_codebooks=2, num_global_codes=1),
+    ),
     "dna": ([4], Run(1, 30)),
 }
+GLOBAL_SIZE = 5
 KINDS = ["text", *SHAPES]
 
 
@@ -56,7 +60,7 @@ class NoHead(Head):
 def make_engine() -> Engine:
     space = TokenSpace(40)
     for kind, (sizes, shape) in SHAPES.items():
-        space.append_modality(kind, sizes, shape)
+        space.append_modality(kind, sizes, shape, GLOBAL_SIZE if shape.num_global_codes else 0)
     config = SimpleNamespace(max_position_embeddings=CONTEXT)
     lm: Any = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config), parameters=lambda: ())
     engine, head = Engine(lm, Grammar(space)), NoHead()
@@ -105,6 +109,8 @@ def check(reply: GeneratedIds, plan: tuple[str, ...] | None, sizes: Any, limit: 
         if piece.kind != "text":
             counts, shape = SHAPES[piece.kind]
             assert (piece.values >= 0).all() and (piece.values < torch.tensor(counts).numpy()).all()
+            assert len(piece.header) == shape.num_global_codes
+            assert (piece.header >= 0).all() and (piece.header < GLOBAL_SIZE).all()
             pinned = (sizes or {}).get(piece.kind)
             assert pinned is None or piece.size == pinned
             assert isinstance(shape, Grid) or shape.min_length <= len(piece.values) <= shape.max_length

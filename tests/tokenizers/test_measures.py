@@ -229,7 +229,7 @@ def test_speech_that_comes_back_is_intelligible_and_noise_is_not(sets):
 
 
 def test_clips_too_short_for_stoi_are_not_scored():
-    assert measures_speech._stoi(Speech(np.full(1_000, 0.1)), Speech(np.full(1_000, 0.1))) is None
+    assert measures_speech.stoi(Speech(np.full(1_000, 0.1)), Speech(np.full(1_000, 0.1))) is None
 
 
 def test_without_pystoi_intelligibility_is_left_out_and_said_so(sets, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 """Where a run begins: the id layout, the first embedding rows, folders that are not what they should be."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from anytoken.model.rows import projected_rows
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import build_processor, load_start
+from anytoken.training.start import build_processor, load_start, make_start
 
 
 def test_ids_follow_the_order_of_the_recipe(recipe: dict[str, Any]) -> None:
@@ -42,6 +43,19 @@ def test_missing_tokenizer_folders_are_named(recipe: dict[str, Any]) -> None:
         build_processor(recipe["tokenizers"] | {"tile": "nowhere"})
     with pytest.raises(StageError, match="text"):
         build_processor({"tile": recipe["tokenizers"]["tile"]})
+
+
+def test_a_backbone_is_not_made_over_something_else(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Said before anything is loaded."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("years")
+    swap = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
+    codecs = {"image": {"source": "nowhere", "config": {"model_type": "emu3"}}}
+    swap |= {"init_from": str(taken), "backbone": {"model": "nowhere", "config": "no.json", "codecs": codecs}}
+    with pytest.raises(StageError, match=r"taken exists and holds something else \(thesis\.tex\)"):
+        make_start(Stage.from_dict(swap))
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
 
 
 def test_an_unknown_model_setting_is_refused(recipe: dict[str, Any]) -> None:

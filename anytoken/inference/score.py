@@ -1,0 +1,226 @@
+"""How likely the model finds answers: log-likelihoods of any segments after any prompt, with the prompt read once.
+
+Each answer is scored as the assistant's whole reply: its ids and the end id, every id under the softmax over the ids
+that the grammar allows at its place, as in decoding. Ids without an alternative, such as the close id of an image,
+have probability 1. The keys and values of the prompt are shared by all answers, which are read in batches of similar
+length. Likelihoods normalised by length are those of GPT-3 (arXiv 2005.14165); PMI compares with the likelihood after
+an empty prompt, which takes out how common an answer is in itself (2104.08315).
+
+Shapes: N answers, T ids of the longest, P prompt ids, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from anytoken.grammar import Grammar
+from anytoken.inference.engine import Engine
+from anytoken.model.attention import usable_attention
+from anytoken.training.cross_entropy import linear_cross_entropy
+from anytoken.training.losses import grammar_groups
+
+Normalize = Literal["none", "tokens", "pmi"]
+CACHE_ELEMENTS = 2**26  # of keys and values that the copies of a prompt may take in one batch
+
+
+class ScoreError(ValueError):
+    """Answers or settings that cannot be scored."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-likelihood of one answer, in nats.
+
+    ids: of the answer, int64 [T], with the end id. logprobs: of each id given all before it, float32 [T]. segments:
+    kind and summed log-likelihood of each segment in order; the end id counts to the last one. prior: log-likelihood
+    after an empty prompt, where it was asked for.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    segments: tuple[tuple[str, float], ...]
+    prior: float | None = None
+
+    @property
+    def total(self) -> float:
+        """Log-likelihood of the whole answer."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    @property
+    def per_token(self) -> float:
+        """Mean log-likelihood of an id."""
+        return self.total / len(self.ids)
+
+    @property
+    def pmi(self) -> float:
+        """Pointwise mutual information of prompt and answer: `total` less `prior`; ScoreError without a prior."""
+        if self.prior is None:
+            raise ScoreError('This score has no prior: ask for it with normalize="pmi".')
+        return self.total - self.prior
+
+    def value(self, normalize: Normalize) -> float:
+        """The number that a way of normalising compares."""
+        return {"none": lambda: self.total, "tokens": lambda: self.per_token, "pmi": lambda: self.pmi}[
+            normalize
+        ]()
+
+
+@dataclass(frozen=True)
+class Classification:
+    """`label` is the most likely of `labels`; probabilities: of each label among all of them, in their order."""
+
+    label: Any
+    labels: tuple[Any, ...]
+    probabilities: tuple[float, ...]
+
+    def top(self, count: int = 5) -> list[tuple[Any, float]]:
+        """The `count` most likely labels with their probabilities, best first."""
+        pairs = zip(self.labels, self.probabilities, strict=True)
+        return sorted(pairs, key=itemgetter(1), reverse=True)[:count]
+
+
+def classify(labels: Sequence[Any], scores: Sequence[float]) -> Classification:
+    """Labels with the softmax of their scores."""
+    probabilities = torch.tensor(scores, dtype=torch.float64).softmax(0)
+    return Classification(labels[int(probabilities.argmax())], tuple(labels), tuple(probabilities.tolist()))
+
+
+def perplexity(grammar: Grammar, score: Score) -> float:
+    """exp of the mean negative log-likelihood of the ids of a score that have an alternative."""
+    classes = grammar.loss_rows(torch.from_numpy(score.ids)).tolist()
+    alone = {
+        number
+        for number, ranges in enumerate(grammar.class_ranges)
+        if sum(stop - start for start, stop in ranges) == 1
+    }
+    counted = sum(number not in alone for number in classes)
+    return math.exp(-score.total / counted)
+
+
+def check_normalize(normalize: str) -> None:
+    """ScoreError unless it is a known way of normalising."""
+    if normalize not in get_args(Normalize):
+        raise ScoreError(f"normalize is one of {', '.join(get_args(Normalize))}; received {normalize!r}.")
+
+
+def score_ids(
+    engine: Engine,
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    prior: Sequence[int] | None = None,
+) -> list[Score]:
+    """Score answers, each the ids of a reply with its end id, after the ids of a prompt.
+
+    prior: ids of the empty prompt, to score the answers after it, too. ScoreError if prompt and answer do not fit the
+    context.
+    """
+    longest = max(map(len, answers))
+    if len(prompt) + longest > engine.context:
+        raise ScoreError(
+            f"The prompt has {len(prompt)} tokens and the longest answer {longest}, but the context is "
+            f"{engine.context} tokens: shorten one of them."
+        )
+    found = _logprobs(engine, prompt, answers)
+    priors = (
+        [None] * len(answers)
+        if prior is None
+        else [float(p.sum()) for p in _logprobs(engine, prior, answers)]
+    )
+    return [
+        Score(np.asarray(ids), logprobs, segment_sums(engine.grammar, ids, logprobs), before)
+        for ids, logprobs, before in zip(answers, found, priors, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _logprobs(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Log-probability of every id of every answer, each float32 [T]."""
+    device = engine.lm.device
+    start = torch.tensor([list(prompt)], device=device)
+    cache = DynamicCache(config=engine.lm.config)
+    first = _features(engine, start, cache)[:, -1:]  # [1, 1, D]: predicts the first id of every answer
+    result: dict[int, np.ndarray] = {}
+    for rows in _batches([len(ids) for ids in answers], _most_rows(cache, len(prompt))):
+        lengths = [len(answers[row]) for row in rows]
+        ids = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
+        for place, row in enumerate(rows):
+            ids[place, : lengths[place]] = torch.tensor(answers[row], device=device)
+        features = first.expand(len(rows), -1, -1)
+        if ids.shape[1] > 1:  # what stands after an answer's end is read by none of its ids
+            own = copy.deepcopy(cache)
+            own.batch_repeat_interleave(len(rows))
+            features = torch.cat([features, _features(engine, ids[:, :-1], own)], 1)
+        real = torch.arange(ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+        scored = _target_logprobs(engine, features[real], ids[real]).float().cpu()
+        result |= {row: one.numpy() for row, one in zip(rows, scored.split(lengths), strict=True)}
+    return [result[row] for row in range(len(answers))]
+
+
+def _features(engine: Engine, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """What the head reads of ids [N, T] after the cache: [N, T, D], or logits [N, T, V] of a head of its own kind."""
+    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    with usable_attention(engine.lm, cached=True):
+        if engine.head().sliced:
+            return engine.lm.base_model(**inputs).last_hidden_state
+        return engine.lm(**inputs).logits
+
+
+def _target_logprobs(engine: Engine, features: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of targets [N] among the ids that the grammar lets compete, from `_features` [N, ...]."""
+    groups = grammar_groups(targets, engine.grammar)
+    if engine.head().sliced:
+        layer = engine.head().layer
+        if layer.bias is None:
+            weights = torch.zeros(len(targets), device=targets.device)
+            return -linear_cross_entropy(features, layer.weight, targets, weights, groups=groups).nll
+        features = layer(features)
+    found = features.new_empty(len(targets), dtype=torch.float32)
+    for where, ranges in groups:
+        logits = features[where].float()
+        spans = torch.cat([logits[:, start:stop] for start, stop in ranges], 1)
+        found[where] = logits.gather(1, targets[where, None]).squeeze(1) - spans.logsumexp(1)
+    return found
+
+
+def _most_rows(cache: DynamicCache, prompt_length: int) -> int:
+    """How many copies of a prompt's keys and values may exist at once."""
+    each = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    return max(1, CACHE_ELEMENTS // max(1, each))
+
+
+def _batches(lengths: Sequence[int], most: int, slack: float = 1.25) -> Iterator[list[int]]:
+    """Rows in batches of at most `most`, the longest at most `slack` times (or 8 ids longer than) the shortest."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batch: list[int] = []
+    for row in order:
+        if batch and (
+            len(batch) == most or lengths[row] > max(slack * lengths[batch[0]], lengths[batch[0]] + 8)
+        ):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def segment_sums(grammar: Grammar, ids: Sequence[int], logprobs: np.ndarray) -> tuple[tuple[str, float], ...]:
+    """Kind and summed log-likelihood of each segment of a reply's ids; controls count to the segment before them."""
+    space = grammar.token_space
+    kinds = {space.open_token(name): name for name in space.modalities}
+    found: list[tuple[str, float]] = []
+    for token, logprob in zip(ids, logprobs.tolist(), strict=True):
+        kind = "text" if token < space.text_size else kinds.get(token)
+        if kind is not None and not (kind == "text" and found and found[-1][0] == "text"):
+            found.append((kind, 0.0))
+        last = found[-1]
+        found[-1] = (last[0], last[1] + logprob)
+    return tuple(found)

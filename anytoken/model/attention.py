@@ -1,0 +1,107 @@
+"""Which attention implementation runs: FlashAttention where package, device and dtype allow it, else PyTorch's own.
+
+The names are transformers' (`ALL_ATTENTION_FUNCTIONS`). FlashAttention (arXiv 2205.14135, 2307.08691, 2407.08608)
+takes no mask: samples and padding are told by cumulative lengths, which `model/packing.py` gives it in training and
+`inference/cache.py` in generation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils.generic import is_flash_attention_requested
+
+FLASH = {  # name: the test for its package, the package
+    "flash_attention_3": (is_flash_attn_3_available, "flash_attn_interface (FlashAttention 3)"),
+    "flash_attention_2": (is_flash_attn_2_available, "flash_attn 2.3.3 or later"),
+}
+CHOICES = ("auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+HALF = (torch.bfloat16, torch.float16)
+log = logging.getLogger(__name__)
+
+
+class AttentionError(ValueError):
+    """An attention implementation that is unknown or cannot run here."""
+
+
+def use_attention(lm: PreTrainedModel, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Switch a model to an attention implementation, and say which in the log; the name of it.
+
+    wanted: one of CHOICES; "auto" takes FlashAttention where it can run and leaves the model's default, which is sdpa,
+    elsewhere. device, dtype: what the model will compute on and in (that of autocast, if it is on). AttentionError for
+    an unknown name, or one that cannot run.
+    """
+    if wanted not in CHOICES:
+        raise AttentionError(f"Unknown attention implementation {wanted!r}; allowed: {', '.join(CHOICES)}.")
+    reason = ""
+    if wanted == "auto":
+        wanted, reason = _best(lm, device, dtype)
+    elif wanted in FLASH:
+        obstacle = flash_obstacle(wanted, lm, device, dtype)
+        if obstacle:
+            raise AttentionError(f"{wanted} cannot run here: {obstacle}. Choose auto or sdpa.")
+    if wanted != lm.config._attn_implementation:
+        try:
+            lm.set_attn_implementation(wanted)
+        except (ValueError, ImportError) as error:
+            raise AttentionError(f"{type(lm).__name__} cannot use {wanted}: {error}") from error
+    log.info("attention: %s on %s in %s%s", wanted, device, str(dtype).removeprefix("torch."), reason)
+    return wanted
+
+
+def _best(lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The fastest implementation that can run, and why not a faster one."""
+    obstacles = {name: flash_obstacle(name, lm, device, dtype) for name in FLASH}
+    for name, obstacle in obstacles.items():
+        if not obstacle and (name == "flash_attention_2" or torch.cuda.get_device_capability(device)[0] == 9):
+            return name, ""
+    return lm.config._attn_implementation, f" (no FlashAttention: {obstacles['flash_attention_2']})"
+
+
+def flash_obstacle(name: str, lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a FlashAttention cannot run for a model, "" if it can."""
+    available, package = FLASH[name]
+    heads = lm.config.get_text_config()
+    head_dim = getattr(heads, "head_dim", None) or heads.hidden_size // heads.num_attention_heads
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and this is {device}"
+    if dtype not in HALF:
+        return f"it computes in bfloat16 or float16, and this is {str(dtype).removeprefix('torch.')}"
+    if not available():
+        return f"the package {package} is not installed"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return f"it needs an Ampere GPU or a later one, and this is {torch.cuda.get_device_name(device)}"
+    if head_dim > 256 or head_dim % 8:
+        return f"its heads are at most 256 wide and a multiple of 8, and these are {head_dim}"
+    if not lm._supports_flash_attn:
+        return f"{type(lm).__name__} does not support it"
+    return ""
+
+
+def runs_flash(lm: PreTrainedModel) -> bool:
+    """Whether a model's own forward pass runs FlashAttention with the weights as they are."""
+    return is_flash_attention_requested(lm.config) and lm.get_input_embeddings().weight.dtype in HALF
+
+
+@contextmanager
+def usable_attention(lm: PreTrainedModel, cached: bool = False) -> Iterator[None]:
+    """Inside, sdpa stands in for an implementation that cannot do what is asked.
+
+    That is FlashAttention where weights are float32 and no autocast is on, as between steps of training; and with a
+    key-value cache (cached) flex_attention, whose block masks are made for whole sequences.
+    """
+    before = lm.config._attn_implementation
+    flash = is_flash_attention_requested(lm.config) and not runs_flash(lm)
+    swap = flash or (cached and before == "flex_attention")
+    if swap:
+        lm.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        if swap:
+            lm.config._attn_implementation = before

@@ -1,0 +1,124 @@
+"""The server: OpenAI's endpoints over one model, as a FastAPI application.
+
+    anytoken serve mini --port 8000
+    curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \
+      -d '{"model": "mini", "messages": [{"role": "user", "content": "a fox, 3d"}], "modalities": ["image"]}'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+
+import anytoken
+from anytoken.inference.api import AnyToken
+from anytoken.serving.chat_api import router as chat_router
+from anytoken.serving.errors import FAILURES, ApiError, BadRequest, NotFound
+from anytoken.serving.media_api import router as media_router
+from anytoken.serving.middleware import Gate, Metrics
+from anytoken.serving.service import Service
+from anytoken.serving.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+
+
+def create_app(model: AnyToken, name: str, settings: ServerSettings | None = None) -> FastAPI:
+    """The application that serves a model under a name; also for a server of your own (`uvicorn.run(app)`)."""
+    settings = settings or ServerSettings()
+    metrics = Metrics()
+    service = Service(model, name, settings, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await asyncio.to_thread(service.worker.stop)
+
+    app = FastAPI(
+        title="AnyToken",
+        version=anytoken.__version__,
+        summary="Text, images, speech, video and DNA in and out, in the terms of OpenAI's API.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.include_router(chat_router)
+    app.include_router(media_router)
+    _add_operations(app, service)
+    _add_error_handlers(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )  # fmt: skip
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    return app
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", tags=["operations"])
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operations"], responses={503: {"description": "Not ready."}})
+    async def ready() -> Response:
+        """Whether requests are taken: the model is loaded and the server is not shutting down."""
+        alive = service.worker.alive
+        return JSONResponse({"status": "ready" if alive else "not ready"}, 200 if alive else 503)
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        running, waiting = service.worker.load
+        service.metrics.running.set(running)
+        service.metrics.waiting.set(waiting)
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> dict[str, Any]:
+        """The models that can be asked for."""
+        return {"object": "list", "data": [service.describe()]}
+
+    @app.get("/v1/models/{name}", tags=["models"], responses=FAILURES)
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        service.check_model(name)
+        return service.describe()
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            error = _invalid(error)
+        elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
+            kind = NotFound if error.status_code == 404 else BadRequest
+            found = kind(f"{request.method} {request.url.path}: {error.detail}")
+            return JSONResponse(found.body(), error.status_code, headers=error.headers)
+        elif not isinstance(error, ApiError):
+            log.error("A request failed", exc_info=error)
+            error = ApiError("The server failed to answer this request.")
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
+        return JSONResponse(error.body(), error.status, headers=headers)
+
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _invalid(error: RequestValidationError) -> BadRequest:
+    """The first thing that is wrong with a body, in one sentence, without repeating its content."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        return BadRequest(f"Unknown parameter {place!r}.", place, "unknown_parameter")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return BadRequest(f"{place}: {message}" if place else message, place or None)

@@ -1,0 +1,207 @@
+r"""Content parts of OpenAI's API to segments, and segments to parts.
+
+Media come inside the request, as base64 or data URLs: nothing is fetched and no file is opened. Parts beyond OpenAI's
+are `video_url` (a data URL, as in vLLM) and `dna` (letters).
+
+    in and out   {"type": "text", "text": "..."}
+                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
+                 {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,..."}}
+                 {"type": "dna", "dna": "ACGT"}
+    in           {"type": "input_audio", "input_audio": {"data": "...", "format": "wav"}}
+    out          {"type": "audio", "audio": {"data": "...", "format": "wav"}}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
+from anytoken.serving.errors import BadRequest
+from anytoken.serving.settings import ServerSettings
+
+_DATA_URL = re.compile(
+    r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL
+)
+_VIDEO_SUFFIXES = {
+    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",
+    "image/gif": ".gif", "image/webp": ".webp",
+}  # fmt: skip
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
+AUDIO_TYPES = {
+    "wav": "audio/wav",
+    "mp3": "audio/mpeg",
+    "flac": "audio/flac",
+    "ogg": "audio/ogg",
+    "pcm": "audio/pcm",
+}
+PCM_RATE_HZ = 24_000  # of OpenAI's pcm16
+Messages = list[dict[str, Any]]
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]], settings: ServerSettings) -> Messages:
+    """Messages of a request as the processor takes them: {"role", "content": [Segment, ...]}.
+
+    BadRequest names the message and part that is wrong. "developer" is another word for "system".
+    """
+    if not messages:
+        raise BadRequest("messages is empty: send at least one message.", "messages")
+    found: Messages = []
+    parts = 0
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        content = message.get("content")
+        given = [content] if isinstance(content, str | Mapping) else list(content or ())
+        parts += len(given)
+        if parts > settings.max_parts:
+            raise BadRequest(f"The request has more than {settings.max_parts} content parts.", "messages")
+        segments = [
+            read_part(part, f"{where}.content[{place}]", settings) for place, part in enumerate(given)
+        ]
+        segments += _answered_media(message, where, settings)
+        segments = [one for one in segments if not (isinstance(one, Text) and not one.text)]
+        if not segments:
+            raise BadRequest(f"{where} is empty: give it a text or a medium.", f"{where}.content")
+        role = {"developer": "system"}.get(message["role"], message["role"])
+        found.append({"role": role, "content": segments})
+    return found
+
+
+def _answered_media(message: Mapping[str, Any], where: str, settings: ServerSettings) -> list[Segment]:
+    """The images of an assistant's message as this server returned it, sent back as history."""
+    images = message.get("images") or ()
+    return [read_part(part, f"{where}.images[{place}]", settings) for place, part in enumerate(images)]
+
+
+def read_part(part: Any, where: str, settings: ServerSettings) -> Segment:
+    """One content part as a segment."""
+    if isinstance(part, str):
+        return _text(part, where, settings)
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    readers: dict[Any, Callable[[], Segment]] = {
+        "text": lambda: _text(part.get("text"), where, settings),
+        "image_url": lambda: Image.open(_data_url(part, "image_url", where)[1]),
+        "input_audio": lambda: _audio(part.get("input_audio"), where),
+        "video_url": lambda: _video(*_data_url(part, "video_url", where)),
+        "dna": lambda: _dna(part.get("dna"), where, settings),
+    }
+    if kind not in readers:
+        raise BadRequest(f"{where} has the type {kind!r}; allowed: {', '.join(readers)}.", where)
+    try:
+        return readers[kind]()
+    except ValueError as error:
+        raise BadRequest(f"{where}: {error}", where) from error
+
+
+def _text(text: Any, where: str, settings: ServerSettings) -> Text:
+    if not isinstance(text, str):
+        raise BadRequest(f"{where}.text is a string; received {type(text).__name__}.", where)
+    if len(text) > settings.max_text:
+        raise BadRequest(f"{where} has {len(text)} characters; at most {settings.max_text} are taken.", where)
+    return Text(text)
+
+
+def _dna(bases: Any, where: str, settings: ServerSettings) -> DNA:
+    if not isinstance(bases, str) or len(bases) > settings.max_bases:
+        raise BadRequest(f"{where}.dna is a string of at most {settings.max_bases} letters.", where)
+    return DNA(bases)
+
+
+def _data_url(part: Mapping[str, Any], key: str, where: str) -> tuple[str, bytes]:
+    """Media type and content of a data URL, which stands alone or under "url"."""
+    value = part.get(key)
+    url = value.get("url") if isinstance(value, Mapping) else value
+    found = _DATA_URL.fullmatch(url) if isinstance(url, str) else None
+    if found is None:
+        raise BadRequest(
+            f"{where}.{key}.url must be a data URL such as data:image/png;base64,...; this server fetches nothing.",
+            where,
+        )
+    return found["type"] or "", _decoded(found["data"], where)
+
+
+def _decoded(data: Any, where: str) -> bytes:
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, AttributeError, ValueError) as error:
+        raise BadRequest(f"{where} is no valid base64.", where) from error
+
+
+def _audio(value: Any, where: str) -> Speech:
+    if not isinstance(value, Mapping):
+        raise BadRequest(f'{where}.input_audio is {{"data": base64, "format": ...}}.', where)
+    if value.get("format") not in AUDIO_FORMATS:
+        raise BadRequest(f"{where}.input_audio.format is one of {', '.join(AUDIO_FORMATS)}.", where)
+    return Speech.open(_decoded(value.get("data"), where))
+
+
+def _video(media_type: str, data: bytes) -> Video:
+    suffix = _VIDEO_SUFFIXES.get(media_type)
+    if suffix is None:
+        raise ValueError(f"a video of type {media_type!r}; allowed: {', '.join(_VIDEO_SUFFIXES)}.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"video{suffix}"
+        path.write_bytes(data)
+        return Video.open(path)
+
+
+# ---- out ----
+
+
+def write_part(segment: Segment, audio_format: str = "wav") -> dict[str, Any]:
+    """A segment as a content part."""
+    if isinstance(segment, Text):
+        return {"type": "text", "text": segment.text}
+    if isinstance(segment, Image):
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png(segment)}"}}
+    if isinstance(segment, Speech):
+        return {
+            "type": "audio",
+            "audio": {"data": b64(audio_bytes(segment, audio_format)), "format": audio_format},
+        }
+    if isinstance(segment, Video):
+        return {
+            "type": "video_url",
+            "video_url": {"url": f"data:image/webp;base64,{b64(saved(segment, '.webp'))}"},
+        }
+    if isinstance(segment, DNA):
+        return {"type": "dna", "dna": segment.bases}
+    return {"type": segment.kind, segment.kind: b64(saved(segment, f".{segment.kind}"))}
+
+
+def png(image: Image) -> str:
+    """An image as a PNG in base64."""
+    buffer = io.BytesIO()
+    image.to_pil().save(buffer, "PNG")
+    return b64(buffer.getvalue())
+
+
+def b64(data: bytes) -> str:
+    """Bytes as base64 text."""
+    return base64.b64encode(data).decode()
+
+
+def audio_bytes(speech: Speech, audio_format: str) -> bytes:
+    """A clip as a file of a format, or as bare 16-bit samples at 24 kHz for "pcm" and "pcm16"."""
+    if audio_format in ("pcm", "pcm16"):
+        return pcm16(speech.resample(PCM_RATE_HZ).samples)
+    return saved(speech, f".{audio_format}")
+
+
+def pcm16(samples: np.ndarray) -> bytes:
+    """Samples in [-1, 1] as little-endian 16-bit numbers."""
+    return (samples.clip(-1, 1) * 32767).round().astype("<i2").tobytes()
+
+
+def saved(segment: Segment, suffix: str) -> bytes:
+    """What a segment's file of this suffix holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(segment.save(Path(folder) / f"file{suffix}")).read_bytes()

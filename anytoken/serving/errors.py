@@ -1,0 +1,80 @@
+"""Errors of the API: a status and a body in OpenAI's form, never a traceback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"description": text}
+    for status, text in {
+        400: "The request cannot be served as it is.", 401: "A valid API key is missing.", 404: "No such model.",
+        408: "The body came too slowly.", 413: "The body is too large.", 429: "The queue is full.",
+        503: "The server is shutting down.", 504: "The reply took too long.",
+    }.items()
+}  # fmt: skip
+
+
+class ApiError(HTTPException):
+    """An answer other than success: `status`, and what OpenAI's clients show of it."""
+
+    status = 500
+    kind = "server_error"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(self.status, message)
+        self.message, self.param, self.code = message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class BadRequest(ApiError):
+    """A request that cannot be served as it is."""
+
+    status, kind = 400, "invalid_request_error"
+
+
+class Unauthorized(ApiError):
+    """A missing or unknown key."""
+
+    status, kind = 401, "authentication_error"
+
+
+class NotFound(ApiError):
+    """A model or path that is not there."""
+
+    status, kind = 404, "not_found_error"
+
+
+class RequestTimeout(ApiError):
+    """A body that did not arrive in time."""
+
+    status, kind = 408, "timeout_error"
+
+
+class TooLarge(ApiError):
+    """A body over the limit."""
+
+    status, kind = 413, "invalid_request_error"
+
+
+class TooManyRequests(ApiError):
+    """A full queue; the answer says when to try again."""
+
+    status, kind = 429, "rate_limit_error"
+
+
+class Unavailable(ApiError):
+    """A server that is shutting down."""
+
+    status, kind = 503, "server_error"
+
+
+class DeadlinePassed(ApiError):
+    """A request that took longer than the server allows."""
+
+    status, kind = 504, "timeout_error"

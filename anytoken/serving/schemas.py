@@ -1,0 +1,158 @@
+"""Bodies of requests, as OpenAI's API names them; settings of ours keep the names of `generate`.
+
+What the model cannot do is refused unless it is off, and unknown keys are refused: nothing is ignored silently. Keys
+that only label a request (`user`, `metadata`, ...) are accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_LABELS = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+_OFF: dict[str, tuple[Any, ...]] = {  # what the model cannot do, and the values that do not ask for it
+    "frequency_penalty": (None, 0), "presence_penalty": (None, 0), "logit_bias": (None, {}), "logprobs": (None, False),
+    "top_logprobs": (None, 0), "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
+    "response_format": (None, {"type": "text"}), "reasoning_effort": (None, "none"), "prediction": (None,),
+    "web_search_options": (None,), "verbosity": (None,),
+}  # fmt: skip
+_MODALITIES = {"audio": "speech"}  # OpenAI's word for it
+SEED_LIMIT = 2**63
+
+
+class Body(BaseModel):
+    """A request body."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_labels(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key, off in _OFF.items():
+            if key in values and key not in cls.model_fields and values[key] not in off:
+                raise ValueError(f"{key} is not supported: leave it out")
+        known = {*_LABELS, *_OFF} - set(cls.model_fields)
+        return {key: value for key, value in values.items() if key not in known}
+
+
+class SamplingBody(Body):
+    """Settings of `generate` that a request may give."""
+
+    model: str
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    cfg_scale: float | None = Field(default=None, ge=0, le=20)
+    seed: int | None = Field(default=None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
+
+    def sampling(self) -> dict[str, Any]:
+        """As options of `generate`."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "cfg_scale")
+        seed = None if self.seed is None else self.seed % SEED_LIMIT
+        return {**{name: getattr(self, name) for name in names}, "seed": seed}
+
+
+class StreamOptions(Body):
+    """What a stream brings besides its chunks."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class AudioFormat(Body):
+    """How spoken parts of a reply are encoded."""
+
+    format: Literal["wav", "mp3", "flac", "ogg", "pcm16"] = "wav"
+    voice: str | dict[str, Any] | None = None
+
+
+class Message(BaseModel):
+    """One message; content as in `content.py`."""
+
+    model_config = ConfigDict(extra="ignore")  # an assistant's message comes back with all it was sent with
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Any] | None = None
+    images: list[Any] | None = None
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    modalities: list[str] | None = Field(
+        default=None, description="kinds of the reply in order; null: the model decides"
+    )
+    audio: AudioFormat | None = None
+    n: int = Field(default=1, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    sizes: dict[str, list[int]] | None = Field(
+        default=None, description='grid of a kind in codes, {"image": [8, 8]}'
+    )
+
+    @property
+    def output(self) -> list[str] | None:
+        """Kinds of the reply, in our words."""
+        if self.modalities is None:
+            return None
+        return [_MODALITIES.get(kind, kind) for kind in self.modalities]
+
+    @property
+    def limit(self) -> int | None:
+        """The longest reply, in tokens."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        """Strings that end the reply."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [one for one in given if one]
+
+
+class ImageBody(SamplingBody):
+    """POST /v1/images/generations."""
+
+    prompt: str = Field(min_length=1)
+    n: int = Field(default=1, ge=1)
+    size: str | None = Field(default=None, pattern=r"^(auto|\d{1,4}x\d{1,4})$")
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png"] | None = None
+    quality: str | None = None
+    background: Literal["auto", "opaque"] | None = None
+    style: None = None
+
+
+class SpeechBody(SamplingBody):
+    """POST /v1/audio/speech."""
+
+    input: str = Field(min_length=1)
+    voice: str | None = None
+    response_format: Literal["mp3", "wav", "flac", "ogg", "pcm"] = "mp3"
+    speed: float | None = Field(default=None, ge=1, le=1, description="other speeds are not supported")
+    stream_format: Literal["audio"] | None = None
+
+
+class ScoreBody(Body):
+    """POST /v1/score: log-likelihoods of answers; messages as for chat completions."""
+
+    model: str
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    answers: list[str | list[Any]] = Field(min_length=1, max_length=1000)
+    normalize: Literal["none", "tokens", "pmi"] = "none"

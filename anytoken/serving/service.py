@@ -1,0 +1,122 @@
+"""What the endpoints share: the model behind its worker, checks of requests, and counting."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from anytoken.inference.api import AnyToken
+from anytoken.inference.reply import Reply
+from anytoken.serving.content import read_messages
+from anytoken.serving.errors import BadRequest, NotFound, TooManyRequests, Unavailable
+from anytoken.serving.middleware import Metrics
+from anytoken.serving.replies import PendingReply, gather
+from anytoken.serving.schemas import Message, SamplingBody
+from anytoken.serving.settings import ServerSettings
+from anytoken.serving.worker import QueueFull, Worker
+
+
+class Service:
+    """One model under a name, with its worker, limits and metrics."""
+
+    def __init__(self, model: AnyToken, name: str, settings: ServerSettings, metrics: Metrics) -> None:
+        self.model, self.name, self.settings, self.metrics = model, name, settings, metrics
+        self.worker = Worker(model, settings.max_rows, settings.max_waiting)
+        self.created = int(time.time())
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of /v1/models."""
+        return {
+            "id": self.name, "object": "model", "created": self.created, "owned_by": "anytoken",
+            "modalities": self.model.kinds, "context": self.model.engine.context,
+        }  # fmt: skip
+
+    def check_model(self, name: str) -> None:
+        """NotFound unless this is the model's name."""
+        if name != self.name:
+            raise NotFound(
+                f"There is no model {name!r}; this server has {self.name!r}.", "model", "model_not_found"
+            )
+
+    async def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt's ids; BadRequest says which part cannot be read. Media are decoded off the event loop."""
+        plain = [message.model_dump() for message in messages]
+
+        def read() -> list[int]:
+            return self.model.encode_prompt(read_messages(plain, self.settings))
+
+        try:
+            return await asyncio.to_thread(read)
+        except ValueError as error:
+            raise BadRequest(str(error), "messages") from error
+
+    async def submit(
+        self,
+        body: SamplingBody,
+        prompt: Sequence[int],
+        output: Sequence[str] | None,
+        count: int = 1,
+        limit: int | None = None,
+        stops: Sequence[str] = (),
+        sizes: dict[str, tuple[int, ...]] | None = None,
+    ) -> list[PendingReply]:
+        """Hand `count` replies to the worker; TooManyRequests if they would have to wait too long."""
+        settings = self.settings
+        if count > settings.max_choices:
+            raise BadRequest(f"n is at most {settings.max_choices}; received {count}.", "n")
+        if limit is not None and limit > settings.max_new_tokens:
+            raise BadRequest(
+                f"A reply has at most {settings.max_new_tokens} tokens; {limit} were asked for.", "max_tokens"
+            )
+        try:
+            options = self.model.request(output, sizes=sizes, max_new_tokens=limit, **body.sampling())
+            # fixed, so that a reply can be decoded a second time; see `Worker`
+            options["seed"] = secrets.randbits(63) if options["seed"] is None else options["seed"]
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
+        options["max_new_tokens"] = min(
+            options["max_new_tokens"] or settings.max_new_tokens, settings.max_new_tokens
+        )
+        pending = [
+            PendingReply(self.model, prompt, {**options, "draw": number}, settings.deadline, stops)
+            for number in range(count)
+        ]
+        if not self.worker.alive:
+            raise Unavailable("The server is shutting down.")
+        try:
+            self.worker.submit([one.job for one in pending])
+        except QueueFull as error:
+            raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
+        return pending
+
+    async def replies(self, pending: Sequence[PendingReply], request: Request) -> list[Reply]:
+        """The finished replies; their places are freed if the client goes away."""
+        replies = await gather(self.worker, pending, disconnected(request))
+        for one, reply in zip(pending, replies, strict=True):
+            self.count(len(one.job.prompt), reply)
+        return replies
+
+    def count(self, prompt_tokens: int, reply: Reply) -> None:
+        """Add a reply to the metrics."""
+        self.metrics.tokens.labels("in", "all").inc(prompt_tokens)
+        for modality, number in reply.usage.tokens.items():
+            self.metrics.tokens.labels("out", modality).inc(number)
+
+
+async def disconnected(request: Request) -> None:
+    """Return once the client has gone away."""
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+def service_of(request: Request) -> Service:
+    """The service behind a request."""
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,152 @@
+"""Codes and the shapes they may have: what a tokenizer gives to the grammar, the processor and the shards.
+
+Shapes: N positions of local codes, Q codebooks, G global codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+class TokenizerError(ValueError):
+    """Raised when a segment cannot be encoded, codes cannot be decoded, or a tokenizer folder is unusable."""
+
+
+ORDERS = ("interleaved", "delayed")
+NO_HEADER = np.zeros(0, dtype=np.int64)
+NO_HEADER.setflags(write=False)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order.
+
+    order: see `writing_order`. num_global_codes: global codes between the size header and the positions.
+    """
+
+    axes: tuple[str, ...]
+    min_size: tuple[int, ...]
+    max_size: tuple[int, ...]
+    num_codebooks: int = 1
+    order: str = "interleaved"
+    num_global_codes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_declared(self)
+        for field in ("axes", "min_size", "max_size"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if not self.axes or not len(self.axes) == len(self.min_size) == len(self.max_size):
+            raise TokenizerError(f"Grid needs one min and one max per axis; got {self}.")
+        if any(lo < 1 or hi < lo for lo, hi in zip(self.min_size, self.max_size, strict=True)):
+            raise TokenizerError(f"Grid needs 1 <= min_size <= max_size on every axis; got {self}.")
+        if self.num_codebooks < 1:
+            raise TokenizerError(f"Grid needs at least one codebook; got {self.num_codebooks}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The declaration as JSON-ready data."""
+        return {"type": "grid", **_declared(self)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each.
+
+    order: see `writing_order`. num_global_codes: global codes before the first frame.
+    """
+
+    min_length: int
+    max_length: int
+    num_codebooks: int = 1
+    order: str = "interleaved"
+    num_global_codes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_declared(self)
+        if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
+            raise TokenizerError(
+                f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The declaration as JSON-ready data."""
+        return {"type": "run", **_declared(self)}
+
+
+CodeShape = Grid | Run
+
+
+def _check_declared(shape: CodeShape) -> None:
+    if shape.order not in ORDERS:
+        raise TokenizerError(f"Unknown order {shape.order!r}; allowed: {', '.join(ORDERS)}.")
+    if not isinstance(shape.num_global_codes, int) or shape.num_global_codes < 0:
+        raise TokenizerError(
+            f"num_global_codes is a whole number, 0 for none; received {shape.num_global_codes!r}."
+        )
+
+
+def _declared(shape: CodeShape) -> dict[str, Any]:
+    """The fields of a shape; `order` and `num_global_codes` only if not the default: older files do not name them."""
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(shape).items()}
+    return {
+        k: v for k, v in fields.items() if (k, v) not in (("order", "interleaved"), ("num_global_codes", 0))
+    }
+
+
+def writing_order(shape: CodeShape, frames: int) -> np.ndarray:
+    """In which order the codes of `frames` frames are written: flat indices frame * Q + codebook, int64 [frames * Q].
+
+    "interleaved": frame after frame. "delayed": codebook q of a frame stands with codebook 0 of the q-th frame after
+    it (the delay pattern of MusicGen, arXiv 2306.05284, without filling): first codes are known early.
+    """
+    books = shape.num_codebooks
+    flat = np.arange(frames * books)
+    if shape.order == "interleaved":
+        return flat
+    return np.lexsort((flat % books, flat // books + flat % books))
+
+
+def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
+    """Read back what `to_dict` wrote; TokenizerError on an unknown type."""
+    fields = {k: v for k, v in data.items() if k != "type"}
+    types: dict[str, type[CodeShape]] = {"grid": Grid, "run": Run}
+    if data.get("type") not in types:
+        raise TokenizerError(f"Unknown code shape {data.get('type')!r}; allowed: {', '.join(types)}.")
+    return types[data["type"]](**fields)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Discrete codes of one segment: `values` int64 [N, Q], the local ones; `size` is the grid size, or () for a run.
+
+    header: global codes int64 [G], none by default.
+    """
+
+    values: np.ndarray
+    size: tuple[int, ...] = ()
+    header: np.ndarray = dataclasses.field(default_factory=lambda: NO_HEADER)
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, dtype=np.int64)
+        header = np.asarray(self.header, dtype=np.int64)
+        if values.ndim != 2:
+            raise TokenizerError(f"Codes need an array [N, Q]; got shape {values.shape}.")
+        if header.ndim != 1:
+            raise TokenizerError(f"Global codes are an array [G]; got shape {header.shape}.")
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "header", header)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Codes)
+            and self.size == other.size
+            and np.array_equal(self.values, other.values)
+            and np.array_equal(self.header, other.header)
+        )
+
+    def __len__(self) -> int:
+        return len(self.values)
