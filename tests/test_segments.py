@@ -277,6 +277,13 @@ def test_loud_samples_are_clipped_in_files_only(tmp_path: Path) -> None:
     assert np.allclose(Speech.open(loud.save(tmp_path / "a.wav")).samples, [1, -1, 0], atol=1e-4)
 
 
+@pytest.mark.parametrize("text", [">a\n>b\nACGT\n", ">b\nACGT\n>a\n", ">a\n", ">b\nAC\n>a\n;none\n>c\nGT\n"])
+def test_a_fasta_record_without_bases_is_named(text: str, tmp_path: Path) -> None:
+    for read in (DNA.open, DNA.open_all):
+        with pytest.raises(SegmentError, match="no sequence in the record 'a'"):
+            read(written(tmp_path / "a.fa", text.encode()))
+
+
 def test_dna_reads_letters_as_they_are(tmp_path: Path) -> None:
     text = "; a comment\n>first  gene \r\nACGT NNRY\n\nacgtu\n>second\nMKBDHVSW"
     for path, data in [

@@ -128,7 +128,7 @@ def _to_part(part: Any) -> Any:
     """A content part of OpenAI's, transformers' or Qwen's form as {"type": kind, kind: value}."""
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         return part
-    given = part["type"]
+    given: str = part["type"]
     kind: str = PART_KINDS.get(given, given)
     keys = (kind, given, "url", "path", "base64", *(key for key, one in PART_KINDS.items() if one == kind))
     if kind == "text" or (kind not in KINDS and given == kind):

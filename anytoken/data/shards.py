@@ -167,7 +167,8 @@ class _Tally:
 
     def _check(self, total: int) -> None:
         bad = self.read - self.records
-        if bad > self.max_bad * total:
+        spared = 1 if self.max_bad and self.records else 0  # of a small set one is more than any share
+        if bad > max(self.max_bad * total, spared):
             reasons = "; ".join(
                 f"{number} {reason}, {example}" for reason, (number, example) in self.skipped.items()
             )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.data.mixture import Mixture, MixtureError, SamplingSpec, SourceSpec
+from anytoken.data.mixture import Mixture, MixtureError, SamplingSpec, SourceSpec, TextCache
 from anytoken.data.packing import PackedStream
 from anytoken.data.shards import tokenize_records
 from anytoken.segments import Segment
@@ -316,3 +316,19 @@ def test_batches_of_a_mixture_are_the_same_for_any_number_of_workers(shards: Pat
     streams = [PackedStream(found.sample, 2, 100, 0, workers=count) for count in (0, workers)]
     for _, alone, together in zip(range(5), *streams, strict=False):
         assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+def test_the_cache_of_texts_is_bounded_by_bytes() -> None:
+    asked: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        asked.append(text)
+        return [ord(letter) for letter in text]
+
+    cache = TextCache(encode, limit=20_000)
+    for text in ("a" * 100, "b" * 5000, *(f"{number:0100}" for number in range(500)), "a" * 100):
+        assert cache(text) == [ord(letter) for letter in text]
+        assert cache(text) == [ord(letter) for letter in text] and cache.bytes <= 20_000
+    counts = Counter(asked)
+    assert counts["b" * 5000] == 2  # too long to keep
+    assert counts["a" * 100] == 2 and counts[f"{7:0100}"] == 1

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+from anytoken.data import packing
 from anytoken.data.packing import POOL, PackedStream, PackingError, PackState, best_fit, flash_lengths, pack
 from anytoken.data.views import TrainingSequence
 
@@ -169,3 +170,30 @@ def test_processes_share_the_rows_of_the_same_batches() -> None:
     assert all(one.state(7) == alone.state(7) for one in shared)  # so any number of them goes on from it
     with pytest.raises(PackingError, match="6 rows cannot be shared evenly by 4"):
         stream(rows=6, shares=4)
+
+
+def test_a_row_costs_the_same_in_a_pool_of_any_size() -> None:
+    looked = []
+
+    def spy(lengths: list[int], room: int) -> list[int]:
+        looked.append(len(lengths))
+        return best_fit(lengths, room)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "best_fit", spy)
+        batches = iter(PackedStream(lambda index: make(2 + index % 7), 400, 64, PAD))
+        filled = torch.cat([next(batches)["input_ids"] != PAD for _ in range(2)])
+    assert max(looked) == packing.CHOICE and filled.float().mean() > 0.98
+
+
+def test_a_long_row_is_filled_in_turn_and_then_by_the_best_choice() -> None:
+    def short(index: int) -> TrainingSequence:
+        return make(int(np.random.default_rng(index).integers(10, 900)))
+
+    source = PackedStream(short, 2, 3 * packing.EXACT, PAD)
+    batch = next(iter(source))
+    assert (batch["input_ids"] != PAD).float().mean() > 0.999
+    wanted = [index for index in range(source.state(1).next_index) if index not in source.state(1).waiting]
+    assert sorted(len(one) for one in sequences_of(batch)) == sorted(
+        len(short(index).ids) for index in wanted
+    )

@@ -319,6 +319,32 @@ def test_bad_records_are_left_out_and_counted_up_to_a_share(records: Path, tmp_p
     assert skipped["missing file"][1].startswith("line 2: ") and "none.png" in skipped["missing file"][1]
 
 
+def test_one_bad_record_of_a_small_set_does_not_end_the_run(records: Path, tmp_path: Path) -> None:
+    records.write_text(records.read_text() + "{\n")
+    assert len(Shards(tokenize(records, tmp_path / "out", tiny_tokenizer()), {})) == 9
+    with pytest.raises(RecordError, match="more than the share 0"):
+        tokenize(records, tmp_path / "strict", tiny_tokenizer(), max_bad=0.0)
+
+
+def test_line_separators_in_a_text_do_not_split_a_record(tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\u2029d", "e\u0085f"]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    out = tokenize(tmp_path / "set.jsonl", tmp_path / "out", tiny_tokenizer())
+    assert [record["text"] for record in Shards(out, {}).records] == texts
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "manifest.json", "progress.jsonl", ".git/HEAD"])
+def test_a_folder_that_holds_something_else_is_left_alone(records: Path, tmp_path: Path, name: str) -> None:
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"parts": 1, "records": 1}\n')
+    with pytest.raises(ShardError, match="--overwrite"):
+        tokenize(records, tmp_path / "out", tiny_tokenizer())
+    assert foreign.read_text() == '{"parts": 1, "records": 1}\n'
+    tokenize(records, tmp_path / "out", tiny_tokenizer(), overwrite=True)
+    assert foreign.exists() == (name != "progress.jsonl")
+
+
 def test_what_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text('{"text": "a", "image": "missing.png"}\n')
     with pytest.raises(RecordError, match=r"missing\.png"):

@@ -80,6 +80,34 @@ def test_a_bad_line_is_named(base: Path, tmp_path: Path, line: str, said: str) -
         list(pair_ids(tmp_path / "bad.jsonl", Processor.from_pretrained(base), 64))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            '{"chosen": "b", "rejected": "c", "id": 1}',
+            "has the keys messages, chosen, rejected; received chosen, id",
+        ),
+        ('{"messages": [], "chosen": "b", "rejected": "c"}', "non-empty list"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "tile", "tile": "/etc/passwd"}]}], '
+            '"chosen": "b", "rejected": "c"}',
+            "outside of",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}], "chosen": "b", "chosen": "c"}', "appears twice"),
+    ],
+)
+def test_pairs_with_other_keys_or_files_elsewhere_are_named(
+    base: Path, tmp_path: Path, line: str, said: str
+) -> None:
+    good = '{"messages": [{"role": "user", "content": "a\u2028b"}], "chosen": "b", "rejected": "c", "id": 1}'
+    (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
+    found = pair_ids(tmp_path / "bad.jsonl", Processor.from_pretrained(base), 64)
+    assert next(found)["prompt_ids"]
+    with pytest.raises(StageError, match="line 2") as error:
+        next(found)
+    assert said in str(error.value)
+
+
 def test_a_pair_longer_than_the_context_is_refused(base: Path, pairs: Path) -> None:
     with pytest.raises(StageError, match=r"line 1: chosen makes \d+ ids; the model's context is 5"):
         list(pair_ids(pairs, Processor.from_pretrained(base), 5))
