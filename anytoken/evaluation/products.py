@@ -75,7 +75,8 @@ def log_likelihoods(model: AnyToken, dna: str | None, texts: Sequence[str], batc
         rows = pad_sequence([torch.tensor([*prompt, *answer]) for answer in part], True, end).to(
             model.lm.device
         )
-        logits = model.lm(input_ids=rows).logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)
+        kept = rows.shape[1] - len(prompt) + 1  # the answer, and the position before it
+        logits = model.lm(input_ids=rows, logits_to_keep=kept).logits[:, :-1].float().log_softmax(-1)
         chosen = logits.gather(-1, rows[:, len(prompt) :, None])[..., 0].cpu()
         found += [float(row[: len(answer)].sum()) for row, answer in zip(chosen, part, strict=True)]
     return np.array(found)
