@@ -179,8 +179,9 @@ def engine_says(command: Sequence[str], text: str) -> Speech:
     """
     with tempfile.TemporaryDirectory() as scratch:
         wav = Path(scratch) / "out.wav"
-        task = ["-t", text, "-o", str(wav)] if command[0] == "flite" else ["-w", str(wav), text]
-        done = subprocess.run([*command, *task], capture_output=True, text=True, check=False)
+        task = ["-t", text, "-o", str(wav)] if command[0] == "flite" else ["-w", str(wav), "--", text]
+        # in the scratch folder: flite takes a stray word for the name of the file to write
+        done = subprocess.run([*command, *task], capture_output=True, text=True, check=False, cwd=scratch)
         if done.returncode or not wav.is_file():
             raise SpeechSetError(f"{' '.join(command[:3])} failed on {text!r}: {done.stderr.strip()[-200:]}")
         return trim(Speech.open(wav).resample(RATE_HZ))

@@ -372,6 +372,26 @@ def test_espeak_says_it(voice: str) -> None:
     check_engine(voice)
 
 
+@pytest.mark.parametrize("program", ["flite", "espeak-ng"])
+def test_an_engine_writes_nothing_to_the_working_folder(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a stray word flite writes a file of that name, and whoever runs it stands in their own folder."""
+    (tmp_path / program).write_text('#!/bin/sh\necho stray > "red apple"\nexit 1\n')
+    (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(SpeechSetError, match="failed"):
+        speech.engine_says([program], "red apple")
+    assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_text_that_begins_with_a_dash_is_no_option() -> None:
+    assert synthesize("-v owl", "en-us").seconds > 0.4
+
+
 def check_engine(voice: str) -> None:
     """Audible, at our rate and level, longer when slower and for more words, the same each time."""
     said = synthesize("red apple", voice)
