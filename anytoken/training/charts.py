@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 290, 180
+TINY = 1e-300  # a range below this has no ticks of its own
 LEFT, RIGHT, TOP, BOTTOM = 44, 18, 24, 20  # margins of the plot inside a chart
 STYLE = """
 text{font:11px system-ui,sans-serif;fill:#333}.title{font-weight:600}.grid{stroke:#e2e2e2}
@@ -119,8 +120,9 @@ def _scale(low: float, high: float, start: float, stop: float):  # type: ignore[
 def _ticks(values: Sequence[float], wanted: int) -> list[float]:
     """Round numbers around the values, about ``wanted`` + 1 of them."""
     low, high = min(values), max(values)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    if high - low < TINY:
+        margin = (abs(low) if abs(low) > TINY else 1.0) / 2
+        low, high = low - margin, high + margin
     rough = (high - low) / wanted
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(magnitude * one for one in (1, 2, 2.5, 5, 10) if magnitude * one >= rough * 0.999)

@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anytoken import recipes
@@ -106,6 +106,7 @@ def test_lines_go_through_their_points() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**7), st.floats(-1e12, 1e12)), max_size=30))
+@example([(0, 0.0), (1, 5e-324)])
 def test_any_numbers_make_a_chart_inside_its_frame(points: list[tuple[float, float]]) -> None:
     chart = ElementTree.fromstring(board([line_chart("any", [Line(points, "dots")])]))
     for line in chart.iter(f"{SVG}polyline"):
