@@ -97,7 +97,7 @@ def build_emoji(
     """Build OUT/emoji from the registry packages; returns the folder.
 
     Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
-    pictures and videos; `limit` builds only so many concepts in all. still: core concepts may be some that do not
+    pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
     move, which come after all that do; layouts: also images of sizes and places. EmojiError or PackageError if it
     cannot.
     """  # fmt: skip

@@ -89,7 +89,7 @@ def build_words(
     """Build OUT/words: `count` texts, each said by `voices` voices; returns the folder.
 
     Finished clips are kept, so an interrupted build resumes. `limit` renders only that many clips. SpeechSetError if
-    an engine, the emoji set or so many texts are missing, PackageError if a package cannot be fetched.
+    an engine, the emoji set or enough texts are missing, PackageError if a package cannot be fetched.
     """
     folder = Path(out) / "words"
     cache = Path(cache) if cache else Path(out) / "packages"

@@ -76,8 +76,8 @@ def hub(name: str) -> Source:
 def _digest_object(found: Any) -> str:
     """sha256 over what `datasets` tells of a set: its fingerprint, or for a stream its name, version and features."""
     splits = dict(found) if isinstance(found, Mapping) else {None: found}
-    told = [f"{split} {getattr(one, '_fingerprint', one.info)}" for split, one in splits.items()]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    parts = [f"{split} {getattr(one, '_fingerprint', one.info)}" for split, one in splits.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _dataset(found: Any, name: str, digest: Callable[[], str], root: Path = Path()) -> Source:

@@ -85,7 +85,7 @@ def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int)
 
 
 async def _load(url: str, prompt: str, kind: str, clients: int, requests: int) -> dict[str, Any]:
-    """Send requests from so many clients at once and time each."""
+    """Send `requests` requests from `clients` clients at once and time each."""
     import httpx
 
     numbers = iter(range(requests))

@@ -13,19 +13,29 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from anytoken.inference.reply import Reply
 from anytoken.inference.stream import Event, SegmentDelta, SegmentFinished, TextDelta
 from anytoken.segments import Image, Segment, Speech, Text
-from anytoken.serving.content import audio_bytes, b64, read_messages, read_part, write_part
+from anytoken.serving.content import (
+    PCM_RATE_HZ,
+    audio_bytes,
+    b64,
+    pcm16,
+    read_messages,
+    read_part,
+    write_part,
+)
 from anytoken.serving.errors import FAILURES, ApiError, BadRequest
 from anytoken.serving.replies import PendingReply
 from anytoken.serving.schemas import ChatBody, ScoreBody
 from anytoken.serving.service import Service, service_of
 
 router = APIRouter(prefix="/v1", tags=["chat"])
+HELD_SAMPLES = 64  # of 24 kHz, more than the resampling filter reaches
 AUDIO_KEPT_SECONDS = 3600  # OpenAI's API names a time until which audio may be referred to
 
 
@@ -40,7 +50,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     pending = await service.submit(body, prompt, body.output, body.n, body.limit, body.stops, sizes)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     if body.stream:
-        chunks = _chunks(service, body, pending, {**head, "object": "chat.completion.chunk"}, audio_format)
+        chunks = _chunks(service, body, pending, {**head, "object": "chat.completion.chunk"})
         return StreamingResponse(
             chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
@@ -103,7 +113,7 @@ def usage(prompt_tokens: int, replies: Sequence[Reply]) -> dict[str, Any]:
 
 
 async def _chunks(
-    service: Service, body: ChatBody, pending: Sequence[PendingReply], head: dict[str, Any], audio_format: str
+    service: Service, body: ChatBody, pending: Sequence[PendingReply], head: dict[str, Any]
 ) -> AsyncIterator[str]:
     """Server-sent events: a chunk for every piece of any choice, usage if asked for, and [DONE]."""
     queue: asyncio.Queue[tuple[int, Event | ApiError | None]] = asyncio.Queue()
@@ -116,6 +126,7 @@ async def _chunks(
         except ApiError as error:
             queue.put_nowait((number, error))
 
+    deltas = [_Deltas() for _ in pending]
     tasks = [asyncio.ensure_future(follow(number, one)) for number, one in enumerate(pending)]
     try:
         for number in range(len(pending)):
@@ -132,7 +143,7 @@ async def _chunks(
                 assert reply is not None
                 service.count(len(pending[number].job.prompt), reply)
                 yield _chunk(head, number, {}, reply.finish_reason)
-            elif (delta := await asyncio.to_thread(_delta, event, audio_format)) is not None:
+            elif (delta := await asyncio.to_thread(deltas[number].of, event)) is not None:
                 yield _chunk(head, number, delta)
         if body.stream_options and body.stream_options.include_usage:
             replies = [one.reply for one in pending if one.reply is not None]
@@ -144,20 +155,40 @@ async def _chunks(
             service.worker.cancel(one.job)
 
 
-def _delta(event: Event, audio_format: str) -> dict[str, Any] | None:
-    """What an event adds to a message."""
-    if isinstance(event, TextDelta):
-        return {"content": event.text}
-    if isinstance(event, SegmentDelta) and event.kind == "speech" and isinstance(event.segment, Speech):
-        return {"audio": {"data": b64(audio_bytes(event.segment, audio_format))}}
-    if isinstance(event, SegmentFinished) and not isinstance(event.segment, Text | Speech):
+class _Deltas:
+    """What the events of one reply add to its message.
+
+    Clips are resampled as far as they are known, and only samples that no later piece changes are sent: joined, the
+    pieces are the clip resampled at once, without seams.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[np.ndarray] = []
+        self._sent = 0
+
+    def of(self, event: Event) -> dict[str, Any] | None:
+        """The delta of an event, None if it adds nothing."""
+        if isinstance(event, TextDelta):
+            return {"content": event.text}
+        if isinstance(event, SegmentDelta) and isinstance(event.segment, Speech):
+            self._pieces.append(event.segment.samples)
+            known = Speech(np.concatenate(self._pieces), event.segment.sample_rate_hz)
+            return self._audio(known, hold_back=HELD_SAMPLES)
+        if not isinstance(event, SegmentFinished) or isinstance(event.segment, Text):
+            return None
+        if isinstance(event.segment, Speech):
+            rest = self._audio(event.segment)
+            self._pieces, self._sent = [], 0
+            return rest
         part = write_part(event.segment)
-        return (
-            {"images": [part], "segments": [part]}
-            if isinstance(event.segment, Image)
-            else {"segments": [part]}
-        )
-    return None
+        images = {"images": [part]} if isinstance(event.segment, Image) else {}
+        return {**images, "segments": [part]}
+
+    def _audio(self, clip: Speech, hold_back: int = 0) -> dict[str, Any] | None:
+        samples = clip.resample(PCM_RATE_HZ).samples
+        stop = max(self._sent, len(samples) - hold_back)
+        new, self._sent = samples[self._sent : stop], stop
+        return {"audio": {"data": b64(pcm16(new))}} if len(new) else None
 
 
 def _chunk(head: dict[str, Any], number: int, delta: dict[str, Any], reason: str | None = None) -> str:

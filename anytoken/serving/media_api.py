@@ -16,6 +16,7 @@ from anytoken.serving.errors import FAILURES, BadRequest
 from anytoken.serving.schemas import ImageBody, Message, SamplingBody, SpeechBody
 from anytoken.serving.service import Service, service_of
 from anytoken.tokenizers.base import Grid
+from anytoken.tokenizers.image import PATCH_PX
 
 router = APIRouter(prefix="/v1", tags=["media"])
 
@@ -51,7 +52,7 @@ def _grid(service: Service, size: str | None) -> dict[str, tuple[int, ...]] | No
     assert size is not None
     tokenizer = service.model.processor.tokenizers["image"]
     assert isinstance(tokenizer.shape, Grid)
-    patch = getattr(tokenizer, "patch_px", 8)
+    patch = getattr(tokenizer, "patch", PATCH_PX)  # pretrained codecs have their own
     width, height = map(int, size.split("x"))
     grid = (height // patch, width // patch)
     limits = zip(grid, tokenizer.shape.min_size, tokenizer.shape.max_size, strict=True)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from functools import partial
 
 import numpy as np
 import openai
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image as Picture
 
 from anytoken import Image, Speech, recipes
-from anytoken.serving.content import b64, saved
+from anytoken.inference.stream import SegmentDelta, SegmentFinished
+from anytoken.serving.chat_api import _Deltas
+from anytoken.serving.content import audio_bytes, b64, saved
 
 PNG = (recipes.assets() / "images" / "sample.png").read_bytes()
 
@@ -111,7 +114,7 @@ def test_a_stream_joins_to_the_whole_reply(client, mini):
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
 
 
-def test_streamed_speech_is_pcm(client):
+def test_streamed_speech_joins_to_the_clip_resampled_at_once(client, mini):
     chunks = client.chat.completions.create(
         model="mini",
         messages=user({"type": "text", "text": "fox, voice slt"}),
@@ -120,7 +123,28 @@ def test_streamed_speech_is_pcm(client):
         stream=True,
     )
     pieces = [c.choices[0].delta.audio.data for c in chunks if getattr(c.choices[0].delta, "audio", None)]
-    assert pieces and all(len(base64.b64decode(piece)) % 2 == 0 for piece in pieces)
+    clip = mini.generate("fox, voice slt", output="speech", seed=0).speech[0]
+    found = np.frombuffer(b"".join(map(base64.b64decode, pieces)), "<i2").astype(int)
+    expected = np.frombuffer(audio_bytes(clip, "pcm16"), "<i2")
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 2
+
+
+def test_pieces_of_audio_have_no_seams():
+    """A tone in pieces of a fifth of a second, two clips in one reply."""
+    tone = np.sin(np.arange(16_000) * 2 * np.pi * 440 / 16_000).astype(np.float32)
+    clip, deltas, sent = Speech(tone), _Deltas(), b""
+    for _ in range(2):
+        events = [SegmentDelta("speech", partial(Speech, piece)) for piece in np.split(tone, 5)]
+        for event in [*events, SegmentFinished(clip)]:
+            delta = deltas.of(event)
+            sent += base64.b64decode(delta["audio"]["data"]) if delta else b""
+    assert (
+        np.abs(
+            np.frombuffer(sent, "<i2").astype(int)
+            - np.tile(np.frombuffer(audio_bytes(clip, "pcm16"), "<i2"), 2)
+        ).max()
+        <= 1
+    )
 
 
 def test_stop_strings_end_the_text(client, mini):
