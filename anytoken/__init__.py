@@ -17,14 +17,16 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from anytoken import moved
+
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken, load
     from anytoken.inference.chat import Chat
-    from anytoken.inference.reply import Reply
+    from anytoken.inference.outputs import Reply
     from anytoken.inference.sampling import Sampling
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
-    from anytoken.tokenizers.modalities import load_modality
+    from anytoken.tokenizers.registry import load_modality
 
 __version__ = "0.1.0"
 
@@ -34,14 +36,14 @@ _HOME = {
     "DNA": "segments",
     "Image": "segments",
     "ModalityTokenizer": "tokenizers.base",
-    "Reply": "inference.reply",
+    "Reply": "inference.outputs",
     "Sampling": "inference.sampling",
     "Segment": "segments",
     "Speech": "segments",
     "Text": "segments",
     "Video": "segments",
     "load": "inference.api",
-    "load_modality": "tokenizers.modalities",
+    "load_modality": "tokenizers.registry",
     "register_modality": "tokenizers.base",
 }
 __all__ = [
@@ -59,6 +61,8 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
+
+moved.install()
 
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 

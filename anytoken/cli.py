@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
-from anytoken.commands import bench, data, model, recipes, score, serving, tokenizer, training, use
+from anytoken.commands import bench, data, inference, model, recipes, score, serving, tokenizer, training
 
 
 class OneLineErrors(TyperGroup):
@@ -64,7 +64,7 @@ def complain(error: Exception) -> None:
 app = typer.Typer(
     cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
-for group in (use, score, serving, training, model):
+for group in (inference, score, serving, training, model):
     app.add_typer(group.app)
 for name, group in {"tokenizer": tokenizer, "data": data, "recipes": recipes, "bench": bench}.items():
     app.add_typer(group.app, name=name)
@@ -80,7 +80,7 @@ def top(
 ) -> None:
     """Text, images, speech, video and DNA as tokens of one stream, read and written by one language model."""
     if modality:
-        from anytoken.tokenizers.modalities import load_modality
+        from anytoken.tokenizers.registry import load_modality
 
         for path in modality:
             load_modality(path)

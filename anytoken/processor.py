@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image as Picture
 
 from anytoken.grammar import ROLES, Grammar, GrammarError, Piece
-from anytoken.media_files import write_whole
+from anytoken.media_io import write_whole
 from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import TokenSpace, TokenSpaceError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer, writing_order

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags
 from PIL import Image as Picture
 
-from anytoken.media_files import (
+from anytoken.media_io import (
     TIMING,
     SegmentError,
     check_side,

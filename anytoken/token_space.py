@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from anytoken.atomic import write_file
 from anytoken.tokenizers.base import CodeShape, Grid, TokenizerError, code_shape_from_dict
+from anytoken.utils.atomic import write_file
 
 CONTROLS = ("pad", "bos", "user", "assistant", "system", "end", "null")
 VERSION = 1

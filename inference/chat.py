@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import anytoken
-from anytoken.inference.stream import Event, SegmentFinished, TextDelta, finish
+from anytoken.inference.streaming import Event, SegmentFinished, TextDelta, finish
 from anytoken.segments import open_segment
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

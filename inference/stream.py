@@ -13,7 +13,7 @@ from pathlib import Path
 import soundfile
 
 import anytoken
-from anytoken.inference.stream import (
+from anytoken.inference.streaming import (
     Event,
     SegmentDelta,
     SegmentFinished,

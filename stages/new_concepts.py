@@ -27,12 +27,12 @@ import typer
 
 import anytoken
 from anytoken import Image
-from anytoken.data.emoji import BACKGROUNDS, compose
+from anytoken.benchmarks.harness import report
 from anytoken.data.records import open_media
-from anytoken.evaluation.bench import report
+from anytoken.emoji_world.emoji import BACKGROUNDS, compose
 from anytoken.evaluation.metrics import same_text, share
-from anytoken.json_lines import read_json_lines
 from anytoken.segments import KINDS
+from anytoken.utils.json_lines import read_json_lines
 
 NAMES = (
     "banana", "lemon", "strawberry", "watermelon", "pineapple", "cherries", "grapes", "pear",

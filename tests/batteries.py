@@ -14,9 +14,9 @@ from torch import Tensor
 
 from anytoken.segments import Segment, Text
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, load_tokenizer
-from anytoken.tokenizers.dna_context import DNAContextTokenizer
-from anytoken.tokenizers.dna_letters import DNALetters
-from anytoken.tokenizers.dna_variants import DNABPETokenizer, DNAKmerTokenizer
+from anytoken.tokenizers.dna.base import DNALetters
+from anytoken.tokenizers.dna.context import DNAContextTokenizer
+from anytoken.tokenizers.dna.kmer_bpe import DNABPETokenizer, DNAKmerTokenizer
 
 SEED = 0
 

@@ -12,6 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, so before any test module
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# For batteries.py, built_sets.py and reference_loop.py; at the end, or tests/data would shadow a package.
+sys.path.append(str(Path(__file__).parent))
+pytest.register_assert_rewrite("batteries")
+pytest_plugins = ["built_sets"]
+
 
 @pytest.fixture(autouse=True)
 def one_math_thread() -> None:

@@ -10,10 +10,10 @@ import torch
 
 import anytoken
 from anytoken.inference.api import AnyToken
-from anytoken.model.modalities import ModalityError, replace_modality
+from anytoken.model.extend_vocab import ModalityError, replace_modality
 from anytoken.segments import Image
 from anytoken.tokenizers.base import MODALITIES, TokenizerError
-from anytoken.tokenizers.modalities import load_modality
+from anytoken.tokenizers.registry import load_modality
 from anytoken.tokenizers.speech import SpeechTokenizer
 
 ROOT = Path(__file__).parents[1]

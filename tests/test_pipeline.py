@@ -18,12 +18,13 @@ import pytest
 
 import anytoken
 from anytoken import cli
-from anytoken.data import instruct, shards
+from anytoken.data import shards
 from anytoken.data.mixture import SourceSpec, matches
-from anytoken.tokenizers import trainer as tokenizer_trainer
+from anytoken.emoji_world import instruct
 from anytoken.tokenizers.base import MODALITIES
 from anytoken.training import trainer as stage_trainer
-from anytoken.training.stage import Stage
+from anytoken.training.config import Stage
+from anytoken.training.tokenizer import trainer as tokenizer_trainer
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, TINY = ROOT / "stages" / "run_all.sh", ROOT / "tests" / "assets" / "tiny"
@@ -99,7 +100,7 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[str]]], Done]
     monkeypatch.setattr(instruct, "build_instruct", converse)
     monkeypatch.setattr(stage_trainer, "train", lambda stage, answer: done.stages.append(stage))
     for name in ("emoji", "speech", "dna"):
-        room = import_module(f"anytoken.data.{name}")
+        room = import_module(f"anytoken.emoji_world.{name}")
         monkeypatch.setattr(room, f"build_{name}", lambda out, *_, _name=name, **__: done.sets.append(_name))
     monkeypatch.chdir(ROOT)  # as the script does
 

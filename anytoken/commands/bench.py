@@ -29,11 +29,11 @@ def generate(
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_generate.json"),
 ) -> None:
     """Decoding beside `generate` of transformers (same weights, grammar and ids), and beside its own limits."""
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_generate import Sizes, bench_generate
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.generate import Sizes, bench_generate
 
     sizes = Sizes(vocabulary, width, layers, tuple(sorted(contexts)))
-    bench.report(bench_generate(load(model), kind, prompt, repeats, sizes), out)
+    harness.report(bench_generate(load(model), kind, prompt, repeats, sizes), out)
 
 
 @app.command()
@@ -47,14 +47,14 @@ def score(
 ) -> None:
     """Scoring many answers to one image with the prompt read once, against one forward for every answer."""
     from anytoken import recipes
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_score import bench_score
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.score import bench_score
     from anytoken.segments import Image
-    from anytoken.terminal.parts import read_lines
+    from anytoken.terminal.prompt_args import read_lines
 
     labels = read_lines(answers or recipes.assets() / "names.txt")
     image = Image.open(recipes.assets() / "images" / "sample.png")
-    bench.report(bench_score(load(model), [image, "What is this?"], labels, repeats), out)
+    harness.report(bench_score(load(model), [image, "What is this?"], labels, repeats), out)
 
 
 @app.command()
@@ -67,10 +67,10 @@ def serve(
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_serve.json"),
 ) -> None:
     """A server on this machine: throughput and latency with one client, with many, and beyond its limits."""
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_serve import bench_serve
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.serve import bench_serve
 
-    bench.report(bench_serve(model, prompt, kind, clients, requests), out)
+    harness.report(bench_serve(model, prompt, kind, clients, requests), out)
 
 
 @app.command()
@@ -84,13 +84,13 @@ def train(
     import torch
 
     from anytoken import recipes
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_train import bench_train
-    from anytoken.training.stage import Stage
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.train import bench_train
+    from anytoken.training.config import Stage
 
     recipe = Stage.load(recipes.find(stage), overrides or [])
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
-    bench.report(bench_train(recipe, repeats), out)
+    harness.report(bench_train(recipe, repeats), out)
 
 
 @app.command()
@@ -107,11 +107,11 @@ def data(
     """How full packed rows are, loading beside a training step, and reading beside webdataset and datasets."""
     from tempfile import TemporaryDirectory
 
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_data import bench_data, shards_or_tiny
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.data import bench_data, shards_or_tiny
 
     with TemporaryDirectory() as scratch:
-        bench.report(bench_data(shards_or_tiny(shards, Path(scratch)), Path(scratch), repeats), out)
+        harness.report(bench_data(shards_or_tiny(shards, Path(scratch)), Path(scratch), repeats), out)
 
 
 @app.command()
@@ -122,10 +122,10 @@ def quantize(
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_quantize.json"),
 ) -> None:
     """Weights in int8 beside float32: memory, decoding, and bits a token on the held-out files."""
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_quantize import bench_quantize
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.quantize import bench_quantize
 
-    bench.report(bench_quantize(model, repeats, each), out)
+    harness.report(bench_quantize(model, repeats, each), out)
 
 
 @app.command()
@@ -137,10 +137,10 @@ def experts(
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_experts.json"),
 ) -> None:
     """A training step with experts beside a dense one of equal active parameters; each as a share of the peak."""
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_experts import bench_experts
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.experts import bench_experts
 
-    bench.report(bench_experts(hidden, experts, top_k, repeats), out)
+    harness.report(bench_experts(hidden, experts, top_k, repeats), out)
 
 
 @app.command()
@@ -156,13 +156,13 @@ def model(
     out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_model.json"),
 ) -> None:
     """A training step beside stock Qwen3-MoE of the same shape; the head beside computing every logit."""
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_model import Sizes, bench_model
-    from anytoken.training.start import checkpoint_folder
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.model import Sizes, bench_model
+    from anytoken.training.initialize import checkpoint_folder
 
     path = checkpoint_folder(folder)
     large = Sizes(path, large_rows, context, text_size)
-    bench.report(bench_model(Sizes(path, rows, context), large, repeats), out)
+    harness.report(bench_model(Sizes(path, rows, context), large, repeats), out)
 
 
 @app.command()
@@ -176,9 +176,9 @@ def tokenizers(
     device: Annotated[str, typer.Option(help="cpu, on one thread; or cuda, or auto.")] = "cpu",
 ) -> None:
     """Encoding and decoding, many items beside one by one, and speech beside EnCodec and DAC; on one thread."""
-    from anytoken.evaluation import bench
-    from anytoken.evaluation.bench_tokenizers import bench_tokenizers
-    from anytoken.training.start import checkpoint_folder
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.tokenizers import bench_tokenizers
+    from anytoken.training.initialize import checkpoint_folder
 
     own = sorted(path.parent for path in (checkpoint_folder("mini") / "tokenizers").glob("*/config.json"))
-    bench.report(bench_tokenizers(folders or own, batches or [8, 32], repeats, device), out)
+    harness.report(bench_tokenizers(folders or own, batches or [8, 32], repeats, device), out)

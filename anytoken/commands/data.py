@@ -47,7 +47,7 @@ def emoji(
     limit: Limit = None,
 ) -> None:
     """Build the emoji world: pictures in five styles and videos, with captions."""
-    from anytoken.data.emoji import build_emoji
+    from anytoken.emoji_world.emoji import build_emoji
 
     print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts))
 
@@ -60,7 +60,7 @@ def speech(
     limit: Limit = None,
 ) -> None:
     """Build the spoken names, said by real speech engines."""
-    from anytoken.data.speech import build_speech
+    from anytoken.emoji_world.speech import build_speech
 
     print(build_speech(out, emoji or out / "emoji", workers=workers, limit=limit))
 
@@ -76,7 +76,7 @@ def words(
     limit: Limit = None,
 ) -> None:
     """Build spoken words and short phrases by all speech engines, for learning to read aloud."""
-    from anytoken.data.spoken_words import build_words
+    from anytoken.emoji_world.spoken_words import build_words
 
     print(build_words(out, emoji or out / "emoji", cache, count, voices, workers, limit))
 
@@ -91,7 +91,7 @@ def voices(
     limit: Limit = None,
 ) -> None:
     """Gather people and more throats beside the spoken names, for a speech tokenizer that knows many voices."""
-    from anytoken.data.voices import PROMPTS, build_voices
+    from anytoken.emoji_world.voices import PROMPTS, build_voices
 
     print(build_voices(out, prompts or PROMPTS, workers=workers, limit=limit))
 
@@ -99,7 +99,7 @@ def voices(
 @app.command()
 def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
     """Build the genes, proteins and intergenic stretches of real bacterial genomes."""
-    from anytoken.data.dna import build_dna
+    from anytoken.emoji_world.dna import build_dna
 
     print(build_dna(out, cache=cache, limit=limit))
 
@@ -112,7 +112,7 @@ def instruct(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Write conversations with requests in words, made from the built sets."""
-    from anytoken.data.instruct import build_instruct
+    from anytoken.emoji_world.instruct import build_instruct
 
     print(build_instruct(sets, out, count, seed))
 
@@ -129,9 +129,9 @@ def data_check(
     data_root: DataRoot = None,
 ) -> None:
     """List every bad record with its place and reason; exit code 2 if there is any. Of shards: compare checksums."""
-    from anytoken.data.check import Census, check_source
     from anytoken.data.records import RecordError
     from anytoken.data.shards import is_shards, load_tokenizers, verify_shards
+    from anytoken.data.validate import Census, check_source
 
     if is_shards(source):
         manifest = verify_shards(source)

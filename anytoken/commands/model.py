@@ -30,12 +30,12 @@ def init(
     overwrite: Overwrite = False,
 ) -> None:
     """Give any language model the ids of other modalities: its text stays as it is until it is trained."""
-    from anytoken.atomic import check_target
     from anytoken.data.shards import load_tokenizers
     from anytoken.inference.api import AnyToken
     from anytoken.inference.checkpoint import CHECKPOINT
-    from anytoken.model.upcycle import adopt_backbone
+    from anytoken.model.backbone import adopt_backbone
     from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+    from anytoken.utils.atomic import check_target
 
     check_target(out, CHECKPOINT, overwrite)
     found: dict[str, ModalityTokenizer] = {}
@@ -65,9 +65,9 @@ def export(
     """Write a model as serving engines know it, with a tokenizer whose ids are the model's (docs/serving.md)."""
     from transformers.utils import logging
 
-    from anytoken.atomic import check_target, write_folder
     from anytoken.inference.checkpoint import CHECKPOINT, check_folder, find_checkpoint
     from anytoken.model.export import export_qwen3_moe
+    from anytoken.utils.atomic import check_target, write_folder
 
     logging.disable_progress_bar()
     folder = find_checkpoint(checkpoint)
@@ -92,10 +92,10 @@ def merge(
     """Average the weights of two fine-tunes of one model: the merge often does what each of them learnt."""
     from transformers import AutoConfig
 
-    from anytoken.atomic import check_target
     from anytoken.inference.api import AnyToken
     from anytoken.inference.checkpoint import CHECKPOINT, find_checkpoint
     from anytoken.model.merge import check_mergeable, merge_weights
+    from anytoken.utils.atomic import check_target
 
     check_target(out, CHECKPOINT, overwrite)
     models = [load(name, "cpu") for name in (one, other)]

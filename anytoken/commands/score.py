@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from anytoken.commands.inference import PROMPT_HELP, PromptCommand
 from anytoken.commands.options import Adapter, Device, Model, load
-from anytoken.commands.use import PROMPT_HELP, PromptCommand
-from anytoken.terminal.parts import read_lines, read_part
+from anytoken.terminal.prompt_args import read_lines, read_part
 
 app = typer.Typer()
 

@@ -51,7 +51,7 @@ def tokenizer_train(
     Writes the tokenizer, training.json, metrics.jsonl, and tensorboard/ where that package is installed. `data` of a
     recipe may be a folder or glob of your own files under --data, as in data=photos/train.
     """
-    from anytoken.tokenizers.trainer import train_tokenizer
+    from anytoken.training.tokenizer.trainer import train_tokenizer
 
     print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
 
@@ -73,8 +73,8 @@ def tokenizer_eval(
     """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
     import json
 
-    from anytoken.tokenizers.cards import make_card
-    from anytoken.tokenizers.measures import measure
+    from anytoken.evaluation.tokenizers.card import make_card
+    from anytoken.evaluation.tokenizers.evaluate import measure
 
     if card is None:
         found = measure(tokenizer, data, count, seed, genome or [], image, files, learnability)
@@ -98,7 +98,7 @@ def tokenizer_compare(
     """Measure several tokenizers on the same held-out items: rate, what comes back, codebook usage, speed."""
     import json
 
-    from anytoken.tokenizers.compare import compare, comparison
+    from anytoken.evaluation.tokenizers.compare import compare, comparison
 
     found = compare(tokenizers, data, count, seed, genome or [], image, files, learnability)
     if out is not None:
@@ -147,10 +147,10 @@ def tokenizer_overview(
     """One line for each tokenizer that has a card: rate, what it keeps beside a baseline, codebook usage."""
     import json
 
-    from anytoken.evaluation.report import fill_between
+    from anytoken.emoji_world.report import fill_between
+    from anytoken.evaluation.tokenizers.card import overview
     from anytoken.inference.checkpoint import find_checkpoint
     from anytoken.processor import FINGERPRINTS
-    from anytoken.tokenizers.cards import overview
 
     models = {
         name: json.loads((find_checkpoint(name) / FINGERPRINTS).read_text(encoding="utf-8")).values()

@@ -23,9 +23,9 @@ def train(
     ] = False,
 ) -> None:
     """Run a training stage; it resumes where it was stopped: `anytoken train stages/lora.yaml steps=500`."""
-    from anytoken.training.stage import Stage
-    from anytoken.training.stopping import Interrupted
-    from anytoken.training.tiny import tiny as shrink
+    from anytoken.training.config import Stage
+    from anytoken.training.debug_model import tiny as shrink
+    from anytoken.training.interrupts import Interrupted
     from anytoken.training.trainer import train as run
 
     recipe = Stage.load(recipes.find(stage), overrides or [])
@@ -53,7 +53,7 @@ def reference(
     ] = Path("stages"),
 ) -> None:
     """Publish runs as curves that others can hold theirs against."""
-    from anytoken.training.reference import publish_references
+    from anytoken.training.report.reference import publish_references
 
     print(publish_references(runs, stages))
 
@@ -70,8 +70,8 @@ def prefer(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train an adapter on preferred answers (DPO, through trl)."""
-    from anytoken.training.preference import Preference
-    from anytoken.training.preference import prefer as run
+    from anytoken.training.dpo import Preference
+    from anytoken.training.dpo import prefer as run
 
     print(run(model, pairs, out, Preference(steps, batch, lr, beta, seed=seed)))
 
@@ -87,8 +87,8 @@ def merge_adapter(
     """Fold an adapter into its model: a checkpoint of its own, to load, share or serve without PEFT."""
     import torch
 
-    from anytoken.atomic import check_target
     from anytoken.inference.checkpoint import CHECKPOINT
+    from anytoken.utils.atomic import check_target
 
     kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in kinds:
@@ -126,8 +126,8 @@ def plan(
 
     from rich.table import Table
 
-    from anytoken.training import plan as planning
-    from anytoken.training.stage import Stage
+    from anytoken.training import cost_estimate as planning
+    from anytoken.training.config import Stage
 
     recipe = Stage.load(recipes.find(stage), overrides or [])
     config = planning.read_config(model, new_ids) if model else planning.planned_config(recipe)
@@ -162,9 +162,9 @@ def evaluate(
     adapter: Adapter = None,
 ) -> None:
     """Score a model on held-out prompts in every direction, beside chance and simple baselines."""
-    from anytoken.evaluation import gallery, report
-    from anytoken.evaluation.directions import read_directions
-    from anytoken.evaluation.tasks import World
+    from anytoken.emoji_world import demo, report
+    from anytoken.emoji_world.directions import read_directions
+    from anytoken.emoji_world.tasks import World
     from anytoken.evaluation.transcriber import Transcriber
 
     chosen = read_directions(directions) if directions else None
@@ -173,5 +173,5 @@ def evaluate(
     report.save(found, out)
     for page in fill or []:
         report.fill(page, found)
-    Console().print(gallery.score_table(found))
+    Console().print(demo.score_table(found))
     print(out)

@@ -1,1 +1,1 @@
-"""Training data: building the sets, tokenizing them once, views, mixture and packing."""
+"""Training data: records, views, tokenizing them once into shards, mixture and packing."""

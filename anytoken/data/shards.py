@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from anytoken.data.encoding import Entry, Job, Skipped, Tokenizers, encode_part, part_names
-from anytoken.data.engines import run
+from anytoken.data.parallel import run
 from anytoken.data.records import Record, RecordError
+from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
 from anytoken.data.sources import Source, open_source
-from anytoken.json_lines import JSONLinesError, read_json_lines
-from anytoken.media_files import write_whole
+from anytoken.media_io import write_whole
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
+from anytoken.utils.json_lines import JSONLinesError, read_json_lines
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 _PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")
@@ -74,7 +74,7 @@ def tokenize_records(
 ) -> Path:
     """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
 
-    The bytes are the same for any number of workers and either engine (see ``engines.py``). ShardError if ``out``
+    The bytes are the same for any number of workers and either engine (see ``parallel.py``). ShardError if ``out``
     holds shards of other records or tokenizers, or anything else; with ``overwrite`` shards are replaced, and no other
     file is touched. Media are below the source's folder, or below ``data_root``. Records that cannot be read or
     encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than

@@ -47,7 +47,6 @@ from anytoken.data.records import (
     validate_record,
 )
 from anytoken.data.tables import digest_files, hub, rows_of, saved_folder, tables
-from anytoken.json_lines import DAMAGE, check_unicode, load_json, numbered_lines
 from anytoken.segments import (
     CONTAINER_SUFFIXES,
     DNA_SUFFIXES,
@@ -56,6 +55,7 @@ from anytoken.segments import (
     TEXT_SUFFIXES,
 )
 from anytoken.tokenizers.base import MODALITIES
+from anytoken.utils.json_lines import DAMAGE, check_unicode, load_json, numbered_lines
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "text": TEXT_SUFFIXES,

@@ -1,4 +1,4 @@
-"""Evaluation: held-out cases of every direction, judges, scores beside baselines, and the demo page.
+"""Evaluation: metrics beside baselines, recognisers of speech, and how good tokenizers are.
 
 Nothing is imported here: a command that needs one part does not pay for the others.
 """

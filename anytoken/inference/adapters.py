@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from anytoken.inference.checkpoint import CheckpointError, merge_adapter
 from anytoken.inference.weights import checksum
-from anytoken.model.modalities import add_saved_modalities
+from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.processor import Processor
 
 

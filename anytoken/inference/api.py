@@ -14,9 +14,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from transformers import PreTrainedModel
 
-from anytoken.atomic import check_target, write_folder
 from anytoken.inference.adapters import Adapters
-from anytoken.inference.cache import Prefixes
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CHECKPOINT,
@@ -26,8 +24,9 @@ from anytoken.inference.checkpoint import (
     pick_device,
 )
 from anytoken.inference.engine import Engine, Token
+from anytoken.inference.kv_cache import Prefixes
 from anytoken.inference.logits_processor import lm_inputs
-from anytoken.inference.reply import Reply, count_usage
+from anytoken.inference.outputs import Reply, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
 from anytoken.inference.score import (
     Classification,
@@ -39,12 +38,13 @@ from anytoken.inference.score import (
     perplexity,
     score_ids,
 )
-from anytoken.inference.stream import Event, SegmentStream
-from anytoken.model.modalities import add_modality, longest_segment
+from anytoken.inference.streaming import Event, SegmentStream
+from anytoken.model.extend_vocab import add_modality, longest_segment
 from anytoken.processor import Processor
 from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
+from anytoken.utils.atomic import check_target, write_folder
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
@@ -306,7 +306,7 @@ class AnyToken:
     def stream(
         self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
     ) -> Generator[Event, None, Reply]:
-        """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.stream`).
+        """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
 
         SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
         picture so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does

@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from anytoken.inference.cache import Prefixes, RowCache
-from anytoken.inference.head import Head
+from anytoken.inference.kv_cache import Prefixes, RowCache
+from anytoken.inference.model_runner import Head
 
 CHUNK = 512  # ids of a prompt that are read at once: bounds the memory of a long one
 SHORT = 3  # so many waiting ids (some had no choice) cost less one by one through the flat decoder

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from anytoken.atomic import FolderKind, check_target, write_folder
-from anytoken.inference.cache import Prefixes
-from anytoken.inference.reply import Reply, segment_html
-from anytoken.inference.stream import Event
+from anytoken.inference.kv_cache import Prefixes
+from anytoken.inference.outputs import Reply, segment_html
+from anytoken.inference.streaming import Event
 from anytoken.processor import Message
 from anytoken.segments import DNA, KINDS, Segment, Speech, Text, usual_suffix
+from anytoken.utils.atomic import FolderKind, check_target, write_folder
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken

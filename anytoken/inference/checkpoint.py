@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
-from anytoken.atomic import FolderKind
 from anytoken.model.attention import use_attention
-from anytoken.model.modalities import add_saved_modalities
+from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.machine import usable_device
+from anytoken.utils.atomic import FolderKind
+from anytoken.utils.device import usable_device
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")

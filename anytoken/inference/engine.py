@@ -1,8 +1,8 @@
 """The generation engine: ids and the grammar, nothing of media.
 
 Every row of a batch walks its own grammar state with its own plan, budget and random numbers (`scheduler.py`). The
-grammar says which ids may come next; only their logits are computed (`head.py`); an id that is the only choice is
-appended without asking the model. A reply is therefore well-formed by construction, for any weights, any sampling
+grammar says which ids may come next; only their logits are computed (`model_runner.py`); an id that is the only choice
+is appended without asking the model. A reply is therefore well-formed by construction, for any weights, any sampling
 and any budget. Classifier-free guidance gives a row a second sequence, the reply so far after an empty prompt, with
 its own cache row in the same forward; it joins when the first guided kind begins.
 
@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from anytoken.grammar import Grammar, State
 from anytoken.inference.batch import Slot
-from anytoken.inference.cache import Prefixes
-from anytoken.inference.head import Head
+from anytoken.inference.kv_cache import Prefixes
+from anytoken.inference.model_runner import Head
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Row, Scheduler, Token
 from anytoken.inference.weights import checksum, storage_key

@@ -26,8 +26,8 @@ from transformers import DynamicCache
 from anytoken.grammar import Grammar
 from anytoken.inference.engine import Engine
 from anytoken.model.attention import usable_attention
-from anytoken.training.cross_entropy import linear_cross_entropy
-from anytoken.training.losses import grammar_groups
+from anytoken.training.losses.balanced import grammar_groups
+from anytoken.training.losses.linear_cross_entropy import linear_cross_entropy
 
 Normalize = Literal["none", "tokens", "pmi"]
 CACHE_ELEMENTS = 2**26  # of keys and values that the copies of a prompt may take in one batch

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM, AnyTokenModel
-from anytoken.model.packing import PackingError
+from anytoken.model.packed_attention import PackingError
 
 AutoConfig.register("anytoken", AnyTokenConfig, exist_ok=True)
 AutoModel.register(AnyTokenConfig, AnyTokenModel, exist_ok=True)

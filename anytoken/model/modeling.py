@@ -44,7 +44,7 @@ from anytoken.model.moe import (
     group_mask,
     router_losses,
 )
-from anytoken.model.packing import keep_samples_apart
+from anytoken.model.packed_attention import keep_samples_apart
 
 # Experts are saved one by one under Qwen3-MoE's names, which serving engines and converters expect.
 register_checkpoint_conversion_mapping(

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP, Qwen3MoeTopKRouter
 
-from anytoken.autocast import in_float32
 from anytoken.model.configuration import AnyTokenConfig
-from anytoken.model.processes import sum_over_processes
+from anytoken.utils.autocast import in_float32
+from anytoken.utils.distributed import sum_over_processes
 
 
 class AnyTokenRouter(Qwen3MoeTopKRouter):

@@ -17,8 +17,8 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from anytoken.inference.reply import Reply
-from anytoken.inference.stream import Event, SegmentDelta, SegmentFinished, TextDelta
+from anytoken.inference.outputs import Reply
+from anytoken.inference.streaming import Event, SegmentDelta, SegmentFinished, TextDelta
 from anytoken.segments import Image, Segment, Speech, Text
 from anytoken.serving.content import (
     PCM_RATE_HZ,

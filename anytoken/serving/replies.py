@@ -9,9 +9,9 @@ from contextlib import suppress
 from typing import Any
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.reply import Reply, count_usage
+from anytoken.inference.outputs import Reply, count_usage
 from anytoken.inference.scheduler import Token
-from anytoken.inference.stream import Event, SegmentFinished, SegmentStream, TextDelta
+from anytoken.inference.streaming import Event, SegmentFinished, SegmentStream, TextDelta
 from anytoken.segments import Segment, Text
 from anytoken.serving.errors import ApiError, BadRequest, DeadlinePassed, Unavailable
 from anytoken.serving.worker import DeadlineExceeded, Job, Stopped, Worker

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.reply import Reply
+from anytoken.inference.outputs import Reply
 from anytoken.serving.content import read_messages
 from anytoken.serving.errors import BadRequest, NotFound, TooManyRequests, Unavailable
 from anytoken.serving.middleware import Metrics

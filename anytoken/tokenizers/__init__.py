@@ -11,7 +11,7 @@ from anytoken.tokenizers.base import (
     load_tokenizer,
     register_modality,
 )
-from anytoken.tokenizers.modalities import load_modality
+from anytoken.tokenizers.registry import load_modality
 
 __all__ = [
     "MODALITIES",

@@ -280,7 +280,7 @@ class ModalityTokenizer(nn.Module):
         source = class_source(type(self))
         if source is None:
             return super().__reduce_ex__(protocol)
-        from anytoken.tokenizers.modalities import rebuild
+        from anytoken.tokenizers.registry import rebuild
 
         return rebuild, (*source, self.__dict__)
 
@@ -381,7 +381,7 @@ def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}
 BUILTIN = {  # kind: module of this package
     "image": "image", "layered_image": "layered", "speech": "speech", "video": "video",
-    "dna": "dna", "dna_context": "dna_context", "dna_kmer": "dna_variants", "dna_bpe": "dna_variants",
+    "dna": "dna.vq", "dna_context": "dna.context", "dna_kmer": "dna.kmer_bpe", "dna_bpe": "dna.kmer_bpe",
     "pretrained_speech": "pretrained", "pretrained_image": "pretrained", "pretrained_video": "pretrained",
 }  # fmt: skip
 PLUGIN = "anytoken_modality_"  # begins the name of a module that `load_modality` made of a file
@@ -447,7 +447,7 @@ def load_tokenizer(folder: str | Path) -> ModalityTokenizer:
     A folder cannot name code to import: one that brings its class's file is loaded after `load_modality` was
     called on that file, and the error says so.
     """
-    from anytoken.tokenizers.modalities import modality_class
+    from anytoken.tokenizers.registry import modality_class
 
     header = _read_header(Path(folder))
     return modality_class(header["kind"], header, Path(folder)).from_pretrained(folder)

@@ -11,10 +11,7 @@ from typing import Any
 
 import numpy as np
 
-
-class TokenizerError(ValueError):
-    """Raised when a segment cannot be encoded, codes cannot be decoded, or a tokenizer folder is unusable."""
-
+from anytoken.utils.errors import TokenizerError
 
 ORDERS = ("interleaved", "delayed")
 NO_HEADER = np.zeros(0, dtype=np.int64)

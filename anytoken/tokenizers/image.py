@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, alike, patchify, unpatchify
 from anytoken.tokenizers.base import (
     Codes,
     Grid,
@@ -26,9 +25,17 @@ from anytoken.tokenizers.base import (
     loss_weights,
     register_modality,
 )
-from anytoken.tokenizers.candidates import best_codes, check_candidates
-from anytoken.tokenizers.picture_losses import TERMS, PatchCritic, feature_loss, pixel_loss, psnr_loss
-from anytoken.tokenizers.quantizers import Choice, Quantizer
+from anytoken.tokenizers.losses.image import TERMS, PatchCritic, feature_loss, pixel_loss, psnr_loss
+from anytoken.tokenizers.modules.code_search import best_codes, check_candidates
+from anytoken.tokenizers.modules.convnext import (
+    ChannelLinear,
+    ChannelNorm,
+    Trunk,
+    alike,
+    patchify,
+    unpatchify,
+)
+from anytoken.tokenizers.modules.quantizer import Choice, Quantizer
 
 PATCH_PX = 8
 KEPT_PX = 128  # a side that every tokenizer's grid has room for

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, alike, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, TokenizerError, loss_weights, register_modality
 from anytoken.tokenizers.image import (
     PATCH_PX,
@@ -34,8 +32,16 @@ from anytoken.tokenizers.image import (
     psnr_db,
     to_bytes,
 )
-from anytoken.tokenizers.picture_losses import pixel_loss, psnr_loss
-from anytoken.tokenizers.quantizers import Choice
+from anytoken.tokenizers.losses.image import pixel_loss, psnr_loss
+from anytoken.tokenizers.modules.convnext import (
+    ChannelLinear,
+    ChannelNorm,
+    Trunk,
+    alike,
+    patchify,
+    unpatchify,
+)
+from anytoken.tokenizers.modules.quantizer import Choice
 
 BASE_LEVELS, BASE_CODES = 32, 3  # of each of red, green and blue
 BORDER_PX = 2
@@ -253,12 +259,6 @@ class LayeredImageTokenizer(ImageTokenizer):
             grown[key] = torch.zeros_like(own[key])
             grown[key][: len(state[key])] = state[key]
         return {**state, **grown}
-
-    def training_batches(self, source: Path, batch_size: int, seed: int) -> Callable[[int], Tensor]:
-        """True layers and two base colours of each: see `batches.layer_batches`."""
-        from anytoken.tokenizers.batches import layer_batches
-
-        return layer_batches(source, batch_size, seed)
 
     def weigh_losses(self, weights: Mapping[str, float]) -> None:
         """Train by these terms.

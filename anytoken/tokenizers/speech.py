@@ -20,16 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anytoken.segments import Segment, Speech
-from anytoken.tokenizers.backbone import (
-    AT_ONCE,
-    ChannelLinear,
-    ChannelNorm,
-    Fold,
-    RowConv,
-    Trunk,
-    Unfold,
-    alike,
-)
 from anytoken.tokenizers.base import (
     Codes,
     ModalityTokenizer,
@@ -38,9 +28,7 @@ from anytoken.tokenizers.base import (
     loss_weights,
     register_modality,
 )
-from anytoken.tokenizers.candidates import best_codes, check_candidates
-from anytoken.tokenizers.quantizers import Choice, Quantizer
-from anytoken.tokenizers.sound_losses import (
+from anytoken.tokenizers.losses.audio import (
     FRAME,
     TERMS,
     cepstral_loss,
@@ -50,6 +38,18 @@ from anytoken.tokenizers.sound_losses import (
     power,
     spectral_loss,
 )
+from anytoken.tokenizers.modules.code_search import best_codes, check_candidates
+from anytoken.tokenizers.modules.convnext import (
+    AT_ONCE,
+    ChannelLinear,
+    ChannelNorm,
+    Fold,
+    RowConv,
+    Trunk,
+    Unfold,
+    alike,
+)
+from anytoken.tokenizers.modules.quantizer import Choice, Quantizer
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
 KERNEL = 7

@@ -26,9 +26,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from anytoken import recipes
-from anytoken.atomic import write_file
-from anytoken.json_lines import load_json, read_json_lines
 from anytoken.tokenizers.base import TokenizerError
+from anytoken.utils.atomic import write_file
+from anytoken.utils.json_lines import load_json, read_json_lines
 
 NUM_BYTES = 256
 FILE = "tokenizer.json"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment, Video
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, alike, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.image import (
     PATCH_PX,
@@ -31,8 +30,16 @@ from anytoken.tokenizers.image import (
     psnr_db,
     to_bytes,
 )
-from anytoken.tokenizers.picture_losses import pixel_loss
-from anytoken.tokenizers.quantizers import Choice, Quantizer
+from anytoken.tokenizers.losses.image import pixel_loss
+from anytoken.tokenizers.modules.convnext import (
+    ChannelLinear,
+    ChannelNorm,
+    Trunk,
+    alike,
+    patchify,
+    unpatchify,
+)
+from anytoken.tokenizers.modules.quantizer import Choice, Quantizer
 
 STEP_FRAMES = 4
 MAX_STEPS = 2

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
-from anytoken.training.stage import LoraSpec, StageError
-from anytoken.training.trainable import modality_rows
+from anytoken.training.config import LoraSpec, StageError
+from anytoken.training.optim.param_groups import modality_rows
 
 LanguageModel = PreTrainedModel | PeftModel
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

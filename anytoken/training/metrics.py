@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anytoken.json_lines import read_json_lines
 from anytoken.model.moe import expert_use
-from anytoken.training.losses import LossParts, bits
+from anytoken.training.losses.balanced import LossParts, bits
+from anytoken.utils.json_lines import read_json_lines
 
 
 class GroupMeter:

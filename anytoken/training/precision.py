@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import distributed
 
-from anytoken.training.facts import measured_peak
+from anytoken.training.run_metadata import measured_peak
 
 MARGIN = 1.2  # how much quicker products in bfloat16 must be: casts and float32 parts take some of the gain
 log = logging.getLogger(__name__)

@@ -10,17 +10,17 @@ from transformers.utils.generic import is_flash_attention_requested
 from anytoken.data.packing import flash_lengths
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import expert_counts, router_losses
-from anytoken.model.processes import sum_over_processes
+from anytoken.training.config import MoeSpec
 from anytoken.training.lora import LanguageModel, base_model, head_weight
-from anytoken.training.losses import BalancedLoss, LossParts
-from anytoken.training.stage import MoeSpec
+from anytoken.training.losses.balanced import BalancedLoss, LossParts
+from anytoken.utils.distributed import sum_over_processes
 
 
 class ModelWithLoss(nn.Module):
     """A causal LM and its loss as one module, so that wrappers for many devices see the whole step."""
 
     is_distributed_loading_by_transformers = (
-        False  # what the Trainer asks: whether the weights lie apart, see `mesh.py`
+        False  # what the Trainer asks: whether the weights lie apart, see `distributed/fsdp.py`
     )
 
     def __init__(self, lm: LanguageModel, loss: BalancedLoss, moe: MoeSpec, by_group: bool = False) -> None:
@@ -70,6 +70,6 @@ class ModelWithLoss(nn.Module):
 
 
 def packed_inputs(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
-    """What any causal LM is given besides ids so that packed samples stay apart: see `model/packing.py`."""
+    """What any causal LM is given besides ids so that packed samples stay apart: see `model/packed_attention.py`."""
     lengths = flash_lengths(position_ids) if is_flash_attention_requested(model.config) else {}
     return {"position_ids": position_ids, "use_cache": False, **lengths}

@@ -2,8 +2,8 @@
 modality.
 
 ``train(stage)`` runs a recipe and leaves a checkpoint folder that ``anytoken.load`` opens. A killed run goes
-on from its last saved step and meets the same losses as one that was never killed (``states.py``); Ctrl-C saves
-first, and a loss that is not finite stops the run (``stopping.py``).
+on from its last saved step and meets the same losses as one that was never killed (``checkpoint.py``); Ctrl-C saves
+first, and a loss that is not finite stops the run (``interrupts.py``).
 """
 
 import dataclasses
@@ -25,41 +25,10 @@ from transformers.training_args import ParallelMode
 
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
-from anytoken.model.modalities import save_modalities
+from anytoken.model.extend_vocab import save_modalities
 from anytoken.processor import Processor
-from anytoken.training import harmony
-from anytoken.training.card import adapter_card
-from anytoken.training.facts import check_same_data, run_facts
-from anytoken.training.loop import Loop
-from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
-from anytoken.training.losses import BalancedLoss
-from anytoken.training.mesh import (
-    groups_by_mesh,
-    is_spread,
-    load_optimizer,
-    load_whole,
-    read_mesh,
-    save_optimizer,
-    spread,
-    whole,
-)
-from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
-from anytoken.training.muon import make_optimizer
-from anytoken.training.page import FACTS, Page
-from anytoken.training.precision import choose_precision
-from anytoken.training.report import write_report
-from anytoken.training.samples import Answer, Sampler
-from anytoken.training.schedule import Schedule
-from anytoken.training.sources import prepare_sources
-from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import (
-    balance_by_bias,
-    checkpoint_folder,
-    choose_attention,
-    load_start,
-    make_start,
-)
-from anytoken.training.states import (
+from anytoken.training.callbacks import Loop
+from anytoken.training.checkpoint import (
     SaveError,
     clear_partial,
     is_finished,
@@ -70,10 +39,47 @@ from anytoken.training.states import (
     step_of,
     write_whole,
 )
+from anytoken.training.config import Stage, StageError
+from anytoken.training.distributed.deepspeed import (
+    convert,
+    load_buffers,
+    loading_whole,
+    mend_optimizer,
+    read_zero,
+)
+from anytoken.training.distributed.fsdp import (
+    groups_by_mesh,
+    is_spread,
+    load_optimizer,
+    load_whole,
+    read_mesh,
+    save_optimizer,
+    spread,
+    whole,
+)
+from anytoken.training.initialize import (
+    balance_by_bias,
+    checkpoint_folder,
+    choose_attention,
+    load_start,
+    make_start,
+)
+from anytoken.training.interrupts import Interrupted, StopRequest, diverged
+from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
+from anytoken.training.losses.balanced import BalancedLoss
+from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
+from anytoken.training.optim import pcgrad
+from anytoken.training.optim.lr_schedule import Schedule
+from anytoken.training.optim.muon import make_optimizer
+from anytoken.training.optim.param_groups import parameter_groups, select_trainable
+from anytoken.training.precision import choose_precision
+from anytoken.training.prepare_data import prepare_sources
+from anytoken.training.report.adapter_card import adapter_card
+from anytoken.training.report.html import FACTS, Page
+from anytoken.training.report.markdown import write_report
+from anytoken.training.report.samples import Answer, Sampler
+from anytoken.training.run_metadata import check_same_data, run_facts
 from anytoken.training.step import ModelWithLoss
-from anytoken.training.stopping import Interrupted, StopRequest, diverged
-from anytoken.training.trainable import parameter_groups, select_trainable
-from anytoken.training.zero import convert, load_buffers, loading_whole, mend_optimizer, read_zero
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
@@ -161,7 +167,7 @@ class StageTrainer(Trainer):
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         scale = 1 / self.args.gradient_accumulation_steps
-        self.meter.note(harmony.backward(model, loss, self.shares, scale))
+        self.meter.note(pcgrad.backward(model, loss, self.shares, scale))
         return loss.detach() * scale
 
     def compute_loss(

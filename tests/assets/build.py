@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image as Picture
 
-from anytoken.data.cards import read_lines, write_lines, write_text
-from anytoken.data.splits import fraction, tokenizer_held_out
+from anytoken.data.dataset_card import read_lines, write_lines, write_text
+from anytoken.emoji_world.splits import fraction, tokenizer_held_out
 
 HERE = Path(__file__).parent
 Lines = list[dict[str, Any]]

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from anytoken.data import encoding, shards
-from anytoken.data.engines import EngineError
+from anytoken.data import shard_worker, shards
+from anytoken.data.parallel import EngineError
 from anytoken.data.records import RecordError
 from anytoken.data.shards import ShardError, Shards, load_tokenizers, tokenize_records
 from anytoken.segments import Image, Segment
@@ -115,11 +115,11 @@ def test_a_killed_run_loses_the_parts_in_progress_and_nothing_else(
     alone = tokenize(records, tmp_path / "alone", tokenizer)
     made: list[int] = []
 
-    def dying(tokenizers: object, job: encoding.Job) -> object:
+    def dying(tokenizers: object, job: shard_worker.Job) -> object:
         if job.part == 2:
             raise KeyboardInterrupt
         made.append(job.part)
-        return encoding.encode_part(tokenizers, job)  # type: ignore[arg-type]
+        return shard_worker.encode_part(tokenizers, job)  # type: ignore[arg-type]
 
     killed = tmp_path / "killed"
     with monkeypatch.context() as patch:
@@ -132,9 +132,9 @@ def test_a_killed_run_loses_the_parts_in_progress_and_nothing_else(
     with pytest.raises(ShardError, match="unfinished"):
         Shards(killed, {"image": tokenizer})
 
-    def counting(tokenizers: object, job: encoding.Job) -> object:
+    def counting(tokenizers: object, job: shard_worker.Job) -> object:
         made.append(job.part)
-        return encoding.encode_part(tokenizers, job)  # type: ignore[arg-type]
+        return shard_worker.encode_part(tokenizers, job)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shards, "encode_part", counting)
     tokenize(records, killed, tokenizer)

@@ -1,6 +1,5 @@
 """A tiny world for the inference tests: text, pictures, tones of two codebooks, and a random model."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.head import Head
+from anytoken.inference.model_runner import Head
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -21,8 +20,6 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, register_modality
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
-
-sys.path.append(str(Path(__file__).parents[1]))  # for reference_loop, which other rooms' tests use too
 
 
 class Tone(Segment):

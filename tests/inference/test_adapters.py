@@ -177,7 +177,7 @@ def test_rows_that_the_base_has_not_are_refused(folder: Path, toys: SimpleNamesp
 def test_a_modality_of_a_refused_adapter_is_not_added(
     folder: Path, toys: SimpleNamespace, tmp_path: Path
 ) -> None:
-    from anytoken.model.modalities import save_modalities
+    from anytoken.model.extend_vocab import save_modalities
 
     grown = AnyToken.from_pretrained(folder)
     grown.add_modality(toys.HumTokenizer())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anytoken.inference.api import AnyToken, _warn_of_copies
-from anytoken.inference.reply import Reply
+from anytoken.inference.outputs import Reply
 from anytoken.inference.sampling import Sampling
 from anytoken.segments import Image, Speech, Text
 from anytoken.tokenizers.base import Codes

@@ -12,7 +12,7 @@ import pytest
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.chat import Chat, ChatError, _load_part, _save_part
-from anytoken.inference.stream import finish
+from anytoken.inference.streaming import finish
 from anytoken.segments import DNA, KINDS, Image, Text
 
 PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))

@@ -10,9 +10,9 @@ from reference_loop import reference
 from anytoken.inference import batch as batch_module
 from anytoken.inference import scheduler as scheduler_module
 from anytoken.inference.api import AnyToken
-from anytoken.inference.cache import Prefixes
 from anytoken.inference.engine import Engine, EngineError, GeneratedIds, Token
-from anytoken.inference.head import Head
+from anytoken.inference.kv_cache import Prefixes
+from anytoken.inference.model_runner import Head
 from anytoken.inference.sampling import Sampling
 
 GREEDY = {kind: Sampling(temperature=0) for kind in ("text", "image", "tone")}

@@ -19,7 +19,7 @@ from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine, GeneratedIds
-from anytoken.inference.head import Head
+from anytoken.inference.model_runner import Head
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Scheduler
 from anytoken.token_space import TokenSpace

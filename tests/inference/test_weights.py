@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.head import Head
+from anytoken.inference.model_runner import Head
 from anytoken.inference.scheduler import Scheduler
 from anytoken.inference.weights import checksum
 from anytoken.model.modeling import AnyTokenForCausalLM

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as Picture
 
 from anytoken import Image, Speech, recipes
-from anytoken.inference.stream import SegmentDelta, SegmentFinished
+from anytoken.inference.streaming import SegmentDelta, SegmentFinished
 from anytoken.serving.chat_api import _Deltas
 from anytoken.serving.content import audio_bytes, b64, saved
 

@@ -16,8 +16,8 @@ RECIPES = sorted((HERE.parents[1] / "tokenizers").rglob("*.yaml"))
 
 
 def batteries() -> Iterator[type[TokenizerBattery]]:
-    """The test classes of this folder that inherit the battery and are collected."""
-    for path in sorted(HERE.glob("test_*.py")):
+    """The test classes of this folder and below that inherit the battery and are collected."""
+    for path in sorted(HERE.rglob("test_*.py")):
         if path.name == Path(__file__).name or "Battery" not in path.read_text(encoding="utf-8"):
             continue
         spec = importlib.util.spec_from_file_location(f"batteries_of_{path.stem}", path)

@@ -11,7 +11,6 @@ from batteries import TokenizerBattery, parameters_without_gradient
 
 from anytoken.segments import Image
 from anytoken.tokenizers.base import TokenizerError, load_tokenizer
-from anytoken.tokenizers.batches import BACKGROUNDS, layer_batches, training_rows
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.layered import (
     LayeredImageTokenizer,
@@ -22,6 +21,7 @@ from anytoken.tokenizers.layered import (
     find_base,
     hardened,
 )
+from anytoken.training.tokenizer.batches import BACKGROUNDS, layer_batches, training_rows
 
 ROOT = Path(__file__).parents[2]
 SPRITES = ROOT / "tests" / "assets" / "tiny" / "emoji" / "sprites.npy"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from batteries import TokenizerBattery
 
+from anytoken.evaluation.tokenizers.card import make_card
 from anytoken.segments import SegmentError
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.cards import make_card
-from anytoken.tokenizers.modalities import load_modality
-from anytoken.tokenizers.trainer import load_recipe, train_tokenizer
+from anytoken.tokenizers.registry import load_modality
+from anytoken.training.tokenizer.trainer import load_recipe, train_tokenizer
 
 ROOT = Path(__file__).parents[2] / "tokenizers"
 Protein, Motion, Palette = (

@@ -12,9 +12,9 @@ from batteries import TokenizerBattery
 
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.sound_losses import envelope_loss, heard_apart, log_bands, spectral_loss
+from anytoken.tokenizers.losses.audio import envelope_loss, heard_apart, log_bands, spectral_loss
 from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer, WaveHead
-from anytoken.tokenizers.trainer import load_recipe
+from anytoken.training.tokenizer.trainer import load_recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from anytoken.training.stage import Stage
+from anytoken.training.config import Stage
 from anytoken.training.trainer import train
 
 TOUCHES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}

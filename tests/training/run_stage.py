@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from anytoken.training.stage import Stage
-from anytoken.training.stopping import Interrupted
+from anytoken.training.config import Stage
+from anytoken.training.interrupts import Interrupted
 from anytoken.training.trainer import StageTrainer, train
 
 spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("conftest.py"))

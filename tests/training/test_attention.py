@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 from anytoken.model import attention
-from anytoken.training.stage import Stage, StageError
+from anytoken.training.config import Stage, StageError
 from anytoken.training.trainer import train
 
 FLASH = "flash_attention_2"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from anytoken.evaluation.bench_train import bench_train
-from anytoken.training.stage import Stage
+from anytoken.benchmarks.train import bench_train
+from anytoken.training.config import Stage
 
 
 def test_a_step_is_compared(recipe: dict[str, Any]) -> None:

@@ -19,12 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import anytoken.training
-from anytoken.training import muon, precision, trainer
-from anytoken.training.mesh import mesh_settings
+from anytoken.training import precision, trainer
+from anytoken.training.checkpoint import saved_states
+from anytoken.training.config import Stage, StageError
+from anytoken.training.distributed.fsdp import mesh_settings
+from anytoken.training.interrupts import Interrupted
 from anytoken.training.metrics import read_metrics
-from anytoken.training.stage import Stage, StageError
-from anytoken.training.states import saved_states
-from anytoken.training.stopping import Interrupted
+from anytoken.training.optim import muon
 from anytoken.training.trainer import StageTrainer, train
 
 STEPS = 10

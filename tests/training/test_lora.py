@@ -17,10 +17,10 @@ import anytoken
 from anytoken.cli import app
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
+from anytoken.training.config import LoraSpec, Stage, StageError
 from anytoken.training.lora import add_lora, portable_name
 from anytoken.training.metrics import read_metrics
-from anytoken.training.stage import LoraSpec, Stage, StageError
-from anytoken.training.trainable import modality_rows
+from anytoken.training.optim.param_groups import modality_rows
 from anytoken.training.trainer import StageTrainer, train
 
 STAGES = Path(__file__).parents[2] / "stages"

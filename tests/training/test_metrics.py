@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from anytoken.training.losses import LossParts
+from anytoken.training.losses.balanced import LossParts
 from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
-from anytoken.training.report import write_report
+from anytoken.training.report.markdown import write_report
 
 
 def parts(nll: list[float], right: list[float], count: list[float], term: float) -> LossParts:

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from anytoken.training import precision
-from anytoken.training.stage import Stage
-from anytoken.training.stopping import Interrupted
+from anytoken.training.config import Stage
+from anytoken.training.interrupts import Interrupted
 from anytoken.training.trainer import StageTrainer, train
 
 

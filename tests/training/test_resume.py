@@ -26,10 +26,10 @@ from anytoken.cli import app
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.processor import Processor
+from anytoken.training.checkpoint import SaveError, saved_states
+from anytoken.training.config import Stage
+from anytoken.training.interrupts import DivergenceError, Interrupted
 from anytoken.training.metrics import read_metrics
-from anytoken.training.stage import Stage
-from anytoken.training.states import SaveError, saved_states
-from anytoken.training.stopping import DivergenceError, Interrupted
 from anytoken.training.trainer import StageTrainer, train
 
 CLOCK = {"tokens_per_second", "share_of_peak"}

@@ -9,8 +9,8 @@ from anytoken.grammar import Grammar
 from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Run
-from anytoken.training.losses import BalancedLoss
-from anytoken.training.stage import MoeSpec
+from anytoken.training.config import MoeSpec
+from anytoken.training.losses.balanced import BalancedLoss
 from anytoken.training.step import ModelWithLoss
 
 

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from anytoken.inference.api import AnyToken
-from anytoken.model.upcycle import adopt_backbone
+from anytoken.model.backbone import adopt_backbone
 from anytoken.processor import Processor
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training import loop
+from anytoken.training import callbacks
+from anytoken.training.config import Stage, StageError
+from anytoken.training.initialize import load_start
 from anytoken.training.metrics import read_metrics
-from anytoken.training.stage import Stage, StageError
-from anytoken.training.start import load_start
-from anytoken.training.trainable import modality_rows
+from anytoken.training.optim.param_groups import modality_rows
 from anytoken.training.trainer import train
 
 
@@ -155,7 +155,7 @@ def test_a_time_limit_ends_the_run_early_with_a_checkpoint(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = itertools.count()  # every look at the clock is a second later
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     folder = train(Stage.from_dict(recipe | {"steps": 1000, "max_minutes": 0.2, "save_every": 1000}))
     entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
     assert len(entries) == 12 and (folder / "model.safetensors").is_file()

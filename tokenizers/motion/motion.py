@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment, SegmentError
-from anytoken.tokenizers.backbone import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
-from anytoken.tokenizers.quantizers import Quantizer
+from anytoken.tokenizers.modules.convnext import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
+from anytoken.tokenizers.modules.quantizer import Quantizer
 
 CHANNELS, SAMPLE_RATE_HZ, PATCH, MAX_FRAMES = 6, 10, 2, 256
 COLOURS = ("#c0392b", "#27ae60", "#2471a3") * 2  # x y z

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from anytoken.json_lines import read_json_lines
 from anytoken.segments import Segment, SegmentError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
-from anytoken.tokenizers.quantizers import Quantizer
+from anytoken.tokenizers.modules.quantizer import Quantizer
+from anytoken.utils.json_lines import read_json_lines
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 KEPT_AS = str.maketrans(

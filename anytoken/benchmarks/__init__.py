@@ -1,0 +1,1 @@
+"""`anytoken bench`: our code and a named peer's in one run."""

@@ -1,0 +1,100 @@
+"""How benchmarks are made: both sides in one run, taking turns; the ratio is what to quote.
+
+An absolute speed is the machine's; a ratio of medians of turns taken one after the other is the code's. A drift of
+the machine's speed touches both sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from anytoken.utils.git import commit
+
+Figures = dict[str, Any]
+
+
+class BenchError(ValueError):
+    """Two sides that cannot be compared."""
+
+
+def take_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1) -> dict[str, float]:
+    """Median seconds of every side; in each of `repeats` rounds every side runs once, after `warmups` rounds."""
+    return {name: statistics.median(times) for name, times in time_turns(sides, repeats, warmups).items()}
+
+
+def ratio_of_turns(over: Callable[[], object], under: Callable[[], object], repeats: int) -> float:
+    """How many times as long one side takes as another: the median over rounds, each of which has its own ratio.
+
+    What slows a machine for longer than a round slows both sides of it, so it counts for nothing.
+    """
+    taken = time_turns({"over": over, "under": under}, repeats, 1)
+    return statistics.median(a / b for a, b in zip(taken["over"], taken["under"], strict=True))
+
+
+def time_turns(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int
+) -> dict[str, list[float]]:
+    """Seconds of every side in each of `repeats` rounds; every side runs once a round."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(-warmups, repeats):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if round_ >= 0:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def environment() -> Figures:
+    """What the figures were measured on."""
+    return {
+        "commit": commit(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def report(figures: Figures, out: Path) -> None:
+    """Write the figures with their environment to `out` and print `figures["rows"]`, one mapping a line.
+
+    Where the terminal is too narrow for that, every mapping is a table of its own, one figure a line.
+    """
+    rows: list[Figures] = figures["rows"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(environment() | figures, indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = _table(columns, [[row.get(column, "") for column in columns] for row in rows])
+    if console.measure(table, options=console.options.update_width(10_000)).maximum > console.width:
+        for row in rows:
+            console.print(_table(None, [list(pair) for pair in row.items()]))
+    else:
+        console.print(table)
+    print(out)
+
+
+def _table(columns: list[str] | None, rows: list[list[object]]) -> Table:
+    table = Table(*columns or (), box=SIMPLE_HEAD, pad_edge=False, show_header=columns is not None)
+    for row in rows:
+        table.add_row(*map(_cell, row))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,125 @@
+"""A server on this machine under load: throughput and latency of one client and of many, and more than it can take.
+
+The server is a process of its own (`anytoken serve`), reached through its loopback address only. Requests are fixed in
+number: first one client, then many clients in parallel, then twice as many as may run and wait at once, of which some
+must be refused with 429 and none may be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import quantiles
+from typing import Any
+
+from anytoken.benchmarks.harness import BenchError, Figures
+
+START_SECONDS = 120
+
+
+@contextmanager
+def running_server(
+    model: str, max_rows: int, max_waiting: int, name: str = "bench"
+) -> Iterator[tuple[str, int]]:
+    """Base URL and process id of a server of its own."""
+    import httpx
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    limits = ["--set", f"max_rows={max_rows}", "--set", f"max_waiting={max_waiting}"]
+    command = [
+        sys.executable,
+        "-m",
+        "anytoken",
+        "serve",
+        model,
+        "--name",
+        name,
+        "--port",
+        str(port),
+        *limits,
+    ]
+    process = subprocess.Popen([*command, "--log-level", "error"], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + START_SECONDS
+        while True:
+            if process.poll() is not None or time.monotonic() > until:
+                raise BenchError(f"The server did not start: {' '.join(command)}")
+            try:
+                if httpx.get(f"{url}/readyz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield url, process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int) -> Figures:
+    """One row per load; BenchError if any request is lost or fails otherwise than by 429."""
+    with running_server(model, clients, clients) as (url, pid):
+        asyncio.run(_load(url, prompt, kind, 1, 2))  # warm-up
+        before = _megabytes(pid)
+        alone = asyncio.run(_load(url, prompt, kind, 1, max(2, requests // clients)))
+        together = asyncio.run(_load(url, prompt, kind, clients, requests))
+        overload = asyncio.run(_load(url, prompt, kind, 4 * clients, 4 * clients))
+        after = _megabytes(pid)
+    rows = [alone, together, overload]
+    for row in rows:
+        row["speed"] = row["requests/s"] / alone["requests/s"]
+        if row["answered"] + row["refused"] != row["requests"] or (row is not overload and row["refused"]):
+            raise BenchError(f"Requests were lost or failed: {row}")
+    return {
+        "model": model, "prompt": prompt, "output": kind, "memory_mb": [before, after],
+        "cores": os.cpu_count(), "rows": rows,
+    }  # fmt: skip
+
+
+async def _load(url: str, prompt: str, kind: str, clients: int, requests: int) -> dict[str, Any]:
+    """Send `requests` requests from `clients` clients at once and time each."""
+    import httpx
+
+    numbers = iter(range(requests))
+    seconds: list[float] = []
+    refused = 0
+
+    async def client(http: httpx.AsyncClient) -> None:
+        nonlocal refused
+        for number in numbers:
+            body = {
+                "model": "bench", "messages": [{"role": "user", "content": prompt}], "modalities": [kind],
+                "seed": number,
+            }  # fmt: skip
+            began = time.perf_counter()
+            answer = await http.post("/v1/chat/completions", json=body)
+            if answer.status_code == 429:
+                refused += 1
+            elif answer.status_code == 200:
+                seconds.append(time.perf_counter() - began)
+
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        began = time.perf_counter()
+        await asyncio.gather(*(client(http) for _ in range(clients)))
+        taken = time.perf_counter() - began
+    cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
+    return {
+        "clients": clients, "requests": requests, "answered": len(seconds), "refused": refused,
+        "requests/s": len(seconds) / taken, "p50_s": cuts[49], "p99_s": cuts[98],
+    }  # fmt: skip
+
+
+def _megabytes(pid: int) -> float:
+    """Resident memory of a process."""
+    import psutil  # type: ignore[import-untyped]
+
+    return round(psutil.Process(pid).memory_info().rss / 2**20, 1)

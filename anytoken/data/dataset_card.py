@@ -1,0 +1,73 @@
+"""What a built set says of itself: line files, a manifest with checksums, and a card to read.
+
+All are written whole or not at all, so an interrupted build leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from anytoken.utils.json_lines import read_json_lines
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines to a file that appears only when it is whole."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a file that appears only when it is whole."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
+    return list(read_json_lines(path))
+
+
+def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> None:
+    """Write manifest.json (facts, lines and test lines of each file, checksums) and README.md (the card).
+
+    about: paragraphs of the card. `facts["sources"]` holds {name, version, licence} of what the set is made of.
+    """
+    lines = {path.name: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
+    counts = {
+        name: {"lines": len(rows), "test": sum(row.get("split") == "test" for row in rows)}
+        for name, rows in lines.items()
+    }
+    manifest = {**facts, "files": counts, "sha256": checksums(folder)}
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    files = "\n".join(f"| {name} | {one['lines']} | {one['test']} |" for name, one in counts.items())
+    made_of = "\n".join(
+        f"| {one['name']} | {one['version']} | {one['licence']} |" for one in facts["sources"]
+    )
+    write_text(
+        folder / "README.md",
+        f"# {title}\n\n{about.strip()}\n\n| file | lines | of them held out |\n|---|---|---|\n{files}\n\n"
+        f"| made of | version | licence |\n|---|---|---|\n{made_of}\n",
+    )
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a set; a subfolder is one entry, the sum of its sorted listing of sums."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            inside = sorted(one for one in path.rglob("*") if one.is_file())
+            listing = "".join(f"{sha256_of(one)}  {one.relative_to(folder).as_posix()}\n" for one in inside)
+            sums[f"{path.name}/"] = hashlib.sha256(listing.encode()).hexdigest()
+        elif path.name not in ("manifest.json", "README.md", "DONE"):
+            sums[path.name] = sha256_of(path)
+    return sums
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

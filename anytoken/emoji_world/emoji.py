@@ -1,0 +1,437 @@
+"""The emoji world: about a thousand concepts drawn by five artists' sets, named in text, and animated.
+
+`build_emoji` renders the registry packages into sprite arrays (for the tokenizers, which compose on the fly)
+and into composed pictures and videos of the core concepts with captions (for the language model). Alpha
+channels make the composition: 56x56 pixels of object, centred on one of eight backgrounds of 64x64.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache as memoize
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as Picture
+from tqdm import tqdm
+
+from anytoken.data.dataset_card import read_lines, write_card, write_lines
+from anytoken.emoji_world import splits
+from anytoken.emoji_world.packages import sources, unpack
+from anytoken.segments import Image, Video
+
+STYLES = ("line", "noto", "twemoji", "flat", "3d")
+BACKGROUNDS = {
+    "white": (255, 255, 255), "black": (20, 20, 20), "red": (225, 60, 60), "orange": (245, 150, 50),
+    "yellow": (250, 225, 90), "green": (80, 175, 90), "blue": (70, 120, 225), "purple": (150, 90, 190),
+}  # fmt: skip
+SPRITE_PX, CANVAS_PX, OBJECT_PX, FRAMES = 96, 64, 56, 8
+FRAME_RATE_HZ = 4.0
+# Sizes and places of objects in `layouts`: multiples of 8 pixels, so that a tokenizer with patches of 8 sees a shift as
+# the same patches elsewhere. A place is how many times the free half goes to the left of the object, and above it.
+SIZES_PX = {"small": 32, "large": 48}
+PLACES = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "centre": (1, 1)}
+ICONIFY = {
+    "noto": "@iconify-json/noto",
+    "twemoji": "@iconify-json/twemoji",
+    "flat": "@iconify-json/fluent-emoji-flat",
+}
+THREE_D = "@lobehub/fluent-emoji-3d"
+ANIMATED = [f"@lobehub/fluent-emoji-anim-{part}" for part in range(1, 5)]
+PACKAGE_NAMES = ["openmoji", *ICONIFY.values(), THREE_D, *ANIMATED]
+LEFT_OUT = ("people-body", "flags", "extras-openmoji", "extras-unicode", "component")
+# In order of preference. Few things besides animals and vehicles move, so faces come last and only to fill up.
+CORE_GROUPS = ("animals-nature", "food-drink", "travel-places", "objects", "activities", "smileys-emotion")
+# Families whose members differ by a detail that 64 pixels do not show, and names that are hard to picture.
+NOT_CORE = re.compile(
+    r"\b(clock|calendar|guide|service|wilted|oncoming|departure|done|small|glowing|hearts?|exclamation|decoration)\b"
+)
+NO_ARTICLE = re.compile(r"((?<![suio])s|wood|voltage)$")
+
+
+Lines = list[dict[str, Any]]
+
+
+class EmojiError(ValueError):
+    """The emoji set cannot be built as asked."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that every style draws; `file` is its name in the 3-D package, `animated` a clip that moves."""
+
+    hexcode: str
+    name: str
+    group: str
+    file: str
+    animated: str | None
+
+    @property
+    def article(self) -> str:
+        """The name with its article: "a red apple", "an owl", "grapes"."""
+        if NO_ARTICLE.search(self.name):
+            return self.name
+        vowel = re.match("[aeio]|u(?!ni)", self.name)
+        return f"{'an' if vowel else 'a'} {self.name}"
+
+
+def build_emoji(
+    out: Path,
+    cache: Path | None = None,
+    concepts: int = 160,
+    workers: int = 2,
+    limit: int | None = None,
+    progress: bool = True,
+    still: bool = False,
+    layouts: bool = False,
+) -> Path:
+    """Build OUT/emoji from the registry packages; returns the folder.
+
+    Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
+    pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
+    move, which come after all that do; layouts: also images of sizes and places. EmojiError or PackageError if it
+    cannot.
+    """  # fmt: skip
+    folder = Path(out) / "emoji"
+    cache = Path(cache) if cache else Path(out) / "packages"
+    folder.mkdir(parents=True, exist_ok=True)
+    roots = {name: unpack(name, cache) / "package" for name in PACKAGE_NAMES}
+    known = find_concepts(roots)
+    core = choose_core(known, concepts, still)
+    if limit:
+        core = core[:limit]
+        others = [one for one in known if one not in core]
+        known = core + others[: max(0, limit - len(core))]
+    codes = {one.hexcode for one in core}
+    write_lines(folder / "concepts.jsonl", ({**describe(one), "core": one.hexcode in codes} for one in known))
+    with ProcessPoolExecutor(workers) as pool:
+        sprites = _sprites(folder, known, roots, pool, progress)
+        animations = _animations(folder, [one for one in known if one.animated], pool, progress)
+        _compose_all(folder, core, sprites, animations, pool, progress)
+        if layouts:
+            _lay_out_all(folder, core, sprites, pool, progress)
+    _write_card(folder, known, core, cache)
+    return folder
+
+
+def find_concepts(roots: dict[str, Path]) -> list[Concept]:
+    """Concepts without people, flags and skin tones that all five styles draw, in OpenMoji's order."""
+    three_d = {_plain(p.stem): p.name for p in (roots[THREE_D] / "assets").glob("*.webp")}
+    animated = {
+        _plain(p.stem): str(p) for name in ANIMATED for p in sorted((roots[name] / "assets").glob("*.webp"))
+    }
+    drawn = [set(_iconify(roots[name])[0]) for name in ICONIFY.values()]
+    found = []
+    with (roots["openmoji"] / "data" / "openmoji.csv").open(newline="", encoding="utf-8") as handle:
+        for row in csv.DictReader(handle):
+            code = _plain(row["hexcode"].lower())
+            if (
+                row["group"] not in LEFT_OUT
+                and not row["skintone"]
+                and code in three_d
+                and all(code in names for names in drawn)
+            ):
+                name = row["annotation"].lower().replace("’", "'")
+                clip = animated.get(code)
+                moving = clip if clip and _moves(clip) else None
+                found.append(Concept(row["hexcode"], name, row["group"], three_d[code], moving))
+    if not found:
+        raise EmojiError("No concept is drawn in all five styles: the packages are not what was pinned.")
+    return found
+
+
+def choose_core(known: list[Concept], count: int, still: bool = False) -> list[Concept]:
+    """The concepts the bundled model knows: they move, are called by at most two plain words and look distinct.
+
+    Groups in order of preference, within a group by hash; none is a concept that tokenizers are tested on. With
+    `still`, those that do not move follow, in the same order.
+    """
+    names = {one.name for one in known}
+    fit = [
+        one
+        for one in known
+        if (one.animated or still)
+        and one.group in CORE_GROUPS
+        and re.fullmatch(r"[a-z]+( [a-z]+)?", one.name)
+        and one.name.removesuffix(" face") not in names - {one.name}
+        and not NOT_CORE.search(one.name)
+        and not splits.tokenizer_held_out(one.hexcode)
+    ]
+    if not 0 < count <= len(fit):
+        raise EmojiError(
+            f"{count} core concepts were asked for; 1 to {len(fit)} are {'' if still else 'animated and '}"
+            "plainly named."
+        )
+    order = sorted(
+        fit,
+        key=lambda one: (
+            one.animated is None,
+            CORE_GROUPS.index(one.group),
+            "face" in one.name,
+            splits.fraction(one.hexcode, "core"),
+        ),
+    )
+    return order[:count]
+
+
+def describe(concept: Concept) -> dict[str, Any]:
+    """The concept as a line of concepts.jsonl, hold-outs included."""
+    return {
+        "hexcode": concept.hexcode,
+        "name": concept.name,
+        "group": concept.group,
+        "animated": concept.animated is not None,
+        "style_held_out": splits.style_held_out(concept.hexcode),
+        "video_held_out": splits.video_held_out(concept.hexcode),
+        "tokenizer_held_out": splits.tokenizer_held_out(concept.hexcode),
+    }
+
+
+def compose(
+    sprite: np.ndarray, color: tuple[int, int, int], side_px: int = OBJECT_PX, place: str = "centre"
+) -> np.ndarray:
+    """A sprite uint8 [S, S, 4] as a picture uint8 [64, 64, 3]: an object of `side_px` pixels on a plain colour."""
+    small = Picture.fromarray(sprite).resize((side_px, side_px), Picture.Resampling.LANCZOS)
+    canvas = Picture.new("RGB", (CANVAS_PX, CANVAS_PX), color)
+    across, down = PLACES[place]
+    free = (CANVAS_PX - side_px) // 2
+    canvas.paste(small, (free * across, free * down), small)
+    return np.asarray(canvas)
+
+
+# ---- rendering ----
+
+
+def _plain(code: str) -> str:
+    return code.lower().replace("-fe0f", "")
+
+
+def _moves(clip: str) -> bool:
+    """The animated packages also hold one-frame files for what was never animated."""
+    with Picture.open(clip) as picture:
+        return int(getattr(picture, "n_frames", 1)) > 1
+
+
+@memoize
+def _iconify(root: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Code point to icon name, and the icon table of an Iconify package."""
+    icons = json.loads((root / "icons.json").read_text())
+    names = {_plain(code): name for code, name in json.loads((root / "chars.json").read_text()).items()}
+    return {code: name for code, name in names.items() if name in icons["icons"]}, icons
+
+
+def _svg(text: str) -> np.ndarray:
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(svg_string=text, width=SPRITE_PX, height=SPRITE_PX)
+    return _square(Picture.open(io.BytesIO(bytes(png))))
+
+
+def _square(picture: Picture.Image) -> np.ndarray:
+    size = (SPRITE_PX, SPRITE_PX)
+    return np.asarray(picture.convert("RGBA").resize(size, Picture.Resampling.LANCZOS), dtype=np.uint8)
+
+
+def _draw(job: tuple[Concept, dict[str, Path]]) -> np.ndarray:
+    """All styles of one concept: uint8 [5, 96, 96, 4]."""
+    concept, roots = job
+    drawn = [_svg((roots["openmoji"] / "color" / "svg" / f"{concept.hexcode}.svg").read_text())]
+    for package in ICONIFY.values():
+        names, table = _iconify(roots[package])
+        icon = table["icons"][names[_plain(concept.hexcode)]]
+        width, height = (icon.get(side, table.get(side, 16)) for side in ("width", "height"))
+        body = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        drawn.append(_svg(body + f'height="{height}">{icon["body"]}</svg>'))
+    drawn.append(_square(Picture.open(roots[THREE_D] / "assets" / concept.file)))
+    return np.stack(drawn)
+
+
+def _animate(concept: Concept) -> tuple[np.ndarray, float]:
+    """Eight frames spread over the loop, uint8 [8, 64, 64, 4], and the loop's seconds."""
+    assert concept.animated
+    with Picture.open(concept.animated) as clip:
+        count = getattr(clip, "n_frames", 1)
+        wanted, frames, total_ms = [int(i * count / FRAMES) for i in range(FRAMES)], {}, 0
+        for index in range(count):
+            clip.seek(index)
+            clip.load()
+            total_ms += int(clip.info.get("duration", 33))
+            if index in wanted:
+                small = clip.convert("RGBA").resize((CANVAS_PX, CANVAS_PX), Picture.Resampling.LANCZOS)
+                frames[index] = np.asarray(small, dtype=np.uint8)
+    return np.stack([frames[index] for index in wanted]), total_ms / 1000
+
+
+def _sprites(
+    folder: Path, known: list[Concept], roots: dict[str, Path], pool: ProcessPoolExecutor, progress: bool
+) -> np.ndarray:
+    path, size = folder / "sprites.npy", (len(known) * len(STYLES), SPRITE_PX, SPRITE_PX, 4)
+    if not _has(path, size, [one for one in known for _ in STYLES]):
+        jobs = [(concept, roots) for concept in known]
+        drawn = _map(pool, _draw, jobs, "sprites", progress)
+        _save(path, np.concatenate(drawn))
+        rows = [{**describe(one), "style": style} for one in known for style in STYLES]
+        write_lines(folder / "sprites.jsonl", ({"row": row, **line} for row, line in enumerate(rows)))
+    return np.load(path, mmap_mode="r")
+
+
+def _animations(
+    folder: Path, known: list[Concept], pool: ProcessPoolExecutor, progress: bool
+) -> dict[str, np.ndarray]:
+    path, size = folder / "animations.npy", (len(known), FRAMES, CANVAS_PX, CANVAS_PX, 4)
+    if not _has(path, size, known):
+        drawn = _map(pool, _animate, known, "animations", progress)
+        _save(path, np.stack([frames for frames, _ in drawn]))
+        rows = [{**describe(one), "duration_seconds": t} for one, (_, t) in zip(known, drawn, strict=True)]
+        write_lines(folder / "animations.jsonl", ({"row": row, **line} for row, line in enumerate(rows)))
+    return {one.hexcode: frames for one, frames in zip(known, np.load(path, mmap_mode="r"), strict=True)}
+
+
+def _drawn(folder: Path, core: list[Concept], sprites: np.ndarray) -> list[list[np.ndarray]]:
+    """Of each concept its sprites, in the order of the styles."""
+    row = {(line["hexcode"], line["style"]): line["row"] for line in read_lines(folder / "sprites.jsonl")}
+    return [[np.array(sprites[row[one.hexcode, style]]) for style in STYLES] for one in core]
+
+
+def _lay_out_all(
+    folder: Path, core: list[Concept], sprites: np.ndarray, pool: ProcessPoolExecutor, progress: bool
+) -> None:
+    jobs = list(zip(core, _drawn(folder, core, sprites), strict=True))
+    made = _map(pool, partial(_lay_out_concept, folder), jobs, "layouts", progress)
+    write_lines(folder / "layouts.jsonl", (line for lines in made for line in lines))
+
+
+def _lay_out_concept(folder: Path, job: tuple[Concept, list[np.ndarray]]) -> Lines:
+    """One concept in every style on every background, each in one size and place that a hash decides."""
+    concept, drawn = job
+    lines: Lines = []
+    for background, color in BACKGROUNDS.items():
+        for style, sprite in zip(STYLES, drawn, strict=True):
+            chances = {
+                layout: splits.fraction(concept.hexcode, style, background, *layout)
+                for layout in product(SIZES_PX, PLACES)
+            }
+            size, place = min(chances, key=chances.__getitem__)
+            image = f"layouts/{concept.hexcode}-{style}-{background}.png"
+            if not (folder / image).is_file():
+                Image(compose(sprite, color, SIZES_PX[size], place)).save(folder / image)
+            named = (
+                f"{size} {concept.name}" if concept.article == concept.name else f"a {size} {concept.name}"
+            )
+            base = {"hexcode": concept.hexcode, "name": concept.name, "background": background}
+            text = f"{named}, {place}, {style}, {background} background"
+            why = splits.image_holdout(concept.hexcode, style, background)
+            why = why or ("layout" if splits.layout_held_out(concept.hexcode, size, place) else None)
+            lines.append(
+                {
+                    "text": text,
+                    "image": image,
+                    **base,
+                    "style": style,
+                    "size": size,
+                    "place": place,
+                    **_split(why),
+                }
+            )
+    return lines
+
+
+def _compose_all(
+    folder: Path, core: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
+    pool: ProcessPoolExecutor, progress: bool,
+) -> None:  # fmt: skip
+    jobs = [
+        (one, drawn, np.array(animations[one.hexcode]) if one.animated else None)
+        for one, drawn in zip(core, _drawn(folder, core, sprites), strict=True)
+    ]
+    made = _map(pool, partial(_compose_concept, folder), jobs, "compositions", progress)
+    for index, name in enumerate(("images", "videos", "joint")):
+        write_lines(folder / f"{name}.jsonl", (line for concept in made for line in concept[index]))
+
+
+def _compose_concept(
+    folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray | None]
+) -> tuple[Lines, Lines, Lines]:
+    """One concept on every background, where that is not there yet; the lines of images, videos and joint."""
+    concept, drawn, frames = job
+    lines: tuple[Lines, Lines, Lines] = ([], [], [])
+    for background, color in BACKGROUNDS.items():
+        base = {"hexcode": concept.hexcode, "name": concept.name, "background": background}
+        images = {style: f"images/{concept.hexcode}-{style}-{background}.png" for style in STYLES}
+        for (style, image), sprite in zip(images.items(), drawn, strict=True):
+            if not (folder / image).is_file():
+                Image(compose(sprite, color)).save(folder / image)
+            text = f"{concept.article}, {style}, {background} background"
+            why = splits.image_holdout(concept.hexcode, style, background)
+            lines[0].append({"text": text, "image": image, **base, "style": style, **_split(why)})
+        if frames is None:
+            continue
+        video = f"videos/{concept.hexcode}-{background}.webp"
+        if not (folder / video).is_file():
+            Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(folder / video)
+        why = splits.video_holdout(concept.hexcode, background)
+        text = f"{concept.article}, animated, {background} background"
+        lines[1].append({"text": text, "video": video, **base, **_split(why)})
+        style = "flat" if splits.style_held_out(concept.hexcode) else "3d"
+        lines[2].append({"image": images[style], "video": video, **base, "style": style, **_split(why)})
+    return lines
+
+
+def _split(why: str | None) -> dict[str, str | None]:
+    return {"split": "test" if why else "train", "holdout": why}
+
+
+def _has(path: Path, size: tuple[int, ...], owners: list[Concept]) -> bool:
+    """Whether the array is there and holds the rows of just these concepts, in this order."""
+    rows = path.with_suffix(".jsonl")
+    if not (path.is_file() and rows.is_file() and np.load(path, mmap_mode="r").shape == size):
+        return False
+    return [line["hexcode"] for line in read_lines(rows)] == [one.hexcode for one in owners]
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write an array whole; the index of the last one goes first, or it would vouch for this one's rows."""
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
+    scratch = path.with_suffix(".tmp.npy")
+    np.save(scratch, array)
+    scratch.replace(path)
+
+
+def _map(
+    pool: ProcessPoolExecutor, work: Callable[[Any], Any], jobs: list[Any], title: str, progress: bool
+) -> list[Any]:
+    return list(tqdm(pool.map(work, jobs, chunksize=4), total=len(jobs), desc=title, disable=not progress))
+
+
+def _write_card(folder: Path, known: list[Concept], core: list[Concept], cache: Path) -> None:
+    moving = sum(one.animated is not None for one in known)
+    about = f"""
+{len(known):,} concepts without people, flags and skin tones, each drawn in {len(STYLES)} styles
+({", ".join(STYLES)}); {moving} of them move. {len(core)} core concepts are composed on {len(BACKGROUNDS)}
+backgrounds ({", ".join(BACKGROUNDS)}), still (64x64 PNG) and moving (lossless animated WebP, {FRAMES}
+frames, {FRAME_RATE_HZ:g} a second).
+
+Held out of training: `style`, the 3-D pictures of {splits.STYLE_SHARE:.0%} of the concepts (their videos, which are
+drawn in 3-D too, are not: what is unseen is the still picture); `video`, the videos of {splits.VIDEO_SHARE:.0%};
+`pair`, {splits.PAIR_SHARE:.0%} of the (concept, background) pairs in every style and moving. Tokenizers never see
+{splits.TOKENIZER_SHARE:.0%} of the concepts, none of them core (`tokenizer_held_out`)."""
+    if (folder / "layouts.jsonl").is_file():
+        about += f"""
+layouts.jsonl: the same drawings small ({SIZES_PX["small"]} pixels) or large ({SIZES_PX["large"]}), at one of
+{len(PLACES)} places; `layout`, {splits.LAYOUT_SHARE:.0%} of (concept, size, place), is held out too."""
+    facts = {
+        "concepts": len(known),
+        "moving": moving,
+        "core": len(core),
+        "sources": sources(PACKAGE_NAMES, cache),
+    }
+    write_card(folder, "The emoji world", about, facts)

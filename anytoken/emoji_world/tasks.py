@@ -1,0 +1,350 @@
+"""The held-out cases of every direction, and what counts as a right answer."""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anytoken.data.records import open_media
+from anytoken.data.sources import read_records
+from anytoken.emoji_world import dialogues
+from anytoken.emoji_world.directions import IMAGES, SPEECH, VIDEOS, WORDS, Case, Direction, Record
+from anytoken.emoji_world.dna import translate
+from anytoken.emoji_world.identity import Drawing, Identity, IdentityJudge
+from anytoken.emoji_world.judges import (
+    BackgroundJudge,
+    PictureClassifier,
+    VoiceJudge,
+    fit_classifier,
+    mel_frames,
+    motion,
+)
+from anytoken.evaluation.keyword_asr import WordJudge
+from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
+from anytoken.evaluation.transcriber import Transcriber
+from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video
+
+Parts = dict[str, float]
+ANIMATED = "3d"  # the style that videos are drawn in
+LAYOUT = ("size", "place")  # what else tells drawings apart, where records have it
+TOP = 5
+# Which styles a concept judge must not have seen, by the style it judges: close relatives are left out together.
+RELATIVES = {"3d": ("3d",), "line": ("line", "noto"), "noto": ("line", "noto"), "flat": ("flat", "twemoji")}
+RELATIVES["twemoji"] = RELATIVES["flat"]
+
+
+class TaskError(ValueError):
+    """Sets from which a direction cannot be judged."""
+
+
+class World:
+    """The built sets, and the judges that are made from them, each when it is first needed."""
+
+    def __init__(
+        self, sets: str | Path, judge_steps: int = 1500, seed: int = 0, asr: Transcriber | None = None
+    ) -> None:
+        self.sets = Path(sets)
+        self.asr = asr
+        self.judge_steps = judge_steps
+        self.seed = seed
+        self._records: dict[str, list[Record]] = {}
+        self._classifiers: dict[str, PictureClassifier] = {}
+
+    def records(self, file: str) -> list[Record]:
+        """The records of one file of the sets; TaskError where it is not there."""
+        if file not in self._records:
+            path = self.sets / file
+            if not path.is_file():
+                raise TaskError(f"{path} is missing: build the sets with `anytoken data` first.")
+            self._records[file] = list(read_records(path))
+        return self._records[file]
+
+    def has(self, direction: Direction) -> bool:
+        """Whether the sets hold what a direction is made from."""
+        return all(
+            (self.sets / file).is_file() for file in (direction.file, direction.pair or direction.file)
+        )
+
+    def media(self, file: str, record: Record, kind: str) -> Segment:
+        """One medium of a record."""
+        if kind == "text":
+            return Text(record["text"])
+        return open_media(record[kind], KINDS[kind], (self.sets / file).parent)
+
+    def cases(self, direction: Direction, split: str, count: int, seed: int = 0) -> list[Case]:
+        """Up to `count` cases of a split, drawn without return, the same for the same seed."""
+        if direction.how == "requests":
+            return dialogues.requests(self, split, count, seed)
+        if direction.how == "turns":
+            return dialogues.turns(self, split, count, seed, direction.name == dialogues.SECOND)
+        rng = np.random.default_rng((seed, zlib.crc32(f"{direction.name} {split}".encode())))
+        records = [
+            one
+            for one in self.records(direction.file)
+            if one.get("split") == split and self._fits(direction, one)
+        ]
+        order = rng.permutation(len(records))
+        partners = self._partners(direction, split)
+        cases: list[Case] = []
+        for place, index in enumerate(order):
+            if len(cases) == count:
+                break
+            record = records[index]
+            if direction.twice:
+                cases.append(self._two(direction, record, records[order[(place + 1) % len(order)]]))
+            elif direction.pair is None:
+                cases.append(self._one(direction, record))
+            elif partners.get(record["name"]):
+                options = partners[record["name"]]
+                cases.append(self._paired(direction, record, options[int(rng.integers(len(options)))]))
+        return cases
+
+    def _fits(self, direction: Direction, record: Record) -> bool:
+        kinds = {*direction.sources, direction.target} - ({direction.target} if direction.pair else set())
+        if any(record.get(kind) is None for kind in kinds):
+            return False
+        if direction.file == SPEECH and not record.get("core", True):
+            return False
+        if direction.file == WORDS and record["split"] == "test" and record["holdout"] != "word":
+            return direction.target == "text"  # a held-out voice can be heard, but not asked for
+        if direction.name == "text->speech" and record.get("holdout") not in (None, "spoken"):
+            return False
+        return direction.target != "speech" or self.hears(record).knows(record["name"])
+
+    def _partners(self, direction: Direction, split: str) -> dict[str, list[Record]]:
+        """Records that lend their medium, by name. A train answer comes with a train prompt; a test prompt with any."""
+        found: dict[str, list[Record]] = defaultdict(list)
+        for record in self.records(direction.pair) if direction.pair else []:
+            if split != "train" or record.get("split") == "train":
+                found[record["name"]].append(record)
+        return found
+
+    def _one(self, direction: Direction, record: Record) -> Case:
+        prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
+        if direction.target == "speech" and "voice" in record:
+            prompt = [Text(f"{record['text']}, voice {record['voice']}")]
+        return Case(prompt, self.media(direction.file, record, direction.target), record)
+
+    def _paired(self, direction: Direction, record: Record, partner: Record) -> Case:
+        """Only the concept is asked for: nothing in the prompt says a style, a background or a voice."""
+        prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
+        answer = self.media(str(direction.pair), partner, direction.target)
+        return Case(prompt, answer, {"name": record["name"], "holdout": record.get("holdout")})
+
+    def _two(self, direction: Direction, record: Record, other: Record) -> Case:
+        pictures = [self.media(direction.file, one, "image") for one in (record, other)]
+        answer = " and ".join(str(one["text"]).split(",")[0] for one in (record, other))
+        return Case(
+            [*pictures, Text(direction.words)], Text(answer), {"name": record["name"], "text": answer}
+        )
+
+    @cached_property
+    def words(self) -> WordJudge:
+        """Hears the core names."""
+        return WordJudge(sorted({one["name"] for one in self.records(SPEECH) if one.get("core", True)}))
+
+    @cached_property
+    def unseen_words(self) -> WordJudge:
+        """Hears the words that are held out."""
+        return WordJudge(sorted({one["name"] for one in self.records(WORDS) if one["holdout"] == "word"}))
+
+    def hears(self, record: Record) -> WordJudge:
+        """The judge whose closed list the name of a record is in."""
+        return self.unseen_words if record.get("holdout") == "word" else self.words
+
+    @cached_property
+    def voices(self) -> VoiceJudge:
+        """Knows the voices of the training clips, by clips of other names than the core ones where there are any."""
+        clips: dict[str, list[Record]] = defaultdict(list)
+        for record in sorted(self.records(SPEECH), key=lambda one: bool(one.get("core"))):
+            if record["split"] == "train":
+                clips[record["voice"]].append(record)
+        chosen = [one for group in clips.values() for one in group[:80]]
+        heard = [self.media(SPEECH, one, "speech") for one in chosen]
+        return VoiceJudge([one for one in heard if isinstance(one, Speech)], [one["voice"] for one in chosen])
+
+    def concepts(self, style: str) -> PictureClassifier:
+        """Names a concept in a style, trained on drawings of other styles only."""
+        unseen = RELATIVES.get(style, (style,))
+        key = "-".join(unseen)
+        if key not in self._classifiers:
+            records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
+            images = [self.picture(one) for one in records]
+            pictures = np.stack(images) if images else np.zeros((0, 64, 64, 3), np.uint8)
+            names = [one["name"] for one in records]
+            self._classifiers[key] = fit_classifier(pictures, names, self.judge_steps, self.seed)
+        return self._classifiers[key]
+
+    @cached_property
+    def stills(self) -> IdentityJudge:
+        """Names the concept and the style of an image, by all known drawings."""
+        return self._identity(IMAGES, "image")
+
+    @cached_property
+    def clips(self) -> IdentityJudge:
+        """Names the concept of a video, by all known animations."""
+        return self._identity(VIDEOS, "video")
+
+    def _identity(self, file: str, kind: str) -> IdentityJudge:
+        """Drawings are known by compositions other than the held-out ones, where they have any other."""
+        groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
+        for record in self.records(file):
+            drawing = (record["name"], record.get("style", ANIMATED), *map(str, map(record.get, LAYOUT)))
+            groups[drawing].append(record)
+        return IdentityJudge(
+            Drawing(
+                name,
+                style,
+                [
+                    self.media(file, one, kind)
+                    for one in [one for one in group if one.get("holdout") != "pair"] or group
+                ],
+            )
+            for (name, style, *_), group in groups.items()
+        )
+
+    @cached_property
+    def backgrounds(self) -> BackgroundJudge:
+        """Names a background colour."""
+        records = [one for one in self.records(IMAGES) if one["split"] == "train"]
+        pictures = np.stack([self.picture(one) for one in records[:: max(1, len(records) // 800)]])
+        return BackgroundJudge(
+            pictures, [one["background"] for one in records[:: max(1, len(records) // 800)]]
+        )
+
+    @cached_property
+    def least_motion(self) -> float:
+        """What 19 of 20 real training videos move by: less is no video."""
+        records = [one for one in self.records(VIDEOS) if one["split"] == "train"][::7][:200]
+        videos = [self.media(VIDEOS, one, "video") for one in records]
+        return float(np.percentile([motion(one) for one in videos if isinstance(one, Video)], 5))
+
+    def picture(self, record: Record) -> np.ndarray:
+        """The pixels of an image record."""
+        image = self.media(IMAGES, record, "image")
+        assert isinstance(image, Image)
+        return image.pixels
+
+    def nothings(self, kind: str) -> dict[str, Segment]:
+        """Answers of a kind that say nothing, which every judge must refuse."""
+        rng = np.random.default_rng(self.seed)
+        noise = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+        hiss = rng.normal(0, 0.1, 16_000).astype(np.float32)
+        known: dict[str, dict[str, Segment]] = {
+            "image": {"noise": Image(noise[0])},
+            "video": {"noise": Video(noise, 4.0), "grey": Video(np.full_like(noise, 128), 4.0)},
+            "speech": {"noise": Speech(hiss, 16_000), "silence": Speech(np.zeros_like(hiss), 16_000)},
+        }
+        return known.get(kind, {})
+
+    def judge(self, direction: Direction, case: Case, answer: Segment | None) -> Parts:
+        """What is right about an answer: "right" is the whole of it, the other parts say where it failed."""
+        if answer is None or answer.kind != direction.target:
+            return {"right": 0.0}
+        return JUDGES[direction.target](self, case, answer)
+
+
+def _judge_text(world: World, case: Case, answer: Any) -> Parts:
+    target = case.answer
+    assert isinstance(target, Text)
+    if "dna" in case.record:
+        identity = sequence_identity(answer.text.split(), target.text.split())
+        return {"right": float(same_text(answer.text, target.text)), "identity": identity}
+    parts = {"right": float(same_text(answer.text, target.text))}
+    if "name" in case.record:
+        parts["concept"] = float(same_text(answer.text.split(",")[0], target.text.split(",")[0]))
+    return parts
+
+
+def _judge_image(world: World, case: Case, answer: Any) -> Parts:
+    record, seen = case.record, world.stills.identify(answer)
+    independent = world.concepts(record.get("style", seen.style)).tell(answer) == record["name"]
+    parts = _concept_parts(seen, record, independent)
+    if "style" not in record:
+        return {"right": parts["concept"], **parts}
+    background = world.backgrounds.tell(answer) == record["background"]
+    checked = {"style": float(seen.style == record["style"]), "background": float(background)}
+    return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
+
+
+def _concept_parts(seen: Identity, record: Record, independent: bool) -> Parts:
+    """The concept by the identity judge, first and among the first five; and by the judge from other styles."""
+    return {
+        "concept": float(seen.concept == record["name"]),
+        "concept top-5": float(record["name"] in seen.concepts[:TOP]),
+        "concept, other judge": float(independent),
+    }
+
+
+def _judge_speech(world: World, case: Case, answer: Any) -> Parts:
+    name = case.record["name"]
+    words = float(world.hears(case.record).hear(answer) == name)
+    parts = {"words": words}
+    if world.asr is not None:
+        parts["words, open vocabulary"] = float(same_words(world.asr.transcribe(answer), name))
+    if "voice" not in case.record:
+        return {"right": words, **parts}
+    voice = float(world.voices.tell(answer) == case.record["voice"])
+    return {"right": min(words, voice), **parts, "voice": voice}
+
+
+def _judge_video(world: World, case: Case, answer: Any) -> Parts:
+    record, seen = case.record, world.clips.identify(answer)
+    parts = _concept_parts(seen, record, world.concepts(ANIMATED).tell(answer) == record["name"])
+    background = world.backgrounds.tell(answer) == record["background"]
+    checked = {"background": float(background), "moves": float(motion(answer) >= world.least_motion)}
+    return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
+
+
+def _judge_dna(world: World, case: Case, answer: Any) -> Parts:
+    residues = case.record["text"].split()
+    identity = sequence_identity(translate(answer.bases), residues)
+    return {"right": float(identity == 1), "identity": identity}
+
+
+JUDGES: Mapping[str, Callable[[World, Case, Any], Parts]] = {
+    "text": _judge_text,
+    "image": _judge_image,
+    "speech": _judge_speech,
+    "video": _judge_video,
+    "dna": _judge_dna,
+}
+
+
+def features(prompts: Sequence[list[Segment]]) -> np.ndarray:
+    """One vector a prompt, for the nearest-neighbour baseline: its words, pixels, spectrum or bases; [N, D]."""
+    vocabulary: dict[str, int] = {}
+    for prompt in prompts:
+        for segment in prompt:
+            for word in _words(segment):
+                vocabulary.setdefault(word, len(vocabulary))
+    return np.stack(
+        [np.concatenate([_vector(segment, vocabulary) for segment in prompt]) for prompt in prompts]
+    )
+
+
+def _words(segment: Segment) -> list[str]:
+    return segment.text.casefold().replace(",", " ").split() if isinstance(segment, Text) else []
+
+
+def _vector(segment: Any, vocabulary: Mapping[str, int]) -> np.ndarray:
+    if segment.kind == "text":
+        vector = np.zeros(len(vocabulary), np.float32)
+        for word in _words(segment):
+            vector[vocabulary[word]] += 1
+        return vector / max(1e-6, float(np.linalg.norm(vector)))
+    if segment.kind == "image":
+        return segment.resize(16, 16).pixels.astype(np.float32).ravel() / 255
+    if segment.kind == "video":
+        steps = np.linspace(0, len(segment.frames) - 1, 4).round().astype(int)
+        return np.concatenate([_vector(Image(segment.frames[step]), vocabulary) for step in steps])
+    if segment.kind == "speech":
+        frames = mel_frames(segment).numpy()
+        steps = np.linspace(0, len(frames) - 1, 32).round().astype(int)
+        return (frames[steps] - frames.mean()).ravel()
+    letters = np.frombuffer(segment.bases[:48].ljust(48).encode(), np.uint8)
+    return np.concatenate([letters == ord(base) for base in "ACGT"]).astype(np.float32)

@@ -1,0 +1,1 @@
+"""How good tokenizers are: rate, distortion, learnability, thresholds, the card."""

@@ -1,0 +1,480 @@
+"""The card of a measured tokenizer: `anytoken tokenizer eval FOLDER --data data/sets --card tokenizers/image`.
+
+Writes figures.json and, from it alone, README.md; beside them what went in and what came back of a few held-out
+items, and the training curve. `render` reads no other number than those in figures.json, so a card cannot say
+what was not measured. Together a card's files stay under 150 kB, small enough to lie in a repository.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anytoken.evaluation.tokenizers.card_samples import Row, number, share, show_samples, table, write_samples
+from anytoken.evaluation.tokenizers.evaluate import Measured, measure
+from anytoken.evaluation.tokenizers.test_sets import made_of
+from anytoken.tokenizers.base import TokenizerError, class_source
+from anytoken.utils.json_lines import read_json_lines
+
+
+def make_card(
+    tokenizer: str | Path,
+    data: str | Path,
+    card: str | Path,
+    count: int | None = None,
+    seed: int = 0,
+    genomes: Sequence[Path] = (),
+    image: Path | None = None,
+    files: str | None = None,
+    learnable: bool = False,
+) -> Path:
+    """Measure a tokenizer (see `measure`) and write its card into the folder `card`; returns the README.md.
+
+    TokenizerError as `measure` raises it, or if matplotlib or pystoi (the `eval` extra) is missing.
+    """
+    missing = [name for name in ("matplotlib", "pystoi") if find_spec(name) is None]
+    if missing:
+        raise TokenizerError(f"A card needs {' and '.join(missing)}: pip install 'anytoken[eval]'.")
+    tokenizer, data, card = Path(tokenizer), Path(data), Path(card)
+    found = measure(tokenizer, data, count, seed, genomes, image, files, learnable)
+    card.mkdir(parents=True, exist_ok=True)
+    training = _read_json(tokenizer / "training.json")
+    consent = f"--modality {_shown(tokenizer)} " if class_source(type(found.tokenizer)) else ""
+    options = "" if count is None else f" --count {count}"
+    options += "".join(f" --genome {_shown(path)}" for path in genomes)
+    options += f" --image {_shown(image)}" if image else ""
+    options += f" --files {shlex.quote(files)}" if files else ""
+    options += " --learnability" if learnable else ""
+    figures = {
+        **found.figures,
+        "about": _about(found),
+        "command": f"anytoken {consent}tokenizer eval {_shown(tokenizer)} --data {_shown(data)} --card {_shown(card)}"
+        f"{options} --seed {seed}",
+        "data": []
+        if files
+        else made_of(found.figures["kind"], data, training.get("recipe", {}).get("data", "")),
+        "training": training,
+        "curve": read_curve(tokenizer / "metrics.jsonl"),
+        "samples": write_samples(found, card),
+    }
+    if figures["curve"]:
+        _plot(figures["curve"], card / "curve.png")
+    (card / "figures.json").write_text(
+        json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (card / "README.md").write_text(render(figures), encoding="utf-8")
+    return card / "README.md"
+
+
+def read_curve(path: Path) -> list[dict[str, float]]:
+    """What a training logged, in order of steps; [] without a log. A step logged again after a kill counts once."""
+    if not path.is_file():
+        return []
+    by_step = {line["step"]: line for line in read_json_lines(path, torn_end=True)}
+    return sorted(by_step.values(), key=lambda line: line["step"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _shown(path: Path) -> str:
+    """A path as a reader can use it: relative to the working directory, or its name alone."""
+    absolute, here = path.absolute(), Path.cwd()
+    return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else path.name
+
+
+def _about(found: Measured) -> str:
+    """What the tokenizer's module says of itself: its first two paragraphs."""
+    text = sys.modules[type(found.tokenizer).__module__].__doc__ or ""
+    return "\n\n".join(text.strip().split("\n\n")[:2])
+
+
+def _plot(curve: list[dict[str, float]], path: Path) -> None:
+    """The training loss, and beside it whatever else was logged first."""
+    from matplotlib.figure import Figure  # without pyplot it needs no display and keeps no state
+
+    names = [name for name in curve[0] if name not in ("step", "seconds")][:2]
+    figure = Figure(figsize=(3.2 * len(names), 2.2), layout="tight")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        axis.plot([line["step"] for line in curve], [line[name] for line in curve])
+        axis.set(xlabel="step", title=name)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+# ---- the page ----
+
+
+def render(figures: dict[str, Any]) -> str:
+    """The card as Markdown, from what figures.json holds and nothing else."""
+    kind = figures["kind"]
+    parts = [
+        f"# The {figures.get('tokenizer', kind)} tokenizer\n\n{figures['about']}",
+        f"## Rate\n\n{table(_rate(figures))}",
+        f"## What it keeps\n\n{_kept_intro(figures)}\n\n{table(kept_rows(figures))}",
+        _groups(figures),
+        _learnability(figures),
+        _bars(figures),
+        f"## Codebook\n\n{_codebook(figures)}",
+        f"## Speed\n\n{_speed(figures)}",
+        _training(figures),
+        f"## Before and after\n\n{_before_after(figures)}",
+        _data(figures),
+        f"## How this page was made\n\n{_origin(figures)}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def overview(
+    cards: Path, models: Mapping[str, Collection[str]] | None = None, page: Path | None = None
+) -> str:
+    """The cards in a folder and below it as one Markdown table, a line a tokenizer; TokenizerError without any.
+
+    models: fingerprints of the tokenizers of each model, which are named beside the tokenizer. page: where the table
+    will stand; names are links then.
+    """
+    folders = sorted(path.parent for path in Path(cards).rglob("figures.json"))
+    found = {folder: _read_json(folder / "figures.json") for folder in folders}
+    if not found:
+        raise TokenizerError(f"{cards} holds no figures.json; `anytoken tokenizer eval --card` writes them.")
+    head: Row = (
+        "tokenizer",
+        "part of",
+        "rate",
+        "held-out items",
+        "what comes back",
+        "beside",
+        "codebook usage",
+    )
+    rows = [head]
+    for folder, figures in found.items():
+        name = folder.relative_to(cards).as_posix()
+        name = f"[{name}]({os.path.relpath(folder, page.parent)})" if page else name
+        part_of = [model for model, prints in (models or {}).items() if figures["fingerprint"] in prints]
+        rows.append((name, ", ".join(part_of), *_overview_row(figures)))
+    return table(rows if models else [(row[0], *row[2:]) for row in rows])
+
+
+def _overview_row(figures: dict[str, Any]) -> Row:
+    unit = figures["unit"]
+    rate = f"{number(figures['tokens_per_unit'])} codes a {unit}"
+    head, (title, *columns), *_ = kept_rows(figures)
+    baseline = head[2] if len(columns) > 1 else ""
+    kept = f"{title}: {columns[0]}"
+    beside = f"{baseline}: {columns[1]}" if baseline else ""
+    usage = f"{share(figures['codebook_usage'])} of {sum(figures['codebook_sizes']):,}"
+    return (rate, f"{figures['items']:,}", kept, beside, usage)
+
+
+def _rate(figures: dict[str, Any]) -> list[Row]:
+    unit = figures["unit"]
+    rows: list[Row] = [
+        ("", ""),
+        (f"codes a {unit}", number(figures["tokens_per_unit"])),
+        (f"bits a {unit}", number(figures["bits_per_unit"])),
+        ("codebook sizes", ", ".join(f"{size:,}" for size in figures["codebook_sizes"])),
+        *(
+            [("size of global codes' codebook", f"{size:,}")]
+            if (size := figures.get("global_codebook_size"))
+            else []
+        ),
+        ("a segment has", _limits(figures["shape"])),
+    ]
+    if figures["parameters"]:
+        rows.append(("parameters", f"{figures['parameters']:,}"))
+    settings = ", ".join(f"{key} {_flow(value)}" for key, value in figures.get("config", {}).items())
+    return [*rows, ("settings", settings)] if settings else rows
+
+
+def _flow(value: Any) -> str:
+    """A setting as a recipe has it, on one line."""
+    if not isinstance(value, dict):
+        return str(value)
+    return yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=10_000).strip()
+
+
+def _limits(shape: dict[str, Any]) -> str:
+    count = shape.get("num_global_codes", 0)
+    return (f"{count} global codes, then " if count else "") + _local_limits(shape)
+
+
+def _local_limits(shape: dict[str, Any]) -> str:
+    if shape["type"] == "grid":
+        sizes = zip(shape["axes"], shape["min_size"], shape["max_size"], strict=True)
+        return " × ".join(f"{low} to {high} {axis}" for axis, low, high in sizes)
+    if shape["type"] == "run":
+        books = shape["num_codebooks"]
+        what = "codes" if books == 1 else f"frames of {books} codes"
+        return f"{shape['min_length']} to {shape['max_length']} {what}"
+    return "any number of ids"
+
+
+def _kept_intro(figures: dict[str, Any]) -> str:
+    if "files" in figures:
+        return (
+            f"Measured on {figures['items']:,} items: of the files `{figures['files']}`, chosen by whoever made this "
+            "page; that training never saw them is for them to say."
+        )
+    what = {
+        "image": "pictures of concepts that the tokenizer never saw in any style, composed as in training",
+        "video": "clips of concepts that the tokenizer never saw, composed as in training",
+        "speech": "clips of voices that the tokenizer never heard. All of this speech is synthetic",
+        "dna": "genes whose products are not in the training split. Every window of letters is checked besides",
+        "text": "texts of the test split, which were not learnt from",
+    }.get(figures["kind"], "what `held_out` of its class names, which training never saw")
+    return f"Measured on {figures['items']:,} held-out items: {what}."
+
+
+def _kept_pictures(figures: dict[str, Any]) -> list[Row]:
+    peers = {
+        "": "this tokenizer",
+        "thumbnail_": "a thumbnail of as many bits",
+        "mean_colour_": "the mean colour",
+        "webp_": f"WebP at {figures.get('webp_bytes', 0):.0f} bytes",
+        "every_frame_": f"each frame as a small picture, {figures.get('every_frame_codes', 0):.0f} codes",
+        "held_frames_": f"a few pictures held, {figures.get('held_frames_codes', 0):.0f} codes",
+    }
+    peers = {who: title for who, title in peers.items() if f"{who}psnr_db" in figures}
+    rows: list[Row] = [("", *peers.values())]
+    for title, key, digits in (
+        ("PSNR in dB (higher is better)", "psnr_db", 2),
+        ("SSIM (1 is equal)", "ssim", 3),
+    ):
+        values = (figures[f"{who}{key}"] for who in peers)
+        rows.append((title, *(f"{value:.{digits}f}" for value in values)))
+    return rows
+
+
+def _kept_speech(figures: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [("", "this tokenizer", "random codes", "clips")]
+    titles = {
+        "stoi": "STOI, intelligibility (1 is equal)",
+        "pesq": "PESQ, quality (1 to 4.6)",
+        "log_mel_l1": "difference of log-mel energies (0 is equal)",
+    }
+    for key, title in titles.items():
+        if key in figures:
+            both = (f"{figures[key]:.3f}", f"{figures[f'random_codes_{key}']:.3f}")
+            rows.append((title, *both, str(figures[f"{key}_items"])))
+    if "words" in figures:
+        title = (
+            f"name heard, of {figures['words_names']} ({share(figures['words_originals'])} in the originals)"
+        )
+        both = (share(figures["words"]), share(figures["random_codes_words"]))
+        rows.append((title, *both, str(figures["words_items"])))
+    return rows
+
+
+def _kept_dna(figures: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = [
+        ("", "share of items"),
+        ("genes that come back letter for letter", share(figures["exact"])),
+        ("with a tenth of the letters made N: exact", share(figures["with_n_exact"])),
+        ("in lower case: comes back in upper case", share(figures["lower_case_as_upper"])),
+        ("in lower case: exact (case is not part of the codes)", share(figures["lower_case_exact"])),
+        ("other IUPAC letters (A written as R): come back as N", share(figures["other_iupac_as_n"])),
+        ("bits a base, beside 2 for A C G T written plainly", number(figures["bits_per_unit"])),
+    ]
+    if "windows_lost" in figures:
+        rows.append(("windows lost, of all that exist", str(figures["windows_lost"])))
+    if "context_bits_with_class" in figures:
+        both = (number(figures[f"context_bits_{one}"]) for one in ("without", "with_class"))
+        rows.append(("bits a letter around a window, told the window -> and its class", " -> ".join(both)))
+    if "genome_bases" in figures:
+        exact = "exact" if figures["genome_exact"] else "NOT exact"
+        count = len(figures.get("genome_files", [0]))
+        what = f"{count} genomes not trained on, {figures['genome_bases']:,} bases, streamed"
+        rows.append((what, exact))
+    return rows
+
+
+def _kept_text(figures: dict[str, Any]) -> list[Row]:
+    strings = f"{figures['any_unicode_strings']} strings of random Unicode"
+    return [
+        ("", "this tokenizer", "one id a byte"),
+        ("held-out texts that come back exactly", share(figures["exact"]), share(1.0)),
+        (f"{strings} that come back exactly", share(figures["any_unicode_exact"]), share(1.0)),
+        ("bytes an id, held-out texts", f"{figures['bytes_per_token']:.2f}", "1.00"),
+        ("bytes an id, random Unicode", f"{figures['any_unicode_bytes_per_token']:.2f}", "1.00"),
+    ]
+
+
+def _kept_other(figures: dict[str, Any]) -> list[Row]:
+    """What `distortion` of the tokenizer's own class measured."""
+    rows: list[Row] = [("", "this tokenizer", "random codes")]
+    for name, value in figures["distortion"].items():
+        floor = figures["random_codes_distortion"][name]
+        rows.append((name, f"{value:.4g}", f"{floor:.4g}"))
+    return rows
+
+
+def kept_rows(figures: dict[str, Any]) -> list[Row]:
+    """What came back, as a table: a head, then a measure a line with what it is to be read against."""
+    return _KEPT.get(figures["kind"], _kept_other)(figures)
+
+
+_KEPT: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
+    "image": _kept_pictures, "video": _kept_pictures, "speech": _kept_speech, "dna": _kept_dna, "text": _kept_text,
+}  # fmt: skip
+
+
+def learnability_rows(figures: dict[str, Any]) -> list[Row]:
+    """What was measured of the codes as a language to learn, a measure a line; no lines where it was not."""
+    found = figures.get("learnability", {})
+    rows: list[Row] = []
+    for which, title in (("train", "training"), ("held_out", "held-out")) if found else ():
+        for unit in ("code", "item"):
+            given, none = (found[how][f"{which}_bits_per_{unit}"] for how in ("given", "none"))
+            rows.append(
+                (f"bits per {unit}, {title} items", f"{number(given)} ({number(none)} without captions)")
+            )
+    for key, title in (("psnr_db", "PSNR in dB"), ("stoi", "STOI")):
+        if f"generated_{key}" in found:
+            made, other, back = (
+                number(found[f"{how}_{key}"]) for how in ("generated", "other_items", "reconstructed")
+            )
+            what = f"{title} of items generated from held-out captions"
+            rows.append((what, f"{made} (other items {other}, true codes {back})"))
+    if "equal_local_codes" in found:
+        rows.append(("equal local codes on two backgrounds", share(found["equal_local_codes"])))
+    if "same_word_edit_distance" in found:
+        same, other = (number(found[f"{which}_word_edit_distance"]) for which in ("same", "other"))
+        rows.append(("edit distance of a word by two voices, 0 to 1", f"{same} (different words {other})"))
+    return rows
+
+
+def _learnability(figures: dict[str, Any]) -> str:
+    found = figures.get("learnability")
+    if not found:
+        return ""
+    intro = (
+        f"A decoder of {found['parameters']:,} parameters was trained on the codes of {found['items']:,} captioned "
+        f"items for {found['steps']:,} steps of {found['batch']}, once given the captions and once without; "
+        f"{found['held_out_items']:,} items were held out."
+    )
+    rows = [("", "given the captions"), *learnability_rows(figures)]
+    return f"## How well a language model learns the codes\n\n{intro}\n\n{table(rows)}"
+
+
+def _groups(figures: dict[str, Any]) -> str:
+    """The main measures by style, voice or source, one column each; nothing without groups."""
+    titles = {
+        "psnr_db": "PSNR in dB",
+        "stoi": "STOI",
+        "pesq": "PESQ",
+        "log_mel_l1": "log-mel difference",
+        "bytes_per_token": "bytes an id",
+    }
+    found = {title: figures.get(f"{key}_by_group") for key, title in titles.items()}
+    found |= figures.get("distortion_by_group", {})
+    columns = {title: values for title, values in found.items() if values}
+    if not columns:
+        return ""
+    groups = next(iter(columns.values()))
+    rows = [(group, *(f"{values[group]:.3g}" for values in columns.values())) for group in groups]
+    return table([("", *columns), *rows])
+
+
+def shown_bar(bar: dict[str, Any]) -> str:
+    """Measured, at least so much, and whether it is."""
+    ours, least = (f"{bar[key]:,.0f}" if bar[key] >= 1000 else f"{bar[key]:.4g}" for key in ("ours", "bar"))
+    return f"{ours} (at least {least}: {'met' if bar['met'] else 'NOT met'})"
+
+
+def _bars(figures: dict[str, Any]) -> str:
+    """What was measured beside what is expected; nothing for figures from before there were bars."""
+    if not figures.get("bars"):
+        return ""
+    rows = [(bar["what"], shown_bar(bar)) for bar in figures["bars"]]
+    return f"## What is expected\n\n{table([('', ''), *rows])}"
+
+
+def _codebook(figures: dict[str, Any]) -> str:
+    streamed = " and the genomes" if "genome_bases" in figures else ""
+    return (
+        f"The held-out items{streamed} are {figures['codes_measured']:,} codes. "
+        f"They use {share(figures['codebook_usage'])} of the {sum(figures['codebook_sizes']):,} there are, "
+        f"with a perplexity of {number(figures['code_perplexity'])}"
+        f"{' in the mean of the codebooks' if len(figures['codebook_sizes']) > 1 else ''}."
+    )
+
+
+def _speed(figures: dict[str, Any]) -> str:
+    encode, decode = (f"{number(figures[f'{verb}_units_per_second'])}" for verb in ("encode", "decode"))
+    unit = "seconds of speech" if figures["kind"] == "speech" else f"{figures['unit']}s"
+    threads = figures["threads"]
+    text = f"{encode} {unit} a second to encode and {decode} to decode"
+    if "stream_encode_bases_per_second" in figures:
+        stream = (number(figures[f"stream_{verb}_bases_per_second"]) for verb in ("encode", "decode"))
+        text += f"; as a stream {' and '.join(stream)}"
+    return (
+        f"{text}, on {figures['machine']}, with {threads} {'thread' if threads == 1 else 'threads'} "
+        f"(load average {figures['load_average']} while measuring)."
+    )
+
+
+def _training(figures: dict[str, Any]) -> str:
+    training = dict(figures["training"])
+    if not training:
+        return ""
+    recipe, last = training.pop("recipe", None), training.pop("last", {})
+    rows: list[Row] = [("", "")]
+    rows += [(key.replace("_", " "), _value(value)) for key, value in training.items()]
+    rows += [(f"last {key.replace('_', ' ')}", _value(value)) for key, value in last.items()]
+    parts = ["## Training", table(rows)]
+    if figures["curve"]:
+        parts.append("![The training curve](curve.png)")
+    if recipe:
+        text = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=110)
+        parts.append(f"The recipe, defaults included:\n\n```yaml\n{text}```")
+    return "\n\n".join(parts)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _before_after(figures: dict[str, Any]) -> str:
+    first = (
+        "The first short clip of each voice"
+        if figures["kind"] == "speech"
+        else "The first, groups taking turns"
+    )
+    choice = f"{first}, of the held-out items in the order the seed gives; none was picked by hand."
+    return f"{show_samples(figures['samples'])}\n\n{choice}"
+
+
+def _data(figures: dict[str, Any]) -> str:
+    rows = [(one["set"], one["name"], one["version"], one["licence"]) for one in figures["data"]]
+    if not rows:
+        return ""
+    text = "## Data and licences\n\n" + table([("set", "made of", "version", "licence"), *rows])
+    if figures["kind"] == "speech":
+        text += "\n\nWhat is measured is synthetic: engines said it, no person did."
+    return (
+        text
+        + "\n\nThe samples on this page show these works, or what came back of them, under their licences."
+    )
+
+
+def _origin(figures: dict[str, Any]) -> str:
+    commit = f"commit {figures['commit']}" if figures["commit"] else "outside a checkout"
+    where = f"anytoken {figures['anytoken']}, torch {figures['torch']}, {figures['machine']}"
+    return (
+        f"```bash\n{figures['command']}\n```\n\n{figures['date']}, {commit}, seed {figures['seed']}, {where}. "
+        f"Fingerprint of the tokenizer: `{figures['fingerprint'][:16]}`. "
+        "Every number comes from [figures.json](figures.json)."
+    )

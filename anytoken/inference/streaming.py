@@ -1,0 +1,212 @@
+"""Typed events while a reply is being made, each as soon as it is true.
+
+Text comes in pieces that are whole characters: a token may end inside a UTF-8 sequence, so bytes wait until their
+character is complete. A medium tells how far it is, and shows what it can: a run whose tokenizer decodes spans
+(`ModalityTokenizer.lookahead`) comes piece by piece, sound before the clip has ended; a grid is previewed a few times.
+A tokenizer that can do neither delivers at the end. Joined text deltas and finished segments are what `generate`
+returns.
+"""
+
+import codecs
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from anytoken.inference.outputs import Usage
+from anytoken.processor import Processor
+from anytoken.segments import Segment, Text
+from anytoken.tokenizers.base import Codes, Grid
+
+CHUNK = 10  # codes of a run in one delta: a fifth of a second of speech
+PARTS = 4  # of a grid; a preview follows each but the last
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SegmentStarted:
+    """A segment of this kind begins."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """The next characters of the running text segment."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SegmentProgress:
+    """Of the running medium `done` codes are there, of `total` in all; None if it has no length given before."""
+
+    kind: str
+    done: int
+    total: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Partial:
+    """Part of the running medium; `segment` is decoded when first looked at, so nobody pays who does not look."""
+
+    kind: str
+    decode: Callable[[], Segment] = field(repr=False)
+
+    @cached_property
+    def segment(self) -> Segment:
+        """The part as a segment."""
+        with torch.no_grad():
+            return self.decode()
+
+
+class SegmentDelta(_Partial):
+    """The next piece of the running medium, such as sound: all pieces joined are the finished segment."""
+
+
+class SegmentPreview(_Partial):
+    """How the running medium, such as a picture, looks so far; the next preview or the finished one replaces it."""
+
+
+@dataclass(frozen=True)
+class SegmentFinished:
+    """A whole segment."""
+
+    segment: Segment
+
+
+Event = SegmentStarted | TextDelta | SegmentProgress | SegmentDelta | SegmentPreview | SegmentFinished | Usage
+
+
+def finish(events: Generator[Event, None, T], see: Callable[[Event], None] | None = None) -> T:
+    """Take all events of a stream, hand each to `see`, and give back what the stream returns: the reply."""
+    with closing(events):
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                return end.value
+            if see is not None:
+                see(event)
+
+
+class SegmentStream:
+    """Turns ids into events, one id at a time, and collects the finished segments."""
+
+    def __init__(self, processor: Processor) -> None:
+        self.segments: list[Segment] = []
+        self._processor = processor
+        space = processor.token_space
+        self._opens = {space.open_token(name): name for name in space.modalities}
+        self._closes = {space.close_token(name) for name in space.modalities}
+        self._end = space.end
+        self._medium: _Medium | None = None
+        self._text: list[str] | None = None
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> list[Event]:
+        """The events that one more id brings."""
+        if self._medium is not None:
+            if token not in self._closes:
+                return list(self._medium.push(token))
+            return self._finish_medium(self._medium)
+        if token in self._opens:
+            self._medium = _Medium(self._processor, self._opens[token])
+            return [*self._finish_text(), SegmentStarted(self._opens[token])]
+        if token == self._end:
+            return self._finish_text()
+        events: list[Event] = []
+        if self._text is None:
+            self._text = []
+            events.append(SegmentStarted("text"))
+        return events + self._delta(self._bytes.decode(self._processor.text_tokenizer.id_bytes(token)))
+
+    def _delta(self, piece: str) -> list[Event]:
+        if not piece or self._text is None:
+            return []
+        self._text.append(piece)
+        return [TextDelta(piece)]
+
+    def _finish_text(self) -> list[Event]:
+        if self._text is None:
+            return []
+        events = self._delta(self._bytes.decode(b"", final=True))
+        text, self._text = Text("".join(self._text)), None
+        self._bytes.reset()
+        self.segments.append(text)
+        return [*events, SegmentFinished(text)]
+
+    def _finish_medium(self, medium: "_Medium") -> list[Event]:
+        with torch.no_grad():
+            segment = medium.tokenizer.decode(medium.codes())
+        self._medium = None
+        self.segments.append(segment)
+        return [*medium.rest(), SegmentFinished(segment)]
+
+
+class _Medium:
+    """A medium that is being written: its codes so far, and what of it can be shown already."""
+
+    def __init__(self, processor: Processor, kind: str) -> None:
+        self.kind, self.tokenizer = kind, processor.tokenizers[kind]
+        segment = processor.grammar.segments[kind]
+        self._starts, self._global_start = segment.starts, segment.global_start
+        self._num_global_codes = segment.num_global_codes
+        self._axes = len(self.tokenizer.shape.axes) if isinstance(self.tokenizer.shape, Grid) else 0
+        self._size_zero = processor.token_space.size_token(1) - 1
+        self._size: list[int] = []
+        self._header: list[int] = []
+        self._books: list[list[int]] = [
+            [] for _ in self._starts
+        ]  # in any order each codebook goes frame by frame
+        self._sent = 0  # codes that went out in deltas
+
+    def codes(self) -> Codes:
+        """The codes so far, in whole frames."""
+        frames = len(self._books[-1])
+        values = np.array([book[:frames] for book in self._books]).T
+        return Codes(values, tuple(self._size), np.array(self._header, dtype=np.int64))
+
+    def push(self, token: int) -> Iterator[Event]:
+        """One more id of the size header, the global codes or the local ones."""
+        if len(self._size) < self._axes:
+            self._size.append(token - self._size_zero)
+            return
+        if len(self._header) < self._num_global_codes:
+            self._header.append(token - self._global_start)
+            return
+        book = int(np.searchsorted(self._starts, token, "right")) - 1
+        self._books[book].append(token - int(self._starts[book]))
+        if book == len(self._starts) - 1:
+            done = len(self._books[-1])
+            yield from self._grid_events(done) if self._axes else self._run_events(done)
+
+    def _grid_events(self, done: int) -> Iterator[Event]:
+        total, row = prod(self._size), self._size[-1]
+        if done % row:
+            return
+        yield SegmentProgress(self.kind, done, total)
+        if done < total and done * PARTS // total > (done - row) * PARTS // total:
+            yield SegmentPreview(self.kind, partial(self.tokenizer.preview, self.codes()))
+
+    def _run_events(self, done: int) -> Iterator[Event]:
+        if done % CHUNK == 0:
+            yield SegmentProgress(self.kind, done, None)
+        ahead = self.tokenizer.lookahead
+        if ahead is not None and done - ahead - self._sent >= CHUNK:
+            yield self._delta_until(done - ahead)
+
+    def rest(self) -> Iterator[Event]:
+        """What is left to show when the medium ends."""
+        done = len(self._books[-1])
+        if not self._axes and self.tokenizer.lookahead is not None and done > self._sent:
+            yield self._delta_until(done)
+
+    def _delta_until(self, stop: int) -> SegmentDelta:
+        start, self._sent = self._sent, stop
+        return SegmentDelta(self.kind, partial(self.tokenizer.decode_span, self.codes(), start, stop))

@@ -1,0 +1,245 @@
+"""A transformers language model as the backbone: its vocabulary grows, its text logits stay.
+
+A backbone that is expressible becomes an `AnyTokenForCausalLM` with the same weights: Llama, Mistral, Qwen2, Qwen3,
+OLMoE and Qwen3-MoE differ from each other in QK-norm, biases, the window and which layers have experts, which are
+settings of `AnyTokenConfig`. So everything that is made for our model (expert groups, losses, export) holds for
+it too, and one class is saved and loaded. What is expressible is not a list of names: the weights must have a
+place each and the logits must come out the same, else the backbone stays what it is, with appended rows. That is
+shorter than a second set of classes, and it cannot be silently wrong.
+
+Dense feed-forward layers can be upcycled to experts (sparse upcycling, arXiv 2212.05055): every expert begins as a
+copy of the layer and the weights of the chosen ones add up to one, so nothing changes until training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.embedding_init import appended_rows
+from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import ModalityTokenizer
+from anytoken.tokenizers.text import TextTokenizer
+
+TOLERANCE = 1e-4  # of logits, relative to their size: float32 sums in another order
+COPIED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
+    "attention_dropout", "tie_word_embeddings",
+)  # fmt: skip
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be taken as asked."""
+
+
+def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
+    """A folder, a hub id or a .gguf file as a float32 model and its tokenizer; BackboneError if it is neither."""
+    path, settings = str(source), {}
+    if path.endswith(".gguf"):
+        path, settings = str(Path(path).parent), {"gguf_file": Path(path).name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise BackboneError(f"{source} does not load as a causal language model: {error}") from error
+    if not tokenizer.is_fast:
+        raise BackboneError(f"{source} has no tokenizer.json, which is what its texts are read with.")
+    return model.eval(), TextTokenizer.adopt(tokenizer.backend_tokenizer)
+
+
+def adopt_backbone(
+    source: str | Path, tokenizers: Mapping[str, ModalityTokenizer], upcycle: int = 0, top_k: int = 2
+) -> tuple[PreTrainedModel, Processor]:
+    """A backbone with ids for every tokenizer's codes appended, and the processor of the new vocabulary.
+
+    Logits of the old ids are the backbone's (float32: to 1e-5 of their size). upcycle: make so many experts of
+    every dense feed-forward layer, of which a token passes `top_k`; 0 leaves the layers. BackboneError says what does
+    not fit.
+    """
+    backbone, text = load_backbone(source)
+    rows = len(backbone.get_input_embeddings().weight)
+    if text.vocab_size > rows:
+        raise BackboneError(f"The tokenizer of {source} has {text.vocab_size} ids but the model {rows} rows.")
+    space = TokenSpace(rows, text_ranges=text.ranges)
+    for name, tokenizer in tokenizers.items():
+        space.append_modality(name, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
+    ends = _end_ids(backbone)
+    lm: PreTrainedModel
+    try:
+        lm = express(backbone, upcycle, top_k)
+    except BackboneError:
+        if upcycle or not _head_is_plain(backbone):
+            raise
+        lm = backbone
+    _append_rows(lm, space, tokenizers, _first(backbone.config.bos_token_id), _first(ends))
+    _tell_config(lm, space, ends)
+    return lm, Processor(space, text, tokenizers)
+
+
+@torch.no_grad()
+def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyTokenForCausalLM:
+    """The backbone's weights in our own class, with the same logits; BackboneError if it has no place for them."""
+    if upcycle and not 2 <= top_k <= upcycle:
+        raise BackboneError(
+            f"top_k must be from 2 to upcycle={upcycle} (the weight of a single expert would always be one, and "
+            f"its router would learn nothing); received {top_k}."
+        )
+    weights = {name: tensor.float() for name, tensor in backbone.state_dict().items()}
+    lm = AnyTokenForCausalLM(AnyTokenConfig(**_settings(backbone, weights, upcycle, top_k))).eval()
+    if upcycle:
+        weights = _as_experts(weights, upcycle)
+    report = lm.load_state_dict(weights, strict=False)
+    missing = []
+    for name in report.missing_keys:
+        if name.endswith("o_proj.bias"):  # Qwen2 has biases on queries, keys and values alone
+            nn.init.zeros_(lm.get_parameter(name))
+        elif not (upcycle and name.endswith("mlp.gate.weight")):
+            missing.append(name)
+    kind = type(backbone).__name__
+    lost = [*missing, *report.unexpected_keys]
+    if lost:
+        raise BackboneError(
+            f"{kind} has weights that AnyToken's decoder has not, or lacks some: {lost[0]} ({len(lost)} in all)."
+        )
+    ids = torch.randint(
+        len(weights["model.embed_tokens.weight"]), (1, 33), generator=torch.Generator().manual_seed(0)
+    )
+    expected, got = (model(input_ids=ids, use_cache=False).logits for model in (backbone, lm))
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    if not error < TOLERANCE:
+        raise BackboneError(
+            f"{kind} computes otherwise than AnyToken's decoder: logits differ by {error:.1e}."
+        )
+    return lm
+
+
+def _settings(
+    backbone: PreTrainedModel, weights: Mapping[str, Tensor], upcycle: int, top_k: int
+) -> dict[str, Any]:
+    """The configuration under which our decoder has the backbone's weights, read off their names and shapes."""
+    config = backbone.config.get_text_config()
+    first = "model.layers.0.self_attn."
+    if f"{first}q_proj.weight" not in weights:
+        raise BackboneError(f"{type(backbone).__name__} names its weights otherwise than Llama and its kin.")
+    if len(set(getattr(config, "layer_types", None) or [""])) > 1:
+        raise BackboneError(f"{type(backbone).__name__} mixes layers of several kinds of attention.")
+    heads = config.num_attention_heads
+    head_dim = len(weights[f"{first}q_proj.weight"]) // heads
+    norm = weights.get(f"{first}q_norm.weight")
+    qk_norm = "none" if norm is None else "head" if len(norm) == head_dim else "projection"
+    window = getattr(config, "sliding_window", None)
+    settings = {key: getattr(config, key) for key in COPIED if hasattr(config, key)}
+    settings |= {
+        "vocab_size": len(weights["model.embed_tokens.weight"]),
+        "head_dim": head_dim,
+        "qk_norm": qk_norm,
+        "attention_bias": f"{first}q_proj.bias" in weights,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+    }
+    experts = [name for name in weights if name.endswith("mlp.experts.gate_up_proj")]
+    dense = [
+        i for i in range(config.num_hidden_layers) if f"model.layers.{i}.mlp.gate_proj.weight" in weights
+    ]
+    if upcycle:
+        if experts:
+            raise BackboneError(f"{type(backbone).__name__} has experts already; leave upcycle out.")
+        width = config.intermediate_size
+        return settings | _expert_settings(upcycle, top_k, width, True, [])
+    if not experts:
+        return settings | {"mlp_only_layers": dense}
+    number, width = weights[experts[0]].shape[0], weights[experts[0]].shape[1] // 2
+    return settings | _expert_settings(
+        number, config.num_experts_per_tok, width, config.norm_topk_prob, dense
+    )
+
+
+def _expert_settings(number: int, top_k: int, width: int, norm: bool, dense: list[int]) -> dict[str, Any]:
+    return {
+        "num_experts": number,
+        "num_experts_per_tok": top_k,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": norm,
+        "mlp_only_layers": dense,
+    }
+
+
+def _as_experts(weights: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Every dense feed-forward layer as `number` equal experts: gate and up [2I, H] in one, down [H, I]."""
+    found = {name: tensor for name, tensor in weights.items() if ".mlp." not in name}
+    for name in weights:
+        if name.endswith("mlp.gate_proj.weight"):
+            layer = name.removesuffix("gate_proj.weight")
+            gate_up = torch.cat([weights[name], weights[f"{layer}up_proj.weight"]])
+            found[f"{layer}experts.gate_up_proj"] = gate_up.expand(number, -1, -1)
+            found[f"{layer}experts.down_proj"] = weights[f"{layer}down_proj.weight"].expand(number, -1, -1)
+        elif ".mlp." in name and not name.endswith(("up_proj.weight", "down_proj.weight")):
+            found[name] = weights[name]  # a bias has no place in an expert: it will be reported
+    return found
+
+
+@torch.no_grad()
+def _head_is_plain(lm: PreTrainedModel) -> bool:
+    """Whether logits are the head's product with the last hidden state, as training takes them to be."""
+    ids, head = torch.zeros(1, 2, dtype=torch.long), lm.get_output_embeddings()
+    if head is None:
+        return False
+    hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.allclose(head(hidden), lm(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def _append_rows(
+    lm: PreTrainedModel,
+    space: TokenSpace,
+    tokenizers: Mapping[str, ModalityTokenizer],
+    bos: int | None,
+    end: int | None,
+) -> None:
+    """Rows for the ids after the text: the codes', and the backbone's own for what begins and ends a sequence."""
+    first = space.text_size
+    tables = [lm.get_input_embeddings().weight, lm.get_output_embeddings().weight]
+    rows = appended_rows(lm, space, tokenizers, first)
+    for table, new in zip(tables, rows, strict=True):
+        for ours, theirs in ((space.bos, bos), (space.end, end)):
+            if theirs is not None:
+                new[ours - first] = table[theirs]
+    if isinstance(lm, AnyTokenForCausalLM):
+        lm.grow_vocabulary(space.vocab_size)
+    else:
+        lm.resize_token_embeddings(space.vocab_size, mean_resizing=False)
+    lm.get_input_embeddings().weight[first:] = rows[0]
+    lm.get_output_embeddings().weight[first:] = rows[1]
+
+
+def _tell_config(lm: PreTrainedModel, space: TokenSpace, ends: list[int]) -> None:
+    """Special ids are ours now; transformers' `generate` also stops where the backbone did."""
+    for config in (lm.config, lm.generation_config):
+        config.bos_token_id, config.pad_token_id = space.bos, space.pad
+        config.eos_token_id = [space.end, *ends]
+    if isinstance(lm, AnyTokenForCausalLM):
+        lm.config.modality_boundaries = space.bucket_boundaries()
+        lm.config.modality_index = space.bucket_modalities()
+        lm.config.modality_names = space.modality_names
+
+
+def _end_ids(backbone: PreTrainedModel) -> list[int]:
+    """Where the backbone stops, its chat's end first where the two differ."""
+    for config in (backbone.generation_config, backbone.config):
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return list(found) if isinstance(found, list | tuple) else [found]
+    return []
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return (ids[0] if ids else None) if isinstance(ids, list) else ids

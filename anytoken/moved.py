@@ -1,0 +1,141 @@
+"""Where modules stood in version 0.1: an import of an old name gives the module, and says where it is now.
+
+A checkpoint carries the file of its plug-in modality, which was written against the names of its day, and a pickle
+names modules; both still load. Nothing in this package imports by an old name. `tokenizers.dna`, `training.losses` and
+`training.report` were modules and are packages now, so they are not listed.
+"""
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "atomic": "utils.atomic",
+    "autocast": "utils.autocast",
+    "json_lines": "utils.json_lines",
+    "media_files": "media_io",
+    "model.processes": "utils.distributed",
+    "tokenizers.machine": "utils.device",
+    "tokenizers.modalities": "tokenizers.registry",
+    "tokenizers.backbone": "tokenizers.modules.convnext",
+    "tokenizers.quantizers": "tokenizers.modules.quantizer",
+    "tokenizers.candidates": "tokenizers.modules.code_search",
+    "tokenizers.picture_losses": "tokenizers.losses.image",
+    "tokenizers.sound_losses": "tokenizers.losses.audio",
+    "tokenizers.dna_letters": "tokenizers.dna.base",
+    "tokenizers.dna_context": "tokenizers.dna.context",
+    "tokenizers.dna_variants": "tokenizers.dna.kmer_bpe",
+    "tokenizers.bars": "evaluation.tokenizers.thresholds",
+    "tokenizers.cards": "evaluation.tokenizers.card",
+    "tokenizers.compare": "evaluation.tokenizers.compare",
+    "tokenizers.held_out": "evaluation.tokenizers.test_sets",
+    "tokenizers.learnability": "evaluation.tokenizers.learnability",
+    "tokenizers.measures": "evaluation.tokenizers.evaluate",
+    "tokenizers.measures_dna": "evaluation.tokenizers.dna_metrics",
+    "tokenizers.measures_pictures": "evaluation.tokenizers.image_metrics",
+    "tokenizers.measures_speech": "evaluation.tokenizers.speech_metrics",
+    "tokenizers.samples": "evaluation.tokenizers.card_samples",
+    "tokenizers.words": "evaluation.keyword_asr",
+    "tokenizers.batches": "training.tokenizer.batches",
+    "tokenizers.trainer": "training.tokenizer.trainer",
+    "data.engines": "data.parallel",
+    "data.encoding": "data.shard_worker",
+    "data.cards": "data.dataset_card",
+    "data.check": "data.validate",
+    "data.dna": "emoji_world.dna",
+    "data.emoji": "emoji_world.emoji",
+    "data.instruct": "emoji_world.instruct",
+    "data.packages": "emoji_world.packages",
+    "data.phrases": "emoji_world.phrases",
+    "data.speech": "emoji_world.speech",
+    "data.splits": "emoji_world.splits",
+    "data.spoken_words": "emoji_world.spoken_words",
+    "data.voices": "emoji_world.voices",
+    "model.rows": "model.embedding_init",
+    "model.modalities": "model.extend_vocab",
+    "model.upcycle": "model.backbone",
+    "model.packing": "model.packed_attention",
+    "training.stage": "training.config",
+    "training.start": "training.initialize",
+    "training.states": "training.checkpoint",
+    "training.stopping": "training.interrupts",
+    "training.facts": "training.run_metadata",
+    "training.loop": "training.callbacks",
+    "training.plan": "training.cost_estimate",
+    "training.preference": "training.dpo",
+    "training.sources": "training.prepare_data",
+    "training.tiny": "training.debug_model",
+    "training.cross_entropy": "training.losses.linear_cross_entropy",
+    "training.integration": "training.losses.modality_integration_rate",
+    "training.harmony": "training.optim.pcgrad",
+    "training.muon": "training.optim.muon",
+    "training.schedule": "training.optim.lr_schedule",
+    "training.trainable": "training.optim.param_groups",
+    "training.mesh": "training.distributed.fsdp",
+    "training.zero": "training.distributed.deepspeed",
+    "training.card": "training.report.adapter_card",
+    "training.charts": "training.report.svg",
+    "training.page": "training.report.html",
+    "training.reference": "training.report.reference",
+    "training.samples": "training.report.samples",
+    "inference.head": "inference.model_runner",
+    "inference.flat_decoder": "inference.fast_decode",
+    "inference.reply": "inference.outputs",
+    "inference.cache": "inference.kv_cache",
+    "inference.stream": "inference.streaming",
+    "evaluation.dialogues": "emoji_world.dialogues",
+    "evaluation.directions": "emoji_world.directions",
+    "evaluation.gallery": "emoji_world.demo",
+    "evaluation.identity": "emoji_world.identity",
+    "evaluation.judges": "emoji_world.judges",
+    "evaluation.products": "emoji_world.products",
+    "evaluation.report": "emoji_world.report",
+    "evaluation.tasks": "emoji_world.tasks",
+    "evaluation.bench": "benchmarks.harness",
+    "evaluation.bench_data": "benchmarks.data",
+    "evaluation.bench_experts": "benchmarks.experts",
+    "evaluation.bench_generate": "benchmarks.generate",
+    "evaluation.bench_model": "benchmarks.model",
+    "evaluation.bench_quantize": "benchmarks.quantize",
+    "evaluation.bench_score": "benchmarks.score",
+    "evaluation.bench_serve": "benchmarks.serve",
+    "evaluation.bench_tokenizers": "benchmarks.tokenizers",
+    "evaluation.bench_train": "benchmarks.train",
+    "terminal.talk": "terminal.repl",
+    "terminal.parts": "terminal.prompt_args",
+    "terminal.pictures": "terminal.inline_images",
+    "terminal.replies": "terminal.render",
+    "commands.use": "commands.inference",
+}
+
+
+class OldNames(MetaPathFinder, Loader):
+    """Finds the modules of `MOVED`, and is asked only for what no other finder knows."""
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == "anytoken" and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = f"anytoken.{MOVED[spec.name.partition('.')[2]]}"
+        warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
+        module = import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It ran when it was imported by its own name, and keeps that name's spec."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+def install() -> None:
+    """From now on old names can be imported."""
+    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(OldNames())

@@ -1,0 +1,280 @@
+"""DNA to codes and back: three bases a code, without loss, and proven so.
+
+A learned vector quantiser (VQ-VAE, arXiv 1711.00937) over windows of three letters of A C G T N. Its last window may
+end in padding, so there are 125 + 25 + 5 = 155 windows and lossless is a statement that can be checked exhaustively:
+every window is encoded, decoded and compared, and a tokenizer that fails is not saved. Why learn it at all, when a
+table would do: the codebook is where a language model's embedding rows start, and there windows that share letters
+are near each other.
+
+What letters go in, and streams of any length: `base.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anytoken.tokenizers.base import Run, TokenizerError, register_modality
+from anytoken.tokenizers.dna.base import LETTERS, MAX_TOKENS, DNALetters, pieces
+from anytoken.tokenizers.modules.convnext import mlp
+from anytoken.tokenizers.modules.quantizer import Quantizer
+
+PAD = len(LETTERS)
+NUM_SYMBOLS = len(LETTERS) + 1
+WINDOW = 3
+MAX_ROUNDS = 10
+_PADDING = [
+    np.full(-rest % WINDOW, PAD, dtype=np.uint8) for rest in range(WINDOW)
+]  # after a last window of `rest`
+_PLACES = np.array([NUM_SYMBOLS**2, NUM_SYMBOLS, 1])
+
+
+def all_windows() -> Tensor:
+    """The 155 windows that exist, int64 [155, 3]: indices into A C G T N, with padding (5) only at the end."""
+    windows = [
+        (*letters, *[PAD] * (WINDOW - length))
+        for length in range(WINDOW, 0, -1)
+        for letters in product(range(PAD), repeat=length)
+    ]
+    return torch.tensor(windows)
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """What checking all windows found: the windows that came back different, and how sure every code is.
+
+    margin: over all windows, the smallest of 1 - (distance to the nearest code / distance to the second nearest).
+    """
+
+    wrong: tuple[str, ...]
+    margin: float
+
+    def __bool__(self) -> bool:
+        return not self.wrong
+
+
+@register_modality
+class DNATokenizer(DNALetters):
+    """3 bases a code, at most 400 codes (1,200 bases) a segment; `encode_stream` takes sequences of any length.
+
+    Every sequence of codes decodes: codes that training left unused stand for their nearest window, and padding
+    that a model writes in the middle is left out.
+    """
+
+    kind = "dna"
+
+    def __init__(self, width: int = 128, code_dim: int = 32, codebook_size: int = 256) -> None:
+        if codebook_size < len(all_windows()):
+            raise TokenizerError(
+                f"{len(all_windows())} windows need a code each; codebook_size is {codebook_size}. Use 256."
+            )
+        config = {"width": width, "code_dim": code_dim, "codebook_size": codebook_size}
+        super().__init__(shape=Run(1, MAX_TOKENS), codebook_sizes=[codebook_size], config=config)
+        self.encoder = mlp(WINDOW * NUM_SYMBOLS, width, code_dim)
+        self.quantize = Quantizer(code_dim, "vq", codebook_size=codebook_size)
+        self.decoder = mlp(code_dim, width, WINDOW * NUM_SYMBOLS)
+        self._tables: tuple[np.ndarray, np.ndarray] | None = None
+
+    # ---- the network ----
+
+    def _encode_windows(self, windows: Tensor) -> Tensor:
+        """Windows int64 [B, 3] to latents [B, D]."""
+        return self.encoder(F.one_hot(windows, NUM_SYMBOLS).flatten(1).float())
+
+    def _decode_vectors(self, vectors: Tensor) -> Tensor:
+        """Vectors [B, D] to logits [B, 3, 6] over the five letters and padding."""
+        return self.decoder(vectors).unflatten(1, (WINDOW, NUM_SYMBOLS))
+
+    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """batch: windows int64 [B, 3], values as in `all_windows`; B many times 155, or codes count as dead."""
+        quantized = self.quantize(self._encode_windows(batch)[None])
+        logits = self._decode_vectors(quantized.vectors[0])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.flatten()) + quantized.loss
+        exact = (logits.argmax(-1) == batch).all(1).float().mean().item()
+        return loss, {"exact_windows": exact, "codes_used": float(quantized.codes.unique().numel())}
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """End training: each window's code moves to the exact point the encoder gives, unused codes out of the way.
+
+        Dead codes are replaced by copies of live ones, so after training many codes lie a hair apart, and rounding
+        could turn one into the other. Weights are rounded to bfloat16 here, so that saving in that type, or on
+        another machine, changes no code.
+        """
+        for tensor in self.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.bfloat16())
+        latents = self._encode_windows(all_windows().to(self.device)).bfloat16().float()
+        codes = self._distances(latents).argmin(1)
+        vectors = self.quantize.codebook().clone()
+        unused = torch.ones(len(vectors), dtype=torch.bool)
+        unused[codes.cpu()] = False
+        rows = unused.nonzero().flatten()
+        # Twice as far out as a live code: decoded like it, and the nearest to no window.
+        vectors[rows] = 2 * latents[torch.arange(len(rows)) % len(latents)]
+        vectors[codes] = latents
+        self.quantize.inner.codebook = vectors
+        self._tables = None
+
+    # ---- the tables: what the network answers, worked out once ----
+
+    def _distances(self, latents: Tensor) -> Tensor:
+        """Distances [B, K] from latents to codes, in float64 so that no thread count changes the nearest."""
+        return (latents.double()[:, None] - self.quantize.codebook().double()[None]).square().sum(-1).sqrt()
+
+    @torch.no_grad()
+    def network_codes(self) -> Tensor:
+        """The code the network gives each of `all_windows()`, int64 [155]."""
+        return self._distances(self._encode_windows(all_windows().to(self.device))).argmin(1).cpu()
+
+    @torch.no_grad()
+    def network_windows(self) -> Tensor:
+        """The likeliest of the 155 windows for each code, int64 [K, 3]: no code decodes to padding alone."""
+        windows = all_windows()
+        scores = self._decode_vectors(self.quantize.codebook()).log_softmax(-1).cpu()
+        joint = sum(scores[:, place, windows[:, place]] for place in range(WINDOW))
+        assert isinstance(joint, Tensor)
+        return windows[joint.argmax(1)]
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Code of each window int64 [216] (-1: no such window) and window of each code uint8 [K, 3]."""
+        if self._tables is None:
+            codes = np.full(NUM_SYMBOLS**WINDOW, -1, dtype=np.int64)
+            codes[all_windows().numpy() @ _PLACES] = self.network_codes().numpy()
+            self._tables = codes, self.network_windows().numpy().astype(np.uint8)
+        return self._tables
+
+    def train(self, mode: bool = True) -> DNATokenizer:
+        """As nn.Module.train; the tables are worked out again after weights may have changed."""
+        self._tables = None
+        return super().train(mode)
+
+    @torch.no_grad()
+    def verify(self) -> Lossless:
+        """Encode and decode every window through the network and through the tables; report what differs."""
+        windows, (codes, decoded) = all_windows(), self.tables()
+        distances = self._distances(self._encode_windows(windows.to(self.device))).sort(1).values
+        table_codes = torch.from_numpy(codes[windows.numpy() @ _PLACES])
+        through_table = torch.from_numpy(decoded.astype(np.int64))[table_codes]
+        through_network = self.network_windows()[self.network_codes()]
+        same = (through_table == windows).all(1) & (through_network == windows).all(1)
+        same &= table_codes == self.network_codes()
+        wrong = tuple("".join((LETTERS + "-")[i] for i in window) for window in windows[~same].tolist())
+        return Lossless(wrong, float((1 - distances[:, 0] / distances[:, 1]).min()))
+
+    # ---- letters ----
+
+    def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        parts: list[np.ndarray] = []
+        for one in sequences:
+            parts += one, _PADDING[len(one) % WINDOW]
+        codes = self.tables()[0][np.concatenate(parts).reshape(-1, WINDOW) @ _PLACES]
+        return pieces(codes, [-(-len(one) // WINDOW) for one in sequences])
+
+    def _spelled(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        symbols = self.tables()[1][codes]
+        return symbols, symbols != PAD
+
+    def _whole(self, symbols: np.ndarray) -> int:
+        return len(symbols) // WINDOW * WINDOW
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        """Learned vectors [K, code_dim]."""
+        return self.quantize.codebook()
+
+    # ---- saving ----
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, allow_lossy: bool = False
+    ) -> Path:
+        """As the base class, after checking all windows on the weights as they will be stored.
+
+        TokenizerError if a window would be lost, or if `dtype` would change a code; allow_lossy skips the check,
+        for checkpoints in the middle of training.
+        """
+        if not allow_lossy:
+            stored = copy.deepcopy(self).eval()
+            if dtype is not None:
+                stored.to(dtype).float()
+            report = stored.verify()
+            if not report:
+                raise TokenizerError(
+                    f"{len(report.wrong)} of {len(all_windows())} DNA windows would be lost, such as "
+                    f"{', '.join(report.wrong[:5])}: train for more steps, or save with allow_lossy=True."
+                )
+            if not torch.equal(stored.network_codes(), self.network_codes()):
+                raise TokenizerError(
+                    f"Stored as {dtype}, some DNA windows change their code; call settle() first."
+                )
+        return super().save_pretrained(folder, dtype)
+
+
+# ---- training ----
+
+
+def train_dna_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
+    """Train until no window is lost, and save to `out` with training.json; returns that folder.
+
+    recipe: `config` (the constructor's arguments), `steps`, `batch_size` (rounded up to whole sets of the 155
+    windows, which are all the data there is), `lr`, `weight_decay`, `warmup_steps`, `seed`, `threads`. Training goes in
+    rounds of `steps` and ends with the first round that `verify` accepts. TokenizerError after ten rounds.
+    """
+    plan: dict[str, Any] = {
+        "config": {}, "steps": 200, "batch_size": 2480, "lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 20, "seed": 0,
+    } | dict(recipe)  # fmt: skip
+    if "threads" in plan:
+        torch.set_num_threads(plan["threads"])
+    torch.manual_seed(plan["seed"])
+    tokenizer = DNATokenizer(**plan["config"])
+    start = time.perf_counter()
+    steps = 0
+    while steps < MAX_ROUNDS * plan["steps"]:
+        seen = _train_round(tokenizer.train(), plan)
+        steps += plan["steps"]
+        if tokenizer.eval().verify():
+            tokenizer.settle()
+        report = tokenizer.verify()
+        if report:
+            break
+    else:
+        raise TokenizerError(
+            f"After {MAX_ROUNDS} rounds of {plan['steps']} steps, {len(report.wrong)} of {len(all_windows())} windows "
+            "are still lost: give it more steps, or a learning rate nearer 0.003."
+        )
+    folder = tokenizer.save_pretrained(out)
+    training = {
+        "recipe": plan, "steps": steps, "seconds": round(time.perf_counter() - start, 1),
+        "last": seen, "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "windows": len(all_windows()), "windows_lost": len(report.wrong), "margin": report.margin,
+        "torch": torch.__version__,
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+    return folder
+
+
+def _train_round(tokenizer: DNATokenizer, plan: Mapping[str, Any]) -> dict[str, float]:
+    """One warm-up and cosine decay over `steps` steps; returns the last step's loss and metrics."""
+    steps, warm = plan["steps"], min(plan["warmup_steps"], plan["steps"] // 5)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=plan["lr"], weight_decay=plan["weight_decay"])
+    windows = all_windows().repeat(math.ceil(plan["batch_size"] / len(all_windows())), 1)
+    for step in range(steps):
+        share = (step + 1) / (warm + 1) if step < warm else 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = plan["lr"] * share
+        loss, seen = tokenizer.training_loss(windows)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return {"loss": loss.item(), **seen}

@@ -1,0 +1,1 @@
+"""Losses that tokenizers are trained by."""

@@ -1,0 +1,76 @@
+"""What a decoded picture is held against: its pixels, the encoder's own features, and a critic of patches.
+
+Pixel errors alone make blurs of what they cannot place. Features see edges and texture; a downloaded network is not
+needed for them, as the encoder in training has its own (in the manner of Larsen et al., arXiv 1512.09300). A critic of
+patches tells decoded pictures from real ones (PatchGAN, 1611.07004, in VQGAN, 2012.09841), with the hinge loss.
+A recipe weighs them: `loss: {pixel: 1, psnr: 0.1, feature: 0.1, adversarial: 0.05}`; what it leaves out is 0, and
+without a word it is pixels alone.
+
+Pictures are [B, 3, H, W] in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from anytoken.utils.autocast import in_float32
+
+TERMS = ("pixel", "psnr", "feature", "adversarial")
+
+
+@in_float32
+def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error for PSNR, absolute error for clean flats, and absolute error of gradients for edges.
+
+    output, target: [..., H, W] in [-1, 1].
+    """
+    return 2.0 * F.mse_loss(output, target) + 0.5 * F.l1_loss(output, target) + 0.5 * _edges(output, target)
+
+
+def _edges(output: Tensor, target: Tensor) -> Tensor:
+    differences = [F.l1_loss(output.diff(dim=axis), target.diff(dim=axis)) for axis in (-1, -2)]
+    return torch.stack(differences).sum()
+
+
+@in_float32
+def psnr_loss(output: Tensor, target: Tensor) -> Tensor:
+    """The mean PSNR of pictures, in nats and negated: one that is nearly right counts as much as one that is not."""
+    return (output - target).square().flatten(1).mean(1).clamp_min(1e-5).log().mean()
+
+
+def feature_loss(
+    encoder: nn.Module, inputs: Callable[[Tensor], Tensor], output: Tensor, target: Tensor
+) -> Tensor:
+    """Squared distance of the encoder's features of both pictures; it moves the output, never the encoder.
+
+    inputs: pictures to what the encoder takes.
+    """
+    weights = {name: one.detach() for name, one in [*encoder.named_parameters(), *encoder.named_buffers()]}
+    with torch.no_grad():
+        wanted = encoder(inputs(target))
+    return F.mse_loss(functional_call(encoder, weights, (inputs(output),)), wanted)
+
+
+class PatchCritic(nn.Sequential):
+    """Scores [B, 1, H/4, W/4] of how real a picture [B, 3, H, W] is around each position, about 20 pixels wide."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__(
+            nn.Conv2d(3, width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 1, 3, 1, 1),
+        )
+
+    def losses(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder is to lower, the critic as it is; and what the critic is to lower, the output as it is."""
+        weights = {name: one.detach() for name, one in self.named_parameters()}
+        fooled = -functional_call(self, weights, (output,)).mean()
+        told = F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()
+        return fooled, told

@@ -1,0 +1,47 @@
+"""Codes chosen by what they decode to instead of by what is nearest: analysis by synthesis.
+
+A decoder hears, or sees, each code with its neighbours; the nearest vector is often not the one that comes out best. As
+in speech coders (Schroeder and Atal, ICASSP 1985) the encoder therefore decodes a few candidates of each position and
+keeps the best. It costs a few decodings, needs no training, and what is decoded knows nothing of it.
+Shapes: N positions, Q codebooks, C candidates of each position, the nearest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from anytoken.tokenizers.base import TokenizerError
+from anytoken.tokenizers.modules.quantizer import LEARNED, Quantizer
+
+
+def check_candidates(count: int, quantize: Quantizer) -> None:
+    """TokenizerError unless so many of the nearest codes can be tried when encoding."""
+    learned = quantize.kind in LEARNED and quantize.groups == 1
+    # Residual unit vectors are scaled before they are summed up.
+    summed = quantize.residual == 1 or quantize.kind == "vq"
+    most = quantize.codebook_size if learned and summed else 1
+    if not isinstance(count, int) or not 1 <= count <= most:
+        raise TokenizerError(
+            f"candidates is 1, or up to the codebook's size with vq, or cosine of one codebook, without groups; "
+            f"received {count!r} with a quantizer {quantize.kind} of {quantize.num_codebooks} codebooks of "
+            f"{quantize.codebook_size}."
+        )
+
+
+def best_codes(choices: Tensor, turns: Tensor, error: Callable[[Tensor], Tensor], at_once: int = 1) -> Tensor:
+    """Of choices [B, N, C, Q] codes [B, N, Q]: at each position the first, or another that has less error.
+
+    turns [N]: positions of one number are tried together, those of the next with what these have become; those whose
+    errors hang on one another want different numbers. error: of trials [T, B, N, Q], at most `at_once` of them, the
+    error around each position [T, B, N].
+    """
+    codes = choices[:, :, 0]
+    for turn in turns.unique():
+        free = (turns == turn)[:, None]
+        trials = torch.stack([torch.where(free, one, codes) for one in choices.unbind(2)])
+        errors = torch.cat([error(some) for some in trials.split(at_once)])
+        codes = trials.gather(0, errors.argmin(0)[None, ..., None].expand(1, *codes.shape))[0]
+    return codes

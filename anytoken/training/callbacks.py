@@ -1,0 +1,123 @@
+"""What happens around the steps of a run: the bar, the time limit, held-out losses, samples, the page."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from anytoken.model.attention import usable_attention
+from anytoken.training.lora import base_model
+from anytoken.training.losses.balanced import CONTROL
+from anytoken.training.losses.modality_integration_rate import integration_rates
+from anytoken.training.metrics import GroupMeter
+from anytoken.training.step import ModelWithLoss, packed_inputs
+
+if TYPE_CHECKING:
+    from anytoken.training.trainer import StageTrainer
+
+
+class Loop(TrainerCallback):
+    """Progress bar, time limit, samples and held-out losses."""
+
+    def __init__(self, trainer: "StageTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stage = self.trainer.stage
+        self.bar = tqdm(
+            total=stage.steps, initial=state.global_step, desc=self.trainer.folder.name, unit="step"
+        )
+        self.bar.disable = self.bar.disable or not state.is_world_process_zero
+        # A run that goes on brings the intervals it was begun with; those of the recipe count.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        if self.trainer.stage.eval.first and state.global_step == 0:
+            self.evaluate(0)
+        self.trainer.meter.start_clock()
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, schedule, stage = time.monotonic(), self.trainer.schedule, self.trainer.stage
+        seconds = now - self.last
+        if (
+            stage.max_minutes is not None
+        ):  # every process must stop at the same step: the first one's clock counts
+            seconds = float(broadcast(torch.tensor(seconds, device=args.device)))
+        if stage.moe.expert_bias_rate:
+            base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)
+        schedule.tick(state.global_step, seconds, stage.max_minutes)
+        self.last = now
+        stopping = self.trainer.stop.asked_anywhere(args.device, args.world_size)
+        if state.global_step >= schedule.total or stopping:
+            control.should_training_stop = control.should_save = True
+        control.should_log = control.should_log or state.global_step >= schedule.total
+        with self.trainer.meter.clock_stopped():
+            if stage.eval.every and state.global_step % stage.eval.every == 0:
+                self.evaluate(state.global_step)
+            self.sample(state.global_step)
+        self.bar.total = schedule.total
+        self.bar.update()
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "groups" in logs:
+            shown = {
+                name: f"{group['loss']:.3f}" for name, group in logs["groups"].items() if name != "control"
+            }
+            self.bar.set_postfix(shown | {"tok/s": f"{logs['tokens_per_second']:.0f}"})
+            if state.is_world_process_zero:
+                self.trainer.page.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every, step = self.trainer.stage.eval.every, state.global_step
+        if step >= self.trainer.schedule.total and not (every and step % every == 0):
+            self.evaluate(step)
+        self.bar.close()
+
+    def sample(self, step: int) -> None:
+        """Replies for the report, by the first process, if it holds the whole model."""
+        trainer = self.trainer
+        if trainer.weights_lie_apart:
+            return
+        due = trainer.sampler.due(step, last=step >= trainer.schedule.total)
+        if due and trainer.is_world_process_zero():
+            trainer.sampler.take(step, base_model(trainer.lm))
+
+    def evaluate(self, step: int) -> None:
+        """Losses on the held-out sources, over the same batches every time."""
+        trainer = self.trainer
+        if trainer.held_out is None:
+            return
+        meter = GroupMeter(trainer.meter.names)
+        batches = iter(trainer.make_stream(trainer.held_out, trainer.args))
+        assert isinstance(trainer.model, ModelWithLoss)
+        model = trainer.model.eval()
+        with torch.no_grad():
+            for _ in range(trainer.stage.eval.batches):
+                batch = {name: value.to(trainer.args.device) for name, value in next(batches).items()}
+                outputs = model(**batch)
+                meter.add(outputs["parts"], trainer.micro_batch)
+        report = meter.report()
+        if trainer.stage.eval.integration:
+            report["integration"] = self.integration(batch)
+        model.train()
+        if trainer.is_world_process_zero():
+            trainer.metrics_log.write({"step": step, "eval": report})
+
+    def integration(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""
+        trainer = self.trainer
+        base, loss = base_model(trainer.lm), trainer.model.loss
+        with torch.no_grad(), usable_attention(base):  # no autocast here
+            outputs = base.model(
+                input_ids=batch["input_ids"],
+                output_hidden_states=True,
+                **packed_inputs(base, batch["position_ids"]),
+            )
+        hidden = [layer.flatten(0, 1) for layer in outputs.hidden_states[1:]]
+        names = [name for name in loss.names if name != CONTROL]
+        return integration_rates(hidden, loss.table[batch["input_ids"].flatten()], names)

@@ -1,0 +1,139 @@
+"""The folder of a run, written so that a kill at any moment leaves its last whole state.
+
+    stage.yaml           the resolved recipe; a run goes on under no other
+    metrics.jsonl        cut back to the length it had at the state a run goes on from
+    state/checkpoint-N   weights, optimizer, schedule, random numbers, place in the data and in the meter
+    state/partial        what is being written: never read, emptied when a run begins
+
+A state is written under ``partial``, flushed to the disk and renamed, so it is whole or not there. One that is
+dropped is renamed first too: half of it is never taken for a state. While the run is unfinished, a state of full
+training is a checkpoint folder of its own, which ``init_from`` may name.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anytoken.training.config import Stage, StageError
+
+STATE_FOLDER = "state"
+KEPT_STATES = 2
+# Settings that may differ when a run goes on: they do not change what is learnt at a step.
+FREE_SETTINGS = {
+    "output", "save_every", "log_every", "threads", "eval", "max_minutes", "samples", "reference", "distributed",
+    "gradient_checkpointing", "attention",
+}  # fmt: skip
+MARKERS = ("config.json", "adapter_config.json")  # moved last: a folder that has one is finished
+
+
+class SaveError(OSError):
+    """A state that could not be written; the ones before it are whole."""
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The states a run can go on from, oldest first."""
+    return sorted((folder / STATE_FOLDER).glob("checkpoint-*"), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The number of finished steps of a state."""
+    return int(state.name.split("-")[1])
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a run writes what is not whole yet."""
+    return folder / STATE_FOLDER / "partial"
+
+
+def publish(folder: Path, step: int) -> None:
+    """Make the written state of a step one that a run can go on from, and drop the oldest."""
+    written = partial_folder(folder) / f"checkpoint-{step}"
+    for path in [*written.rglob("*"), written]:
+        _flush(path)
+    final = folder / STATE_FOLDER / written.name
+    if final.exists():
+        _drop(final)
+    written.rename(final)
+    _flush(final.parent)
+    for old in saved_states(folder)[:-KEPT_STATES]:
+        _drop(old)
+
+
+def _drop(state: Path) -> None:
+    dropped = state.rename(state.with_name(f"dropped-{state.name}"))
+    shutil.rmtree(dropped)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what a kill left half-written or half-removed."""
+    for path in [partial_folder(folder), *(folder / STATE_FOLDER).glob("dropped-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file or a folder's list of names, as a rename may reach it before the contents."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is the old one or the new one, never half of either."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def move_final(folder: Path) -> None:
+    """Move the final checkpoint out of ``partial/final``, the file that marks a finished run last."""
+    final = partial_folder(folder) / "final"
+    for path in sorted(final.iterdir(), key=lambda path: path.name in MARKERS):
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    shutil.rmtree(folder / STATE_FOLDER)
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the output folder holds this run's end; StageError if it holds another run, or something else."""
+    folder = Path(stage.output)
+    done = any((folder / name).is_file() for name in MARKERS)
+    if not (folder / "stage.yaml").is_file():
+        if done:
+            raise StageError(f"{folder} holds a model that no run of this recipe made; choose another output")
+        return False
+    before = Stage.from_dict(yaml.safe_load((folder / "stage.yaml").read_text()), str(folder / "stage.yaml"))
+    changed = _differences(before.model_dump(mode="json"), stage.model_dump(mode="json"))
+    if changed:
+        raise StageError(
+            f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with, or "
+            f"begin anew from what it has learnt: init_from={folder if done else _last_state(folder)} output=..."
+        )
+    if done:
+        shutil.rmtree(
+            folder / STATE_FOLDER, ignore_errors=True
+        )  # a kill between the last two steps of its end
+    return done
+
+
+def _last_state(folder: Path) -> Path:
+    return (saved_states(folder) or [folder])[-1]
+
+
+def _differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """Every setting that differs, as ``optimizer.lr (0.01 before, 0.001 now)``."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [key for key in {**before, **after} if name or key not in FREE_SETTINGS]
+        found = [_differences(before.get(key), after.get(key), f"{name}.{key}".strip(".")) for key in keys]
+        return [one for group in found for one in group]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = enumerate(zip(before, after, strict=True))
+        return [one for place, pair in pairs for one in _differences(*pair, f"{name}.{place}")]
+    return [] if before == after else [f"{name} ({before!r} before, {after!r} now)"]

@@ -1,0 +1,394 @@
+"""The recipe schema: a stage of training as data.
+
+A stage names where the weights come from, what data in which views, what is trained, and where the checkpoint
+goes. Unknown keys are errors. Any value can be overridden from the command line as ``a.b=value``
+(``data.0.weight=2``). Relative paths start at the working directory (those of data at ``data_root``), so
+recipes can be copied anywhere.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from anytoken.data.mixture import SamplingSpec, SourceSpec
+
+AUTO = "auto"  # the view that stands for all that a set's records can teach
+
+
+class StageError(ValueError):
+    """A recipe that cannot be run; the message names the key, the value and what is allowed."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class OptimizerSpec(_Part):
+    """AdamW, or Muon for hidden matrices and AdamW for the rest. Norms, biases and embeddings have no weight decay."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    muon_lr: float = Field(
+        default=0.02,
+        gt=0,
+        description="of hidden matrices [A, B]: times sqrt(max(1, A / B)); the same schedule",
+    )
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    grad_clip: float = Field(default=1.0, ge=0)
+
+
+class ScheduleSpec(_Part):
+    """Learning rate over the steps: warm-up, then cosine, WSD (flat, then linear decay) or constant."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "wsd"
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+
+
+class LossSpec(_Part):
+    """How the losses of the modalities become one number."""
+
+    modality_weights: Literal["equal", "tokens"] | dict[str, float] = "equal"
+    control_weight: float = Field(default=0.1, ge=0)
+    grammar_restricted: bool = True
+    learn: Literal["assistant", "everything"] = "assistant"
+    z_loss: float = Field(default=1e-4, ge=0)
+
+
+class MoeSpec(_Part):
+    """What keeps the experts' load even: losses, over all tokens and within each modality, or a bias."""
+
+    router_aux_loss: float = Field(default=0.01, ge=0)
+    router_modality_aux_loss: float = Field(default=0.0, ge=0)
+    router_z_loss: float = Field(default=1e-3, ge=0)
+    expert_bias_rate: float = Field(
+        default=0.0, ge=0, description="step of the balancing bias (arXiv 2408.15664: 0.001); 0: no bias"
+    )
+
+
+class EvalSpec(_Part):
+    """Held-out loss per modality every so many steps (0: only at the end), over so many batches."""
+
+    every: int = Field(default=0, ge=0)
+    first: bool = Field(default=False, description="also before the first step: what training has to beat")
+    integration: bool = Field(
+        default=False, description="also how far each modality's hidden states lie from text's (MIR)"
+    )
+    batches: int = Field(default=8, ge=1)
+    data: list[SourceSpec] = []
+
+
+class SamplePrompt(_Part):
+    """One prompt (text, or content parts as in a conversation) and the kinds of the reply (null: the model decides)."""
+
+    prompt: str | list[dict[str, str]]
+    output: str | list[str] | None = None
+
+
+class SampleSpec(_Part):
+    """Replies for the report, every so many steps (0: only at the end), unless they take too much of the time."""
+
+    every: int = Field(default=0, ge=0)
+    prompts: list[SamplePrompt] = []
+    share_of_time: float = Field(default=0.05, gt=0, le=1)
+
+
+class LoraSpec(_Part):
+    """A LoRA adapter instead of full training; see ``lora.py``."""
+
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r), arXiv 2312.03732")
+    dora: bool = Field(default=False, description="magnitude apart from direction, arXiv 2402.09353")
+    start: str | None = Field(
+        default=None, description="an adapter folder with the same settings to go on from"
+    )
+    attention: bool = True
+    experts: bool = True
+    router: bool = False
+    new_rows: list[str] = Field(
+        default=[], description="modalities, or text, whose vocabulary rows are trained in full"
+    )
+
+
+class CodecSpec(_Part):
+    """A codec of transformers as a tokenizer; see ``tokenizers/pretrained.py``."""
+
+    source: str = Field(description="a folder or hub id, of the codec or of a model that holds it")
+    config: dict[str, Any] = Field(
+        description="its model_type and the sizes that are not transformers' own, to plan with it without a download"
+    )
+    settings: dict[str, Any] = Field(default={}, description="of the tokenizer: num_codebooks, side_px, ...")
+
+
+class BackboneSpec(_Part):
+    """What the checkpoint ``init_from`` is made of where it is not there yet: a language model, and codecs by kind."""
+
+    model: str = Field(description="a causal language model: a folder or hub id")
+    config: str = Field(description="its configuration, a .json, to plan with it without a download")
+    codecs: dict[str, CodecSpec] = Field(min_length=1)
+
+
+class DistributedSpec(_Part):
+    """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
+
+    world_size: int = Field(default=1, ge=1)
+    deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON: stages/scale/deepspeed/*.json")
+    mesh: str | dict[str, Any] | None = Field(
+        default=None,
+        description="FSDP2 and expert parallelism, see ``distributed/fsdp.py``: settings, or stages/scale/mesh/*.json",
+    )
+    ddp_backend: Literal["gloo", "nccl"] | None = None
+
+    @property
+    def engine(self) -> Literal["deepspeed", "mesh", "ddp"]:
+        """What shares the work; the states of one are not for another."""
+        return "deepspeed" if self.deepspeed else "ddp" if self.mesh is None else "mesh"
+
+
+class Stage(_Part):
+    """One training run.
+
+    ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its ``accumulate``
+    micro-batches. It does not change with the number of processes, which share the rows of each micro-batch.
+    """
+
+    init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
+    output: str
+    backbone: BackboneSpec | None = None
+    tokenizers: dict[str, str] = Field(
+        default={}, description="for scratch: text and each modality -> tokenizer folder"
+    )
+    model: dict[str, Any] = Field(default={}, description="for scratch: overrides of AnyTokenConfig")
+    modalities: dict[str, str] = Field(
+        default={}, description="to add to a checkpoint: new modality -> tokenizer folder"
+    )
+    replace: dict[str, str] = Field(
+        default={},
+        description="tokenizers to change in a checkpoint: modality -> folder; its codes begin anew",
+    )
+    data_root: str = Field(default="", description="where relative paths of data and eval.data start")
+    data: list[SourceSpec] = Field(min_length=1)
+    sampling: SamplingSpec = SamplingSpec()
+    trainable: list[str] = ["*"]
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    steps: int = Field(gt=0)
+    max_minutes: float | None = Field(default=None, gt=0)
+    tokens_per_batch: int = Field(default=8192, gt=0)
+    accumulate: int = Field(default=1, ge=1)
+    context: int = Field(default=1024, gt=0)
+    prompt_drop: float = Field(default=0.1, ge=0, le=1)
+    loss: LossSpec = LossSpec()
+    harmonise_gradients: bool = Field(
+        default=False,
+        description="project conflicting gradients of modalities (PCGrad); a backward pass for each",
+    )
+    moe: MoeSpec = MoeSpec()
+    eval: EvalSpec = EvalSpec()
+    samples: SampleSpec = SampleSpec()
+    reference: str | None = Field(
+        default=None, description="metrics.jsonl of a run to draw behind this one's curves"
+    )
+    lora: LoraSpec | None = None
+    distributed: DistributedSpec = DistributedSpec()
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep one hidden state a layer and compute the rest again"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="fp32",
+        description="of matrix products, weights are float32; auto: bf16 where this machine computes it quicker",
+    )
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        default="auto",
+        description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",
+    )
+    seed: int = 0
+    save_every: int = Field(default=500, gt=0)
+    log_every: int = Field(default=20, gt=0)
+    threads: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_data(cls, recipe: Any) -> Any:
+        """``data: {train: FILE, test: FILE, views: {...}, replay: ...}`` is short for a list of sources.
+
+        test: held out of the same views. replay: old data, a file, a source (``{path: ..., weight: 3, views: ...}``)
+        or a list of them, of which replay_share (0.5) of all samples are drawn, shared out by their weights.
+        """
+        data = recipe.get("data") if isinstance(recipe, dict) else None
+        if not isinstance(data, dict):
+            return recipe
+        unknown = set(data) - {"train", "test", "views", "replay", "replay_share"}
+        if unknown or "train" not in data:
+            raise ValueError(
+                f"data is a list of sources, or train, test, views, replay and replay_share; got {', '.join(data)}"
+            )
+        train = {"path": data["train"], "views": data.get("views") or {AUTO: 1}}
+        replay = _replayed(data.get("replay") or [], data.get("replay_share", 0.5))
+        recipe = {**recipe, "data": [train, *replay]}
+        if data.get("test"):
+            test = {**train, "path": data["test"], "split": "test" if data["test"] == data["train"] else None}
+            recipe["eval"] = {**recipe.get("eval", {}), "data": [test]}
+        return recipe
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        if self.init_from == "scratch" and "text" not in self.tokenizers:
+            raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
+        if self.init_from == "scratch" and (self.modalities or self.replace):
+            raise ValueError(
+                "modalities are added to a checkpoint, or replaced in one; from scratch, name all under tokenizers"
+            )
+        if self.lora is not None and self.replace:
+            raise ValueError("replace moves ids that an adapter's base model has; train without lora first")
+        if self.backbone is not None and self.init_from in ("scratch", "mini"):
+            raise ValueError(
+                f"backbone is made into a checkpoint folder that init_from names; got {self.init_from!r}"
+            )
+        if self.init_from != "scratch" and (self.tokenizers or self.model):
+            raise ValueError(
+                f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own"
+            )
+        share = self.context * self.accumulate * self.distributed.world_size
+        if self.tokens_per_batch % share:
+            raise ValueError(
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x accumulate x "
+                f"world_size: {self.distributed.world_size} processes cannot share its rows evenly"
+            )
+        if self.lora is not None and self.moe.expert_bias_rate:
+            raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
+        if self.harmonise_gradients and (self.distributed.world_size > 1 or self.distributed.deepspeed):
+            raise ValueError("harmonise_gradients works in one process only; set it to false")
+        spread = self.distributed.mesh is not None
+        if spread and self.distributed.deepspeed:
+            raise ValueError(
+                "distributed.mesh and distributed.deepspeed exclude each other; remove one of them"
+            )
+        if spread and (self.lora is not None or any(one.startswith("rows:") for one in self.trainable)):
+            raise ValueError("distributed.mesh trains no lora and no single rows; take distributed.deepspeed")
+        if spread and self.eval.integration:
+            raise ValueError(
+                "eval.integration needs whole weights; set it to false, or leave distributed.mesh out"
+            )
+        self._check_muon()
+        if self.lora is not None and self.trainable != ["*"]:
+            raise ValueError("trainable has no effect beside lora; remove one of them")
+        return self
+
+    def _check_muon(self) -> None:
+        if self.optimizer.kind != "muon":
+            return
+        if self.distributed.engine != "ddp":
+            raise ValueError(
+                f"optimizer.kind muon needs whole matrices, which distributed.{self.distributed.engine} shares out; "
+                "use kind: adamw, or leave it out so that every process keeps all weights"
+            )
+        if self.lora is not None:
+            raise ValueError(
+                "optimizer.kind muon is for full matrices, not for a lora adapter; use kind: adamw"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows of ``context`` ids in one micro-batch, of all processes together."""
+        return self.tokens_per_batch // (self.context * self.accumulate)
+
+    def sources(self, specs: Sequence[SourceSpec]) -> list[SourceSpec]:
+        """The sources with their paths under ``data_root``."""
+        resolved = []
+        for spec in specs:
+            pair = spec.pair_with
+            if pair is not None:
+                pair = pair.model_copy(update={"path": str(Path(self.data_root) / pair.path)})
+            path = str(Path(self.data_root) / spec.path)
+            resolved.append(spec.model_copy(update={"path": path, "pair_with": pair}))
+        return resolved
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Stage":
+        """Read a recipe and apply ``a.b=value`` overrides; StageError names whatever is wrong."""
+        path = Path(path)
+        if not path.is_file():
+            raise StageError(f"{path} is no recipe file; give the path of a stage .yaml")
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise StageError(f"{path} is not valid YAML: {error}") from None
+        if not isinstance(recipe, dict):
+            raise StageError(f"{path} holds no mapping of stage settings")
+        return cls.from_dict(apply_overrides(recipe, overrides), source=str(path))
+
+    @classmethod
+    def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "Stage":
+        """Validate a mapping; StageError lists every offending key with the value received."""
+        try:
+            return cls.model_validate(recipe)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc'])) or 'stage'}: {item['msg']} (got {_short(item['input'])})"
+                for item in error.errors()
+            )
+            raise StageError(f"{source}: {problems}") from None
+
+
+def _replayed(old: Any, share: Any) -> list[Any]:
+    """Sources of old data that together are this share of all samples, if the new weighs 1."""
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"data.replay_share is {share!r}; it is the share of old samples, between 0 and 1")
+    listed = old if isinstance(old, list) else [old]
+    sources: list[dict[str, Any]] = [{"path": one} if isinstance(one, str) else one for one in listed]
+    for one in sources:
+        if not isinstance(one, dict) or not isinstance(one.get("weight", 1), (int, float)):
+            raise ValueError(
+                f"data.replay lists files, or sources such as {{path: FILE, weight: 3}}; got {one!r}"
+            )
+    total = sum(one.get("weight", 1) for one in sources) * (1 - share) / share
+    return [{"views": {AUTO: 1}, **one, "weight": one.get("weight", 1) / total} for one in sources]
+
+
+def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set ``a.b.0.c=value`` entries in a copy of a nested recipe; values are read as YAML."""
+    recipe = yaml.safe_load(yaml.safe_dump(recipe, sort_keys=False))  # order is meaning: of ids, for one
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise StageError(f"cannot read override {override!r}; write key=value, for example steps=10")
+        *parents, last = name.split(".")
+        node: Any = recipe
+        for key in parents:
+            node = _child(node, key, override)
+        if isinstance(node, list):
+            node[_index(node, last, override)] = yaml.safe_load(value)
+        else:
+            node[last] = yaml.safe_load(value)
+    return recipe
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    child = node.setdefault(key, {})
+    if child is None:
+        child = node[key] = {}
+    if not isinstance(child, (dict, list)):
+        raise StageError(f"override {override!r}: {key} is a value ({child!r}), not a group of settings")
+    return child
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise StageError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
+    return int(key)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

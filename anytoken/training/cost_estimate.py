@@ -1,0 +1,263 @@
+"""What a stage would cost on many GPUs: parameters, memory, FLOPs and hours, without allocating one weight.
+
+Parameters are counted on the very model, built on PyTorch's meta device, not from a formula. Memory follows mixed
+precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes a weight, 2 a gradient, 12 of optimizer state (a
+float32 copy and two moments). Activations are what a decoder layer keeps for its backward pass (arXiv 2205.05198)
+with an attention kernel that keeps no score matrix, or one hidden state a layer with gradient checkpointing. FLOPs
+are the model's own: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight,
+and causal attention over full contexts (an upper bound where packed samples are shorter).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from anytoken import recipes
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.pretrained import KINDS
+from anytoken.training.config import Stage, StageError
+from anytoken.training.initialize import MINI
+
+SHARDING = {
+    "ddp": 0,
+    "zero1": 1,
+    "zero2": 2,
+    "zero3": 3,
+    "fsdp": 3,
+}  # what is divided: + optimizer, + gradients, + weights
+GIB = 2**30
+WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12  # bytes a parameter
+LOSS_TOKENS = 1024  # positions whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in GiB and dense bf16 peak in TFLOP/s, from the vendor's data sheet."""
+
+    memory_gib: float
+    peak_tflops: float
+
+
+GPUS = {
+    "a100": Gpu(80, 312),
+    "h100": Gpu(80, 989),
+    "h200": Gpu(141, 989),
+    "b200": Gpu(180, 2250),
+    "l40s": Gpu(48, 362),
+    "rtx4090": Gpu(24, 165),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts: all, those one token passes, those a stage trains, and what of the whole does no matrix product."""
+
+    total: int
+    active: int
+    trained: int
+    trained_active: int
+    lookup: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage's cost. `memory` is GiB on one GPU by part; `hours` at the stated share of peak."""
+
+    parameters: Parameters
+    memory: dict[str, float]
+    tokens: int
+    flops: float
+    hours: float
+    gpu_hours: float
+    fits: bool
+
+
+def plan(
+    stage: Stage,
+    config: PretrainedConfig,
+    gpus: int,
+    gpu: str = "h100",
+    sharding: str = "zero3",
+    share_of_peak: float = 0.4,
+) -> Plan:
+    """Cost of a stage with a model of this configuration.
+
+    StageError for an unknown GPU or sharding, or a batch that the GPUs cannot share evenly.
+    """
+    if gpu not in GPUS:
+        raise StageError(f"gpu is {gpu!r}; there are {', '.join(GPUS)}")
+    if sharding not in SHARDING:
+        raise StageError(f"sharding is {sharding!r}; there are {', '.join(SHARDING)}")
+    if not 0 < share_of_peak <= 1:
+        raise StageError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
+    rows = stage.context * stage.accumulate * gpus
+    if gpus < 1 or stage.tokens_per_batch % rows:
+        raise StageError(
+            f"tokens_per_batch {stage.tokens_per_batch} is no multiple of {rows}, which is context x accumulate x gpus"
+        )
+    model = meta_model(config)
+    parameters = count(model, stage.trainable)
+    memory = _memory(stage, model, parameters, gpus, sharding)
+    tokens = stage.steps * stage.tokens_per_batch
+    flops = tokens * flops_per_token(config, parameters, stage.context)
+    gpu_hours = flops / (GPUS[gpu].peak_tflops * 1e12 * share_of_peak) / 3600
+    fits = sum(memory.values()) <= 0.92 * GPUS[gpu].memory_gib  # the rest is the driver's and fragmentation's
+    return Plan(parameters, memory, tokens, flops, gpu_hours / gpus, gpu_hours, fits)
+
+
+def sharding_of(stage: Stage) -> str:
+    """What a recipe's engine divides; ZeRO-3 for a recipe of one process, which says nothing of it."""
+    distributed = stage.distributed
+    if distributed.deepspeed:
+        settings = json.loads(recipes.find(distributed.deepspeed).read_text(encoding="utf-8"))
+        return f"zero{settings['zero_optimization']['stage']}"
+    if distributed.mesh is not None:
+        return "fsdp"
+    return "ddp" if distributed.world_size > 1 else "zero3"
+
+
+def planned_config(stage: Stage) -> PretrainedConfig:
+    """The configuration of what a recipe starts from, downloading nothing: its checkpoint, or else its backbone."""
+    if stage.backbone is None or Path(stage.init_from).is_dir():
+        return read_config(stage.init_from)
+    config = read_config(recipes.find(stage.backbone.config))
+    space = TokenSpace(config.vocab_size)
+    for kind, codec in stage.backbone.codecs.items():
+        with torch.device("meta"):
+            tokenizer = KINDS[kind](model_config=codec.config, **codec.settings)
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
+    config.vocab_size = space.vocab_size
+    return config
+
+
+def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
+    """A model's configuration from a .json file, a checkpoint folder or a hub id, its vocabulary grown by `new_ids`."""
+    path = MINI if source == "mini" else Path(source)
+    if path.suffix == ".json" and path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if "model_type" not in settings:
+            raise StageError(f"{path} names no model_type; give a transformers config.json")
+        config = AutoConfig.for_model(**settings)
+    elif path.exists() or not path.is_absolute():
+        config = AutoConfig.from_pretrained(str(path))
+    else:
+        raise StageError(f"{path} does not exist; give a config .json, a checkpoint folder or a hub id")
+    config.vocab_size += new_ids
+    return config
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration with shapes and no storage."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count(model: PreTrainedModel, trainable: Sequence[str] = ("*",)) -> Parameters:
+    """Count a model's parameters; `trainable` holds name patterns as in a recipe (rows:KIND counts as none)."""
+    named = dict(model.named_parameters())  # a tied head is counted once
+    total = sum(one.numel() for one in named.values())
+    trained = [name for name in named if any(fnmatch.fnmatch(name, pattern) for pattern in trainable)]
+    table = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is table
+    return Parameters(
+        total,
+        _active(model, named),
+        sum(named[name].numel() for name in trained),
+        _active(model, {name: named[name] for name in trained}),
+        0 if tied else table.numel(),
+    )
+
+
+def _active(model: PreTrainedModel, named: dict[str, torch.nn.Parameter]) -> int:
+    """Of these parameters, those one token passes: of routed experts only the chosen."""
+    experts = getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", 0)
+    idle = sum(one.numel() for name, one in named.items() if ".experts." in name)
+    idle = idle * (experts - model.config.num_experts_per_tok) // experts if experts else 0
+    return sum(one.numel() for one in named.values()) - idle
+
+
+def flops_per_token(config: PretrainedConfig, parameters: Parameters, context: int) -> float:
+    """Training FLOPs of one token."""
+    multiplied = parameters.active - parameters.lookup
+    width = config.num_attention_heads * _head_dim(config)
+    attention = (
+        6 * config.num_hidden_layers * width * context
+    )  # scores and values, causal, forward and backward
+    return 4 * multiplied + 2 * min(parameters.trained_active, multiplied) + attention
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _memory(
+    stage: Stage, model: PreTrainedModel, parameters: Parameters, gpus: int, sharding: str
+) -> dict[str, float]:
+    level = SHARDING[sharding]
+    weights = parameters.total * WEIGHT
+    gradients, optimizer = parameters.trained * GRADIENT, parameters.trained * OPTIMIZER
+    tokens = stage.tokens_per_batch // (stage.accumulate * gpus)
+    parts = {
+        "weights": weights / (gpus if level >= 3 else 1),
+        "gradients": gradients / (gpus if level >= 2 else 1),
+        "optimizer": optimizer / (gpus if level >= 1 else 1),
+        "activations": _activations(model.config, tokens, stage.gradient_checkpointing),
+        "loss": 2.0 * 4 * LOSS_TOKENS * model.config.vocab_size,
+    }
+    if level >= 3:  # the layer at work and the next one are gathered whole
+        layer = max(sum(one.numel() for one in block.parameters()) for block in _blocks(model))
+        parts["gathered layers"] = 2.0 * WEIGHT * layer
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def _blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    lists = [one for one in model.modules() if isinstance(one, torch.nn.ModuleList)]
+    return [block for one in lists if len(one) == model.config.num_hidden_layers for block in one]
+
+
+def _activations(config: PretrainedConfig, tokens: int, checkpointing: bool) -> float:
+    """Bytes of bf16 activations for the backward pass of `tokens` tokens."""
+    hidden, dim = config.hidden_size, _head_dim(config)
+    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    inner = chosen * inner + (getattr(config, "shared_expert_intermediate_size", None) or 0)
+    attention = 2 * hidden + dim * (
+        3 * config.num_attention_heads + 4 * kv
+    )  # norm, q k v before and after RoPE, out
+    feedforward = 3 * hidden + 4 * inner  # norm, gate, up, activation, product
+    layer = 2.0 * tokens * (attention + feedforward)
+    layers = config.num_hidden_layers
+    return layer + 2.0 * tokens * hidden * layers if checkpointing else layer * layers
+
+
+def as_rows(one: Plan, gpus: int, gpu: str) -> list[tuple[str, str]]:
+    """A plan as lines of a table."""
+    memory = sum(one.memory.values())
+    counts = one.parameters
+    return [
+        ("parameters", _count(counts.total)),
+        ("active parameters", _count(counts.active)),
+        ("trained parameters", _count(counts.trained)),
+        *((f"memory: {name}", f"{size:.2f} GiB") for name, size in one.memory.items()),
+        (
+            "memory a GPU",
+            f"{memory:.1f} of {GPUS[gpu].memory_gib:.0f} GiB{'' if one.fits else ': does not fit'}",
+        ),
+        ("tokens", _count(one.tokens)),
+        ("FLOPs", f"{one.flops:.2e}"),
+        ("hours", f"{one.hours:.2f} on {gpus} {gpu} ({one.gpu_hours:.1f} GPU hours)"),
+    ]
+
+
+def _count(number: float) -> str:
+    exponent = min(4, int(math.log10(max(number, 1)) // 3))
+    return f"{number / 1000**exponent:.4g} {['', 'k', 'M', 'B', 'T'][exponent]}".strip()

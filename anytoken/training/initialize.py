@@ -1,0 +1,119 @@
+"""Where a run begins: the processor and the model that a stage's ``init_from`` names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from anytoken.model.attention import AttentionError, use_attention
+from anytoken.model.backbone import adopt_backbone
+from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.embedding_init import initialise_code_rows
+from anytoken.model.extend_vocab import add_modality, replace_modality
+from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.processor import SPACE_FILE, Processor
+from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+from anytoken.tokenizers.pretrained import pretrained_tokenizer
+from anytoken.tokenizers.text import TextTokenizer
+from anytoken.training.config import Stage, StageError
+from anytoken.utils.atomic import FolderKind, check_target, write_folder
+
+MINI = Path(__file__).parent.parent / "pretrained" / "mini"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in
+
+
+def build_processor(folders: Mapping[str, str]) -> Processor:
+    """Assemble a processor from folders {"text": ..., "image": ..., ...}; ids follow that order."""
+    missing = [f"{kind}: {folder}" for kind, folder in folders.items() if not Path(folder).is_dir()]
+    if missing or "text" not in folders:
+        raise StageError(
+            f"tokenizers need existing folders, with text among them; missing {missing or 'text'}"
+        )
+    text = TextTokenizer.from_pretrained(folders["text"])
+    tokenizers = {kind: load_tokenizer(folder) for kind, folder in folders.items() if kind != "text"}
+    space = TokenSpace(text.vocab_size, text_ranges=text.ranges)
+    for kind, tokenizer in tokenizers.items():
+        space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
+    return Processor(space, text, tokenizers)
+
+
+def checkpoint_folder(init_from: str) -> Path:
+    """The folder that ``init_from`` means; StageError if it holds no checkpoint."""
+    folder = MINI if init_from == "mini" else Path(init_from)
+    if not (folder / "token_space.json").is_file():
+        raise StageError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
+    return folder
+
+
+def make_start(stage: Stage) -> None:
+    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait.
+
+    StageError if the folder holds something else.
+    """
+    folder = Path(stage.init_from)
+    if stage.backbone is None or (folder / SPACE_FILE).is_file():
+        return
+    start = FolderKind("checkpoint", SPACE_FILE, (), StageError)
+    check_target(folder, start)
+    codecs = stage.backbone.codecs
+    tokenizers = {
+        kind: pretrained_tokenizer(one.source, kind, **one.settings) for kind, one in codecs.items()
+    }
+    lm, processor = adopt_backbone(stage.backbone.model, tokenizers)
+    with write_folder(folder, start) as scratch:
+        lm.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+
+
+def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
+    """The processor and the model (float32) a stage starts from."""
+    if stage.init_from != "scratch":
+        folder = checkpoint_folder(stage.init_from)
+        processor = Processor.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, tokenizer in stage.replace.items():
+            processor = replace_modality(model, processor, _tokenizer(tokenizer, f"replace.{name}", name))
+        for name, tokenizer in stage.modalities.items():
+            processor = add_modality(model, processor, _tokenizer(tokenizer, f"modalities.{name}", name))
+        return processor, model
+    default = AnyTokenConfig()
+    unknown = [key for key in stage.model if not hasattr(default, key)]
+    if unknown:
+        raise StageError(
+            f"model.{unknown[0]} is no setting of AnyTokenConfig; there are {', '.join(sorted(default.to_dict()))}"
+        )
+    processor = build_processor(stage.tokenizers)
+    space = processor.token_space
+    config = AnyTokenConfig.of_space(space, **stage.model)
+    torch.manual_seed(stage.seed)
+    model = AnyTokenForCausalLM(config)
+    initialise_code_rows(model, processor)
+    return processor, model
+
+
+def _tokenizer(folder: str, key: str, name: str) -> ModalityTokenizer:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.name != name:
+        raise StageError(f"{key}: {folder} holds a tokenizer of {tokenizer.name}")
+    return tokenizer
+
+
+def balance_by_bias(model: PreTrainedModel) -> None:
+    """Give every router its balancing bias; StageError for a model without routers of ours."""
+    if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
+        raise StageError(
+            f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
+        )
+    model.add_expert_bias()
+
+
+def choose_attention(model: PreTrainedModel, stage: Stage, device: torch.device) -> None:
+    """Switch a model to the recipe's attention implementation; StageError if that cannot train here."""
+    if stage.attention == "flex_attention" and device.type == "cpu":
+        raise StageError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")
+    try:
+        use_attention(model, stage.attention, device, DTYPES[stage.precision])
+    except AttentionError as error:
+        raise StageError(f"attention with precision {stage.precision}: {error}") from error

@@ -1,0 +1,104 @@
+"""How a run ends before its end: asked to by a signal, or because a number is none.
+
+Ctrl-C (or SIGTERM, which schedulers send before they take a machine away) lets the present step finish and saves it;
+a second one acts at once. A loss or gradient that is not finite stops the run before it reaches the weights, and
+leaves the batch that made it for a look.
+"""
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from anytoken.training.checkpoint import saved_states, write_whole
+from anytoken.training.config import Stage
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop and has saved where it stood."""
+
+
+class DivergenceError(ValueError):
+    """A loss or a gradient that is not finite; the message says where the batch lies and what to do."""
+
+
+class StopRequest:
+    """While entered, the first signal only sets ``asked``; the second does what it would have done without."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        for known, handler in self._before.items():
+            signal.signal(known, handler)
+        print("\nstopping after this step; once more to stop at once, unsaved", file=sys.stderr, flush=True)
+
+    def asked_anywhere(self, device: torch.device, world_size: int) -> bool:
+        """Whether any of the processes was asked: they must save the same step together."""
+        if world_size == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=device)
+        torch.distributed.all_reduce(asked)
+        return bool(asked)
+
+
+def diverged(
+    what: str, stage: Stage, model: nn.Module, batches: Sequence[dict[str, Tensor]], facts: dict[str, Any]
+) -> DivergenceError:
+    """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
+
+    what: "loss" or "gradient norm". facts: for the JSON beside the batches; ``step``, ``process`` and ``what``.
+    """
+    suffix = f"-{facts['process']}" if facts["process"] else ""
+    path = Path(stage.output) / "diverged" / f"step-{facts['step']}{suffix}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"{n}.{key}": one.cpu() for n, batch in enumerate(batches) for key, one in batch.items()}, path
+    )
+    broken = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
+    about = {**facts, "seed": stage.seed, "weights_not_finite": broken}
+    write_whole(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    return DivergenceError(
+        _advice(f"the {what} is {facts[what]} at step {facts['step']}", stage, path, bool(broken))
+    )
+
+
+def _advice(happened: str, stage: Stage, batch: Path, broken: bool) -> str:
+    states = saved_states(Path(stage.output))
+    where = (
+        "weights are no longer finite, so an earlier step broke them"
+        if broken
+        else "weights are still finite"
+    )
+    if not states:
+        start = "begin anew"
+    elif stage.lora is None:
+        start = f"begin anew from the last state (init_from={states[-1]})"
+    else:
+        start = f"begin anew from the last state (lora.start={states[-1]})"
+    return (
+        f"{happened}; the {where}. Its batch is in {batch} and what is known of it in {batch.stem}.json. "
+        f"The same recipe would meet it again: {start} with another output and a lower optimizer.lr "
+        f"(now {stage.optimizer.lr}), a longer schedule.warmup_steps or another seed."
+    )

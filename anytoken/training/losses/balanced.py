@@ -1,0 +1,173 @@
+"""Losses over hidden states: cross-entropy balanced over modalities, optionally within the grammar.
+
+Only positions with a target meet the head, in chunks (``linear_cross_entropy.py``). With ``grammar_restricted`` the
+softmax runs over the ids the grammar would allow there (an image code competes with image codes alone), which is
+what decoding does, and costs a few thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser
+near zero (PaLM, arXiv 2204.02311); the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router
+z-loss ST-MoE's (arXiv 2202.08906).
+
+Shapes: N targets, V vocabulary, D model width, E experts, T tokens.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anytoken.grammar import Grammar
+from anytoken.token_space import TokenSpace
+from anytoken.training.losses.linear_cross_entropy import Group, Scores, linear_cross_entropy
+from anytoken.utils.distributed import sum_over_processes
+
+CONTROL = "control"
+ModalityWeights = Literal["equal", "tokens"] | Mapping[str, float]
+
+
+class LossError(ValueError):
+    """Loss settings that do not fit the token space."""
+
+
+def group_names(space: TokenSpace) -> list[str]:
+    """The groups a loss is reported for: text, every modality, and the control ids that frame them."""
+    return [*space.modality_names, CONTROL]
+
+
+def group_table(space: TokenSpace) -> Tensor:
+    """Group of every id, int64 [V]: codes and close ids are their modality's, other controls "control"."""
+    table = space.modality_of(torch.arange(space.vocab_size)).clone()
+    control = len(space.modality_names)
+    for span in space.ranges:
+        if span.kind == "control":
+            table[span.start : span.stop] = control
+    for index, name in enumerate(space.modality_names):
+        if name != "text":
+            table[space.close_token(name)] = index
+    return table
+
+
+def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight: float) -> Tensor | None:
+    """Weight of each group's mean loss, float32 [G]; None stands for one mean over all targets ("tokens")."""
+    if weights == "tokens":
+        return None
+    if weights == "equal":
+        weights = {}
+    if isinstance(weights, str):
+        raise LossError(
+            f"modality_weights is {weights!r}; use equal, tokens, or a mapping such as {{image: 2}}"
+        )
+    unknown = set(weights) - set(names)
+    if unknown:
+        raise LossError(f"modality_weights names {sorted(unknown)}; there are {', '.join(names)}")
+    default = dict.fromkeys(names, 1.0) | {CONTROL: control_weight}
+    return torch.tensor([float({**default, **weights}[name]) for name in names])
+
+
+def grammar_groups(targets: Tensor, grammar: Grammar) -> list[Group]:
+    """Targets [N] grouped by the ids that the grammar's loss class of each names: its softmax runs over those.
+
+    Equal to the full softmax with all other logits at minus infinity.
+    """
+    classes = grammar.loss_rows(targets)
+    counts = torch.bincount(classes, minlength=len(grammar.class_ranges)).tolist()
+    members = classes.argsort(stable=True).split(counts)
+    return [
+        Group(where, ranges)
+        for where, ranges in zip(members, grammar.class_ranges, strict=True)
+        if len(where)
+    ]
+
+
+@dataclass
+class LossParts:
+    """What one batch came to: the loss to minimise and, per group, sums for the log (float32 [G]).
+
+    All are of the global batch, the same in every process.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    right: Tensor
+    count: Tensor
+    terms: dict[str, Tensor]
+
+
+class BalancedLoss(nn.Module):
+    """Cross-entropy over the targets of a packed batch, averaged over modalities, plus the output z-loss.
+
+    With several processes the batch is what all of them have together: they all must call it.
+    """
+
+    table: Tensor
+    weights: Tensor | None
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        modality_weights: ModalityWeights = "equal",
+        control_weight: float = 0.1,
+        grammar_restricted: bool = True,
+        z_loss: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        space = grammar.token_space
+        self.grammar, self.z_loss, self.grammar_restricted = grammar, z_loss, grammar_restricted
+        self.names = group_names(space)
+        self.end, self.text_size = space.end, space.text_size
+        self.register_buffer("table", group_table(space), persistent=False)
+        self.register_buffer(
+            "weights", group_weights(modality_weights, self.names, control_weight), persistent=False
+        )
+
+    def groups(self, targets: Tensor, previous: Tensor) -> Tensor:
+        """Group of each target [N]; the end id counts as text where it follows a text id."""
+        ends_text = (targets == self.end) & (previous < self.text_size)
+        return self.table[targets].masked_fill(ends_text, 0)
+
+    def forward(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> LossParts:
+        """hidden [N, D] at the positions before the targets [N]; previous [N], the ids at those positions."""
+        groups = self.groups(targets, previous)
+        zero = torch.zeros(len(self.names), device=targets.device)
+        count = sum_over_processes(zero.index_add(0, groups, torch.ones_like(groups, dtype=zero.dtype)))
+        weights = self._target_weights(count)[groups]
+        z_weight = self.z_loss / max(count.sum().item(), 1)
+        scores = self._score(hidden, head, targets, weights, z_weight)
+        nll, right = (zero.index_add(0, groups, each.float()) for each in (scores.nll, scores.right))
+        terms = torch.stack([(weights * scores.nll).sum(), z_weight * scores.log_z.square().sum()])
+        # One sum for all that is only logged.
+        nll, right, terms = sum_over_processes(torch.cat([nll, right, terms])).split(
+            [len(zero), len(zero), 2]
+        )
+        named = dict(zip(("cross_entropy", "z_loss"), terms, strict=True))
+        return LossParts(sum_over_processes(scores.loss), nll, right, count, named)
+
+    def shares(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> list[Tensor]:
+        """What each group of targets that is there adds to the cross-entropy; arguments as for ``forward``."""
+        groups = self.groups(targets, previous)
+        weights = self._target_weights(torch.bincount(groups, minlength=len(self.names)).float())
+        found = []
+        for group in groups.unique().tolist():
+            where = (groups == group).nonzero().squeeze(1)
+            own = weights[group].expand(len(where))
+            found.append(self._score(hidden[where], head, targets[where], own).loss)
+        return found
+
+    def _score(
+        self, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, z_weight: float = 0.0
+    ) -> Scores:
+        choices = grammar_groups(targets, self.grammar) if self.grammar_restricted else None
+        return linear_cross_entropy(hidden, head, targets, weights, z_weight, choices)
+
+    def _target_weights(self, count: Tensor) -> Tensor:
+        """What one target of each group weighs in the loss, float32 [G]: all targets together weigh 1."""
+        if self.weights is None:
+            return (1 / count.sum().clamp(min=1)).expand_as(count)
+        weights = self.weights * (count > 0)
+        return weights / weights.sum().clamp(min=1e-9) / count.clamp(min=1)
+
+
+def bits(nats: float) -> float:
+    """Nats to bits."""
+    return nats / math.log(2)

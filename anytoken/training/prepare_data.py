@@ -1,0 +1,77 @@
+"""A recipe's data as the mixture wants it: tokenized sets, and views that are written out.
+
+A source may be raw, as a user has it (``data.train=mine.jsonl``): it is tokenized once into the run's own folder,
+where a run that goes on finds it again. The view ``auto`` stands for all that its records can teach.
+"""
+
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from anytoken.data.mixture import SourceSpec
+from anytoken.data.shards import MANIFEST, Shards, tokenize_records
+from anytoken.data.validate import near_names
+from anytoken.data.views import auto_views, held_kinds, is_used
+from anytoken.processor import Processor
+from anytoken.training.config import AUTO, Stage, StageError
+
+FOLDER = "shards"
+log = logging.getLogger(__name__)
+
+
+def prepare_sources(stage: Stage, specs: Sequence[SourceSpec], processor: Processor) -> list[SourceSpec]:
+    """Tokenize what is raw, with a progress bar, and replace ``auto`` by views; StageError if there are none."""
+    prepared = []
+    for spec in stage.sources(specs):
+        pair = spec.pair_with
+        if pair is not None:
+            pair = pair.model_copy(update={"path": _tokenized(stage, pair.path, processor)})
+        spec = spec.model_copy(update={"path": _tokenized(stage, spec.path, processor), "pair_with": pair})
+        if AUTO in spec.views:
+            spec = spec.model_copy(update={"views": _all_views(spec, processor)})
+        prepared.append(spec)
+    return prepared
+
+
+def _tokenized(stage: Stage, path: str, processor: Processor) -> str:
+    """The folder of a tokenized set: the path itself, or one in the run's folder that is made if it is not there."""
+    if (Path(path) / MANIFEST).is_file():
+        return path
+    out = Path(stage.output) / FOLDER / cache_name(path)
+    made = tokenize_records(
+        path, processor.tokenizers, out, workers=stage.threads or 1, data_root=stage.data_root or None, overwrite=True
+    )  # fmt: skip
+    return str(made)
+
+
+def cache_name(path: str) -> str:
+    """A folder name for a source: another one for each path, with the end of the path to read."""
+    whole = path if path.startswith("hf:") else str(Path(path).absolute())
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9._]+', '-', Path(path).name)[:40].strip('-.')}-{digest}"
+
+
+def _all_views(spec: SourceSpec, processor: Processor) -> dict[str, float]:
+    """The views of ``auto``; StageError if there are none. What no view uses is counted in the log."""
+    records = Shards(spec.path, processor.tokenizers).records
+    held = [held_kinds(record, processor.kinds) for record in records]
+    keys = Counter(key for record in records for key in record)
+    hints = near_names(keys, processor.kinds)
+    views = auto_views(set(held), processor.kinds)
+    if not views or (set(views) == {"->text"} and hints):
+        raise StageError(
+            f"{spec.path} has records of {', '.join(sorted(keys))}: neither messages nor two of "
+            f"{', '.join(processor.kinds)}; {' '.join([*hints, 'name its views in the recipe'])}"
+        )
+    unused = [number for number, one in enumerate(held, start=1) if not is_used(one, views)]
+    if unused:
+        log.warning(
+            "%s: %d of %d records hold a single medium or none and are in no view; the first: record %d",
+            spec.path, len(unused), len(held), unused[0],
+        )  # fmt: skip
+    for hint in hints:
+        log.warning("%s: %s", spec.path, hint)
+    return views

@@ -1,0 +1,326 @@
+"""Train any tokenizer from its recipe: `anytoken tokenizer train tokenizers/image/recipe.yaml`.
+
+A recipe names the kind, the constructor's settings, where the data is, and how long. The loop is the shortest
+that is resumable: batch `n` depends on the seed and `n`, and a checkpoint holds weights, optimiser and `n`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
+
+from anytoken.media_io import write_whole
+from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.modules.convnext import Trunk
+from anytoken.tokenizers.registry import load_modality, modality_class
+from anytoken.utils.device import device_name, math_threads, usable_device
+from anytoken.utils.json_lines import read_json_lines
+
+
+class Recipe(BaseModel):
+    """How a tokenizer is trained; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: str
+    code: str = Field("", description="beside the recipe: the .py file of the kind's class, which is run")
+    config: dict[str, Any] = Field(default_factory=dict)
+    init_from: str = Field(
+        "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
+    )
+    begin_anew: list[str] = Field(
+        default_factory=list, description="beginnings of the names of weights that init_from is not asked for"
+    )
+    data: str = ""
+    loss: dict[str, float] = Field(
+        default_factory=dict, description="weights of its terms, where a kind has them"
+    )
+    steps: int = Field(2000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    seed: int = 0
+    threads: int = Field(2, ge=1)
+    device: str = Field("auto", description="auto: a GPU where there is one; or cpu, cuda, cuda:1")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products; weights are float32")
+    compile: bool = Field(
+        False,
+        description="compile the trunks: a minute's wait, then faster where a GPU waits for its next kernel",
+    )
+    save_every: int = Field(500, ge=1)
+    log_every: int = Field(50, ge=1)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key=value` overrides (values as YAML, dots go into `config`).
+
+    TokenizerError for a file that is missing or not a mapping in YAML, an unknown key, or a value out of range.
+    """
+    return _checked(_read(Path(path)), overrides or [], Path(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise TokenizerError(f"{path} is not a file; expected a recipe such as tokenizers/image/recipe.yaml.")
+    raw = _yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(raw, dict):
+        raise TokenizerError(
+            f"{path} holds {type(raw).__name__}; expected the keys {', '.join(Recipe.model_fields)}."
+        )
+    return raw
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TokenizerError(f"{source} is not YAML: {error}") from error
+
+
+def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise TokenizerError(f"Overrides are key=value; received {item!r}.")
+        *parents, leaf = key.split(".")
+        place = raw
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise TokenizerError(
+                    f"{key}: {parent} is {place!r}, which has no parts; give it whole, as in "
+                    f"{parent}={{{leaf}: {value}}}."
+                )
+        place[leaf] = _yaml(value, item)
+    try:
+        return Recipe(**raw)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise TokenizerError(f"{path}: {wrong}. Keys: {', '.join(Recipe.model_fields)}.") from error
+
+
+def train_tokenizer(
+    recipe: str | Path, data: str | Path, out: str | Path, overrides: list[str] | None = None
+) -> Path:
+    """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`, and
+    tensorboard/ if that package is installed.
+
+    Run again after an interruption it goes on from its last checkpoint, and ends as if there had been none; a
+    finished one is left as it is. TokenizerError for a recipe or data that will not do.
+    """
+    recipe_path, data, out = Path(recipe), Path(data), Path(out)
+    raw = _read(recipe_path)
+    if raw.get("kind") == "text":
+        return _train_text(raw, data, out, overrides or [])
+    plan = _checked(raw, overrides or [], recipe_path)
+    report = out / "training.json"
+    if report.is_file() and Recipe(**json.loads(report.read_text())["recipe"]) == plan:
+        return out
+    with math_threads(plan.threads):
+        return _train(plan, recipe_path, data, out)
+
+
+def _train(plan: Recipe, recipe_path: Path, data: Path, out: Path) -> Path:
+    if plan.kind == "dna":
+        return _train_dna(plan, out)
+    if plan.code:
+        load_modality(recipe_path.parent / plan.code)
+    torch.manual_seed(plan.seed)
+    tokenizer, start = _build(plan), time.perf_counter()
+    tokenizer.fit(data / plan.data, plan.seed)
+    loss, fit = (getattr(type(tokenizer), name) for name in ("training_loss", "fit"))
+    if loss is ModalityTokenizer.training_loss and fit is not ModalityTokenizer.fit:
+        return _finish(tokenizer, plan, out, 0, time.perf_counter() - start, {})
+    return _Loop(tokenizer, plan, data, out).run()
+
+
+def _build(plan: Recipe) -> ModalityTokenizer:
+    try:
+        tokenizer = modality_class(plan.kind)(**plan.config)
+    except TypeError as error:
+        raise TokenizerError(f"config of a {plan.kind} tokenizer: {error}.") from error
+    if plan.init_from:
+        begun, anew = load_tokenizer(plan.init_from), tuple(plan.begin_anew)
+        state = tokenizer.adapted_state(begun.state_dict())
+        taken = {name: one for name, one in state.items() if not name.startswith(anew)}
+        kept = {name: one for name, one in tokenizer.state_dict().items() if name.startswith(anew)}
+        try:
+            tokenizer.load_state_dict(taken | kept)
+        except RuntimeError as error:
+            raise TokenizerError(
+                f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
+                f"theirs is {begun.config}. `begin_anew` names weights that are not to be taken over. {error}"
+            ) from error
+    return tokenizer
+
+
+def _finish(
+    tokenizer: ModalityTokenizer, plan: Recipe, out: Path, steps: int, seconds: float, seen: dict[str, float]
+) -> Path:
+    # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
+    tokenizer.eval().without_sums().save_pretrained(out, torch.bfloat16)
+    report = {
+        "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": seen,
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "threads": plan.threads, "machine": device_name(tokenizer.device), "torch": torch.__version__,
+    }  # fmt: skip
+    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    return out
+
+
+class _Loop:
+    """One training run: everything that a checkpoint must hold."""
+
+    def __init__(self, tokenizer: ModalityTokenizer, plan: Recipe, data: Path, out: Path) -> None:
+        from anytoken.training.tokenizer.batches import KINDS, batches_for
+
+        self.tokenizer, self.plan, self.out = tokenizer.train(), plan, out
+        self.device = usable_device(plan.device)
+        tokenizer.to(self.device)
+        source = data / plan.data, plan.batch_size, plan.seed
+        if plan.kind in KINDS:
+            self.batch = batches_for(plan.kind, *source, tokenizer.config, self.device)
+        else:
+            own = tokenizer.training_batches(*source)
+            self.batch = lambda step: own(step).to(self.device)
+        torch.manual_seed(plan.seed)
+        self.critic = self.tokenizer.weigh_losses(plan.loss)
+        if self.critic is not None:
+            self.critic.to(self.device)
+        if plan.compile:
+            for part in tokenizer.modules():
+                if isinstance(part, Trunk):
+                    part.compile(dynamic=False)
+        self.parts = [self.tokenizer] if self.critic is None else [self.tokenizer, self.critic]
+        self.optimizer = torch.optim.AdamW(
+            [one for part in self.parts for one in part.parameters()],
+            lr=plan.lr,
+            weight_decay=plan.weight_decay,
+            betas=(0.9, 0.95),
+            fused=self.device.type == "cuda" or None,
+        )
+        self.step, self.seconds = 0, 0.0
+        self.state_path = out / "checkpoint.pt"
+        out.mkdir(parents=True, exist_ok=True)
+        if self.state_path.is_file():
+            self._resume()
+        self._cut_log()
+
+    def _cut_log(self) -> None:
+        """Forget what was logged after the checkpoint: those steps are done again."""
+        path = self.out / "metrics.jsonl"
+        if path.is_file():
+            kept = [entry for entry in read_json_lines(path, torn_end=True) if entry["step"] <= self.step]
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+    def run(self) -> Path:
+        """Train to the end, then save the tokenizer and drop the checkpoint."""
+        plan, seen = self.plan, {}
+        bar = tqdm(total=plan.steps, initial=self.step, desc=f"{plan.kind} tokenizer", unit="step")
+        with (self.out / "metrics.jsonl").open("a") as log, _tensorboard(self.out, self.step) as board:
+            while self.step < plan.steps:
+                start = time.perf_counter()
+                seen = self._train_step()
+                self.seconds += time.perf_counter() - start
+                self.step += 1
+                bar.update()
+                if self.step % plan.log_every == 0 or self.step == plan.steps:
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in seen.items()})
+                    log.write(
+                        json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **seen}) + "\n"
+                    )
+                    log.flush()
+                    for name, value in seen.items():
+                        board.add_scalar(name, value, self.step)
+                if self.step % plan.save_every == 0 and self.step < plan.steps:
+                    self._checkpoint()
+        bar.close()
+        _finish(self.tokenizer, plan, self.out, self.step, self.seconds, seen)
+        self.state_path.unlink(missing_ok=True)
+        return self.out
+
+    def _train_step(self) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr * self._schedule(self.step)
+        # What is random in a step (k-means, dead codes replaced) depends on it alone, as its batch does.
+        torch.manual_seed(self.plan.seed + self.step)
+        batch = self.batch(self.step)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.plan.precision == "bf16"):
+            loss, seen = self.tokenizer.training_loss(batch)
+        if not torch.isfinite(loss):
+            raise TokenizerError(
+                f"The loss is {loss.item()} at step {self.step}: lower lr (now {self.plan.lr})."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        self.optimizer.step()
+        return {"loss": loss.item(), **seen}
+
+    def _schedule(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / max(1, self.plan.warmup_steps))
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.plan.steps)))
+
+    def _checkpoint(self) -> None:
+        scratch = self.state_path.with_suffix(".tmp")
+        state = {
+            "parts": [part.state_dict() for part in self.parts], "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "seconds": self.seconds, "recipe": self.plan.model_dump(),
+        }  # fmt: skip
+        torch.save(state, scratch)
+        scratch.replace(self.state_path)
+
+    def _resume(self) -> None:
+        state = torch.load(self.state_path, weights_only=True, map_location=self.device)
+        if Recipe(**state["recipe"]) != self.plan:
+            raise TokenizerError(f"{self.state_path} is of another recipe: name another --out, or delete it.")
+        for part, weights in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+@contextmanager
+def _tensorboard(out: Path, step: int) -> Iterator[Any]:
+    """A writer of event files into `out`, where the tensorboard package is installed; else one that writes nothing.
+
+    What an interrupted run wrote after its checkpoint at `step` is no longer shown.
+    """
+    if find_spec("tensorboard") is None:
+        yield SimpleNamespace(add_scalar=lambda *unused: None)
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as board:
+        yield board
+
+
+def _train_text(raw: dict[str, Any], data: Path, out: Path, overrides: list[str]) -> Path:
+    from anytoken.tokenizers.text import train_text_tokenizer
+
+    raw = dict(raw)
+    for item in overrides:
+        key, _, value = item.partition("=")
+        # A pipeline hands every recipe the same overrides; text has no steps.
+        if key in raw or key not in Recipe.model_fields:
+            raw[key] = _yaml(value, item)
+    return Path(train_text_tokenizer({**raw, "data": str(data)}, out))
+
+
+def _train_dna(plan: Recipe, out: Path) -> Path:
+    from anytoken.tokenizers.dna.vq import train_dna_tokenizer
+
+    return Path(train_dna_tokenizer(plan.model_dump(), out))

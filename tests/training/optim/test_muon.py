@@ -1,0 +1,141 @@
+"""Muon: torch's own on 2-D matrices, each expert and each part of a fused projection by itself, resumable."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.training.config import OptimizerSpec, Stage, StageError
+from anytoken.training.initialize import load_start
+from anytoken.training.metrics import read_metrics
+from anytoken.training.optim.muon import Muon, make_optimizer, orthogonalise
+from anytoken.training.optim.param_groups import parameter_groups
+from anytoken.training.trainer import train
+
+STEPS = 3
+
+
+def stepped(values: Tensor, gradients: list[Tensor], **group: Any) -> Tensor:
+    """A parameter after Muon's steps with these gradients."""
+    parameter = nn.Parameter(values.clone())
+    settings = {"params": [parameter], "muon": True, "lr": 0.02, "weight_decay": 0.1, **group}
+    optimizer = Muon([settings])
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return parameter.detach()
+
+
+def random(*shape: int) -> tuple[Tensor, list[Tensor]]:
+    return torch.randn(shape), [torch.randn(shape) for _ in range(STEPS)]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+def test_one_matrix_is_stepped_as_by_torch(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    values, gradients = random(*shape)
+    theirs = nn.Parameter(values.clone())
+    optimizer = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1)
+    for gradient in gradients:
+        theirs.grad = gradient.clone()
+        optimizer.step()
+    assert torch.allclose(stepped(values, gradients), theirs, atol=1e-3)
+    assert not torch.allclose(values, theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+def test_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    found = orthogonalise(left * torch.linspace(0.1, 1, 16 if 16 in shape else 24) @ right, torch.float32)
+    singular = torch.linalg.svdvals(found)
+    assert found.shape == (3, *shape) and singular.min() > 0.5 and singular.max() < 1.3
+
+
+def test_experts_and_fused_parts_are_stepped_one_by_one() -> None:
+    torch.manual_seed(0)
+    values, gradients = random(3, 24, 8)
+    whole = stepped(values, gradients, parts=(16, 4, 4))
+    for expert in range(3):
+        for start, stop in ((0, 16), (16, 20), (20, 24)):
+            part = (expert, slice(start, stop))
+            alone = stepped(values[part], [gradient[part] for gradient in gradients])
+            assert torch.allclose(whole[part], alone, atol=1e-3)
+    assert not torch.allclose(whole, stepped(values, gradients), atol=1e-2)
+    turned = stepped(
+        values[0].T, [gradient[0].T for gradient in gradients], transposed=True, parts=(16, 4, 4)
+    )
+    assert torch.allclose(turned.T, whole[0], atol=1e-3)
+
+
+def by_optimizer(model: Any) -> tuple[dict[str, Any], set[str]]:
+    """Names of Muon's parameters -> the sizes of their parts; names of AdamW's."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spec = OptimizerSpec(kind="muon")
+    optimizer = make_optimizer(spec, model, parameter_groups(model, spec.weight_decay))
+    muon = {
+        names[id(one)]: (group["parts"], group["transposed"])
+        for group in optimizer.param_groups
+        if group["muon"]
+        for one in group["params"]
+    }
+    adamw = {
+        names[id(one)] for group in optimizer.param_groups if not group["muon"] for one in group["params"]
+    }
+    assert set(muon) | adamw == set(names.values()) and not set(muon) & adamw
+    assert not optimizer.param_groups[0]["muon"]  # whose rate is logged
+    return muon, adamw
+
+
+def test_embeddings_head_norms_and_routers_stay_with_adamw(recipe: dict[str, Any]) -> None:
+    recipe["model"] |= {"tie_word_embeddings": False, "shared_expert_intermediate_size": 16}
+    _, model = load_start(Stage.from_dict(recipe))
+    assert isinstance(model, AnyTokenForCausalLM)
+    muon, adamw = by_optimizer(model)
+    layers = [name.removeprefix("model.layers.0.") for name in muon if name.startswith("model.layers.0.")]
+    attention = [f"self_attn.{key}_proj.weight" for key in "qkvo"]
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    shared = [f"mlp.shared_expert.{key}_proj.weight" for key in ("gate", "up", "down")]
+    assert sorted(layers) == sorted(attention + experts + shared)
+    assert muon["model.layers.1.mlp.experts.gate_up_proj"] == ((32, 32), False)
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate.weight"} <= adamw
+
+
+def test_fused_projections_of_other_models() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    kinds = {"gpt2": {}, "phi3": {"num_key_value_heads": 2, "intermediate_size": 48, "pad_token_id": 0}}
+    found = {}
+    for kind, settings in kinds.items():
+        config = AutoConfig.for_model(kind, **sizes, **settings)
+        muon, _ = by_optimizer(AutoModelForCausalLM.from_config(config))
+        found |= {name.split(".", 3)[-1]: fused for name, fused in muon.items()}
+    assert found["attn.c_attn.weight"] == ((32, 32, 32), True)
+    assert found["mlp.c_fc.weight"] == (None, True)
+    assert found["self_attn.qkv_proj.weight"] == ((32, 16, 16), False)
+    assert found["mlp.gate_up_proj.weight"] == ((48, 48), False)
+
+
+def test_a_small_world_is_learnt_sooner_than_by_adamw(recipe: dict[str, Any], tmp_path: Path) -> None:
+    ends = {}
+    for kind in ("adamw", "muon"):
+        changed = {"output": str(tmp_path / kind), "optimizer": {"kind": kind, "lr": 1e-2}, "steps": 40}
+        folder = train(Stage.from_dict(copy.deepcopy(recipe) | changed))
+        ends[kind] = [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry][
+            -1
+        ]
+    assert ends["muon"] < ends["adamw"] < 1.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"distributed": {"mesh": "a.json"}}, {"distributed": {"deepspeed": "b.json"}}, {"lora": {}}],
+)
+def test_what_needs_parts_of_matrices_is_refused(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
+    start = {"init_from": "mini", "tokenizers": {}, "model": {}}
+    with pytest.raises(StageError, match=r"optimizer.kind muon .*use kind: adamw"):
+        Stage.from_dict(recipe | {"optimizer": {"kind": "muon"}} | start | changes)
