@@ -22,7 +22,7 @@ from anytoken import moved
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken, load
     from anytoken.inference.chat import Chat
-    from anytoken.inference.outputs import Reply
+    from anytoken.inference.outputs import GenerationOutput
     from anytoken.inference.sampling import Sampling
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
@@ -34,9 +34,9 @@ _HOME = {
     "AnyToken": "inference.api",
     "Chat": "inference.chat",
     "DNA": "segments",
+    "GenerationOutput": "inference.outputs",
     "Image": "segments",
     "ModalityTokenizer": "tokenizers.base",
-    "Reply": "inference.outputs",
     "Sampling": "inference.sampling",
     "Segment": "segments",
     "Speech": "segments",
@@ -47,12 +47,14 @@ _HOME = {
     "register_modality": "tokenizers.base",
 }
 __all__ = [
-    "DNA", "AnyToken", "Chat", "Image", "ModalityTokenizer", "Reply", "Sampling", "Segment", "Speech", "Text",
-    "Video", "load", "load_modality", "register_modality",
+    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "ModalityTokenizer", "Sampling", "Segment", "Speech",
+    "Text", "Video", "load", "load_modality", "register_modality",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name in moved.RENAMED[""]:
+        return moved.old_names(__name__)(name)
     if name not in _HOME:
         raise AttributeError(f"module 'anytoken' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"anytoken.{_HOME[name]}"), name)

@@ -5,7 +5,7 @@
     segment: open (a size id per axis) globals codes close   for a Grid: exactly prod(size) * num_codebooks codes
              open globals codes close                        for a Run: whole frames between min and max length
     globals: the num_global_codes global codes of the segment, often none
-    codes of several codebooks are written frame after frame, or delayed (see `writing_order`)
+    codes of several codebooks are written frame after frame, or delayed (see `codebook_pattern`)
 
 One object serves decoding (`allowed` masks, so every emitted segment is valid), the head (which rows to compute),
 the grammar-restricted loss (`loss_rows`) and training data (`validate`). `allowed` is the only place that knows
@@ -41,7 +41,7 @@ from anytoken.grammar_tables import (
     role_ranges,
 )
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import NO_HEADER, Codes, Grid, writing_order
+from anytoken.tokenizers.base import NO_HEADER, CodeGrid, Codes, codebook_pattern
 
 CACHE = 1024  # tasks and masks that are kept
 
@@ -157,7 +157,7 @@ class Grammar:
         return kinds
 
     def _checked_sizes(self, sizes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, Size], ...]:
-        grids = {name: one.shape for name, one in self.segments.items() if isinstance(one.shape, Grid)}
+        grids = {name: one.shape for name, one in self.segments.items() if isinstance(one.shape, CodeGrid)}
         pinned = {name: tuple(int(n) for n in size) for name, size in sizes.items()}
         for name, size in pinned.items():
             if name not in grids:
@@ -208,7 +208,7 @@ class Grammar:
         if state.total:
             return state.total - read
         books, shape = segment.num_codebooks, segment.shape
-        if isinstance(shape, Grid):
+        if isinstance(shape, CodeGrid):
             low, known = self._table(state).limits[state.kind][0], len(state.size)
             return len(low) - known + math.prod(state.size) * math.prod(low[known:]) * books
         frame, book = segment.place(0, read)
@@ -251,7 +251,7 @@ class Grammar:
         if book:
             return segment.codes[book]
         shape = segment.shape
-        assert not isinstance(shape, Grid)
+        assert not isinstance(shape, CodeGrid)
         if frame < shape.min_length:
             return segment.codes[0]
         if segment.delayed and read == frame * segment.num_codebooks:
@@ -316,7 +316,7 @@ class Grammar:
     @staticmethod
     def _total(segment: SegmentTable, read: int, token: int) -> int:
         """How many codes a delayed run has, once a code shows that no frame begins any more; else 0."""
-        if not segment.delayed or isinstance(segment.shape, Grid):
+        if not segment.delayed or isinstance(segment.shape, CodeGrid):
             return 0
         frame, book = segment.place(0, read)
         begins = book == 0 and segment.codes[0][0][0] <= token < segment.codes[0][0][1]
@@ -334,7 +334,7 @@ class Grammar:
         segment = self._opens[token]
         if task and task.plan and state.read:  # the text before it was a part of its own
             step += 1
-        phase = SIZE if isinstance(segment.shape, Grid) else self._after_size(segment)
+        phase = SIZE if isinstance(segment.shape, CodeGrid) else self._after_size(segment)
         return State(phase, role, segment.name, (), 0, 0, task, step)
 
     @staticmethod
@@ -344,7 +344,7 @@ class Grammar:
     def _advance_size(self, state: State, token: int) -> State:
         segment = self.segments[state.kind]
         size = (*state.size, token - self.token_space.size_token(1) + 1)
-        assert isinstance(segment.shape, Grid)
+        assert isinstance(segment.shape, CodeGrid)
         if len(size) < len(segment.shape.axes):
             return state._replace(size=size)
         total = math.prod(size) * segment.num_codebooks
@@ -413,7 +413,7 @@ class Grammar:
         behind_size = np.array(ids[1 + len(last.size) :], dtype=np.int64)
         header, written = np.split(behind_size, [segment.num_global_codes])
         codes = np.empty_like(written)
-        codes[writing_order(segment.shape, len(written) // segment.num_codebooks)] = written
+        codes[codebook_pattern(segment.shape, len(written) // segment.num_codebooks)] = written
         values = codes.reshape(-1, segment.num_codebooks) - segment.starts
         return Piece(last.kind, values, last.size, last.role, header - segment.global_start)
 
@@ -474,7 +474,7 @@ class Grammar:
         return GrammarError(f"Id {token} ({name}) is not allowed {self._where(state)}; allowed: {allowed}.")
 
 
-def _extent(shape: Grid) -> str:
+def _extent(shape: CodeGrid) -> str:
     limits = zip(shape.axes, shape.min_size, shape.max_size, strict=True)
     return ", ".join(f"{axis} {low} to {high}" for axis, low, high in limits)
 

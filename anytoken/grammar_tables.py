@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import CodeShape, Grid, writing_order
+from anytoken.tokenizers.base import CodeGrid, CodeShape, codebook_pattern
 
 Span = tuple[int, int]
 Ranges = tuple[Span, ...]
@@ -51,9 +51,9 @@ class SegmentTable:
         self._orders: dict[int, np.ndarray] = {}
 
     def order(self, frames: int) -> np.ndarray:
-        """`writing_order` of so many frames; kept."""
+        """`codebook_pattern` of so many frames; kept."""
         if frames not in self._orders:
-            self._orders[frames] = writing_order(self.shape, frames)
+            self._orders[frames] = codebook_pattern(self.shape, frames)
         return self._orders[frames]
 
     def place(self, total: int, read: int) -> tuple[int, int]:
@@ -81,10 +81,10 @@ class TaskTable:
         self.limits: dict[str, tuple[Size, Size]] = {}
         shortest = {"text": 1}
         for name, shape in space.shapes.items():
-            if isinstance(shape, Grid):
+            if isinstance(shape, CodeGrid):
                 pin = pins.get(name)
                 self.limits[name] = (pin or shape.min_size, pin or shape.max_size)
-            frames = math.prod(self.limits[name][0]) if isinstance(shape, Grid) else shape.min_length
+            frames = math.prod(self.limits[name][0]) if isinstance(shape, CodeGrid) else shape.min_length
             shortest[name] = segment_length(shape, frames)
         self.tails = [1]
         for kind in reversed(task.plan or ()):
@@ -129,7 +129,7 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
         (one(space.pad),),
     ]
     for segment in segments:
-        if isinstance(segment.shape, Grid):
+        if isinstance(segment.shape, CodeGrid):
             sets += [segment.close_only, *segment.codes]
         else:
             sets += [segment.code_or_ending, *segment.codes[2 if segment.delayed else 1 :]]
@@ -140,7 +140,7 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
 
 def longest(shape: CodeShape) -> int:
     """The most frames a segment can have."""
-    return math.prod(shape.max_size) if isinstance(shape, Grid) else shape.max_length
+    return math.prod(shape.max_size) if isinstance(shape, CodeGrid) else shape.max_length
 
 
 def role_ranges(space: TokenSpace) -> Ranges:
@@ -150,7 +150,7 @@ def role_ranges(space: TokenSpace) -> Ranges:
 
 def segment_length(shape: CodeShape, frames: int) -> int:
     """Ids of one segment of so many frames with its open, size and close ids and its global codes."""
-    axes = len(shape.axes) if isinstance(shape, Grid) else 0
+    axes = len(shape.axes) if isinstance(shape, CodeGrid) else 0
     return 2 + axes + shape.num_global_codes + frames * shape.num_codebooks
 
 

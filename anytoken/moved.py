@@ -1,4 +1,4 @@
-"""Where modules stood in version 0.1: an import of an old name gives the module, and says where it is now.
+"""Names of version 0.1: an import of an old one gives what it names now, and says what that is called.
 
 A checkpoint carries the file of its plug-in modality, which was written against the names of its day, and a pickle
 names modules; both still load. Nothing in this package imports by an old name. `tokenizers.dna`, `training.losses` and
@@ -7,6 +7,7 @@ names modules; both still load. Nothing in this package imports by an old name. 
 
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -111,6 +112,46 @@ MOVED = {
     "terminal.replies": "terminal.render",
     "commands.use": "commands.inference",
 }
+
+
+RENAMED = {  # a module by its name of today: what in it had another name
+    "": {"Reply": "GenerationOutput"},
+    "inference.outputs": {"Reply": "GenerationOutput"},
+    "tokenizers": {"Grid": "CodeGrid", "Run": "CodeSequence"},
+    "tokenizers.base": {"Grid": "CodeGrid", "Run": "CodeSequence", "writing_order": "codebook_pattern"},
+    "tokenizers.losses.audio": {"heard_apart": "perceptual_distance", "log_bands": "log_mel"},
+    "tokenizers.losses.image": {"PatchCritic": "PatchDiscriminator"},
+    "tokenizers.modules.code_search": {"best_codes": "analysis_by_synthesis"},
+    "tokenizers.modules.convnext": {
+        "Fold": "Patchify",
+        "RowConv": "Conv1dAsConv2d",
+        "Trunk": "ConvNeXtStack",
+        "Unfold": "Unpatchify",
+        "alike": "group_by_shape",
+    },
+    "training.config": {"Stage": "TrainConfig"},
+}
+RECIPE_KEYS = {  # of a stage's recipe, old -> new; a recipe, a saved stage or an override may still have the old ones
+    "accumulate": "gradient_accumulation_steps",
+    "prompt_drop": "cfg_dropout",
+    "harmonise_gradients": "pcgrad",
+    "replace": "replace_tokenizers",
+    "loss.learn": "loss.loss_on",
+    "eval.integration": "eval.modality_integration_rate",
+}
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module of `RENAMED`: an old name gives what it names now, and says so."""
+    names = RENAMED[module.partition(".")[2]]
+
+    def attribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {names[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], names[name])
+
+    return attribute
 
 
 class OldNames(MetaPathFinder, Loader):

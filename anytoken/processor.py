@@ -23,7 +23,7 @@ from anytoken.grammar import ROLES, Grammar, GrammarError, Piece
 from anytoken.media_io import write_whole
 from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import TokenSpace, TokenSpaceError
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer, writing_order
+from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
 SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
@@ -116,7 +116,7 @@ class Processor:
             segment.open,
             *(space.size_token(n) for n in codes.size),
             *(codes.header + segment.global_start).tolist(),
-            *(codes.values + segment.starts).ravel()[writing_order(tokenizer.shape, len(codes))].tolist(),
+            *(codes.values + segment.starts).ravel()[codebook_pattern(tokenizer.shape, len(codes))].tolist(),
             segment.close,
         ]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from anytoken.tokenizers.base import CodeShape, Grid, TokenizerError, code_shape_from_dict
+from anytoken.tokenizers.base import CodeGrid, CodeShape, TokenizerError, code_shape_from_dict
 from anytoken.utils.atomic import write_file
 
 CONTROLS = ("pad", "bos", "user", "assistant", "system", "end", "null")
@@ -148,7 +148,7 @@ class TokenSpace:
                 f"{name} declares {shape.num_global_codes} global codes; received a global_codebook_size of "
                 f"{global_size}; both or neither are 0."
             )
-        if isinstance(shape, Grid) and max(shape.max_size) > self.max_size_token:
+        if isinstance(shape, CodeGrid) and max(shape.max_size) > self.max_size_token:
             raise TokenSpaceError(
                 f"{name} grids reach {max(shape.max_size)} on an axis, but size tokens end at {self.max_size_token}; "
                 "declare a smaller max_size or begin a TokenSpace with a larger max_size_token."

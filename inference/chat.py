@@ -51,7 +51,7 @@ while line := ask():
         if line == "undo":
             chat.undo()
         elif line == "again":
-            finish(chat.stream_again(), see)
+            finish(chat.regenerate_stream(), see)
         else:
             finish(chat.stream([open_segment(name) for name in files] + ([text] if text else [])), see)
         print()

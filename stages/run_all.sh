@@ -81,7 +81,7 @@ for file in "$DATA"/speech/speech "$DATA"/speech/varied "$RUNS"/conversations/co
     --data-root "$DATA" \
     --out "$next/shards/$(basename "$file")"
 done
-stage 6_speech init_from="$RUNS/5_more" data_root="$next/shards" replace.speech="$next/tokenizers/speech"
+stage 6_speech init_from="$RUNS/5_more" data_root="$next/shards" replace_tokenizers.speech="$next/tokenizers/speech"
 
 anytoken train stages/lora.yaml init_from="$RUNS/6_speech" output="$RUNS/lora" \
   data.train="$next/shards/conversations" "${stage_tiny[@]}"

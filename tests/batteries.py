@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from anytoken.segments import Segment, Text
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, load_tokenizer
-from anytoken.tokenizers.dna.base import DNALetters
+from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.dna.base import DNATokenizerBase
 from anytoken.tokenizers.dna.context import DNAContextTokenizer
 from anytoken.tokenizers.dna.kmer_bpe import DNABPETokenizer, DNAKmerTokenizer
 
@@ -123,13 +123,13 @@ class TokenizerBattery:
         for size in self.legal_sizes(tokenizer):
             values = [rng.integers(0, k, int(np.prod(size))) for k in tokenizer.codebook_sizes]
             header = rng.integers(0, tokenizer.global_codebook_size or 1, tokenizer.shape.num_global_codes)
-            codes = Codes(np.stack(values, 1), size if isinstance(tokenizer.shape, Grid) else (), header)
+            codes = Codes(np.stack(values, 1), size if isinstance(tokenizer.shape, CodeGrid) else (), header)
             assert type(tokenizer.decode(codes)) is tokenizer.segment_type
 
     def legal_sizes(self, tokenizer: ModalityTokenizer) -> list[tuple[int, ...]]:
         """The smallest and the largest size, and one between."""
         shape = tokenizer.shape
-        if isinstance(shape, Grid):
+        if isinstance(shape, CodeGrid):
             low, high = shape.min_size, shape.max_size
         else:
             low, high = (shape.min_length,), (shape.max_length,)
@@ -205,7 +205,7 @@ class TokenizerBattery:
     def test_a_wrong_size_is_an_error(self, tokenizer):
         codes, shape = tokenizer.encode(self.segment(1)), tokenizer.shape
         books = shape.num_codebooks
-        if isinstance(shape, Grid):
+        if isinstance(shape, CodeGrid):
             too_long = tuple(n + 1 for n in shape.max_size)
             wrong = [
                 Codes(codes.values, ()),
@@ -283,7 +283,7 @@ class TokenizerBattery:
             load_tokenizer(saved)
 
 
-def dna_tokenizers() -> list[DNALetters]:
+def dna_tokenizers() -> list[DNATokenizerBase]:
     """Small ones of every kind of DNA tokenizer whose codes spell by construction."""
     torch.manual_seed(SEED)
     context = DNAContextTokenizer(k=2, classes=3, reach=5, width=16, code_dim=4)

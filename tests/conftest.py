@@ -44,7 +44,7 @@ def save_tiny() -> Callable[..., Path]:
         space = TokenSpace(text.vocab_size)
         for kind, tokenizer in tokenizers.items():
             space.append_modality(kind, tokenizer.eval().codebook_sizes, tokenizer.shape)
-        config = AnyTokenConfig.of_space(
+        config = AnyTokenConfig.from_token_space(
             space,
             hidden_size=16,
             num_hidden_layers=1,

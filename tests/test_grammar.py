@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from anytoken.grammar import Grammar, GrammarError, State
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Codes, CodeShape, Grid, Run, writing_order
+from anytoken.tokenizers.base import CodeGrid, Codes, CodeSequence, CodeShape, codebook_pattern
 
 Walk = Generator[set[int], int, int]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -30,11 +30,11 @@ def random_shape(chance: random.Random) -> CodeShape:
     order = chance.choice(["interleaved", "delayed"])
     if chance.random() < 0.5:
         low = chance.randint(1, 3)
-        return Run(low, low + chance.randint(0, 3), books, order, chance.choice([0, 0, 1, 3]))
+        return CodeSequence(low, low + chance.randint(0, 3), books, order, chance.choice([0, 0, 1, 3]))
     axes = chance.randint(1, 3)
     low_size = tuple(chance.randint(1, 2) for _ in range(axes))
     high_size = tuple(n + chance.randint(0, 2) for n in low_size)
-    return Grid(tuple("abc"[:axes]), low_size, high_size, books, order, chance.choice([0, 0, 1, 3]))
+    return CodeGrid(tuple("abc"[:axes]), low_size, high_size, books, order, chance.choice([0, 0, 1, 3]))
 
 
 def random_space(chance: random.Random) -> TokenSpace:
@@ -60,7 +60,7 @@ def random_pins(chance: random.Random, space: TokenSpace) -> dict[str, tuple[int
             chance.randint(low, high) for low, high in zip(shape.min_size, shape.max_size, strict=True)
         )
         for name, shape in space.shapes.items()
-        if isinstance(shape, Grid) and chance.random() < 0.3
+        if isinstance(shape, CodeGrid) and chance.random() < 0.3
     }
 
 
@@ -84,7 +84,7 @@ class Language:
                 i for i in range(space.vocab_size) if space.range_of(i) == space.code_range(name, number)
             }
         close = space.close_token(name)
-        if isinstance(shape, Grid):
+        if isinstance(shape, CodeGrid):
             cells = 1
             for axis in range(len(shape.axes)):
                 pin = self.pins.get(name)
@@ -297,14 +297,14 @@ def test_conversations_parse_and_can_be_written_again(seed: int) -> None:
             continue
         shape, starts = space.shapes[piece.kind], [span.start for span in space.ranges if span.kind == "code"]
         assert piece.values.shape[1] == shape.num_codebooks and piece.role in ("system", "user", "assistant")
-        frames = math.prod(piece.size) if isinstance(shape, Grid) else len(piece.values)
+        frames = math.prod(piece.size) if isinstance(shape, CodeGrid) else len(piece.values)
         assert len(piece.values) == frames
         written += [space.open_token(piece.kind), *(space.size_token(n) for n in piece.size)]
         assert len(piece.header) == shape.num_global_codes
         for code in piece.header.tolist():
             assert 0 <= code < space.global_codebook_size(piece.kind)
             written.append(space.global_range(piece.kind).start + code)
-        for place in writing_order(shape, frames).tolist():
+        for place in codebook_pattern(shape, frames).tolist():
             frame, book = divmod(place, shape.num_codebooks)
             code, span = int(piece.values[frame, book]), space.code_range(piece.kind, book)
             assert span.start in starts and 0 <= code < len(span)
@@ -336,8 +336,8 @@ def test_loss_classes_hold_what_is_allowed(seed: int) -> None:
 @pytest.fixture(scope="module")
 def grammar() -> Grammar:
     space = TokenSpace(10, 16)
-    space.append_modality("image", [20], Grid(("rows", "cols"), (1, 1), (16, 16)))
-    space.append_modality("tone", [7, 5], Run(2, 5, num_codebooks=2))
+    space.append_modality("image", [20], CodeGrid(("rows", "cols"), (1, 1), (16, 16)))
+    space.append_modality("tone", [7, 5], CodeSequence(2, 5, num_codebooks=2))
     return Grammar(space)
 
 
@@ -465,8 +465,8 @@ def test_what_is_no_whole_sequence(grammar: Grammar, ids: list[int | str]) -> No
 
 def test_global_codes_stand_between_the_size_header_and_the_local_codes() -> None:
     space = TokenSpace(4)
-    space.append_modality("image", [9], Grid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=2), 5)
-    space.append_modality("tone", [7], Run(1, 3, num_global_codes=1), 3)
+    space.append_modality("image", [9], CodeGrid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=2), 5)
+    space.append_modality("tone", [7], CodeSequence(1, 3, num_global_codes=1), 3)
     grammar, globals_ = Grammar(space), space.global_range("image")
     code, open_ = space.code_range("image").start, space.open_token("image")
     ids = [open_, space.size_token(1), space.size_token(2), globals_.start + 4, globals_.start]
@@ -558,21 +558,21 @@ def test_loss_classes_of_a_small_space(grammar: Grammar) -> None:
 
 @given(frames=st.integers(1, 12), books=st.integers(1, 5))
 def test_the_delay_pattern_by_hand_and_by_its_rule(frames: int, books: int) -> None:
-    order = writing_order(Run(1, 20, books, "delayed"), frames)
+    order = codebook_pattern(CodeSequence(1, 20, books, "delayed"), frames)
     steps = [(f + q, q) for f, q in (divmod(int(flat), books) for flat in order)]
     assert steps == sorted(steps) and sorted(order) == list(range(frames * books))
-    assert writing_order(Run(1, 9, 3, "delayed"), 3).tolist() == [0, 3, 1, 6, 4, 2, 7, 5, 8]
-    assert writing_order(Run(1, 9, 3), 2).tolist() == list(range(6))
+    assert codebook_pattern(CodeSequence(1, 9, 3, "delayed"), 3).tolist() == [0, 3, 1, 6, 4, 2, 7, 5, 8]
+    assert codebook_pattern(CodeSequence(1, 9, 3), 2).tolist() == list(range(6))
 
 
 @pytest.mark.parametrize("order", ["interleaved", "delayed"])
 def test_codes_of_several_codebooks_come_back_in_either_order(order: str) -> None:
     space = TokenSpace(4)
-    space.append_modality("tone", [7, 5, 6], Run(1, 5, 3, order))
+    space.append_modality("tone", [7, 5, 6], CodeSequence(1, 5, 3, order))
     grammar, chance = Grammar(space), np.random.default_rng(0)
     starts = np.array([space.code_range("tone", book).start for book in range(3)])
     for frames in range(1, 6):
         codes = np.stack([chance.integers(0, size, frames) for size in (7, 5, 6)], 1)
-        written = (codes + starts).ravel()[writing_order(space.shapes["tone"], frames)]
+        written = (codes + starts).ravel()[codebook_pattern(space.shapes["tone"], frames)]
         (piece,) = grammar.parse([space.open_token("tone"), *written.tolist(), space.close_token("tone")])
         assert np.array_equal(piece.values, codes)

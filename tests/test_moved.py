@@ -9,14 +9,17 @@ from importlib.util import find_spec
 import pytest
 
 import anytoken
-from anytoken.moved import MOVED, OldNames
-from anytoken.tokenizers.base import load_tokenizer
+from anytoken.moved import MOVED, RECIPE_KEYS, RENAMED, OldNames
+from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.dna import DNATokenizer
+from anytoken.training import config
+from anytoken.training.config import TrainConfig
 
 PLUGIN = """
 from anytoken import DNA, ModalityTokenizer, register_modality
 from anytoken.tokenizers.dna_letters import MAX_TOKENS
 from anytoken.tokenizers import quantizers
+from anytoken.tokenizers.base import Grid, Run
 
 
 @register_modality
@@ -25,6 +28,7 @@ class OldTokenizer(ModalityTokenizer):
     segment_type = DNA
     quantizer_class = quantizers.Quantizer
     most = MAX_TOKENS
+    shapes = Grid, Run
 """
 
 
@@ -45,21 +49,39 @@ def test_an_old_name_gives_the_very_module_and_says_so():
         import_module("anytoken.tokenizers.never_was")
 
 
-@pytest.mark.filterwarnings("ignore:.*is now:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.* is now :DeprecationWarning")
 def test_a_plug_in_of_old_imports_runs(tmp_path):
     (tmp_path / "old.py").write_text(PLUGIN)
     cls = anytoken.load_modality(tmp_path / "old.py")
     assert cls.quantizer_class.__module__ == "anytoken.tokenizers.modules.quantizer" and cls.most > 0
 
 
-@pytest.mark.filterwarnings("ignore:.*is now:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.* is now :DeprecationWarning")
 def test_a_pickle_with_old_names_loads():
-    from anytoken.inference.outputs import Reply
+    written = pickle.dumps(anytoken.GenerationOutput, protocol=0)
+    written = written.replace(b"inference.outputs", b"inference.reply").replace(b"GenerationOutput", b"Reply")
+    assert b"inference.reply" in written and pickle.loads(written) is anytoken.GenerationOutput
 
-    written = pickle.dumps(Reply, protocol=0).replace(
-        b"anytoken.inference.outputs", b"anytoken.inference.reply"
-    )
-    assert b"inference.reply" in written and pickle.loads(written) is Reply
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"), [(m, *pair) for m, names in RENAMED.items() for pair in names.items()]
+)
+def test_an_old_name_in_a_module_gives_the_new_one_and_says_so(module, old, new):
+    room = import_module(f"anytoken.{module}".rstrip("."))
+    with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
+        found = getattr(room, old)
+    assert found is getattr(room, new)
+    with pytest.raises(AttributeError, match="never_was"):
+        room.never_was  # noqa: B018
+
+
+def test_a_plug_in_that_weighs_its_losses_by_the_old_name():
+    class Old(ModalityTokenizer):
+        def weigh_losses(self, weights):
+            return dict(weights)
+
+    with pytest.warns(DeprecationWarning, match="configure_losses"):
+        assert Old.configure_losses(Old.__new__(Old), {"pixel": 1.0}) == {"pixel": 1.0}
 
 
 def test_a_tokenizer_folder_with_an_old_class_path_loads(tmp_path):
@@ -68,3 +90,37 @@ def test_a_tokenizer_folder_with_an_old_class_path_loads(tmp_path):
     header["class"] = "anytoken.tokenizers.dna:DNATokenizer"
     (folder / "config.json").write_text(json.dumps(header))
     assert isinstance(load_tokenizer(folder), DNATokenizer)
+
+
+RECIPE = {
+    "init_from": "somewhere",
+    "output": "out",
+    "steps": 4,
+    "data": [{"path": "a", "views": {"text->image": 1}}],
+}
+
+
+def test_a_recipe_with_the_old_keys_is_read_with_a_warning_for_each():
+    old = {"accumulate": 2, "prompt_drop": 0.0, "harmonise_gradients": True, "replace": {"image": "there"},
+           "loss": {"learn": "everything"}, "eval": {"integration": True}}  # fmt: skip
+    with pytest.warns(FutureWarning) as said:
+        stage = TrainConfig.from_dict(RECIPE | old)
+    assert {str(one.message).split()[3] for one in said} == set(RECIPE_KEYS)
+    assert (stage.gradient_accumulation_steps, stage.cfg_dropout, stage.pcgrad) == (2, 0.0, True)
+    assert stage.replace_tokenizers == {"image": "there"} and stage.loss.loss_on == "all"
+    assert stage.eval.modality_integration_rate
+
+
+@pytest.mark.filterwarnings("ignore:the recipe key:FutureWarning")
+def test_an_override_by_an_old_key_wins_over_the_new_key_of_a_recipe():
+    recipe = RECIPE | {"cfg_dropout": 0.3, "replace": {"image": "here"}}
+    words = ["prompt_drop=0", "replace.speech=there", "loss.learn=everything"]
+    with pytest.warns(FutureWarning, match="prompt_drop is now cfg_dropout"):
+        stage = TrainConfig.from_dict(config.apply_overrides(recipe, words))
+    assert stage.cfg_dropout == 0 and stage.loss.loss_on == "all"
+    assert stage.replace_tokenizers == {"image": "here", "speech": "there"}
+
+
+def test_both_names_of_a_key_are_an_error():
+    with pytest.raises(config.StageError, match="prompt_drop is now cfg_dropout, and the recipe has both"):
+        TrainConfig.from_dict(RECIPE | {"cfg_dropout": 0.3, "prompt_drop": 0.1})

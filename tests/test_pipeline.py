@@ -23,7 +23,7 @@ from anytoken.data.mixture import SourceSpec, matches
 from anytoken.emoji_world import instruct
 from anytoken.tokenizers.base import MODALITIES
 from anytoken.training import trainer as stage_trainer
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.tokenizer import trainer as tokenizer_trainer
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ class Done:
     plans: dict[str, Any] = field(default_factory=dict)
     files: set[Path] = field(default_factory=set)  # conversations that were made
     shards: dict[Path, Path] = field(default_factory=dict)  # shard folder -> records
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[TrainConfig] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_every_command_finds_what_it_needs(
         assert records in done.files or (ROOT / TINY / records.relative_to(data)).is_file()
     assert [Path(stage.output) for stage in done.stages] == [runs / name for name in STAGES]
     assert done.stages[0].tokenizers == {kind: str(folder) for kind, folder in first.items()}
-    assert done.stages[-2].replace == {"speech": str(done.tokenizers["25hz"])}
+    assert done.stages[-2].replace_tokenizers == {"speech": str(done.tokenizers["25hz"])}
     starts = [stage.init_from for stage in done.stages]
     assert starts == ["scratch", *(stage.output for stage in done.stages[:-1])]
     for stage in done.stages:
@@ -152,7 +152,7 @@ def test_tiny_shrinks_sizes_and_steps_only(script: Script, follow: Callable[[lis
         tokenizer = MODALITIES[kind](**done.plans[kind].config)  # the recipe's settings and ours go together
         assert sum(one.numel() for one in tokenizer.parameters()) < 1_500_000
     for name, stage in zip(STAGES, done.stages, strict=True):
-        full = Stage.load(ROOT / "stages" / f"{name}.yaml")
+        full = TrainConfig.load(ROOT / "stages" / f"{name}.yaml")
         assert drawn(stage) == drawn(full)
         assert (stage.loss, stage.lora, stage.trainable) == (full.loss, full.lora, full.trainable)
 
@@ -160,14 +160,14 @@ def test_tiny_shrinks_sizes_and_steps_only(script: Script, follow: Callable[[lis
 def test_the_full_run_is_the_recipes_as_they_are(
     script: Script, follow: Callable[[list[list[str]]], Done]
 ) -> None:
-    paths = {"init_from", "output", "tokenizers", "data_root", "data", "replace"}
+    paths = {"init_from", "output", "tokenizers", "data_root", "data", "replace_tokenizers"}
     for name, stage in zip(STAGES, follow(script()[1]).stages, strict=True):
-        full = Stage.load(ROOT / "stages" / f"{name}.yaml")
+        full = TrainConfig.load(ROOT / "stages" / f"{name}.yaml")
         assert stage.model_dump(exclude=paths) == full.model_dump(exclude=paths)
         assert drawn(stage) == drawn(full)
 
 
-def drawn(stage: Stage) -> list[dict[str, Any]]:
+def drawn(stage: TrainConfig) -> list[dict[str, Any]]:
     """What is drawn from which sets, wherever they lie."""
     return [one.model_dump() | {"path": Path(one.path).name} for one in stage.data]
 

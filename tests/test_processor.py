@@ -18,10 +18,10 @@ from anytoken.processor import Processor, PromptError
 from anytoken.segments import DNA, Image, Segment, SegmentError, Speech, Text
 from anytoken.token_space import TokenSpace, TokenSpaceError
 from anytoken.tokenizers.base import (
+    CodeGrid,
     Codes,
-    Grid,
+    CodeSequence,
     ModalityTokenizer,
-    Run,
     TokenizerError,
     register_modality,
 )
@@ -61,7 +61,7 @@ class DotsTokenizer(ModalityTokenizer):
     segment_type = Dots
 
     def __init__(self, side: int = 3) -> None:
-        shape = Grid(("rows", "columns"), (1, 1), (side, side), num_global_codes=2)
+        shape = CodeGrid(("rows", "columns"), (1, 1), (side, side), num_global_codes=2)
         super().__init__(
             shape=shape, codebook_sizes=[SHADES], config={"side": side}, global_codebook_size=SHADES
         )
@@ -86,7 +86,7 @@ class LetterTokenizer(ModalityTokenizer):
     segment_type = DNA
 
     def __init__(self) -> None:
-        super().__init__(shape=Run(1, 6, num_codebooks=2), codebook_sizes=[4, 4], config={})
+        super().__init__(shape=CodeSequence(1, 6, num_codebooks=2), codebook_sizes=[4, 4], config={})
 
     def encode(self, segment: Segment) -> Codes:
         self.check_segment(segment)
@@ -106,7 +106,7 @@ class CornerTokenizer(ModalityTokenizer):
     segment_type = Image
 
     def __init__(self) -> None:
-        super().__init__(shape=Run(1, 1), codebook_sizes=[256], config={})
+        super().__init__(shape=CodeSequence(1, 1), codebook_sizes=[256], config={})
 
     def encode(self, segment: Segment) -> Codes:
         self.check_segment(segment)

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anytoken.token_space import TokenSpace, TokenSpaceError
-from anytoken.tokenizers.base import Grid, Run
+from anytoken.tokenizers.base import CodeGrid, CodeSequence
 
 SHAPES = st.one_of(
     st.builds(
-        lambda axes, high, books, count: Grid(
+        lambda axes, high, books, count: CodeGrid(
             tuple("abc"[:axes]), (1,) * axes, (high,) * axes, books, num_global_codes=count
         ),
         st.integers(1, 3), st.integers(1, 8), st.integers(1, 3), st.integers(0, 2),
     ),
     st.builds(
-        lambda low, more, books, count: Run(low, low + more, books, num_global_codes=count),
+        lambda low, more, books, count: CodeSequence(low, low + more, books, num_global_codes=count),
         st.integers(1, 3), st.integers(0, 9), st.integers(1, 3), st.integers(0, 2),
     ),
 )  # fmt: skip
@@ -41,8 +41,8 @@ def spaces(draw: st.DrawFn) -> TokenSpace:
 
 def example() -> TokenSpace:
     space = TokenSpace(10, 16)
-    space.append_modality("image", [100], Grid(("rows", "cols"), (1, 1), (16, 16)))
-    space.append_modality("tone", [7, 5], Run(2, 5, num_codebooks=2))
+    space.append_modality("image", [100], CodeGrid(("rows", "cols"), (1, 1), (16, 16)))
+    space.append_modality("tone", [7, 5], CodeSequence(2, 5, num_codebooks=2))
     return space
 
 
@@ -63,7 +63,7 @@ def test_the_layout_of_a_small_space() -> None:
 
 def test_global_codes_have_one_range_after_the_codebooks() -> None:
     space = TokenSpace(10, 16)
-    space.append_modality("tone", [7, 5], Run(2, 5, 2, num_global_codes=3), 4)
+    space.append_modality("tone", [7, 5], CodeSequence(2, 5, 2, num_global_codes=3), 4)
     span = space.global_range("tone")
     assert (span.start, span.stop, span.modality, span.codebook) == (47, 51, "tone", None)
     assert span.start == space.code_range("tone", 1).stop and space.vocab_size == 51
@@ -75,7 +75,7 @@ def test_global_codes_have_one_range_after_the_codebooks() -> None:
         assert set(one) == {"name", "codebook_sizes", "shape"} and "num_global_codes" not in one["shape"]
     with pytest.raises(TokenSpaceError, match="tone has no global codes"):
         example().global_range("tone")
-    for shape, size in ((Run(1, 2), 4), (Run(1, 2, num_global_codes=1), 0)):
+    for shape, size in ((CodeSequence(1, 2), 4), (CodeSequence(1, 2, num_global_codes=1), 0)):
         with pytest.raises(TokenSpaceError, match="both or neither are 0"):
             space.append_modality("hum", [3], shape, size)
         assert space.modalities == ["tone"] and space.vocab_size == 51
@@ -125,7 +125,7 @@ def test_modality_of_is_what_the_ranges_say(space: TokenSpace) -> None:
 
 @given(spaces(), SHAPES)
 @settings(max_examples=50, deadline=None)
-def test_appending_moves_no_id(space: TokenSpace, shape: Grid | Run) -> None:
+def test_appending_moves_no_id(space: TokenSpace, shape: CodeGrid | CodeSequence) -> None:
     old = copy.deepcopy(space)
     ids = torch.arange(old.vocab_size)
     before = space.modality_of(ids)
@@ -153,17 +153,22 @@ def test_saved_and_loaded_are_equal(tmp_path_factory: pytest.TempPathFactory, sp
 @pytest.mark.parametrize(
     ("name", "sizes", "shape", "message"),
     [
-        ("image", [3], Run(1, 2), r"'image' is in the token space already \(it holds text, image, tone\)"),
-        ("text", [3], Run(1, 2), "other than text.*received 'text'"),
-        ("bos", [3], Run(1, 2), "received 'bos'"),
-        ("a-b", [3], Run(1, 2), "identifier.*'a-b'"),
-        ("smell", [3, 4], Run(1, 2), r"1 codebooks.*\[3, 4\]"),
-        ("smell", [0], Run(1, 2), r"\[0\]"),
-        ("smell", [3], Grid(("rows",), (1,), (17,)), "17.*end at 16"),
+        (
+            "image",
+            [3],
+            CodeSequence(1, 2),
+            r"'image' is in the token space already \(it holds text, image, tone\)",
+        ),
+        ("text", [3], CodeSequence(1, 2), "other than text.*received 'text'"),
+        ("bos", [3], CodeSequence(1, 2), "received 'bos'"),
+        ("a-b", [3], CodeSequence(1, 2), "identifier.*'a-b'"),
+        ("smell", [3, 4], CodeSequence(1, 2), r"1 codebooks.*\[3, 4\]"),
+        ("smell", [0], CodeSequence(1, 2), r"\[0\]"),
+        ("smell", [3], CodeGrid(("rows",), (1,), (17,)), "17.*end at 16"),
     ],
 )
 def test_what_cannot_be_appended_changes_nothing(
-    name: str, sizes: list[int], shape: Run | Grid, message: str
+    name: str, sizes: list[int], shape: CodeSequence | CodeGrid, message: str
 ) -> None:
     space = example()
     with pytest.raises(TokenSpaceError, match=message):

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from anytoken import recipes
-from anytoken.benchmarks.harness import BenchError, Figures, take_turns
+from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.data.records import Record
 from anytoken.data.shards import Shards, is_shards, tokenize_records
 from anytoken.emoji_world.instruct import build_instruct
 from anytoken.processor import Processor
-from anytoken.training.config import Stage
-from anytoken.training.initialize import load_start
+from anytoken.training.config import TrainConfig
+from anytoken.training.initialize import build_model
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.trainer import build_loss
 
@@ -47,8 +47,8 @@ Sample = tuple[Record, np.ndarray]
 
 def bench_data(shards: Path, scratch: Path, repeats: int, batches: int = 100) -> Figures:
     """All three, on mini and its stages; shards: their tokenized sets. BenchError if they are not there."""
-    stages = [Stage.load(recipes.find(f"stages/{name}.yaml"), _from_mini(shards)) for name in STAGES]
-    processor, lm = load_start(stages[-1])
+    stages = [TrainConfig.load(recipes.find(f"stages/{name}.yaml"), _from_mini(shards)) for name in STAGES]
+    processor, lm = build_model(stages[-1])
     rows = [_packing(stage, processor, batches) for stage in stages]
     loading, seconds = _loading(stages[-1], processor, lm, repeats)
     read = Shards(shards / READ, processor.tokenizers)
@@ -68,8 +68,8 @@ def _from_mini(shards: Path) -> list[str]:
 
 def tiny_shards(folder: Path) -> Path:
     """The tiny sets that come with the package, tokenized as mini's were: enough to run all of this on."""
-    stage = Stage.load(recipes.find("stages/4_instruct.yaml"), _from_mini(folder))
-    tokenizers = load_start(stage)[0].tokenizers
+    stage = TrainConfig.load(recipes.find("stages/4_instruct.yaml"), _from_mini(folder))
+    tokenizers = build_model(stage)[0].tokenizers
     sets = recipes.assets() / "tiny"
     for name, file in SETS.items():
         tokenize_records(sets / f"{file}.jsonl", tokenizers, folder / name, progress=False)
@@ -81,15 +81,15 @@ def tiny_shards(folder: Path) -> Path:
 # ---- packing ----
 
 
-def _mixture(stage: Stage, processor: Processor) -> Mixture:
-    return Mixture(stage.sources(stage.data), processor, stage.context, stage.seed, stage.prompt_drop)
+def _mixture(stage: TrainConfig, processor: Processor) -> Mixture:
+    return Mixture(stage.sources(stage.data), processor, stage.context, stage.seed, stage.cfg_dropout)
 
 
-def _packing(stage: Stage, processor: Processor, batches: int) -> Figures:
+def _packing(stage: TrainConfig, processor: Processor, batches: int) -> Figures:
     """The share of real ids in batches of a stage, beside best-fit decreasing on its sequences as a whole."""
     pad = processor.token_space.pad
     mixture = _mixture(stage, processor)
-    stream = PackedStream(mixture.sample, stage.rows, stage.context, pad)
+    stream = PackedStream(mixture.sample, stage.batch_size, stage.context, pad)
     drawn = [batch["input_ids"].ne(pad).float().mean() for batch in islice(stream, 2 * batches)]
     # The first rows are filled from a pool of fresh samples.
     real = torch.stack(drawn[batches:]).mean().item()
@@ -119,12 +119,14 @@ def best_fit_decreasing(lengths: Sequence[int], context: int) -> float:
 # ---- loading ----
 
 
-def _loading(stage: Stage, processor: Processor, lm: Any, repeats: int) -> tuple[Figures, Figures]:
+def _loading(stage: TrainConfig, processor: Processor, lm: Any, repeats: int) -> tuple[Figures, Figures]:
     """What of a step is drawing and packing its batch, without workers; and the seconds of both."""
     model = ModelWithLoss(lm.train(), build_loss(stage, processor), stage.moe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = iter(
-        PackedStream(_mixture(stage, processor).sample, stage.rows, stage.context, processor.token_space.pad)
+        PackedStream(
+            _mixture(stage, processor).sample, stage.batch_size, stage.context, processor.token_space.pad
+        )
     )
     loading, steps = [], []
     for number in range(repeats + 1):
@@ -175,7 +177,9 @@ def _reading(shards: Shards, scratch: Path, repeats: int) -> list[Figures]:
             if record != samples[index][0] or not np.array_equal(codes, samples[index][1]):
                 raise BenchError(f"{name}: other tokens are read, so there is nothing to compare.")
     tokens = sum(codes.size for _, codes in samples)
-    taken = take_turns({name: partial(_exhaust, open_side) for name, open_side in sides.items()}, repeats)
+    taken = interleaved_timing(
+        {name: partial(_exhaust, open_side) for name, open_side in sides.items()}, repeats
+    )
     rows = []
     for name in (name for name in sides if "," in name):
         order, peer = name.split(", ")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from anytoken.benchmarks.harness import Figures, take_turns
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
 
@@ -57,7 +57,7 @@ def bench_experts(hidden: int, experts: int, top_k: int, repeats: int) -> Figure
     ids = torch.randint(SHAPE["vocab_size"], (ROWS, CONTEXT), generator=torch.Generator().manual_seed(0))
     factor = torch.randn(PEAK_SIZE, PEAK_SIZE)
     sides: dict[str, Callable[[], object]] = {name: partial(_step(lm), ids) for name, lm in models.items()}
-    taken = take_turns({**sides, "matmul": lambda: factor @ factor}, repeats)
+    taken = interleaved_timing({**sides, "matmul": lambda: factor @ factor}, repeats)
     peak = 2 * PEAK_SIZE**3 / taken["matmul"]
     rows: list[Figures] = []
     for name, lm in models.items():

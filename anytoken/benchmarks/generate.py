@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from anytoken.benchmarks.harness import BenchError, Figures, ratio_of_turns, take_turns
+from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing, ratio_of_turns
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
-from anytoken.inference.kv_cache import RowCache
+from anytoken.inference.kv_cache import KVCache
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -69,7 +69,7 @@ class Subject:
 def bench_generate(model: AnyToken, kind: str, prompt: str, repeats: int, sizes: Sizes) -> Figures:
     """All comparisons; BenchError if the two sides' ids differ."""
     wide = with_lm(model, copy.deepcopy(model.lm))
-    wide.lm.grow_vocabulary(max(sizes.vocabulary, wide.lm.config.vocab_size))
+    wide.lm.extend_vocabulary(max(sizes.vocabulary, wide.lm.config.vocab_size))
     large = with_lm(model, large_lm(model, sizes))
     name = f"{large.lm.num_parameters() / 1e6:.0f} M"
     small, big = Subject(model, kind, prompt), Subject(large, kind, prompt)
@@ -117,7 +117,7 @@ def _beside_transformers(
         ours, peer = partial(subject.ours, count, engine=engine), partial(subject.transformers, count)
         if ours() != peer():
             raise BenchError("The two sides give different ids: there is nothing to compare.")
-        taken = take_turns({"ours": ours, "transformers": peer}, repeats, warmups=0)
+        taken = interleaved_timing({"ours": ours, "transformers": peer}, repeats, warmups=0)
         what = "compiled against transformers" if engine else "against transformers"
         found.append(_ratio(name, what, count, taken["ours"], taken["transformers"], subject.tokens))
     if len(found) > 1:
@@ -146,7 +146,7 @@ def _first_event(subject: Subject, repeats: int) -> Figures:
     """Of a text, which needs the model's answer, after a prompt of PROMPT ids."""
     ids = (subject.ids * PROMPT)[:PROMPT]
     engine, batch = subject.engine, torch.tensor([ids])
-    taken = take_turns(
+    taken = interleaved_timing(
         {
             "event": lambda: next(engine.stream([ids], [("text",)], {"text": GREEDY}, 8)),
             "prefill": lambda: subject.model.lm(batch, use_cache=True, logits_to_keep=1),
@@ -164,7 +164,9 @@ def _bandwidth(name: str, subject: Subject, engine: Engine, repeats: int) -> Fig
     other = lm.config.vocab_size - (codes.stop - codes.start)
     active = 4 * (lm.num_active_parameters() - other * lm.config.hidden_size)
     memory = torch.ones(1 << 28)
-    taken = take_turns({"tokens": partial(subject.ours, 1, engine=engine), "memory": memory.sum}, repeats)
+    taken = interleaved_timing(
+        {"tokens": partial(subject.ours, 1, engine=engine), "memory": memory.sum}, repeats
+    )
     seconds, rate = taken["tokens"] / subject.tokens, 4 * memory.numel() / taken["memory"]
     share = active / rate / seconds
     return {"model": name, "what": f"share of {rate / 1e9:.0f} GB/s, compiled", "ratio": share}
@@ -175,7 +177,7 @@ def _context_curve(lm: Any, engine: Engine, contexts: Iterable[int]) -> list[Fig
     """Milliseconds of one step, and of its attention alone, after so many tokens."""
     decoder, config = engine.head().decoder, lm.config
     assert decoder is not None
-    cache = RowCache(lm.device, lm.dtype)
+    cache = KVCache(lm.device, lm.dtype)
     empty = torch.zeros(config.num_key_value_heads, 0, config.head_dim)
     cache.write_row(0, [(empty, empty)] * config.num_hidden_layers, 0)
     curve = []
@@ -191,6 +193,6 @@ def _context_curve(lm: Any, engine: Engine, contexts: Iterable[int]) -> list[Fig
                 F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
         step = partial(decoder.step, [1], [context - 1], cache, 0)
-        taken = take_turns({"step": step, "attention": attend}, 10, 2)
+        taken = interleaved_timing({"step": step, "attention": attend}, 10, 2)
         curve.append({"context": context, **{f"{side} ms": 1e3 * time for side, time in taken.items()}})
     return curve

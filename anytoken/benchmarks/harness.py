@@ -28,7 +28,9 @@ class BenchError(ValueError):
     """Two sides that cannot be compared."""
 
 
-def take_turns(sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1) -> dict[str, float]:
+def interleaved_timing(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1
+) -> dict[str, float]:
     """Median seconds of every side; in each of `repeats` rounds every side runs once, after `warmups` rounds."""
     return {name: statistics.median(times) for name, times in time_turns(sides, repeats, warmups).items()}
 

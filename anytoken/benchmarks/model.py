@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from anytoken.benchmarks.harness import Figures, take_turns
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.grammar import Grammar, Phase
-from anytoken.inference.batch import Head
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.token_space import TokenSpace
@@ -132,7 +132,7 @@ def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 def best_experts(sizes: Sizes) -> str:
     """The expert implementation the stock model is fastest with."""
-    taken = take_turns({name: stock_step(sizes, name) for name in STOCK_EXPERTS}, repeats=2)
+    taken = interleaved_timing({name: stock_step(sizes, name) for name in STOCK_EXPERTS}, repeats=2)
     return min(taken, key=lambda name: taken[name])
 
 
@@ -162,11 +162,11 @@ def head_seconds(sizes: Sizes, kind: str) -> dict[str, float]:
     state = grammar.reply([kind])
     while state.phase is not Phase.CODES:
         state = grammar.advance(state, grammar.allowed(state)[0][0])
-    head, ranges = Head(lm), grammar.allowed(state)
+    head, ranges = ModelRunner(lm), grammar.allowed(state)
     features = torch.randn(1, lm.config.hidden_size)
     weight = lm.get_output_embeddings().weight
     sides = {"ours": lambda: head(features, ranges), "full": lambda: F.linear(features, weight)}
-    return take_turns(sides, HEAD_REPEATS)
+    return interleaved_timing(sides, HEAD_REPEATS)
 
 
 def bench_model(own: Sizes, large: Sizes, repeats: int) -> Figures:
@@ -187,7 +187,7 @@ def _steps(
 ) -> list[Figures]:
     """A row for each of our losses (restricted or not, and its bar), all taking turns with the stock model."""
     sides = {name: our_step(sizes, restricted) for name, (restricted, _) in losses.items()}
-    taken = take_turns(sides | {"stock": stock_step(sizes, experts)}, repeats)
+    taken = interleaved_timing(sides | {"stock": stock_step(sizes, experts)}, repeats)
     stock = 1000 * taken["stock"]
     return [
         _row(f"step, {name}, {sizes}", "ms", 1000 * taken[name], stock, bar)

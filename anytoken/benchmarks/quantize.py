@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from anytoken import recipes
-from anytoken.benchmarks.harness import Figures, take_turns
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.emoji_world.demo import exhibits
 from anytoken.inference.api import AnyToken, load
 from anytoken.model.quantize import KINDS, weight_bytes
@@ -20,7 +20,7 @@ def bench_quantize(name: str, repeats: int, each: int) -> Figures:
     """One row a side: megabytes of parameters, tokens/s of one reply, bits a token of `each` answers a direction."""
     models = {"float32": load(name, "cpu"), **{kind: load(name, "cpu", quantize=kind) for kind in KINDS}}
     sequences = held_out(models["float32"], each)
-    taken = take_turns({side: partial(_reply, model) for side, model in models.items()}, repeats)
+    taken = interleaved_timing({side: partial(_reply, model) for side, model in models.items()}, repeats)
     rows = [
         {
             "weights": side,

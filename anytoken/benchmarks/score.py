@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, take_turns
+from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
 from anytoken.inference.api import AnyToken
 from anytoken.inference.score import score_ids
 from anytoken.training.losses.balanced import grammar_groups
@@ -25,7 +25,7 @@ def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str
     worst = max(abs(a - b) for a, b in zip(*found.values(), strict=True))
     if worst > 1e-3:
         raise BenchError(f"The two ways of scoring differ by up to {worst:.2g} nats: speeds say nothing.")
-    taken = take_turns(sides, repeats)
+    taken = interleaved_timing(sides, repeats)
     rows = [
         {
             "side": name,

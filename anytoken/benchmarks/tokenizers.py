@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, take_turns
+from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
 from anytoken.segments import DNA, Image, Segment, Speech, Video
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import PretrainedSpeech
@@ -80,7 +80,7 @@ def _batched(tokenizer: ModalityTokenizer, batch: int, repeats: int) -> list[Fig
         one, many = getattr(tokenizer, verb), getattr(tokenizer, f"{verb}_batch")
         sides = {"ours": partial(many, given), "peer": partial(_one_by_one, one, given)}
         what = f"{tokenizer.name}, {verb}, {batch} at once"
-        rows.append(_row(what, "one by one", batch, take_turns(sides, repeats), BATCHED))
+        rows.append(_row(what, "one by one", batch, interleaved_timing(sides, repeats), BATCHED))
     return rows
 
 
@@ -100,7 +100,7 @@ def _beside_codecs(tokenizer: ModalityTokenizer, batch: int, repeats: int) -> li
                 given = segments if verb == "encode" else one.encode_batch(segments)
                 sides[side] = partial(getattr(one, f"{verb}_batch"), given)
             rows.append(
-                _row(f"speech, {verb}, {batch} at once", name, batch, take_turns(sides, repeats), 1.0)
+                _row(f"speech, {verb}, {batch} at once", name, batch, interleaved_timing(sides, repeats), 1.0)
             )
     return rows
 

@@ -11,24 +11,24 @@ import time
 
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, take_turns
+from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.cost_estimate import count, flops_per_token
-from anytoken.training.initialize import load_start
+from anytoken.training.initialize import build_model
 from anytoken.training.prepare_data import prepare_sources
-from anytoken.training.run_metadata import measured_peak
+from anytoken.training.run_metadata import measure_peak_flops
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.trainer import build_loss
 
 
-def bench_train(stage: Stage, repeats: int) -> Figures:
+def bench_train(stage: TrainConfig, repeats: int) -> Figures:
     """Seconds of a step of both sides, and of loading one batch; BenchError if a loss is not finite."""
-    processor, lm = load_start(stage)
+    processor, lm = build_model(stage)
     space, sources = processor.token_space, prepare_sources(stage, stage.data, processor)
-    mixture = Mixture(sources, processor, stage.context, stage.seed, stage.prompt_drop)
-    batches = iter(PackedStream(mixture.sample, stage.rows, stage.context, space.pad))
+    mixture = Mixture(sources, processor, stage.context, stage.seed, stage.cfg_dropout)
+    batches = iter(PackedStream(mixture.sample, stage.batch_size, stage.context, space.pad))
     batch = next(batches)
     model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe).train()
     labels = torch.full_like(batch["input_ids"], -100).flatten()
@@ -47,7 +47,7 @@ def bench_train(stage: Stage, repeats: int) -> Figures:
         "ours": lambda: step(model(**batch)["loss"]),
         "transformers": lambda: step(lm(**inputs, use_cache=False).loss),
     }
-    taken = take_turns(sides, repeats)
+    taken = interleaved_timing(sides, repeats)
     start = time.perf_counter()
     real = [float((next(batches)["input_ids"] != space.pad).float().mean()) for _ in range(repeats)]
     loading = (time.perf_counter() - start) / repeats
@@ -59,7 +59,7 @@ def bench_train(stage: Stage, repeats: int) -> Figures:
         "tokens/s": ids / taken["ours"],
         "transformers tokens/s": ids / taken["transformers"],
         "ratio": taken["transformers"] / taken["ours"],
-        "share of peak": ids / taken["ours"] * flops / measured_peak(lm.device, torch.float32),
+        "share of peak": ids / taken["ours"] * flops / measure_peak_flops(lm.device, torch.float32),
         "loading, of a step": loading / (taken["ours"] + loading),
         "real ids": sum(real) / len(real),
     }

@@ -86,9 +86,9 @@ def train(
     from anytoken import recipes
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.train import bench_train
-    from anytoken.training.config import Stage
+    from anytoken.training.config import TrainConfig
 
-    recipe = Stage.load(recipes.find(stage), overrides or [])
+    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     harness.report(bench_train(recipe, repeats), out)
 

@@ -30,7 +30,7 @@ from anytoken.commands.options import (
 )
 from anytoken.terminal.prompt_args import check_out, mark_parts, read_ids, read_part
 from anytoken.terminal.render import print_events, show_events, show_model, show_reply, show_segments
-from anytoken.terminal.repl import Talk, line_reader
+from anytoken.terminal.repl import ChatRepl, line_reader
 
 app = typer.Typer()
 PROMPT_HELP = (
@@ -89,7 +89,7 @@ def chat(
         )
     check_out(out)
     opened = load(model, device, adapter)
-    talk = Talk(
+    talk = ChatRepl(
         opened.chat(system),
         out,
         Console(),
@@ -103,7 +103,7 @@ def chat(
         max_new_tokens=max_new_tokens,
     )
     if go_on is not None:
-        talk.obey(f"/load {shlex.quote(str(go_on))}")
+        talk.handle_command(f"/load {shlex.quote(str(go_on))}")
     interactive = sys.stdin.isatty()
     talk.run(line_reader() if interactive else input, interactive)
 

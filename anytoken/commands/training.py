@@ -23,12 +23,12 @@ def train(
     ] = False,
 ) -> None:
     """Run a training stage; it resumes where it was stopped: `anytoken train stages/lora.yaml steps=500`."""
-    from anytoken.training.config import Stage
+    from anytoken.training.config import TrainConfig
     from anytoken.training.debug_model import tiny as shrink
     from anytoken.training.interrupts import Interrupted
     from anytoken.training.trainer import train as run
 
-    recipe = Stage.load(recipes.find(stage), overrides or [])
+    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
     try:
         print(run(shrink(recipe) if tiny else recipe, _answer))
     except Interrupted as stop:
@@ -70,10 +70,10 @@ def prefer(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train an adapter on preferred answers (DPO, through trl)."""
-    from anytoken.training.dpo import Preference
+    from anytoken.training.dpo import DPOArgs
     from anytoken.training.dpo import prefer as run
 
-    print(run(model, pairs, out, Preference(steps, batch, lr, beta, seed=seed)))
+    print(run(model, pairs, out, DPOArgs(steps, batch, lr, beta, seed=seed)))
 
 
 @app.command("merge-adapter")
@@ -127,9 +127,9 @@ def plan(
     from rich.table import Table
 
     from anytoken.training import cost_estimate as planning
-    from anytoken.training.config import Stage
+    from anytoken.training.config import TrainConfig
 
-    recipe = Stage.load(recipes.find(stage), overrides or [])
+    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
     config = planning.read_config(model, new_ids) if model else planning.planned_config(recipe)
     gpus = gpus or recipe.distributed.world_size
     found = planning.plan(recipe, config, gpus, gpu, sharding or planning.sharding_of(recipe), share_of_peak)
@@ -164,11 +164,11 @@ def evaluate(
     """Score a model on held-out prompts in every direction, beside chance and simple baselines."""
     from anytoken.emoji_world import demo, report
     from anytoken.emoji_world.directions import read_directions
-    from anytoken.emoji_world.tasks import World
+    from anytoken.emoji_world.tasks import EvalDatasets
     from anytoken.evaluation.transcriber import Transcriber
 
     chosen = read_directions(directions) if directions else None
-    world = World(data, judge_steps, seed, Transcriber(asr) if asr else None)
+    world = EvalDatasets(data, judge_steps, seed, Transcriber(asr) if asr else None)
     found = report.evaluate(load(model, device, adapter), world, chosen, count, seed)
     report.save(found, out)
     for page in fill or []:

@@ -259,19 +259,19 @@ class Mixture:
         processor: Processor,
         context: int,
         seed: int = 0,
-        prompt_drop: float = 0.1,
+        cfg_dropout: float = 0.1,
         learn_all: bool = False,
         sampling: SamplingSpec | None = None,
         tokens_per_step: int | None = None,
     ) -> None:
         """Open the sources; samples longer than ``context`` ids are never drawn.
 
-        prompt_drop: share of samples whose user turns become the null prompt. learn_all: learn prompts too.
+        cfg_dropout: share of samples whose user turns become the null prompt. learn_all: learn prompts too.
         tokens_per_step: ids of an optimizer step over all processes; weights that change over steps need it.
         """
         if not sources:
             raise MixtureError("the mixture is empty; name at least one source under data")
-        self.context, self.seed, self.prompt_drop, self.learn_all = context, seed, prompt_drop, learn_all
+        self.context, self.seed, self.cfg_dropout, self.learn_all = context, seed, cfg_dropout, learn_all
         self.controls, sampling = processor.token_space, sampling or SamplingSpec()
         self._encode_text = TextCache(processor.text_tokenizer.encode)
         self.choices = [choice for spec in sources for choice in _Source(spec, processor, sampling).choices()]
@@ -338,7 +338,7 @@ class Mixture:
     def _draw(self, choice: _Choice, rng: np.random.Generator) -> TrainingSequence:
         row = int(choice.rows[int(rng.integers(len(choice.rows)))])
         turns = choice.source.turns(row, choice.view, rng)
-        if rng.random() < self.prompt_drop:
+        if rng.random() < self.cfg_dropout:
             turns = drop_prompt(turns)
         return build_sequence(turns, self.controls, self._encode_text, self.learn_all)
 

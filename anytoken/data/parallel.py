@@ -22,7 +22,7 @@ AHEAD = 2  # jobs in flight for each worker
 _shared: list[Any] = []  # what this process was started with
 
 
-class EngineError(ValueError):
+class ParallelError(ValueError):
     """An engine that is not there."""
 
 
@@ -37,7 +37,7 @@ def run(
     if engine == "ray":
         return _run_on_ray(work, shared, jobs, workers)
     if engine != "local":
-        raise EngineError(f"unknown engine {engine!r}; choose from local, ray")
+        raise ParallelError(f"unknown engine {engine!r}; choose from local, ray")
     return _run_here(work, shared, jobs) if workers == 1 else _run_in_pool(work, shared, jobs, workers)
 
 
@@ -97,7 +97,7 @@ def _run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise EngineError("the engine ray needs Ray: pip install 'anytoken[ray]'") from error
+        raise ParallelError("the engine ray needs Ray: pip install 'anytoken[ray]'") from error
     if not ray.is_initialized():
         here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, **here)

@@ -20,7 +20,7 @@ from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.emoji_world.dna import translate
 from anytoken.emoji_world.report import ReportError, percent, read, rows
-from anytoken.evaluation.keyword_asr import JudgeError, WordJudge
+from anytoken.evaluation.keyword_asr import JudgeError, KeywordRecognizer
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
 
@@ -44,7 +44,7 @@ class DemoError(ValueError):
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class DemoExample:
     """One question of the demo, with the true answer to show beside the model's."""
 
     direction: str
@@ -83,36 +83,38 @@ def run_demo(model: "AnyToken", assets: Path, out: Path, each: int = 2, seed: in
     return page
 
 
-def exhibits(assets: Path, each: int) -> Iterator[Exhibit]:
+def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
     """The demo's questions, `each` a direction, in a fixed order."""
     images, videos = _open(assets, "images", "image", 2 * each), _open(assets, "videos", "video", each)
     clips, genes = _open(assets, "speech", "speech", each), _open(assets, "translate", "dna", each)
     pictures = {record["name"]: image for record, image in reversed(images)}
     for record, image in images[:each]:
-        yield Exhibit("text->image", [Text(record["text"])], "image", image)
+        yield DemoExample("text->image", [Text(record["text"])], "image", image)
     for record, image in images[:each]:
-        yield Exhibit("image->text", [image], "text", Text(record["text"]))
+        yield DemoExample("image->text", [image], "text", Text(record["text"]))
     for record, clip in clips:
-        yield Exhibit("text->speech", [Text(record["text"])], "speech", clip)
+        yield DemoExample("text->speech", [Text(record["text"])], "speech", clip)
     for record, clip in clips:
-        yield Exhibit("speech->text", [clip], "text", Text(record["text"]))
+        yield DemoExample("speech->text", [clip], "text", Text(record["text"]))
     for record, clip in clips:
-        yield Exhibit("speech->image", [clip], "image", pictures.get(record["name"], Text(record["text"])))
+        yield DemoExample(
+            "speech->image", [clip], "image", pictures.get(record["name"], Text(record["text"]))
+        )
     for record, image in images[:each]:
-        yield Exhibit("image->speech", [image], "speech", Text(record["name"]))
+        yield DemoExample("image->speech", [image], "speech", Text(record["name"]))
     for record, video in videos:
-        yield Exhibit("text->video", [Text(record["text"])], "video", video)
+        yield DemoExample("text->video", [Text(record["text"])], "video", video)
     for record, video in videos:
-        yield Exhibit("video->text", [video], "text", Text(record["text"]))
+        yield DemoExample("video->text", [video], "text", Text(record["text"]))
     for _, video in videos:
-        yield Exhibit("image->video", [Image(video.frames[0])], "video", video)
+        yield DemoExample("image->video", [Image(video.frames[0])], "video", video)
     for record, gene in genes:
-        yield Exhibit("dna->text", [gene], "text", Text(record["text"]))
+        yield DemoExample("dna->text", [gene], "text", Text(record["text"]))
     for record, gene in genes:
-        yield Exhibit("text->dna", [Text(record["text"])], "dna", gene)
+        yield DemoExample("text->dna", [Text(record["text"])], "dna", gene)
     for (one, first), (other, second) in zip(images[::2], images[1::2], strict=False):
         names = " and ".join(str(record["text"]).split(",")[0] for record in (one, other))
-        yield Exhibit("image,image->text", [first, second, Text("What are these?")], "text", Text(names))
+        yield DemoExample("image,image->text", [first, second, Text("What are these?")], "text", Text(names))
 
 
 def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str, Any], Any]]:
@@ -128,18 +130,18 @@ def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str
     ]
 
 
-def _word_judge(assets: Path) -> WordJudge | None:
+def _word_judge(assets: Path) -> KeywordRecognizer | None:
     names = {
         record["name"] for file in ("speech", "images") for record in read_records(assets / f"{file}.jsonl")
     }
     try:
-        return WordJudge(sorted(names))
+        return KeywordRecognizer(sorted(names))
     except JudgeError as error:
         Console(stderr=True).print(f"Spoken answers are not judged: {error}", style="yellow", markup=False)
         return None
 
 
-def judge(one: Exhibit, answer: list[Segment], words: WordJudge | None) -> str:
+def judge(one: DemoExample, answer: list[Segment], words: KeywordRecognizer | None) -> str:
     """A short verdict where one can be given at once: words, heard words, translated DNA."""
     segment: Any = answer[0] if answer else None
     truth: Any = one.truth
@@ -153,11 +155,11 @@ def judge(one: Exhibit, answer: list[Segment], words: WordJudge | None) -> str:
         residues = getattr(one.prompt[0], "text", "").split()
         return f"translates to {percent(sequence_identity(translate(segment.bases), residues))} of it"
     if one.target == "speech" and words is not None:
-        return f"heard: {words.hear(segment) or 'nothing known'}"
+        return f"heard: {words.transcribe(segment) or 'nothing known'}"
     return "see the page"
 
 
-def _roles(one: Exhibit, answer: list[Segment]) -> list[tuple[str, list[Segment]]]:
+def _roles(one: DemoExample, answer: list[Segment]) -> list[tuple[str, list[Segment]]]:
     return [("prompt", one.prompt), ("answer", answer), ("truth", [one.truth])]
 
 

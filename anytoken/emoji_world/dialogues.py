@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anytoken.data.records import open_media
-from anytoken.emoji_world.directions import IMAGES, Case
+from anytoken.emoji_world.directions import IMAGES, EvalExample
 from anytoken.emoji_world.instruct import ABOUT, DECLINED, REQUESTS, Maker
 from anytoken.emoji_world.phrases import DOCUMENTED, phrasings
 from anytoken.segments import KINDS, Segment, Text
 
 if TYPE_CHECKING:
-    from anytoken.emoji_world.tasks import World
+    from anytoken.emoji_world.tasks import EvalDatasets
 
 Message = dict[str, Any]
 FIRST, SECOND = "turn1:image->text", "turn2:image->text"
 QUESTION, [LOOK_BACK] = "What is this?", DOCUMENTED["look_back"]
 
 
-def requests(world: "World", split: str, count: int, seed: int) -> list[Case]:
+def requests(world: "EvalDatasets", split: str, count: int, seed: int) -> list[EvalExample]:
     """Requests of every purpose in turn, for the test split in held-out phrasings; the answer is the kind as a word."""
     maker = Maker(world.sets, world.sets, split, seed)
     purposes = [one for one in maker.single if phrasings(one, held_out=True)]
-    cases: list[Case] = []
+    cases: list[EvalExample] = []
     tries = 0
     while len(cases) < count and tries < 10 * count:
         purpose = purposes[tries % len(purposes)]
@@ -36,11 +36,11 @@ def requests(world: "World", split: str, count: int, seed: int) -> list[Case]:
             opened = _open(world, messages[:1])
             words = " ".join(_as_word(segment) for segment in opened[0]["content"])
             answer = Text(" ".join(REQUESTS[purpose].kinds))
-            cases.append(Case([Text(words)], answer, {"holdout": purpose}, opened))
+            cases.append(EvalExample([Text(words)], answer, {"holdout": purpose}, opened))
     return cases
 
 
-def turns(world: "World", split: str, count: int, seed: int, second: bool) -> list[Case]:
+def turns(world: "EvalDatasets", split: str, count: int, seed: int, second: bool) -> list[EvalExample]:
     """Images to be named, the same ones in the first turn and in the second.
 
     Second turns by turns bring the image after something else was said ("new image"), after another was drawn ("after a
@@ -60,7 +60,7 @@ def turns(world: "World", split: str, count: int, seed: int, second: bool) -> li
                 ("after a drawing", _chat([f"Draw {other['text']}"], [another], [image, QUESTION])),
                 ("earlier image", _chat([image, "What's the weather?"], [DECLINED], [LOOK_BACK])),
             ][place % 3]
-        cases.append(Case([image], name, {"name": record["name"], "holdout": why}, messages))
+        cases.append(EvalExample([image], name, {"name": record["name"], "holdout": why}, messages))
     return cases
 
 
@@ -71,7 +71,7 @@ def _chat(*contents: list[Any]) -> list[Message]:
     ]
 
 
-def _open(world: "World", messages: list[Message]) -> list[Message]:
+def _open(world: "EvalDatasets", messages: list[Message]) -> list[Message]:
     """Messages of a data set, whose media are paths below the sets, with segments."""
 
     def segment(part: dict[str, str]) -> Segment:

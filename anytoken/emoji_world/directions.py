@@ -103,7 +103,7 @@ def read_directions(names: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Case:
+class EvalExample:
     """One question: the prompt, the true answer, and the record (with what the judges need) it comes from.
 
     messages: the conversation that is asked in place of the prompt, which then is only what the nearest training prompt

@@ -34,7 +34,7 @@ def mel_frames(clip: Speech) -> Tensor:
     return mel.clamp_min(1e-6).log().T
 
 
-class VoiceJudge:
+class SpeakerClassifier:
     """Tells which known voice speaks: ridge regression on the mean and spread of a clip's spectrum."""
 
     def __init__(self, clips: Sequence[Speech], voices: Sequence[str], ridge: float = 1.0) -> None:
@@ -50,7 +50,7 @@ class VoiceJudge:
         square = inputs.T @ inputs + ridge * torch.eye(inputs.shape[1], dtype=torch.float64)
         self._weights = torch.linalg.solve(square, inputs.T @ targets)
 
-    def tell(self, clip: Speech) -> str:
+    def predict(self, clip: Speech) -> str:
         """The voice that a clip sounds like."""
         return self.voices[int((self._standard(self._features(clip)) @ self._weights).argmax())]
 
@@ -83,7 +83,7 @@ class PictureClassifier(nn.Module):
         return self.head(F.dropout(self.trunk(pixels).flatten(1), 0.3, self.training))
 
     @torch.no_grad()
-    def tell(self, segment: Segment) -> str:
+    def predict(self, segment: Segment) -> str:
         """The label of a picture, or of a video by the mean over its frames."""
         logits = self.eval()(pixels_of(segment)).log_softmax(-1).mean(0)
         return self.labels[int(logits.argmax())]
@@ -167,7 +167,7 @@ class BackgroundJudge:
         names = np.array(labels)
         self._colours = np.stack([np.median(borders[names == label], 0) for label in self.labels])
 
-    def tell(self, segment: Segment) -> str:
+    def predict(self, segment: Segment) -> str:
         """The background of a picture, or of a video by its middle frame."""
         frames: Any = segment.pixels[None] if isinstance(segment, Image) else getattr(segment, "frames", None)
         if frames is None:

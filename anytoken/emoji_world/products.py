@@ -21,7 +21,7 @@ from anytoken.evaluation.metrics import nearest, share
 from anytoken.segments import DNA, Text
 
 if TYPE_CHECKING:
-    from anytoken.emoji_world.tasks import World
+    from anytoken.emoji_world.tasks import EvalDatasets
     from anytoken.inference.api import AnyToken
 
 CANDIDATES, TOP = 50, 5
@@ -29,7 +29,7 @@ CANDIDATES, TOP = 50, 5
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
 
 
-def score_products(model: AnyToken, world: World, count: int, seed: int) -> dict[str, Any]:
+def score_products(model: AnyToken, world: EvalDatasets, count: int, seed: int) -> dict[str, Any]:
     """Figures of the direction, as `report.score` gives them; none where there are no short genes of the test split."""
     genes = [one for one in world.records(GENES) if one["short"]]
     known, asked = ([one for one in genes if one["split"] == split] for split in ("train", "test"))

@@ -17,16 +17,16 @@ import torch
 from tqdm import tqdm
 
 from anytoken.emoji_world.dialogues import FIRST, SECOND
-from anytoken.emoji_world.directions import DIRECTIONS, Case, Direction
+from anytoken.emoji_world.directions import DIRECTIONS, Direction, EvalExample
 from anytoken.emoji_world.products import score_products
-from anytoken.emoji_world.tasks import Parts, World, features
+from anytoken.emoji_world.tasks import EvalDatasets, Parts, features
 from anytoken.evaluation.metrics import majority, nearest, share
 from anytoken.segments import Segment, Text
 from anytoken.utils.git import commit
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
-    from anytoken.inference.outputs import Reply
+    from anytoken.inference.outputs import GenerationOutput
 
 BASELINES = ("chance", "majority", "nearest")
 
@@ -37,7 +37,7 @@ class ReportError(ValueError):
 
 def evaluate(
     model: "AnyToken",
-    world: World,
+    world: EvalDatasets,
     directions: Sequence[str] | None = None,
     count: int = 200,
     seed: int = 0,
@@ -79,10 +79,10 @@ def evaluate(
 
 
 def answer(
-    model: "AnyToken", cases: Sequence[Case], direction: Direction, seed: int, batch: int = 20
-) -> list["Reply"]:
+    model: "AnyToken", cases: Sequence[EvalExample], direction: Direction, seed: int, batch: int = 20
+) -> list["GenerationOutput"]:
     """The model's replies to the cases, in batches; the checkpoint's own sampling."""
-    replies: list[Reply] = []
+    replies: list[GenerationOutput] = []
     for start in range(0, len(cases), batch):
         prompts = [list(case.asked) for case in cases[start : start + batch]]
         kind = None if direction.free else direction.target
@@ -91,10 +91,10 @@ def answer(
 
 
 def score(
-    world: World,
+    world: EvalDatasets,
     direction: Direction,
-    cases: Sequence[Case],
-    replies: Sequence["Reply"],
+    cases: Sequence[EvalExample],
+    replies: Sequence["GenerationOutput"],
     model: "AnyToken",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _parts(rows: Sequence[Parts], main: str) -> dict[str, float]:
     return {name: round(share([row.get(name, 0.0) for row in rows]).value, 4) for name in names}
 
 
-def _answer(direction: Direction, reply: "Reply") -> Segment | None:
+def _answer(direction: Direction, reply: "GenerationOutput") -> Segment | None:
     """What is judged of a reply: its first segment, or the kinds of all of them as words."""
     if direction.free:
         return Text(" ".join(segment.kind for segment in reply.segments))
@@ -165,7 +165,9 @@ def _shares(rows: Sequence[Parts]) -> dict[str, dict[str, float | int]]:
     return {name: share([row.get(name, 0.0) for row in rows]).to_dict() for name in names}
 
 
-def controls(world: World, direction: Direction, cases: Sequence[Case]) -> dict[str, list[float]]:
+def controls(
+    world: EvalDatasets, direction: Direction, cases: Sequence[EvalExample]
+) -> dict[str, list[float]]:
     """What a judge must refuse: the true answers of other cases, and noise (of speech and video also silence, grey)."""
     if direction.free:
         return {}  # most requests are for the same few kinds
@@ -184,7 +186,7 @@ def main_part(direction: Direction) -> str:
     return "identity" if "dna" in (*direction.sources, direction.target) else "right"
 
 
-def is_valid(model: "AnyToken", direction: Direction, reply: "Reply") -> bool:
+def is_valid(model: "AnyToken", direction: Direction, reply: "GenerationOutput") -> bool:
     """Whether a reply is exactly one whole segment of the kind asked for, and its ids decode again."""
     kinds = [segment.kind for segment in reply.segments]
     if reply.finish_reason != "stop" or (not kinds if direction.free else kinds != [direction.target]):
@@ -194,7 +196,7 @@ def is_valid(model: "AnyToken", direction: Direction, reply: "Reply") -> bool:
 
 
 def baseline_answers(
-    world: World, direction: Direction, cases: Sequence[Case], seed: int, pool: int = 2000
+    world: EvalDatasets, direction: Direction, cases: Sequence[EvalExample], seed: int, pool: int = 2000
 ) -> dict[str, list[Segment]]:
     """What would be answered without a model: at random, the most frequent text, the nearest training prompt's."""
     known = world.cases(direction, "train", pool, seed)
@@ -213,7 +215,7 @@ def baseline_answers(
 
 
 def _judge_all(
-    world: World, direction: Direction, cases: Sequence[Case], answers: Iterable[Segment | None]
+    world: EvalDatasets, direction: Direction, cases: Sequence[EvalExample], answers: Iterable[Segment | None]
 ) -> list[Parts]:
     return [world.judge(direction, case, answer) for case, answer in zip(cases, answers, strict=True)]
 

@@ -12,18 +12,18 @@ import numpy as np
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.emoji_world import dialogues
-from anytoken.emoji_world.directions import IMAGES, SPEECH, VIDEOS, WORDS, Case, Direction, Record
+from anytoken.emoji_world.directions import IMAGES, SPEECH, VIDEOS, WORDS, Direction, EvalExample, Record
 from anytoken.emoji_world.dna import translate
 from anytoken.emoji_world.identity import Drawing, Identity, IdentityJudge
 from anytoken.emoji_world.judges import (
     BackgroundJudge,
     PictureClassifier,
-    VoiceJudge,
+    SpeakerClassifier,
     fit_classifier,
     mel_frames,
     motion,
 )
-from anytoken.evaluation.keyword_asr import WordJudge
+from anytoken.evaluation.keyword_asr import KeywordRecognizer
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
 from anytoken.evaluation.transcriber import Transcriber
 from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video
@@ -41,7 +41,7 @@ class TaskError(ValueError):
     """Sets from which a direction cannot be judged."""
 
 
-class World:
+class EvalDatasets:
     """The built sets, and the judges that are made from them, each when it is first needed."""
 
     def __init__(
@@ -75,7 +75,7 @@ class World:
             return Text(record["text"])
         return open_media(record[kind], KINDS[kind], (self.sets / file).parent)
 
-    def cases(self, direction: Direction, split: str, count: int, seed: int = 0) -> list[Case]:
+    def cases(self, direction: Direction, split: str, count: int, seed: int = 0) -> list[EvalExample]:
         """Up to `count` cases of a split, drawn without return, the same for the same seed."""
         if direction.how == "requests":
             return dialogues.requests(self, split, count, seed)
@@ -89,7 +89,7 @@ class World:
         ]
         order = rng.permutation(len(records))
         partners = self._partners(direction, split)
-        cases: list[Case] = []
+        cases: list[EvalExample] = []
         for place, index in enumerate(order):
             if len(cases) == count:
                 break
@@ -123,41 +123,45 @@ class World:
                 found[record["name"]].append(record)
         return found
 
-    def _one(self, direction: Direction, record: Record) -> Case:
+    def _one(self, direction: Direction, record: Record) -> EvalExample:
         prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
         if direction.target == "speech" and "voice" in record:
             prompt = [Text(f"{record['text']}, voice {record['voice']}")]
-        return Case(prompt, self.media(direction.file, record, direction.target), record)
+        return EvalExample(prompt, self.media(direction.file, record, direction.target), record)
 
-    def _paired(self, direction: Direction, record: Record, partner: Record) -> Case:
+    def _paired(self, direction: Direction, record: Record, partner: Record) -> EvalExample:
         """Only the concept is asked for: nothing in the prompt says a style, a background or a voice."""
         prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
         answer = self.media(str(direction.pair), partner, direction.target)
-        return Case(prompt, answer, {"name": record["name"], "holdout": record.get("holdout")})
+        return EvalExample(prompt, answer, {"name": record["name"], "holdout": record.get("holdout")})
 
-    def _two(self, direction: Direction, record: Record, other: Record) -> Case:
+    def _two(self, direction: Direction, record: Record, other: Record) -> EvalExample:
         pictures = [self.media(direction.file, one, "image") for one in (record, other)]
         answer = " and ".join(str(one["text"]).split(",")[0] for one in (record, other))
-        return Case(
+        return EvalExample(
             [*pictures, Text(direction.words)], Text(answer), {"name": record["name"], "text": answer}
         )
 
     @cached_property
-    def words(self) -> WordJudge:
+    def words(self) -> KeywordRecognizer:
         """Hears the core names."""
-        return WordJudge(sorted({one["name"] for one in self.records(SPEECH) if one.get("core", True)}))
+        return KeywordRecognizer(
+            sorted({one["name"] for one in self.records(SPEECH) if one.get("core", True)})
+        )
 
     @cached_property
-    def unseen_words(self) -> WordJudge:
+    def unseen_words(self) -> KeywordRecognizer:
         """Hears the words that are held out."""
-        return WordJudge(sorted({one["name"] for one in self.records(WORDS) if one["holdout"] == "word"}))
+        return KeywordRecognizer(
+            sorted({one["name"] for one in self.records(WORDS) if one["holdout"] == "word"})
+        )
 
-    def hears(self, record: Record) -> WordJudge:
+    def hears(self, record: Record) -> KeywordRecognizer:
         """The judge whose closed list the name of a record is in."""
         return self.unseen_words if record.get("holdout") == "word" else self.words
 
     @cached_property
-    def voices(self) -> VoiceJudge:
+    def voices(self) -> SpeakerClassifier:
         """Knows the voices of the training clips, by clips of other names than the core ones where there are any."""
         clips: dict[str, list[Record]] = defaultdict(list)
         for record in sorted(self.records(SPEECH), key=lambda one: bool(one.get("core"))):
@@ -165,7 +169,9 @@ class World:
                 clips[record["voice"]].append(record)
         chosen = [one for group in clips.values() for one in group[:80]]
         heard = [self.media(SPEECH, one, "speech") for one in chosen]
-        return VoiceJudge([one for one in heard if isinstance(one, Speech)], [one["voice"] for one in chosen])
+        return SpeakerClassifier(
+            [one for one in heard if isinstance(one, Speech)], [one["voice"] for one in chosen]
+        )
 
     def concepts(self, style: str) -> PictureClassifier:
         """Names a concept in a style, trained on drawings of other styles only."""
@@ -241,14 +247,14 @@ class World:
         }
         return known.get(kind, {})
 
-    def judge(self, direction: Direction, case: Case, answer: Segment | None) -> Parts:
+    def judge(self, direction: Direction, case: EvalExample, answer: Segment | None) -> Parts:
         """What is right about an answer: "right" is the whole of it, the other parts say where it failed."""
         if answer is None or answer.kind != direction.target:
             return {"right": 0.0}
         return JUDGES[direction.target](self, case, answer)
 
 
-def _judge_text(world: World, case: Case, answer: Any) -> Parts:
+def _judge_text(world: EvalDatasets, case: EvalExample, answer: Any) -> Parts:
     target = case.answer
     assert isinstance(target, Text)
     if "dna" in case.record:
@@ -260,13 +266,13 @@ def _judge_text(world: World, case: Case, answer: Any) -> Parts:
     return parts
 
 
-def _judge_image(world: World, case: Case, answer: Any) -> Parts:
+def _judge_image(world: EvalDatasets, case: EvalExample, answer: Any) -> Parts:
     record, seen = case.record, world.stills.identify(answer)
-    independent = world.concepts(record.get("style", seen.style)).tell(answer) == record["name"]
+    independent = world.concepts(record.get("style", seen.style)).predict(answer) == record["name"]
     parts = _concept_parts(seen, record, independent)
     if "style" not in record:
         return {"right": parts["concept"], **parts}
-    background = world.backgrounds.tell(answer) == record["background"]
+    background = world.backgrounds.predict(answer) == record["background"]
     checked = {"style": float(seen.style == record["style"]), "background": float(background)}
     return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
 
@@ -280,33 +286,33 @@ def _concept_parts(seen: Identity, record: Record, independent: bool) -> Parts:
     }
 
 
-def _judge_speech(world: World, case: Case, answer: Any) -> Parts:
+def _judge_speech(world: EvalDatasets, case: EvalExample, answer: Any) -> Parts:
     name = case.record["name"]
-    words = float(world.hears(case.record).hear(answer) == name)
+    words = float(world.hears(case.record).transcribe(answer) == name)
     parts = {"words": words}
     if world.asr is not None:
         parts["words, open vocabulary"] = float(same_words(world.asr.transcribe(answer), name))
     if "voice" not in case.record:
         return {"right": words, **parts}
-    voice = float(world.voices.tell(answer) == case.record["voice"])
+    voice = float(world.voices.predict(answer) == case.record["voice"])
     return {"right": min(words, voice), **parts, "voice": voice}
 
 
-def _judge_video(world: World, case: Case, answer: Any) -> Parts:
+def _judge_video(world: EvalDatasets, case: EvalExample, answer: Any) -> Parts:
     record, seen = case.record, world.clips.identify(answer)
-    parts = _concept_parts(seen, record, world.concepts(ANIMATED).tell(answer) == record["name"])
-    background = world.backgrounds.tell(answer) == record["background"]
+    parts = _concept_parts(seen, record, world.concepts(ANIMATED).predict(answer) == record["name"])
+    background = world.backgrounds.predict(answer) == record["background"]
     checked = {"background": float(background), "moves": float(motion(answer) >= world.least_motion)}
     return {"right": min(parts["concept"], *checked.values()), **parts, **checked}
 
 
-def _judge_dna(world: World, case: Case, answer: Any) -> Parts:
+def _judge_dna(world: EvalDatasets, case: EvalExample, answer: Any) -> Parts:
     residues = case.record["text"].split()
     identity = sequence_identity(translate(answer.bases), residues)
     return {"right": float(identity == 1), "identity": identity}
 
 
-JUDGES: Mapping[str, Callable[[World, Case, Any], Parts]] = {
+JUDGES: Mapping[str, Callable[[EvalDatasets, EvalExample, Any], Parts]] = {
     "text": _judge_text,
     "image": _judge_image,
     "speech": _judge_speech,

@@ -67,10 +67,14 @@ def build_voices(
         )
     if shutil.which("espeak-ng") is None:
         raise SpeechSetError("espeak-ng is not installed; install the Debian package of that name.")
-    jobs = list(plan(throats(), sorted({line["text"] for line in read_lines(spoken / "speech.jsonl")})))
+    jobs = list(
+        plan(espeak_variants(), sorted({line["text"] for line in read_lines(spoken / "speech.jsonl")}))
+    )
     files, jobs = files[:limit], jobs[:limit]
     with ProcessPoolExecutor(workers) as pool:
-        made = chain(pool.map(read_prompt, files, chunksize=8), pool.map(say_in_throat, jobs, chunksize=8))
+        made = chain(
+            pool.map(read_prompt, files, chunksize=8), pool.map(synthesize_variant, jobs, chunksize=8)
+        )
         clips = [*tqdm(made, "voices", len(files) + len(jobs), disable=not progress)]
     voices = [path.relative_to(prompts).parts[0] for path in files] + [job[1] for job in jobs]
     lines, start = read_lines(names.with_suffix(".jsonl")), len(np.load(names, mmap_mode="r"))
@@ -107,7 +111,7 @@ def _version(package: str) -> str:
     return done.stdout.strip() or "not known"
 
 
-def throats() -> list[str]:
+def espeak_variants() -> list[str]:
     """espeak-ng's variants of a voice, but for robots and whispers."""
     told = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True)
     files = [line.split()[-1] for line in told.stdout.splitlines()[1:]]
@@ -136,7 +140,7 @@ def read_prompt(path: Path) -> np.ndarray:
     return _packed(trim(Speech(samples.astype(np.float32) / 32768, RATE_HZ)))
 
 
-def say_in_throat(job: Job) -> np.ndarray:
+def synthesize_variant(job: Job) -> np.ndarray:
     """A name by espeak-ng as int16 [T] at 16 kHz, levelled and trimmed."""
     text, voice, pitch, speed = job
     return _packed(engine_says(["espeak-ng", "-v", voice, "-p", str(pitch), "-s", str(speed)], text))

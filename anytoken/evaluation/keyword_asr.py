@@ -18,7 +18,7 @@ class JudgeError(ValueError):
     """A judge that lacks a package or the real examples it learns from."""
 
 
-class WordJudge:
+class KeywordRecognizer:
     """Tells which of a closed list of names a clip says."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ class WordJudge:
         """Whether all words of a name are in the recogniser's dictionary; others cannot be judged."""
         return name in self.names.values()
 
-    def hear(self, clip: Speech) -> str | None:
+    def transcribe(self, clip: Speech) -> str | None:
         """The name a clip says, or None where nothing fits."""
         samples = clip.resample(RATE_HZ).samples
         if not len(samples):

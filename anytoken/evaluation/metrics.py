@@ -17,7 +17,7 @@ Z95 = 1.959964
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """`right` of `total` cases; `value` is their quotient, `low` and `high` its 95 % Wilson interval."""
 
     right: float
@@ -49,9 +49,9 @@ class Share:
         }
 
 
-def share(scores: Sequence[float]) -> Share:
+def share(scores: Sequence[float]) -> Proportion:
     """The mean of scores in [0, 1] as a Share."""
-    return Share(float(sum(scores)), len(scores))
+    return Proportion(float(sum(scores)), len(scores))
 
 
 def same_text(answer: str, target: str) -> bool:

@@ -24,9 +24,9 @@ from anytoken.inference.checkpoint import (
     pick_device,
 )
 from anytoken.inference.engine import Engine, Token
-from anytoken.inference.kv_cache import Prefixes
+from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.logits_processor import lm_inputs
-from anytoken.inference.outputs import Reply, count_usage
+from anytoken.inference.outputs import GenerationOutput, count_usage
 from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
 from anytoken.inference.score import (
     Classification,
@@ -49,7 +49,7 @@ from anytoken.utils.atomic import check_target, write_folder
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
 Output = str | Sequence[str] | None
-Rerank = Callable[[Reply], float]
+Rerank = Callable[[GenerationOutput], float]
 Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
 
 
@@ -174,7 +174,7 @@ class AnyToken:
         best_of: int | None = None,
         rerank: Rerank | None = None,
         **options: Unpack[Options],
-    ) -> Reply: ...
+    ) -> GenerationOutput: ...
 
     @overload
     def generate(
@@ -263,9 +263,9 @@ class AnyToken:
         prompts: Sequence[Sequence[int]],
         output: Output = None,
         rows: Sequence[int] | None = None,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
         **options: Unpack[Options],
-    ) -> list[Reply]:
+    ) -> list[GenerationOutput]:
         """`generate` for prompts that are ids already, one reply each.
 
         Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
@@ -279,10 +279,10 @@ class AnyToken:
         prompts: Sequence[Sequence[int]],
         output: Output,
         rows: Sequence[int] | None,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
         scored: bool = False,
         **options: Unpack[Options],
-    ) -> list[tuple[Reply, float]]:
+    ) -> list[tuple[GenerationOutput, float]]:
         """Replies, each with the mean log-probability of its ids if `scored`."""
         began = time.perf_counter()
         collected: list[list[int]] = [[] for _ in prompts]
@@ -300,12 +300,14 @@ class AnyToken:
                 segments.push(token_id)
             reason, seconds = ends[row]
             usage = count_usage(self.token_space, len(prompt), ids, seconds)
-            replies.append((Reply(segments.segments, ids, usage, reason), likelihood[row] / len(ids)))
+            replies.append(
+                (GenerationOutput(segments.segments, ids, usage, reason), likelihood[row] / len(ids))
+            )
         return replies
 
     def stream(
         self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
-    ) -> Generator[Event, None, Reply]:
+    ) -> Generator[Event, None, GenerationOutput]:
         """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
 
         SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
@@ -318,15 +320,15 @@ class AnyToken:
         self,
         prompt: Sequence[int],
         output: Output = None,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
         **options: Unpack[Options],
-    ) -> Generator[Event, None, Reply]:
+    ) -> Generator[Event, None, GenerationOutput]:
         """`stream` for a prompt that is ids already; `prefixes` as for `generate_ids`."""
         return self._events(len(prompt), self._tokens([prompt], output, prefixes=prefixes, **options))
 
     def _events(
         self, prompt_tokens: int, tokens: Generator[Token, None, None]
-    ) -> Generator[Event, None, Reply]:
+    ) -> Generator[Event, None, GenerationOutput]:
         began, segments, ids, reason = time.perf_counter(), SegmentStream(self.processor), [], "stop"
         with closing(tokens):
             for token in tokens:
@@ -335,14 +337,14 @@ class AnyToken:
                 yield from segments.push(token.id)
         usage = count_usage(self.token_space, prompt_tokens, ids, time.perf_counter() - began)
         yield usage
-        return Reply(segments.segments, ids, usage, reason)
+        return GenerationOutput(segments.segments, ids, usage, reason)
 
     def _tokens(
         self,
         prompts: Sequence[Sequence[int]],
         output: Output,
         rows: Sequence[int] | None = None,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
         scored: bool = False,
         *,
         sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
@@ -435,7 +437,7 @@ class AnyToken:
         limit = room if wanted is None else min(room, wanted)
         return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
 
-    def reply_room(self, output: Output, max_new_tokens: int | None = None) -> int:
+    def max_reply_tokens(self, output: Output, max_new_tokens: int | None = None) -> int:
         """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
         limit = self._limit(self._plan(output)) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit

@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from anytoken.inference.kv_cache import Prefixes, RowCache
-from anytoken.inference.model_runner import Head
+from anytoken.inference.kv_cache import KVCache, PrefixCache
+from anytoken.inference.model_runner import ModelRunner
 
 CHUNK = 512  # ids of a prompt that are read at once: bounds the memory of a long one
 SHORT = 3  # so many waiting ids (some had no choice) cost less one by one through the flat decoder
@@ -23,7 +23,7 @@ SHORT = 3  # so many waiting ids (some had no choice) cost less one by one throu
 class Slot:
     """One sequence of a batch: its ids, how many of them are in the cache, and where its beginning may be found."""
 
-    def __init__(self, ids: Sequence[int], prefixes: Prefixes | None = None) -> None:
+    def __init__(self, ids: Sequence[int], prefixes: PrefixCache | None = None) -> None:
         self.ids = list(ids)
         self.fed = 0
         self.prefixes = prefixes
@@ -37,15 +37,15 @@ class Slot:
 class Batch:
     """Sequences that are decoded together; row s of the cache is that of `slots[s]`."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: ModelRunner) -> None:
         self.head = head
         weight = head.lm.get_input_embeddings().weight
         with torch.inference_mode():  # as later when it grows: a compiled step takes one kind of tensor
-            self.cache = RowCache(head.lm.device, weight.dtype)
+            self.cache = KVCache(head.lm.device, weight.dtype)
         self.slots: list[Slot] = []
         self._known = 0  # slots before it have been in a forward
 
-    def add(self, ids: Sequence[int], prefixes: Prefixes | None = None) -> Slot:
+    def add(self, ids: Sequence[int], prefixes: PrefixCache | None = None) -> Slot:
         """A new sequence that begins with `ids`; it takes part from the next forward on."""
         slot = Slot(ids, prefixes)
         self.slots.append(slot)

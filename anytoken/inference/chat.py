@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from anytoken.inference.kv_cache import Prefixes
-from anytoken.inference.outputs import Reply, segment_html
+from anytoken.inference.kv_cache import PrefixCache
+from anytoken.inference.outputs import GenerationOutput, segment_html
 from anytoken.inference.streaming import Event
 from anytoken.processor import Message
 from anytoken.segments import DNA, KINDS, Segment, Speech, Text, usual_suffix
@@ -53,15 +53,15 @@ class Chat:
     """Turns of a user and the model. `messages` is what was said, `ids` the same as the model reads it.
 
     When the reply would no longer fit the context, the oldest exchanges are left out of what the model reads, the
-    system text never; `forgotten` counts their messages, which stay in `messages`.
+    system text never; `num_truncated` counts their messages, which stay in `messages`.
     """
 
     def __init__(self, model: AnyToken, system: str | None = None) -> None:
         self.model = model
         self.turns: list[Turn] = []
-        self.forgotten = 0
+        self.num_truncated = 0
         self._id = uuid4().hex  # tells a later state of one conversation from another conversation
-        self._prefixes = Prefixes()  # what was read of this conversation is not read again
+        self._prefixes = PrefixCache()  # what was read of this conversation is not read again
         if system is not None:
             self.turns = self._encode([{"role": "system", "content": system}])
 
@@ -79,31 +79,35 @@ class Chat:
         return len(self.turns)
 
     def __repr__(self) -> str:
-        forgotten = f" ({self.forgotten} forgotten)" if self.forgotten else ""
+        forgotten = f" ({self.num_truncated} forgotten)" if self.num_truncated else ""
         context = self.model.engine.context
         return f"Chat({len(self.turns)} messages{forgotten}, {len(self.ids)} tokens, context {context})"
 
     # ---- talking ----
 
-    def send(self, prompt: Any, output: Any = None, **options: Any) -> Reply:
+    def send(self, prompt: Any, output: Any = None, **options: Any) -> GenerationOutput:
         """Say something (a string, a segment, a list of both) and get the reply; options of `generate`.
 
         A failed call leaves the conversation as it was. EngineError if this turn alone does not fit the context.
         """
         return self._reply(self._said(prompt, output), options)
 
-    def stream(self, prompt: Any, output: Any = None, **options: Any) -> Generator[Event, None, Reply]:
+    def stream(
+        self, prompt: Any, output: Any = None, **options: Any
+    ) -> Generator[Event, None, GenerationOutput]:
         """`send` as typed events; the turn is remembered when the last event has been taken."""
         return self._events(self._said(prompt, output), options)
 
-    def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> Reply:
+    def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> GenerationOutput:
         """Answer the last message again, in place of its reply: `chat.regenerate(seed=1)`.
 
         It is asked for the same output unless another is given. ChatError if there is nothing to answer.
         """
         return self._reply(self._unanswered(output), options)
 
-    def stream_again(self, output: Any = AS_BEFORE, **options: Any) -> Generator[Event, None, Reply]:
+    def regenerate_stream(
+        self, output: Any = AS_BEFORE, **options: Any
+    ) -> Generator[Event, None, GenerationOutput]:
         """`regenerate` as typed events; the old reply stays until the last event has been taken."""
         return self._events(self._unanswered(output), options)
 
@@ -148,23 +152,23 @@ class Chat:
             for message in processor.messages(prompt)
         ]
 
-    def _reply(self, turns: list[Turn], options: dict[str, Any]) -> Reply:
+    def _reply(self, turns: list[Turn], options: dict[str, Any]) -> GenerationOutput:
         ids, output = self._window(turns, options), turns[-1].output
         [reply] = self.model.generate_ids([ids], output, prefixes=self._prefixes, **options)
         return self._remember(turns, reply)
 
-    def _events(self, turns: list[Turn], options: dict[str, Any]) -> Generator[Event, None, Reply]:
+    def _events(self, turns: list[Turn], options: dict[str, Any]) -> Generator[Event, None, GenerationOutput]:
         events = self.model.stream_ids(
             self._window(turns, options), turns[-1].output, self._prefixes, **options
         )
         return self._remembering(turns, events)
 
     def _remembering(
-        self, turns: list[Turn], events: Generator[Event, None, Reply]
-    ) -> Generator[Event, None, Reply]:
+        self, turns: list[Turn], events: Generator[Event, None, GenerationOutput]
+    ) -> Generator[Event, None, GenerationOutput]:
         return self._remember(turns, (yield from events))
 
-    def _remember(self, turns: list[Turn], reply: Reply) -> Reply:
+    def _remember(self, turns: list[Turn], reply: GenerationOutput) -> GenerationOutput:
         ids = [self.model.token_space.assistant, *reply.ids]
         self.turns = [*turns, Turn("assistant", reply.segments, ids)]
         return reply
@@ -179,27 +183,27 @@ class Chat:
         the last one ended, and a cache of it stays of use.
         """
         context = self.model.engine.context
-        room = min(self.model.reply_room(turns[-1].output, options.get("max_new_tokens")), context // 2)
+        room = min(self.model.max_reply_tokens(turns[-1].output, options.get("max_new_tokens")), context // 2)
         head = [turn for turn in turns[:1] if turn.role == "system"]
         begins = [n for n, turn in enumerate(turns) if turn.role == "user"][1:]
         windows = [turns, *([*head, *turns[begin:]] for begin in begins)]
         free = [context - room - 1 - len(self._joined(window)) for window in windows]
         lost = [len(turns) - len(window) for window in windows]
         fitting = [
-            place for place, spare in enumerate(free) if spare >= 0 and lost[place] in (0, self.forgotten)
+            place for place, spare in enumerate(free) if spare >= 0 and lost[place] in (0, self.num_truncated)
         ]
         for least in (context // 4, 0):
             fitting += [place for place, spare in enumerate(free) if spare >= least]
         window = windows[fitting[0] if fitting else -1]
         forgotten = len(turns) - len(window)
-        if forgotten and not self.forgotten:
+        if forgotten and not self.num_truncated:
             log.warning(
                 "The conversation has outgrown the context of %d tokens: from now on the model no longer reads its "
-                "oldest messages, %d so far (chat.forgotten). They stay in chat.messages.",
+                "oldest messages, %d so far (chat.num_truncated). They stay in chat.messages.",
                 context,
                 forgotten,
             )
-        self.forgotten = forgotten
+        self.num_truncated = forgotten
         return [*self._joined(window), self.model.token_space.assistant]
 
     # ---- looking ----

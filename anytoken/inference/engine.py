@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 from anytoken.grammar import Grammar, State
 from anytoken.inference.batch import Slot
-from anytoken.inference.kv_cache import Prefixes
-from anytoken.inference.model_runner import Head
+from anytoken.inference.kv_cache import PrefixCache
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
-from anytoken.inference.scheduler import Row, Scheduler, Token
+from anytoken.inference.scheduler import Request, Scheduler, Token
 from anytoken.inference.weights import checksum, storage_key
 
 Plan = Sequence[str] | None
@@ -54,7 +54,7 @@ class Engine:
         self.grammar = grammar
         self.compiled = compiled
         self.lm = lm
-        self._head: Head | None = None
+        self._head: ModelRunner | None = None
         self._objects: list[object] = []
         self._facts: list[object] = []
 
@@ -63,11 +63,11 @@ class Engine:
         """The longest sequence the model can read, prompt and reply together."""
         return int(self.lm.config.get_text_config().max_position_embeddings)
 
-    def head(self) -> Head:
+    def head(self) -> ModelRunner:
         """The model for decoding, prepared again whenever the views of its weights would be of other ones."""
         objects, facts = storage_key(self.lm)
         if facts != self._facts or any(a is not b for a, b in zip(objects, self._objects, strict=True)):
-            self._head = Head(self.lm, self.compiled)
+            self._head = ModelRunner(self.lm, self.compiled)
             self._objects, self._facts = objects, facts
         assert self._head is not None
         return self._head
@@ -104,7 +104,7 @@ class Engine:
         null_prompt: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
         scored: bool = False,
     ) -> Generator[Token, None, None]:
         """Yield the ids of all replies as they are decided; a row's ids come in order.
@@ -137,9 +137,9 @@ class Engine:
         draw: int = 0,
         null_prompt: Sequence[int] | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
-        prefixes: Prefixes | None = None,
+        prefixes: PrefixCache | None = None,
         scored: bool = False,
-    ) -> Row:
+    ) -> Request:
         """A checked request for the scheduler; it draws from (`seed`, `draw`), the rest is as for `stream`."""
         settings = dict(sampling or {})
         self._check_ids(prompt)
@@ -152,7 +152,7 @@ class Engine:
             _, facts = storage_key(self.lm)
             prefixes.use((facts, checksum(chain(self.lm.parameters(), self.lm.buffers()))))
         slot = Slot(prompt, prefixes)
-        return Row(number, state, budget, random, slot, settings, list(null_prompt or ()), scored)
+        return Request(number, state, budget, random, slot, settings, list(null_prompt or ()), scored)
 
     def _check_ids(self, prompt: Sequence[int]) -> None:
         """EngineError for a prompt without ids, or with something that is none of the vocabulary's."""

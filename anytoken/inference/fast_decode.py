@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from anytoken.inference.kv_cache import COLUMNS, KeyValues, RowCache, forward_inputs
+from anytoken.inference.kv_cache import COLUMNS, KeyValues, KVCache, forward_inputs
 from anytoken.inference.weights import has_hooks
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, group_mask, run_experts
@@ -84,7 +84,7 @@ class FlatDecoder:
         everything = torch.arange(config.vocab_size, device=device)
         self.open = None if groups is None else groups.to(device)[model.modality_of(everything)]
 
-    def step(self, ids: list[int], positions: list[int], cache: RowCache, start: int) -> Tensor:
+    def step(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Tensor:
         """Feed one id to each of the rows from `start` on; the last hidden state [S, H], normed, of each."""
         inputs, length = self._inputs(ids, positions, cache, start), max(positions) + 1
         if self._compiled is None or start:
@@ -104,7 +104,7 @@ class FlatDecoder:
         several = torch._dynamo.config.patch(recompile_limit=1 << 16)  # models of one process count together
         with torch.inference_mode(), several:
             for rows in (1, 2):
-                cache = RowCache(weight.device, weight.dtype)
+                cache = KVCache(weight.device, weight.dtype)
                 cache.reserve(4, 2 * COLUMNS)  # no two sizes alike: equal ones would be taken for one
                 cache.write_row(0, [(empty, empty)] * len(self.layers), 0)
                 for stored in (*cache.keys, *cache.values):
@@ -114,7 +114,7 @@ class FlatDecoder:
                     compiled(*inputs, cache.keys, cache.values, cache.seen, cache.sight(position + 1))
         self._compiled = compiled
 
-    def _inputs(self, ids: list[int], positions: list[int], cache: RowCache, start: int) -> Inputs:
+    def _inputs(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Inputs:
         device, length = self.embedding.device, max(positions) + 1
         if length > len(self.cos):
             self.cos, self.sin = _rotary_table(self._model, 2 * length)
@@ -252,7 +252,7 @@ def flat_decoder(lm: PreTrainedModel) -> tuple[FlatDecoder | None, str]:
 def _agrees(decoder: FlatDecoder, lm: PreTrainedModel) -> bool:
     ids = [0, 1, lm.config.vocab_size - 1]
     weight = decoder.embedding
-    caches = [RowCache(weight.device, weight.dtype) for _ in range(2)]
+    caches = [KVCache(weight.device, weight.dtype) for _ in range(2)]
     for position, token in enumerate(ids):
         inputs, _ = forward_inputs(lm, [[token]], [[position]], caches[0], 0)
         expected = lm.model(**inputs).last_hidden_state[:, -1]

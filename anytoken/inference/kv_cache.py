@@ -27,7 +27,7 @@ SIGHT = 64  # columns in sight grow by so many, so that views of the storage ser
 KeyValues = list[tuple[Tensor, Tensor]]
 
 
-class RowCache(Cache):
+class KVCache(Cache):
     """Keys and values [R, G, C, E] of every layer, and which columns each row may read, [R, 1, 1, C]."""
 
     one_sample_a_row = True  # a token is written where its position says: a row cannot hold two samples
@@ -196,7 +196,7 @@ class RowCache(Cache):
 
 
 def forward_inputs(
-    lm: PreTrainedModel, ids: list[list[int]], positions: list[list[int]], cache: RowCache, start: int
+    lm: PreTrainedModel, ids: list[list[int]], positions: list[list[int]], cache: KVCache, start: int
 ) -> tuple[dict[str, Any], Tensor | None]:
     """What a model's own forward pass is given to feed ids at positions [S, W] to the cache's rows from `start` on.
 
@@ -225,7 +225,7 @@ def forward_inputs(
     return inputs, extra["cu_seq_lens_q"][1:].long() - 1 if flash else None
 
 
-def _masks(config: PretrainedConfig, cache: RowCache) -> Tensor | dict[str, Tensor]:
+def _masks(config: PretrainedConfig, cache: KVCache) -> Tensor | dict[str, Tensor]:
     """One mask, or one for each type of layer where some look back only so far."""
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ())
@@ -237,7 +237,7 @@ def _masks(config: PretrainedConfig, cache: RowCache) -> Tensor | dict[str, Tens
     }
 
 
-class Prefixes:
+class PrefixCache:
     """Keys and values of sequences that were decoded, for prompts that begin like one of them.
 
     A chat keeps one: its next turn then reads only what is new. At most `max_sequences` are kept, the one that was

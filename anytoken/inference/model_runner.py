@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.fast_decode import blocked, flat_decoder, product
-from anytoken.inference.kv_cache import RowCache, forward_inputs
+from anytoken.inference.kv_cache import KVCache, forward_inputs
 from anytoken.model.attention import usable_attention
 
 SLICES = 1024  # sets of ranges whose rows are kept
 log = logging.getLogger(__name__)
 
 
-class Head:
+class ModelRunner:
     """Logits of the allowed ids only.
 
     Slicing is used where it gives what the model itself gives. A model that scales or caps its logits, or whose head
@@ -74,7 +74,7 @@ class Head:
         return torch.allclose(self.layer(hidden).float(), expected.float(), rtol=1e-3, atol=1e-4)
 
     def features(
-        self, ids: list[list[int]], positions: list[list[int]], cache: RowCache, start: int
+        self, ids: list[list[int]], positions: list[list[int]], cache: KVCache, start: int
     ) -> Tensor:
         """Feed ids at positions [S, W] to the cache's rows from `start` on.
 

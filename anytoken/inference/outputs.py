@@ -4,10 +4,11 @@ import base64
 import html
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from anytoken import moved
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.token_space import TokenSpace
 
@@ -40,7 +41,7 @@ def count_usage(space: TokenSpace, prompt_tokens: int, ids: list[int], seconds: 
 
 
 @dataclass(frozen=True)
-class Reply:
+class GenerationOutput:
     """One reply: `segments` in order, the `ids` they were decoded from, `usage`, and `finish_reason`.
 
     finish_reason is "stop", or "length" when max_new_tokens or the context ended it.
@@ -91,3 +92,7 @@ def segment_html(segment: Segment) -> str:
     if hasattr(segment, "_repr_png_"):
         return f"<img src='data:image/png;base64,{base64.b64encode(segment._repr_png_()).decode()}'>"
     return html.escape(repr(segment))
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -122,12 +122,12 @@ def load_sampling(path: Path) -> dict[str, Sampling]:
         ) from error
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def apply_cfg(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: move logits [N, K] away from those without the prompt."""
     return unconditional + scale * (conditional - unconditional)
 
 
-def penalise(logits: Tensor, seen: Sequence[Tensor], penalty: float) -> Tensor:
+def apply_repetition_penalty(logits: Tensor, seen: Sequence[Tensor], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits [N, K] of each row's `seen` columns by the penalty."""
     logits = logits.clone()
     for row, columns in enumerate(seen):
@@ -136,7 +136,7 @@ def penalise(logits: Tensor, seen: Sequence[Tensor], penalty: float) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """Choose one column per row of logits [N, K] with uniforms [N] in [0, 1); returns int64 [N]."""
     if sampling.temperature == 0:
         return logits.argmax(-1)

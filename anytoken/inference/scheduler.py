@@ -21,7 +21,7 @@ from torch import Tensor
 from anytoken.grammar import State
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.batch import Batch, Slot
-from anytoken.inference.sampling import Sampling, draw, guide, penalise
+from anytoken.inference.sampling import Sampling, apply_cfg, apply_repetition_penalty, sample
 
 if TYPE_CHECKING:
     from anytoken.inference.engine import Engine
@@ -44,7 +44,7 @@ class Token:
 
 
 @dataclass(eq=False)
-class Row:
+class Request:
     """A reply in the making. `ranges` are the ids it may go on with."""
 
     number: int
@@ -57,7 +57,7 @@ class Row:
     scored: bool = False
     setting: Sampling = field(default_factory=Sampling)
     ranges: Ranges = ()
-    mate: Slot | None = None
+    uncond: Slot | None = None
     ids: list[int] = field(default_factory=list)
     cut: bool = False
     finished: bool = False
@@ -82,8 +82,8 @@ class Scheduler:
         }
         self._head = engine.head()
         self._batch = Batch(self._head)
-        self._waiting: deque[Row] = deque()
-        self._rows: list[Row] = []
+        self._waiting: deque[Request] = deque()
+        self._rows: list[Request] = []
         self._submitted = 0
 
     def __len__(self) -> int:
@@ -127,8 +127,8 @@ class Scheduler:
                 self._batch.slots.append(row.slot)
         if not tokens and self._rows:
             for row in self._rows:
-                if row.mate is None and row.setting.cfg_scale != 1:
-                    row.mate = self._batch.add(row.null_prompt + row.ids)
+                if row.uncond is None and row.setting.cfg_scale != 1:
+                    row.uncond = self._batch.add(row.null_prompt + row.ids)
             for row, (token, logprob) in zip(self._rows, self._choose(self._batch.forward()), strict=True):
                 tokens.append(self._append(row, token, logprob))
                 tokens += self._settle(row)
@@ -141,10 +141,10 @@ class Scheduler:
         if head is not self._head:
             self._head, self._batch = head, Batch(head)
 
-    def _leave(self, rows: list[Row]) -> None:
+    def _leave(self, rows: list[Request]) -> None:
         if rows:
             self._rows = [row for row in self._rows if row not in rows]
-            slots = [slot for row in rows for slot in (row.slot, row.mate) if slot in self._batch.slots]
+            slots = [slot for row in rows for slot in (row.slot, row.uncond) if slot in self._batch.slots]
             self._batch.drop([slot for slot in slots if slot is not None])
 
     def _choose(self, features: Tensor) -> list[tuple[int, float]]:
@@ -158,29 +158,29 @@ class Scheduler:
             rows = [self._rows[i] for i in members]
             slots = [row.slot for row in rows]
             if setting.cfg_scale != 1:
-                slots += [row.mate for row in rows if row.mate is not None]
+                slots += [row.uncond for row in rows if row.uncond is not None]
             logits = self._head(features[[place[slot] for slot in slots]], ranges)
             plain, without = logits[: len(rows)], logits[len(rows) :]
-            logits = plain if setting.cfg_scale == 1 else guide(plain, without, setting.cfg_scale)
+            logits = plain if setting.cfg_scale == 1 else apply_cfg(plain, without, setting.cfg_scale)
             table = self.grammar.index(ranges)
             if setting.repetition_penalty != 1:
                 seen = [_columns(table, set(row.ids) - self._controls) for row in rows]
-                logits = penalise(logits, seen, setting.repetition_penalty)
+                logits = apply_repetition_penalty(logits, seen, setting.repetition_penalty)
             uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-            columns = draw(logits, setting, uniforms)
+            columns = sample(logits, setting, uniforms)
             logprobs = _logprobs(plain, columns) if any(row.scored for row in rows) else [0.0] * len(rows)
             for i, token, logprob in zip(members, table[columns].tolist(), logprobs, strict=True):
                 chosen[i] = (token, logprob)
         return chosen
 
-    def _append(self, row: Row, token: int, logprob: float = 0.0) -> Token:
+    def _append(self, row: Request, token: int, logprob: float = 0.0) -> Token:
         """Add one id to a row and to what its sequences have to feed."""
         row.state = self.grammar.advance(row.state, token)
         row.budget -= 1
         row.ids.append(token)
         row.slot.ids.append(token)
-        if row.mate is not None:
-            row.mate.ids.append(token)
+        if row.uncond is not None:
+            row.uncond.ids.append(token)
         if token in self._opens:
             row.enter(self._opens[token])
         elif token in self._closes:
@@ -189,7 +189,7 @@ class Scheduler:
         reason = ("length" if row.cut else "stop") if row.finished else None
         return Token(row.number, token, reason, logprob)
 
-    def _settle(self, row: Row) -> list[Token]:
+    def _settle(self, row: Request) -> list[Token]:
         """Append ids for as long as there is only one choice."""
         tokens: list[Token] = []
         while not row.finished:

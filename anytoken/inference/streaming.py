@@ -21,7 +21,7 @@ import torch
 from anytoken.inference.outputs import Usage
 from anytoken.processor import Processor
 from anytoken.segments import Segment, Text
-from anytoken.tokenizers.base import Codes, Grid
+from anytoken.tokenizers.base import CodeGrid, Codes
 
 CHUNK = 10  # codes of a run in one delta: a fifth of a second of speech
 PARTS = 4  # of a grid; a preview follows each but the last
@@ -157,7 +157,7 @@ class _Medium:
         segment = processor.grammar.segments[kind]
         self._starts, self._global_start = segment.starts, segment.global_start
         self._num_global_codes = segment.num_global_codes
-        self._axes = len(self.tokenizer.shape.axes) if isinstance(self.tokenizer.shape, Grid) else 0
+        self._axes = len(self.tokenizer.shape.axes) if isinstance(self.tokenizer.shape, CodeGrid) else 0
         self._size_zero = processor.token_space.size_token(1) - 1
         self._size: list[int] = []
         self._header: list[int] = []

@@ -214,7 +214,7 @@ def _append_rows(
             if theirs is not None:
                 new[ours - first] = table[theirs]
     if isinstance(lm, AnyTokenForCausalLM):
-        lm.grow_vocabulary(space.vocab_size)
+        lm.extend_vocabulary(space.vocab_size)
     else:
         lm.resize_token_embeddings(space.vocab_size, mean_resizing=False)
     lm.get_input_embeddings().weight[first:] = rows[0]

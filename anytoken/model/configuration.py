@@ -85,7 +85,7 @@ class AnyTokenConfig(Qwen3MoeConfig):
             self._check_groups(self.expert_groups)
 
     @classmethod
-    def of_space(cls, space: TokenSpace, **settings: Any) -> AnyTokenConfig:
+    def from_token_space(cls, space: TokenSpace, **settings: Any) -> AnyTokenConfig:
         """The configuration of a model over a token space: its ids from there, the rest from `settings`."""
         return cls(
             vocab_size=space.vocab_size,

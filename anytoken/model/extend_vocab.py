@@ -128,7 +128,7 @@ def _write_rows(lm: PreTrainedModel, first: int, tables: tuple[Tensor, Tensor]) 
     """Put rows [N, D] at ids first, first + 1, ... of the embedding and of the head; older rows keep their bits."""
     size = first + len(tables[0])
     if size > lm.config.get_text_config().vocab_size:
-        grow = getattr(lm, "grow_vocabulary", None) or partial(
+        grow = getattr(lm, "extend_vocabulary", None) or partial(
             lm.resize_token_embeddings, mean_resizing=False
         )
         grow(size)

@@ -342,7 +342,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         return [module for module in self.modules() if isinstance(module, AnyTokenRouter)]
 
     @torch.no_grad()
-    def grow_vocabulary(self, new_size: int, init: Tensor | None = None) -> None:
+    def extend_vocabulary(self, new_size: int, init: Tensor | None = None) -> None:
         """Append rows to the embedding and the head; old rows stay bit-equal and a tied head stays tied.
 
         init: rows [new_size - old_size, H]; by default they are drawn like any other embedding row.

@@ -17,7 +17,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from anytoken.inference.outputs import Reply
+from anytoken.inference.outputs import GenerationOutput
 from anytoken.inference.streaming import Event, SegmentDelta, SegmentFinished, TextDelta
 from anytoken.segments import Image, Segment, Speech, Text
 from anytoken.serving.content import (
@@ -72,7 +72,7 @@ def _audio_format(body: ChatBody) -> str:
     return wanted
 
 
-def _choice(number: int, reply: Reply, audio_format: str) -> dict[str, Any]:
+def _choice(number: int, reply: GenerationOutput, audio_format: str) -> dict[str, Any]:
     return {
         "index": number, "message": message(reply.segments, audio_format), "finish_reason": reply.finish_reason,
         "logprobs": None,
@@ -95,7 +95,7 @@ def message(segments: Sequence[Segment], audio_format: str) -> dict[str, Any]:
     return found
 
 
-def usage(prompt_tokens: int, replies: Sequence[Reply]) -> dict[str, Any]:
+def usage(prompt_tokens: int, replies: Sequence[GenerationOutput]) -> dict[str, Any]:
     """Token counts as OpenAI's API gives them, and by modality."""
     new = sum(reply.usage.new_tokens for reply in replies)
     by_kind: dict[str, int] = {}

@@ -15,7 +15,7 @@ from anytoken.serving.content import AUDIO_TYPES, audio_bytes, png
 from anytoken.serving.errors import FAILURES, BadRequest
 from anytoken.serving.schemas import ImageBody, Message, SamplingBody, SpeechBody
 from anytoken.serving.service import Service, service_of
-from anytoken.tokenizers.base import Grid
+from anytoken.tokenizers.base import CodeGrid
 from anytoken.tokenizers.image import PATCH_PX
 
 router = APIRouter(prefix="/v1", tags=["media"])
@@ -51,7 +51,7 @@ def _grid(service: Service, size: str | None) -> dict[str, tuple[int, ...]] | No
         return None
     assert size is not None
     tokenizer = service.model.processor.tokenizers["image"]
-    assert isinstance(tokenizer.shape, Grid)
+    assert isinstance(tokenizer.shape, CodeGrid)
     patch = getattr(tokenizer, "patch", PATCH_PX)  # pretrained codecs have their own
     width, height = map(int, size.split("x"))
     grid = (height // patch, width // patch)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.outputs import Reply, count_usage
+from anytoken.inference.outputs import GenerationOutput, count_usage
 from anytoken.inference.scheduler import Token
 from anytoken.inference.streaming import Event, SegmentFinished, SegmentStream, TextDelta
 from anytoken.segments import Segment, Text
@@ -37,7 +37,7 @@ class PendingReply:
         self._model, self._stops = model, list(stops)
         self._began = time.perf_counter()
         self.job = Job(prompt, options, self._deliver, time.monotonic() + deadline)
-        self.reply: Reply | None = None
+        self.reply: GenerationOutput | None = None
 
     def _deliver(self, item: Token | Exception) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -72,7 +72,7 @@ class PendingReply:
         usage = count_usage(
             self._model.token_space, len(self.job.prompt), ids, time.perf_counter() - self._began
         )
-        self.reply = Reply(finished, ids, usage, reason or "stop")
+        self.reply = GenerationOutput(finished, ids, usage, reason or "stop")
 
 
 def _push(segments: SegmentStream, ids: Sequence[int]) -> list[Event]:
@@ -139,7 +139,7 @@ def _as_api_error(error: Exception) -> ApiError:
     return ApiError("The reply could not be generated.")
 
 
-async def whole(pending: PendingReply) -> Reply:
+async def whole(pending: PendingReply) -> GenerationOutput:
     """The finished reply."""
     async for _ in pending:
         pass
@@ -147,7 +147,7 @@ async def whole(pending: PendingReply) -> Reply:
     return pending.reply
 
 
-async def gather(worker: Worker, pending: Sequence[PendingReply], gone: Any) -> list[Reply]:
+async def gather(worker: Worker, pending: Sequence[PendingReply], gone: Any) -> list[GenerationOutput]:
     """The finished replies, in order; all are cancelled when one fails or `gone` (a coroutine) ends first."""
     tasks = [asyncio.ensure_future(whole(one)) for one in pending]
     watch = asyncio.ensure_future(gone)

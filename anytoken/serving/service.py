@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.outputs import Reply
+from anytoken.inference.outputs import GenerationOutput
 from anytoken.serving.content import read_messages
 from anytoken.serving.errors import BadRequest, NotFound, TooManyRequests, Unavailable
 from anytoken.serving.middleware import Metrics
@@ -94,14 +94,14 @@ class Service:
             raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
         return pending
 
-    async def replies(self, pending: Sequence[PendingReply], request: Request) -> list[Reply]:
+    async def replies(self, pending: Sequence[PendingReply], request: Request) -> list[GenerationOutput]:
         """The finished replies; their places are freed if the client goes away."""
         replies = await gather(self.worker, pending, disconnected(request))
         for one, reply in zip(pending, replies, strict=True):
             self.count(len(one.job.prompt), reply)
         return replies
 
-    def count(self, prompt_tokens: int, reply: Reply) -> None:
+    def count(self, prompt_tokens: int, reply: GenerationOutput) -> None:
         """Add a reply to the metrics."""
         self.metrics.tokens.labels("in", "all").inc(prompt_tokens)
         for modality, number in reply.usage.tokens.items():

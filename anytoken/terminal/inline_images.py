@@ -58,7 +58,7 @@ def show_picture(console: Console, segment: Segment, environ: Mapping[str, str] 
     if picture is None or how is None:
         return
     if how == "blocks":
-        console.print(Blocks(picture))
+        console.print(HalfBlockImage(picture))
         return
     png = picture._repr_png_()
     console.file.write((kitty if how == "kitty" else iterm2)(png) + "\n")
@@ -82,7 +82,7 @@ def iterm2(png: bytes) -> str:
     return f"\x1b]1337;File=inline=1;size={len(png)};width={COLUMNS};preserveAspectRatio=1:{data}\x07"
 
 
-class Blocks:
+class HalfBlockImage:
     """A picture as half-block characters, for rich to print."""
 
     def __init__(self, picture: Image) -> None:

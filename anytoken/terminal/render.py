@@ -14,11 +14,11 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from anytoken.terminal.inline_images import COLUMNS, Blocks, picture_of, protocol, show_picture
+from anytoken.terminal.inline_images import COLUMNS, HalfBlockImage, picture_of, protocol, show_picture
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
-    from anytoken.inference.outputs import Reply
+    from anytoken.inference.outputs import GenerationOutput
     from anytoken.inference.streaming import Event, SegmentPreview, SegmentProgress
     from anytoken.segments import Segment
 
@@ -49,7 +49,7 @@ def show_segments(segments: Iterable[Segment], out: Path, console: Console) -> N
         console.out(_harmless(part[part["type"]]), highlight=False)
 
 
-def show_reply(reply: Reply, out: Path, console: Console, as_json: bool) -> None:
+def show_reply(reply: GenerationOutput, out: Path, console: Console, as_json: bool) -> None:
     """Print a reply and write its media; as JSON one line with ids, usage and finish reason."""
     if as_json:
         _print_line(**_record(reply, write_segments(reply.segments, out)))
@@ -57,12 +57,14 @@ def show_reply(reply: Reply, out: Path, console: Console, as_json: bool) -> None
         show_segments(reply.segments, out, console)
 
 
-def _record(reply: Reply, parts: list[dict[str, str]]) -> dict[str, Any]:
+def _record(reply: GenerationOutput, parts: list[dict[str, str]]) -> dict[str, Any]:
     usage = {**asdict(reply.usage), "tokens_per_second": reply.usage.tokens_per_second}
     return {"segments": parts, "ids": reply.ids, "finish_reason": reply.finish_reason, "usage": usage}
 
 
-def show_events(events: Generator[Event, None, Reply], out: Path, console: Console) -> Reply:
+def show_events(
+    events: Generator[Event, None, GenerationOutput], out: Path, console: Console
+) -> GenerationOutput:
     """Print a reply while it is made: text at once, a bar and a preview for a medium, then its file."""
     from anytoken.inference.streaming import finish
 
@@ -80,7 +82,7 @@ class _Screen:
         self.out, self.console = out, console
         self._live: Live | None = None
         self._bar = ProgressBar(width=COLUMNS)
-        self._preview: Blocks | None = None
+        self._preview: HalfBlockImage | None = None
 
     def show(self, event: Event) -> None:
         """Show one event."""
@@ -112,7 +114,7 @@ class _Screen:
         if isinstance(event, SegmentProgress):
             self._bar = ProgressBar(total=event.total, completed=event.done, width=COLUMNS)
         elif protocol(self.console) is not None and (picture := picture_of(event.segment)) is not None:
-            self._preview = Blocks(picture)
+            self._preview = HalfBlockImage(picture)
         self._live.update(Group(self._preview, self._bar) if self._preview else self._bar)
 
     def stop_waiting(self) -> None:
@@ -127,7 +129,7 @@ def _harmless(text: str) -> str:
     return "".join("\ufffd" if category(one) == "Cc" and one not in "\n\t" else one for one in text)
 
 
-def print_events(events: Generator[Event, None, Reply], out: Path) -> None:
+def print_events(events: Generator[Event, None, GenerationOutput], out: Path) -> None:
     """A reply as JSON lines while it is made, one an event, and last the whole as `generate --json` prints it."""
     from anytoken.inference.streaming import (
         SegmentFinished,

@@ -39,7 +39,7 @@ COMMANDS = (
 NEED_A_VALUE = (*(f"/{kind}" for kind in PART_KINDS), "/ask", "/edit", "/load")
 
 
-class Talk:
+class ChatRepl:
     """The chat loop: reads lines, does what they say, and never loses the conversation to a mistake."""
 
     def __init__(self, chat: Chat, out: Path, console: Console, **options: Any) -> None:
@@ -55,7 +55,7 @@ class Talk:
                 line = read().strip()
                 if line.split(" ")[0] in ("/quit", "/exit"):
                     return
-                self.obey(line)
+                self.handle_command(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -66,7 +66,7 @@ class Talk:
                 line = " ".join(str(error).split())
                 self.console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
-    def obey(self, line: str) -> None:
+    def handle_command(self, line: str) -> None:
         """Do one line. ValueError or OSError says what is wrong with it; the conversation is then as it was."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -92,7 +92,7 @@ class Talk:
         """The commands about the conversation itself."""
         if command == "/regenerate":
             seed = {"seed": _seed(argument)}
-            show_events(self.chat.stream_again(**{**self.options, **seed}), self.out, self.console)
+            show_events(self.chat.regenerate_stream(**{**self.options, **seed}), self.out, self.console)
         elif command == "/undo":
             self.chat.undo()
             self._note(f"taken back; {len(self.chat)} messages are left")

@@ -1,12 +1,15 @@
 """Raw input to discrete codes and back: one vector-quantised tokenizer per modality."""
 
+from typing import TYPE_CHECKING
+
+from anytoken import moved
 from anytoken.tokenizers.base import (
     MODALITIES,
+    CodeGrid,
     Codes,
+    CodeSequence,
     CodeShape,
-    Grid,
     ModalityTokenizer,
-    Run,
     TokenizerError,
     load_tokenizer,
     register_modality,
@@ -15,13 +18,16 @@ from anytoken.tokenizers.registry import load_modality
 
 __all__ = [
     "MODALITIES",
+    "CodeGrid",
+    "CodeSequence",
     "CodeShape",
     "Codes",
-    "Grid",
     "ModalityTokenizer",
-    "Run",
     "TokenizerError",
     "load_modality",
     "load_tokenizer",
     "register_modality",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -1,10 +1,10 @@
 """What a modality tokenizer is: raw input to discrete codes and back, plus the shape its codes may have.
 
 A language model needs very little from a tokenizer: `encode`, `decode`, how many codebooks of what size, and
-which code sequences are legal. The last is declared as data (`Grid` or `Run`), and the grammar is derived from
-it, so a new modality never writes decoding rules. What an item has all along, such as a base colour or a voice, may be
-said once in a header of global codes (as the global tokens of BiCodec, arXiv 2503.01710); the local codes after it need
-not repeat it. Shapes in this room: N positions of local codes, Q codebooks, G global codes, K codebook size,
+which code sequences are legal. The last is declared as data (`CodeGrid` or `CodeSequence`), and the grammar is derived
+from it, so a new modality never writes decoding rules. What an item has all along, such as a base colour or a voice,
+may be said once in a header of global codes (as the global tokens of BiCodec, arXiv 2503.01710); the local codes after
+it need not repeat it. Shapes in this room: N positions of local codes, Q codebooks, G global codes, K codebook size,
 D codebook dimension.
 """
 
@@ -17,10 +17,11 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,23 +29,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from anytoken import moved
 from anytoken.segments import Segment
 from anytoken.tokenizers.codes import (
     NO_HEADER,
+    CodeGrid,
     Codes,
+    CodeSequence,
     CodeShape,
-    Grid,
-    Run,
     TokenizerError,
     code_shape_from_dict,
-    writing_order,
+    codebook_pattern,
 )
 
 __all__ = [
-    "BUILTIN", "MODALITIES", "NO_HEADER", "PLUGIN", "CodeShape", "Codes", "Grid", "ModalityTokenizer", "Run",
-    "TokenizerError", "class_source", "code_shape_from_dict", "load_tokenizer", "loss_weights", "register_modality",
-    "writing_order",
+    "BUILTIN", "MODALITIES", "NO_HEADER", "PLUGIN", "CodeGrid", "CodeSequence", "CodeShape", "Codes",
+    "ModalityTokenizer", "TokenizerError", "class_source", "code_shape_from_dict", "codebook_pattern",
+    "load_tokenizer", "loss_weights", "register_modality",
 ]  # fmt: skip
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)
 
 
 SUMS = ".embed_avg"  # of vector-quantize-pytorch's moving averages
@@ -164,7 +168,7 @@ class ModalityTokenizer(nn.Module):
 
         What is missing repeats the last whole slice of the grid: the latest row of a picture, or step of a clip.
         """
-        if not isinstance(self.shape, Grid):
+        if not isinstance(self.shape, CodeGrid):
             raise TokenizerError(f"Only a grid has a preview; {self.name} is a run.")
         slices = (math.prod(codes.size[axis:]) for axis in range(1, len(codes.size) + 1))
         period = next(length for length in slices if length <= len(codes))
@@ -176,8 +180,13 @@ class ModalityTokenizer(nn.Module):
         """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
         raise TokenizerError(f"{type(self).__name__} has nothing to train.")
 
-    def weigh_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
+    def configure_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
         """Take the recipe's `loss`, where a kind has terms to weigh; what has to be trained along, such as a critic."""
+        old = getattr(self, "weigh_losses", None)  # what a plug-in of version 0.1 calls this
+        if old is not None:
+            message = f"{type(self).__name__}: weigh_losses is now configure_losses"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return old(weights)
         if weights:
             raise TokenizerError(f"The loss of {self.kind} has no terms to weigh; received {dict(weights)}.")
         return None
@@ -241,7 +250,7 @@ class ModalityTokenizer(nn.Module):
             raise TokenizerError(
                 f"{self.name} codes have {self.shape.num_codebooks} codebooks; received {books}."
             )
-        if isinstance(self.shape, Grid):
+        if isinstance(self.shape, CodeGrid):
             limits = list(zip(self.shape.min_size, self.shape.max_size, strict=True))
             fits = len(codes.size) == len(limits) and all(
                 lo <= n <= hi for n, (lo, hi) in zip(codes.size, limits, strict=True)
@@ -284,7 +293,7 @@ class ModalityTokenizer(nn.Module):
 
         return rebuild, (*source, self.__dict__)
 
-    def without_sums(self) -> ModalityTokenizer:
+    def drop_ema_buffers(self) -> ModalityTokenizer:
         """Itself, from now on saved without the running sums of learned codebooks, which only training needs."""
         self._saves_sums = False
         return self
@@ -361,7 +370,7 @@ class ModalityTokenizer(nn.Module):
         try:
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()}
             if sums := {name for name in tokenizer.state_dict() if name.endswith(SUMS)} - set(state):
-                tokenizer.without_sums().load_state_dict(_with_sums(state, sums))
+                tokenizer.drop_ema_buffers().load_state_dict(_with_sums(state, sums))
             else:
                 tokenizer.load_state_dict(state)
         except (SafetensorError, RuntimeError, ValueError, OSError) as error:

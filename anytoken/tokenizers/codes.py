@@ -19,10 +19,10 @@ NO_HEADER.setflags(write=False)
 
 
 @dataclass(frozen=True)
-class Grid:
+class CodeGrid:
     """Codes on a grid: a size header (one number per axis), then prod(size) positions in raster order.
 
-    order: see `writing_order`. num_global_codes: global codes between the size header and the positions.
+    order: see `codebook_pattern`. num_global_codes: global codes between the size header and the positions.
     """
 
     axes: tuple[str, ...]
@@ -49,10 +49,10 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Run:
+class CodeSequence:
     """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each.
 
-    order: see `writing_order`. num_global_codes: global codes before the first frame.
+    order: see `codebook_pattern`. num_global_codes: global codes before the first frame.
     """
 
     min_length: int
@@ -73,7 +73,7 @@ class Run:
         return {"type": "run", **_declared(self)}
 
 
-CodeShape = Grid | Run
+CodeShape = CodeGrid | CodeSequence
 
 
 def _check_declared(shape: CodeShape) -> None:
@@ -93,7 +93,7 @@ def _declared(shape: CodeShape) -> dict[str, Any]:
     }
 
 
-def writing_order(shape: CodeShape, frames: int) -> np.ndarray:
+def codebook_pattern(shape: CodeShape, frames: int) -> np.ndarray:
     """In which order the codes of `frames` frames are written: flat indices frame * Q + codebook, int64 [frames * Q].
 
     "interleaved": frame after frame. "delayed": codebook q of a frame stands with codebook 0 of the q-th frame after
@@ -109,7 +109,7 @@ def writing_order(shape: CodeShape, frames: int) -> np.ndarray:
 def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
     """Read back what `to_dict` wrote; TokenizerError on an unknown type."""
     fields = {k: v for k, v in data.items() if k != "type"}
-    types: dict[str, type[CodeShape]] = {"grid": Grid, "run": Run}
+    types: dict[str, type[CodeShape]] = {"grid": CodeGrid, "run": CodeSequence}
     if data.get("type") not in types:
         raise TokenizerError(f"Unknown code shape {data.get('type')!r}; allowed: {', '.join(types)}.")
     return types[data["type"]](**fields)

@@ -18,24 +18,24 @@ from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment
 from anytoken.tokenizers.base import (
+    CodeGrid,
     Codes,
-    Grid,
     ModalityTokenizer,
     TokenizerError,
     loss_weights,
     register_modality,
 )
-from anytoken.tokenizers.losses.image import TERMS, PatchCritic, feature_loss, pixel_loss, psnr_loss
-from anytoken.tokenizers.modules.code_search import best_codes, check_candidates
+from anytoken.tokenizers.losses.image import TERMS, PatchDiscriminator, feature_loss, pixel_loss, psnr_loss
+from anytoken.tokenizers.modules.code_search import analysis_by_synthesis, check_candidates
 from anytoken.tokenizers.modules.convnext import (
     ChannelLinear,
     ChannelNorm,
-    Trunk,
-    alike,
+    ConvNeXtStack,
+    group_by_shape,
     patchify,
     unpatchify,
 )
-from anytoken.tokenizers.modules.quantizer import Choice, Quantizer
+from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
 
 PATCH_PX = 8
 KEPT_PX = 128  # a side that every tokenizer's grid has room for
@@ -104,7 +104,7 @@ def best_decoded(
         return F.avg_pool2d(F.avg_pool2d(squared, PATCH_PX), 3, 1, 1).flatten(2)
 
     place = torch.arange(math.prod(grid), device=choices.device)
-    return best_codes(choices, place // grid[1] % 2 * 2 + place % grid[1] % 2, error)
+    return analysis_by_synthesis(choices, place // grid[1] % 2 * 2 + place % grid[1] % 2, error)
 
 
 def fit_picture(picture: Image, side_px: int) -> np.ndarray:
@@ -137,7 +137,7 @@ class ImageTokenizer(ModalityTokenizer):
         decoder_depth: int = 6,
         refine_width: int = 64,
         refine_depth: int = 2,
-        quantizer: Choice = "fsq",
+        quantizer: QuantizerConfig = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
         side_px: int = 64,
@@ -158,22 +158,24 @@ class ImageTokenizer(ModalityTokenizer):
         quantize = Quantizer(width, quantizer, levels, codebook_size)
         check_candidates(candidates, quantize)
         most = max(KEPT_PX, side_px) // PATCH_PX
-        shape = Grid(("rows", "cols"), (1, 1), (most, most), quantize.num_codebooks, quantize.order)
+        shape = CodeGrid(("rows", "cols"), (1, 1), (most, most), quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.quantize = quantize
-        self._losses: tuple[dict[str, float], tuple[PatchCritic | None]] = (PIXELS_ALONE, (None,))
+        self._losses: tuple[dict[str, float], tuple[PatchDiscriminator | None]] = (PIXELS_ALONE, (None,))
         window = (kernel, kernel)
         self.encoder = nn.Sequential(
-            ChannelLinear(3 * PATCH_PX**2, width), Trunk(width, encoder_depth, window), ChannelNorm(width)
+            ChannelLinear(3 * PATCH_PX**2, width),
+            ConvNeXtStack(width, encoder_depth, window),
+            ChannelNorm(width),
         )
         up = PATCH_PX // REFINE_PX
         self.decoder = nn.Sequential(
-            Trunk(width, decoder_depth, window),
+            ConvNeXtStack(width, decoder_depth, window),
             ChannelNorm(width),
             ChannelLinear(width, refine_width * up**2),
         )
         self.refine = nn.Sequential(
-            Trunk(refine_width, refine_depth, window),
+            ConvNeXtStack(refine_width, refine_depth, window),
             ChannelNorm(refine_width),
             ChannelLinear(refine_width, 3 * REFINE_PX**2),
         )
@@ -196,13 +198,13 @@ class ImageTokenizer(ModalityTokenizer):
     def _encode_pixels(self, x: Tensor) -> Tensor:
         return self.encoder(_patches(x))
 
-    def weigh_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
+    def configure_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
         """Train by these terms of `picture_losses` instead of pixel errors alone; the critic to train along, if any.
 
         The critic is no part of the tokenizer: it is neither saved nor in the fingerprint.
         """
         weights = loss_weights(weights, TERMS, PIXELS_ALONE)
-        critic = PatchCritic() if weights.get("adversarial") else None
+        critic = PatchDiscriminator() if weights.get("adversarial") else None
         self._losses = weights, (critic,)  # in a tuple, so that it is not registered as a part
         return critic
 
@@ -239,7 +241,7 @@ class ImageTokenizer(ModalityTokenizer):
         pictures = [self._prepare(segment) for segment in segments]
         result: list[Codes | None] = [None] * len(pictures)
         shapes = [p.shape for p in pictures]
-        for rows in alike(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
+        for rows in group_by_shape(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
             x = _patches(as_bytes(np.stack([pictures[i] for i in rows]))).to(self.device)
             latent = self.encoder(from_bytes(x))
             flat = latent.flatten(2).transpose(1, 2)
@@ -258,7 +260,7 @@ class ImageTokenizer(ModalityTokenizer):
         for one in codes:
             self.check_codes(one)
         result: list[Segment | None] = [None] * len(codes)
-        for rows in alike([one.size for one in codes], [len(one) for one in codes], self.device):
+        for rows in group_by_shape([one.size for one in codes], [len(one) for one in codes], self.device):
             values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
             size = codes[rows[0]].size
             x = to_bytes(self._refined(self.quantize.lookup(values), size))

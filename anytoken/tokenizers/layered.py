@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment
-from anytoken.tokenizers.base import Codes, Grid, TokenizerError, loss_weights, register_modality
+from anytoken.tokenizers.base import CodeGrid, Codes, TokenizerError, loss_weights, register_modality
 from anytoken.tokenizers.image import (
     PATCH_PX,
     REFINE_PX,
@@ -36,12 +36,12 @@ from anytoken.tokenizers.losses.image import pixel_loss, psnr_loss
 from anytoken.tokenizers.modules.convnext import (
     ChannelLinear,
     ChannelNorm,
-    Trunk,
-    alike,
+    ConvNeXtStack,
+    group_by_shape,
     patchify,
     unpatchify,
 )
-from anytoken.tokenizers.modules.quantizer import Choice
+from anytoken.tokenizers.modules.quantizer import QuantizerConfig
 
 BASE_LEVELS, BASE_CODES = 32, 3  # of each of red, green and blue
 BORDER_PX = 2
@@ -110,7 +110,7 @@ class Matte(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             ChannelLinear(7 * MATTE_PX**2, width),
-            Trunk(width, depth, (kernel, kernel)),
+            ConvNeXtStack(width, depth, (kernel, kernel)),
             ChannelNorm(width),
             ChannelLinear(width, MATTE_PX**2),
         )
@@ -155,7 +155,7 @@ class LayeredImageTokenizer(ImageTokenizer):
         decoder_depth: int = 6,
         refine_width: int = 64,
         refine_depth: int = 2,
-        quantizer: Choice = "fsq",
+        quantizer: QuantizerConfig = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
         side_px: int = 64,
@@ -170,9 +170,9 @@ class LayeredImageTokenizer(ImageTokenizer):
         if self.quantize.num_codebooks != 1:
             raise TokenizerError(f"A layered image tokenizer has one codebook; received {quantizer!r}.")
         self.config |= {"matte_width": matte_width, "matte_depth": matte_depth}
-        assert isinstance(self.shape, Grid)
+        assert isinstance(self.shape, CodeGrid)
         limits = self.shape.axes, self.shape.min_size, self.shape.max_size
-        self.shape = Grid(*limits, num_global_codes=BASE_CODES)
+        self.shape = CodeGrid(*limits, num_global_codes=BASE_CODES)
         self.empty_code = self.codebook_sizes[0]
         self.codebook_sizes = (self.empty_code + 1,)
         self.global_codebook_size = BASE_LEVELS
@@ -214,7 +214,7 @@ class LayeredImageTokenizer(ImageTokenizer):
         images = [self._prepare(segment) for segment in segments]
         result: dict[int, Codes] = {}
         shapes = [image.shape for image in images]
-        for rows in alike(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
+        for rows in group_by_shape(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
             x = from_bytes(as_bytes(np.stack([images[i] for i in rows])).to(self.device))
             found = self.matte(x)
             _, codes, _ = self._quantized(self._latents(found.layer), empty_patches(found.layer))
@@ -229,7 +229,7 @@ class LayeredImageTokenizer(ImageTokenizer):
         for one in codes:
             self.check_codes(one)
         result: dict[int, Segment] = {}
-        for rows in alike([one.size for one in codes], [len(one) for one in codes], self.device):
+        for rows in group_by_shape([one.size for one in codes], [len(one) for one in codes], self.device):
             local = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
             header = torch.from_numpy(np.stack([codes[i].header for i in rows])).to(self.device)
             layer = self._layer(self._lookup(local), codes[rows[0]].size)
@@ -260,7 +260,7 @@ class LayeredImageTokenizer(ImageTokenizer):
             grown[key][: len(state[key])] = state[key]
         return {**state, **grown}
 
-    def weigh_losses(self, weights: Mapping[str, float]) -> None:
+    def configure_losses(self, weights: Mapping[str, float]) -> None:
         """Train by these terms.
 
         pixel, psnr: of the image. recolored: pixel, of the decoded layer over another colour. matte: of the coverage.

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.tokenizers.base import (
+    CodeGrid,
     Codes,
+    CodeSequence,
     CodeShape,
-    Grid,
     ModalityTokenizer,
-    Run,
     TokenizerError,
     register_modality,
 )
@@ -190,14 +190,14 @@ class PretrainedSpeech(PretrainedTokenizer):
             )
         self.hop = int(CODECS[model_config["model_type"]].hop(config))
         self.sample_rate_hz = int(getattr(config, "sampling_rate", 0) or config.sample_rate)
-        shape = Run(1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, order)
+        shape = CodeSequence(1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, order)
         settings = {"num_codebooks": books, "max_seconds": max_seconds, "order": order}
         super().__init__(model_config, shape, books, settings)
         self.frame_rate_hz = self.sample_rate_hz / self.hop
 
     def _samples(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
-        assert isinstance(segment, Speech) and isinstance(self.shape, Run)
+        assert isinstance(segment, Speech) and isinstance(self.shape, CodeSequence)
         samples = segment.resample(self.sample_rate_hz).samples
         if len(samples) > self.shape.max_length * self.hop:
             raise TokenizerError(
@@ -252,7 +252,7 @@ class PretrainedImage(PretrainedTokenizer):
                 f"side_px is {side_px}; a code of this codec is {self.patch} px wide already."
             )
         most = self.side or self.side_px // self.patch
-        shape = Grid(("rows", "cols"), (self.side or 1,) * 2, (most, most))
+        shape = CodeGrid(("rows", "cols"), (self.side or 1,) * 2, (most, most))
         super().__init__(model_config, shape, 1, {"side_px": self.side_px})
 
     def _pixels(self, segment: Segment) -> np.ndarray:
@@ -296,7 +296,7 @@ class PretrainedVideo(PretrainedTokenizer):
         self.patch, self.step = _patches(config), int(config.temporal_downsample_factor)
         self.side_px = side_px
         most = side_px // self.patch
-        shape = Grid(("steps", "rows", "cols"), (1, 1, 1), (max_steps, most, most))
+        shape = CodeGrid(("steps", "rows", "cols"), (1, 1, 1), (max_steps, most, most))
         settings = {"side_px": side_px, "max_steps": max_steps, "video_frame_rate_hz": video_frame_rate_hz}
         super().__init__(model_config, shape, 1, settings)
 

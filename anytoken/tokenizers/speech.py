@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import (
     Codes,
+    CodeSequence,
     ModalityTokenizer,
-    Run,
     TokenizerError,
     loss_weights,
     register_modality,
@@ -33,23 +33,23 @@ from anytoken.tokenizers.losses.audio import (
     TERMS,
     cepstral_loss,
     envelope_loss,
-    heard_apart,
-    log_bands,
+    log_mel,
+    perceptual_distance,
     power,
     spectral_loss,
 )
-from anytoken.tokenizers.modules.code_search import best_codes, check_candidates
+from anytoken.tokenizers.modules.code_search import analysis_by_synthesis, check_candidates
 from anytoken.tokenizers.modules.convnext import (
     AT_ONCE,
     ChannelLinear,
     ChannelNorm,
-    Fold,
-    RowConv,
-    Trunk,
-    Unfold,
-    alike,
+    Conv1dAsConv2d,
+    ConvNeXtStack,
+    Patchify,
+    Unpatchify,
+    group_by_shape,
 )
-from anytoken.tokenizers.modules.quantizer import Choice, Quantizer
+from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
 KERNEL = 7
@@ -86,7 +86,7 @@ class LogMel(nn.Module):
         return energy.clamp_min(1e-5).log().transpose(1, 2)
 
 
-class WaveHead(nn.Module):
+class ISTFTHead(nn.Module):
     """Magnitude and phase of `spectra` short spectra a frame, overlap-added into samples by an inverse transform."""
 
     window: Tensor
@@ -121,7 +121,7 @@ def _overlap_add(frames: Tensor, hop: int) -> Tensor:
     return total.flatten(1)
 
 
-class Voice(nn.Module):
+class GlobalEncoder(nn.Module):
     """What stays as it is through a clip, in `count` codes: pooled over time, each quantised by fsq of four levels.
 
     size: of each code, the largest power of four up to `codebook_size`.
@@ -132,7 +132,9 @@ class Voice(nn.Module):
         levels = [4] * ((codebook_size.bit_length() - 1) // 2)
         self.count, self.size = count, 4 ** len(levels)
         self.listen = nn.Sequential(
-            RowConv(bands, width, 3, padding=1), Trunk(width, depth, (KERNEL,)), ChannelNorm(width)
+            Conv1dAsConv2d(bands, width, 3, padding=1),
+            ConvNeXtStack(width, depth, (KERNEL,)),
+            ChannelNorm(width),
         )
         self.split = nn.Linear(2 * width, count * width)
         self.quantize = Quantizer(width, "fsq", levels)
@@ -176,7 +178,7 @@ class SpeechTokenizer(ModalityTokenizer):
         width: int = 256,
         encoder_depth: int = 4,
         decoder_depth: int = 6,
-        quantizer: Choice = "fsq",
+        quantizer: QuantizerConfig = "fsq",
         levels: Sequence[int] = (8, 8, 8, 8),
         codebook_size: int = 4096,
         max_frames: int = MAX_FRAMES,
@@ -204,9 +206,9 @@ class SpeechTokenizer(ModalityTokenizer):
         config |= {"spectra_per_frame": spectra_per_frame} if spectra_per_frame != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
         check_candidates(candidates, quantize)
-        shape = Run(1, max_frames, quantize.num_codebooks, quantize.order, num_global_codes)
+        shape = CodeSequence(1, max_frames, quantize.num_codebooks, quantize.order, num_global_codes)
         bands, smallest = MELS * spectra_per_frame, min(quantize.codebook_sizes)
-        voice = Voice(width, num_global_codes, smallest, bands) if num_global_codes else None
+        voice = GlobalEncoder(width, num_global_codes, smallest, bands) if num_global_codes else None
         super().__init__(
             shape=shape,
             codebook_sizes=quantize.codebook_sizes,
@@ -218,23 +220,23 @@ class SpeechTokenizer(ModalityTokenizer):
         self.quantize = quantize
         self.voice = voice
         self.mel = LogMel(WINDOW // spectra_per_frame, HOP // spectra_per_frame)
-        self.side_by_side = Fold((spectra_per_frame,))
+        self.side_by_side = Patchify((spectra_per_frame,))
         fold: list[nn.Module] = []
         unfold: list[nn.Module] = []
         if frames_per_code > 1:
-            fold = [Fold((frames_per_code,)), ChannelLinear(width * frames_per_code, width)]
-            unfold = [ChannelLinear(width, width * frames_per_code), Unfold((frames_per_code,))]
+            fold = [Patchify((frames_per_code,)), ChannelLinear(width * frames_per_code, width)]
+            unfold = [ChannelLinear(width, width * frames_per_code), Unpatchify((frames_per_code,))]
         self.encoder = nn.Sequential(
-            RowConv(bands, width, 3, padding=1),
-            Trunk(width, encoder_depth, (KERNEL,)),
+            Conv1dAsConv2d(bands, width, 3, padding=1),
+            ConvNeXtStack(width, encoder_depth, (KERNEL,)),
             *fold,
             ChannelNorm(width),
         )
         self.decoder = nn.Sequential(
             *unfold,
-            Trunk(width, decoder_depth, (KERNEL,)),
+            ConvNeXtStack(width, decoder_depth, (KERNEL,)),
             ChannelNorm(width),
-            WaveHead(width, spectra_per_frame),
+            ISTFTHead(width, spectra_per_frame),
         )
         self.mel_for_loss = LogMel(1024, 256, MELS)
         self._losses = SPECTRA
@@ -258,7 +260,7 @@ class SpeechTokenizer(ModalityTokenizer):
             found = found / found.square().mean(2, keepdim=True).add(0.01).sqrt()
         return found.transpose(1, 2)
 
-    def weigh_losses(self, weights: Mapping[str, float]) -> None:
+    def configure_losses(self, weights: Mapping[str, float]) -> None:
         """Train by these terms of `sound_losses`; without a word, by mel energies and spectra."""
         self._losses = loss_weights(weights, TERMS, SPECTRA)
 
@@ -309,7 +311,7 @@ class SpeechTokenizer(ModalityTokenizer):
         clips = [self._samples(segment) for segment in segments]
         codes: dict[int, Codes] = {}
         frames = [len(clip) // HOP for clip in clips]
-        for rows in alike(frames, frames, self.device):
+        for rows in group_by_shape(frames, frames, self.device):
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
             seen = self._scaled_mel(batch)
             told = self.voice(seen)[1] if self.voice else None
@@ -327,19 +329,19 @@ class SpeechTokenizer(ModalityTokenizer):
         """
         if (count := self.config.get("candidates", 1)) == 1:
             return self.quantize(features).codes
-        wanted, frames = log_bands(target), self.hop // FRAME
+        wanted, frames = log_mel(target), self.hop // FRAME
 
         def error(trials: Tensor) -> Tensor:
             kinds = len(trials)
             voice = None if told is None else told.repeat(kinds, 1)
             sounds = self._sounds(trials.flatten(0, 1), voice)
-            apart = heard_apart(log_bands(sounds).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
+            apart = perceptual_distance(log_mel(sounds).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
             each = F.avg_pool1d(apart, frames)
             return F.avg_pool1d(F.pad(each, (1, 1), mode="replicate"), 3, 1).unflatten(0, (kinds, -1))
 
         turns = torch.arange(features.shape[1], device=features.device) % 2
         at_once = max(1, AT_ONCE // target.shape[0] // features.shape[1])
-        return best_codes(self.quantize.nearest(features, count), turns, error, at_once)
+        return analysis_by_synthesis(self.quantize.nearest(features, count), turns, error, at_once)
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
@@ -348,7 +350,7 @@ class SpeechTokenizer(ModalityTokenizer):
         for one in codes:
             self.check_codes(one)
         lengths = [len(one) for one in codes]
-        for rows in alike(lengths, lengths, self.device):
+        for rows in group_by_shape(lengths, lengths, self.device):
             values = np.stack([codes[i].values for i in rows])
             samples = self._decode_values(values, np.stack([codes[i].header for i in rows]))
             result.update({i: Speech(one, SAMPLE_RATE_HZ) for i, one in zip(rows, samples, strict=True)})

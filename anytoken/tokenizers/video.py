@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.segments import Image, Segment, Video
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError, register_modality
+from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.image import (
     PATCH_PX,
     as_bytes,
@@ -34,12 +34,12 @@ from anytoken.tokenizers.losses.image import pixel_loss
 from anytoken.tokenizers.modules.convnext import (
     ChannelLinear,
     ChannelNorm,
-    Trunk,
-    alike,
+    ConvNeXtStack,
+    group_by_shape,
     patchify,
     unpatchify,
 )
-from anytoken.tokenizers.modules.quantizer import Choice, Quantizer
+from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
 
 STEP_FRAMES = 4
 MAX_STEPS = 2
@@ -95,7 +95,7 @@ class VideoTokenizer(ModalityTokenizer):
         width: int = 192,
         encoder_depth: int = 3,
         decoder_depth: int = 6,
-        quantizer: Choice = "fsq",
+        quantizer: QuantizerConfig = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
         side_px: int = 64,
@@ -121,7 +121,7 @@ class VideoTokenizer(ModalityTokenizer):
                 f"candidates are tried step by step: 1, or causal=true; received {candidates} without."
             )
         cells = side_px // PATCH_PX
-        shape = Grid(
+        shape = CodeGrid(
             ("steps", "rows", "cols"),
             (1, 1, 1),
             (max_steps, cells, cells),
@@ -132,11 +132,11 @@ class VideoTokenizer(ModalityTokenizer):
         self.quantize = quantize
         self.encoder = nn.Sequential(
             ChannelLinear(PATCH, width),
-            Trunk(width, encoder_depth, KERNEL, causal=causal),
+            ConvNeXtStack(width, encoder_depth, KERNEL, causal=causal),
             ChannelNorm(width),
         )
         self.decoder = nn.Sequential(
-            Trunk(width, decoder_depth, KERNEL, causal=causal),
+            ConvNeXtStack(width, decoder_depth, KERNEL, causal=causal),
             ChannelNorm(width),
             ChannelLinear(width, PATCH),
         )
@@ -164,7 +164,7 @@ class VideoTokenizer(ModalityTokenizer):
         clips = [self._prepare(segment) for segment in segments]
         result: dict[int, Codes] = {}
         shapes = [clip.shape for clip in clips]
-        for rows in alike(shapes, [math.prod(shape) // PATCH for shape in shapes], self.device):
+        for rows in group_by_shape(shapes, [math.prod(shape) // PATCH for shape in shapes], self.device):
             frames = as_bytes(np.stack([clips[i] for i in rows])).transpose(1, 2)
             x = from_bytes(patchify(frames, TUBELET).to(self.device))
             latent = self.encoder(x)
@@ -209,7 +209,7 @@ class VideoTokenizer(ModalityTokenizer):
         for one in codes:
             self.check_codes(one)
         result: dict[int, Segment] = {}
-        for rows in alike([one.size for one in codes], [len(one) for one in codes], self.device):
+        for rows in group_by_shape([one.size for one in codes], [len(one) for one in codes], self.device):
             values = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
             size = codes[rows[0]].size
             x = to_bytes(self._tubelets(self.quantize.lookup(values), size))

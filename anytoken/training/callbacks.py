@@ -13,14 +13,14 @@ from anytoken.model.attention import usable_attention
 from anytoken.training.lora import base_model
 from anytoken.training.losses.balanced import CONTROL
 from anytoken.training.losses.modality_integration_rate import integration_rates
-from anytoken.training.metrics import GroupMeter
+from anytoken.training.metrics import LossMeter
 from anytoken.training.step import ModelWithLoss, packed_inputs
 
 if TYPE_CHECKING:
     from anytoken.training.trainer import StageTrainer
 
 
-class Loop(TrainerCallback):
+class TrainingCallback(TrainerCallback):
     """Progress bar, time limit, samples and held-out losses."""
 
     def __init__(self, trainer: "StageTrainer") -> None:
@@ -50,7 +50,7 @@ class Loop(TrainerCallback):
             base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)
         schedule.tick(state.global_step, seconds, stage.max_minutes)
         self.last = now
-        stopping = self.trainer.stop.asked_anywhere(args.device, args.world_size)
+        stopping = self.trainer.stop.any_rank_requested(args.device, args.world_size)
         if state.global_step >= schedule.total or stopping:
             control.should_training_stop = control.should_save = True
         control.should_log = control.should_log or state.global_step >= schedule.total
@@ -81,7 +81,7 @@ class Loop(TrainerCallback):
     def sample(self, step: int) -> None:
         """Replies for the report, by the first process, if it holds the whole model."""
         trainer = self.trainer
-        if trainer.weights_lie_apart:
+        if trainer.weights_are_sharded:
             return
         due = trainer.sampler.due(step, last=step >= trainer.schedule.total)
         if due and trainer.is_world_process_zero():
@@ -92,7 +92,7 @@ class Loop(TrainerCallback):
         trainer = self.trainer
         if trainer.held_out is None:
             return
-        meter = GroupMeter(trainer.meter.names)
+        meter = LossMeter(trainer.meter.names)
         batches = iter(trainer.make_stream(trainer.held_out, trainer.args))
         assert isinstance(trainer.model, ModelWithLoss)
         model = trainer.model.eval()
@@ -102,7 +102,7 @@ class Loop(TrainerCallback):
                 outputs = model(**batch)
                 meter.add(outputs["parts"], trainer.micro_batch)
         report = meter.report()
-        if trainer.stage.eval.integration:
+        if trainer.stage.eval.modality_integration_rate:
             report["integration"] = self.integration(batch)
         model.train()
         if trainer.is_world_process_zero():

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 
 STATE_FOLDER = "state"
 KEPT_STATES = 2
@@ -48,7 +48,7 @@ def partial_folder(folder: Path) -> Path:
     return folder / STATE_FOLDER / "partial"
 
 
-def publish(folder: Path, step: int) -> None:
+def commit_checkpoint(folder: Path, step: int) -> None:
     """Make the written state of a step one that a run can go on from, and drop the oldest."""
     written = partial_folder(folder) / f"checkpoint-{step}"
     for path in [*written.rglob("*"), written]:
@@ -101,7 +101,7 @@ def move_final(folder: Path) -> None:
     shutil.rmtree(folder / STATE_FOLDER)
 
 
-def is_finished(stage: Stage) -> bool:
+def is_finished(stage: TrainConfig) -> bool:
     """Whether the output folder holds this run's end; StageError if it holds another run, or something else."""
     folder = Path(stage.output)
     done = any((folder / name).is_file() for name in MARKERS)
@@ -109,7 +109,9 @@ def is_finished(stage: Stage) -> bool:
         if done:
             raise StageError(f"{folder} holds a model that no run of this recipe made; choose another output")
         return False
-    before = Stage.from_dict(yaml.safe_load((folder / "stage.yaml").read_text()), str(folder / "stage.yaml"))
+    before = TrainConfig.from_dict(
+        yaml.safe_load((folder / "stage.yaml").read_text()), str(folder / "stage.yaml")
+    )
     changed = _differences(before.model_dump(mode="json"), stage.model_dump(mode="json"))
     if changed:
         raise StageError(

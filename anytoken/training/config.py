@@ -6,13 +6,15 @@ goes. Unknown keys are errors. Any value can be overridden from the command line
 recipes can be copied anywhere.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from anytoken import moved
 from anytoken.data.mixture import SamplingSpec, SourceSpec
 
 AUTO = "auto"  # the view that stands for all that a set's records can teach
@@ -57,8 +59,13 @@ class LossSpec(_Part):
     modality_weights: Literal["equal", "tokens"] | dict[str, float] = "equal"
     control_weight: float = Field(default=0.1, ge=0)
     grammar_restricted: bool = True
-    learn: Literal["assistant", "everything"] = "assistant"
+    loss_on: Literal["assistant", "all"] = "assistant"
     z_loss: float = Field(default=1e-4, ge=0)
+
+    @field_validator("loss_on", mode="before")
+    @classmethod
+    def _old_value(cls, value: Any) -> Any:
+        return "all" if value == "everything" else value  # as version 0.1 had it
 
 
 class MoeSpec(_Part):
@@ -77,7 +84,7 @@ class EvalSpec(_Part):
 
     every: int = Field(default=0, ge=0)
     first: bool = Field(default=False, description="also before the first step: what training has to beat")
-    integration: bool = Field(
+    modality_integration_rate: bool = Field(
         default=False, description="also how far each modality's hidden states lie from text's (MIR)"
     )
     batches: int = Field(default=8, ge=1)
@@ -153,11 +160,12 @@ class DistributedSpec(_Part):
         return "deepspeed" if self.deepspeed else "ddp" if self.mesh is None else "mesh"
 
 
-class Stage(_Part):
+class TrainConfig(_Part):
     """One training run.
 
-    ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its ``accumulate``
-    micro-batches. It does not change with the number of processes, which share the rows of each micro-batch.
+    ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its
+    ``gradient_accumulation_steps`` micro-batches. It does not change with the number of processes, which share the rows
+    of each micro-batch.
     """
 
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
@@ -170,7 +178,7 @@ class Stage(_Part):
     modalities: dict[str, str] = Field(
         default={}, description="to add to a checkpoint: new modality -> tokenizer folder"
     )
-    replace: dict[str, str] = Field(
+    replace_tokenizers: dict[str, str] = Field(
         default={},
         description="tokenizers to change in a checkpoint: modality -> folder; its codes begin anew",
     )
@@ -183,11 +191,11 @@ class Stage(_Part):
     steps: int = Field(gt=0)
     max_minutes: float | None = Field(default=None, gt=0)
     tokens_per_batch: int = Field(default=8192, gt=0)
-    accumulate: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     context: int = Field(default=1024, gt=0)
-    prompt_drop: float = Field(default=0.1, ge=0, le=1)
+    cfg_dropout: float = Field(default=0.1, ge=0, le=1)
     loss: LossSpec = LossSpec()
-    harmonise_gradients: bool = Field(
+    pcgrad: bool = Field(
         default=False,
         description="project conflicting gradients of modalities (PCGrad); a backward pass for each",
     )
@@ -217,6 +225,11 @@ class Stage(_Part):
 
     @model_validator(mode="before")
     @classmethod
+    def _old_keys(cls, recipe: Any) -> Any:
+        return with_todays_keys(recipe) if isinstance(recipe, dict) else recipe
+
+    @model_validator(mode="before")
+    @classmethod
     def _short_data(cls, recipe: Any) -> Any:
         """``data: {train: FILE, test: FILE, views: {...}, replay: ...}`` is short for a list of sources.
 
@@ -240,15 +253,17 @@ class Stage(_Part):
         return recipe
 
     @model_validator(mode="after")
-    def _check(self) -> "Stage":
+    def _check(self) -> "TrainConfig":
         if self.init_from == "scratch" and "text" not in self.tokenizers:
             raise ValueError("init_from: scratch needs tokenizers, with at least a text tokenizer's folder")
-        if self.init_from == "scratch" and (self.modalities or self.replace):
+        if self.init_from == "scratch" and (self.modalities or self.replace_tokenizers):
             raise ValueError(
                 "modalities are added to a checkpoint, or replaced in one; from scratch, name all under tokenizers"
             )
-        if self.lora is not None and self.replace:
-            raise ValueError("replace moves ids that an adapter's base model has; train without lora first")
+        if self.lora is not None and self.replace_tokenizers:
+            raise ValueError(
+                "replace_tokenizers moves ids that an adapter's base model has; train without lora first"
+            )
         if self.backbone is not None and self.init_from in ("scratch", "mini"):
             raise ValueError(
                 f"backbone is made into a checkpoint folder that init_from names; got {self.init_from!r}"
@@ -257,16 +272,17 @@ class Stage(_Part):
             raise ValueError(
                 f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own"
             )
-        share = self.context * self.accumulate * self.distributed.world_size
+        share = self.context * self.gradient_accumulation_steps * self.distributed.world_size
         if self.tokens_per_batch % share:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x accumulate x "
-                f"world_size: {self.distributed.world_size} processes cannot share its rows evenly"
+                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x "
+                f"gradient_accumulation_steps x world_size: {self.distributed.world_size} processes cannot share its "
+                "rows evenly"
             )
         if self.lora is not None and self.moe.expert_bias_rate:
             raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
-        if self.harmonise_gradients and (self.distributed.world_size > 1 or self.distributed.deepspeed):
-            raise ValueError("harmonise_gradients works in one process only; set it to false")
+        if self.pcgrad and (self.distributed.world_size > 1 or self.distributed.deepspeed):
+            raise ValueError("pcgrad works in one process only; set it to false")
         spread = self.distributed.mesh is not None
         if spread and self.distributed.deepspeed:
             raise ValueError(
@@ -274,9 +290,9 @@ class Stage(_Part):
             )
         if spread and (self.lora is not None or any(one.startswith("rows:") for one in self.trainable)):
             raise ValueError("distributed.mesh trains no lora and no single rows; take distributed.deepspeed")
-        if spread and self.eval.integration:
+        if spread and self.eval.modality_integration_rate:
             raise ValueError(
-                "eval.integration needs whole weights; set it to false, or leave distributed.mesh out"
+                "eval.modality_integration_rate needs whole weights; set it to false, or leave distributed.mesh out"
             )
         self._check_muon()
         if self.lora is not None and self.trainable != ["*"]:
@@ -297,9 +313,9 @@ class Stage(_Part):
             )
 
     @property
-    def rows(self) -> int:
+    def batch_size(self) -> int:
         """Rows of ``context`` ids in one micro-batch, of all processes together."""
-        return self.tokens_per_batch // (self.context * self.accumulate)
+        return self.tokens_per_batch // (self.context * self.gradient_accumulation_steps)
 
     def sources(self, specs: Sequence[SourceSpec]) -> list[SourceSpec]:
         """The sources with their paths under ``data_root``."""
@@ -313,7 +329,7 @@ class Stage(_Part):
         return resolved
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Stage":
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
         """Read a recipe and apply ``a.b=value`` overrides; StageError names whatever is wrong."""
         path = Path(path)
         if not path.is_file():
@@ -327,7 +343,7 @@ class Stage(_Part):
         return cls.from_dict(apply_overrides(recipe, overrides), source=str(path))
 
     @classmethod
-    def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "Stage":
+    def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "TrainConfig":
         """Validate a mapping; StageError lists every offending key with the value received."""
         try:
             return cls.model_validate(recipe)
@@ -354,6 +370,27 @@ def _replayed(old: Any, share: Any) -> list[Any]:
     return [{"views": {AUTO: 1}, **one, "weight": one.get("weight", 1) / total} for one in sources]
 
 
+def with_todays_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with the keys of `moved.RECIPE_KEYS` under their names of today, and a FutureWarning for each."""
+    for old, new in moved.RECIPE_KEYS.items():
+        group, _, key = old.rpartition(".")
+        part = recipe.get(group) if group else recipe
+        if not isinstance(part, dict) or key not in part:
+            continue
+        today = new.rpartition(".")[2]
+        if today in part:
+            raise ValueError(f"{old} is now {new}, and the recipe has both; remove {old}")
+        _warn_of(old)
+        part = {today if name == key else name: value for name, value in part.items()}
+        recipe = {**recipe, group: part} if group else part
+    return recipe
+
+
+def _warn_of(old: str) -> None:
+    message = f"the recipe key {old} is now {moved.RECIPE_KEYS[old]}; the old name goes in the next version"
+    warnings.warn(message, FutureWarning, stacklevel=2)
+
+
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Set ``a.b.0.c=value`` entries in a copy of a nested recipe; values are read as YAML."""
     recipe = yaml.safe_load(yaml.safe_dump(recipe, sort_keys=False))  # order is meaning: of ids, for one
@@ -361,6 +398,9 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise StageError(f"cannot read override {override!r}; write key=value, for example steps=10")
+        if old := next((one for one in moved.RECIPE_KEYS if f"{name}.".startswith(f"{one}.")), None):
+            _warn_of(old)
+            recipe, name = with_todays_keys(recipe), moved.RECIPE_KEYS[old] + name.removeprefix(old)
         *parents, last = name.split(".")
         node: Any = recipe
         for key in parents:
@@ -392,3 +432,7 @@ def _index(node: list[Any], key: str, override: str) -> int:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from anytoken import recipes
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.pretrained import KINDS
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.initialize import MINI
 
 SHARDING = {
@@ -68,7 +68,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """A stage's cost. `memory` is GiB on one GPU by part; `hours` at the stated share of peak."""
 
     parameters: Parameters
@@ -81,13 +81,13 @@ class Plan:
 
 
 def plan(
-    stage: Stage,
+    stage: TrainConfig,
     config: PretrainedConfig,
     gpus: int,
     gpu: str = "h100",
     sharding: str = "zero3",
     share_of_peak: float = 0.4,
-) -> Plan:
+) -> CostEstimate:
     """Cost of a stage with a model of this configuration.
 
     StageError for an unknown GPU or sharding, or a batch that the GPUs cannot share evenly.
@@ -98,10 +98,11 @@ def plan(
         raise StageError(f"sharding is {sharding!r}; there are {', '.join(SHARDING)}")
     if not 0 < share_of_peak <= 1:
         raise StageError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
-    rows = stage.context * stage.accumulate * gpus
+    rows = stage.context * stage.gradient_accumulation_steps * gpus
     if gpus < 1 or stage.tokens_per_batch % rows:
         raise StageError(
-            f"tokens_per_batch {stage.tokens_per_batch} is no multiple of {rows}, which is context x accumulate x gpus"
+            f"tokens_per_batch {stage.tokens_per_batch} is no multiple of {rows}, which is context x "
+            "gradient_accumulation_steps x gpus"
         )
     model = meta_model(config)
     parameters = count(model, stage.trainable)
@@ -110,10 +111,10 @@ def plan(
     flops = tokens * flops_per_token(config, parameters, stage.context)
     gpu_hours = flops / (GPUS[gpu].peak_tflops * 1e12 * share_of_peak) / 3600
     fits = sum(memory.values()) <= 0.92 * GPUS[gpu].memory_gib  # the rest is the driver's and fragmentation's
-    return Plan(parameters, memory, tokens, flops, gpu_hours / gpus, gpu_hours, fits)
+    return CostEstimate(parameters, memory, tokens, flops, gpu_hours / gpus, gpu_hours, fits)
 
 
-def sharding_of(stage: Stage) -> str:
+def sharding_of(stage: TrainConfig) -> str:
     """What a recipe's engine divides; ZeRO-3 for a recipe of one process, which says nothing of it."""
     distributed = stage.distributed
     if distributed.deepspeed:
@@ -124,7 +125,7 @@ def sharding_of(stage: Stage) -> str:
     return "ddp" if distributed.world_size > 1 else "zero3"
 
 
-def planned_config(stage: Stage) -> PretrainedConfig:
+def planned_config(stage: TrainConfig) -> PretrainedConfig:
     """The configuration of what a recipe starts from, downloading nothing: its checkpoint, or else its backbone."""
     if stage.backbone is None or Path(stage.init_from).is_dir():
         return read_config(stage.init_from)
@@ -199,12 +200,12 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def _memory(
-    stage: Stage, model: PreTrainedModel, parameters: Parameters, gpus: int, sharding: str
+    stage: TrainConfig, model: PreTrainedModel, parameters: Parameters, gpus: int, sharding: str
 ) -> dict[str, float]:
     level = SHARDING[sharding]
     weights = parameters.total * WEIGHT
     gradients, optimizer = parameters.trained * GRADIENT, parameters.trained * OPTIMIZER
-    tokens = stage.tokens_per_batch // (stage.accumulate * gpus)
+    tokens = stage.tokens_per_batch // (stage.gradient_accumulation_steps * gpus)
     parts = {
         "weights": weights / (gpus if level >= 3 else 1),
         "gradients": gradients / (gpus if level >= 2 else 1),
@@ -239,7 +240,7 @@ def _activations(config: PretrainedConfig, tokens: int, checkpointing: bool) -> 
     return layer + 2.0 * tokens * hidden * layers if checkpointing else layer * layers
 
 
-def as_rows(one: Plan, gpus: int, gpu: str) -> list[tuple[str, str]]:
+def as_rows(one: CostEstimate, gpus: int, gpu: str) -> list[tuple[str, str]]:
     """A plan as lines of a table."""
     memory = sum(one.memory.values())
     counts = one.parameters

@@ -21,7 +21,7 @@ from anytoken.data.mixture import SourceSpec
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.pretrained import CODECS as KNOWN
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import BackboneSpec, DistributedSpec, Stage, StageError
+from anytoken.training.config import BackboneSpec, DistributedSpec, StageError, TrainConfig
 from anytoken.training.distributed.fsdp import mesh_settings
 
 NAMES = ("ant", "bee", "cow", "dog", "elk")
@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 STEPS, CONTEXT = 4, 256
 
 
-def tiny(stage: Stage) -> Stage:
+def tiny(stage: TrainConfig) -> TrainConfig:
     """The recipe in miniature, for as many processes as torchrun started; StageError if it has no ``backbone``.
 
     Its output is that of the recipe with ``-tiny``; what is made for it lies in the folder ``tiny`` in there.
@@ -68,14 +68,14 @@ def tiny(stage: Stage) -> Stage:
         "precision": "fp32",
         "data_root": "",
     }
-    return Stage.from_dict(
+    return TrainConfig.from_dict(
         stage.model_dump()
         | few
         | {
             "output": str(output),
             "init_from": str(made / "start"),
             "backbone": json.loads((made / "backbone.json").read_text()),
-            "tokens_per_batch": 2 * CONTEXT * stage.accumulate * processes,
+            "tokens_per_batch": 2 * CONTEXT * stage.gradient_accumulation_steps * processes,
             "data": [_own(one, made) for one in stage.data],
             "eval": stage.eval.model_dump()
             | {"batches": 1, "data": [_own(one, made) for one in stage.eval.data]},
@@ -103,7 +103,7 @@ def _engine(distributed: DistributedSpec, processes: int) -> dict[str, Any]:
     return engine
 
 
-def _make(stage: Stage, made: Path) -> None:
+def _make(stage: TrainConfig, made: Path) -> None:
     """Write all that the run reads, then move it in place: of several processes, the first to finish wins."""
     assert stage.backbone is not None
     scratch = made.with_name(f"{made.name}.{os.getpid()}")

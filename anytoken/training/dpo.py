@@ -31,7 +31,7 @@ KEYS = ("messages", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class Preference:
+class DPOArgs:
     """How to train: `beta` holds the model to its reference, `batch` counts pairs."""
 
     steps: int = 100
@@ -42,12 +42,12 @@ class Preference:
     seed: int = 0
 
 
-def prefer(init_from: str, pairs: Path, output: Path, spec: Preference | None = None) -> Path:
+def prefer(init_from: str, pairs: Path, output: Path, spec: DPOArgs | None = None) -> Path:
     """Train an adapter on pairs and write it with ``metrics.jsonl``.
 
     StageError for pairs that do not fit, or where trl is not installed.
     """
-    spec = spec or Preference()
+    spec = spec or DPOArgs()
     try:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer

@@ -17,7 +17,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
@@ -47,7 +47,7 @@ def checkpoint_folder(init_from: str) -> Path:
     return folder
 
 
-def make_start(stage: Stage) -> None:
+def build_init_checkpoint(stage: TrainConfig) -> None:
     """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait.
 
     StageError if the folder holds something else.
@@ -67,14 +67,16 @@ def make_start(stage: Stage) -> None:
         processor.save_pretrained(scratch)
 
 
-def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
+def build_model(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
     """The processor and the model (float32) a stage starts from."""
     if stage.init_from != "scratch":
         folder = checkpoint_folder(stage.init_from)
         processor = Processor.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for name, tokenizer in stage.replace.items():
-            processor = replace_modality(model, processor, _tokenizer(tokenizer, f"replace.{name}", name))
+        for name, tokenizer in stage.replace_tokenizers.items():
+            processor = replace_modality(
+                model, processor, _tokenizer(tokenizer, f"replace_tokenizers.{name}", name)
+            )
         for name, tokenizer in stage.modalities.items():
             processor = add_modality(model, processor, _tokenizer(tokenizer, f"modalities.{name}", name))
         return processor, model
@@ -86,7 +88,7 @@ def load_start(stage: Stage) -> tuple[Processor, PreTrainedModel]:
         )
     processor = build_processor(stage.tokenizers)
     space = processor.token_space
-    config = AnyTokenConfig.of_space(space, **stage.model)
+    config = AnyTokenConfig.from_token_space(space, **stage.model)
     torch.manual_seed(stage.seed)
     model = AnyTokenForCausalLM(config)
     initialise_code_rows(model, processor)
@@ -100,7 +102,7 @@ def _tokenizer(folder: str, key: str, name: str) -> ModalityTokenizer:
     return tokenizer
 
 
-def balance_by_bias(model: PreTrainedModel) -> None:
+def enable_expert_bias(model: PreTrainedModel) -> None:
     """Give every router its balancing bias; StageError for a model without routers of ours."""
     if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
         raise StageError(
@@ -109,7 +111,7 @@ def balance_by_bias(model: PreTrainedModel) -> None:
     model.add_expert_bias()
 
 
-def choose_attention(model: PreTrainedModel, stage: Stage, device: torch.device) -> None:
+def choose_attention(model: PreTrainedModel, stage: TrainConfig, device: torch.device) -> None:
     """Switch a model to the recipe's attention implementation; StageError if that cannot train here."""
     if stage.attention == "flex_attention" and device.type == "cpu":
         raise StageError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")

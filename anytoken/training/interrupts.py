@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from anytoken.training.checkpoint import saved_states, write_whole
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -32,14 +32,14 @@ class DivergenceError(ValueError):
     """A loss or a gradient that is not finite; the message says where the batch lies and what to do."""
 
 
-class StopRequest:
+class GracefulStop:
     """While entered, the first signal only sets ``asked``; the second does what it would have done without."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
@@ -54,7 +54,7 @@ class StopRequest:
             signal.signal(known, handler)
         print("\nstopping after this step; once more to stop at once, unsaved", file=sys.stderr, flush=True)
 
-    def asked_anywhere(self, device: torch.device, world_size: int) -> bool:
+    def any_rank_requested(self, device: torch.device, world_size: int) -> bool:
         """Whether any of the processes was asked: they must save the same step together."""
         if world_size == 1:
             return self.asked
@@ -63,8 +63,12 @@ class StopRequest:
         return bool(asked)
 
 
-def diverged(
-    what: str, stage: Stage, model: nn.Module, batches: Sequence[dict[str, Tensor]], facts: dict[str, Any]
+def dump_divergence(
+    what: str,
+    stage: TrainConfig,
+    model: nn.Module,
+    batches: Sequence[dict[str, Tensor]],
+    facts: dict[str, Any],
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
 
@@ -84,7 +88,7 @@ def diverged(
     )
 
 
-def _advice(happened: str, stage: Stage, batch: Path, broken: bool) -> str:
+def _advice(happened: str, stage: TrainConfig, batch: Path, broken: bool) -> str:
     states = saved_states(Path(stage.output))
     where = (
         "weights are no longer finite, so an earlier step broke them"

@@ -16,7 +16,7 @@ from anytoken.training.losses.balanced import LossParts, bits
 from anytoken.utils.json_lines import read_json_lines
 
 
-class GroupMeter:
+class LossMeter:
     """Sums over the batches between two reports; they are saved with a state, so that no batch is left out."""
 
     def __init__(self, names: list[str]) -> None:

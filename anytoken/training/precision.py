@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import distributed
 
-from anytoken.training.run_metadata import measured_peak
+from anytoken.training.run_metadata import measure_peak_flops
 
 MARGIN = 1.2  # how much quicker products in bfloat16 must be: casts and float32 parts take some of the gain
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def bf16_speedup(device: torch.device) -> float:
     Where several processes run, all must call this; the first one's measurement holds for all.
     """
     side, tries = (2048, 5) if device.type == "cuda" else (512, 3)
-    fp32, bf16 = (measured_peak(device, dtype, side, tries) for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = (measure_peak_flops(device, dtype, side, tries) for dtype in (torch.float32, torch.bfloat16))
     found = torch.tensor([bf16 / fp32], dtype=torch.float64, device=device)
     if distributed.is_available() and distributed.is_initialized():
         distributed.broadcast(found, 0)

@@ -16,13 +16,15 @@ from anytoken.data.shards import MANIFEST, Shards, tokenize_records
 from anytoken.data.validate import near_names
 from anytoken.data.views import auto_views, held_kinds, is_used
 from anytoken.processor import Processor
-from anytoken.training.config import AUTO, Stage, StageError
+from anytoken.training.config import AUTO, StageError, TrainConfig
 
 FOLDER = "shards"
 log = logging.getLogger(__name__)
 
 
-def prepare_sources(stage: Stage, specs: Sequence[SourceSpec], processor: Processor) -> list[SourceSpec]:
+def prepare_sources(
+    stage: TrainConfig, specs: Sequence[SourceSpec], processor: Processor
+) -> list[SourceSpec]:
     """Tokenize what is raw, with a progress bar, and replace ``auto`` by views; StageError if there are none."""
     prepared = []
     for spec in stage.sources(specs):
@@ -36,7 +38,7 @@ def prepare_sources(stage: Stage, specs: Sequence[SourceSpec], processor: Proces
     return prepared
 
 
-def _tokenized(stage: Stage, path: str, processor: Processor) -> str:
+def _tokenized(stage: TrainConfig, path: str, processor: Processor) -> str:
     """The folder of a tokenized set: the path itself, or one in the run's folder that is made if it is not there."""
     if (Path(path) / MANIFEST).is_file():
         return path

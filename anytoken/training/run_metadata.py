@@ -30,7 +30,7 @@ def run_facts(
         "active_parameters": counted.active,
         "trained_parameters": counted.trained,
         "flops_per_token": flops_per_token(model.config, counted, context),
-        "measured_peak_flops": processes * measured_peak(model.device, dtype),
+        "measured_peak_flops": processes * measure_peak_flops(model.device, dtype),
         "precision": str(dtype).removeprefix("torch."),
         "device": str(model.device),
         "attention": model.config._attn_implementation,
@@ -42,7 +42,7 @@ def run_facts(
     }
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, side: int = 1024, tries: int = 5) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, tries: int = 5) -> float:
     """FLOP/s of the fastest of a few matrix products: what the share of peak is a share of."""
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     best = 0.0

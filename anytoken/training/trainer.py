@@ -27,47 +27,47 @@ from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.model.extend_vocab import save_modalities
 from anytoken.processor import Processor
-from anytoken.training.callbacks import Loop
+from anytoken.training.callbacks import TrainingCallback
 from anytoken.training.checkpoint import (
     SaveError,
     clear_partial,
+    commit_checkpoint,
     is_finished,
     move_final,
     partial_folder,
-    publish,
     saved_states,
     step_of,
     write_whole,
 )
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.distributed.deepspeed import (
     convert,
     load_buffers,
-    loading_whole,
-    mend_optimizer,
-    read_zero,
+    load_deepspeed_config,
+    no_zero3_init,
+    restore_adamw_groups,
 )
 from anytoken.training.distributed.fsdp import (
-    groups_by_mesh,
-    is_spread,
+    full_tensor,
+    is_sharded,
+    load_full_state_dict,
     load_optimizer,
-    load_whole,
+    parallelize,
+    param_groups_by_mesh,
     read_mesh,
     save_optimizer,
-    spread,
-    whole,
 )
 from anytoken.training.initialize import (
-    balance_by_bias,
+    build_init_checkpoint,
+    build_model,
     checkpoint_folder,
     choose_attention,
-    load_start,
-    make_start,
+    enable_expert_bias,
 )
-from anytoken.training.interrupts import Interrupted, StopRequest, diverged
+from anytoken.training.interrupts import GracefulStop, Interrupted, dump_divergence
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
 from anytoken.training.losses.balanced import BalancedLoss
-from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
+from anytoken.training.metrics import LossMeter, MetricsLog, read_metrics
 from anytoken.training.optim import pcgrad
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
@@ -75,7 +75,7 @@ from anytoken.training.optim.param_groups import parameter_groups, select_traina
 from anytoken.training.precision import choose_precision
 from anytoken.training.prepare_data import prepare_sources
 from anytoken.training.report.adapter_card import adapter_card
-from anytoken.training.report.html import FACTS, Page
+from anytoken.training.report.html import FACTS, HtmlReport
 from anytoken.training.report.markdown import write_report
 from anytoken.training.report.samples import Answer, Sampler
 from anytoken.training.run_metadata import check_same_data, run_facts
@@ -93,7 +93,7 @@ class StageTrainer(Trainer):
 
     def __init__(
         self,
-        stage: Stage,
+        stage: TrainConfig,
         arguments: TrainingArguments,
         processor: Processor,
         model: ModelWithLoss,
@@ -101,20 +101,20 @@ class StageTrainer(Trainer):
         answer: Answer | None = None,
     ) -> None:
         self.stage, self.processor = stage, processor
-        self.micro_batch = stage.rows * stage.context  # ids, of all processes
+        self.micro_batch = stage.batch_size * stage.context  # ids, of all processes
         self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
-        self.meter = GroupMeter(model.loss.names)
-        self.stop = StopRequest()
+        self.meter = LossMeter(model.loss.names)
+        self.stop = GracefulStop()
         self.step_batches: list[dict[str, Tensor]] = []  # of the step at hand, for a look if it diverges
         self.folder = Path(stage.output)
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl")
         self.held_out: Mixture | None = None
         self.shares: list[Tensor] = []  # of the last loss, by modality
         self.flops_share = 0.0  # of the measured peak, that one token a second takes
-        self.page = Page(stage)
+        self.page = HtmlReport(stage)
         self.sampler = Sampler(stage.samples, self.folder, processor, answer)
-        self.loop = Loop(self)
+        self.loop = TrainingCallback(self)
         super().__init__(model=model, args=arguments, callbacks=[self.loop])
         if arguments.process_index:  # its tokens get noise of their own
             torch.manual_seed(stage.seed + arguments.process_index)
@@ -122,16 +122,16 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     @property
-    def weights_lie_apart(self) -> bool:
+    def weights_are_sharded(self) -> bool:
         """Whether no process has the whole model."""
-        return is_spread(self.model) or is_deepspeed_zero3_enabled()
+        return is_sharded(self.model) or is_deepspeed_zero3_enabled()
 
     def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
         """A mixture's packed batches; of the rows of all processes, those of this one."""
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
-        return PackedStream(mixture.sample, stage.rows, stage.context, pad, *split, *sampling)
+        return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling)
 
     @property
     def lm(self) -> LanguageModel:
@@ -146,7 +146,7 @@ class StageTrainer(Trainer):
         """AdamW, fused, with weight decay on matrices only; or Muon for the hidden matrices."""
         if self.optimizer is None:
             spec = self.stage.optimizer
-            groups = groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
+            groups = param_groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
             self.weight_decays = [group["weight_decay"] for group in groups]
             self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
         return self.optimizer
@@ -161,7 +161,7 @@ class StageTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of one micro-batch; harmonised if the recipe wants it."""
-        if not self.stage.harmonise_gradients:
+        if not self.stage.pcgrad:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
         with self.compute_loss_context_manager():
@@ -183,7 +183,7 @@ class StageTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, which is known before the weights are touched: here a bad one is stopped."""
-        norm = whole(super()._get_grad_norm(model, grad_norm=grad_norm))
+        norm = full_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         self._check_finite("gradient norm", 0.0 if norm is None else float(norm))
         self.step_batches.clear()
         return norm
@@ -199,7 +199,7 @@ class StageTrainer(Trainer):
             "learning_rate": self._get_learning_rate(),
             "stream_before": dataclasses.asdict(self.stream.state(taken)),
         }
-        raise diverged(what, self.stage, self.lm, self.step_batches, facts)
+        raise dump_divergence(what, self.stage, self.lm, self.step_batches, facts)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Write one line of metrics for the interval since the last, over all processes."""
@@ -229,7 +229,7 @@ class StageTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 write_whole(written / PROGRESS, json.dumps(self._progress()))
-                publish(self.folder, step)
+                commit_checkpoint(self.folder, step)
         except SAVE_ERRORS as error:
             raise _save_error(self.folder, f"the state of step {step}", error) from error
         self.accelerator.wait_for_everyone()
@@ -247,7 +247,7 @@ class StageTrainer(Trainer):
         }
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save and not is_spread(self.model):
+        if not self.args.should_save and not is_sharded(self.model):
             return
         folder = Path(output_dir or self.folder)
         if state_dict is not None:  # a sharding wrapper gathered it, with this module's prefix
@@ -267,9 +267,9 @@ class StageTrainer(Trainer):
         if self.stage.lora is not None:
             load_weights(self.lm, folder)
         else:
-            with loading_whole(self.args):
+            with no_zero3_init(self.args):
                 saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            load_whole(self.lm, saved)
+            load_full_state_dict(self.lm, saved)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.stage.distributed.mesh is None:
@@ -286,7 +286,7 @@ class StageTrainer(Trainer):
         if checkpoint is not None:
             if self.is_deepspeed_enabled:
                 load_buffers(base_model(self.lm), Path(checkpoint))
-                mend_optimizer(inner.optimizer.optimizer, self.weight_decays)
+                restore_adamw_groups(inner.optimizer.optimizer, self.weight_decays)
             self._restore_progress(Path(checkpoint))
 
     def _restore_progress(self, state: Path) -> None:
@@ -321,7 +321,7 @@ def read_progress(state: Path) -> dict[str, Any]:
     return json.loads((state / PROGRESS).read_text())
 
 
-def train(stage: Stage, answer: Answer | None = None) -> Path:
+def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     """Run a stage and return its output folder; a finished run is kept, an unfinished one goes on.
 
     answer: answers the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
@@ -335,25 +335,25 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
         torch.set_num_threads(stage.threads)
     recipe, stage = stage, _settled(stage)
     arguments, mesh = _training_arguments(stage), read_mesh(stage)
-    with loading_whole(arguments):
+    with no_zero3_init(arguments):
         with arguments.main_process_first(local=False):
-            make_start(stage)
+            build_init_checkpoint(stage)
             if saved_states(folder):
                 _suit(stage, saved_states(folder)[-1])
-        processor, start = load_start(stage)
+        processor, start = build_model(stage)
     choose_attention(start, stage, arguments.device)
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)
-    mixture = _mixture(stage, data, processor, stage.prompt_drop)
+    mixture = _mixture(stage, data, processor, stage.cfg_dropout)
     torch.manual_seed(stage.seed)
     model = ModelWithLoss(
-        _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.harmonise_gradients
+        _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.pcgrad
     )
     if mesh is not None:
-        spread(model, mesh)
+        parallelize(model, mesh)
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
-    trainer.held_out = _mixture(stage, held_out, processor, prompt_drop=0.0) if held_out else None
+    trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
     if trainer.is_world_process_zero():
         _begin(trainer, recipe, [*data, *held_out])
     trainer.accelerator.wait_for_everyone()
@@ -365,17 +365,19 @@ def train(stage: Stage, answer: Answer | None = None) -> Path:
     return folder
 
 
-def _mixture(stage: Stage, sources: list[SourceSpec], processor: Processor, prompt_drop: float) -> Mixture:
-    learn_all = stage.loss.learn == "everything"
-    drawn = stage.seed, prompt_drop, learn_all, stage.sampling, stage.tokens_per_batch
+def _mixture(
+    stage: TrainConfig, sources: list[SourceSpec], processor: Processor, cfg_dropout: float
+) -> Mixture:
+    learn_all = stage.loss.loss_on == "all"
+    drawn = stage.seed, cfg_dropout, learn_all, stage.sampling, stage.tokens_per_batch
     return Mixture(sources, processor, stage.context, *drawn)
 
 
-def _adapted(start: PreTrainedModel, stage: Stage, processor: Processor) -> LanguageModel:
+def _adapted(start: PreTrainedModel, stage: TrainConfig, processor: Processor) -> LanguageModel:
     """The model with what the stage trains unfrozen, or in an adapter."""
     lm: LanguageModel = start
     if stage.moe.expert_bias_rate:
-        balance_by_bias(start)
+        enable_expert_bias(start)
     if stage.lora is not None:
         lm = add_lora(start, stage.lora, processor.token_space, stage.init_from)
     else:
@@ -385,7 +387,7 @@ def _adapted(start: PreTrainedModel, stage: Stage, processor: Processor) -> Lang
     return lm
 
 
-def build_loss(stage: Stage, processor: Processor) -> BalancedLoss:
+def build_loss(stage: TrainConfig, processor: Processor) -> BalancedLoss:
     """The loss of a recipe over a processor's token space."""
     spec = stage.loss
     return BalancedLoss(
@@ -393,7 +395,7 @@ def build_loss(stage: Stage, processor: Processor) -> BalancedLoss:
     )
 
 
-def _settled(stage: Stage) -> Stage:
+def _settled(stage: TrainConfig) -> TrainConfig:
     """The stage with a precision instead of auto: that of the state it goes on from, or the quicker one here."""
     if stage.precision != "auto":
         return stage
@@ -406,7 +408,7 @@ def _settled(stage: Stage) -> Stage:
     return stage.model_copy(update={"precision": chosen})
 
 
-def _begin(trainer: StageTrainer, recipe: Stage, sources: list[SourceSpec]) -> None:
+def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]) -> None:
     """Write the recipe and the facts of the run; StageError if it would go on with other data."""
     stage, folder = trainer.stage, trainer.folder
     clear_partial(folder)
@@ -419,7 +421,7 @@ def _begin(trainer: StageTrainer, recipe: Stage, sources: list[SourceSpec]) -> N
     trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
-def _suit(stage: Stage, state: Path) -> None:
+def _suit(stage: TrainConfig, state: Path) -> None:
     """Make a state one that the recipe's engine and number of processes can go on from; StageError if it cannot be."""
     before, engine = read_progress(state), stage.distributed.engine
     if before["engine"] != engine:
@@ -431,7 +433,7 @@ def _suit(stage: Stage, state: Path) -> None:
         convert(state)
 
 
-def _is_converted(stage: Stage) -> bool:
+def _is_converted(stage: TrainConfig) -> bool:
     """Whether the run goes on from a state of DeepSpeed's that another number of processes saved."""
     states = saved_states(Path(stage.output))
     if stage.distributed.engine != "deepspeed" or not states:
@@ -439,13 +441,13 @@ def _is_converted(stage: Stage) -> bool:
     return read_progress(states[-1])["processes"] != stage.distributed.world_size
 
 
-def _training_arguments(stage: Stage) -> TrainingArguments:
+def _training_arguments(stage: TrainConfig) -> TrainingArguments:
     """The stage as transformers' arguments; StageError if other than ``world_size`` processes run."""
     arguments = TrainingArguments(
         output_dir=stage.output,
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.rows // stage.distributed.world_size,
-        gradient_accumulation_steps=stage.accumulate,
+        per_device_train_batch_size=stage.batch_size // stage.distributed.world_size,
+        gradient_accumulation_steps=stage.gradient_accumulation_steps,
         max_grad_norm=stage.optimizer.grad_clip,
         learning_rate=stage.optimizer.lr,
         logging_steps=stage.log_every,
@@ -456,7 +458,7 @@ def _training_arguments(stage: Stage) -> TrainingArguments:
         seed=stage.seed,
         use_cpu=not torch.cuda.is_available(),  # said outright, or processes on CPUs train apart, unnoticed
         bf16=stage.precision == "bf16",
-        deepspeed=read_zero(stage.distributed.deepspeed, _is_converted(stage)),
+        deepspeed=load_deepspeed_config(stage.distributed.deepspeed, _is_converted(stage)),
         ddp_backend=stage.distributed.ddp_backend,
         ddp_broadcast_buffers=False,  # expert loads are counted apart, and summed when the bias moves
         ignore_data_skip=True,
@@ -502,7 +504,7 @@ def _save_error(folder: Path, what: str, error: Exception) -> SaveError:
     )
 
 
-def _sampling_defaults(stage: Stage) -> str:
+def _sampling_defaults(stage: TrainConfig) -> str:
     """How to sample each modality: kept from the checkpoint the run began with, else left to the engine."""
     if stage.init_from != "scratch":
         path = checkpoint_folder(stage.init_from) / "sampling.json"

@@ -23,7 +23,7 @@ def test_sides_take_turns_and_warmups_do_not_count(monkeypatch):
         calls.append(name)
         now[0] += next(cost[name])
 
-    taken = harness.take_turns({"ours": lambda: run("ours"), "peer": lambda: run("peer")}, repeats=3)
+    taken = harness.interleaved_timing({"ours": lambda: run("ours"), "peer": lambda: run("peer")}, repeats=3)
     assert taken == {"ours": 2, "peer": 5}
     assert calls == ["ours", "peer"] * 4
 

@@ -10,14 +10,14 @@ from anytoken.benchmarks import model
 from anytoken.benchmarks.model import Sizes, our_step, peak_mebibytes, stock_model, stock_step
 from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Grid, Run
+from anytoken.tokenizers.base import CodeGrid, CodeSequence
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Sizes:
     space = TokenSpace(text_size=40)
-    space.append_modality("image", [24], Grid(("rows", "cols"), (1, 1), (4, 4)))
-    space.append_modality("speech", [16], Run(1, 20))
+    space.append_modality("image", [24], CodeGrid(("rows", "cols"), (1, 1), (4, 4)))
+    space.append_modality("speech", [16], CodeSequence(1, 20))
     space.save(tmp_path / "token_space.json")
     AnyTokenConfig(
         vocab_size=space.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=16,

@@ -14,7 +14,7 @@ from anytoken.data.mixture import Mixture, MixtureError, SamplingSpec, SourceSpe
 from anytoken.data.packing import PackedStream
 from anytoken.data.shards import tokenize_records
 from anytoken.segments import Segment
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run
+from anytoken.tokenizers.base import Codes, CodeSequence, ModalityTokenizer
 
 BOS, USER, ASSISTANT, SYSTEM, END, NULL = range(300, 306)
 
@@ -37,7 +37,7 @@ class BeepTokenizer(ModalityTokenizer):
     segment_type = Beep
 
     def __init__(self) -> None:
-        super().__init__(shape=Run(1, 50), codebook_sizes=[50], config={})
+        super().__init__(shape=CodeSequence(1, 50), codebook_sizes=[50], config={})
 
     def encode(self, segment: Segment) -> Codes:
         assert isinstance(segment, Beep)
@@ -89,7 +89,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mixture(*specs: dict[str, Any], **options: Any) -> Mixture:
-    options = {"context": 100, "prompt_drop": 0.0, **options}
+    options = {"context": 100, "cfg_dropout": 0.0, **options}
     return Mixture([SourceSpec(**spec) for spec in specs], PROCESSOR, **options)
 
 
@@ -162,7 +162,7 @@ def test_conversation(shards: Path) -> None:
 def test_prompts_are_dropped_at_the_asked_rate(shards: Path) -> None:
     spec = {"path": str(shards / "beeps"), "views": {"beep->text": 1}}
     dropped = sum(
-        count for ids, count in drawn(mixture(spec, prompt_drop=0.25), 2000).items() if ids[2] == NULL
+        count for ids, count in drawn(mixture(spec, cfg_dropout=0.25), 2000).items() if ids[2] == NULL
     )
     assert dropped / 2000 == pytest.approx(0.25, abs=0.04)
 
@@ -219,7 +219,7 @@ def test_several_turns_with_several_media_and_what_is_learnt(tmp_path: Path, lea
         {"role": "user", "content": "more"},
         {"role": "assistant", "content": [{"type": "beep", "beep": "3"}]},
     ]
-    found = Mixture([talk(tmp_path, messages)], PROCESSOR, 100, prompt_drop=0, learn_all=learn_all).sample(0)
+    found = Mixture([talk(tmp_path, messages)], PROCESSOR, 100, cfg_dropout=0, learn_all=learn_all).sample(0)
     turns = [
         [SYSTEM, ord("s"), END],
         [USER, *beep(1), *beep(2), ord("?"), END],
@@ -311,7 +311,7 @@ def test_records_whose_key_is_no_text_are_left_out(tmp_path: Path, caplog: pytes
 @pytest.mark.parametrize("workers", [1, 3])
 def test_batches_of_a_mixture_are_the_same_for_any_number_of_workers(shards: Path, workers: int) -> None:
     found = mixture(
-        {"path": str(shards / "beeps"), "views": {"text->beep": 1, "interleaved": 1}}, prompt_drop=0.3
+        {"path": str(shards / "beeps"), "views": {"text->beep": 1, "interleaved": 1}}, cfg_dropout=0.3
     )
     streams = [PackedStream(found.sample, 2, 100, 0, workers=count) for count in (0, workers)]
     for _, alone, together in zip(range(5), *streams, strict=False):

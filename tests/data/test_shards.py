@@ -20,7 +20,7 @@ import torch
 from safetensors.numpy import load_file
 
 from anytoken.data import shard_worker, shards
-from anytoken.data.parallel import EngineError
+from anytoken.data.parallel import ParallelError
 from anytoken.data.records import RecordError
 from anytoken.data.shards import ShardError, Shards, load_tokenizers, tokenize_records
 from anytoken.segments import Image, Segment
@@ -226,10 +226,10 @@ def test_ray_gives_the_same_bytes(records: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EngineError, match="choose from local, ray"):
+    with pytest.raises(ParallelError, match="choose from local, ray"):
         tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="spark")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EngineError, match=r"anytoken\[ray\]"):
+    with pytest.raises(ParallelError, match=r"anytoken\[ray\]"):
         tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="ray")
 
 

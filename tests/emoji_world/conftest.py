@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from anytoken.emoji_world.tasks import World
+from anytoken.emoji_world.tasks import EvalDatasets
 from anytoken.segments import DNA, Image, Speech, Text, Video
 
 SHAPES = ("disc", "bar", "cross")
@@ -112,7 +112,7 @@ def sets(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(sets):
-    return World(sets, judge_steps=45)
+    return EvalDatasets(sets, judge_steps=45)
 
 
 class FakeModel:

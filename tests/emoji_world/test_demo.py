@@ -49,10 +49,10 @@ def test_scores_fit_80_columns():
 
 
 def test_verdicts(anything):
-    gene = demo.Exhibit("text->dna", [Text("M K L")], "dna", anything("dna"))
+    gene = demo.DemoExample("text->dna", [Text("M K L")], "dna", anything("dna"))
     assert demo.judge(gene, [DNA("ATGAAACTG")], None) == "translates to 100.0 % of it"
     assert demo.judge(gene, [], None) == "nothing of this kind"
-    word = demo.Exhibit("image->text", [], "text", Text("a dog"))
+    word = demo.DemoExample("image->text", [], "text", Text("a dog"))
     assert demo.judge(word, [Text("A dog")], None) == "exact"
     assert demo.judge(word, [Text("a cat")], None) == "wanted: a dog"
 

@@ -15,20 +15,20 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 def test_real_speech_is_heard_and_silence_and_noise_are_not():
     records = list(read_records(ASSETS / "speech.jsonl"))
-    judge = keyword_asr.WordJudge(sorted({record["name"] for record in records}))
+    judge = keyword_asr.KeywordRecognizer(sorted({record["name"] for record in records}))
     known = [record for record in records if judge.knows(record["name"])]
-    heard = [judge.hear(Speech.open(ASSETS / record["speech"])) == record["name"] for record in known]
+    heard = [judge.transcribe(Speech.open(ASSETS / record["speech"])) == record["name"] for record in known]
     assert len(heard) >= 8 and np.mean(heard) >= 0.8
     noise = np.random.default_rng(0).normal(size=16_000).astype(np.float32) * 0.1
     for samples in (np.zeros(16_000, np.float32), noise, np.zeros(1, np.float32)):
-        assert judge.hear(Speech(samples, 16_000)) is None
+        assert judge.transcribe(Speech(samples, 16_000)) is None
 
 
 def test_names_outside_the_dictionary_are_said_to_be_unknown():
-    judge = keyword_asr.WordJudge(["red apple", "qwrtzpf"])
+    judge = keyword_asr.KeywordRecognizer(["red apple", "qwrtzpf"])
     assert judge.knows("red apple") and not judge.knows("qwrtzpf")
     with pytest.raises(judges.JudgeError, match="None of the 1 names"):
-        keyword_asr.WordJudge(["qwrtzpf"])
+        keyword_asr.KeywordRecognizer(["qwrtzpf"])
 
 
 def test_a_voice_is_told_by_its_spectrum():
@@ -39,19 +39,19 @@ def test_a_voice_is_told_by_its_spectrum():
         wave = sum(np.sin(2 * np.pi * pitch * n * time + rng.random() * 6) / n for n in range(1, 6))
         return Speech((0.2 * wave + 0.02 * rng.normal(size=8_000)).astype(np.float32), 16_000)
 
-    judge = judges.VoiceJudge([clip(p) for p in (140, 145, 300, 310)], ["low", "low", "high", "high"])
-    assert [judge.tell(clip(p)) for p in (142, 305)] == ["low", "high"]
+    judge = judges.SpeakerClassifier([clip(p) for p in (140, 145, 300, 310)], ["low", "low", "high", "high"])
+    assert [judge.predict(clip(p)) for p in (142, 305)] == ["low", "high"]
     with pytest.raises(judges.JudgeError, match="two voices"):
-        judges.VoiceJudge([clip(140)], ["low"])
+        judges.SpeakerClassifier([clip(140)], ["low"])
 
 
 def test_a_shape_is_named_in_a_style_never_seen(world):
     judge = world.concepts("3d")
     pictures = [one for one in world.records("emoji/images.jsonl") if one["style"] == "3d"]
-    right = [judge.tell(Image(world.picture(one))) == one["name"] for one in pictures]
+    right = [judge.predict(Image(world.picture(one))) == one["name"] for one in pictures]
     assert np.mean(right) >= 0.8
     shuffled = [
-        judge.tell(Image(world.picture(one))) == other["name"]
+        judge.predict(Image(world.picture(one))) == other["name"]
         for one, other in zip(pictures, pictures[3:], strict=False)
     ]
     assert np.mean(shuffled) < 0.5
@@ -71,7 +71,7 @@ def test_training_a_judge_is_deterministic_and_leaves_the_global_seed_alone():
 
 def test_background_and_motion(world):
     for record in world.records("emoji/images.jsonl"):
-        assert world.backgrounds.tell(Image(world.picture(record))) == record["background"]
+        assert world.backgrounds.predict(Image(world.picture(record))) == record["background"]
     still = Video(np.full((4, 64, 64, 3), 9, np.uint8), 4.0)
     moving = Video(np.stack([still.frames[0], still.frames[0] + 90]), 4.0)
     assert judges.motion(still) == 0 and judges.motion(moving) == pytest.approx(90 / 255)

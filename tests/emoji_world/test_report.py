@@ -5,7 +5,7 @@ import pytest
 
 from anytoken.emoji_world import report
 from anytoken.emoji_world.directions import DIRECTIONS
-from anytoken.emoji_world.tasks import TaskError, World, features
+from anytoken.emoji_world.tasks import EvalDatasets, TaskError, features
 from anytoken.segments import Text
 
 PLAIN = {
@@ -80,9 +80,9 @@ def test_mistakes_are_named(world, ignorant, tmp_path):
     with pytest.raises(report.ReportError, match="text->smell"):
         report.evaluate(ignorant, world, ["text->smell"])
     with pytest.raises(report.ReportError, match="holds no records"):
-        report.evaluate(ignorant, World(tmp_path), progress=False)
+        report.evaluate(ignorant, EvalDatasets(tmp_path), progress=False)
     with pytest.raises(TaskError, match="anytoken data"):
-        World(tmp_path).records("emoji/images.jsonl")
+        EvalDatasets(tmp_path).records("emoji/images.jsonl")
 
 
 def test_a_report_is_saved_read_and_filled_into_a_page(world, ignorant, tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anytoken.emoji_world import report
-from anytoken.emoji_world.tasks import World
+from anytoken.emoji_world.tasks import EvalDatasets
 from anytoken.evaluation.keyword_asr import JudgeError
 from anytoken.evaluation.metrics import same_words
 from anytoken.evaluation.transcriber import Transcriber
@@ -37,7 +37,7 @@ def test_words_are_given_as_a_share_of_those_of_the_originals(sets: Path, fake_m
     def transcribe(clip: Speech) -> str:
         return "bar." if len(clip.samples) and np.abs(clip.samples).max() > 0.01 else ""
 
-    world = World(sets, judge_steps=5, asr=SimpleNamespace(transcribe=transcribe))
+    world = EvalDatasets(sets, judge_steps=5, asr=SimpleNamespace(transcribe=transcribe))
     original = world.media("speech/speech.jsonl", world.records("speech/speech.jsonl")[0], "speech")
     model = fake_model(lambda prompt, output: [original])
     found = report.evaluate(model, world, ["text->speech"], count=4, progress=False)["directions"][

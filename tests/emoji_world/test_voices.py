@@ -13,10 +13,10 @@ from anytoken.emoji_world.speech import SpeechSetError
 from anytoken.emoji_world.voices import (
     NAMES_A_THROAT,
     build_voices,
+    espeak_variants,
     plan,
     read_prompt,
-    say_in_throat,
-    throats,
+    synthesize_variant,
 )
 
 NAMES = ["red apple", "snail", "owl"]
@@ -74,8 +74,8 @@ def test_people_and_throats_follow_the_spoken_names(tmp_path: Path, monkeypatch:
     write_g722(prompts / "carlo" / "3.g722", tone(1.0, 600))
     write_g722(prompts / "anna" / "silence" / "1.g722", tone(1.0, 900))
     said = {"f3": 250.0, "m1": 350.0}
-    monkeypatch.setattr(voices, "throats", lambda: list(said))
-    monkeypatch.setattr(voices, "say_in_throat", _say)
+    monkeypatch.setattr(voices, "espeak_variants", lambda: list(said))
+    monkeypatch.setattr(voices, "synthesize_variant", _say)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     audio = np.load(build_voices(out, prompts, progress=False))
     lines = read_lines(out / "voices" / "audio.jsonl")
@@ -111,7 +111,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_real_throats_say_names() -> None:
-    found = throats()
+    found = espeak_variants()
     assert "f3" in found and len(found) > 20 and not [one for one in found if "whisper" in one.lower()]
-    low, high = (say_in_throat(("apple", "en-us+m1", pitch, 150)) for pitch in (20, 80))
+    low, high = (synthesize_variant(("apple", "en-us+m1", pitch, 150)) for pitch in (20, 80))
     assert min(len(low), len(high)) > 4_000 and not np.array_equal(low, high)

@@ -9,18 +9,18 @@ from anytoken.evaluation import metrics
 
 
 def test_the_wilson_interval_is_the_textbook_one():
-    low, high = metrics.Share(8, 10).interval
+    low, high = metrics.Proportion(8, 10).interval
     assert (round(low, 3), round(high, 3)) == (0.49, 0.943)
-    assert metrics.Share(0, 0).interval == (0.0, 1.0)
+    assert metrics.Proportion(0, 0).interval == (0.0, 1.0)
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_interval_holds_the_share_and_narrows_with_cases(case):
     right, total = case
-    low, high = metrics.Share(right, total).interval
+    low, high = metrics.Proportion(right, total).interval
     assert 0 <= low <= right / total + 1e-9 and right / total - 1e-9 <= high <= 1
     wider_low, wider_high = low, high
-    low, high = metrics.Share(right * 4, total * 4).interval
+    low, high = metrics.Proportion(right * 4, total * 4).interval
     assert high - low < wider_high - wider_low
 
 

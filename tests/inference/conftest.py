@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.model_runner import Head
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.processor import Processor
 from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, register_modality
+from anytoken.tokenizers.base import Codes, CodeSequence, ModalityTokenizer, register_modality
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
@@ -52,7 +52,9 @@ class ToneTokenizer(ModalityTokenizer):
     segment_type = Tone
 
     def __init__(self, books: int = 2) -> None:
-        super().__init__(shape=Run(2, 5, num_codebooks=2), codebook_sizes=[7, 5], config={"books": books})
+        super().__init__(
+            shape=CodeSequence(2, 5, num_codebooks=2), codebook_sizes=[7, 5], config={"books": books}
+        )
 
     def encode(self, segment: Segment) -> Codes:
         self.check_segment(segment)
@@ -98,7 +100,7 @@ def make_model(seed: int = 0, context: int = 256) -> AnyToken:
     for kind, tokenizer in tokenizers.items():
         space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape)
     torch.manual_seed(seed)
-    config = AnyTokenConfig.of_space(
+    config = AnyTokenConfig.from_token_space(
         space,
         hidden_size=32,
         num_hidden_layers=2,
@@ -140,11 +142,11 @@ def own_model() -> AnyToken:
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many ids each forward pass of the model is given, as they come."""
     counts: list[int] = []
-    original = Head.features
+    original = ModelRunner.features
 
-    def features(self: Head, ids: list[list[int]], *rest: Any) -> torch.Tensor:
+    def features(self: ModelRunner, ids: list[list[int]], *rest: Any) -> torch.Tensor:
         counts.append(sum(map(len, ids)))
         return original(self, ids, *rest)
 
-    monkeypatch.setattr(Head, "features", features)
+    monkeypatch.setattr(ModelRunner, "features", features)
     return counts

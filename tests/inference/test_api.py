@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anytoken.inference.api import AnyToken, _warn_of_copies
-from anytoken.inference.outputs import Reply
+from anytoken.inference.outputs import GenerationOutput
 from anytoken.inference.sampling import Sampling
 from anytoken.segments import Image, Speech, Text
 from anytoken.tokenizers.base import Codes
@@ -53,7 +53,7 @@ def test_a_reply_holds_segments_ids_and_usage(model: AnyToken, toys: SimpleNames
 @pytest.mark.parametrize("output", [None, "text", "image", ["tone", "image"]])
 def test_every_form_of_prompt_and_output(model: AnyToken, prompt: Any, output: Any) -> None:
     reply = model.generate(prompt, output=output, seed=1, max_new_tokens=40)
-    assert isinstance(reply, Reply)
+    assert isinstance(reply, GenerationOutput)
     if output is not None:
         wanted = [output] if isinstance(output, str) else output
         assert [segment.kind for segment in reply.segments] == wanted
@@ -109,7 +109,7 @@ def test_best_of_by_likelihood(model: AnyToken) -> None:
     prompt, grammar = model.encode_prompt("red apple"), model.processor.grammar
 
     @torch.no_grad()
-    def likelihood(reply: Reply) -> float:
+    def likelihood(reply: GenerationOutput) -> float:
         logits = model.lm(torch.tensor([prompt + reply.ids])).logits[0, len(prompt) - 1 : -1]
         state, total = grammar.reply(("image",), sizes=options["sizes"]), 0.0
         for token, row in zip(reply.ids, logits, strict=True):
@@ -336,5 +336,5 @@ def test_a_modality_is_added_once(own_model: AnyToken, toys: SimpleNamespace) ->
 
 
 def test_text_of_two_segments_is_joined() -> None:
-    reply = Reply([Text("a "), PICTURE, Text("b")], [], None, "stop")  # type: ignore[arg-type]
+    reply = GenerationOutput([Text("a "), PICTURE, Text("b")], [], None, "stop")  # type: ignore[arg-type]
     assert reply.text == "a b" and reply.images == [PICTURE]

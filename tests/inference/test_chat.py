@@ -111,7 +111,7 @@ def test_regenerate_replaces_the_reply(model: AnyToken) -> None:
     assert [segment.kind for segment in again.segments] == ["tone"] and again.ids != first.ids
     assert chat.messages == [before[0], {"role": "assistant", "content": again.segments}]
     assert chat.regenerate(seed=0).ids == first.ids and chat.messages == before
-    assert finish(chat.stream_again(seed=3)).ids == again.ids
+    assert finish(chat.regenerate_stream(seed=3)).ids == again.ids
     assert chat.regenerate("image", seed=0).images and chat.regenerate(seed=1).images  # the later wish holds
     with pytest.raises(ValueError, match="smell"):
         chat.regenerate("smell")
@@ -158,13 +158,13 @@ def test_the_oldest_exchanges_are_forgotten_whole_when_the_context_is_full(
     for turn in range(12):
         reply = chat.send(f"{turn} red apple", output="image", sizes={"image": (4, 3)}, seed=turn)
         assert reply.finish_reason == "stop" and reply.images[0].pixels.shape == (32, 24, 3)
-        read = [chat.turns[0], *chat.turns[1 + chat.forgotten : -1]]
+        read = [chat.turns[0], *chat.turns[1 + chat.num_truncated : -1]]
         assert reply.usage.prompt_tokens == 2 + sum(len(one.ids) for one in read)
         assert reply.usage.prompt_tokens <= model.engine.context // 2
-        lost.append(chat.forgotten)
-    assert len(chat) == 25 and chat.forgotten % 2 == 0 and chat.forgotten > 10
+        lost.append(chat.num_truncated)
+    assert len(chat) == 25 and chat.num_truncated % 2 == 0 and chat.num_truncated > 10
     assert lost == sorted(lost) and any(a == b > 0 for a, b in pairwise(lost)), "prompts went on in between"
-    assert f"({chat.forgotten} forgotten)" in repr(chat)
+    assert f"({chat.num_truncated} forgotten)" in repr(chat)
     [warning] = [record.getMessage() for record in caplog.records if "outgrown" in record.getMessage()]
     assert "256 tokens" in warning
     with pytest.raises(ValueError, match="context"):

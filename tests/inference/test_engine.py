@@ -11,8 +11,8 @@ from anytoken.inference import batch as batch_module
 from anytoken.inference import scheduler as scheduler_module
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine, EngineError, GeneratedIds, Token
-from anytoken.inference.kv_cache import Prefixes
-from anytoken.inference.model_runner import Head
+from anytoken.inference.kv_cache import PrefixCache
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
 
 GREEDY = {kind: Sampling(temperature=0) for kind in ("text", "image", "tone")}
@@ -67,7 +67,7 @@ def test_greedy_equals_the_reference_loop(
 ) -> None:
     """Together, alone, several of one prompt, and once more with what was kept of the first time."""
     prompts, expected = prompts_of(model), expected_of(model, plan, 40)
-    prefixes = Prefixes(len(prompts))
+    prefixes = PrefixCache(len(prompts))
     for rows in ([0, 1, 2, 3], [2], [1, 1, 3, 1]):
         some = [prompts[row] for row in rows]
         for _ in range(2):
@@ -106,7 +106,7 @@ def test_a_prompt_is_read_once_for_many_samples_and_a_prefix_never_again(
     engine.generate([prompt] * 8, plans, GREEDY, 3)
     assert fed[:2] == [len(prompt) - 1, 8]
     fed.clear()
-    prefixes = Prefixes()
+    prefixes = PrefixCache()
     first = replies_of(engine.stream([prompt], [("text",)], GREEDY, 5, prefixes=prefixes), 1)[0]
     assert fed == [90, 1, 1, 1]
     fed.clear()
@@ -116,7 +116,7 @@ def test_a_prompt_is_read_once_for_many_samples_and_a_prefix_never_again(
 
 
 def test_prefixes_of_other_weights_are_forgotten(own_model: AnyToken) -> None:
-    engine, prefixes = own_model.engine, Prefixes()
+    engine, prefixes = own_model.engine, PrefixCache()
     prompt = prompts_of(own_model)[0]
 
     def run() -> list[int]:
@@ -167,8 +167,10 @@ def test_forced_tokens_need_no_forward(
     model: AnyToken, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    original = Head.features
-    monkeypatch.setattr(Head, "features", lambda self, *inputs: calls.append(1) or original(self, *inputs))
+    original = ModelRunner.features
+    monkeypatch.setattr(
+        ModelRunner, "features", lambda self, *inputs: calls.append(1) or original(self, *inputs)
+    )
     sizes = {"image": (2, 3)}
     [reply] = engine.generate([prompts_of(model)[0]], [("image",)], GREEDY, sizes=sizes)
     assert len(reply.ids) == 1 + 2 + 6 + 1 + 1  # open, two sizes, codes, close, end
@@ -219,9 +221,9 @@ def test_a_model_with_its_own_logits_is_asked_for_all_of_them(
         output.logits = -output.logits
         return output
 
-    assert Head(model.lm).sliced
+    assert ModelRunner(model.lm).sliced
     monkeypatch.setattr(type(model.lm), "forward", negated)
-    assert not Head(model.lm).sliced
+    assert not ModelRunner(model.lm).sliced
     engine = Engine(model.lm, model.processor.grammar)
     found = engine.generate(prompts_of(model), [("image",)] * 4, GREEDY, 30)
     grammar = model.processor.grammar

@@ -13,8 +13,8 @@ from anytoken.inference.api import AnyToken
 from anytoken.inference.batch import Batch, Slot
 from anytoken.inference.engine import Engine
 from anytoken.inference.fast_decode import blocked, flat_decoder, product
-from anytoken.inference.kv_cache import RowCache
-from anytoken.inference.model_runner import Head
+from anytoken.inference.kv_cache import KVCache
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -57,7 +57,7 @@ def step_and_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of rows of these lengths after so many single steps, and what plain forwards give."""
     torch.manual_seed(1)
-    batch = Batch(Head(lm))
+    batch = Batch(ModelRunner(lm))
     sequences = [torch.randint(lm.config.vocab_size, (length + steps,)).tolist() for length in lengths]
     slots = [batch.add(ids[:length]) for ids, length in zip(sequences, lengths, strict=True)]
     batch.forward()
@@ -106,7 +106,7 @@ def test_the_compiled_step_is_the_same_and_never_compiled_again(kv_heads: int) -
     compiled.compile()
     with torch.inference_mode():
         for rows in (1, 2, 5):
-            caches = [RowCache(torch.device("cpu"), torch.float32) for _ in range(2)]
+            caches = [KVCache(torch.device("cpu"), torch.float32) for _ in range(2)]
             for position in range(300):
                 ids, places = [position % 100] * rows, [position] * rows
                 for cache in caches:
@@ -133,7 +133,7 @@ def test_a_compiled_engine_never_falls_back(model: AnyToken) -> None:
 
 def test_weights_changed_in_place_are_seen() -> None:
     lm = make_lm()
-    head = Head(lm)
+    head = ModelRunner(lm)
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.mul_(0.7)
@@ -162,7 +162,7 @@ def test_what_is_not_known_is_left_to_the_model(caplog: pytest.LogCaptureFixture
     assert flat_decoder(make_lm(qk_norm="projection"))[0] is None
     assert flat_decoder(make_lm(attention_bias=True))[0] is None
     with caplog.at_level(logging.INFO):
-        assert Head(hooked).decoder is None
+        assert ModelRunner(hooked).decoder is None
     assert "own forward: model.layers.0 has hooks" in caplog.text
 
 

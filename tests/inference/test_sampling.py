@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.inference.sampling import Sampling, SamplingError, draw, guide, merge_sampling, penalise
+from anytoken.inference.sampling import (
+    Sampling,
+    SamplingError,
+    apply_cfg,
+    apply_repetition_penalty,
+    merge_sampling,
+    sample,
+)
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
 
 
 def frequencies(sampling: Sampling, count: int = 20_000) -> torch.Tensor:
     uniforms = (torch.arange(count) + 0.5) / count  # an even grid: exact up to 1 / count
-    chosen = draw(LOGITS.expand(count, -1), sampling, uniforms)
+    chosen = sample(LOGITS.expand(count, -1), sampling, uniforms)
     return torch.bincount(chosen, minlength=4) / count
 
 
@@ -51,17 +58,17 @@ def test_min_p_keeps_what_is_nearly_as_likely(min_p: float, kept: list[int]) -> 
 
 def test_extreme_uniforms_stay_inside() -> None:
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert draw(LOGITS.expand(2, -1), Sampling(top_k=2), uniforms).tolist() == [0, 2]
+    assert sample(LOGITS.expand(2, -1), Sampling(top_k=2), uniforms).tolist() == [0, 2]
 
 
 def test_penalty_lowers_what_was_seen_whatever_its_sign() -> None:
     logits = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
     seen = [torch.tensor([0, 1]), torch.tensor([], dtype=torch.long)]
-    assert penalise(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
+    assert apply_repetition_penalty(logits, seen, 2.0).tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0]]
 
 
 def test_guidance_moves_away_from_the_unconditional() -> None:
-    assert guide(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 3.0).tolist() == [3.0, -2.0]
+    assert apply_cfg(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 3.0).tolist() == [3.0, -2.0]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +99,7 @@ def test_numbers_of_numpy_and_whole_floats_are_taken() -> None:
     sampling = Sampling(temperature=np.float32(0.5), top_k=2.0, cfg_scale=np.int64(2))  # type: ignore[arg-type]
     assert sampling == Sampling(temperature=0.5, top_k=2, cfg_scale=2)
     assert type(sampling.top_k) is int and type(sampling.temperature) is float
-    assert draw(LOGITS[None], sampling, torch.tensor([0.99])).tolist() == [2]
+    assert sample(LOGITS[None], sampling, torch.tensor([0.99])).tolist() == [2]
 
 
 def test_merge_order() -> None:

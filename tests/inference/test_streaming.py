@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.kv_cache import RowCache
-from anytoken.inference.model_runner import Head
-from anytoken.inference.outputs import Reply, Usage
+from anytoken.inference.kv_cache import KVCache
+from anytoken.inference.model_runner import ModelRunner
+from anytoken.inference.outputs import GenerationOutput, Usage
 from anytoken.inference.streaming import (
     CHUNK,
     Event,
@@ -29,13 +29,13 @@ from anytoken.inference.streaming import (
 from anytoken.processor import Processor
 from anytoken.segments import DNA, Image
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer
+from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer
 from anytoken.tokenizers.dna.vq import DNATokenizer
 from anytoken.tokenizers.speech import HOP, SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
 
-def collect(events: Generator[Event, None, Reply]) -> tuple[list[Event], Reply]:
+def collect(events: Generator[Event, None, GenerationOutput]) -> tuple[list[Event], GenerationOutput]:
     found = []
     while True:
         try:
@@ -171,7 +171,7 @@ def test_a_preview_of_a_grid_keeps_its_global_codes() -> None:
 
         def __init__(self) -> None:
             super().__init__(
-                shape=Grid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=1),
+                shape=CodeGrid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=1),
                 codebook_sizes=[3],
                 config={},
                 global_codebook_size=256,
@@ -255,7 +255,7 @@ def test_a_tokenizer_that_cannot_stream_delivers_at_the_end(model: AnyToken) -> 
 
 
 def cached_bytes() -> int:
-    caches = [one for one in gc.get_objects() if issubclass(type(one), RowCache)]
+    caches = [one for one in gc.get_objects() if issubclass(type(one), KVCache)]
     return sum(layer.nbytes for cache in caches for layer in cache.keys)
 
 
@@ -276,15 +276,15 @@ def test_cancelling_frees_the_cache_at_once(
         if cancel == "close":
             events.close()
         else:
-            original, steps = Head.features, iter([False, True])
+            original, steps = ModelRunner.features, iter([False, True])
 
-            def interrupted(self: Head, *inputs: Any) -> torch.Tensor:
+            def interrupted(self: ModelRunner, *inputs: Any) -> torch.Tensor:
                 features = original(self, *inputs)
                 if next(steps):
                     raise KeyboardInterrupt
                 return features
 
-            monkeypatch.setattr(Head, "features", interrupted)
+            monkeypatch.setattr(ModelRunner, "features", interrupted)
             with pytest.raises(KeyboardInterrupt) as held:
                 finish(events)
             assert held.tb is not None

@@ -19,27 +19,29 @@ from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine, GeneratedIds
-from anytoken.inference.model_runner import Head
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Scheduler
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import CodeShape, Grid, Run
+from anytoken.tokenizers.base import CodeGrid, CodeSequence, CodeShape
 
 CONTEXT = 200
 SHAPES: dict[str, tuple[list[int], CodeShape]] = {
-    "image": ([12], Grid(axes=("rows", "cols"), min_size=(1, 2), max_size=(5, 6))),
-    "speech": ([9, 9, 4], Run(2, 9, num_codebooks=3, num_global_codes=3)),
+    "image": ([12], CodeGrid(axes=("rows", "cols"), min_size=(1, 2), max_size=(5, 6))),
+    "speech": ([9, 9, 4], CodeSequence(2, 9, num_codebooks=3, num_global_codes=3)),
     "video": (
         [5, 6],
-        Grid(axes=("steps", "rows"), min_size=(2, 2), max_size=(3, 4), num_codebooks=2, num_global_codes=1),
+        CodeGrid(
+            axes=("steps", "rows"), min_size=(2, 2), max_size=(3, 4), num_codebooks=2, num_global_codes=1
+        ),
     ),
-    "dna": ([4], Run(1, 30)),
+    "dna": ([4], CodeSequence(1, 30)),
 }
 GLOBAL_SIZE = 5
 KINDS = ["text", *SHAPES]
 
 
-class NoHead(Head):
+class NoHead(ModelRunner):
     """Instead of a model: random logits of any size, now and then equal or infinite."""
 
     def __init__(self) -> None:
@@ -113,7 +115,7 @@ def check(reply: GeneratedIds, plan: tuple[str, ...] | None, sizes: Any, limit: 
             assert (piece.header >= 0).all() and (piece.header < GLOBAL_SIZE).all()
             pinned = (sizes or {}).get(piece.kind)
             assert pinned is None or piece.size == pinned
-            assert isinstance(shape, Grid) or shape.min_length <= len(piece.values) <= shape.max_length
+            assert isinstance(shape, CodeGrid) or shape.min_length <= len(piece.values) <= shape.max_length
     if plan is not None:
         assert [piece.kind for piece in pieces] == list(plan)
     assert reply.finish_reason == finish_reason(grammar, start, reply.ids, limit)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.model_runner import Head
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.scheduler import Scheduler
 from anytoken.inference.weights import checksum
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -113,8 +113,10 @@ def test_nothing_is_prepared_twice_without_a_reason(
     own_model: AnyToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, chat = [], own_model.chat()
-    original = Head.__init__
-    monkeypatch.setattr(Head, "__init__", lambda self, *given: (made.append(1), original(self, *given))[1])
+    original = ModelRunner.__init__
+    monkeypatch.setattr(
+        ModelRunner, "__init__", lambda self, *given: (made.append(1), original(self, *given))[1]
+    )
     for _ in range(3):
         chat.send("red apple", **OPTIONS)
         own_model.lm(

@@ -30,7 +30,7 @@ def whole_model(
         "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
         "max_position_embeddings": 128, "initializer_range": 0.2,
     }  # fmt: skip
-    config = AnyTokenConfig.of_space(
+    config = AnyTokenConfig.from_token_space(
         space,
         **{**tiny, **settings},
     )

@@ -294,7 +294,7 @@ def test_a_sliding_window_sees_no_further() -> None:
 def test_the_vocabulary_grows_without_moving_a_row(lm: AnyTokenForCausalLM, tmp_path: Path) -> None:
     before = lm(ids()).logits
     rows = torch.randn(7, 32)
-    lm.grow_vocabulary(103, rows)
+    lm.extend_vocabulary(103, rows)
     torch.testing.assert_close(lm(ids()).logits[..., :96], before, rtol=0, atol=0)
     torch.testing.assert_close(lm.get_input_embeddings().weight[96:], rows)
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
@@ -303,7 +303,7 @@ def test_the_vocabulary_grows_without_moving_a_row(lm: AnyTokenForCausalLM, tmp_
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert again.config.vocab_size == 103
     with pytest.raises(ValueError, match="shrink"):
-        lm.grow_vocabulary(50)
+        lm.extend_vocabulary(50)
 
 
 def test_active_parameters_leave_out_the_experts_not_chosen() -> None:

@@ -67,12 +67,12 @@ def test_blocks_are_two_pixels_each():
     pixels = np.zeros((64, 64, 3), np.uint8)
     pixels[:32], pixels[32:] = (250, 0, 0), (0, 0, 250)
     screen = console(width=80)
-    screen.print(inline_images.Blocks(Image(pixels)))
+    screen.print(inline_images.HalfBlockImage(Image(pixels)))
     lines = screen.file.getvalue().splitlines()
     assert len(lines) == 16 and all(line.count("▀") == 32 for line in lines)
     assert lines[0].count("38;2;250;0;0;48;2;250;0;0") >= 1 and "38;2;0;0;250;48;2;0;0;250" in lines[-1]
     narrow = console(width=10)
-    narrow.print(inline_images.Blocks(Image(pixels)))
+    narrow.print(inline_images.HalfBlockImage(Image(pixels)))
     assert narrow.file.getvalue().splitlines()[0].count("▀") == 10
 
 

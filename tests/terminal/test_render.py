@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from anytoken.inference.outputs import Reply, Usage
+from anytoken.inference.outputs import GenerationOutput, Usage
 from anytoken.inference.streaming import (
     SegmentFinished,
     SegmentPreview,
@@ -34,7 +34,7 @@ def events():
     yield SegmentFinished(PICTURE)
     usage = Usage(1, 2, {}, 1.0)
     yield usage
-    return Reply(SEGMENTS, [5, 6], usage, "stop")
+    return GenerationOutput(SEGMENTS, [5, 6], usage, "stop")
 
 
 def test_written_media_never_overwrite(tmp_path):

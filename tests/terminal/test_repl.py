@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from anytoken.segments import DNA, Text
-from anytoken.terminal.repl import COMMANDS, HELP, Talk, _complete, line_reader
+from anytoken.terminal.repl import COMMANDS, HELP, ChatRepl, _complete, line_reader
 
 
 class FakeChat:
@@ -33,7 +33,7 @@ class FakeChat:
         yield SegmentFinished(Text("hello"))
         yield SegmentFinished(DNA("ACGT"))
 
-    def stream_again(self, **options):
+    def regenerate_stream(self, **options):
         yield from self.stream(["again"], **options)
 
     def undo(self):
@@ -68,7 +68,7 @@ def converse(tmp_path, *lines, interactive=True):
             raise line
         return line
 
-    Talk(chat, tmp_path, Console(file=screen, width=200), seed=1).run(read, interactive)
+    ChatRepl(chat, tmp_path, Console(file=screen, width=200), seed=1).run(read, interactive)
     return chat.sent, screen.getvalue()
 
 
@@ -126,7 +126,7 @@ def test_other_words_go_with_the_same_files_and_a_failure_leaves_the_old_ones(tm
     chat = FakeChat()
     for words, error in (("no", ValueError), ("stop", KeyboardInterrupt)):
         with pytest.raises(error):
-            Talk(chat, tmp_path, Console(file=StringIO())).obey(f"/edit {words}")
+            ChatRepl(chat, tmp_path, Console(file=StringIO())).handle_command(f"/edit {words}")
         assert len(chat) == 6
 
 

@@ -87,7 +87,7 @@ class TestImageTokenizer(TokenizerBattery):
         settings = {**self.settings, "quantizer": "vq", "codebook_size": 32}
         tokenizer = ImageTokenizer(**settings)
         tokenizer.train().training_loss(self.batch())  # k-means sets the codebook
-        tokenizer.eval().without_sums().save_pretrained(tmp_path / "vq")
+        tokenizer.eval().drop_ema_buffers().save_pretrained(tmp_path / "vq")
         loaded = ImageTokenizer.from_pretrained(tmp_path / "vq")
         assert loaded.codebook_sizes == (32,)
         assert loaded.encode(self.segment(1)) == tokenizer.encode(self.segment(1))

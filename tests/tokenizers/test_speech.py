@@ -12,8 +12,8 @@ from batteries import TokenizerBattery
 
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.losses.audio import envelope_loss, heard_apart, log_bands, spectral_loss
-from anytoken.tokenizers.speech import HOP, LogMel, SpeechTokenizer, WaveHead
+from anytoken.tokenizers.losses.audio import envelope_loss, log_mel, perceptual_distance, spectral_loss
+from anytoken.tokenizers.speech import HOP, ISTFTHead, LogMel, SpeechTokenizer
 from anytoken.training.tokenizer.trainer import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -202,10 +202,10 @@ class TestSpeechTokenizerThatListens(TestSpeechTokenizerWithAVoice):
         for seconds, pitch in ((0.04, 200), (0.4, 150), (0.76, 300)):
             clip = tone(seconds, pitch)
             bands = [
-                log_bands(torch.from_numpy(sound.samples[: len(clip.samples)].copy())[None])
+                log_mel(torch.from_numpy(sound.samples[: len(clip.samples)].copy())[None])
                 for sound in (clip, listening.autoencode(clip), nearest.autoencode(clip))
             ]
-            ours, theirs = (heard_apart(one, bands[0]).mean().item() for one in bands[1:])
+            ours, theirs = (perceptual_distance(one, bands[0]).mean().item() for one in bands[1:])
             assert ours <= theirs and (ours < theirs or seconds < 0.1)
 
     def test_the_voice_is_told_as_without(self, tokenizer):
@@ -257,7 +257,7 @@ def test_a_frame_has_one_spectrum_or_two(count):
 @pytest.mark.parametrize("spectra", [1, 2])
 def test_a_head_s_frames_add_up_to_what_their_spectra_say(spectra):
     """Of noise the spectra of every frame, in the place of a projection, give the noise back."""
-    head = WaveHead(4, spectra)
+    head = ISTFTHead(4, spectra)
     frames = 12 * spectra
     noise = torch.randn(2, frames * head.hop, generator=torch.Generator().manual_seed(0))
     edge = (head.size - head.hop) // 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anytoken.data.shards import tokenize_records
 from anytoken.segments import Segment
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, Run, register_modality
+from anytoken.tokenizers.base import CodeGrid, Codes, CodeSequence, ModalityTokenizer, register_modality
 from anytoken.tokenizers.text import TextTokenizer
 
 NAMES = ("ant", "bee", "cow", "dog", "elk")
@@ -50,7 +50,7 @@ class BeepTokenizer(_Toy):
     segment_type = Beep
 
     def __init__(self) -> None:
-        super().__init__(shape=Run(1, 8, num_codebooks=2), codebook_sizes=[10, 6], config={})
+        super().__init__(shape=CodeSequence(1, 8, num_codebooks=2), codebook_sizes=[10, 6], config={})
 
     def encode(self, segment: Segment) -> Codes:
         assert isinstance(segment, Beep)
@@ -65,7 +65,7 @@ class TileTokenizer(_Toy):
     segment_type = Tile
 
     def __init__(self) -> None:
-        super().__init__(shape=Grid(("rows", "cols"), (1, 1), (4, 4)), codebook_sizes=[12], config={})
+        super().__init__(shape=CodeGrid(("rows", "cols"), (1, 1), (4, 4)), codebook_sizes=[12], config={})
 
     def encode(self, segment: Segment) -> Codes:
         assert isinstance(segment, Tile)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.trainer import train
 
 TOUCHES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
@@ -47,7 +47,7 @@ def run(recipe: dict[str, Any], kill: int | float | None) -> int:
         os.dup2(os.open(str(runs) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         if isinstance(kill, int):
             kill_at_touch(kill, recipe["output"])
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
         os._exit(0)
     if isinstance(kill, float):
         time.sleep(kill)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.interrupts import Interrupted
 from anytoken.training.trainer import StageTrainer, train
 
@@ -30,4 +30,4 @@ if len(sys.argv) > 2:
 
     StageTrainer.compute_loss = stopping  # type: ignore[method-assign]
 with contextlib.suppress(Interrupted):
-    train(Stage.from_dict(json.loads(Path(sys.argv[1]).read_text())))
+    train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())))

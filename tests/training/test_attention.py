@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 from anytoken.model import attention
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.trainer import train
 
 FLASH = "flash_attention_2"
@@ -62,9 +62,9 @@ def test_flash_trains_as_sdpa_does(
 ) -> None:
     """Packed rows with the lengths of their samples, in the precision of the recipe; samples of the report too."""
     recipe |= {"steps": 3, "precision": precision}
-    plain = train(Stage.from_dict(recipe | {"attention": "sdpa", "output": str(tmp_path / "sdpa")}))
+    plain = train(TrainConfig.from_dict(recipe | {"attention": "sdpa", "output": str(tmp_path / "sdpa")}))
     assert not passed
-    folder = train(Stage.from_dict(recipe | {"attention": FLASH}))
+    folder = train(TrainConfig.from_dict(recipe | {"attention": FLASH}))
     assert losses(folder) == pytest.approx(losses(plain), abs=1e-5 if precision == "fp32" else 2e-2)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     assert all(call["dtypes"] == {dtype} and call["device"].type == "cpu" for call in passed)
@@ -75,7 +75,7 @@ def test_flash_trains_as_sdpa_does(
 
 def test_auto_says_what_it_takes(recipe: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "anytoken")
-    train(Stage.from_dict(recipe | {"steps": 1}))
+    train(TrainConfig.from_dict(recipe | {"steps": 1}))
     [line] = [record.message for record in caplog.records if record.message.startswith("attention:")]
     assert line.startswith("attention: sdpa on ") and "no FlashAttention" in line
 
@@ -92,7 +92,7 @@ def test_what_cannot_run_is_said_before_training(recipe: dict[str, Any], name: s
     if torch.cuda.is_available() and name == "flex_attention":
         pytest.skip("it trains on a GPU")
     with pytest.raises(StageError, match=message):
-        train(Stage.from_dict(recipe | {"attention": name}))
+        train(TrainConfig.from_dict(recipe | {"attention": name}))
     assert not (Path(recipe["output"]) / "metrics.jsonl").exists()
 
 
@@ -103,6 +103,6 @@ def test_losses_agree_on_a_gpu(recipe: dict[str, Any], tmp_path: Path, name: str
     if not available():
         pytest.skip(f"{name} is not installed")
     recipe |= {"steps": 4, "precision": "bf16"}
-    plain = train(Stage.from_dict(recipe | {"attention": "sdpa", "output": str(tmp_path / "sdpa")}))
-    found = train(Stage.from_dict(recipe | {"attention": name}))
+    plain = train(TrainConfig.from_dict(recipe | {"attention": "sdpa", "output": str(tmp_path / "sdpa")}))
+    found = train(TrainConfig.from_dict(recipe | {"attention": name}))
     assert losses(found) == pytest.approx(losses(plain), abs=3e-2)

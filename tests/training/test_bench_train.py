@@ -3,10 +3,10 @@
 from typing import Any
 
 from anytoken.benchmarks.train import bench_train
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 
 
 def test_a_step_is_compared(recipe: dict[str, Any]) -> None:
-    [row] = bench_train(Stage.from_dict(recipe), repeats=1)["rows"]
+    [row] = bench_train(TrainConfig.from_dict(recipe), repeats=1)["rows"]
     assert row["ids"] == recipe["tokens_per_batch"] and 0 < row["learnt"] < row["ids"]
     assert row["ratio"] > 0 and 0 < row["loading, of a step"] < 1 and 0 < row["real ids"] <= 1

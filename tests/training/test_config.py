@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from anytoken.training.config import Stage, StageError, apply_overrides
+from anytoken.training.config import StageError, TrainConfig, apply_overrides
 
 STAGES = Path(__file__).parents[2] / "stages"
 RECIPES = sorted(STAGES.rglob("*.yaml"))
@@ -24,12 +24,12 @@ def recipe(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
-    assert Stage.load(path).rows >= 1
+    assert TrainConfig.load(path).batch_size >= 1
 
 
 def test_stages_follow_each_other() -> None:
     stages = [
-        Stage.load(STAGES / f"{name}.yaml")
+        TrainConfig.load(STAGES / f"{name}.yaml")
         for name in ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech")
     ]
     assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
@@ -37,7 +37,7 @@ def test_stages_follow_each_other() -> None:
 
 def test_the_edition_is_one_run_at_a_constant_rate_that_ends_with_a_decay() -> None:
     names = ("1_alignment", "2_interleaved", "3_speech", "4_instruct", "decay")
-    stages = [Stage.load(STAGES / "edition" / f"{name}.yaml") for name in names]
+    stages = [TrainConfig.load(STAGES / "edition" / f"{name}.yaml") for name in names]
     assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
     assert [stage.schedule.kind for stage in stages] == ["constant"] * 4 + ["wsd"]
     assert stages[-1].schedule.decay_fraction == 1.0 and stages[-1].data == stages[-2].data
@@ -73,7 +73,7 @@ def test_the_edition_is_one_run_at_a_constant_rate_that_ends_with_a_decay() -> N
 )
 def test_bad_recipes_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(StageError, match=said):
-        Stage.from_dict(recipe(**changes))
+        TrainConfig.from_dict(recipe(**changes))
 
 
 def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
@@ -81,7 +81,7 @@ def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
     changed = apply_overrides(
         before, ["steps=9", "data.0.weight=2.5", "optimizer.lr=1e-4", "trainable=['*.gate.*']"]
     )
-    stage = Stage.from_dict(changed)
+    stage = TrainConfig.from_dict(changed)
     assert (stage.steps, stage.data[0].weight, stage.optimizer.lr) == (9, 2.5, 1e-4)
     assert stage.trainable == ["*.gate.*"] and before == recipe()
     tokenizers = {kind: kind for kind in ("text", "image", "dna")}
@@ -105,50 +105,54 @@ def test_bad_overrides(override: str, said: str) -> None:
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no recipe file"):
-        Stage.load(tmp_path / "none.yaml")
+        TrainConfig.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(StageError, match="no mapping"):
-        Stage.load(tmp_path / "list.yaml")
+        TrainConfig.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(StageError, match="not valid YAML"):
-        Stage.load(tmp_path / "broken.yaml")
+        TrainConfig.load(tmp_path / "broken.yaml")
 
 
 def test_data_root_applies_to_partners_too() -> None:
     pair = {"path": "b", "take": {"speech": "speech"}}
     data = [{"path": "a", "views": {"text->image": 1}, "pair_with": pair}]
-    stage = Stage.from_dict(recipe(data=data, data_root="root"))
+    stage = TrainConfig.from_dict(recipe(data=data, data_root="root"))
     (spec,) = stage.sources(stage.data)
     assert spec.path == "root/a" and spec.pair_with is not None and spec.pair_with.path == "root/b"
 
 
 def test_data_in_short() -> None:
-    short = Stage.from_dict(recipe(data={"train": "my.jsonl", "test": "held.jsonl"}, eval={"every": 5}))
+    short = TrainConfig.from_dict(recipe(data={"train": "my.jsonl", "test": "held.jsonl"}, eval={"every": 5}))
     assert [(one.path, one.views, one.split) for one in short.data] == [("my.jsonl", {"auto": 1}, "train")]
     assert [(one.path, one.split) for one in short.eval.data] == [
         ("held.jsonl", None)
     ] and short.eval.every == 5
     both = recipe(data={"train": "my.jsonl", "test": "my.jsonl", "views": {"text->image": 2}})
-    [held_out] = Stage.from_dict(both).eval.data
+    [held_out] = TrainConfig.from_dict(both).eval.data
     assert (held_out.path, held_out.views, held_out.split) == ("my.jsonl", {"text->image": 2}, "test")
-    assert Stage.from_dict(Stage.from_dict(both).model_dump(mode="json")) == Stage.from_dict(both)
-    replayed = Stage.from_dict(recipe(data={"train": "my.jsonl", "replay": ["old.jsonl", "older"]}))
+    assert TrainConfig.from_dict(
+        TrainConfig.from_dict(both).model_dump(mode="json")
+    ) == TrainConfig.from_dict(both)
+    replayed = TrainConfig.from_dict(recipe(data={"train": "my.jsonl", "replay": ["old.jsonl", "older"]}))
     assert [(one.path, one.weight) for one in replayed.data] == [
         ("my.jsonl", 1),
         ("old.jsonl", 0.5),
         ("older", 0.5),
     ]
     old = [{"path": "old", "weight": 3, "views": {"image->text": 1}}, "older"]
-    weighed = Stage.from_dict(recipe(data={"train": "my.jsonl", "replay": old, "replay_share": 0.8}))
+    weighed = TrainConfig.from_dict(recipe(data={"train": "my.jsonl", "replay": old, "replay_share": 0.8}))
     assert [(one.weight, one.views) for one in weighed.data] == [
         (1, {"auto": 1}),
         (pytest.approx(3), {"image->text": 1}),
         (pytest.approx(1), {"auto": 1}),
     ]
-    changed = Stage.load(STAGES / "lora.yaml", ["data.train=my.jsonl", "init_from=mini", "output=out/my"])
+    changed = TrainConfig.load(
+        STAGES / "lora.yaml", ["data.train=my.jsonl", "init_from=mini", "output=out/my"]
+    )
     assert changed.sources(changed.data)[0].path == "my.jsonl"
 
 
 def test_dump_is_a_recipe_again() -> None:
-    stage = Stage.load(STAGES / "1_alignment.yaml")
-    assert Stage.from_dict(yaml.safe_load(yaml.safe_dump(stage.model_dump(mode="json")))) == stage
+    stage = TrainConfig.load(STAGES / "1_alignment.yaml")
+    assert TrainConfig.from_dict(yaml.safe_load(yaml.safe_dump(stage.model_dump(mode="json")))) == stage

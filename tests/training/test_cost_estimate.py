@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import anytoken
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.cost_estimate import (
     GIB,
     count,
@@ -38,12 +38,12 @@ QWEN3_30B_A3B = Qwen3MoeConfig(
 )  # fmt: skip
 
 
-def stage(**changes: Any) -> Stage:
+def stage(**changes: Any) -> TrainConfig:
     recipe = {
         "init_from": "runs/start", "output": "runs/out", "data": [{"path": "a", "views": {"text->image": 1}}],
         "steps": 1000, "tokens_per_batch": 2**20, "context": 8192,
     }  # fmt: skip
-    return Stage.from_dict(recipe | changes)
+    return TrainConfig.from_dict(recipe | changes)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_shipped_configurations_are_those_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["0.6b_dense", "8b_dense", "30b_a3b_moe"])
 def test_scale_recipes_fit_their_gpus(name: str) -> None:
-    recipe = Stage.load(SCALE / f"{name}.yaml")
+    recipe = TrainConfig.load(SCALE / f"{name}.yaml")
     assert recipe.backbone is not None
     bare, config = read_config(recipe.backbone.config), planned_config(recipe)
     codes = 2 * 32_768 + 8 * 2048  # Emu3's twice, Mimi's

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import anytoken
 from anytoken import recipes
 from anytoken.cli import app
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.debug_model import STEPS, tiny
 from anytoken.training.metrics import read_metrics
 
@@ -21,7 +21,7 @@ SCALE = [f"stages/scale/{path.name}" for path in sorted((ROOT / "stages" / "scal
 
 def assert_trained(recipe: str, folder: Path) -> None:
     """What the recipe names was trained, and generates every kind of segment that its codecs make."""
-    stage = Stage.load(recipes.find(recipe))
+    stage = TrainConfig.load(recipes.find(recipe))
     output = folder / f"{stage.output}-tiny"
     entries = read_metrics(output / "metrics.jsonl")
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, STEPS + 1))
@@ -49,7 +49,7 @@ def test_a_recipe_runs_in_miniature(recipe: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("recipe", SCALE)
 def test_and_with_its_engine_on_two_processes(recipe: str, tmp_path: Path) -> None:
-    if Stage.load(ROOT / recipe).distributed.deepspeed:
+    if TrainConfig.load(ROOT / recipe).distributed.deepspeed:
         pytest.importorskip("deepspeed", reason="the extra [deepspeed] is not installed")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -65,4 +65,4 @@ def test_and_with_its_engine_on_two_processes(recipe: str, tmp_path: Path) -> No
 
 def test_a_recipe_without_a_backbone_is_refused() -> None:
     with pytest.raises(StageError, match="shrinks a recipe with a backbone"):
-        tiny(Stage.load(ROOT / "stages" / "4_instruct.yaml"))
+        tiny(TrainConfig.load(ROOT / "stages" / "4_instruct.yaml"))

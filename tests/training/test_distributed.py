@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import anytoken.training
 from anytoken.training import precision, trainer
 from anytoken.training.checkpoint import saved_states
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.distributed.fsdp import mesh_settings
 from anytoken.training.interrupts import Interrupted
 from anytoken.training.metrics import read_metrics
@@ -39,7 +39,7 @@ def shared(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return recipe | {
         "output": str(tmp_path / "shared"),
         "steps": STEPS,
-        "accumulate": 2,
+        "gradient_accumulation_steps": 2,
         "moe": {"router_modality_aux_loss": 0.02, "expert_bias_rate": 0.01},
         "eval": {"every": 5, "batches": 1, "data": held_out},
     }
@@ -70,7 +70,7 @@ def fork(recipe: dict[str, Any], processes: int, stop: int | None = None) -> lis
             "MASTER_PORT": str(free.getsockname()[1]),
             "WORLD_SIZE": str(processes),
         }
-    stage = Stage.from_dict(recipe)
+    stage = TrainConfig.from_dict(recipe)
     children = []
     for rank in range(processes):
         children.append(os.fork())
@@ -80,7 +80,7 @@ def fork(recipe: dict[str, Any], processes: int, stop: int | None = None) -> lis
     return [os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children]
 
 
-def child(stage: Stage, stop: int | None) -> int:
+def child(stage: TrainConfig, stop: int | None) -> int:
     """Train in a fork, and give its exit status."""
     inner = StageTrainer.compute_loss
 
@@ -102,7 +102,7 @@ def child(stage: Stage, stop: int | None) -> int:
 def alone(recipe: dict[str, Any], tmp_path: Path) -> Path:
     """The same run in this process."""
     return train(
-        Stage.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "alone"), "distributed": {}})
+        TrainConfig.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "alone"), "distributed": {}})
     )
 
 
@@ -152,7 +152,7 @@ def test_the_first_process_chooses_the_precision_of_all(
     def measured(device: torch.device, dtype: torch.dtype, *sizes: int) -> float:
         return 3.0 if (dtype == torch.bfloat16) == (os.environ["RANK"] == "0") else 1.0
 
-    def noting(start: Any, stage: Stage, device: torch.device) -> None:
+    def noting(start: Any, stage: TrainConfig, device: torch.device) -> None:
         (tmp_path / os.environ["RANK"]).write_text(stage.precision)
 
     monkeypatch.setattr(precision, "measured_peak", measured)
@@ -177,7 +177,7 @@ def test_another_number_of_processes_than_asked_for_is_an_error(
     }
     for message, distributed in said.items():
         with pytest.raises(ValueError, match=message):
-            train(Stage.from_dict(shared | {"distributed": distributed}))
+            train(TrainConfig.from_dict(shared | {"distributed": distributed}))
 
 
 # ---- the engines of other libraries ----
@@ -233,4 +233,4 @@ def test_the_states_of_one_engine_are_not_for_another(shared: dict[str, Any], tm
     with pytest.raises(
         StageError, match=r"saved by distributed.ddp, and mesh cannot.*init_from=\S*checkpoint-6"
     ):
-        train(Stage.from_dict(changed))
+        train(TrainConfig.from_dict(changed))

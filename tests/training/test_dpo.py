@@ -10,15 +10,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from anytoken.processor import Processor
-from anytoken.training.config import Stage, StageError
-from anytoken.training.dpo import Preference, pair_ids, prefer
+from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.dpo import DPOArgs, pair_ids, prefer
 from anytoken.training.metrics import read_metrics
 from anytoken.training.trainer import train
 
 
 @pytest.fixture
 def base(recipe: dict[str, Any]) -> Path:
-    return train(Stage.from_dict(recipe | {"steps": 1}))
+    return train(TrainConfig.from_dict(recipe | {"steps": 1}))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_pairs_are_what_prompts_and_replies_are(base: Path, pairs: Path) -> None
 
 @pytest.mark.slow
 def test_the_preferred_answer_becomes_likelier(base: Path, pairs: Path, tmp_path: Path) -> None:
-    folder = prefer(str(base), pairs, tmp_path / "adapter", Preference(steps=10, batch=4, lr=1e-2))
+    folder = prefer(str(base), pairs, tmp_path / "adapter", DPOArgs(steps=10, batch=4, lr=1e-2))
     entries = read_metrics(folder / "metrics.jsonl")
     assert entries[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: model and reference are the same
     assert entries[-1]["loss"] < 0.5 and entries[-1]["rewards/margins"] > 0

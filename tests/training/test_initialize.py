@@ -8,8 +8,8 @@ import torch
 
 from anytoken.model.embedding_init import projected_rows
 from anytoken.tokenizers.base import load_tokenizer
-from anytoken.training.config import Stage, StageError
-from anytoken.training.initialize import build_processor, load_start, make_start
+from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.initialize import build_init_checkpoint, build_model, build_processor
 
 
 def test_ids_follow_the_order_of_the_recipe(recipe: dict[str, Any]) -> None:
@@ -20,9 +20,9 @@ def test_ids_follow_the_order_of_the_recipe(recipe: dict[str, Any]) -> None:
 
 
 def test_scratch_is_the_seeds_model_with_the_token_spaces_size(recipe: dict[str, Any]) -> None:
-    processor, model = load_start(Stage.from_dict(recipe))
-    _, again = load_start(Stage.from_dict(recipe))
-    _, other = load_start(Stage.from_dict(recipe | {"seed": 1}))
+    processor, model = build_model(TrainConfig.from_dict(recipe))
+    _, again = build_model(TrainConfig.from_dict(recipe))
+    _, other = build_model(TrainConfig.from_dict(recipe | {"seed": 1}))
     table = model.get_input_embeddings().weight
     assert len(table) == processor.token_space.vocab_size and model.config.hidden_size == 32
     assert torch.equal(table, again.get_input_embeddings().weight)
@@ -54,27 +54,29 @@ def test_a_backbone_is_not_made_over_something_else(recipe: dict[str, Any], tmp_
     codecs = {"image": {"source": "nowhere", "config": {"model_type": "emu3"}}}
     swap |= {"init_from": str(taken), "backbone": {"model": "nowhere", "config": "no.json", "codecs": codecs}}
     with pytest.raises(StageError, match=r"taken exists and holds something else \(thesis\.tex\)"):
-        make_start(Stage.from_dict(swap))
+        build_init_checkpoint(TrainConfig.from_dict(swap))
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
 
 
 def test_an_unknown_model_setting_is_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="hiden_size"):
-        load_start(Stage.from_dict(recipe | {"model": {"hiden_size": 32}}))
+        build_model(TrainConfig.from_dict(recipe | {"model": {"hiden_size": 32}}))
 
 
 def test_a_stage_replaces_a_tokenizer_of_its_checkpoint(recipe: dict[str, Any], save_tiny, tmp_path) -> None:
     tokenizers = {name: load_tokenizer(recipe["tokenizers"][name]) for name in ("tile", "beep")}
     start = str(save_tiny(tmp_path / "start", tokenizers, 128))
     swap = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
-    swap |= {"init_from": start, "replace": {"beep": recipe["tokenizers"]["beep"]}}
-    processor, model = load_start(Stage.from_dict(swap))
-    _, before = load_start(Stage.from_dict(swap | {"replace": {}}))
+    swap |= {"init_from": start, "replace_tokenizers": {"beep": recipe["tokenizers"]["beep"]}}
+    processor, model = build_model(TrainConfig.from_dict(swap))
+    _, before = build_model(TrainConfig.from_dict(swap | {"replace_tokenizers": {}}))
     span = processor.token_space.code_range("beep")
     old, new = (one.get_input_embeddings().weight for one in (before, model))
     assert torch.equal(old[: span.start], new[: span.start])
     assert not (old[span.start : span.stop] == new[span.start : span.stop]).any()
-    with pytest.raises(StageError, match=r"replace\.tile: .* of beep"):
-        load_start(Stage.from_dict(swap | {"replace": {"tile": recipe["tokenizers"]["beep"]}}))
+    with pytest.raises(StageError, match=r"replace_tokenizers\.tile: .* of beep"):
+        build_model(
+            TrainConfig.from_dict(swap | {"replace_tokenizers": {"tile": recipe["tokenizers"]["beep"]}})
+        )
     with pytest.raises(StageError, match="from scratch, name all under tokenizers"):
-        Stage.from_dict(recipe | {"replace": {"beep": recipe["tokenizers"]["beep"]}})
+        TrainConfig.from_dict(recipe | {"replace_tokenizers": {"beep": recipe["tokenizers"]["beep"]}})

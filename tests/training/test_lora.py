@@ -17,7 +17,7 @@ import anytoken
 from anytoken.cli import app
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
-from anytoken.training.config import LoraSpec, Stage, StageError
+from anytoken.training.config import LoraSpec, StageError, TrainConfig
 from anytoken.training.lora import add_lora, portable_name
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.param_groups import modality_rows
@@ -36,7 +36,7 @@ def base(world: Path, toy_recipe: Any, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("base")
     pictures = [{"path": "things", "views": {"text->tile": 1, "tile->text": 1}}]
     recipe = toy_recipe(world, folder) | {"steps": 40, "save_every": 100, "data": pictures}
-    return train(Stage.from_dict(recipe))
+    return train(TrainConfig.from_dict(recipe))
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def lora_recipe(base: Path, recipe: dict[str, Any], tmp_path: Path) -> dict[str,
 def test_adapter_trains_and_loads_back(lora_recipe: dict[str, Any], new_rows: list[str]) -> None:
     lora_recipe["lora"]["new_rows"] = new_rows
     lora_recipe["steps"] = 100
-    folder = train(Stage.from_dict(lora_recipe))
+    folder = train(TrainConfig.from_dict(lora_recipe))
     assert not (folder / "model.safetensors").exists() and (folder / "adapter_model.safetensors").is_file()
     losses = [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
@@ -71,7 +71,7 @@ def test_adapter_trains_and_loads_back(lora_recipe: dict[str, Any], new_rows: li
 def test_resumed_adapter_equals_uninterrupted(
     lora_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(Stage.from_dict(lora_recipe | {"output": str(tmp_path / "whole")}))
+    whole = train(TrainConfig.from_dict(lora_recipe | {"output": str(tmp_path / "whole")}))
     inner = StageTrainer.compute_loss
 
     def dying(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -82,8 +82,8 @@ def test_resumed_adapter_equals_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "compute_loss", dying)
         with pytest.raises(Killed):
-            train(Stage.from_dict(lora_recipe))
-    resumed = train(Stage.from_dict(lora_recipe))
+            train(TrainConfig.from_dict(lora_recipe))
+    resumed = train(TrainConfig.from_dict(lora_recipe))
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (whole, resumed))
     assert [entry["loss"] for entry in first] == [entry["loss"] for entry in second]
 
@@ -136,7 +136,7 @@ def test_a_setting_adapts_what_it_names_and_no_more(base: Path, settings: dict[s
 )
 def test_variants_train_and_open_everywhere(lora_recipe: dict[str, Any], settings: dict[str, Any]) -> None:
     lora_recipe["lora"] |= settings
-    folder = train(Stage.from_dict(lora_recipe | {"steps": 3}))
+    folder = train(TrainConfig.from_dict(lora_recipe | {"steps": 3}))
     written = json.loads((folder / "adapter_config.json").read_text())
     assert (
         written["base_model_name_or_path"] == Path(lora_recipe["init_from"]).name
@@ -199,16 +199,17 @@ def tables(lm: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def test_an_adapter_goes_on_from_another(lora_recipe: dict[str, Any], tmp_path: Path) -> None:
-    first = train(Stage.from_dict(lora_recipe | {"steps": 2}))
+    first = train(TrainConfig.from_dict(lora_recipe | {"steps": 2}))
     second = lora_recipe | {"steps": 1, "optimizer": {"lr": 1e-30}, "output": str(tmp_path / "second")}
     second["lora"] = lora_recipe["lora"] | {"start": str(first)}
     one, other = (
-        load_file(folder / "adapter_model.safetensors") for folder in (first, train(Stage.from_dict(second)))
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (first, train(TrainConfig.from_dict(second)))
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     bigger = second | {"output": str(tmp_path / "third"), "lora": second["lora"] | {"r": 8}}
     with pytest.raises(StageError, match="other lora settings"):
-        train(Stage.from_dict(bigger))
+        train(TrainConfig.from_dict(bigger))
 
 
 def test_the_users_own_jsonl_in_one_command(base: Path, world: Path, tmp_path: Path) -> None:
@@ -265,10 +266,10 @@ def test_data_that_changed_is_not_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "compute_loss", dying)
         with pytest.raises(Killed):
-            train(Stage.from_dict(recipe))
+            train(TrainConfig.from_dict(recipe))
     mine.write_text("".join(reversed(lines)))
     with pytest.raises(StageError, match="changed since this run was begun"):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
 
 
 def test_a_new_modality_and_its_adapter_in_one_folder(
@@ -278,7 +279,7 @@ def test_a_new_modality_and_its_adapter_in_one_folder(
     smaller |= {"modalities": {"beep": str(world / "tokenizers" / "beep")}, "steps": 30}
     smaller["lora"] = {"r": 4, "alpha": 8, "new_rows": ["beep"]}
     smaller["data"] = [{"path": "things", "views": {"text->beep": 1}}]
-    folder = train(Stage.from_dict(smaller))
+    folder = train(TrainConfig.from_dict(smaller))
     assert not [
         name
         for name in load_file(folder / "adapter_model.safetensors")
@@ -315,10 +316,10 @@ def without_beeps(checkpoint: str, to: Path) -> Path:
 
 def test_combinations_that_peft_refuses_are_said_early(lora_recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="dropout"):
-        train(Stage.from_dict(lora_recipe | {"lora": {"dropout": 0.1}}))
+        train(TrainConfig.from_dict(lora_recipe | {"lora": {"dropout": 0.1}}))
     with pytest.raises(StageError, match="no DoRA for experts"):
-        train(Stage.from_dict(lora_recipe | {"lora": {"dora": True}}))
+        train(TrainConfig.from_dict(lora_recipe | {"lora": {"dora": True}}))
     with pytest.raises(StageError, match="adapts nothing"):
         # PEFT has no adapter of rows alone.
         nothing = {"attention": False, "experts": False, "new_rows": ["tile"]}
-        train(Stage.from_dict(lora_recipe | {"lora": nothing, "output": lora_recipe["output"] + "2"}))
+        train(TrainConfig.from_dict(lora_recipe | {"lora": nothing, "output": lora_recipe["output"] + "2"}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anytoken.training.losses.balanced import LossParts
-from anytoken.training.metrics import GroupMeter, MetricsLog, read_metrics
+from anytoken.training.metrics import LossMeter, MetricsLog, read_metrics
 from anytoken.training.report.markdown import write_report
 
 
@@ -23,7 +23,7 @@ def parts(nll: list[float], right: list[float], count: list[float], term: float)
 
 
 def test_meter_averages_over_targets_not_batches() -> None:
-    meter = GroupMeter(["text", "image", "control"])
+    meter = LossMeter(["text", "image", "control"])
     meter.add(parts([2.0, 0.0, 4.0], [1, 0, 0], [1, 0, 2], 1.0), tokens=10)
     meter.add(parts([4.0, 0.0, 0.0], [0, 0, 0], [5, 0, 0], 3.0), tokens=10)
     report = meter.report()
@@ -39,7 +39,7 @@ def test_meter_averages_over_targets_not_batches() -> None:
 
 
 def test_meter_goes_on_from_its_state() -> None:
-    whole, first, second = (GroupMeter(["text", "control"]) for _ in range(3))
+    whole, first, second = (LossMeter(["text", "control"]) for _ in range(3))
     load = torch.tensor([[[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
     for meter in (whole, first):
         meter.add(parts([2.0, 0.1], [1, 0], [3, 1], 1.0), tokens=10, load=load)

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from anytoken.training import precision
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.interrupts import Interrupted
 from anytoken.training.trainer import StageTrainer, train
 
@@ -52,10 +52,10 @@ def test_a_run_keeps_the_precision_it_began_with(
     recipe |= {"precision": "auto", "steps": 3}
     measured(3.0, monkeypatch)
     with pytest.raises(Interrupted):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
     measured(0.1, monkeypatch)  # another machine
-    folder = train(Stage.from_dict(recipe))
+    folder = train(TrainConfig.from_dict(recipe))
     assert used == [True] * 3
     assert yaml.safe_load((folder / "stage.yaml").read_text())["precision"] == "auto"
     assert json.loads((folder / "run.json").read_text())["precision"] == "bfloat16"
-    assert train(Stage.from_dict(recipe)) == folder  # finished: the same recipe
+    assert train(TrainConfig.from_dict(recipe)) == folder  # finished: the same recipe

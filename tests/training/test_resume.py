@@ -27,7 +27,7 @@ from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.processor import Processor
 from anytoken.training.checkpoint import SaveError, saved_states
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.interrupts import DivergenceError, Interrupted
 from anytoken.training.metrics import read_metrics
 from anytoken.training.trainer import StageTrainer, train
@@ -95,7 +95,7 @@ def eventful(recipe: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def whole(eventful: dict[str, Any], tmp_path: Path) -> Path:
     """The same run, uninterrupted."""
-    return train(Stage.from_dict(copy.deepcopy(eventful) | {"output": str(tmp_path / "whole")}))
+    return train(TrainConfig.from_dict(copy.deepcopy(eventful) | {"output": str(tmp_path / "whole")}))
 
 
 def run_killed(runs: list[tuple[dict[str, Any], list[int | float]]], tmp_path: Path) -> list[list[int]]:
@@ -134,15 +134,17 @@ def test_killed_at_every_third_file_operation_and_at_random_moments(
         assert_same_run(recipe["output"], whole)
 
 
-@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"optimizer": {"kind": "muon", "lr": 1e-2}}])
+@pytest.mark.parametrize(
+    "changes", [{"gradient_accumulation_steps": 2}, {"optimizer": {"kind": "muon", "lr": 1e-2}}]
+)
 def test_accumulated_batches_and_muon_resume_too(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     recipe |= {"steps": 6, **changes}
-    whole = train(Stage.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "whole")}))
+    whole = train(TrainConfig.from_dict(copy.deepcopy(recipe) | {"output": str(tmp_path / "whole")}))
     with at_step(5, crash, monkeypatch), pytest.raises(Killed):
-        train(Stage.from_dict(recipe))
-    train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
+    train(TrainConfig.from_dict(recipe))
     assert_same_run(recipe["output"], whole)
 
 
@@ -150,10 +152,10 @@ def test_log_and_save_intervals_may_change_when_a_run_goes_on(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with at_step(5, crash, monkeypatch), pytest.raises(Killed):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
     changed = recipe | {"log_every": 2, "save_every": 3}
     with at_step(7, crash, monkeypatch), pytest.raises(Killed):
-        train(Stage.from_dict(changed))
+        train(TrainConfig.from_dict(changed))
     assert [entry["step"] for entry in log_of(recipe["output"])] == [1, 2, 3, 4, 6]
     assert [state.name for state in saved_states(Path(recipe["output"]))] == ["checkpoint-4", "checkpoint-6"]
 
@@ -173,10 +175,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         at_step(2, interrupt, monkeypatch),
         pytest.raises(Interrupted, match=r"saved at step 3 of 5.*same command"),
     ):
-        train(Stage.from_dict(eventful))
+        train(TrainConfig.from_dict(eventful))
     assert signal.getsignal(signal.SIGINT) is before
     assert saved_states(Path(eventful["output"]))[-1].name == "checkpoint-3"
-    train(Stage.from_dict(eventful))
+    train(TrainConfig.from_dict(eventful))
     assert_same_run(eventful["output"], whole)
 
 
@@ -190,7 +192,7 @@ def test_a_second_ctrl_c_acts_at_once(recipe: dict[str, Any], monkeypatch: pytes
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born ignoring it
     try:
         with at_step(2, twice, monkeypatch), pytest.raises(KeyboardInterrupt) as stopped:
-            train(Stage.from_dict(recipe))
+            train(TrainConfig.from_dict(recipe))
     finally:
         signal.signal(signal.SIGINT, before)
     assert not isinstance(stopped.value, Interrupted) and not saved_states(Path(recipe["output"]))
@@ -246,10 +248,10 @@ def test_a_full_disk_leaves_the_last_state(
         with pytest.raises(
             SaveError, match=r"state of step 4 could not be saved.*checkpoint-2.*Free some space"
         ):
-            train(Stage.from_dict(eventful))
+            train(TrainConfig.from_dict(eventful))
     state = Path(eventful["output"]) / "state"
     assert [path.name for path in state.iterdir()] == ["checkpoint-2"]
-    train(Stage.from_dict(eventful))
+    train(TrainConfig.from_dict(eventful))
     assert_same_run(eventful["output"], whole)
 
 
@@ -269,9 +271,9 @@ def test_a_full_disk_at_the_end_costs_nothing(
             lambda self: (inner_run(self), patch.setattr(StageTrainer, "save_model", saving)),
         )
         with pytest.raises(SaveError, match="final checkpoint"):
-            train(Stage.from_dict(eventful))
+            train(TrainConfig.from_dict(eventful))
     with at_step(5, crash, monkeypatch):  # no step is made again
-        train(Stage.from_dict(eventful))
+        train(TrainConfig.from_dict(eventful))
     assert_same_run(eventful["output"], whole)
 
 
@@ -289,15 +291,15 @@ def test_a_loss_that_is_none_stops_the_run_and_keeps_the_batch(
 
     said = r"loss is nan at step 6; the weights are no longer.*init_from=\S*/checkpoint-4\).*optimizer.lr"
     with at_step(5, break_a_weight, monkeypatch), pytest.raises(DivergenceError, match=said):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
     folder = Path(recipe["output"])
     [path] = (folder / "diverged").glob("*.safetensors")
     about, batch = json.loads(path.with_suffix(".json").read_text()), load_file(path)
     last = saved_states(folder)[-1]
     assert about["step"] == 6 and about["loss"] == "nan" and len(about["weights_not_finite"]) == 1
-    stage, processor = Stage.from_dict(recipe), Processor.from_pretrained(last)
-    mixture = Mixture(stage.sources(stage.data), processor, stage.context, stage.seed, stage.prompt_drop)
-    stream = PackedStream(mixture.sample, stage.rows, stage.context, processor.token_space.pad)
+    stage, processor = TrainConfig.from_dict(recipe), Processor.from_pretrained(last)
+    mixture = Mixture(stage.sources(stage.data), processor, stage.context, stage.seed, stage.cfg_dropout)
+    stream = PackedStream(mixture.sample, stage.batch_size, stage.context, processor.token_space.pad)
     stream.restore(0, PackState(**about["stream_before"]))
     assert all(torch.equal(batch[f"0.{key}"], value) for key, value in next(iter(stream)).items())
 
@@ -309,12 +311,12 @@ def test_a_gradient_that_is_none_never_reaches_the_weights(
         first = next(trainer.model.parameters())
         first.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
 
-    recipe |= {"accumulate": 2, "save_every": 1}
+    recipe |= {"gradient_accumulation_steps": 2, "save_every": 1}
     with (
         at_step(3, poison, monkeypatch),
         pytest.raises(DivergenceError, match="gradient norm is nan at step 4; the weights are still finite"),
     ):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
     folder = Path(recipe["output"])
     [path] = (folder / "diverged").glob("*.safetensors")
     assert {name.split(".")[0] for name in load_file(path)} == {"0", "1"}

@@ -8,7 +8,7 @@ import torch
 from anytoken.grammar import Grammar
 from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Run
+from anytoken.tokenizers.base import CodeSequence
 from anytoken.training.config import MoeSpec
 from anytoken.training.losses.balanced import BalancedLoss
 from anytoken.training.step import ModelWithLoss
@@ -18,9 +18,9 @@ from anytoken.training.step import ModelWithLoss
 def step() -> SimpleNamespace:
     """A tiny model with its loss and with routing losses that weigh as much as all else."""
     space = TokenSpace(40)
-    space.append_modality("beep", [7], Run(1, 9))
+    space.append_modality("beep", [7], CodeSequence(1, 9))
     torch.manual_seed(0)
-    config = AnyTokenConfig.of_space(
+    config = AnyTokenConfig.from_token_space(
         space, hidden_size=16, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=16,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, expert_bias=True,
     )  # fmt: skip

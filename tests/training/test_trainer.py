@@ -16,8 +16,8 @@ from anytoken.processor import Processor
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training import callbacks
-from anytoken.training.config import Stage, StageError
-from anytoken.training.initialize import load_start
+from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.initialize import build_model
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.param_groups import modality_rows
 from anytoken.training.trainer import train
@@ -36,7 +36,7 @@ def test_a_recipe_switches_the_balancing_on(recipe: dict[str, Any]) -> None:
     recipe["steps"] = 3
     recipe["model"] |= {"num_experts": 4, "expert_groups": {"common": 2, "text": 2}}
     recipe["moe"] = {"router_modality_aux_loss": 0.01, "expert_bias_rate": 0.01}
-    folder = train(Stage.from_dict(recipe))
+    folder = train(TrainConfig.from_dict(recipe))
     last = read_metrics(folder / "metrics.jsonl")[-1]
     assert last["modality_load_balance"] > 0
     for layer in last["expert_load"]["tile"]:
@@ -67,7 +67,7 @@ def test_a_foreign_backbone_is_trained(recipe: dict[str, Any], world: Path, tmp_
             "model": {},
             "output": str(tmp_path / str(number)),
         }
-        folder = train(Stage.from_dict(recipe | changes | {"steps": 20}))
+        folder = train(TrainConfig.from_dict(recipe | changes | {"steps": 20}))
         losses = [
             entry["mean_over_modalities"]
             for entry in read_metrics(folder / "metrics.jsonl")
@@ -80,13 +80,13 @@ def test_a_bias_without_experts_is_refused(recipe: dict[str, Any]) -> None:
     recipe["moe"] = {"expert_bias_rate": 0.01}
     recipe["model"] |= {"mlp_only_layers": [0, 1]}
     with pytest.raises(StageError, match="no effect"):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
 
 
 def test_it_learns_and_leaves_a_loadable_checkpoint(recipe: dict[str, Any]) -> None:
     recipe["steps"] = 60
     recipe["eval"] = {"batches": 1, "data": [{"path": "things", "views": {"text->tile": 1}, "split": "test"}]}
-    folder = train(Stage.from_dict(recipe))
+    folder = train(TrainConfig.from_dict(recipe))
     entries = read_metrics(folder / "metrics.jsonl")
     first, last = entries[0], [entry for entry in entries if "loss" in entry][-1]
     assert set(last["groups"]) == {"text", "tile", "beep", "control"}
@@ -105,32 +105,32 @@ def test_it_learns_and_leaves_a_loadable_checkpoint(recipe: dict[str, Any]) -> N
 
 
 def test_finished_runs_are_kept_and_other_settings_refused(recipe: dict[str, Any]) -> None:
-    folder = train(Stage.from_dict(recipe))
+    folder = train(TrainConfig.from_dict(recipe))
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert train(Stage.from_dict(recipe | {"log_every": 3})) == folder
+    assert train(TrainConfig.from_dict(recipe | {"log_every": 3})) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     changed = recipe | {"seed": 1, "optimizer": {"lr": 0.02}}
     with pytest.raises(StageError, match=r"another optimizer.lr \(0.01 before, 0.02 now\); seed \(0 before"):
-        train(Stage.from_dict(changed))
+        train(TrainConfig.from_dict(changed))
     (folder / "stage.yaml").unlink()
     with pytest.raises(StageError, match="choose another output"):
-        train(Stage.from_dict(recipe))
+        train(TrainConfig.from_dict(recipe))
 
 
 def test_a_stage_starts_from_the_last_ones_output(recipe: dict[str, Any], tmp_path: Path) -> None:
-    first = train(Stage.from_dict(recipe | {"steps": 2}))
+    first = train(TrainConfig.from_dict(recipe | {"steps": 2}))
     second = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     second |= {"init_from": str(first), "output": str(tmp_path / "second"), "steps": 1}
-    _, model = load_start(Stage.from_dict(second))
+    _, model = build_model(TrainConfig.from_dict(second))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights(first).items())
-    assert train(Stage.from_dict(second)) == tmp_path / "second"
+    assert train(TrainConfig.from_dict(second)) == tmp_path / "second"
 
 
 def test_only_named_parameters_change(recipe: dict[str, Any], tmp_path: Path) -> None:
-    first = train(Stage.from_dict(recipe | {"steps": 2}))
+    first = train(TrainConfig.from_dict(recipe | {"steps": 2}))
     second = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     second |= {"init_from": str(first), "steps": 2, "trainable": ["*.q_proj.weight", "rows:tile"]}
-    stage = Stage.from_dict(second | {"output": str(tmp_path / "second")})
+    stage = TrainConfig.from_dict(second | {"output": str(tmp_path / "second")})
     before, after = weights(first), weights(train(stage))
     space = Processor.from_pretrained(first).token_space
     tile = torch.zeros(space.vocab_size, dtype=torch.bool)
@@ -146,9 +146,9 @@ def test_only_named_parameters_change(recipe: dict[str, Any], tmp_path: Path) ->
 
 def test_patterns_and_modalities_that_match_nothing(recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match=r"\*\.wings matches no parameter|'\*\.wings'"):
-        train(Stage.from_dict(recipe | {"trainable": ["*.wings"]}))
+        train(TrainConfig.from_dict(recipe | {"trainable": ["*.wings"]}))
     with pytest.raises(StageError, match="no modality 'smell'"):
-        train(Stage.from_dict(recipe | {"trainable": ["rows:smell"], "output": recipe["output"] + "2"}))
+        train(TrainConfig.from_dict(recipe | {"trainable": ["rows:smell"], "output": recipe["output"] + "2"}))
 
 
 def test_a_time_limit_ends_the_run_early_with_a_checkpoint(
@@ -156,7 +156,7 @@ def test_a_time_limit_ends_the_run_early_with_a_checkpoint(
 ) -> None:
     seconds = itertools.count()  # every look at the clock is a second later
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
-    folder = train(Stage.from_dict(recipe | {"steps": 1000, "max_minutes": 0.2, "save_every": 1000}))
+    folder = train(TrainConfig.from_dict(recipe | {"steps": 1000, "max_minutes": 0.2, "save_every": 1000}))
     entries = [entry for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
     assert len(entries) == 12 and (folder / "model.safetensors").is_file()
     assert entries[-1]["learning_rate"] < entries[5]["learning_rate"]
@@ -164,17 +164,17 @@ def test_a_time_limit_ends_the_run_early_with_a_checkpoint(
 
 def test_wrong_world_size_is_an_error(recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="torchrun --nproc_per_node 2"):
-        train(Stage.from_dict(recipe | {"distributed": {"world_size": 2}}))
+        train(TrainConfig.from_dict(recipe | {"distributed": {"world_size": 2}}))
 
 
 def test_init_from_a_folder_without_a_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
     bad = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     with pytest.raises(StageError, match="no checkpoint folder"):
-        train(Stage.from_dict(bad | {"init_from": str(tmp_path)}))
+        train(TrainConfig.from_dict(bad | {"init_from": str(tmp_path)}))
 
 
 def test_checkpointed_gradients_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["steps"] = 2
-    plain = losses(train(Stage.from_dict(recipe)))
+    plain = losses(train(TrainConfig.from_dict(recipe)))
     changed = recipe | {"gradient_checkpointing": True, "output": str(tmp_path / "checkpointed")}
-    assert losses(train(Stage.from_dict(changed))) == pytest.approx(plain, abs=1e-6)
+    assert losses(train(TrainConfig.from_dict(changed))) == pytest.approx(plain, abs=1e-6)

@@ -11,8 +11,8 @@ from anytoken.model.moe import AnyTokenRouter, router_losses
 from anytoken.tokenizers.losses.audio import (
     cepstral_loss,
     envelope_loss,
-    heard_apart,
-    log_bands,
+    log_mel,
+    perceptual_distance,
     spectral_loss,
 )
 from anytoken.tokenizers.losses.image import pixel_loss, psnr_loss
@@ -23,8 +23,8 @@ LOSSES = {
     "spectral": (spectral_loss, (2, 16_000)),
     "envelope": (envelope_loss, (2, 16_000)),
     "cepstral": (cepstral_loss, (2, 16_000)),
-    "apart": (heard_apart, (2, 40, 30)),
-    "bands": (lambda one, other: log_bands(one), (2, 16_000)),
+    "apart": (perceptual_distance, (2, 40, 30)),
+    "bands": (lambda one, other: log_mel(one), (2, 16_000)),
 }
 
 

@@ -20,8 +20,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment, SegmentError
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
-from anytoken.tokenizers.modules.convnext import ChannelLinear, ChannelNorm, Trunk, patchify, unpatchify
+from anytoken.tokenizers.base import Codes, CodeSequence, ModalityTokenizer, TokenizerError, register_modality
+from anytoken.tokenizers.modules.convnext import (
+    ChannelLinear,
+    ChannelNorm,
+    ConvNeXtStack,
+    patchify,
+    unpatchify,
+)
 from anytoken.tokenizers.modules.quantizer import Quantizer
 
 CHANNELS, SAMPLE_RATE_HZ, PATCH, MAX_FRAMES = 6, 10, 2, 256
@@ -86,13 +92,13 @@ class MotionTokenizer(ModalityTokenizer):
     def __init__(self, width: int = 96, depth: int = 3, codebook_size: int = 128, residual: int = 4):
         config = {"width": width, "depth": depth, "codebook_size": codebook_size, "residual": residual}
         quantize = Quantizer(width, {"kind": "vq", "residual": residual}, codebook_size=codebook_size)
-        shape = Run(1, MAX_FRAMES, quantize.num_codebooks)
+        shape = CodeSequence(1, MAX_FRAMES, quantize.num_codebooks)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
         self.frame_rate_hz = SAMPLE_RATE_HZ / PATCH
         self.quantize, inside = quantize, CHANNELS * PATCH
         first, last = ChannelLinear(inside, width), ChannelLinear(width, inside)
-        self.encoder = nn.Sequential(first, Trunk(width, depth, (5,)), ChannelNorm(width))
-        self.decoder = nn.Sequential(Trunk(width, depth, (5,)), ChannelNorm(width), last)
+        self.encoder = nn.Sequential(first, ConvNeXtStack(width, depth, (5,)), ChannelNorm(width))
+        self.decoder = nn.Sequential(ConvNeXtStack(width, depth, (5,)), ChannelNorm(width), last)
 
     def _latents(self, x):
         """Samples [B, T, 6], as `_log` gives them, to latents [B, T / 2, D]."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from anytoken.segments import Image, Segment, SegmentError
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
+from anytoken.tokenizers.base import Codes, CodeSequence, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.modules.quantizer import Quantizer
 from anytoken.utils.json_lines import read_json_lines
 
@@ -91,7 +91,7 @@ class PaletteTokenizer(ModalityTokenizer):
 
     def __init__(self, width: int = 64, codebook_size: int = 256):
         config = {"width": width, "codebook_size": codebook_size}
-        shape = Run(1, MAX_COLOURS, num_codebooks=2)
+        shape = CodeSequence(1, MAX_COLOURS, num_codebooks=2)
         super().__init__(shape=shape, codebook_sizes=[codebook_size, SHARES], config=config)
         self.encoder = nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, 8))
         self.quantize = Quantizer(8, "vq", codebook_size=codebook_size)

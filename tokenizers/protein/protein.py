@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from anytoken.segments import Segment, SegmentError
-from anytoken.tokenizers.base import Codes, ModalityTokenizer, Run, TokenizerError, register_modality
+from anytoken.tokenizers.base import Codes, CodeSequence, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.modules.quantizer import Quantizer
 from anytoken.utils.json_lines import read_json_lines
 
@@ -66,7 +66,7 @@ class ProteinTokenizer(ModalityTokenizer):
 
     def __init__(self, width: int = 128, code_dim: int = 32, codebook_size: int = len(RESIDUES) * (PAD + 1)):
         config = {"width": width, "code_dim": code_dim, "codebook_size": codebook_size}
-        super().__init__(shape=Run(1, MAX_CODES), codebook_sizes=[codebook_size], config=config)
+        super().__init__(shape=CodeSequence(1, MAX_CODES), codebook_sizes=[codebook_size], config=config)
         pairs = WINDOW * (PAD + 1)
         self.encoder = nn.Sequential(nn.Linear(pairs, width), nn.GELU(), nn.Linear(width, code_dim))
         follow = {

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from anytoken.evaluation.tokenizers.card_samples import Row, number, share, show_samples, table, write_samples
-from anytoken.evaluation.tokenizers.evaluate import Measured, measure
-from anytoken.evaluation.tokenizers.test_sets import made_of
+from anytoken.evaluation.tokenizers.evaluate import EvalResult, measure
+from anytoken.evaluation.tokenizers.test_sets import data_provenance
 from anytoken.tokenizers.base import TokenizerError, class_source
 from anytoken.utils.json_lines import read_json_lines
 
@@ -60,7 +60,7 @@ def make_card(
         f"{options} --seed {seed}",
         "data": []
         if files
-        else made_of(found.figures["kind"], data, training.get("recipe", {}).get("data", "")),
+        else data_provenance(found.figures["kind"], data, training.get("recipe", {}).get("data", "")),
         "training": training,
         "curve": read_curve(tokenizer / "metrics.jsonl"),
         "samples": write_samples(found, card),
@@ -92,7 +92,7 @@ def _shown(path: Path) -> str:
     return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else path.name
 
 
-def _about(found: Measured) -> str:
+def _about(found: EvalResult) -> str:
     """What the tokenizer's module says of itself: its first two paragraphs."""
     text = sys.modules[type(found.tokenizer).__module__].__doc__ or ""
     return "\n\n".join(text.strip().split("\n\n")[:2])
@@ -120,7 +120,7 @@ def render(figures: dict[str, Any]) -> str:
     parts = [
         f"# The {figures.get('tokenizer', kind)} tokenizer\n\n{figures['about']}",
         f"## Rate\n\n{table(_rate(figures))}",
-        f"## What it keeps\n\n{_kept_intro(figures)}\n\n{table(kept_rows(figures))}",
+        f"## What it keeps\n\n{_kept_intro(figures)}\n\n{table(metric_rows(figures))}",
         _groups(figures),
         _learnability(figures),
         _bars(figures),
@@ -167,7 +167,7 @@ def overview(
 def _overview_row(figures: dict[str, Any]) -> Row:
     unit = figures["unit"]
     rate = f"{number(figures['tokens_per_unit'])} codes a {unit}"
-    head, (title, *columns), *_ = kept_rows(figures)
+    head, (title, *columns), *_ = metric_rows(figures)
     baseline = head[2] if len(columns) > 1 else ""
     kept = f"{title}: {columns[0]}"
     beside = f"{baseline}: {columns[1]}" if baseline else ""
@@ -317,7 +317,7 @@ def _kept_other(figures: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def kept_rows(figures: dict[str, Any]) -> list[Row]:
+def metric_rows(figures: dict[str, Any]) -> list[Row]:
     """What came back, as a table: a head, then a measure a line with what it is to be read against."""
     return _KEPT.get(figures["kind"], _kept_other)(figures)
 

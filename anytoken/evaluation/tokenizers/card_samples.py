@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image as Picture
 
-from anytoken.evaluation.tokenizers.evaluate import Measured
+from anytoken.evaluation.tokenizers.evaluate import EvalResult
 from anytoken.evaluation.tokenizers.image_metrics import frames_of
-from anytoken.evaluation.tokenizers.test_sets import HeldOut
+from anytoken.evaluation.tokenizers.test_sets import TestExample
 from anytoken.segments import DNA, Image, Speech, Text
 from anytoken.tokenizers.text import TextTokenizer
 
@@ -53,7 +53,7 @@ def share(value: float) -> str:
 # ---- files ----
 
 
-def _one_of_each(items: list[HeldOut]) -> list[int]:
+def _one_of_each(items: list[TestExample]) -> list[int]:
     """Indices of items, the groups taking turns, each in its order: the first ones are nobody's choice."""
     turns: dict[str, list[int]] = {}
     for index, item in enumerate(items):
@@ -62,7 +62,7 @@ def _one_of_each(items: list[HeldOut]) -> list[int]:
     return sorted(rank, key=lambda index: rank[index])
 
 
-def _sheet(found: Measured, card: Path) -> list[dict[str, Any]]:
+def _sheet(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     """samples.png: originals above what came back, as many columns as fit into SHEET_BYTES and SHEET_PX."""
     columns, size = [], None
     for index in _one_of_each(found.items):
@@ -101,7 +101,7 @@ def _grid(pairs: np.ndarray) -> Picture.Image:
     return Picture.fromarray(sheet)
 
 
-def _sounds(found: Measured, card: Path) -> list[dict[str, Any]]:
+def _sounds(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     """A clip of each of two voices, the first that is short: sample_1.flac, sample_1_decoded.flac, ..."""
     order = sorted(_one_of_each(found.items), key=lambda index: _seconds(found.items[index]) > SOUND_SECONDS)
     chosen = {found.items[index].group: index for index in reversed(order)}
@@ -116,19 +116,19 @@ def _sounds(found: Measured, card: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def _seconds(item: HeldOut) -> float:
+def _seconds(item: TestExample) -> float:
     assert isinstance(item.segment, Speech)
     return item.segment.seconds
 
 
-def _bases(found: Measured, card: Path) -> list[dict[str, Any]]:
+def _bases(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     item, output = found.items[0], found.outputs[0]
     assert isinstance(item.segment, DNA) and isinstance(output, DNA)
     codes = found.codes[0][: LETTERS // 3]
     return [{"original": item.segment.bases[:LETTERS], "codes": codes, "decoded": output.bases[:LETTERS]}]
 
 
-def _pieces(found: Measured, card: Path) -> list[dict[str, Any]]:
+def _pieces(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     """One text of each group, and its pieces: the bytes of each id."""
     samples = []
     for index in _one_of_each(found.items)[:TEXTS]:
@@ -141,7 +141,7 @@ def _pieces(found: Measured, card: Path) -> list[dict[str, Any]]:
     return samples
 
 
-def _others(found: Measured, card: Path) -> list[dict[str, Any]]:
+def _others(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     """Pictures of a plug-in's segments if they have `to_image`, else what `str` says of them."""
     if hasattr(found.items[0].segment, "to_image"):
         return _sheet(found, card)
@@ -154,12 +154,12 @@ def _others(found: Measured, card: Path) -> list[dict[str, Any]]:
     return samples
 
 
-_WRITE: dict[str, Callable[[Measured, Path], list[dict[str, Any]]]] = {
+_WRITE: dict[str, Callable[[EvalResult, Path], list[dict[str, Any]]]] = {
     "image": _sheet, "video": _sheet, "speech": _sounds, "dna": _bases, "text": _pieces,
 }  # fmt: skip
 
 
-def write_samples(found: Measured, card: Path) -> list[dict[str, Any]]:
+def write_samples(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     """Write what went in and what came back of a few items into the folder `card`; what the page needs to show it."""
     return _WRITE.get(found.figures["kind"], _others)(found, card)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anytoken.evaluation.tokenizers.card import kept_rows, learnability_rows, shown_bar
+from anytoken.evaluation.tokenizers.card import learnability_rows, metric_rows, shown_bar
 from anytoken.evaluation.tokenizers.card_samples import Row, number, share, table
 from anytoken.evaluation.tokenizers.evaluate import measure
 from anytoken.tokenizers.base import TokenizerError
@@ -59,7 +59,7 @@ def _rows(figures: dict[str, Any]) -> list[Row]:
         (f"codes a {unit}", number(tokens)),
         (f"bits a {unit}", number(figures["bits_per_unit"])),
         (f"bits a {unit} at the codes' entropy", number(tokens * math.log2(figures["code_perplexity"]))),
-        *((title, kept) for title, kept, *_ in kept_rows(figures)[1:]),
+        *((title, kept) for title, kept, *_ in metric_rows(figures)[1:]),
         *learnability_rows(figures),
         ("codebook usage", share(figures["codebook_usage"])),
         ("perplexity of the codes", number(figures["code_perplexity"])),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from anytoken.segments import DNA, Segment
-from anytoken.tokenizers.dna.base import DNALetters, read_fasta, to_bases, to_symbols
+from anytoken.tokenizers.dna.base import DNATokenizerBase, read_fasta, to_bases, to_symbols
 from anytoken.tokenizers.dna.context import DNAContextTokenizer
 from anytoken.tokenizers.dna.vq import DNATokenizer
 
@@ -45,7 +45,7 @@ def exact(segments: Sequence[Segment], outputs: Sequence[Segment]) -> float:
     )
 
 
-def other_letters(tokenizer: DNALetters, segments: Sequence[Segment]) -> dict[str, float]:
+def other_letters(tokenizer: DNATokenizerBase, segments: Sequence[Segment]) -> dict[str, float]:
     """Shares of items that come back as documented once some of their letters are changed.
 
     with_n_exact: a tenth of the letters made N; they stay N. lower_case_as_upper: the lower-case sequence comes
@@ -74,7 +74,7 @@ def other_letters(tokenizer: DNALetters, segments: Sequence[Segment]) -> dict[st
     }
 
 
-def stream_genomes(tokenizer: DNALetters, paths: Sequence[Path]) -> dict[str, Any]:
+def stream_genomes(tokenizer: DNATokenizerBase, paths: Sequence[Path]) -> dict[str, Any]:
     """Genomes through the streaming interface, in constant memory: exact or not, how many codes, how fast.
 
     Exact: the letters, upper case, U as T and what is none of A C G T as N, have one sha256 before and after.

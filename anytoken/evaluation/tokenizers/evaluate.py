@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from anytoken.evaluation.tokenizers.dna_metrics import exact, other_letters, stream_genomes, untrained_genomes
-from anytoken.evaluation.tokenizers.image_metrics import pictures_kept
+from anytoken.evaluation.tokenizers.image_metrics import image_metrics
 from anytoken.evaluation.tokenizers.learnability import learnability
-from anytoken.evaluation.tokenizers.speech_metrics import RANDOM_ITEMS, random_codes, speech_kept
+from anytoken.evaluation.tokenizers.speech_metrics import RANDOM_ITEMS, random_codes, speech_metrics
 from anytoken.evaluation.tokenizers.test_sets import (
-    HeldOut,
+    TestExample,
     by_group,
     file_items,
     held_out_items,
@@ -37,7 +37,7 @@ from anytoken.evaluation.tokenizers.test_sets import (
 from anytoken.evaluation.tokenizers.thresholds import bars
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError, load_tokenizer
-from anytoken.tokenizers.dna.base import DNALetters
+from anytoken.tokenizers.dna.base import DNATokenizerBase
 from anytoken.tokenizers.text import FILE as TEXT_FILE
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.utils.device import math_threads
@@ -49,12 +49,12 @@ B = TypeVar("B")
 
 
 @dataclass
-class Measured:
+class EvalResult:
     """The figures, and what they were measured with: the held-out items, the codes of each, and what came back."""
 
     tokenizer: ModalityTokenizer | TextTokenizer
     figures: dict[str, Any]
-    items: list[HeldOut]
+    items: list[TestExample]
     codes: list[list[int]]  # of the first codebook
     outputs: list[Segment]
 
@@ -68,7 +68,7 @@ def measure(
     image: str | Path | None = None,
     files: str | None = None,
     learnable: bool = False,
-) -> Measured:
+) -> EvalResult:
     """Encode and decode the held-out items of the built sets in `data` (at most `count`): what the codes keep, how
     many there are, how fast on one thread.
 
@@ -168,11 +168,11 @@ def _usage_of(counts: Sequence[np.ndarray]) -> dict[str, Any]:
 
 def measure_codes(
     tokenizer: ModalityTokenizer,
-    items: list[HeldOut],
+    items: list[TestExample],
     seed: int,
     genomes: Sequence[Path] = (),
     image: ModalityTokenizer | None = None,
-) -> Measured:
+) -> EvalResult:
     """Encode and decode items that the tokenizer never saw, and measure; `genomes` and `image` as for `measure`."""
     segments = [item.segment for item in items]
     codes, encode_seconds = _timed(tokenizer.encode_batch, segments)
@@ -194,7 +194,7 @@ def measure_codes(
         "units_per_second": amount / (encode_seconds + decode_seconds),
         **_usage(np.concatenate([one.values for one in codes]), tokenizer.codebook_sizes),
     }  # fmt: skip
-    if isinstance(tokenizer, DNALetters):
+    if isinstance(tokenizer, DNATokenizerBase):
         figures |= {"exact": exact(segments, outputs)} | other_letters(tokenizer, segments)
         if genomes:
             figures |= stream_genomes(tokenizer, genomes)
@@ -202,17 +202,17 @@ def measure_codes(
             genes = np.concatenate([one.values[:, 0] for one in codes])
             figures |= _usage_of([counts + np.bincount(genes, minlength=len(counts))])
     elif isinstance(segments[0], Speech):
-        figures |= speech_kept(tokenizer, items, codes, outputs, seed)
+        figures |= speech_metrics(tokenizer, items, codes, outputs, seed)
     elif isinstance(segments[0], Image | Video):
-        figures |= pictures_kept(items, outputs, bits / len(items), image, tokens / len(items))
+        figures |= image_metrics(items, outputs, bits / len(items), image, tokens / len(items))
     else:
         figures |= _own_distortion(tokenizer, items, codes, outputs, seed)
-    return Measured(tokenizer, figures, items, [one.values.ravel().tolist() for one in codes], outputs)
+    return EvalResult(tokenizer, figures, items, [one.values.ravel().tolist() for one in codes], outputs)
 
 
 def _own_distortion(
     tokenizer: ModalityTokenizer,
-    items: Sequence[HeldOut],
+    items: Sequence[TestExample],
     codes: Sequence[Codes],
     outputs: Sequence[Segment],
     seed: int,
@@ -247,7 +247,7 @@ def _amount(tokenizer: ModalityTokenizer, segments: Sequence[Segment], frames: i
 # ---- text ----
 
 
-def _measure_text(tokenizer: TextTokenizer, data: Path, count: int | None, seed: int) -> Measured:
+def _measure_text(tokenizer: TextTokenizer, data: Path, count: int | None, seed: int) -> EvalResult:
     items = held_out_items("text", data, count, seed)
     texts = [item.name for item in items]
     ids, encode_seconds = _timed(lambda some: [tokenizer.encode(one) for one in some], texts)
@@ -277,7 +277,7 @@ def _measure_text(tokenizer: TextTokenizer, data: Path, count: int | None, seed:
         ),
         "any_unicode_bytes_per_token": sum(len(one.encode()) for one in stress) / sum(map(len, stress_ids)),
     }  # fmt: skip
-    return Measured(tokenizer, figures, items, ids, [Text(one) for one in back])
+    return EvalResult(tokenizer, figures, items, ids, [Text(one) for one in back])
 
 
 def _any_unicode(rng: np.random.Generator, count: int = 500, length: int = 40) -> list[str]:

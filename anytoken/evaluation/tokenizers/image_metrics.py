@@ -18,7 +18,7 @@ from PIL import Image as Picture
 from torch import Tensor
 from torch.nn import functional as F
 
-from anytoken.evaluation.tokenizers.test_sets import HeldOut, by_group
+from anytoken.evaluation.tokenizers.test_sets import TestExample, by_group
 from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, TokenizerError
 
@@ -35,8 +35,8 @@ def frames_of(segment: Segment) -> Frames:
     return picture.pixels[None] if isinstance(picture, Image) else picture.frames
 
 
-def pictures_kept(
-    items: Sequence[HeldOut],
+def image_metrics(
+    items: Sequence[TestExample],
     outputs: Sequence[Segment],
     bits: float,
     image: ModalityTokenizer | None = None,

@@ -30,7 +30,7 @@ from anytoken.evaluation.tokenizers.image_metrics import at_size, frames_of, psn
 from anytoken.evaluation.tokenizers.speech_metrics import OPTIONAL, stoi
 from anytoken.evaluation.tokenizers.test_sets import on_backgrounds, read_lines, said_by_two_voices
 from anytoken.segments import Segment
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, TokenizerError
+from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer, TokenizerError
 
 CAPTIONED = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}
 WIDTH, LAYERS, HEADS, HIDDEN = 192, 4, 4, 512
@@ -86,12 +86,12 @@ class Layout:
         self.books, self.globals = len(sizes) - 1, self.shape.num_global_codes
         self.starts = np.cumsum([0, *sizes])[:-1]
         self.end = sum(sizes)
-        self.ends = not isinstance(self.shape, Grid)
+        self.ends = not isinstance(self.shape, CodeGrid)
         self.allowed = torch.zeros(len(sizes), self.end + 1, dtype=torch.bool)
         for kind, (start, size) in enumerate(zip(self.starts, sizes, strict=True)):
             self.allowed[kind, start : start + size] = True
         self.allowed[0, self.end] = self.ends
-        axes = self.shape.max_size if isinstance(self.shape, Grid) else ()
+        axes = self.shape.max_size if isinstance(self.shape, CodeGrid) else ()
         self.places = [*(most + 1 for most in axes), self.books + self.globals]
 
     def length(self, codes: Codes) -> int:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from anytoken.evaluation.keyword_asr import JudgeError, WordJudge
-from anytoken.evaluation.tokenizers.test_sets import HeldOut, by_group
+from anytoken.evaluation.keyword_asr import JudgeError, KeywordRecognizer
+from anytoken.evaluation.tokenizers.test_sets import TestExample, by_group
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
 from anytoken.tokenizers.speech import SAMPLE_RATE_HZ, LogMel
@@ -29,9 +29,9 @@ OPTIONAL = {"stoi": "pystoi", "pesq": "pesq"}  # measure: package
 log = logging.getLogger(__name__)
 
 
-def speech_kept(
+def speech_metrics(
     tokenizer: ModalityTokenizer,
-    items: Sequence[HeldOut],
+    items: Sequence[TestExample],
     codes: Sequence[Codes],
     outputs: Sequence[Segment],
     seed: int,
@@ -60,7 +60,7 @@ def speech_kept(
             found[name] = float(np.mean([score for _, score in scored]))
             found[f"{name}_by_group"] = by_group([one for one, _ in scored], [score for _, score in scored])
             found[f"random_codes_{name}"] = float(np.mean(random_scored))
-    return found | words_kept(items, outputs, floor, seed)
+    return found | keyword_accuracy(items, outputs, floor, seed)
 
 
 def random_codes(tokenizer: ModalityTokenizer, like: Sequence[Codes], seed: int) -> list[Codes]:
@@ -77,8 +77,8 @@ def random_codes(tokenizer: ModalityTokenizer, like: Sequence[Codes], seed: int)
     ]
 
 
-def words_kept(
-    items: Sequence[HeldOut], outputs: Sequence[Segment], noise: Sequence[Segment], seed: int
+def keyword_accuracy(
+    items: Sequence[TestExample], outputs: Sequence[Segment], noise: Sequence[Segment], seed: int
 ) -> dict[str, Any]:
     """Shares of clips whose name is heard: of originals, of what came back, of random codes.
 
@@ -93,7 +93,7 @@ def words_kept(
     tallies, names = [], 0
     for part in np.array_split(order, -(-len(items) // CLIPS_A_GRAMMAR)):
         try:
-            judge = WordJudge(sorted({items[row].name for row in part}))
+            judge = KeywordRecognizer(sorted({items[row].name for row in part}))
         except JudgeError as error:
             log.warning("Words are not measured: %s", error)
             return {}
@@ -112,8 +112,8 @@ def words_kept(
     }  # fmt: skip
 
 
-def _says(judge: WordJudge, clip: Segment, name: str) -> bool:
-    return isinstance(clip, Speech) and judge.hear(clip) == name
+def _says(judge: KeywordRecognizer, clip: Segment, name: str) -> bool:
+    return isinstance(clip, Speech) and judge.transcribe(clip) == name
 
 
 def _log_mel_l1(clean: Segment, other: Segment) -> float:

@@ -21,7 +21,14 @@ from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
 from anytoken.tokenizers.dna.base import MAX_TOKENS
 from anytoken.tokenizers.dna.vq import WINDOW
 from anytoken.tokenizers.image import to_pixels
-from anytoken.training.tokenizer.batches import BACKGROUNDS, OBJECT_SHARE, SUFFIXES, compose, own_files, place
+from anytoken.training.tokenizer.batches import (
+    BACKGROUNDS,
+    OBJECT_SHARE,
+    SUFFIXES,
+    compose,
+    list_media_files,
+    place,
+)
 from anytoken.utils.json_lines import read_json_lines
 
 SIDE_PX = 64
@@ -41,7 +48,7 @@ TEXTS = {  # group: file, field
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class TestExample:
     """One item: what is encoded, what it is called, and its group (a style, a voice), or "".
 
     says_name: of speech, whether the name is what is said.
@@ -53,7 +60,7 @@ class HeldOut:
     says_name: bool = True
 
 
-def by_group(items: Sequence[HeldOut], scores: Sequence[float]) -> dict[str, float]:
+def by_group(items: Sequence[TestExample], scores: Sequence[float]) -> dict[str, float]:
     """Mean score of each group, in alphabetical order; empty if there are no groups."""
     groups = sorted({item.group for item in items if item.group})
     return {
@@ -62,12 +69,12 @@ def by_group(items: Sequence[HeldOut], scores: Sequence[float]) -> dict[str, flo
     }
 
 
-def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[HeldOut]:
+def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[TestExample]:
     """At most `count` (None: all) held-out items of a kind from the built sets in `data`, the same for the same seed.
 
     TokenizerError for a kind that has no held-out set, or a set that is not there.
     """
-    readers: dict[str, Callable[[Path, int | None, np.random.Generator], list[HeldOut]]] = {
+    readers: dict[str, Callable[[Path, int | None, np.random.Generator], list[TestExample]]] = {
         "image": _pictures, "video": _clips, "speech": _voices, "dna": _genes, "text": _texts,
     }  # fmt: skip
     if kind not in readers:
@@ -80,7 +87,7 @@ def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[
 
 def own_held_out(
     tokenizer: ModalityTokenizer, data: Path, source: Path, count: int | None, seed: int
-) -> list[HeldOut]:
+) -> list[TestExample]:
     """At most `count` (None: all) items: the built sets' for a modality of theirs, else what the class holds out.
 
     source: what it was trained on, for `ModalityTokenizer.held_out`.
@@ -89,27 +96,27 @@ def own_held_out(
         return held_out_items(tokenizer.name, data, count, seed)
     pairs = tokenizer.held_out(source)
     chosen = np.random.default_rng((seed, 1)).permutation(len(pairs))[:count]
-    items = [HeldOut(pairs[i][1], f"{tokenizer.name} {i + 1}", pairs[i][0]) for i in chosen]
+    items = [TestExample(pairs[i][1], f"{tokenizer.name} {i + 1}", pairs[i][0]) for i in chosen]
     if not items:
         raise TokenizerError(f"{source} has nothing that is held out for {tokenizer.name}.")
     return items
 
 
-def file_items(tokenizer: ModalityTokenizer, source: Path, count: int | None, seed: int) -> list[HeldOut]:
+def file_items(tokenizer: ModalityTokenizer, source: Path, count: int | None, seed: int) -> list[TestExample]:
     """At most `count` (None: all) items from a user's own files: those in the folder `source`, or of a glob.
 
     Whether a training saw them is not known here. Pictures and clips are measured with at most MOST_PX a side: other
     coders take minutes for a photograph. TokenizerError if there are none.
     """
     suffixes = SUFFIXES.get(tokenizer.name, ("",))
-    files = own_files(source, suffixes)
+    files = list_media_files(source, suffixes)
     if not files:
         raise TokenizerError(
             f"{source} holds no {tokenizer.name} files; expected {', '.join(suffixes) or 'any'}."
         )
     chosen = np.random.default_rng((seed, 1)).permutation(len(files))[:count]
     opened = [(_smaller(tokenizer.segment_type.open(files[i])), files[i].stem) for i in chosen]
-    return [HeldOut(segment, name, says_name=False) for segment, name in opened]
+    return [TestExample(segment, name, says_name=False) for segment, name in opened]
 
 
 def _smaller(segment: Segment) -> Segment:
@@ -154,15 +161,17 @@ def _drawn(
     return lines, array[[line["row"] for line in lines]]
 
 
-def _pictures(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
+def _pictures(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
     lines, sprites = _drawn(data / "emoji" / "sprites.jsonl", count, rng)
     if not lines:
         return []
     placed = to_pixels(place(torch.from_numpy(sprites), SIDE_PX, SIDE_PX, rng))
-    return [HeldOut(Image(one), line["name"], line["style"]) for one, line in zip(placed, lines, strict=True)]
+    return [
+        TestExample(Image(one), line["name"], line["style"]) for one, line in zip(placed, lines, strict=True)
+    ]
 
 
-def _clips(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
+def _clips(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
     lines, clips = _drawn(data / "emoji" / "animations.jsonl", count, rng)
     if not lines:
         return []
@@ -170,14 +179,14 @@ def _clips(data: Path, count: int | None, rng: np.random.Generator) -> list[Held
         torch.from_numpy(clips).flatten(0, 1), SIDE_PX, SIDE_PX, rng, repeat=clips.shape[1]
     )
     placed = to_pixels(frames.unflatten(0, clips.shape[:2]))
-    return [HeldOut(Video(one), line["name"]) for one, line in zip(placed, lines, strict=True)]
+    return [TestExample(Video(one), line["name"]) for one, line in zip(placed, lines, strict=True)]
 
 
-def _voices(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
+def _voices(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
     folder = data / "speech"
     lines = [line for line in _test_lines(folder / "speech.jsonl") if line["holdout"] == "voice"]
     return [
-        HeldOut(Speech.open(folder / line["speech"]), line["text"], line["voice"])
+        TestExample(Speech.open(folder / line["speech"]), line["text"], line["voice"])
         for line in _chosen(lines, count, rng)
     ]
 
@@ -213,25 +222,25 @@ def said_by_two_voices(data: Path, count: int, seed: int) -> list[tuple[Segment,
     return [(Speech.open(files[names[i], first]), Speech.open(files[names[i], second])) for i in chosen]
 
 
-def _genes(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
+def _genes(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
     lines = [
         one for one in _test_lines(data / "dna" / "genes.jsonl") if len(one["dna"]) <= MAX_TOKENS * WINDOW
     ]
-    return [HeldOut(DNA(line["dna"]), line["product"]) for line in _chosen(lines, count, rng)]
+    return [TestExample(DNA(line["dna"]), line["product"]) for line in _chosen(lines, count, rng)]
 
 
-def _texts(data: Path, count: int | None, rng: np.random.Generator) -> list[HeldOut]:
+def _texts(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
     """As many of each group, captions first."""
     share = None if count is None else -(-count // len(TEXTS))
     items = [
-        HeldOut(Text(line[field]), line[field], group)
+        TestExample(Text(line[field]), line[field], group)
         for group, (file, field) in TEXTS.items()
         for line in _chosen([one for one in _test_lines(data / file) if one.get(field)], share, rng)
     ]
     return items[:count]
 
 
-def made_of(kind: str, data: Path, trained_on: str = "") -> list[dict[str, str]]:
+def data_provenance(kind: str, data: Path, trained_on: str = "") -> list[dict[str, str]]:
     """What the sets that a kind is trained and measured on are made of: set, name, version, licence of each source.
 
     trained_on: a path whose first folder names one more set. Empty where the sets say nothing of themselves (a

@@ -98,7 +98,7 @@ def training_genes(source: Path) -> list[np.ndarray]:
     return [to_symbols(line["dna"]) for line in read_json_lines(source) if line["split"] == "train"]
 
 
-class DNALetters(ModalityTokenizer):
+class DNATokenizerBase(ModalityTokenizer):
     """A tokenizer of DNA segments; a subclass implements `_lookup_all`, `_spelled` and `_whole`."""
 
     segment_type = DNA

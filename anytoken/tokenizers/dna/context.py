@@ -22,11 +22,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from anytoken.segments import DNA, Segment
-from anytoken.tokenizers.base import Run, TokenizerError, register_modality
+from anytoken.tokenizers.base import CodeSequence, TokenizerError, register_modality
 from anytoken.tokenizers.dna.base import (
     LETTERS,
     MAX_TOKENS,
-    DNALetters,
+    DNATokenizerBase,
     N,
     pieces,
     to_symbols,
@@ -45,7 +45,7 @@ WITHOUT_CLASS = (
 
 
 @register_modality
-class DNAContextTokenizer(DNALetters):
+class DNAContextTokenizer(DNATokenizerBase):
     """4^k windows in `classes` contexts each, window * classes + class; then one code for each of A C G T N.
 
     reach: letters to either side that the class depends on, and that a stream therefore waits for.
@@ -64,7 +64,7 @@ class DNAContextTokenizer(DNALetters):
         windows = DNAKmerTokenizer(k)
         config = {"k": k, "classes": classes, "reach": reach, "width": width, "code_dim": code_dim}
         size = 4**k * classes + len(LETTERS)
-        super().__init__(shape=Run(1, MAX_TOKENS), codebook_sizes=[size], config=config)
+        super().__init__(shape=CodeSequence(1, MAX_TOKENS), codebook_sizes=[size], config=config)
         self.k, self.classes, self.reach = k, classes, reach
         self.windows = windows
         self.encoder = mlp((k + 2 * reach) * (OUTSIDE + 1), width, code_dim)

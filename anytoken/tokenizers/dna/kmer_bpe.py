@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, trainers
 
-from anytoken.tokenizers.base import Run, TokenizerError, register_modality
+from anytoken.tokenizers.base import CodeSequence, TokenizerError, register_modality
 from anytoken.tokenizers.dna.base import (
     LETTERS,
     MAX_TOKENS,
-    DNALetters,
+    DNATokenizerBase,
     N,
     to_bases,
     to_symbols,
@@ -33,7 +33,7 @@ LONGEST = 32  # letters of a BPE code at most: repeats would else become codes o
 
 
 @register_modality
-class DNAKmerTokenizer(DNALetters):
+class DNAKmerTokenizer(DNATokenizerBase):
     """4^k codes for windows of k letters, then one for each of A C G T N."""
 
     kind = "dna_kmer"
@@ -41,7 +41,9 @@ class DNAKmerTokenizer(DNALetters):
     def __init__(self, k: int = 4) -> None:
         if not 1 <= k <= 8:
             raise TokenizerError(f"k is 1 to 8, for 4 to 65,536 windows; received {k}.")
-        super().__init__(shape=Run(1, MAX_TOKENS), codebook_sizes=[4**k + len(LETTERS)], config={"k": k})
+        super().__init__(
+            shape=CodeSequence(1, MAX_TOKENS), codebook_sizes=[4**k + len(LETTERS)], config={"k": k}
+        )
         self.k = k
         self._places = 4 ** np.arange(k - 1, -1, -1)
 
@@ -86,7 +88,7 @@ class DNAKmerTokenizer(DNALetters):
 
 
 @register_modality
-class DNABPETokenizer(DNALetters):
+class DNABPETokenizer(DNATokenizerBase):
     """Pieces of the genes that were learnt from, at most 32 letters long; the merges are in `config`."""
 
     kind = "dna_bpe"
@@ -97,7 +99,7 @@ class DNABPETokenizer(DNALetters):
                 f"A vocabulary has the {len(LETTERS)} letters and more; received {vocab_size}."
             )
         config = {"vocab_size": vocab_size, "merges": []}
-        super().__init__(shape=Run(1, MAX_TOKENS), codebook_sizes=[vocab_size], config=config)
+        super().__init__(shape=CodeSequence(1, MAX_TOKENS), codebook_sizes=[vocab_size], config=config)
         self._set_merges(list(merges))
 
     def _set_merges(self, merges: list[str]) -> None:

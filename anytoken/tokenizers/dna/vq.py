@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anytoken.tokenizers.base import Run, TokenizerError, register_modality
-from anytoken.tokenizers.dna.base import LETTERS, MAX_TOKENS, DNALetters, pieces
+from anytoken.tokenizers.base import CodeSequence, TokenizerError, register_modality
+from anytoken.tokenizers.dna.base import LETTERS, MAX_TOKENS, DNATokenizerBase, pieces
 from anytoken.tokenizers.modules.convnext import mlp
 from anytoken.tokenizers.modules.quantizer import Quantizer
 
@@ -52,7 +52,7 @@ def all_windows() -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lossless:
+class VerificationReport:
     """What checking all windows found: the windows that came back different, and how sure every code is.
 
     margin: over all windows, the smallest of 1 - (distance to the nearest code / distance to the second nearest).
@@ -66,7 +66,7 @@ class Lossless:
 
 
 @register_modality
-class DNATokenizer(DNALetters):
+class DNATokenizer(DNATokenizerBase):
     """3 bases a code, at most 400 codes (1,200 bases) a segment; `encode_stream` takes sequences of any length.
 
     Every sequence of codes decodes: codes that training left unused stand for their nearest window, and padding
@@ -81,7 +81,7 @@ class DNATokenizer(DNALetters):
                 f"{len(all_windows())} windows need a code each; codebook_size is {codebook_size}. Use 256."
             )
         config = {"width": width, "code_dim": code_dim, "codebook_size": codebook_size}
-        super().__init__(shape=Run(1, MAX_TOKENS), codebook_sizes=[codebook_size], config=config)
+        super().__init__(shape=CodeSequence(1, MAX_TOKENS), codebook_sizes=[codebook_size], config=config)
         self.encoder = mlp(WINDOW * NUM_SYMBOLS, width, code_dim)
         self.quantize = Quantizer(code_dim, "vq", codebook_size=codebook_size)
         self.decoder = mlp(code_dim, width, WINDOW * NUM_SYMBOLS)
@@ -106,7 +106,7 @@ class DNATokenizer(DNALetters):
         return loss, {"exact_windows": exact, "codes_used": float(quantized.codes.unique().numel())}
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def freeze_tables(self) -> None:
         """End training: each window's code moves to the exact point the encoder gives, unused codes out of the way.
 
         Dead codes are replaced by copies of live ones, so after training many codes lie a hair apart, and rounding
@@ -162,7 +162,7 @@ class DNATokenizer(DNALetters):
         return super().train(mode)
 
     @torch.no_grad()
-    def verify(self) -> Lossless:
+    def verify(self) -> VerificationReport:
         """Encode and decode every window through the network and through the tables; report what differs."""
         windows, (codes, decoded) = all_windows(), self.tables()
         distances = self._distances(self._encode_windows(windows.to(self.device))).sort(1).values
@@ -172,7 +172,7 @@ class DNATokenizer(DNALetters):
         same = (through_table == windows).all(1) & (through_network == windows).all(1)
         same &= table_codes == self.network_codes()
         wrong = tuple("".join((LETTERS + "-")[i] for i in window) for window in windows[~same].tolist())
-        return Lossless(wrong, float((1 - distances[:, 0] / distances[:, 1]).min()))
+        return VerificationReport(wrong, float((1 - distances[:, 0] / distances[:, 1]).min()))
 
     # ---- letters ----
 
@@ -244,7 +244,7 @@ def train_dna_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
         seen = _train_round(tokenizer.train(), plan)
         steps += plan["steps"]
         if tokenizer.eval().verify():
-            tokenizer.settle()
+            tokenizer.freeze_tables()
         report = tokenizer.verify()
         if report:
             break

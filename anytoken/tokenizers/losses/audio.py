@@ -11,11 +11,13 @@ Sounds are [B, samples] at 16 kHz. All are computed in float32, under autocast t
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anytoken import moved
 from anytoken.utils.autocast import in_float32
 
 TERMS = ("mel", "spectral", "envelope", "cepstral")
@@ -23,7 +25,7 @@ LOSS_WINDOWS = (256, 512, 1024, 2048)
 BANDS, LOWEST_HZ, RATE_HZ = 15, 150.0, 16_000
 BAND_WINDOW, BAND_HOP = 512, 205  # samples; frames 12.8 ms apart
 SYLLABLE_FRAMES = 30  # 384 ms
-FRAME = 160  # samples, 10 ms: from one `log_bands` to the next
+FRAME = 160  # samples, 10 ms: from one `log_mel` to the next
 CEPSTRAL_WINDOW, CEPSTRA = 512, 13
 FAINT = 1e-3  # energy of a band, 60 dB below that of loud speech
 QUIET = 1e-4  # of the loudest syllable's energy: below it is silence
@@ -72,22 +74,22 @@ def envelope_loss(output: Tensor, target: Tensor) -> Tensor:
 
 @in_float32
 def cepstral_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean distance of both sounds' cepstra, as `heard_apart` has it; of sounds shorter than a window 0."""
+    """Mean distance of both sounds' cepstra, as `perceptual_distance` has it; of sounds shorter than a window 0."""
     if output.shape[1] < CEPSTRAL_WINDOW:
         return output.new_zeros(())
-    return _distance(*(_cepstra(log_bands(x)) for x in (output, target))).mean()
+    return _distance(*(_cepstra(log_mel(x)) for x in (output, target))).mean()
 
 
 @in_float32
-def log_bands(sound: Tensor) -> Tensor:
+def log_mel(sound: Tensor) -> Tensor:
     """Natural logarithm [B, 40, T] of the energies in mel bands, of frames 10 ms apart; the first is centred on 0."""
     filters, _ = (x.to(sound.device) for x in _cepstral())
     return (filters @ _energies(sound, CEPSTRAL_WINDOW, FRAME)).clamp_min(FAINT).log()
 
 
 @in_float32
-def heard_apart(output: Tensor, target: Tensor) -> Tensor:
-    """How differently two sounds are heard at each moment [..., T], from their `log_bands` [..., 40, T].
+def perceptual_distance(output: Tensor, target: Tensor) -> Tensor:
+    """How differently two sounds are heard at each moment [..., T], from their `log_mel` [..., 40, T].
 
     The mean difference of amplitudes, and the distance of what recognisers of speech listen to: liftered cepstra less
     their mean, which know no level and no pitch, and how these change.
@@ -139,3 +141,7 @@ def _bands() -> Tensor:
         bins = torch.arange(BAND_WINDOW // 2 + 1) * (RATE_HZ / BAND_WINDOW)
         centres = LOWEST_HZ * 2 ** (torch.arange(BANDS)[:, None] / 3)
         return ((bins >= centres * 2 ** (-1 / 6)) & (bins < centres * 2 ** (1 / 6))).float()
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

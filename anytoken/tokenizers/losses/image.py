@@ -12,12 +12,14 @@ Pictures are [B, 3, H, W] in [-1, 1].
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from anytoken import moved
 from anytoken.utils.autocast import in_float32
 
 TERMS = ("pixel", "psnr", "feature", "adversarial")
@@ -56,7 +58,7 @@ def feature_loss(
     return F.mse_loss(functional_call(encoder, weights, (inputs(output),)), wanted)
 
 
-class PatchCritic(nn.Sequential):
+class PatchDiscriminator(nn.Sequential):
     """Scores [B, 1, H/4, W/4] of how real a picture [B, 3, H, W] is around each position, about 20 pixels wide."""
 
     def __init__(self, width: int = 32) -> None:
@@ -74,3 +76,7 @@ class PatchCritic(nn.Sequential):
         fooled = -functional_call(self, weights, (output,)).mean()
         told = F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()
         return fooled, told
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -9,10 +9,12 @@ Shapes: N positions, Q codebooks, C candidates of each position, the nearest fir
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from anytoken import moved
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.modules.quantizer import LEARNED, Quantizer
 
@@ -31,7 +33,9 @@ def check_candidates(count: int, quantize: Quantizer) -> None:
         )
 
 
-def best_codes(choices: Tensor, turns: Tensor, error: Callable[[Tensor], Tensor], at_once: int = 1) -> Tensor:
+def analysis_by_synthesis(
+    choices: Tensor, turns: Tensor, error: Callable[[Tensor], Tensor], at_once: int = 1
+) -> Tensor:
     """Of choices [B, N, C, Q] codes [B, N, Q]: at each position the first, or another that has less error.
 
     turns [N]: positions of one number are tried together, those of the next with what these have become; those whose
@@ -45,3 +49,7 @@ def best_codes(choices: Tensor, turns: Tensor, error: Callable[[Tensor], Tensor]
         errors = torch.cat([error(some) for some in trials.split(at_once)])
         codes = trials.gather(0, errors.argmin(0)[None, ..., None].expand(1, *codes.shape))[0]
     return codes
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -8,11 +8,13 @@ its codes. Inputs are patchified first: convolutions at full resolution are what
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from anytoken import moved
 
 AT_ONCE = 2048  # positions of a forward pass: with more, calls get no cheaper and activations leave the cache
 
@@ -21,7 +23,7 @@ AT_ONCE = 2048  # positions of a forward pass: with more, calls get no cheaper a
 torch.empty(31 << 20, dtype=torch.uint8)
 
 
-class RowConv(nn.Conv1d):
+class Conv1dAsConv2d(nn.Conv1d):
     """A convolution along x [B, D, T], made as one of a picture of one row: only that is fast with channels last."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ class RowConv(nn.Conv1d):
 
 
 _gelu_: Any = vars(torch._C._nn)["gelu_"]  # in place
-_CONV: dict[int, Any] = {1: RowConv, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV: dict[int, Any] = {1: Conv1dAsConv2d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvNeXtBlock(nn.Module):
@@ -68,7 +70,7 @@ class ConvNeXtBlock(nn.Module):
         return (x + self.down(_gelu_(y)).mul_(self.scale)).movedim(-1, 1)
 
 
-class Trunk(nn.Sequential):
+class ConvNeXtStack(nn.Sequential):
     """`depth` ConvNeXt blocks of one width and kernel."""
 
     def __init__(
@@ -129,7 +131,7 @@ def unpatchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     return y.permute(0, *order, 1).reshape(b, *space, y.shape[1]).movedim(-1, 1)
 
 
-class Fold(nn.Module):
+class Patchify(nn.Module):
     """`patchify` as a layer."""
 
     def __init__(self, patch: Sequence[int]) -> None:
@@ -141,7 +143,7 @@ class Fold(nn.Module):
         return patchify(x, self.patch)
 
 
-class Unfold(Fold):
+class Unpatchify(Patchify):
     """`unpatchify` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,7 +158,9 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     )
 
 
-def alike(keys: Sequence[Hashable], positions: Sequence[int], device: torch.device) -> list[list[int]]:
+def group_by_shape(
+    keys: Sequence[Hashable], positions: Sequence[int], device: torch.device
+) -> list[list[int]]:
     """Indices of items with one key, to share a forward pass; on a CPU no more of them than pay.
 
     positions: how many codes, or the like, each item has.
@@ -169,3 +173,7 @@ def alike(keys: Sequence[Hashable], positions: Sequence[int], device: torch.devi
         most = max(1, AT_ONCE // positions[rows[0]]) if device.type == "cpu" else len(rows)
         batches += [rows[i : i + most] for i in range(0, len(rows), most)]
     return batches
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -49,7 +49,7 @@ _CLASSES: dict[
 }
 KINDS, LEARNED = tuple(_CLASSES), ("vq", "cosine")
 BEAM = 8  # sums of residual codebooks that `nearest` follows up
-Choice = str | Mapping[str, Any]
+QuantizerConfig = str | Mapping[str, Any]
 
 
 def _counts(*values: Any, least: int = 1) -> bool:
@@ -83,7 +83,7 @@ class Quantizer(nn.Module):
     def __init__(
         self,
         dim: int,
-        choice: Choice = "fsq",
+        choice: QuantizerConfig = "fsq",
         levels: Sequence[int] = (8, 5, 5, 5),
         codebook_size: int = 1024,
     ) -> None:
@@ -114,7 +114,9 @@ class Quantizer(nn.Module):
         self.codebook_size = math.prod(levels) if self.kind == "fsq" else codebook_size
         self.num_codebooks = self.first * self.groups
 
-    def _check(self, choice: Choice, dropout: bool, levels: Sequence[int], codebook_size: int) -> None:
+    def _check(
+        self, choice: QuantizerConfig, dropout: bool, levels: Sequence[int], codebook_size: int
+    ) -> None:
         if not 1 <= self.first <= self.residual or (self.first < self.residual and not dropout):
             raise TokenizerError(
                 f"`first` is 1 to residual ({self.residual}), and less only with dropout; received {choice!r}."

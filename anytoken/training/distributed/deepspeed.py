@@ -23,7 +23,7 @@ from anytoken.training.checkpoint import step_of
 UNIVERSAL = "universal"
 
 
-def read_zero(path: str | None, converted: bool) -> dict[str, Any] | None:
+def load_deepspeed_config(path: str | None, converted: bool) -> dict[str, Any] | None:
     """The settings of a DeepSpeed JSON; converted: they are to read a universal checkpoint. None for no path."""
     if path is None:
         return None
@@ -32,7 +32,7 @@ def read_zero(path: str | None, converted: bool) -> dict[str, Any] | None:
 
 
 @contextmanager
-def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
+def no_zero3_init(arguments: TrainingArguments) -> Iterator[None]:
     """Within it every process reads a checkpoint whole; under ZeRO-3 transformers would give it parts at once.
 
     Rows, experts and optimizer groups are made of whole weights, and one process may read while others wait.
@@ -52,7 +52,7 @@ def load_buffers(model: nn.Module, state: Path) -> None:
                 buffers[name].copy_(file.get_tensor(name))
 
 
-def mend_optimizer(optimizer: torch.optim.Optimizer, weight_decays: list[float]) -> None:
+def restore_adamw_groups(optimizer: torch.optim.Optimizer, weight_decays: list[float]) -> None:
     """Undo what reading a universal checkpoint does to AdamW: all groups get the settings of the first one, and all
     parts one and the same count of steps, which each then moves.
     """

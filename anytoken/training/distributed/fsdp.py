@@ -26,14 +26,14 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
 from anytoken import recipes
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.lora import base_model
 from anytoken.training.step import ModelWithLoss
 
 OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"  # in a state: a folder of every process's part, and a file
 
 
-def read_mesh(stage: Stage) -> DistributedConfig | None:
+def read_mesh(stage: TrainConfig) -> DistributedConfig | None:
     """The mesh of a recipe: settings of transformers' ``DistributedConfig``; None without one.
 
     By default all processes share all weights: ``fsdp_size`` is what the other sizes leave of the world size.
@@ -65,7 +65,7 @@ def mesh_settings(mesh: str | dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def spread(model: ModelWithLoss, config: DistributedConfig) -> None:
+def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
     """Share out the weights of a model over all processes, in place; every process has the whole model before.
 
     The root is the model with its loss: the vocabulary, which the loss reads past the head's own forward, stays
@@ -93,17 +93,17 @@ def spread(model: ModelWithLoss, config: DistributedConfig) -> None:
     apply_fully_sharded_data_parallelism(model, meshes, layers, experts)
 
 
-def is_spread(model: Any) -> bool:
+def is_sharded(model: Any) -> bool:
     """Whether a model's weights lie apart."""
     return isinstance(model, ModelWithLoss) and model.is_distributed_loading_by_transformers
 
 
-def whole(value: Any) -> Any:
+def full_tensor(value: Any) -> Any:
     """A tensor that lies apart put together; anything else as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def groups_by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def param_groups_by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Optimizer groups cut so that each holds parameters of one mesh: a fused step cannot span two."""
     cut = []
     for group in groups:
@@ -114,7 +114,7 @@ def groups_by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cut
 
 
-def load_whole(model: nn.Module, saved: PreTrainedModel) -> None:
+def load_full_state_dict(model: nn.Module, saved: PreTrainedModel) -> None:
     """Give a model, spread or not, the weights of one that is whole."""
     set_model_state_dict(model, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anytoken.training.config import LoraSpec, Stage
+from anytoken.training.config import LoraSpec, TrainConfig
 from anytoken.training.report.markdown import held_out_table, moments_table
 
 
-def adapter_card(stage: Stage, facts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
+def adapter_card(stage: TrainConfig, facts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
     """The card in Markdown, with the front matter that hubs read.
 
     facts: as from ``facts.run_facts``. entries: the lines of the run's metrics.
@@ -65,7 +65,7 @@ def _figures(entries: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _usage(stage: Stage) -> str:
+def _usage(stage: TrainConfig) -> str:
     ours = f'import anytoken\n\nmodel = anytoken.load("{stage.init_from}", adapter="{stage.output}")'
     if stage.modalities:
         return (

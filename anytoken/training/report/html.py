@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from anytoken import recipes
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.samples import read_samples
 from anytoken.training.report.svg import Line, flowing, heat_map, line_chart, thin
@@ -37,10 +37,10 @@ audio{width:12rem}pre{overflow-x:auto;background:light-dark(#f5f5f5,#222);paddin
 Entries = Sequence[dict[str, Any]]
 
 
-class Page:
+class HtmlReport:
     """Writes a run's report, no oftener than its share of the time allows."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: TrainConfig) -> None:
         self.stage, self.folder = stage, Path(stage.output)
         self.reference = read_metrics(find_reference(stage.reference)) if stage.reference else []
         self.next = 0.0
@@ -89,7 +89,7 @@ def find_reference(name: str) -> Path:
     raise StageError(f"reference {name!r} is no metrics file; give a run's metrics.jsonl or leave it out")
 
 
-def _status(stage: Stage, train: Entries, finished: bool) -> str:
+def _status(stage: TrainConfig, train: Entries, finished: bool) -> str:
     if not train:
         return "No step has been logged yet."
     last = train[-1]

@@ -233,7 +233,7 @@ def audio_batches(
             starts = np.choose(kind, [starts, first, last - need]).clip(0, max(0, len(audio) - need))
         rows = torch.from_numpy(starts).to(device)[:, None] + torch.arange(need, device=device)
         crops = audio[rows].float() / 32768
-        crops = _toned((crops if ratio == 10 else resample(crops, 10, ratio))[:, :length], rng)
+        crops = random_eq((crops if ratio == 10 else resample(crops, 10, ratio))[:, :length], rng)
         return crops * torch.from_numpy(rng.uniform(0.3, 1.3, (count, 1)).astype(np.float32)).to(device)
 
     return batch
@@ -254,7 +254,7 @@ def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tup
     return int(share * seconds * SAMPLE_RATE_HZ), int(batch_size / share)
 
 
-def _toned(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, points: int = 9) -> Tensor:
+def random_eq(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, points: int = 9) -> Tensor:
     """Half of the crops [B, samples] through a smooth random filter: other throats, rooms and microphones."""
     decibels = rng.normal(0, spread_db, (len(crops), 1, points)) * (rng.random((len(crops), 1, 1)) < 0.5)
     bins = crops.shape[1] // 2 + 1
@@ -265,7 +265,7 @@ def _toned(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, poin
     return filtered / filtered.abs().amax(1, keepdim=True).clamp_min(1.0)
 
 
-def own_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
+def list_media_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
     """The files in a folder and below it, or of a glob such as photos/*.png, that end so; sorted."""
     pattern = source / "**" / "*" if source.is_dir() else source
     root = Path(pattern.anchor or ".")
@@ -281,7 +281,7 @@ def file_batches(
     Pictures and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
     one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn anew each time.
     """
-    files, config = own_files(source, SUFFIXES[kind]), config or {}
+    files, config = list_media_files(source, SUFFIXES[kind]), config or {}
     if not files:
         raise TokenizerError(f"{source} holds no {kind} files; expected {', '.join(SUFFIXES[kind])}.")
     if kind == "speech":

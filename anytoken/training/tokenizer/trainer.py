@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from anytoken.media_io import write_whole
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
-from anytoken.tokenizers.modules.convnext import Trunk
+from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
 from anytoken.utils.device import device_name, math_threads, usable_device
 from anytoken.utils.json_lines import read_json_lines
@@ -170,7 +170,7 @@ def _finish(
     tokenizer: ModalityTokenizer, plan: Recipe, out: Path, steps: int, seconds: float, seen: dict[str, float]
 ) -> Path:
     # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
-    tokenizer.eval().without_sums().save_pretrained(out, torch.bfloat16)
+    tokenizer.eval().drop_ema_buffers().save_pretrained(out, torch.bfloat16)
     report = {
         "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": seen,
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
@@ -196,12 +196,12 @@ class _Loop:
             own = tokenizer.training_batches(*source)
             self.batch = lambda step: own(step).to(self.device)
         torch.manual_seed(plan.seed)
-        self.critic = self.tokenizer.weigh_losses(plan.loss)
+        self.critic = self.tokenizer.configure_losses(plan.loss)
         if self.critic is not None:
             self.critic.to(self.device)
         if plan.compile:
             for part in tokenizer.modules():
-                if isinstance(part, Trunk):
+                if isinstance(part, ConvNeXtStack):
                     part.compile(dynamic=False)
         self.parts = [self.tokenizer] if self.critic is None else [self.tokenizer, self.critic]
         self.optimizer = torch.optim.AdamW(

@@ -11,7 +11,7 @@ import torch
 from anytoken.evaluation.tokenizers import dna_metrics, evaluate, image_metrics, speech_metrics
 from anytoken.evaluation.tokenizers.evaluate import measure
 from anytoken.evaluation.tokenizers.image_metrics import psnr_db, ssim
-from anytoken.evaluation.tokenizers.test_sets import HeldOut, file_items, held_out_items, made_of
+from anytoken.evaluation.tokenizers.test_sets import TestExample, data_provenance, file_items, held_out_items
 from anytoken.evaluation.tokenizers.thresholds import bars
 from anytoken.segments import DNA, Image, Speech, Video
 from anytoken.tokenizers.base import Codes, TokenizerError, load_tokenizer
@@ -161,11 +161,11 @@ def test_a_set_without_held_out_items_is_an_error(sets, tmp_path):
 
 
 def test_what_sets_are_made_of_is_read_from_their_manifests(sets, tmp_path):
-    assert made_of("text", sets) == [
+    assert data_provenance("text", sets) == [
         {"set": name, "name": f"{name}-package", "version": "1.2.3", "licence": "CC-BY-4.0"}
         for name in ("emoji", "dna")
     ]
-    assert made_of("image", tmp_path) == []
+    assert data_provenance("image", tmp_path) == []
 
 
 def test_own_pictures_and_clips_are_measured_at_no_more_than_a_photograph_needs(tmp_path):
@@ -203,7 +203,7 @@ def test_figures_of_a_picture_tokenizer(sets, tmp_path):
 
 def test_pictures_that_come_back_get_perfect_figures(sets):
     items = held_out_items("image", sets, 5, 0)
-    figures = image_metrics.pictures_kept(items, [item.segment for item in items], 600)
+    figures = image_metrics.image_metrics(items, [item.segment for item in items], 600)
     assert figures["psnr_db"] > 100 and figures["ssim"] == pytest.approx(1)
     assert figures["mean_colour_ssim"] < 1 and figures["thumbnail_ssim"] < 1
 
@@ -222,7 +222,7 @@ def test_speech_that_comes_back_is_intelligible_and_noise_is_not(sets):
     torch.manual_seed(0)
     tokenizer = SpeechTokenizer(**TINY).eval()
     codes = tokenizer.encode_batch([item.segment for item in items])
-    figures = speech_metrics.speech_kept(tokenizer, items, codes, [item.segment for item in items], 0)
+    figures = speech_metrics.speech_metrics(tokenizer, items, codes, [item.segment for item in items], 0)
     assert figures["stoi"] > 0.99 > 0.7 > figures["random_codes_stoi"] and figures["stoi_items"] == 4
     assert figures["log_mel_l1"] == 0 < figures["random_codes_log_mel_l1"]
     assert set(figures["stoi_by_group"]) <= {"awb", "rms"}
@@ -237,7 +237,7 @@ def test_without_pystoi_intelligibility_is_left_out_and_said_so(sets, monkeypatc
     items = held_out_items("speech", sets, 2, 0)
     tokenizer = SpeechTokenizer(**TINY).eval()
     codes = tokenizer.encode_batch([item.segment for item in items])
-    figures = speech_metrics.speech_kept(tokenizer, items, codes, [item.segment for item in items], 0)
+    figures = speech_metrics.speech_metrics(tokenizer, items, codes, [item.segment for item in items], 0)
     assert "stoi" not in figures and "log_mel_l1" in figures and "pystoi is missing" in caplog.text
 
 
@@ -361,7 +361,7 @@ class FakeJudge:
     def knows(self, name):
         return name != "name 2"
 
-    def hear(self, clip):
+    def transcribe(self, clip):
         return f"name {round(10 * float(clip.samples[0]))}"
 
 
@@ -371,8 +371,8 @@ def test_words_are_a_share_of_what_is_heard_in_the_originals(monkeypatch):
     def clips(*said):
         return [Speech(np.full(10, value / 10, np.float32)) for value in said]
 
-    items = [HeldOut(clip, f"name {n}") for n, clip in enumerate(clips(0, 1, 2, 9))]
-    found = speech_metrics.words_kept(items, clips(0, 5, 2, 4), clips(7, 1), 0)
+    items = [TestExample(clip, f"name {n}") for n, clip in enumerate(clips(0, 1, 2, 9))]
+    found = speech_metrics.keyword_accuracy(items, clips(0, 5, 2, 4), clips(7, 1), 0)
     assert found["words_items"] == 3, "the recogniser does not know one name"
     assert found["words_originals"] == pytest.approx(2 / 3) and found["words"] == pytest.approx(1 / 3)
     assert found["words_share"] == pytest.approx(0.5) and found["random_codes_words"] == 0.5
@@ -390,9 +390,9 @@ def test_many_clips_are_heard_in_parts_each_with_its_own_names(monkeypatch):
     monkeypatch.setattr(speech_metrics, "WordJudge", Judge)
     monkeypatch.setattr(speech_metrics, "CLIPS_A_GRAMMAR", 2)
     levels = [0, 1, 3, 4, 5]
-    items = [HeldOut(Speech(np.full(10, n / 10, np.float32)), f"name {n}") for n in levels]
+    items = [TestExample(Speech(np.full(10, n / 10, np.float32)), f"name {n}") for n in levels]
     wrong = Speech(np.full(10, 0.9, np.float32))
-    found = speech_metrics.words_kept(items, [*(item.segment for item in items[:4]), wrong], [], 0)
+    found = speech_metrics.keyword_accuracy(items, [*(item.segment for item in items[:4]), wrong], [], 0)
     assert sorted(map(len, asked)) == [1, 2, 2] and sorted(name for names in asked for name in names) == [
         f"name {n}" for n in levels
     ]

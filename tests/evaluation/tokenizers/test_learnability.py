@@ -25,7 +25,7 @@ from anytoken.evaluation.tokenizers.learnability import (
     trained,
 )
 from anytoken.segments import Image
-from anytoken.tokenizers.base import Codes, Grid, ModalityTokenizer, Run, TokenizerError
+from anytoken.tokenizers.base import CodeGrid, Codes, CodeSequence, ModalityTokenizer, TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.speech import SpeechTokenizer
 
@@ -46,9 +46,9 @@ class Squares(ModalityTokenizer):
     segment_type = Image
 
     def __init__(
-        self, with_header: bool, shape: Grid | Run | None = None, books: tuple[int, ...] = (8,)
+        self, with_header: bool, shape: CodeGrid | CodeSequence | None = None, books: tuple[int, ...] = (8,)
     ) -> None:
-        shape = shape or Grid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=int(with_header))
+        shape = shape or CodeGrid(("rows", "cols"), (1, 1), (4, 4), num_global_codes=int(with_header))
         super().__init__(
             shape=shape,
             codebook_sizes=books,
@@ -72,7 +72,7 @@ class Squares(ModalityTokenizer):
 
 def toy(seed: int = 0) -> tuple[Layout, Captioned, Captioned]:
     """Eight codes of an item: four say its colour, four its shape; one pair in six is held out."""
-    layout = Layout(Squares(False, Grid(("rows", "cols"), (1, 1), (2, 4)), (16,)))
+    layout = Layout(Squares(False, CodeGrid(("rows", "cols"), (1, 1), (2, 4)), (16,)))
     words = np.random.default_rng(seed).integers(0, 16, (COLORS + SHAPES, 4))
     sides: tuple[Captioned, Captioned] = Captioned([], [], []), Captioned([], [], [])
     for color in range(COLORS):
@@ -87,10 +87,10 @@ def toy(seed: int = 0) -> tuple[Layout, Captioned, Captioned]:
 @pytest.mark.parametrize(
     ("shape", "books", "sizes"),
     [
-        (Grid(("rows", "cols"), (1, 1), (3, 4), 2, num_global_codes=3), (5, 7), [(3, 4), (2, 1)]),
-        (Grid(("rows",), (1,), (6,)), (5,), [(6,), (1,)]),
-        (Run(1, 9, 2, num_global_codes=2), (5, 7), [(), ()]),
-        (Run(1, 9, 3, "delayed"), (5, 7, 2), [(), ()]),
+        (CodeGrid(("rows", "cols"), (1, 1), (3, 4), 2, num_global_codes=3), (5, 7), [(3, 4), (2, 1)]),
+        (CodeGrid(("rows",), (1,), (6,)), (5,), [(6,), (1,)]),
+        (CodeSequence(1, 9, 2, num_global_codes=2), (5, 7), [(), ()]),
+        (CodeSequence(1, 9, 3, "delayed"), (5, 7, 2), [(), ()]),
     ],
 )
 def test_codes_become_targets_and_back(shape, books, sizes) -> None:
@@ -155,7 +155,7 @@ def test_a_seed_gives_one_decoder() -> None:
 
 
 def test_a_run_ends_where_it_was_taught_to() -> None:
-    layout = Layout(Squares(True, Run(1, 9, 2, num_global_codes=1), (5, 7)))
+    layout = Layout(Squares(True, CodeSequence(1, 9, 2, num_global_codes=1), (5, 7)))
     lengths = [1, 2, 4]
     codes = [Codes(np.full((n, 2), n), (), [n]) for n in lengths]
     items = Captioned(codes, [(f"length {n}",) for n in lengths], [])

@@ -14,8 +14,8 @@ from anytoken.tokenizers.losses.audio import (
     _cepstral,
     cepstral_loss,
     envelope_loss,
-    heard_apart,
-    log_bands,
+    log_mel,
+    perceptual_distance,
     spectral_loss,
 )
 from anytoken.tokenizers.speech import SpeechTokenizer
@@ -69,7 +69,7 @@ def test_cepstra_are_those_of_torchaudio_liftered_and_less_their_mean():
     theirs = MFCC(16_000, 13, log_mels=True, melkwargs=melkwargs)(a).double()
     theirs = theirs - theirs.mean(-1, keepdim=True)
     theirs = theirs * (1 + 11 * torch.sin(torch.pi * torch.arange(13) / 22))[:, None] / 12
-    ours = _cepstra(log_bands(a)).double()
+    ours = _cepstra(log_mel(a)).double()
     torch.testing.assert_close(ours[:, 0], theirs, atol=1e-3, rtol=0)
     torch.testing.assert_close(ours[:, 1, :, 2:-2], ours[:, 0, :, 4:] - ours[:, 0, :, :-4])
     torch.testing.assert_close(ours[:, 2, :, 3:-3], ours[:, 1, :, 4:-2] - ours[:, 1, :, 2:-4])
@@ -79,11 +79,11 @@ def test_what_is_heard_apart_is_heard_where_it_is():
     a = noisy()
     b = a.clone()
     b[:, 8_000:10_000] += 0.2 * torch.randn(2, 2_000, generator=torch.Generator().manual_seed(2))
-    apart = heard_apart(log_bands(b), log_bands(a))
+    apart = perceptual_distance(log_mel(b), log_mel(a))
     assert apart.shape == (2, 101)
     assert apart[:, 50:62].min() > 4 * apart[:, [*range(40), *range(75, 101)]].max()
-    trials = torch.stack([log_bands(a), log_bands(b)])
-    torch.testing.assert_close(heard_apart(trials, log_bands(a))[1], apart)
+    trials = torch.stack([log_mel(a), log_mel(b)])
+    torch.testing.assert_close(perceptual_distance(trials, log_mel(a))[1], apart)
 
 
 def test_losses_have_gradients_after_sounds_were_heard_without():
@@ -141,11 +141,11 @@ def test_a_recipe_weighs_the_terms():
     tokenizer = SpeechTokenizer(**SETTINGS)
     batch = sounds()
     assert set(tokenizer.training_loss(batch)[1]) == {"mel", "spectral"}
-    tokenizer.weigh_losses({"envelope": 2.0, "mel": 0})
+    tokenizer.configure_losses({"envelope": 2.0, "mel": 0})
     loss, seen = tokenizer.training_loss(batch)
     assert set(seen) == {"envelope"} and loss.item() == pytest.approx(2 * seen["envelope"], rel=1e-5)
     loss.backward()
     assert all(one.grad is not None for one in tokenizer.decoder.parameters())
     for wrong in ({"loud": 1}, {"mel": -1}, {"mel": 0}):
         with pytest.raises(TokenizerError, match="loss weighs mel, spectral, envelope, cepstral"):
-            tokenizer.weigh_losses(wrong)
+            tokenizer.configure_losses(wrong)

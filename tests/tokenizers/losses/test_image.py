@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from anytoken.tokenizers.base import TokenizerError, load_tokenizer
 from anytoken.tokenizers.image import ImageTokenizer, psnr_db
-from anytoken.tokenizers.losses.image import PatchCritic, feature_loss, pixel_loss, psnr_loss
+from anytoken.tokenizers.losses.image import PatchDiscriminator, feature_loss, pixel_loss, psnr_loss
 
 SETTINGS = {
     "width": 16, "encoder_depth": 1, "decoder_depth": 1, "refine_width": 8, "refine_depth": 1, "levels": [5, 5, 4],
@@ -57,7 +57,7 @@ def test_the_feature_loss_moves_the_output_and_not_the_encoder():
 
 def test_the_critic_learns_to_tell_blurs_and_shows_the_way_out():
     torch.manual_seed(0)
-    critic, target = PatchCritic(8), pictures(8)
+    critic, target = PatchDiscriminator(8), pictures(8)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
     for _ in range(60):
         _, told = critic.losses(blurred(target), target)
@@ -80,7 +80,7 @@ def test_terms_and_critic_train_along_and_only_the_tokenizer_is_saved(tmp_path):
     torch.manual_seed(0)
     tokenizer = ImageTokenizer(**SETTINGS)
     names, before = set(tokenizer.state_dict()), tokenizer.fingerprint()
-    critic = tokenizer.weigh_losses(WEIGHTS)
+    critic = tokenizer.configure_losses(WEIGHTS)
     assert set(tokenizer.state_dict()) == names and tokenizer.fingerprint() == before
     loss, seen = tokenizer.train().training_loss(pictures())
     assert set(seen) == {"psnr_db", *WEIGHTS}
@@ -94,7 +94,7 @@ def test_what_is_not_weighed_costs_nothing():
     torch.manual_seed(0)
     plain, weighed = (ImageTokenizer(**SETTINGS) for _ in range(2))
     weighed.load_state_dict(plain.state_dict())
-    assert weighed.weigh_losses({"pixel": 2.0, "feature": 0.0}) is None
+    assert weighed.configure_losses({"pixel": 2.0, "feature": 0.0}) is None
     ours, twice = (one.training_loss(pictures()) for one in (plain, weighed))
     assert twice[0].item() == pytest.approx(2 * ours[0].item()) and ours[1] == twice[1]
 
@@ -105,4 +105,4 @@ def test_weights_that_mean_nothing_are_refused(weights):
         TokenizerError,
         match="loss weighs pixel, psnr, feature, adversarial, each 0 or more and one above; received",
     ):
-        ImageTokenizer(**SETTINGS).weigh_losses(weights)
+        ImageTokenizer(**SETTINGS).configure_losses(weights)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anytoken.tokenizers.modules.code_search import best_codes
+from anytoken.tokenizers.modules.code_search import analysis_by_synthesis
 
 CODES, POSITIONS = 5, 6
 
@@ -27,7 +27,7 @@ def landscape():
 def test_a_turn_takes_the_best_of_its_choices_given_the_others(landscape):
     choices, error = landscape
     turns = torch.arange(POSITIONS) % 2
-    found = best_codes(choices, turns, error)
+    found = analysis_by_synthesis(choices, turns, error)
     expected = choices[:, :, 0].clone()
     for turn in (0, 1):
         start = expected.clone()
@@ -51,11 +51,15 @@ def test_how_many_trials_share_a_call_changes_nothing(landscape, at_once):
         sizes.append(len(trials))
         return error(trials)
 
-    assert torch.equal(best_codes(choices, turns, counted, at_once), best_codes(choices, turns, error))
+    assert torch.equal(
+        analysis_by_synthesis(choices, turns, counted, at_once), analysis_by_synthesis(choices, turns, error)
+    )
     assert max(sizes) == min(at_once, 3) and sum(sizes) == 2 * 3
 
 
 def test_of_equal_errors_the_nearest_stays(landscape):
     choices, _ = landscape
-    found = best_codes(choices, torch.zeros(POSITIONS), lambda trials: torch.zeros(trials.shape[:3]))
+    found = analysis_by_synthesis(
+        choices, torch.zeros(POSITIONS), lambda trials: torch.zeros(trials.shape[:3])
+    )
     assert torch.equal(found, choices[:, :, 0])

@@ -9,7 +9,13 @@ from torch.nn import functional as F
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.modules import convnext
-from anytoken.tokenizers.modules.convnext import ConvNeXtBlock, RowConv, alike, patchify, unpatchify
+from anytoken.tokenizers.modules.convnext import (
+    Conv1dAsConv2d,
+    ConvNeXtBlock,
+    group_by_shape,
+    patchify,
+    unpatchify,
+)
 
 SHAPES = [((7,), (9,)), ((7, 7), (5, 6)), ((3, 5, 5), (3, 4, 5))]
 
@@ -45,7 +51,10 @@ def test_a_block_is_what_it_is_defined_as(kernel, space, causal, channels_last):
 @pytest.mark.parametrize("groups", [1, 4])
 def test_a_convolution_of_rows_is_one_along_a_line(groups):
     torch.manual_seed(0)
-    ours, line = RowConv(8, 12, 3, padding=1, groups=groups), nn.Conv1d(8, 12, 3, padding=1, groups=groups)
+    ours, line = (
+        Conv1dAsConv2d(8, 12, 3, padding=1, groups=groups),
+        nn.Conv1d(8, 12, 3, padding=1, groups=groups),
+    )
     line.load_state_dict(ours.state_dict())
     x = torch.randn(3, 8, 11)
     torch.testing.assert_close(ours(x), line(x))
@@ -65,9 +74,9 @@ def test_patches_hold_their_pixels_in_order_and_unfold_again(patch):
 def test_items_of_one_key_share_a_pass_up_to_what_pays(monkeypatch):
     monkeypatch.setattr(convnext, "AT_ONCE", 20)
     keys, positions = ["a", "b", "a", "a", "b", "c"], [8, 10, 8, 8, 10, 50]
-    assert alike(keys, positions, torch.device("cpu")) == [[0, 2], [3], [1, 4], [5]]
-    assert alike(keys, positions, torch.device("cuda")) == [[0, 2, 3], [1, 4], [5]]
-    assert alike([], [], torch.device("cpu")) == []
+    assert group_by_shape(keys, positions, torch.device("cpu")) == [[0, 2], [3], [1, 4], [5]]
+    assert group_by_shape(keys, positions, torch.device("cuda")) == [[0, 2, 3], [1, 4], [5]]
+    assert group_by_shape([], [], torch.device("cpu")) == []
 
 
 def test_several_passes_give_what_one_gives(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from anytoken.grammar import Grammar
 from anytoken.token_space import TokenSpace
-from anytoken.tokenizers.base import Grid, Run
+from anytoken.tokenizers.base import CodeGrid, CodeSequence
 from anytoken.training.losses.balanced import CONTROL, BalancedLoss, LossError, grammar_groups
 
 WIDTH = 6
@@ -15,8 +15,8 @@ WIDTH = 6
 @pytest.fixture
 def grammar() -> Grammar:
     space = TokenSpace(text_size=11)
-    space.append_modality("image", [13], Grid(("rows", "cols"), (1, 1), (4, 4)))
-    space.append_modality("speech", [7, 5], Run(1, 20, num_codebooks=2))
+    space.append_modality("image", [13], CodeGrid(("rows", "cols"), (1, 1), (4, 4)))
+    space.append_modality("speech", [7, 5], CodeSequence(1, 20, num_codebooks=2))
     return Grammar(space)
 
 

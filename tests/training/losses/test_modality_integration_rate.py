@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from anytoken.training.config import Stage
+from anytoken.training.config import TrainConfig
 from anytoken.training.losses.modality_integration_rate import (
     frechet_distance,
     integration_rate,
@@ -53,7 +53,7 @@ def test_it_is_logged_with_the_held_out_losses(recipe: dict[str, Any]) -> None:
     recipe |= {
         "steps": 1,
         "tokens_per_batch": 1024,
-        "eval": {"batches": 1, "data": held_out, "integration": True},
+        "eval": {"batches": 1, "data": held_out, "modality_integration_rate": True},
     }
-    entry = read_metrics(train(Stage.from_dict(recipe)) / "metrics.jsonl")[-1]
+    entry = read_metrics(train(TrainConfig.from_dict(recipe)) / "metrics.jsonl")[-1]
     assert math.isfinite(entry["eval"]["integration"]["tile"])

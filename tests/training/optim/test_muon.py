@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.training.config import OptimizerSpec, Stage, StageError
-from anytoken.training.initialize import load_start
+from anytoken.training.config import OptimizerSpec, StageError, TrainConfig
+from anytoken.training.initialize import build_model
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.muon import Muon, make_optimizer, orthogonalise
 from anytoken.training.optim.param_groups import parameter_groups
@@ -94,7 +94,7 @@ def by_optimizer(model: Any) -> tuple[dict[str, Any], set[str]]:
 
 def test_embeddings_head_norms_and_routers_stay_with_adamw(recipe: dict[str, Any]) -> None:
     recipe["model"] |= {"tie_word_embeddings": False, "shared_expert_intermediate_size": 16}
-    _, model = load_start(Stage.from_dict(recipe))
+    _, model = build_model(TrainConfig.from_dict(recipe))
     assert isinstance(model, AnyTokenForCausalLM)
     muon, adamw = by_optimizer(model)
     layers = [name.removeprefix("model.layers.0.") for name in muon if name.startswith("model.layers.0.")]
@@ -124,7 +124,7 @@ def test_a_small_world_is_learnt_sooner_than_by_adamw(recipe: dict[str, Any], tm
     ends = {}
     for kind in ("adamw", "muon"):
         changed = {"output": str(tmp_path / kind), "optimizer": {"kind": kind, "lr": 1e-2}, "steps": 40}
-        folder = train(Stage.from_dict(copy.deepcopy(recipe) | changed))
+        folder = train(TrainConfig.from_dict(copy.deepcopy(recipe) | changed))
         ends[kind] = [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry][
             -1
         ]
@@ -138,4 +138,4 @@ def test_a_small_world_is_learnt_sooner_than_by_adamw(recipe: dict[str, Any], tm
 def test_what_needs_parts_of_matrices_is_refused(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
     start = {"init_from": "mini", "tokenizers": {}, "model": {}}
     with pytest.raises(StageError, match=r"optimizer.kind muon .*use kind: adamw"):
-        Stage.from_dict(recipe | {"optimizer": {"kind": "muon"}} | start | changes)
+        TrainConfig.from_dict(recipe | {"optimizer": {"kind": "muon"}} | start | changes)

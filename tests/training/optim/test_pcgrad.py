@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.pcgrad import backward, cosines, project
 from anytoken.training.trainer import train
@@ -44,19 +44,23 @@ def test_what_is_no_modalitys_share_is_left_alone() -> None:
 
 
 def test_a_run_without_conflict_is_the_ordinary_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe |= {"steps": 3, "accumulate": 2, "data": [{"path": "things", "views": {"text->tile": 1}}]}
+    recipe |= {
+        "steps": 3,
+        "gradient_accumulation_steps": 2,
+        "data": [{"path": "things", "views": {"text->tile": 1}}],
+    }
     recipe["loss"] = {
         "modality_weights": {"text": 0, "beep": 0},
         "control_weight": 0,
     }  # one loss: nothing to conflict
-    plain = read_metrics(train(Stage.from_dict(recipe)) / "metrics.jsonl")
-    changed = recipe | {"harmonise_gradients": True, "output": str(tmp_path / "harmonised")}
-    ours = read_metrics(train(Stage.from_dict(changed)) / "metrics.jsonl")
+    plain = read_metrics(train(TrainConfig.from_dict(recipe)) / "metrics.jsonl")
+    changed = recipe | {"pcgrad": True, "output": str(tmp_path / "harmonised")}
+    ours = read_metrics(train(TrainConfig.from_dict(changed)) / "metrics.jsonl")
     assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in plain], abs=1e-5)
 
 
 def test_conflict_is_in_the_log_and_the_run_learns(recipe: dict[str, Any]) -> None:
-    entries = read_metrics(train(Stage.from_dict(recipe | {"harmonise_gradients": True})) / "metrics.jsonl")
+    entries = read_metrics(train(TrainConfig.from_dict(recipe | {"pcgrad": True})) / "metrics.jsonl")
     assert all(
         -1 <= entry["gradient_cosine"] <= 1 and 0 <= entry["gradient_conflict"] <= 1 for entry in entries
     )
@@ -65,4 +69,4 @@ def test_conflict_is_in_the_log_and_the_run_learns(recipe: dict[str, Any]) -> No
 
 def test_several_processes_are_refused(recipe: dict[str, Any]) -> None:
     with pytest.raises(StageError, match="one process only"):
-        Stage.from_dict(recipe | {"harmonise_gradients": True, "distributed": {"world_size": 2}})
+        TrainConfig.from_dict(recipe | {"pcgrad": True, "distributed": {"world_size": 2}})

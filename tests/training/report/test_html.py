@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anytoken import recipes
-from anytoken.training.config import Stage, StageError
+from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.metrics import MetricsLog, read_metrics
-from anytoken.training.report.html import FACTS, Page, find_reference
+from anytoken.training.report.html import FACTS, HtmlReport, find_reference
 from anytoken.training.report.reference import BEGIN, END, publish_references, thin_metrics
 from anytoken.training.report.samples import FOLDER
 from anytoken.training.report.svg import LEFT, RIGHT, WIDTH, Line, board, heat_map, line_chart, thin
@@ -41,9 +41,11 @@ def write_run(folder: Path, steps: int = 30) -> Path:
     return folder
 
 
-def stage_of(folder: Path, **changes: Any) -> Stage:
+def stage_of(folder: Path, **changes: Any) -> TrainConfig:
     data = [{"path": "a", "views": {"text->image": 1}}]
-    return Stage.from_dict({"init_from": "mini", "output": str(folder), "steps": 40, "data": data, **changes})
+    return TrainConfig.from_dict(
+        {"init_from": "mini", "output": str(folder), "steps": 40, "data": data, **changes}
+    )
 
 
 def test_a_page_holds_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_a_page_holds_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
         path.write_text(
             json.dumps([{"prompt": "a <fox>", "output": "image", "html": f"<img alt='at{step}'>"}])
         )
-    Page(stage_of(folder, reference=str(write_run(tmp_path / "other") / "metrics.jsonl"))).update()
+    HtmlReport(stage_of(folder, reference=str(write_run(tmp_path / "other") / "metrics.jsonl"))).update()
     text = (folder / "report.html").read_text()
     assert "Step 30 of 40" in text and "Median speed 116 tokens/s" in text
     assert (
@@ -77,7 +79,7 @@ def test_a_page_holds_the_run_and_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_a_page_is_written_before_anything_is_logged(tmp_path: Path) -> None:
     MetricsLog(tmp_path / "metrics.jsonl").write({"step": 0})
-    Page(stage_of(tmp_path)).update()
+    HtmlReport(stage_of(tmp_path)).update()
     assert "No step has been logged yet" in (tmp_path / "report.html").read_text()
 
 
@@ -85,9 +87,9 @@ def test_a_page_that_is_slow_to_write_is_written_seldom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([100.0, 101.0, 101.0, 149.0, 152.0, 153.0, 153.0, 160.0, 160.0, 160.0]).__next__
-    page, written = Page(stage_of(write_run(tmp_path))), []
+    page, written = HtmlReport(stage_of(write_run(tmp_path))), []
     monkeypatch.setattr("anytoken.training.report.html.time.monotonic", clock)
-    monkeypatch.setattr(Page, "_html", lambda self, finished: written.append(finished) or "")
+    monkeypatch.setattr(HtmlReport, "_html", lambda self, finished: written.append(finished) or "")
     page.update()  # from 100 to 101: the next not before 151
     page.update()  # 149
     page.update()  # 152
@@ -154,7 +156,7 @@ def test_references_are_thin_and_written_between_the_marks(tmp_path: Path) -> No
     "name", ["1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech"]
 )
 def test_shipped_stages_have_their_references(name: str) -> None:
-    stage = Stage.load(recipes.root() / "stages" / f"{name}.yaml")
+    stage = TrainConfig.load(recipes.root() / "stages" / f"{name}.yaml")
     assert stage.reference is not None
     entries = read_metrics(find_reference(stage.reference))
     assert entries[-1]["step"] == stage.steps and (find_reference(stage.reference)).stat().st_size < 10_000
@@ -163,4 +165,4 @@ def test_shipped_stages_have_their_references(name: str) -> None:
 
 def test_a_reference_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no metrics file"):
-        Page(stage_of(tmp_path, reference="nowhere.jsonl"))
+        HtmlReport(stage_of(tmp_path, reference="nowhere.jsonl"))

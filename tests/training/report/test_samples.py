@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from anytoken.cli import app
 from anytoken.processor import PromptError
-from anytoken.training.config import SampleSpec, Stage, StageError
+from anytoken.training.config import SampleSpec, StageError, TrainConfig
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.samples import Sampler, read_samples
 from anytoken.training.trainer import train
@@ -26,14 +26,16 @@ def test_samples_leave_the_training_alone(recipe: dict[str, Any], tmp_path: Path
         "steps": 3,
         "model": recipe["model"] | {"router_jitter_noise": 0.1},
     }  # a step that draws numbers
-    plain = train(Stage.from_dict(recipe))
+    plain = train(TrainConfig.from_dict(recipe))
 
     def answer(model: torch.nn.Module, processor: Any, prompt: Any, output: Any) -> str:
         assert not model.training
         return f"<b>{output} {torch.rand(1).item()}</b>"
 
     spec = {"every": 2, "share_of_time": 1, "prompts": [{"prompt": "ant", "output": "tile"}]}
-    sampled = train(Stage.from_dict(recipe | {"samples": spec, "output": str(tmp_path / "sampled")}), answer)
+    sampled = train(
+        TrainConfig.from_dict(recipe | {"samples": spec, "output": str(tmp_path / "sampled")}), answer
+    )
     assert losses(sampled) == losses(plain)
     taken = read_samples(sampled)
     assert [step for step, _ in taken] == [2, 3]  # and at the end
@@ -52,11 +54,11 @@ def test_the_command_answers_with_the_model(recipe: dict[str, Any], tmp_path: Pa
 def test_what_cannot_be_sampled_is_said_before_training(recipe: dict[str, Any]) -> None:
     prompts = [{"prompt": "ant", "output": "smell"}]
     with pytest.raises(StageError, match="answer"):
-        train(Stage.from_dict(recipe | {"samples": {"prompts": prompts}}))
+        train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}))
     with pytest.raises(StageError, match="'smell' is no kind"):
-        train(Stage.from_dict(recipe | {"samples": {"prompts": prompts}}), lambda *_: "")
+        train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}), lambda *_: "")
     with pytest.raises(PromptError, match="empty"):
-        train(Stage.from_dict(recipe | {"samples": {"prompts": [{"prompt": ""}]}}), lambda *_: "")
+        train(TrainConfig.from_dict(recipe | {"samples": {"prompts": [{"prompt": ""}]}}), lambda *_: "")
 
 
 def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
