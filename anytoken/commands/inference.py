@@ -53,11 +53,12 @@ def demo(
     assets: Annotated[
         Path | None, typer.Option(help="Held-out files; by default those that come along.")
     ] = None,
+    each: Annotated[int, typer.Option(min=1, help="Prompts per direction.")] = 2,
 ) -> None:
     """Answer held-out files in every direction and write a page of the results."""
     from anytoken.emoji_world.demo import run_demo
 
-    run_demo(load(model), assets or recipes.assets(), out)
+    run_demo(load(model), assets or recipes.assets(), out, each)
 
 
 @app.command()
