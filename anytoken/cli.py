@@ -19,7 +19,18 @@ from rich.console import Console
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
-from anytoken.commands import bench, data, inference, model, recipes, score, serving, tokenizer, training
+from anytoken.commands import (
+    bench,
+    data,
+    evaluation,
+    inference,
+    model,
+    recipes,
+    score,
+    serving,
+    tokenizer,
+    training,
+)
 
 
 class OneLineErrors(TyperGroup):
@@ -64,7 +75,7 @@ def complain(error: Exception) -> None:
 app = typer.Typer(
     cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
-for group in (inference, score, serving, training, model):
+for group in (inference, score, serving, training, evaluation, model):
     app.add_typer(group.app)
 for name, group in {"tokenizer": tokenizer, "data": data, "recipes": recipes, "bench": bench}.items():
     app.add_typer(group.app, name=name)

@@ -1,4 +1,4 @@
-"""Commands that make a model better, say what that costs and how good it became: train, prefer, plan, eval."""
+"""Commands that make a model better and say what that costs: train, prefer, merge-adapter, plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from anytoken import recipes
-from anytoken.commands.options import Adapter, Device, ModelArgument, Overrides, Overwrite, load
+from anytoken.commands.options import ModelArgument, Overrides, Overwrite, load
 
 app = typer.Typer()
 
@@ -140,38 +140,3 @@ def plan(
     for row in planning.as_rows(found, gpus, gpu):
         table.add_row(*row)
     Console().print(table)
-
-
-@app.command("eval")
-def evaluate(
-    model: ModelArgument = "mini",
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/scores.json"),
-    directions: Annotated[str | None, typer.Option(help="Some only: text->image,image->text.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Held-out prompts a direction.")] = 200,
-    seed: Annotated[int, typer.Option()] = 0,
-    judge_steps: Annotated[int, typer.Option(min=1, help="Training steps of the picture judges.")] = 1500,
-    fill: Annotated[
-        list[Path] | None, typer.Option(help="Markdown whose score table is written anew.")
-    ] = None,
-    asr: Annotated[
-        str | None,
-        typer.Option(help="A second opinion on speech: a Whisper for faster-whisper, by name or folder."),
-    ] = None,
-    device: Device = "auto",
-    adapter: Adapter = None,
-) -> None:
-    """Score a model on held-out prompts in every direction, beside chance and simple baselines."""
-    from anytoken.emoji_world import demo, report
-    from anytoken.emoji_world.directions import read_directions
-    from anytoken.emoji_world.tasks import EvalDatasets
-    from anytoken.evaluation.transcriber import Transcriber
-
-    chosen = read_directions(directions) if directions else None
-    world = EvalDatasets(data, judge_steps, seed, Transcriber(asr) if asr else None)
-    found = report.evaluate(load(model, device, adapter), world, chosen, count, seed)
-    report.save(found, out)
-    for page in fill or []:
-        report.fill(page, found)
-    Console().print(demo.score_table(found))
-    print(out)
