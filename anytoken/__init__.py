@@ -22,6 +22,7 @@ from anytoken import moved
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken, load
     from anytoken.inference.chat import Chat
+    from anytoken.inference.index import Index
     from anytoken.inference.outputs import GenerationOutput
     from anytoken.inference.sampling import Sampling
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
@@ -36,6 +37,7 @@ _HOME = {
     "DNA": "segments",
     "GenerationOutput": "inference.outputs",
     "Image": "segments",
+    "Index": "inference.index",
     "ModalityTokenizer": "tokenizers.base",
     "Sampling": "inference.sampling",
     "Segment": "segments",
@@ -47,8 +49,8 @@ _HOME = {
     "register_modality": "tokenizers.base",
 }
 __all__ = [
-    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "ModalityTokenizer", "Sampling", "Segment", "Speech",
-    "Text", "Video", "load", "load_modality", "register_modality",
+    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "Index", "ModalityTokenizer", "Sampling", "Segment",
+    "Speech", "Text", "Video", "load", "load_modality", "register_modality",
 ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from anytoken.commands import (
     model,
     recipes,
     score,
+    search,
     serving,
     tokenizer,
     training,
@@ -75,7 +76,7 @@ def complain(error: Exception) -> None:
 app = typer.Typer(
     cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
-for group in (inference, score, serving, training, evaluation, model):
+for group in (inference, score, search, serving, training, evaluation, model):
     app.add_typer(group.app)
 for name, group in {"tokenizer": tokenizer, "data": data, "recipes": recipes, "bench": bench}.items():
     app.add_typer(group.app, name=name)

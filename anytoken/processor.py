@@ -231,18 +231,39 @@ class Processor:
 
         Neighbouring texts of one message become one text, as in training.
         """
+        return self._chat_ids(self.messages(messages), add_generation_prompt)
+
+    def encode_chats(self, prompts: Sequence[Any], add_generation_prompt: bool = True) -> list[list[int]]:
+        """`encode_chat` for many prompts, in order; their media are tokenized together, kind by kind."""
+        chats = [self.messages(prompt) for prompt in prompts]
+        media: dict[str, dict[int, Segment]] = {}
+        for segment in (one for chat in chats for message in chat for one in message["content"]):
+            if not isinstance(segment, Text):
+                media.setdefault(segment.kind, {})[id(segment)] = segment
+        known: dict[int, list[int]] = {}
+        for kind, segments in media.items():
+            with torch.no_grad():
+                found = self.tokenizer_of(kind).encode_batch(list(segments.values()))
+            known |= {key: self.codes_to_ids(kind, one) for key, one in zip(segments, found, strict=True)}
+        return [self._chat_ids(chat, add_generation_prompt, known) for chat in chats]
+
+    def _chat_ids(
+        self, messages: Sequence[Message], add_generation_prompt: bool, known: Mapping[int, list[int]] = {}
+    ) -> list[int]:
         ids = [self.token_space.bos]
-        for message in self.messages(messages):
-            ids += self._turn_ids(message)
+        for message in messages:
+            ids += self._turn_ids(message, known)
         return [*ids, self.token_space.assistant] if add_generation_prompt else ids
 
-    def _turn_ids(self, message: Message) -> list[int]:
+    def _turn_ids(self, message: Message, known: Mapping[int, list[int]] = {}) -> list[int]:
+        """known: ids of segments that were tokenized already, by identity."""
         ids, text = [getattr(self.token_space, message["role"])], ""
         for segment in message["content"]:
             if isinstance(segment, Text):
                 text += segment.text
                 continue
-            ids += [*self.text_tokenizer.encode(text), *self.segment_ids(segment)]
+            own = known[id(segment)] if id(segment) in known else self.segment_ids(segment)
+            ids += [*self.text_tokenizer.encode(text), *own]
             text = ""
         return [*ids, *self.text_tokenizer.encode(text), self.token_space.end]
 

@@ -58,6 +58,33 @@ def score(
 
 
 @app.command()
+def embed(
+    model: ModelArgument = "mini",
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", min=100, help="Vectors of an index; 1k, 10k and 100k by default."),
+    ] = None,
+    width: Annotated[int, typer.Option(min=4, help="Their dimensions.")] = 256,
+    count: Annotated[
+        int, typer.Option(min=8, help="Prompts to embed: names, and images between them.")
+    ] = 128,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_embed.json"),
+) -> None:
+    """Embedding beside a bare forward pass; an index's build time, queries per second and recall@10."""
+    from anytoken import recipes
+    from anytoken.benchmarks import harness
+    from anytoken.evaluation.bench_embed import bench_embed
+    from anytoken.segments import Image
+    from anytoken.terminal.prompt_args import read_lines
+
+    names = read_lines(recipes.assets() / "names.txt")
+    image = Image.open(recipes.assets() / "images" / "sample.png")
+    prompts = [image if n % 4 == 0 else names[n % len(names)] for n in range(count)]
+    harness.report(bench_embed(load(model), prompts, sizes or [1_000, 10_000, 100_000], width, repeats), out)
+
+
+@app.command()
 def serve(
     model: ModelArgument = "mini",
     prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",

@@ -3,15 +3,17 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from difflib import get_close_matches
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from anytoken.inference.adapters import Adapters
@@ -20,9 +22,11 @@ from anytoken.inference.checkpoint import (
     CHECKPOINT,
     CheckpointError,
     find_checkpoint,
+    is_bare_head,
     load_folder,
     pick_device,
 )
+from anytoken.inference.embed import Embedder, hidden_states, prompts_of
 from anytoken.inference.engine import Engine, Token
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.logits_processor import lm_inputs
@@ -39,6 +43,7 @@ from anytoken.inference.score import (
     score_ids,
 )
 from anytoken.inference.streaming import Event, SegmentStream
+from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, has_head
 from anytoken.model.extend_vocab import add_modality, longest_segment
 from anytoken.processor import Processor
 from anytoken.segments import Segment
@@ -93,6 +98,9 @@ class AnyToken:
         self._engine: Engine | None = None
         self._adapters: Adapters | None = None
         self._homes: set[Path] = set()  # folders that hold an older state of this model
+        self.embedding_heads: dict[
+            str | None, EmbeddingHead
+        ] = {}  # by the adapter that they were trained with
 
     @classmethod
     def from_pretrained(
@@ -120,6 +128,9 @@ class AnyToken:
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        for source in (folder, *([] if adapter is None else [Path(adapter)])):
+            if has_head(source):
+                model.embedding_heads[None] = EmbeddingHead.load(source)
         if adapter is None and quantize is None:
             model._homes.add(folder.resolve())
         model.compiled = compile
@@ -493,6 +504,76 @@ class AnyToken:
         start = self.processor.null_prompt() if prompt is None else self.encode_prompt(prompt)
         return perplexity(self.engine.grammar, score_ids(self.engine, start, [ids])[0])
 
+    def embed(
+        self, prompts: Any, *, tokens: bool = False, width: int | None = None, untrained: bool = False
+    ) -> Any:
+        """Prompts of any kinds as unit vectors, float32 [N, W]; with tokens=True a list of [T, W], one per prompt.
+
+        prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
+        single one, which is a list of one. tokens: a vector per content token instead. width: the first so many
+        dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
+        then vectors are means of the last hidden states. ValueError (EmbeddingError, PromptError) says what does not
+        fit.
+        """
+        return self.embed_ids(
+            self.processor.encode_chats(prompts_of(prompts)), tokens=tokens, width=width, untrained=untrained
+        )
+
+    def embed_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: bool = False,
+        width: int | None = None,
+        untrained: bool = False,
+    ) -> Any:
+        """`embed` for prompts that are ids already, as `encode_prompt` gives them."""
+        with self._embedder(untrained) as embedder:
+            return embedder.token_vectors(prompts, width) if tokens else embedder.vectors(prompts, width)
+
+    def embedding_probe(self, untrained: bool = False) -> np.ndarray:
+        """A vector that tells this model's embeddings from another's, float32 [W]."""
+        with self._embedder(untrained) as embedder:
+            return embedder.probe()
+
+    @property
+    def embedding_head(self) -> EmbeddingHead:
+        """The trained head that `embed` uses; EmbeddingError if there is none."""
+        return self._embedding_head(False)[1]
+
+    @contextmanager
+    def _embedder(self, untrained: bool) -> Iterator[Embedder]:
+        """The head over the model, with the adapter that it was trained with in the weights."""
+        name, head = self._embedding_head(untrained)
+        active = self.adapters.active
+        if name != active:
+            self.use_adapter(name)
+        try:
+            yield Embedder(self.lm, head, self.processor)
+        finally:
+            if name != active:
+                self.use_adapter(active)
+
+    def _embedding_head(self, untrained: bool) -> tuple[str | None, EmbeddingHead]:
+        """The head to embed with, and the adapter that it needs: the active one's, or else the model's own."""
+        active, heads = self.adapters.active, self.embedding_heads
+        if untrained:
+            return active, EmbeddingHead.untrained(self.lm.config.get_text_config().hidden_size, self.kinds)
+        if not heads:
+            raise EmbeddingError(
+                "This checkpoint has no embedding head: train one (anytoken train stages/embed.yaml) and open it with "
+                "adapter=, or take the mean of hidden states, which retrieves far less, with untrained=True."
+            )
+        name = active if active in heads else None if None in heads else next(iter(heads))
+        return name, heads[name]
+
+    def hidden_states(self, prompt: Prompt) -> Tensor:
+        """Hidden states of a prompt's ids (`encode_prompt`) at every depth, float32 [L + 1, T, H] on the CPU.
+
+        The first are the embeddings, the last are what the LM head reads.
+        """
+        return hidden_states(self.lm, self.encode_prompt(prompt))
+
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""
         return Chat(self, system)
@@ -537,6 +618,11 @@ class AnyToken:
 
         ValueError (CheckpointError and the like) for a folder that is none or does not fit, or a name that is taken.
         """
+        if has_head(path):
+            bare = is_bare_head(path)  # trained on the frozen model
+            self.embedding_heads[None if bare else name] = EmbeddingHead.load(path)
+            if bare:
+                return
         self.processor = self.adapters.load(Path(path), name, self.processor)
         for tokenizer in self.processor.tokenizers.values():
             tokenizer.to(self.lm.device)
@@ -563,6 +649,8 @@ class AnyToken:
             lm.save_pretrained(folder)
             self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
+            if None in self.embedding_heads:
+                self.embedding_heads[None].save(folder)
             if self.card is not None:
                 (folder / "README.md").write_text(self.card, encoding="utf-8")
         self._homes.add(target.resolve())

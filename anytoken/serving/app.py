@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 import anytoken
 from anytoken.inference.api import AnyToken
 from anytoken.serving.chat_api import router as chat_router
+from anytoken.serving.embeddings_api import router as embeddings_router
 from anytoken.serving.errors import FAILURES, ApiError, BadRequest, NotFound
 from anytoken.serving.media_api import router as media_router
 from anytoken.serving.middleware import Gate, Metrics
@@ -52,6 +53,7 @@ def create_app(model: AnyToken, name: str, settings: ServerSettings | None = Non
     )
     app.state.service = service
     app.include_router(chat_router)
+    app.include_router(embeddings_router)
     app.include_router(media_router)
     _add_operations(app, service)
     _add_error_handlers(app)

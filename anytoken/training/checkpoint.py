@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from anytoken.model.embedding_head import FILE as HEAD_FILE
 from anytoken.training.config import StageError, TrainConfig
 
 STATE_FOLDER = "state"
@@ -93,7 +94,7 @@ def write_whole(path: Path, text: str) -> None:
 def move_final(folder: Path) -> None:
     """Move the final checkpoint out of ``partial/final``, the file that marks a finished run last."""
     final = partial_folder(folder) / "final"
-    for path in sorted(final.iterdir(), key=lambda path: path.name in MARKERS):
+    for path in sorted(final.iterdir(), key=lambda path: (path.name in MARKERS, path.name == HEAD_FILE)):
         target = folder / path.name
         if target.is_dir():
             shutil.rmtree(target)
@@ -104,7 +105,8 @@ def move_final(folder: Path) -> None:
 def is_finished(stage: TrainConfig) -> bool:
     """Whether the output folder holds this run's end; StageError if it holds another run, or something else."""
     folder = Path(stage.output)
-    done = any((folder / name).is_file() for name in MARKERS)
+    bare = stage.contrastive is not None and stage.lora is None and not stage.trainable
+    done = any((folder / name).is_file() for name in ([HEAD_FILE] if bare else MARKERS))
     if not (folder / "stage.yaml").is_file():
         if done:
             raise StageError(f"{folder} holds a model that no run of this recipe made; choose another output")

@@ -96,7 +96,7 @@ class StageTrainer(Trainer):
         stage: TrainConfig,
         arguments: TrainingArguments,
         processor: Processor,
-        model: ModelWithLoss,
+        model: nn.Module,
         mixture: Mixture,
         answer: Answer | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class StageTrainer(Trainer):
         self.micro_batch = stage.batch_size * stage.context  # ids, of all processes
         self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
-        self.meter = LossMeter(model.loss.names)
+        self.meter = LossMeter(self.group_names(model))
         self.stop = GracefulStop()
         self.step_batches: list[dict[str, Tensor]] = []  # of the step at hand, for a look if it diverges
         self.folder = Path(stage.output)
@@ -114,7 +114,7 @@ class StageTrainer(Trainer):
         self.flops_share = 0.0  # of the measured peak, that one token a second takes
         self.page = HtmlReport(stage)
         self.sampler = Sampler(stage.samples, self.folder, processor, answer)
-        self.loop = TrainingCallback(self)
+        self.loop = self.make_loop()
         super().__init__(model=model, args=arguments, callbacks=[self.loop])
         if arguments.process_index:  # its tokens get noise of their own
             torch.manual_seed(stage.seed + arguments.process_index)
@@ -133,6 +133,14 @@ class StageTrainer(Trainer):
         sampling = stage.sampling.workers, stage.sampling.max_bad
         return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling)
 
+    def group_names(self, model: Any) -> list[str]:
+        """What losses are reported for."""
+        return model.loss.names
+
+    def make_loop(self) -> TrainingCallback:
+        """What happens around the steps."""
+        return TrainingCallback(self)
+
     @property
     def lm(self) -> LanguageModel:
         """The language model that is trained (a PeftModel with LoRA)."""
@@ -140,7 +148,8 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The packed stream as it is: every process takes its own rows of the same batches."""
-        return DataLoader(self.stream, batch_size=None)
+        # Iterating draws a seed: not from the random numbers that a state keeps, or a resumed run meets others.
+        return DataLoader(self.stream, batch_size=None, generator=torch.Generator())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, fused, with weight decay on matrices only; or Muon for the hidden matrices."""
@@ -208,7 +217,8 @@ class StageTrainer(Trainer):
         entry = {"step": self.state.global_step, **logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
-        entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
+        if self.flops_share:
+            entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
         self.meter.reset()
         if self.is_world_process_zero():
             self.metrics_log.write(entry)
@@ -345,15 +355,19 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)
-    mixture = _mixture(stage, data, processor, stage.cfg_dropout)
     torch.manual_seed(stage.seed)
-    model = ModelWithLoss(
-        _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.pcgrad
-    )
-    if mesh is not None:
-        parallelize(model, mesh)
-    trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
-    trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
+    lm = _adapted(start, stage, processor)
+    if stage.contrastive is not None:
+        from anytoken.training.pair_trainer import make_pair_trainer
+
+        trainer = make_pair_trainer(stage, arguments, processor, lm, data, held_out)
+    else:
+        mixture = _mixture(stage, data, processor, stage.cfg_dropout)
+        model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad)
+        if mesh is not None:
+            parallelize(model, mesh)
+        trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
+        trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
     if trainer.is_world_process_zero():
         _begin(trainer, recipe, [*data, *held_out])
     trainer.accelerator.wait_for_everyone()
@@ -418,7 +432,8 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
     if saved_states(folder):
         check_same_data(json.loads((folder / FACTS).read_text()), facts)
     write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-    trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
+    if stage.contrastive is None:  # a frozen model's features are computed once and kept
+        trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
 def _suit(stage: TrainConfig, state: Path) -> None:
@@ -483,9 +498,9 @@ def _finish(trainer: StageTrainer) -> None:
     trainer.save_model(str(final))
     if not trainer.is_world_process_zero():
         return
-    if trainer.stage.lora is None:
+    if trainer.stage.lora is None and trainer.stage.trainable:
         write_whole(final / "sampling.json", _sampling_defaults(trainer.stage))
-    else:
+    elif trainer.stage.lora is not None:
         facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
         entries = read_metrics(trainer.folder / "metrics.jsonl")
         write_whole(final / "README.md", adapter_card(trainer.stage, facts, entries))
