@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import TokenSpace, TokenSpaceError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.hints import choices
 
 SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
 Message = dict[str, Any]
@@ -104,7 +104,7 @@ class Processor:
     def tokenizer_of(self, kind: str) -> ModalityTokenizer:
         """The tokenizer of a medium; PromptError for a kind without one, such as text."""
         if kind not in self.tokenizers:
-            raise PromptError(f"No tokenizer for {kind!r}{_choices(kind, list(self.kinds))}.")
+            raise PromptError(f"No tokenizer for {kind!r}{choices(kind, list(self.kinds))}.")
         return self.tokenizers[kind]
 
     def codes_to_ids(self, kind: str, codes: Codes) -> list[int]:
@@ -175,7 +175,7 @@ class Processor:
             )
         role = message["role"]
         if role not in ROLES:
-            raise PromptError(f"{where} has the role {role!r}{_choices(role, ROLES)}.")
+            raise PromptError(f"{where} has the role {role!r}{choices(role, ROLES)}.")
         return role, self._content(message["content"], f"{where} ({role})")
 
     def _content(self, content: Any, where: str) -> list[Open]:
@@ -194,7 +194,7 @@ class Processor:
         if isinstance(part, Segment):
             if part.kind not in self.kinds:
                 raise PromptError(
-                    f"{where}: no tokenizer for {part.kind!r}{_choices(part.kind, list(self.kinds))}."
+                    f"{where}: no tokenizer for {part.kind!r}{choices(part.kind, list(self.kinds))}."
                 )
             return lambda: part
         if isinstance(part, os.PathLike):
@@ -209,7 +209,7 @@ class Processor:
     def _typed_part(self, part: Mapping[str, Any], where: str) -> Open:
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in self.kinds:
-            raise PromptError(f"{where}: content of type {kind!r}{_choices(kind, list(self.kinds))}.")
+            raise PromptError(f"{where}: content of type {kind!r}{choices(kind, list(self.kinds))}.")
         value = part.get(kind, part.get("path"))
         if value is None:
             raise PromptError(
@@ -374,10 +374,3 @@ def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str,
             f"{where}: {value!r:.80}{more} does not open as {kind} ({error}); give a path, a segment, or an array "
             f"with what {segment_type.__name__}(...) takes."
         ) from error
-
-
-def _choices(given: object, allowed: Sequence[str]) -> str:
-    """What an error says after an unknown name: the nearest known one, and all."""
-    near = get_close_matches(str(given), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{hint}; allowed: {', '.join(allowed)}"

@@ -74,26 +74,6 @@ def test_help_imports_nothing_heavy():
     assert found.stdout.strip() == "[]", found.stdout + found.stderr
 
 
-def commands(group, words=()):
-    for name, command in sorted(group.commands.items()):
-        if hasattr(command, "commands"):
-            yield from commands(command, (*words, name))
-        else:
-            yield (*words, name)
-
-
-def all_commands():
-    from typer.main import get_command
-
-    return list(commands(get_command(app)))
-
-
-@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
-def test_every_command_has_help(words):
-    found = run(*words, "--help")
-    assert found.exit_code == 0 and "Usage" in found.stdout
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from anytoken.benchmarks.embed import bench_embed
 from anytoken.cli import app
-from anytoken.evaluation.bench_embed import bench_embed
 from anytoken.inference.api import AnyToken
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.segments import Image

@@ -11,13 +11,19 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from anytoken.commands.options import Adapter, Device, ModelArgument, load
+from anytoken.commands.options import Adapter, Device, ModelArgument, examples, load
 
 app = typer.Typer()
 COUNT = 200  # held-out prompts a built-in direction
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=examples(
+        "anytoken eval mini --data data/sets --directions 'text->image,image->text'",
+        "anytoken eval mini --task my.yaml",
+    ),
+)
 def evaluate(
     model: ModelArgument = "mini",
     task: Annotated[
@@ -133,7 +139,7 @@ def _name(model: str, adapter: Path | None) -> str:
     return Path(model).name + (f"+{Path(adapter).name}" if adapter else "")
 
 
-@app.command()
+@app.command(epilog=examples("anytoken compare out/eval/mini out/eval/my-model"))
 def compare(
     ours: Annotated[Path, typer.Argument(help="A result file TASK.json, or the folder of a model.")],
     theirs: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],

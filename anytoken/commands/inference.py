@@ -26,6 +26,7 @@ from anytoken.commands.options import (
     Temperature,
     TopK,
     TopP,
+    examples,
     load,
 )
 from anytoken.terminal.prompt_args import check_out, mark_parts, read_ids, read_part
@@ -46,7 +47,7 @@ class PromptCommand(TyperCommand):
         return super().parse_args(ctx, mark_parts(args))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken demo --out out/demo"))
 def demo(
     model: Model = "mini",
     out: Out = Path("out/demo"),
@@ -61,7 +62,7 @@ def demo(
     run_demo(load(model), assets or recipes.assets(), out, each)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken chat --model mini", "anytoken chat --load kept"))
 def chat(
     model: Model = "mini",
     out: Out = Path("out/chat"),
@@ -109,7 +110,13 @@ def chat(
     talk.run(line_reader() if interactive else input, interactive)
 
 
-@app.command(cls=PromptCommand)
+@app.command(
+    cls=PromptCommand,
+    epilog=examples(
+        'anytoken generate cat.png "What is this?" -o text',
+        'anytoken generate "a red apple, 3d" -o image --seed 0',
+    ),
+)
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Argument(help=f"{PROMPT_HELP} Without any, what is piped in.")
@@ -143,7 +150,7 @@ def generate(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Answer one prompt: `anytoken generate cat.png "What is this?" -o text`."""
+    """Answer one prompt, of words and files."""
     if stream and (num_return != 1 or best_of is not None):
         raise typer.BadParameter(
             "--stream shows one reply while it is made; leave out --num-return and --best-of."
@@ -176,7 +183,7 @@ def generate(
         show_reply(reply, out, console, as_json)
 
 
-@app.command(cls=PromptCommand)
+@app.command(cls=PromptCommand, epilog=examples('anytoken tokenize "a fox" cat.png > ids.json'))
 def tokenize(
     prompt: Annotated[list[str], typer.Argument(metavar="FILE...", help=PROMPT_HELP)], model: Model = "mini"
 ) -> None:
@@ -186,7 +193,7 @@ def tokenize(
     print([token for part in parts for token in opened.tokenize(part)])
 
 
-@app.command()
+@app.command(epilog=examples("anytoken detokenize ids.json --out out"))
 def detokenize(
     source: Annotated[str, typer.Argument(help="A file of ids as JSON, or - for standard input.")] = "-",
     model: Model = "mini",
@@ -198,7 +205,7 @@ def detokenize(
     show_segments(load(model).detokenize(ids), out, Console())
 
 
-@app.command()
+@app.command(epilog=examples("anytoken info mini"))
 def info(model: ModelArgument = "mini") -> None:
     """Show a model's size, kinds, id ranges and sampling defaults, and the versions underneath."""
     show_model(load(model))

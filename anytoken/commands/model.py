@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import ModelArgument, Out, Overwrite, load
+from anytoken.commands.options import ModelArgument, Out, Overwrite, examples, load
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples("anytoken init --backbone Qwen/Qwen3-0.6B --tokenizers runs/tokenizers --out runs/start")
+)
 def init(
     backbone: Annotated[
         str, typer.Option(help="A causal language model: a folder, a hub id, or a .gguf file.")
@@ -53,7 +55,7 @@ class Target(StrEnum):
     qwen3_moe = "qwen3_moe"
 
 
-@app.command()
+@app.command(epilog=examples("anytoken export mini out/qwen --to qwen3_moe"))
 def export(
     checkpoint: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
@@ -78,7 +80,7 @@ def export(
     print(out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken merge runs/a runs/b --weights 0.5 0.5 --out runs/ab"))
 def merge(
     one: ModelArgument,
     other: ModelArgument,

@@ -28,14 +28,24 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; by default the checkpoint's, per kind.")
 ]
-TopK = Annotated[int | None, typer.Option()]
-TopP = Annotated[float | None, typer.Option()]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from this many of the most probable ids; 1 is greedy.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the most probable ids that sum to this probability; 1 is off."),
+]
 MinP = Annotated[
-    float | None, typer.Option(help="Keeps ids at least this many times as probable as the likeliest.")
+    float | None, typer.Option(help="Keep ids at least this many times as probable as the likeliest.")
 ]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Of ids the reply already holds; 1 is off.")]
 CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
-MaxNewTokens = Annotated[int | None, typer.Option()]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in token ids; by default what fits.")]
+
+
+def examples(*lines: str) -> str:
+    """A command's epilog: lines to type, as they are."""
+    return "\n\n".join(["Example:" if len(lines) == 1 else "Examples:", *lines])
 
 
 def load(model: str, device: str = "auto", adapter: Path | None = None) -> AnyToken:

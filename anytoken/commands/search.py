@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from anytoken.commands.inference import PROMPT_HELP, PromptCommand
-from anytoken.commands.options import Adapter, Device, Model, load
+from anytoken.commands.options import Adapter, Device, Model, examples, load
 from anytoken.terminal.prompt_args import read_part
 
 app = typer.Typer()
@@ -35,7 +35,7 @@ Untrained = Annotated[
 ]
 
 
-@app.command(cls=PromptCommand)
+@app.command(cls=PromptCommand, epilog=examples('anytoken embed "a fox" --adapter runs/embed'))
 def embed(
     prompt: Prompt,
     model: Model = "mini",
@@ -44,13 +44,13 @@ def embed(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Print a prompt's unit vector as JSON: `anytoken embed fox.png "on blue" --adapter runs/embed`."""
+    """Print a prompt's unit vector as JSON."""
     parts = [read_part(part) for part in prompt]
     [vector] = load(model, device, adapter).embed([parts], width=width, untrained=untrained)
     print(json.dumps([round(float(one), 7) for one in vector]))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken index photos --out my.index --adapter runs/embed"))
 def index(
     folder: Annotated[
         Path, typer.Argument(help="A folder of images, clips, recordings, texts and sequences.")
@@ -65,7 +65,7 @@ def index(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Index a folder for search; rerun it to add what is new: `anytoken index photos --out my.index`."""
+    """Index a folder for search; rerun it to add what is new."""
     from anytoken.inference.index import Index
 
     opened = load(model, device, adapter)
@@ -74,7 +74,13 @@ def index(
     print(f"{out}: {found!r}")
 
 
-@app.command(cls=PromptCommand)
+@app.command(
+    cls=PromptCommand,
+    epilog=examples(
+        'anytoken search my.index "a fox on blue" -k 5',
+        "anytoken search my.index photo.png --html found.html",
+    ),
+)
 def search(
     path: Annotated[Path, typer.Argument(metavar="INDEX", help="What `anytoken index` wrote.")],
     query: Annotated[list[str], typer.Argument(metavar="QUERY...", help=PROMPT_HELP)],
@@ -92,7 +98,7 @@ def search(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Find what is nearest to words, files or both: `anytoken search my.index "a fox on blue" -k 5`."""
+    """Find what is nearest to words, files or both."""
     from anytoken.inference.index import Index, read_index
 
     meta, _ = read_index(path)

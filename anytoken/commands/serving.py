@@ -8,12 +8,17 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Adapter, Device, ModelArgument, load
+from anytoken.commands.options import Adapter, Device, ModelArgument, examples, load
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken serve mini --port 8000",
+        "anytoken serve runs/4_instruct --host 0.0.0.0 --api-keys keys.txt --set max_waiting=16",
+    )
+)
 def serve(
     model: ModelArgument = "mini",
     host: Annotated[
@@ -41,7 +46,7 @@ def serve(
     adapter: Adapter = None,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
-    """Serve a model through OpenAI's API: `anytoken serve mini`, then http://127.0.0.1:8000/docs.
+    """Serve a model through OpenAI's API; http://127.0.0.1:8000/docs lists it.
 
     SIGTERM stops it after the running requests are answered.
     """

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from anytoken import recipes
-from anytoken.commands.options import Out, Overrides
+from anytoken.commands.options import Out, Overrides, examples
 
 Count = Annotated[
     int | None, typer.Option("--count", "--limit", min=1, help="Held-out items at most; all without it.")
@@ -39,7 +39,12 @@ Learnability = Annotated[
 app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
 
 
-@app.command("train")
+@app.command(
+    "train",
+    epilog=examples(
+        "anytoken tokenizer train tokenizers/image/recipe.yaml --data data/sets --out runs/tokenizers/image steps=2000"
+    ),
+)
 def tokenizer_train(
     recipe: Annotated[str, typer.Argument(help="tokenizers/KIND/recipe.yaml, or your own.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
@@ -56,7 +61,13 @@ def tokenizer_train(
     print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=examples(
+        "anytoken tokenizer eval runs/tokenizers/image --data data/sets",
+        "anytoken tokenizer eval runs/tokenizers/image --data data/sets --card out/cards/image",
+    ),
+)
 def tokenizer_eval(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
@@ -83,7 +94,12 @@ def tokenizer_eval(
         print(make_card(tokenizer, data, card, count, seed, genome or [], image, files, learnability))
 
 
-@app.command("compare")
+@app.command(
+    "compare",
+    epilog=examples(
+        "anytoken tokenizer compare runs/tokenizers/dna runs/tokenizers/dna_bpe --data data/sets"
+    ),
+)
 def tokenizer_compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
@@ -107,7 +123,10 @@ def tokenizer_compare(
     print(comparison(found))
 
 
-@app.command("import")
+@app.command(
+    "import",
+    epilog=examples("anytoken tokenizer import kyutai/mimi --out runs/tokenizers/speech num_codebooks=8"),
+)
 def tokenizer_import(
     source: Annotated[
         str, typer.Argument(help="A codec of transformers: a folder or a hub id, as kyutai/mimi.")
@@ -133,7 +152,7 @@ def tokenizer_import(
     print(pretrained_tokenizer(source, **chosen).save_pretrained(out))
 
 
-@app.command("overview")
+@app.command("overview", epilog=examples("anytoken tokenizer overview tokenizers --model mini"))
 def tokenizer_overview(
     cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
     model: Annotated[

@@ -9,12 +9,17 @@ import typer
 from rich.console import Console
 
 from anytoken import recipes
-from anytoken.commands.options import ModelArgument, Overrides, Overwrite, load
+from anytoken.commands.options import ModelArgument, Overrides, Overwrite, examples, load
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken train stages/lora.yaml data.train=my.jsonl output=runs/my steps=500",
+        "anytoken train stages/scale/8b_dense.yaml --tiny",
+    )
+)
 def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")],
     overrides: Overrides = None,
@@ -22,7 +27,7 @@ def train(
         bool, typer.Option("--tiny", help="A recipe of stages/scale in miniature, with nothing downloaded.")
     ] = False,
 ) -> None:
-    """Run a training stage; it resumes where it was stopped: `anytoken train stages/lora.yaml steps=500`."""
+    """Run a training stage; the same command resumes it where it was stopped."""
     from anytoken.training.config import TrainConfig
     from anytoken.training.debug_model import tiny as shrink
     from anytoken.training.interrupts import Interrupted
@@ -43,7 +48,7 @@ def _answer(lm: Any, processor: Any, prompt: Any, output: Any) -> str:
     return AnyToken(lm, processor).generate(prompt, output, seed=0)._repr_html_()
 
 
-@app.command()
+@app.command(epilog=examples("anytoken reference runs/1_alignment runs/2_interleaved --stages stages"))
 def reference(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of finished runs, named as their curves shall be.")
@@ -58,16 +63,18 @@ def reference(
     print(publish_references(runs, stages))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken prefer mini pairs.jsonl --out runs/preferred --steps 100"))
 def prefer(
     model: Annotated[str, typer.Argument(help="mini, or a checkpoint folder.")],
     pairs: Annotated[Path, typer.Argument(help="JSONL: messages, chosen and rejected a line.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
-    beta: Annotated[float, typer.Option(help="How strongly the model is held to what it was.")] = 0.1,
-    seed: Annotated[int, typer.Option()] = 0,
+    beta: Annotated[
+        float, typer.Option(help="DPO's beta: how strongly the model is held to its start.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and the order of pairs.")] = 0,
 ) -> None:
     """Train an adapter on preferred answers (DPO, through trl)."""
     from anytoken.training.dpo import DPOArgs
@@ -76,7 +83,7 @@ def prefer(
     print(run(model, pairs, out, DPOArgs(steps, batch, lr, beta, seed=seed)))
 
 
-@app.command("merge-adapter")
+@app.command("merge-adapter", epilog=examples("anytoken merge-adapter mini runs/lora --out runs/merged"))
 def merge_adapter(
     model: ModelArgument,
     adapter: Annotated[Path, typer.Argument(help="The PEFT adapter folder.")],
@@ -101,7 +108,11 @@ def merge_adapter(
     print(merged.save_pretrained(out, kinds[dtype], overwrite))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken plan stages/scale/8b_dense.yaml --gpus 64 --gpu h100", "anytoken plan stages/lora.yaml"
+    )
+)
 def plan(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")],
     overrides: Overrides = None,

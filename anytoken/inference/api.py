@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from difflib import get_close_matches
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
@@ -50,6 +49,7 @@ from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.utils.atomic import check_target, write_folder
+from anytoken.utils.hints import choices
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
@@ -391,7 +391,7 @@ class AnyToken:
         unknown = sorted(set(settings) - set(NAMES))
         if unknown:
             raise RequestError(
-                f"Unknown option {unknown[0]!r}{_choices(unknown[0], Options.__annotations__)}."
+                f"Unknown option {unknown[0]!r}{choices(unknown[0], Options.__annotations__)}."
             )
         if not isinstance(sizes or {}, Mapping) or not all(map(_is_size, (sizes or {}).values())):
             raise RequestError(
@@ -416,7 +416,7 @@ class AnyToken:
         for kind in plan:
             if kind not in self.kinds:
                 raise RequestError(
-                    f"Unknown output {kind!r}{_choices(kind, self.kinds)}, a list of them, or None."
+                    f"Unknown output {kind!r}{choices(kind, self.kinds)}, a list of them, or None."
                 )
         return plan
 
@@ -707,10 +707,3 @@ def _check_count(name: str, count: object) -> int:
 
 def _is_size(size: object) -> bool:
     return isinstance(size, list | tuple) and all(hasattr(one, "__index__") for one in size)
-
-
-def _choices(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str:
-    """What an error says after an unknown name: the nearest known one, and all."""
-    near = get_close_matches(str(given), list(allowed), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{hint}; allowed: {', '.join(allowed)}"

@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from anytoken.processor import Processor
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.atomic import FolderKind
 from anytoken.utils.device import usable_device
+from anytoken.utils.hints import nearest
 
 ADAPTER_CONFIG = "adapter_config.json"
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -75,11 +75,11 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     bundled = ", ".join(known) or "none"
     if _names_a_path(name):
         folders = [str(path.parent) for path in Path(name).parent.glob("*/config.json")]
-        hint = _nearest(name, folders) or f"; give one that exists, or a bundled name ({bundled})"
+        hint = nearest(name, folders) or f"; give one that exists, or a bundled name ({bundled})"
         raise CheckpointError(f"There is no folder {name}{hint}.")
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"No checkpoint {name!r}{_nearest(name, known)}: give a bundled name ({bundled}), a local folder, "
+            f"No checkpoint {name!r}{nearest(name, known)}: give a bundled name ({bundled}), a local folder, "
             "or a hub id like owner/name."
         )
     from huggingface_hub import snapshot_download  # only who asks for a hub id needs it
@@ -92,11 +92,6 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
             f"There is no folder {name} and no bundled name like it ({bundled}), and the hub did not give a model "
             f"of that id ({type(error).__name__}). Without a network, pass the path of a downloaded folder."
         ) from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _names_a_path(name: str) -> bool:

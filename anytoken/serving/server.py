@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from anytoken.inference.api import AnyToken
 from anytoken.serving.app import create_app
 from anytoken.serving.settings import ServerSettings, ServingError
+from anytoken.utils.hints import choices, explain
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 KEEP_ALIVE = 5  # seconds that an idle connection is kept
@@ -33,15 +34,12 @@ def settings_from(changes: Sequence[str], keys: tuple[str, ...], origins: tuple[
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in known:
-            raise ServingError(
-                f"--set takes KEY=VALUE with a key of {', '.join(known)}; received {change!r}."
-            )
+            raise ServingError(f"--set takes KEY=VALUE; received {change!r}{choices(key, known)}.")
         values[key] = tuple(value.split(",")) if key == "voices" else value
     try:
         return ServerSettings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ServingError(f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}.") from None
+        raise ServingError(f"--set: {explain(error, ServerSettings)}.") from None
 
 
 def run(model: AnyToken, name: str, settings: ServerSettings, address: Address, log_level: str) -> None:

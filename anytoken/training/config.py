@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from anytoken import moved
 from anytoken.data.mixture import SamplingSpec, SourceSpec
+from anytoken.utils.hints import explain
 
 # What a stage of pairs has no use for.
 PACKED_ONLY = (
-    "tokens_per_batch", "accumulate", "cfg_dropout", "loss", "moe", "pcgrad", "samples", "reference",
+    "tokens_per_batch", "gradient_accumulation_steps", "cfg_dropout", "loss", "moe", "pcgrad", "samples", "reference",
 )  # fmt: skip
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
@@ -49,7 +50,8 @@ class OptimizerSpec(_Part):
 
 
 class ScheduleSpec(_Part):
-    """Learning rate over the steps: warm-up, then cosine, WSD (flat, then linear decay) or constant."""
+    """Learning rate over the steps, or over ``max_minutes`` where they are over first: warm-up, then cosine, WSD (flat,
+    then linear decay) or constant."""
 
     kind: Literal["cosine", "wsd", "constant"] = "wsd"
     warmup_steps: int = Field(default=100, ge=0)
@@ -227,7 +229,12 @@ class TrainConfig(_Part):
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     steps: int = Field(gt=0)
-    max_minutes: float | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="of all steps, evaluations and samples, also before an interruption: the run ends as finished "
+        "after them, and its schedule is run through in as many steps as they allow",
+    )
     tokens_per_batch: int = Field(default=8192, gt=0)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     context: int = Field(default=1024, gt=0)
@@ -417,11 +424,7 @@ class TrainConfig(_Part):
         try:
             return cls.model_validate(recipe)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'stage'}: {item['msg']} (got {_short(item['input'])})"
-                for item in error.errors()
-            )
-            raise StageError(f"{source}: {problems}") from None
+            raise StageError(f"{source}: {explain(error, cls)}") from None
 
 
 def _replayed(old: Any, share: Any) -> list[Any]:
@@ -496,11 +499,6 @@ def _index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
         raise StageError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
     return int(key)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 if not TYPE_CHECKING:

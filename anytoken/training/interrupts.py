@@ -72,7 +72,8 @@ def dump_divergence(
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
 
-    what: "loss" or "gradient norm". facts: for the JSON beside the batches; ``step``, ``process`` and ``what``.
+    what: "loss" or "gradient norm". facts: for the JSON beside the batches; ``step``, ``micro_batch`` (how many of the
+    step there have been, the last of them the one with the loss), ``process`` and ``what``.
     """
     suffix = f"-{facts['process']}" if facts["process"] else ""
     path = Path(stage.output) / "diverged" / f"step-{facts['step']}{suffix}.safetensors"
@@ -83,9 +84,10 @@ def dump_divergence(
     broken = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
     about = {**facts, "seed": stage.seed, "weights_not_finite": broken}
     write_whole(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-    return DivergenceError(
-        _advice(f"the {what} is {facts[what]} at step {facts['step']}", stage, path, bool(broken))
-    )
+    where = f"step {facts['step']}"
+    if what == "loss" and stage.gradient_accumulation_steps > 1:
+        where += f", micro-batch {facts['micro_batch']} of {stage.gradient_accumulation_steps}"
+    return DivergenceError(_advice(f"the {what} is {facts[what]} at {where}", stage, path, bool(broken)))
 
 
 def _advice(happened: str, stage: TrainConfig, batch: Path, broken: bool) -> str:

@@ -113,7 +113,8 @@ class StageTrainer(Trainer):
         self.shares: list[Tensor] = []  # of the last loss, by modality
         self.flops_share = 0.0  # of the measured peak, that one token a second takes
         self.page = HtmlReport(stage)
-        self.sampler = Sampler(stage.samples, self.folder, processor, answer)
+        context = base_model(model.lm).config.get_text_config().max_position_embeddings
+        self.sampler = Sampler(stage.samples, self.folder, processor, answer, context)
         self.loop = self.make_loop()
         super().__init__(model=model, args=arguments, callbacks=[self.loop])
         if arguments.process_index:  # its tokens get noise of their own
@@ -131,7 +132,10 @@ class StageTrainer(Trainer):
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
-        return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling)
+        kept = (
+            64 + stage.gradient_accumulation_steps
+        )  # the Trainer draws all batches of a step before the first is used
+        return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling, kept)
 
     def group_names(self, model: Any) -> list[str]:
         """What losses are reported for."""
@@ -203,6 +207,7 @@ class StageTrainer(Trainer):
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         facts = {
             "step": self.state.global_step + 1,
+            "micro_batch": len(self.step_batches),
             "process": self.args.process_index,
             what: str(value),
             "learning_rate": self._get_learning_rate(),

@@ -304,6 +304,29 @@ def test_a_loss_that_is_none_stops_the_run_and_keeps_the_batch(
     assert all(torch.equal(batch[f"0.{key}"], value) for key, value in next(iter(stream)).items())
 
 
+def test_a_divergence_among_many_micro_batches_is_told(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer draws all batches of a step first: the state before them has to be known still."""
+    seen = 0
+
+    def break_the_loss(trainer: StageTrainer) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            trainer.model.loss.z_loss = float("inf")
+
+    recipe |= {"gradient_accumulation_steps": 70, "context": 16, "tokens_per_batch": 70 * 16, "save_every": 1}
+    recipe["data"] = [{"path": "things", "views": {"text->tile": 1}}]
+    said = r"loss is \w+ at step 2, micro-batch 3 of 70; the weights are still finite.*checkpoint-1\)"
+    with at_step(1, break_the_loss, monkeypatch), pytest.raises(DivergenceError, match=said):
+        train(TrainConfig.from_dict(recipe))
+    [path] = (Path(recipe["output"]) / "diverged").glob("*.json")
+    before = PackState(**json.loads(path.read_text())["stream_before"])
+    assert before.next_index > 70
+    assert len({name.split(".")[0] for name in load_file(path.with_suffix(".safetensors"))}) == 3
+
+
 def test_a_gradient_that_is_none_never_reaches_the_weights(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,9 @@ The room that generates lies to the right of this one, so ``train`` is handed a 
 the training are left as they were, and a run that spends too much of its time on samples skips some.
 """
 
+import html
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from anytoken.processor import Processor
 from anytoken.training.checkpoint import write_whole
 from anytoken.training.config import SampleSpec, StageError
 
+logger = logging.getLogger(__name__)
 FOLDER = "samples"
 Answer = Callable[[PreTrainedModel, Processor, Any, Any], str]  # (model, processor, prompt, output) -> HTML
 
@@ -24,19 +27,31 @@ Answer = Callable[[PreTrainedModel, Processor, Any, Any], str]  # (model, proces
 class Sampler:
     """Answers a recipe's prompts and writes ``samples/step-N.json`` in the run's folder."""
 
-    def __init__(self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None) -> None:
-        """StageError for prompts that the processor cannot take, or that nothing can answer."""
+    def __init__(
+        self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None, context: int
+    ) -> None:
+        """StageError for prompts that the model's context of so many ids cannot hold, or that nothing can answer.
+
+        ValueError (PromptError, TokenizerError) for those that the processor cannot take.
+        """
         if spec.prompts and answer is None:
             raise StageError(
                 "samples.prompts need train(stage, answer): a function that answers; `anytoken train` has one"
             )
-        for one in spec.prompts:
-            processor.messages(_as_prompt(one.prompt))
-            for kind in [one.output] if isinstance(one.output, str) else one.output or []:
+        for number, one in enumerate(spec.prompts):
+            kinds = [one.output] if isinstance(one.output, str) else one.output
+            for kind in kinds or []:
                 if kind not in processor.kinds:
                     raise StageError(
                         f"samples: output {kind!r} is no kind of the model; there are {', '.join(processor.kinds)}"
                     )
+            length = len(processor.encode_chat(_as_prompt(one.prompt)))
+            least = processor.grammar.min_remaining(processor.grammar.reply(kinds))
+            if length + least > context:
+                raise StageError(
+                    f"samples.prompts.{number} has {length} ids and its shortest reply {least}, but the model's "
+                    f"context is {context}; shorten the prompt or ask for less"
+                )
         self.processor = processor
         self.spec, self.folder, self.answer = spec, folder, answer
         self.began, self.spent = time.monotonic(), 0.0
@@ -51,14 +66,18 @@ class Sampler:
         return bool(self.spec.every) and step % self.spec.every == 0 and on_time
 
     def take(self, step: int, model: PreTrainedModel) -> None:
-        """Answer all prompts with the model as it is."""
+        """Answer all prompts with the model as it is; one that fails costs its sample, not the run."""
         assert self.answer is not None
         start, was_training = time.monotonic(), model.training
         found = []
         model.eval()
         with torch.random.fork_rng():
             for one in self.spec.prompts:
-                shown = self.answer(model, self.processor, _as_prompt(one.prompt), one.output)
+                try:
+                    shown = self.answer(model, self.processor, _as_prompt(one.prompt), one.output)
+                except Exception as error:  # of any library that decodes what was generated
+                    logger.warning("step %d has no sample of %r: %s", step, one.prompt, error)
+                    shown = f"<i>{html.escape(f'no sample: {error}')}</i>"
                 found.append({"prompt": one.prompt, "output": one.output, "html": shown})
         model.train(was_training)
         write_whole(self.folder / FOLDER / f"step-{step:08d}.json", json.dumps(found))

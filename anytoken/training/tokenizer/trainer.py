@@ -26,6 +26,7 @@ from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tok
 from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
 from anytoken.utils.device import device_name, math_threads, usable_device
+from anytoken.utils.hints import explain
 from anytoken.utils.json_lines import read_json_lines
 
 
@@ -111,8 +112,7 @@ def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
     try:
         return Recipe(**raw)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise TokenizerError(f"{path}: {wrong}. Keys: {', '.join(Recipe.model_fields)}.") from error
+        raise TokenizerError(f"{path}: {explain(error, Recipe)}.") from error
 
 
 def train_tokenizer(

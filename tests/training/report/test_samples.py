@@ -61,6 +61,32 @@ def test_what_cannot_be_sampled_is_said_before_training(recipe: dict[str, Any]) 
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": [{"prompt": ""}]}}), lambda *_: "")
 
 
+@pytest.mark.parametrize(("words", "output"), [("ant " * 200, "text"), ("ant " * 59, ["tile"] * 4)])
+def test_a_prompt_that_leaves_no_room_is_refused_before_training(
+    recipe: dict[str, Any], words: str, output: Any
+) -> None:
+    prompts = [{"prompt": "ant", "output": "text"}, {"prompt": words, "output": output}]
+    said = r"samples.prompts.1 has \d+ ids and its shortest reply \d+, but the model's context is 128"
+    with pytest.raises(StageError, match=said):
+        train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}), lambda *_: "")
+    assert not Path(recipe["output"]).exists()
+
+
+def test_a_sample_that_fails_ends_no_training(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(model: torch.nn.Module, processor: Any, prompt: Any, output: Any) -> str:
+        if prompt == "bee":
+            raise RuntimeError("no <codec>")
+        return "fine"
+
+    prompts = [{"prompt": "bee", "output": "tile"}, {"prompt": "ant", "output": "tile"}]
+    folder = train(TrainConfig.from_dict(recipe | {"steps": 1, "samples": {"prompts": prompts}}), answer)
+    [(_, [failed, fine])] = read_samples(folder)
+    assert "no &lt;codec&gt;" in failed["html"] and fine["html"] == "fine"
+    assert "step 1 has no sample of 'bee': no <codec>" in caplog.text
+
+
 def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("anytoken.training.report.samples.time", SimpleNamespace(monotonic=lambda: now))
@@ -71,8 +97,9 @@ def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return ""
 
     spec = SampleSpec.model_validate({"every": 5, "share_of_time": 0.1, "prompts": [{"prompt": "a"}]})
-    processor = SimpleNamespace(messages=lambda prompt: [], kinds={"text": None})
-    sampler = Sampler(spec, tmp_path, processor, slow)  # type: ignore[arg-type]
+    grammar = SimpleNamespace(reply=lambda plan: None, min_remaining=lambda state: 1)
+    processor = SimpleNamespace(encode_chat=lambda prompt: [0], kinds={"text": None}, grammar=grammar)
+    sampler = Sampler(spec, tmp_path, processor, slow, 64)  # type: ignore[arg-type]
     taken = []
     for step in range(1, 41):
         now += 5
