@@ -109,10 +109,11 @@ def test_what_libraries_will_change_is_not_told_to_the_user():
         "def warn():\n    warnings.warn('soon', FutureWarning); warnings.warn('mine', UserWarning)\n"
         "app(sys.argv[1:])"
     )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"}
     for more, told in (([], False), (["--debug"], True)):
         found = subprocess.run(
             [sys.executable, "-c", code, "warn", *more],
-            capture_output=True, text=True, cwd=Path(__file__).parents[1],
+            capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment,
         )  # fmt: skip
         assert found.returncode == 0 and "mine" in found.stderr
         assert ("soon" in found.stderr) is told
