@@ -382,3 +382,32 @@ def test_copies_of_one_greedy_reply_are_refused(checkpoint):
         run("generate", "hi", "-m", checkpoint, "-o", "text", "--temperature", 0, "--num-return", 2)
     )
     assert "2 copies" in said and "temperature" in said
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    lines = [{"text": f"a red apple {n}", "label": ("one", "two")[n % 2]} for n in range(4)]
+    (folder / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "name: pick\ndata: set.jsonl\nprompt: '{text}'\nanswer: '{label}'\ndecoding: classify\n"
+    text += "metrics: [mcc, auroc]\n"
+    (folder / "pick.yaml").write_text(text)
+    return folder / "pick.yaml"
+
+
+def test_eval_of_tasks_runs_compares_and_resumes(checkpoint, task_file, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    words = ["eval", checkpoint, "--task", task_file, "--out", tmp_path / "o"]
+    found = run(*words, "--compare", other)
+    assert found.exit_code == 0, found.stderr
+    assert "paired bootstrap" in found.stdout and found.stdout.count("auroc") == 3
+    lines = (tmp_path / "o/other/pick.jsonl").read_text()
+    assert run(*words, "--compare", other).exit_code == 0
+    assert (tmp_path / "o/other/pick.jsonl").read_text() == lines and lines.count("\n") == 5
+    pair = run("compare", tmp_path / "o/tiny", tmp_path / "o/other", "--json")
+    assert json.loads(pair.stdout)["pick"]["mcc"]["value"] == 0
+    assert run(*words, "--count", 2, "--overwrite").exit_code == 0
+    assert (tmp_path / "o/tiny/pick.jsonl").read_text().count("\n") == 3
+    assert "goes with the built-in directions" in complaint(run(*words, "--directions", "text->image"))
+    assert "two are called the same" in complaint(run(*words, "--compare", checkpoint))
+    assert "needs --task" in complaint(run("eval", checkpoint, "--compare", other))

@@ -108,6 +108,34 @@ def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
     print(build_dna(out, cache=cache, limit=limit))
 
 
+@app.command(
+    "dna-tasks", epilog=examples("anytoken data dna-tasks --dna data/sets/dna --out data/sets/dna_tasks")
+)
+def dna_tasks(
+    dna: Annotated[Path, typer.Option(help="The folder of the built DNA set, such as data/sets/dna.")],
+    out: Out,
+    limit: Limit = None,
+) -> None:
+    """Build small sets for tasks on DNA: promoters, gene starts, variants, motifs with images."""
+    from anytoken.emoji_world.dna_tasks import build_dna_tasks
+
+    print(build_dna_tasks(dna, out, limit))
+
+
+@app.command(
+    "label-fasta", epilog=examples("anytoken data label-fasta genes.fasta labels.csv --out genes.jsonl")
+)
+def label_fasta(
+    fasta: Annotated[Path, typer.Argument(help="FASTA, or .gz of it.")],
+    labels: Annotated[Path, typer.Argument(help="A .csv, .tsv or .jsonl with the columns name and label.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl to write.")],
+) -> None:
+    """Write FASTA and a table of labels as records, for tasks and training."""
+    from anytoken.data.fasta import label_fasta
+
+    print(label_fasta(fasta, labels, out))
+
+
 @app.command(epilog=examples("anytoken data instruct --sets data/sets --out data/sets/instruct"))
 def instruct(
     sets: Annotated[Path, typer.Option(help="The folder of the built sets.")],

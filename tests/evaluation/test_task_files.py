@@ -215,6 +215,8 @@ def test_samples_are_repeatable_and_shots_are_other_records_of_their_split(write
         assert one.labels[one.truth_label] == one.record["colour"]
     longer = TaskSet(read_tasks(write(text.replace("count: 5", "count: 7")))[0], folder).samples()
     assert [one.id for one in longer[:5]] == [one.id for one in samples]
+    [alone] = TaskSet(read_tasks(write(text.replace("count: 5", "count: 1")))[0], folder).samples()
+    assert alone.labels == samples[0].labels == ("blue", "green", "red")  # whatever the count
 
 
 def test_conversations_are_asked_up_to_their_last_answer(write, folder):

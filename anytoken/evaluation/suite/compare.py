@@ -75,7 +75,7 @@ def _task(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], resampl
             for one, places in ((ours, mine), (theirs, other))
         ]
         found[figure] = {
-            **difference(metric.total, *rows, metric.is_mean, resamples),
+            **difference(metric.total, rows[0], rows[1], metric.is_mean, resamples),
             "ours": metric.total(rows[0]),
             "theirs": metric.total(rows[1]),
             "percent": metric.percent,

@@ -49,8 +49,9 @@ class AnyTokenLM(LM):
             raise HarnessError(
                 f"Unknown model argument {unknown[0]!r}; allowed: pretrained, device, adapter, plain, max_gen_toks."
             )
-        loaded = isinstance(pretrained, AnyToken)
-        self.model = pretrained if loaded else AnyToken.from_pretrained(pretrained, device or "auto", adapter)  # type: ignore[arg-type]
+        if not isinstance(pretrained, AnyToken):
+            pretrained = AnyToken.from_pretrained(pretrained, device or "auto", adapter)
+        self.model: AnyToken = pretrained
         self.plain = str(plain).lower() == "true"
         self.max_gen_toks = max_gen_toks
 

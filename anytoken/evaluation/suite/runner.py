@@ -105,7 +105,8 @@ def model_fingerprint(model: AnyToken) -> str:
 
 
 def _header(task: Task, data: TaskSet, fingerprint: str) -> dict[str, str]:
-    asked = json.dumps(task.model_dump(mode="json", exclude=SCORED_LATER), sort_keys=True)
+    later = SCORED_LATER - ({"count"} if task.join and task.decoding.how == "retrieve" else set())
+    asked = json.dumps(task.model_dump(mode="json", exclude=later), sort_keys=True)
     digest = hashlib.sha256((asked + data.digest()).encode()).hexdigest()
     return {"task": task.name, "asked": digest, "model": fingerprint}
 
@@ -154,7 +155,7 @@ def _content(content: Any) -> str:
     return written([Text(content)] if isinstance(content, str) else content)
 
 
-def _read_lines(path: Path, header: dict[str, str]) -> dict[int, dict[str, Any]]:
+def _read_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Answers that a file holds, by id; a torn last line is cut off. TaskError for those of something else."""
     if not path.is_file():
         return {}
@@ -163,9 +164,9 @@ def _read_lines(path: Path, header: dict[str, str]) -> dict[int, dict[str, Any]]
     if whole != data:
         path.write_bytes(whole)
     try:
-        first, *rest = read_json_lines(path) if whole.strip() else [header]
-        found = {line["id"]: line for line in rest}
-    except (JSONLinesError, KeyError) as error:
+        first, *rest = read_json_lines(path) if whole.strip() else iter([header])
+        found = {int(line["id"]): line for line in rest}
+    except (JSONLinesError, KeyError, TypeError, ValueError) as error:
         raise TaskError(
             f"{path} is no file of answers ({error}); give another --out, or --overwrite."
         ) from error

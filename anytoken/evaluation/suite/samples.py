@@ -233,7 +233,7 @@ class TaskSet:
                 )
                 for one in samples
             ]
-        labels = decoding.labels or sorted({one.truth_text for one in samples})
+        labels = decoding.labels or sorted(self._all_answers() or {one.truth_text for one in samples})
         if len(labels) < 2:
             raise TaskError(f"{self.task.name}: to classify takes two labels or more; there is {labels}.")
         found = [_with_labels(one, labels) for one in samples]
@@ -245,6 +245,12 @@ class TaskSet:
             )
         return found
 
+    def _all_answers(self) -> set[str]:
+        """The answers of all records that could be asked about, so that they do not depend on `count`."""
+        if any(field.name == OTHER for field in fields(self.task.answer)):
+            return set()
+        return {written(one) for _, record in self.records for one in self._answers(record)[:1]}
+
     def truths(self, split: str) -> list[str]:
         """The first answers, in words, of the records of another split; for the majority answer."""
         if any(field.kind != "text" or field.name == OTHER for field in fields(self.task.answer)):
@@ -252,23 +258,34 @@ class TaskSet:
         return [written(self._answers(one)[0]) for _, one in self.everything if self.wanted(one, split)]
 
     def items(self, samples: Sequence[Sample]) -> tuple[list[Any], list[list[int]]]:
-        """The different items that prompts are to find, each as segments, and of each sample the right ones."""
+        """The different items that prompts are to find, each as segments, and of each sample the right ones.
+
+        Items are those of all records that could be asked about; of joined records, those of the samples.
+        """
         decoding: Any = self.task.decoding
         template = decoding.item or self.task.answer
-        found: dict[str, tuple[list[Segment], set[str]]] = {}
-        keys = []
-        for one in samples:
-            key = json.dumps([_raw(field, one.record) for field in fields(template)] or template)
-            group = str(one.record.get(decoding.match)) if decoding.match else key
-            found.setdefault(key, (fill(template, one.record, self.opener(one.record)), set()))[1].add(group)
-            keys.append((key, group))
-        numbers = {key: number for number, key in enumerate(found)}
-        groups: dict[str, list[int]] = defaultdict(list)
-        for key, (_, names) in found.items():
-            for name in names:
-                groups[name].append(numbers[key])
-        right = [sorted({numbers[key], *(groups[group] if decoding.match else ())}) for key, group in keys]
-        return [segments for segments, _ in found.values()], right
+        pool = [one.record for one in samples] if self.task.join else [record for _, record in self.records]
+        numbers: dict[str, int] = {}
+        groups: dict[str, set[int]] = defaultdict(set)
+        items: list[list[Segment]] = []
+        for record in pool:
+            key = _key(template, record)
+            if key not in numbers:
+                numbers[key] = len(items)
+                items.append(fill(template, record, self.opener(record)))
+            groups[str(record.get(decoding.match))].add(numbers[key])
+        right = [
+            groups[str(one.record.get(decoding.match))]
+            if decoding.match
+            else {numbers[_key(template, one.record)]}
+            for one in samples
+        ]
+        return items, [sorted(one) for one in right]
+
+
+def _key(template: str, record: Record) -> str:
+    """What tells items apart: the raw values of their fields."""
+    return json.dumps([_raw(field, record) for field in fields(template)] or template)
 
 
 def _raw(field: Field, record: Mapping[str, Any]) -> Any:

@@ -73,7 +73,7 @@ class Classify(Part):
 
     how: Literal["classify"]
     labels: list[str] | str | None = Field(
-        default=None, description="by default the different answers of the set's evaluated records"
+        default=None, description="by default the different answers of all records that could be asked about"
     )
     normalize: Normalize = "none"
 
