@@ -39,8 +39,11 @@ async def embeddings(body: EmbeddingsBody, request: Request) -> dict[str, Any]:
     except ValueError as error:
         raise BadRequest(str(error), "input") from error
     service.metrics.tokens.labels("in", "all").inc(tokens)
-    encode = _base64 if body.encoding_format == "base64" else np.ndarray.tolist
-    data = [{"object": "embedding", "index": n, "embedding": encode(one)} for n, one in enumerate(vectors)]
+    packed = body.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": n, "embedding": _base64(one) if packed else one.tolist()}
+        for n, one in enumerate(vectors)
+    ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
 

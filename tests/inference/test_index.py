@@ -231,3 +231,21 @@ def test_a_model_without_a_head_builds_if_told_to(folder, model, tmp_path):
         .search("red apple and more", k=1)[0]
         .item.text.startswith("red")
     )
+
+
+def test_a_qdrant_collection_finds_the_same(folder, searcher, tmp_path):
+    from anytoken.inference.qdrant import QdrantIndex
+
+    index = Index.build(folder, searcher)
+    store = QdrantIndex(searcher, str(tmp_path / "store"), "media")
+    store.add(index)
+    store.add(index)  # again: nothing is there twice
+    assert len(store) == len(index) == 6
+    for one, other in zip(store.search("green pear", k=6), index.search("green pear", k=6), strict=True):
+        assert one.item == other.item and one.score == pytest.approx(other.score, abs=1e-5)
+        assert one.file == other.file
+    assert {hit.item.kind for hit in store.search("pear", kinds=["image"])} == {"image"}
+    searcher.embedding_heads[None] = EmbeddingHead(32, ["text", "image"], 8)
+    store.client.close()
+    with pytest.raises(SearchError, match="holds vectors of 12 dimensions, and this model's have 8"):
+        QdrantIndex(searcher, str(tmp_path / "store"), "media")

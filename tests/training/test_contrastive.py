@@ -197,6 +197,7 @@ def pairs(world: Path, base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 LORA = {"lora": {"r": 4, "alpha": 8, "experts": False, "dropout": 0.1}, "trainable": ["*"]}
+BOTH = [pytest.param({}, id="frozen", marks=pytest.mark.slow), pytest.param(LORA, id="lora")]
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -233,11 +234,8 @@ def test_a_head_learns_to_retrieve_on_a_frozen_model(pairs: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "changes",
     [
-        {"positives": "text"},
-        {"graded": 4.0},
-        {"tokenwise": 0.5},
-        {"intra_modal": 0.1, "hard_negatives": 0.5, "noise": 0.5},
-        {"teacher": "momentum"},
+        {"positives": "text", "tokenwise": 0.5, "intra_modal": 0.1},
+        {"graded": 4.0, "hard_negatives": 0.5, "noise": 0.5, "teacher": "momentum"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -263,6 +261,7 @@ def test_an_adapter_is_trained_with_the_head_and_loads_with_it(pairs: dict[str, 
     )
 
 
+@pytest.mark.slow
 def test_weights_that_are_trained_make_a_checkpoint(pairs: dict[str, Any]) -> None:
     from anytoken.inference.api import AnyToken
 
@@ -275,7 +274,7 @@ def test_weights_that_are_trained_make_a_checkpoint(pairs: dict[str, Any]) -> No
     )  # it went on from the head that was there
 
 
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["frozen", "lora"])
+@pytest.mark.parametrize("changes", BOTH)
 def test_a_chunk_size_changes_nothing(pairs: dict[str, Any], changes: dict[str, Any]) -> None:
     if changes:
         changes = changes | {"lora": {**LORA["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
@@ -287,7 +286,7 @@ def test_a_chunk_size_changes_nothing(pairs: dict[str, Any], changes: dict[str, 
     assert all(torch.allclose(one, folders[1][name], atol=1e-4) for name, one in folders[0].items())
 
 
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["frozen", "lora"])
+@pytest.mark.parametrize("changes", BOTH)
 def test_resumed_is_uninterrupted(
     pairs: dict[str, Any], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +332,7 @@ def test_an_old_index_keeps_serving_a_new_head(pairs: dict[str, Any], base: Path
         old.embedding_heads[None].to_old(queries)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_a_folder(pairs: dict[str, Any], base: Path) -> None:
     teacher = train(TrainConfig.from_dict(pairs | {"steps": 40}))
     student = pairs | {"output": pairs["output"] + "-student", "steps": 40}
@@ -346,7 +346,7 @@ def test_a_teacher_of_a_folder(pairs: dict[str, Any], base: Path) -> None:
 # ---- processes ----
 
 
-@pytest.mark.parametrize("changes", [{}, LORA], ids=["frozen", "lora"])
+@pytest.mark.parametrize("changes", BOTH)
 def test_two_processes_are_one(pairs: dict[str, Any], changes: dict[str, Any]) -> None:
     if changes:
         changes = changes | {"lora": {**LORA["lora"], "dropout": 0.0}}  # type: ignore[dict-item]
