@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -81,6 +82,7 @@ def complain(error: Exception) -> None:
     )
     if message:
         line = " ".join(message.split())
+        line = re.sub(r"Input should be (.*?), unable to parse .*", r"it must be \1", line)
         Console(stderr=True, soft_wrap=True).print(
             f"anytoken: {line}", style="red", markup=False, highlight=False
         )

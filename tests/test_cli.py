@@ -20,6 +20,7 @@ from anytoken.cli import app
 from anytoken.segments import Image
 
 ROOT = Path(__file__).parents[1]
+TOKENIZERS = ROOT / "anytoken" / "pretrained" / "mini" / "tokenizers"
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,18 @@ def test_help_imports_nothing_heavy():
         (["generate", "hello", "--model", "no-such-model"], "no-such-model"),
         (["train", "stages/no_such_stage.yaml"], "stages/no_such_stage.yaml"),
         (["train", "stages/lora.yaml", "bogus=1"], "bogus"),
+        (["train", "stages/lora.yaml", "stepz=1"], "unknown key 'stepz' (did you mean 'steps'?)"),
+        (["train", "stages/lora.yaml", "steps=-1"], "steps must be greater than 0, got -1"),
+        (["trian", "stages/lora.yaml"], "Did you mean 'train'?"),
+        (["generate", "hello", "--temprature", "1"], "--temperature"),
+        (["generate", "hello", "--seed", "x"], "'--seed': it must be a valid integer"),
+        (["generate", "hello", "--device", "cudda"], "'cudda' is not usable here (did you mean 'cuda'?)"),
+        (["generate", "hello", "-m", "minni"], "(did you mean 'mini'?)"),
+        (["init", "--backbone", "no/such", "--tokenizers", TOKENIZERS, "--out", "o"], "no folder 'no/such'"),
+        (["plan", "stages/lora.yaml", "--gpu", "h10"], "did you mean 'h100'?"),
+        (["plan", "stages/lora.yaml", "init_from=mni"], "did you mean 'mini'?"),
+        (["serve", "--set", "max_waitin=3"], "did you mean 'max_waiting'?"),
+        (["serve", "--set", "max_waiting=-3"], "max_waiting must be greater than or equal to 0, got '-3'"),
         (["detokenize", "no-such-ids.json"], "no-such-ids.json"),
         (["tokenizer", "train", "no-such-recipe", "--data", "d", "--out", "o"], "no-such-recipe"),
         (["data", "tokenize", "no-such.jsonl", "--tokenizers", "t", "--out", "o"], "t holds no tokenizer"),

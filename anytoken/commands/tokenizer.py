@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from anytoken import recipes
 from anytoken.commands.options import Out, Overrides, examples
@@ -59,6 +62,7 @@ def tokenizer_train(
     from anytoken.training.tokenizer.trainer import train_tokenizer
 
     print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
+    print(f"next: {shlex.join(['anytoken', 'tokenizer', 'eval', str(out), '--data', str(data)])}")
 
 
 @app.command(
@@ -80,18 +84,31 @@ def tokenizer_eval(
     count: Count = None,
     learnability: Learnability = False,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
     import json
 
     from anytoken.evaluation.tokenizers.card import make_card
+    from anytoken.evaluation.tokenizers.compare import summary
     from anytoken.evaluation.tokenizers.evaluate import measure
 
-    if card is None:
-        found = measure(tokenizer, data, count, seed, genome or [], image, files, learnability)
-        print(json.dumps(found.figures, indent=2, ensure_ascii=False))
+    measured = (count, seed, genome or [], image, files, learnability)
+    if card is not None:
+        page = make_card(tokenizer, data, card, *measured)
+        figures = json.loads((card / "figures.json").read_text(encoding="utf-8"))
     else:
-        print(make_card(tokenizer, data, card, count, seed, genome or [], image, files, learnability))
+        figures = measure(tokenizer, data, *measured).figures
+    if as_json:
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        return
+    head, *rows = summary(figures)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    if card is not None:
+        print(page)
 
 
 @app.command(

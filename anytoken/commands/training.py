@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,16 +31,23 @@ def train(
 ) -> None:
     """Run a training stage; the same command resumes it where it was stopped."""
     from anytoken.training.config import TrainConfig
+
+    recipe = TrainConfig.load(
+        recipes.find(stage), overrides or []
+    )  # a mistake is told before the loop is imported
     from anytoken.training.debug_model import tiny as shrink
     from anytoken.training.interrupts import Interrupted
+    from anytoken.training.report.markdown import summary
     from anytoken.training.trainer import train as run
 
-    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
+    recipe = shrink(recipe) if tiny else recipe
     try:
-        print(run(shrink(recipe) if tiny else recipe, _answer))
+        run(recipe, _answer)
     except Interrupted as stop:
         Console(stderr=True, soft_wrap=True).print(f"anytoken: {stop}", markup=False, highlight=False)
         raise
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
+        print("\n".join(summary(recipe)))
 
 
 def _answer(lm: Any, processor: Any, prompt: Any, output: Any) -> str:
@@ -79,8 +88,10 @@ def prefer(
     """Train an adapter on preferred answers (DPO, through trl)."""
     from anytoken.training.dpo import DPOArgs
     from anytoken.training.dpo import prefer as run
+    from anytoken.training.report.markdown import adapted
 
     print(run(model, pairs, out, DPOArgs(steps, batch, lr, beta, seed=seed)))
+    print(f"next: {shlex.join(['anytoken', 'chat', *adapted(model, out)])}")
 
 
 @app.command("merge-adapter", epilog=examples("anytoken merge-adapter mini runs/lora --out runs/merged"))
@@ -141,9 +152,13 @@ def plan(
     from anytoken.training.config import TrainConfig
 
     recipe = TrainConfig.load(recipes.find(stage), overrides or [])
-    config = planning.read_config(model, new_ids) if model else planning.planned_config(recipe)
     gpus = gpus or recipe.distributed.world_size
-    found = planning.plan(recipe, config, gpus, gpu, sharding or planning.sharding_of(recipe), share_of_peak)
+    sharding = sharding or planning.sharding_of(recipe)
+    if model:
+        config, space = planning.read_config(model, new_ids), None
+    else:
+        config, space = planning.planned_start(recipe)
+    found = planning.plan(recipe, config, gpus, gpu, sharding, share_of_peak, space)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return

@@ -21,6 +21,7 @@ from anytoken.emoji_world.directions import DIRECTIONS, Direction, EvalExample
 from anytoken.emoji_world.products import score_products
 from anytoken.emoji_world.tasks import EvalDatasets, Parts, features
 from anytoken.evaluation.metrics import majority, nearest, share
+from anytoken.utils.hints import choices
 from anytoken.segments import Segment, Text
 from anytoken.utils.git import commit
 
@@ -51,7 +52,7 @@ def evaluate(
     began, code = time.perf_counter(), commit()  # of the code that is loaded, not of what comes meanwhile
     unknown = sorted(set(directions or ()) - set(DIRECTIONS))
     if unknown:
-        raise ReportError(f"Unknown direction {unknown[0]!r}; there are {', '.join(DIRECTIONS)}.")
+        raise ReportError(f"Unknown direction {unknown[0]!r}{choices(unknown[0], DIRECTIONS)}.")
     asked = [DIRECTIONS[name] for name in directions or DIRECTIONS]
     able = [one for one in asked if world.has(one) and {*one.sources, one.target} <= set(model.kinds)]
     if not able:

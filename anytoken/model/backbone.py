@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from anytoken.utils.hints import no_such_model
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.embedding_init import appended_rows
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -50,6 +51,8 @@ def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **settings)
         tokenizer = AutoTokenizer.from_pretrained(path, **settings)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if not Path(path).exists():
+            raise BackboneError(f"{no_such_model(source)} ({type(error).__name__}).") from error
         raise BackboneError(f"{source} does not load as a causal language model: {error}") from error
     if not tokenizer.is_fast:
         raise BackboneError(f"{source} has no tokenizer.json, which is what its texts are read with.")

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from anytoken.utils.hints import nearest
 from anytoken.model.attention import AttentionError, use_attention
 from anytoken.model.backbone import adopt_backbone
 from anytoken.model.configuration import AnyTokenConfig
@@ -43,7 +44,11 @@ def checkpoint_folder(init_from: str) -> Path:
     """The folder that ``init_from`` means; StageError if it holds no checkpoint."""
     folder = MINI if init_from == "mini" else Path(init_from)
     if not (folder / "token_space.json").is_file():
-        raise StageError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
+        beside = folder.parent.glob(f"*/{SPACE_FILE}") if folder.parent.is_dir() else ()
+        known = ["mini", "scratch", *(str(path.parent) for path in beside)]
+        raise StageError(
+            f"init_from {init_from!r} is no checkpoint folder (no token_space.json){nearest(init_from, known)}"
+        )
     return folder
 
 

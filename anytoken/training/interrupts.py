@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anytoken.training.checkpoint import saved_states, write_whole
+from anytoken.training.checkpoint import begin_from, saved_states, write_whole
 from anytoken.training.config import TrainConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -91,20 +91,14 @@ def dump_divergence(
 
 
 def _advice(happened: str, stage: TrainConfig, batch: Path, broken: bool) -> str:
-    states = saved_states(Path(stage.output))
     where = (
         "weights are no longer finite, so an earlier step broke them"
         if broken
         else "weights are still finite"
     )
-    if not states:
-        start = "begin anew"
-    elif stage.lora is None:
-        start = f"begin anew from the last state (init_from={states[-1]})"
-    else:
-        start = f"begin anew from the last state (lora.start={states[-1]})"
     return (
-        f"{happened}; the {where}. Its batch is in {batch} and what is known of it in {batch.stem}.json. "
-        f"The same recipe would meet it again: {start} with another output and a lower optimizer.lr "
-        f"(now {stage.optimizer.lr}), a longer schedule.warmup_steps or another seed."
+        f"{happened}; the {where}. Its batch is in {batch} and what is known of it in {batch.with_suffix('.json')}. "
+        f"The same recipe would meet it again: take a lower optimizer.lr (now {stage.optimizer.lr}), a longer "
+        "schedule.warmup_steps or another seed, and begin another run"
+        f"{begin_from(stage, saved_states(Path(stage.output)))}"
     )

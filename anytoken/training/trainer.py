@@ -30,6 +30,7 @@ from anytoken.processor import Processor
 from anytoken.training.callbacks import TrainingCallback
 from anytoken.training.checkpoint import (
     SaveError,
+    begin_from,
     clear_partial,
     commit_checkpoint,
     is_finished,
@@ -326,8 +327,8 @@ class StageTrainer(Trainer):
             self.train(resume_from_checkpoint=str(states[-1]) if states else None)
         if self.state.global_step < self.schedule.total:
             raise Interrupted(
-                f"stopped and saved at step {self.state.global_step} of {self.schedule.total} in {self.folder}; "
-                "the same command goes on from there"
+                f"stopped at step {self.state.global_step} of {self.schedule.total} and saved in "
+                f"{saved_states(self.folder)[-1]}; the same command resumes from there"
             )
 
 
@@ -447,7 +448,7 @@ def _suit(stage: TrainConfig, state: Path) -> None:
     if before["engine"] != engine:
         raise StageError(
             f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
-            f"that again, or begin another run with init_from={state}"
+            f"that again, or begin another run{begin_from(stage, [state])}"
         )
     if _is_converted(stage):
         convert(state)

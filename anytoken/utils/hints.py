@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
@@ -19,6 +20,16 @@ def nearest(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str
     """ " (did you mean 'image'?)", or nothing where no allowed name is near."""
     near = get_close_matches(str(given), list(allowed), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def no_such_model(name: str | Path, bundled: Sequence[str] = ()) -> str:
+    """What to say of a name that neither this machine nor the hub has a model of: a folder that may be meant."""
+    parent = Path(name).parent
+    beside = [str(one) for one in parent.iterdir() if one.is_dir()] if parent.is_dir() else []
+    return (
+        f"there is no folder {str(name)!r}{nearest(name, [*bundled, *beside])}, and the hub gave no model of that "
+        "name; give a folder that exists, or a hub id such as Qwen/Qwen3-0.6B"
+    )
 
 
 def choices(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str:

@@ -17,6 +17,7 @@ import yaml
 from anytoken import recipes
 from anytoken.training.config import StageError, TrainConfig
 from anytoken.training.metrics import read_metrics
+from anytoken.training.report.markdown import REPORT
 from anytoken.training.report.samples import read_samples
 from anytoken.training.report.svg import Line, flowing, heat_map, line_chart, thin
 
@@ -50,7 +51,7 @@ class HtmlReport:
         start = time.monotonic()
         if start < self.next and not finished:
             return
-        path = self.folder / "report.html"
+        path = self.folder / REPORT
         scratch = path.with_name(".report.html.tmp")
         scratch.write_text(self._html(finished), encoding="utf-8")
         scratch.replace(path)
