@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from anytoken.inference.index import Index
     from anytoken.inference.outputs import GenerationOutput
     from anytoken.inference.sampling import Sampling
+    from anytoken.limits import MediaLimitError, MediaLimits, media_limits
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
     from anytoken.tokenizers.registry import load_modality
@@ -38,6 +39,8 @@ _HOME = {
     "GenerationOutput": "inference.outputs",
     "Image": "segments",
     "Index": "inference.index",
+    "MediaLimitError": "limits",
+    "MediaLimits": "limits",
     "ModalityTokenizer": "tokenizers.base",
     "Sampling": "inference.sampling",
     "Segment": "segments",
@@ -46,11 +49,13 @@ _HOME = {
     "Video": "segments",
     "load": "inference.api",
     "load_modality": "tokenizers.registry",
+    "media_limits": "limits",
     "register_modality": "tokenizers.base",
 }
 __all__ = [
-    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "Index", "ModalityTokenizer", "Sampling", "Segment",
-    "Speech", "Text", "Video", "load", "load_modality", "register_modality",
+    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "Index", "MediaLimitError", "MediaLimits",
+    "ModalityTokenizer", "Sampling", "Segment", "Speech", "Text", "Video", "load", "load_modality", "media_limits",
+    "register_modality",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL.Image import Image as Picture
 
 from anytoken.grammar import ROLES, Grammar, GrammarError, Piece
-from anytoken.media_io import write_whole
+from anytoken.media_io import is_below, write_whole
 from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import TokenSpace, TokenSpaceError
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
@@ -48,6 +48,7 @@ class Processor:
         self.token_space = token_space
         self.text_tokenizer = text_tokenizer
         self.tokenizers = dict(tokenizers)
+        self.media_root: str | Path | None = None  # where strings in messages may name files
         self._check_fit()
         self.grammar = Grammar(token_space)
 
@@ -156,8 +157,9 @@ class Processor:
 
         prompt: a string, a segment, a list of both, or messages in the chat convention. A list may also hold
         paths (pathlib.Path), PIL images and uint8 [H, W, 3] arrays; a part of a message may give its medium as a
-        segment, a path, bytes, a PIL image or an array. PromptError says which part is wrong and what is
-        allowed; nothing is opened before all parts have been looked at.
+        segment, a Path, bytes, a PIL image or an array. A string in a part may come from elsewhere (JSON, a
+        request), so it names a file only below `media_root`, which is none by default. PromptError says which part
+        is wrong and what is allowed; nothing is opened before all parts have been looked at.
         """
         parts = prompt if isinstance(prompt, list | tuple) else [prompt]
         if any(isinstance(part, Mapping) and "role" in part for part in parts):
@@ -219,12 +221,29 @@ class Processor:
         if kind == "text" and isinstance(part.get("text"), str):
             return partial(Text, value)
         segment_type = self.kinds[kind]
+        if isinstance(value, str) and not (kind == "dna" and value.isalpha()):
+            value = self._find_file(value, where)
         if isinstance(value, segment_type):
             return lambda: value
         if isinstance(value, Segment):
             raise PromptError(f"{where}: a part of type {kind} holds a segment of kind {value.kind!r}.")
         settings = {key: one for key, one in part.items() if key not in ("type", kind, "path")}
         return partial(_open_medium, segment_type, value, settings, where)
+
+    def _find_file(self, value: str, where: str) -> Path:
+        """The file that a string in a message names; PromptError unless it is a regular one below `media_root`."""
+        if self.media_root is None:
+            raise PromptError(
+                f"{where}: {value!r:.80} is a string, and strings in messages open no files, since messages may come "
+                "from elsewhere; give pathlib.Path(...), a segment or bytes, or allow a folder with "
+                'anytoken.load(..., media_root="folder").'
+            )
+        path = Path(self.media_root) / value
+        if "\0" in value or not is_below(path, [self.media_root]):
+            raise PromptError(f"{where}: {value!r:.80} is outside of media_root, {self.media_root}.")
+        if not path.is_file():
+            raise PromptError(f"{where}: there is no regular file {value!r:.80} in {self.media_root}.")
+        return path
 
     def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
         """A conversation (or anything `messages` takes) as ids, from bos; with the assistant's opening at the end.
@@ -363,9 +382,8 @@ def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str,
     kind = segment_type.kind
     build: Callable[..., Segment] = segment_type
     opener: Callable[..., Segment] = getattr(segment_type, "open", build)
-    inline = kind == "dna" and isinstance(value, str) and value.isalpha() and not os.path.exists(value)
     try:
-        if isinstance(value, np.ndarray) or inline:
+        if isinstance(value, np.ndarray | str):  # a string is DNA's bases: paths are Paths here
             return build(value, **settings)
         return opener(value, **settings)
     except (TypeError, OSError) as error:

@@ -14,6 +14,8 @@ ROOMS = (
     "moved",
     "utils",
     "recipes",
+    "limits",
+    "video_io",
     "media_io",
     "segments",
     "tokenizers",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Out, Workers, examples
+from anytoken.commands.options import Limits, Out, Workers, examples
 
 app = typer.Typer(
     no_args_is_help=True, help="Build the data sets, check records, and tokenize them into shards."
@@ -164,6 +164,7 @@ def data_check(
     ] = None,
     rename: Rename = None,
     data_root: DataRoot = None,
+    limits: Limits = None,
 ) -> None:
     """List every bad record with its place and reason; exit code 2 if there is any. Of shards: compare checksums."""
     from anytoken.data.records import RecordError
@@ -214,6 +215,7 @@ def data_tokenize(
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of records that may be bad.")] = 0.01,
     rename: Rename = None,
     data_root: DataRoot = None,
+    limits: Limits = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace shards of other records in OUT.")
     ] = False,

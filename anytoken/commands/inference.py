@@ -16,6 +16,7 @@ from anytoken.commands.options import (
     Adapter,
     CfgScale,
     Device,
+    Limits,
     MaxNewTokens,
     MinP,
     Model,
@@ -147,6 +148,7 @@ def generate(
     stream: Annotated[
         bool, typer.Option(help="Show the reply while it is made; with --json one line an event.")
     ] = False,
+    limits: Limits = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
@@ -185,7 +187,9 @@ def generate(
 
 @app.command(cls=PromptCommand, epilog=examples('anytoken tokenize "a fox" cat.png > ids.json'))
 def tokenize(
-    prompt: Annotated[list[str], typer.Argument(metavar="FILE...", help=PROMPT_HELP)], model: Model = "mini"
+    prompt: Annotated[list[str], typer.Argument(metavar="FILE...", help=PROMPT_HELP)],
+    model: Model = "mini",
+    limits: Limits = None,
 ) -> None:
     """Print segments as a JSON list of token ids."""
     parts = [read_part(part) for part in prompt]

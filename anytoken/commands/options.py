@@ -10,6 +10,16 @@ import typer
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
 
+
+def allow_limits(context: typer.Context, given: list[str] | None) -> list[str] | None:
+    """Set limits of media for as long as the command runs."""
+    if given:
+        from anytoken.limits import media_limits, parse_limits
+
+        context.with_resource(media_limits(**parse_limits(given)))
+    return given
+
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A bundled name, a checkpoint folder, or a hub id.")
 ]
@@ -40,6 +50,16 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Of ids the reply already holds; 1 is off.")]
 CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limits",
+        metavar="NAME=NUMBER",
+        callback=allow_limits,
+        help="Take larger media: max_pixels, max_frames, max_seconds, max_letters, max_bytes, max_video_pixels, "
+        "max_decoded_bytes.",
+    ),
+]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in token ids; by default what fits.")]
 
 

@@ -41,6 +41,9 @@ def serve(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a limit: --set max_waiting=16."),
     ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image or frame.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds of speech or video.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin of pages that may call the server.")] = None,
     device: Device = "auto",
     adapter: Adapter = None,
@@ -60,6 +63,8 @@ def serve(
 
     keys = read_keys(api_keys)
     check_exposure(host, keys, allow_open)
-    settings = settings_from(limits or [], keys, tuple(cors or ()))
+    media = {"max_pixels": max_pixels, "max_seconds": max_seconds, "max_frames": max_frames}
+    changes = [*(limits or []), *(f"{key}={value}" for key, value in media.items() if value is not None)]
+    settings = settings_from(changes, keys, tuple(cors or ()))
     opened = load(model, device, adapter)
     run(opened, name or Path(model).name, settings, Address(host, port), log_level)

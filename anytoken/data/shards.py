@@ -30,6 +30,7 @@ from anytoken.data.parallel import run
 from anytoken.data.records import Record, RecordError
 from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
 from anytoken.data.sources import Source, open_source
+from anytoken.limits import current_limits
 from anytoken.media_io import write_whole
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.json_lines import JSONLinesError, read_json_lines
@@ -80,7 +81,7 @@ def tokenize_records(
     encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
     the share ``max_bad`` of all (or, while their number is not known, of those read, a thousand at least) is bad.
     """
-    source, out = open_source(records, rename), Path(out)
+    source, out = open_source(records, rename, data_root), Path(out)
     tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items()}
     plan = {
         "version": 2,
@@ -131,7 +132,7 @@ def _jobs(
         if not chunk:
             return
         if index not in done:
-            yield Job(index, source.parse, source.root, chunk, batch_size, data_root)
+            yield Job(index, source.parse, source.root, chunk, batch_size, data_root, current_limits())
 
 
 class _Tally:

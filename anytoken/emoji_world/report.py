@@ -21,9 +21,9 @@ from anytoken.emoji_world.directions import DIRECTIONS, Direction, EvalExample
 from anytoken.emoji_world.products import score_products
 from anytoken.emoji_world.tasks import EvalDatasets, Parts, features
 from anytoken.evaluation.metrics import majority, nearest, share
-from anytoken.utils.hints import choices
 from anytoken.segments import Segment, Text
 from anytoken.utils.git import commit
+from anytoken.utils.hints import choices
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken

@@ -111,6 +111,7 @@ class AnyToken:
         quantize: str | None = None,
         compile: bool = False,
         attn_implementation: str = "auto",
+        media_root: str | Path | None = None,
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
@@ -119,12 +120,15 @@ class AnyToken:
         minute or so the first time and says so; later loads find it in torch's cache. attn_implementation: "sdpa",
         "flex_attention", "flash_attention_2", "flash_attention_3" or "eager"; "auto" takes FlashAttention where its
         package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
+        media_root: the folder whose files strings in message parts may name (`{"type": "image", "image": "a.png"}`);
+        without it they name none, since messages may come from elsewhere, and only a pathlib.Path does.
         ValueError (CheckpointError, AttentionError and the like) names the file that is missing or damaged, the
         unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
         folder = find_checkpoint(name_or_path)
         lm, processor = load_folder(folder, chosen, adapter, quantize, attn_implementation)
+        processor.media_root = media_root
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
@@ -684,9 +688,12 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
     attn_implementation: str = "auto",
+    media_root: str | Path | None = None,
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
-    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile, attn_implementation)
+    return AnyToken.from_pretrained(
+        name_or_path, device, adapter, quantize, compile, attn_implementation, media_root
+    )
 
 
 @cache

@@ -23,6 +23,7 @@ from uuid import uuid4
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.outputs import GenerationOutput, segment_html
 from anytoken.inference.streaming import Event
+from anytoken.media_io import is_below
 from anytoken.processor import Message
 from anytoken.segments import DNA, KINDS, Segment, Speech, Text, usual_suffix
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
@@ -337,7 +338,7 @@ def _load_part(part: dict[str, str], folder: Path, types: Mapping[str, type[Segm
     if kind not in types:
         raise ChatError(f"The chat in {folder} holds {kind!r}; this model knows {', '.join(types)}.")
     path = folder / Path(part[kind]).name
-    if not path.is_file():
-        raise ChatError(f"{path} is missing: the saved chat is incomplete.")
+    if not path.is_file() or not is_below(path, [folder]):
+        raise ChatError(f"{path} is missing, or a link out of its folder: the saved chat is incomplete.")
     segment = types[kind].open(path)
     return replace(segment, name=part.get("name", segment.name)) if isinstance(segment, DNA) else segment

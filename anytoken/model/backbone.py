@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from anytoken.utils.hints import no_such_model
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.embedding_init import appended_rows
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -29,6 +28,7 @@ from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.hints import no_such_model
 
 TOLERANCE = 1e-4  # of logits, relative to their size: float32 sums in another order
 COPIED = (

@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 
+from anytoken.limits import media_limits
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
-from anytoken.serving.errors import BadRequest
+from anytoken.serving.errors import BadRequest, media_error
 from anytoken.serving.settings import ServerSettings
 
 _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL
 )
-_VIDEO_SUFFIXES = {
-    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",
-    "image/gif": ".gif", "image/webp": ".webp",
-}  # fmt: skip
+_VIDEO_TYPES = (
+    "video/mp4", "video/webm", "video/quicktime", "video/x-matroska", "image/gif", "image/webp",
+)  # fmt: skip
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 AUDIO_TYPES = {
     "wav": "audio/wav",
@@ -96,9 +96,10 @@ def read_part(part: Any, where: str, settings: ServerSettings) -> Segment:
     if kind not in readers:
         raise BadRequest(f"{where} has the type {kind!r}; allowed: {', '.join(readers)}.", where)
     try:
-        return readers[kind]()
+        with media_limits(settings.media_limits):
+            return readers[kind]()
     except ValueError as error:
-        raise BadRequest(f"{where}: {error}", where) from error
+        raise media_error(where, error) from error
 
 
 def _text(text: Any, where: str, settings: ServerSettings) -> Text:
@@ -144,13 +145,9 @@ def _audio(value: Any, where: str) -> Speech:
 
 
 def _video(media_type: str, data: bytes) -> Video:
-    suffix = _VIDEO_SUFFIXES.get(media_type)
-    if suffix is None:
-        raise ValueError(f"a video of type {media_type!r}; allowed: {', '.join(_VIDEO_SUFFIXES)}.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"video{suffix}"
-        path.write_bytes(data)
-        return Video.open(path)
+    if media_type not in _VIDEO_TYPES:
+        raise ValueError(f"a video of type {media_type!r}; allowed: {', '.join(_VIDEO_TYPES)}.")
+    return Video.open(data)
 
 
 # ---- out ----

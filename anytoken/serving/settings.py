@@ -8,7 +8,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from anytoken.limits import MediaLimits
+
 KEY_VARIABLE = "ANYTOKEN_API_KEYS"
+VIDEO_PIXELS = 5_000_000_000  # of a request's video, in all frames: some ten seconds of decoding
+DECODED_BYTES = 1 << 28  # of one medium of a request
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -33,11 +37,27 @@ class ServerSettings(BaseModel):
     max_parts: int = Field(default=64, ge=1, description="content parts of a request")
     max_text: int = Field(default=100_000, ge=1, description="characters of a text part")
     max_bases: int = Field(default=100_000, ge=1, description="letters of a DNA sequence")
+    max_pixels: int = Field(default=25_000_000, ge=1, description="pixels of an image or a video's frame")
+    max_seconds: float = Field(default=600, gt=0, description="length of speech or video")
+    max_frames: int = Field(default=3_600, ge=1, description="frames of a video")
     api_keys: tuple[str, ...] = Field(default=(), repr=False, description="bearer tokens; none: open to all")
     cors_origins: tuple[str, ...] = Field(default=(), description="origins of pages that may call the server")
     voices: tuple[str, ...] = Field(
         default=(), description="voices that the model knows by name, for /v1/audio/speech"
     )
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        """What a request's media may hold; the totals follow from the limits of one frame."""
+        return MediaLimits(
+            max_bytes=self.max_body_bytes,
+            max_pixels=self.max_pixels,
+            max_frames=self.max_frames,
+            max_seconds=self.max_seconds,
+            max_letters=max(self.max_text, self.max_bases),
+            max_video_pixels=VIDEO_PIXELS,
+            max_decoded_bytes=DECODED_BYTES,
+        )
 
     def knows_key(self, given: str) -> bool:
         """Whether a bearer token is one of the keys; takes the same time whichever it is compared with."""

@@ -223,6 +223,9 @@ class TrainConfig(_Part):
         description="tokenizers to change in a checkpoint: modality -> folder; its codes begin anew",
     )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
+    limits: dict[str, float] = Field(
+        default={}, description="limits of media to change, as max_seconds: 7200 (anytoken/limits.py)"
+    )
     data: list[SourceSpec] = Field(min_length=1)
     sampling: SamplingSpec = SamplingSpec()
     trainable: list[str] = ["*"]

@@ -22,7 +22,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anytoken import recipes
-from anytoken.utils.hints import choices, no_such_model
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.processor import SPACE_FILE
 from anytoken.token_space import TokenSpace
@@ -31,6 +30,7 @@ from anytoken.tokenizers.pretrained import KINDS
 from anytoken.training.config import LoraSpec, StageError, TrainConfig
 from anytoken.training.initialize import MINI, build_processor, checkpoint_folder
 from anytoken.training.lora import add_lora
+from anytoken.utils.hints import choices, no_such_model
 
 SHARDING = {
     "ddp": 0,

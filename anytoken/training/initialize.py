@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from anytoken.utils.hints import nearest
 from anytoken.model.attention import AttentionError, use_attention
 from anytoken.model.backbone import adopt_backbone
 from anytoken.model.configuration import AnyTokenConfig
@@ -20,6 +19,7 @@ from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.config import StageError, TrainConfig
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
+from anytoken.utils.hints import nearest
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in

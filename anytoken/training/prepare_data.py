@@ -15,6 +15,7 @@ from anytoken.data.mixture import SourceSpec
 from anytoken.data.shards import MANIFEST, Shards, tokenize_records
 from anytoken.data.validate import near_names
 from anytoken.data.views import auto_views, held_kinds, is_used
+from anytoken.limits import media_limits
 from anytoken.processor import Processor
 from anytoken.training.config import AUTO, StageError, TrainConfig
 
@@ -43,9 +44,11 @@ def _tokenized(stage: TrainConfig, path: str, processor: Processor) -> str:
     if (Path(path) / MANIFEST).is_file():
         return path
     out = Path(stage.output) / FOLDER / cache_name(path)
-    made = tokenize_records(
-        path, processor.tokenizers, out, workers=stage.threads or 1, data_root=stage.data_root or None, overwrite=True
-    )  # fmt: skip
+    root, workers = stage.data_root or None, stage.threads or 1
+    with media_limits(**stage.limits):
+        made = tokenize_records(
+            path, processor.tokenizers, out, workers=workers, data_root=root, overwrite=True
+        )
     return str(made)
 
 

@@ -7,6 +7,7 @@ the training are left as they were, and a run that spends too much of its time o
 import html
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,15 @@ class Sampler:
 
 
 def _as_prompt(prompt: str | list[dict[str, str]]) -> Any:
-    return prompt if isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+    """A prompt of a recipe, whose paths are its owner's own."""
+    if isinstance(prompt, str):
+        return prompt
+    content = [
+        {key: Path(value) if key not in ("type", "text") and os.path.exists(value) else value
+         for key, value in part.items()}
+        for part in prompt
+    ]  # fmt: skip
+    return [{"role": "user", "content": content}]
 
 
 def read_samples(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:

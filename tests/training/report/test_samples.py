@@ -13,7 +13,7 @@ from anytoken.cli import app
 from anytoken.processor import PromptError
 from anytoken.training.config import SampleSpec, StageError, TrainConfig
 from anytoken.training.metrics import read_metrics
-from anytoken.training.report.samples import Sampler, read_samples
+from anytoken.training.report.samples import Sampler, _as_prompt, read_samples
 from anytoken.training.trainer import train
 
 
@@ -111,3 +111,17 @@ def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         20,
         40,
     ]  # at 5 for 10 s: not again before 100 s; then not before 200 s, but at the end
+
+
+def test_paths_in_prompts_of_a_recipe_are_its_owners_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"x")
+    prompt = [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "a.png"},
+        {"type": "dna", "dna": "ACGT"},
+    ]
+    (message,) = _as_prompt(prompt)
+    assert message["content"] == [
+        {"type": "image", "image": Path("a.png")}, {"type": "text", "text": "a.png"}, {"type": "dna", "dna": "ACGT"},
+    ]  # fmt: skip
