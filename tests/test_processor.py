@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
-from anytoken.grammar import GrammarError
-from anytoken.processor import Processor, PromptError
+from anytoken.processor import (
+    Processor,
+)
 from anytoken.segments import DNA, Image, Segment, SegmentError, Speech, Text
-from anytoken.token_space import TokenSpace, TokenSpaceError
+from anytoken.token_space import (
+    TokenSpace,
+)
 from anytoken.tokenizers.base import (
     CodeGrid,
     Codes,
@@ -28,6 +31,7 @@ from anytoken.tokenizers.base import (
 )
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.errors import RequestError, TokenSpaceError
 
 BASES = "ACGT"
 SHADES = 4
@@ -222,16 +226,16 @@ def test_codes_and_ids_of_one_medium() -> None:
     assert PROCESSOR.ids_to_codes(ids) == ("dna", codes)
     assert PROCESSOR.ids_to_codes(PROCESSOR.segment_ids(DOTS))[1].size == (2, 3)
     for wrong, found in [([], "nothing"), (PROCESSOR.segment_ids(APPLE), "text"), (ids * 2, "dna, dna")]:
-        with pytest.raises(GrammarError, match=f"one medium.*received {found}"):
+        with pytest.raises(TokenSpaceError, match=f"one medium.*received {found}"):
             PROCESSOR.ids_to_codes(wrong)
-    with pytest.raises(GrammarError, match="stop"):
+    with pytest.raises(TokenSpaceError, match="stop"):
         PROCESSOR.ids_to_codes(ids[:-1])
     with pytest.raises(TokenizerError, match=r"dna codebook 1 has codes 0 to 3; received .* 4"):
         PROCESSOR.codes_to_ids("dna", Codes(np.array([[0, 4]])))
     with pytest.raises(TokenizerError, match="1 to 6 frames; received 7"):
         PROCESSOR.codes_to_ids("dna", Codes(np.zeros((7, 2))))
     with pytest.raises(
-        PromptError, match=r"'dot' \(did you mean 'dots'\?\); allowed: text, image, dots, dna"
+        RequestError, match=r"'dot' \(did you mean 'dots'\?\); allowed: text, image, dots, dna"
     ):
         PROCESSOR.codes_to_ids("dot", codes)
 
@@ -243,16 +247,16 @@ def test_text_cut_inside_a_letter_and_ids_that_are_no_sequence() -> None:
     PROCESSOR.grammar.validate(PROCESSOR.null_prompt()[:-1])
     dots_ids = PROCESSOR.segment_ids(DOTS)
     for wrong in (dots_ids[:-1], dots_ids[1:], [SPACE.vocab_size], [-1], [SPACE.pad]):
-        with pytest.raises(GrammarError, match=r"\w"):
+        with pytest.raises(TokenSpaceError, match=r"\w"):
             PROCESSOR.detokenize(wrong)
 
 
 @pytest.mark.parametrize(
     ("segment", "error", "message"),
     [
-        ("red apple", PromptError, "segment.*text, image, dots, dna.*str"),
-        (None, PromptError, "NoneType"),
-        (Speech([0.0]), PromptError, "'speech'; allowed: text, image, dots, dna"),
+        ("red apple", RequestError, "segment.*text, image, dots, dna.*str"),
+        (None, RequestError, "NoneType"),
+        (Speech([0.0]), RequestError, "'speech'; allowed: text, image, dots, dna"),
         (DNA("ACGTACG"), TokenizerError, "1 to 6 frames; received 7"),
         (DNA("ACN"), TokenizerError, "-1"),
         (Dots([[0] * 4]), TokenizerError, r"size \(1, 4\)"),
@@ -347,10 +351,10 @@ def test_strings_of_messages_open_files_below_the_media_root_only(
         ("dots", "dots.json"),
     ]:
         for part in ({"type": kind, kind: value}, {"type": kind, "path": value}):
-            with pytest.raises(PromptError, match=r"strings in messages open no files.*media_root"):
+            with pytest.raises(RequestError, match=r"strings in messages open no files.*media_root"):
                 PROCESSOR.messages([{"role": "user", "content": [part]}])
     for path in ("/etc/passwd", "a.txt"):
-        with pytest.raises(PromptError, match="open no files"):
+        with pytest.raises(RequestError, match="open no files"):
             PROCESSOR.messages([{"role": "user", "content": [{"type": "text", "path": path}]}])
     monkeypatch.setattr(PROCESSOR, "media_root", files)
     for part, wanted in [
@@ -362,10 +366,10 @@ def test_strings_of_messages_open_files_below_the_media_root_only(
         assert contents_of(part) == [wanted]
     for value in ("link.png", "inner/secret.png", "../outside/secret.png", str(outside / "secret.png"), "/dev/zero",
                   "a\0.png", ""):  # fmt: skip
-        with pytest.raises(PromptError, match="outside of media_root"):
+        with pytest.raises(RequestError, match="outside of media_root"):
             contents_of({"type": "image", "image": value})
     for value in ("missing.png", "pipe.png"):
-        with pytest.raises(PromptError, match="no regular file"):
+        with pytest.raises(RequestError, match="no regular file"):
             contents_of({"type": "image", "image": value})
 
 
@@ -472,7 +476,7 @@ def test_only_what_the_assistant_says_is_learnt() -> None:
 )
 def test_wrong_prompts_say_where_and_what_is_allowed(prompt: Any, message: str) -> None:
     for call in (PROCESSOR.messages, PROCESSOR.encode_chat, PROCESSOR.encode_training):
-        with pytest.raises(PromptError, match=message):
+        with pytest.raises(RequestError, match=message):
             call(prompt)
 
 
@@ -490,12 +494,12 @@ def test_files_that_do_not_open_are_named(files: Path) -> None:
     ]:
         with pytest.raises(SegmentError, match=message):
             PROCESSOR.messages(prompt)
-    with pytest.raises(PromptError, match="'speech'; allowed"):
+    with pytest.raises(RequestError, match="'speech'; allowed"):
         PROCESSOR.encode_chat(files / "a.wav")
 
 
 def test_nothing_is_opened_before_the_whole_prompt_is_known_to_be_sound(files: Path) -> None:
-    with pytest.raises(PromptError, match="Message 1 has the role 'judge'"):
+    with pytest.raises(RequestError, match="Message 1 has the role 'judge'"):
         PROCESSOR.messages(
             [{"role": "user", "content": files / "missing.png"}, {"role": "judge", "content": "a"}]
         )

@@ -8,11 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing, ratio_of_turns
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+    ratio_of_turns,
+)
 from anytoken.inference.api import AnyToken
 from anytoken.inference.embed import similar_lengths
 from anytoken.inference.index import KINDS, Index, Item
 from anytoken.model.embedding_head import read_states
+from anytoken.utils.errors import EvaluationError
 
 QUERIES, NEAR = 200, 10
 
@@ -22,7 +27,7 @@ def bench_embed(
 ) -> Figures:
     """Rows of an index by kind and size, and how many times as long embedding takes as its forward passes alone.
 
-    sizes: vectors of an index; they are drawn around centres as a model's lie. BenchError if two ways of batching give
+    sizes: vectors of an index; they are drawn around centres as a model's lie. EvaluationError if two ways of batching give
     other vectors.
     """
     ids = model.processor.encode_chats(list(prompts))
@@ -31,7 +36,9 @@ def bench_embed(
     alone = np.concatenate([model.embed_ids([one], untrained=untrained) for one in ids[:8]])
     worst = float(np.abs(together[:8] - alone).max())
     if worst > 1e-4:
-        raise BenchError(f"A prompt's vector alone and in a batch differ by {worst:.2g}: speeds say nothing.")
+        raise EvaluationError(
+            f"A prompt's vector alone and in a batch differ by {worst:.2g}: speeds say nothing."
+        )
     sides = {
         "embed": lambda: model.embed_ids(ids, untrained=untrained),
         "bare forward": lambda: bare_forward(model, ids),

@@ -112,14 +112,17 @@ def _run_tasks(
     from anytoken.evaluation.suite import compare as pairs
     from anytoken.evaluation.suite import page, runner
     from anytoken.evaluation.suite.metrics import Tools
-    from anytoken.evaluation.suite.schema import TaskError, load_tasks
+    from anytoken.evaluation.suite.schema import (
+        load_tasks,
+    )
+    from anytoken.utils.errors import EvaluationError
 
     changes = {name: value for name, value in (("count", count), ("seed", seed)) if value is not None}
     tasks = [one.model_copy(update=changes) for one in load_tasks(files)]
     tools = Tools(data, asr, world_judge(data, judge_steps))
     names = [_name(model, adapter), *(_name(other, None) for other in others)]
     if len(set(names)) < len(names):
-        raise TaskError(
+        raise EvaluationError(
             f"Results are kept by the name of the model, and two are called the same: {', '.join(names)}."
         )
     folders = [

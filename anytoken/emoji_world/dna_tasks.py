@@ -17,8 +17,12 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
-from anytoken.emoji_world.dna import RESIDUES, DNASetError, reverse_complement
+from anytoken.emoji_world.dna import (
+    RESIDUES,
+    reverse_complement,
+)
 from anytoken.segments import Image
+from anytoken.utils.errors import DataError
 
 Line = dict[str, Any]
 UPSTREAM_NT, SITE_NT = 80, 30
@@ -30,7 +34,7 @@ SIDE_PX = 64
 
 
 def build_dna_tasks(dna: Path, out: Path, limit: int | None = None) -> Path:
-    """Build OUT/dna_tasks from the built DNA set; returns the folder. DNASetError if that set is not there.
+    """Build OUT/dna_tasks from the built DNA set; returns the folder. DataError if that set is not there.
 
     promoters.jsonl, starts.jsonl: windows with a label. variants.jsonl: pieces of genes with one base changed, 1 if
     that changes the protein. needles.jsonl: random DNA with one motif, and its digit as an image. limit: lines of a
@@ -38,7 +42,7 @@ def build_dna_tasks(dna: Path, out: Path, limit: int | None = None) -> Path:
     """
     for name in ("genes.jsonl", "intergenic.jsonl"):
         if not (dna / name).is_file():
-            raise DNASetError(f"{dna / name} is missing: build the DNA set with `anytoken data dna` first.")
+            raise DataError(f"{dna / name} is missing: build the DNA set with `anytoken data dna` first.")
     genes, gaps = read_lines(dna / "genes.jsonl"), read_lines(dna / "intergenic.jsonl")
     folder = Path(out) / "dna_tasks"
     (folder / "digits").mkdir(parents=True, exist_ok=True)

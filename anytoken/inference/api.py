@@ -19,7 +19,6 @@ from anytoken.inference.adapters import Adapters
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CHECKPOINT,
-    CheckpointError,
     find_checkpoint,
     is_bare_head,
     load_folder,
@@ -35,7 +34,6 @@ from anytoken.inference.score import (
     Classification,
     Normalize,
     Score,
-    ScoreError,
     check_normalize,
     classify,
     perplexity,
@@ -49,6 +47,7 @@ from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.utils.atomic import check_target, write_folder
+from anytoken.utils.errors import CheckpointError, RequestError
 from anytoken.utils.hints import choices
 
 log = logging.getLogger(__name__)
@@ -56,10 +55,6 @@ TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says
 Output = str | Sequence[str] | None
 Rerank = Callable[[GenerationOutput], float]
 Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
-
-
-class RequestError(ValueError):
-    """A generation request that cannot be served as asked."""
 
 
 class Options(TypedDict, total=False):
@@ -122,7 +117,7 @@ class AnyToken:
         package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
         media_root: the folder whose files strings in message parts may name (`{"type": "image", "image": "a.png"}`);
         without it they name none, since messages may come from elsewhere, and only a pathlib.Path does.
-        ValueError (CheckpointError, AttentionError and the like) names the file that is missing or damaged, the
+        ValueError (CheckpointError, ConfigError and the like) names the file that is missing or damaged, the
         unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
@@ -175,7 +170,7 @@ class AnyToken:
         return self.processor.detokenize(list(ids))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """A prompt as ids, up to and with the assistant's opening; PromptError says what is wrong with it."""
+        """A prompt as ids, up to and with the assistant's opening; RequestError says what is wrong with it."""
         return self.processor.encode_chat(self.processor.messages(prompt), add_generation_prompt=True)
 
     @overload
@@ -222,7 +217,7 @@ class AnyToken:
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
         best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
         their ids (ids without a choice count 0), or by `rerank`, a function of a Reply, higher is better.
-        Options: see `Options`. ValueError (RequestError, PromptError, SamplingError, EngineError) says what
+        Options: see `Options`. ValueError (RequestError, RequestError, RequestError, RequestError) says what
         does not fit.
         """
         _check_count("num_return", num_return)
@@ -285,7 +280,7 @@ class AnyToken:
 
         Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
         reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
-        holds of a prompt is not read again. EngineError for an empty prompt and for ids that are none.
+        holds of a prompt is not read again. RequestError for an empty prompt and for ids that are none.
         """
         return [reply for reply, _ in self._replies(prompts, output, rows, prefixes, **options)]
 
@@ -465,12 +460,12 @@ class AnyToken:
         """The log-likelihood of each answer as the whole reply to a prompt, by token and by segment.
 
         answers: each a string, a segment, or a list of both; the prompt is read once for all of them. With
-        normalize="pmi" each also has its likelihood after an empty prompt. ValueError (ScoreError, PromptError) for no
+        normalize="pmi" each also has its likelihood after an empty prompt. ValueError (RequestError, RequestError) for no
         answers, an empty one, a kind that the model lacks, or more than the context holds.
         """
         check_normalize(normalize)
         if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
-            raise ScoreError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
+            raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
         replies = [self.processor.encode_reply(answer) for answer in answers]
         prior = self.processor.null_prompt() if normalize == "pmi" else None
         return score_ids(self.engine, self.encode_prompt(prompt), replies, prior)
@@ -516,7 +511,7 @@ class AnyToken:
         prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
         single one, which is a list of one. tokens: a vector per content token instead. width: the first so many
         dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
-        then vectors are means of the last hidden states. ValueError (EmbeddingError, PromptError) says what does not
+        then vectors are means of the last hidden states. ValueError (EmbeddingError, RequestError) says what does not
         fit.
         """
         return self.embed_ids(
@@ -600,7 +595,7 @@ class AnyToken:
         """`segment` with the global codes of `other`: recolours an image, converts a voice.
 
         No language model is asked: both are encoded, and the local codes of the first decoded with the header of the
-        second. ValueError (RequestError, PromptError, TokenizerError) for segments of different kinds, and a kind
+        second. ValueError (RequestError, RequestError, TokenizerError) for segments of different kinds, and a kind
         without tokenizer or global codes.
         """
         kinds = [one.kind if isinstance(one, Segment) else type(one).__name__ for one in (segment, other)]
@@ -632,7 +627,7 @@ class AnyToken:
             tokenizer.to(self.lm.device)
 
     def use_adapter(self, name: str | None) -> None:
-        """Answer with an adapter from now on, or with the bare model (None); AdapterError for an unknown name."""
+        """Answer with an adapter from now on, or with the bare model (None); CheckpointError for an unknown name."""
         self.adapters.use(name)
 
     def save_pretrained(

@@ -45,7 +45,10 @@ from anytoken.segments import (
     open_segment,
 )
 from anytoken.utils.atomic import FolderKind, check_target, write_file, write_folder
-from anytoken.utils.json_lines import JSONLinesError, read_json_lines
+from anytoken.utils.errors import DataError
+from anytoken.utils.json_lines import (
+    read_json_lines,
+)
 
 SUFFIXES = {
     "image": IMAGE_SUFFIXES, "speech": SPEECH_SUFFIXES, "video": CONTAINER_SUFFIXES + FRAMES_SUFFIXES,
@@ -444,7 +447,7 @@ class _Work:
                 sources.append(
                     (part["meta"], [Item(**one) for one in part["items"]], path.with_suffix(".npy"))
                 )
-            except (ValueError, KeyError, TypeError, JSONLinesError):
+            except (ValueError, KeyError, TypeError, DataError):
                 path.unlink()
         same = ("root", "width", "untrained")
         for meta, items, vectors in sources:

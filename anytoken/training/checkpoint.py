@@ -24,7 +24,10 @@ from typing import Any
 import yaml
 
 from anytoken.model.embedding_head import FILE as HEAD_FILE
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
+from anytoken.utils.errors import ConfigError
 
 STATE_FOLDER = "state"
 KEPT_STATES = 2
@@ -109,13 +112,15 @@ def move_final(folder: Path) -> None:
 
 
 def is_finished(stage: TrainConfig) -> bool:
-    """Whether the output folder holds this run's end; StageError if it holds another run, or something else."""
+    """Whether the output folder holds this run's end; ConfigError if it holds another run, or something else."""
     folder = Path(stage.output)
     bare = stage.contrastive is not None and stage.lora is None and not stage.trainable
     done = any((folder / name).is_file() for name in ([HEAD_FILE] if bare else MARKERS))
     if not (folder / "stage.yaml").is_file():
         if done:
-            raise StageError(f"{folder} holds a model that no run of this recipe made; choose another output")
+            raise ConfigError(
+                f"{folder} holds a model that no run of this recipe made; choose another output"
+            )
         return False
     before = TrainConfig.from_dict(
         yaml.safe_load((folder / "stage.yaml").read_text()), str(folder / "stage.yaml")
@@ -123,7 +128,7 @@ def is_finished(stage: TrainConfig) -> bool:
     changed = _differences(before.model_dump(mode="json"), stage.model_dump(mode="json"))
     if changed:
         states = [folder] if done else saved_states(folder)[-1:]
-        raise StageError(
+        raise ConfigError(
             f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with "
             f"({folder / 'stage.yaml'}), or begin another run{begin_from(stage, states)}"
         )

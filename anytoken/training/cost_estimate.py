@@ -27,9 +27,13 @@ from anytoken.processor import SPACE_FILE
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.pretrained import KINDS
-from anytoken.training.config import LoraSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    LoraSpec,
+    TrainConfig,
+)
 from anytoken.training.initialize import MINI, build_processor, checkpoint_folder
 from anytoken.training.lora import add_lora
+from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import choices, no_such_model
 
 SHARDING = {
@@ -97,18 +101,18 @@ def plan(
 ) -> CostEstimate:
     """Cost of a stage with a model of this configuration.
 
-    space: of the model, which says how many vocabulary rows a stage trains. StageError for an unknown GPU or sharding,
+    space: of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding,
     a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
     """
     if gpu not in GPUS:
-        raise StageError(f"gpu is {gpu!r}{choices(gpu, GPUS)}")
+        raise ConfigError(f"gpu is {gpu!r}{choices(gpu, GPUS)}")
     if sharding not in SHARDING:
-        raise StageError(f"sharding is {sharding!r}{choices(sharding, SHARDING)}")
+        raise ConfigError(f"sharding is {sharding!r}{choices(sharding, SHARDING)}")
     if not 0 < share_of_peak <= 1:
-        raise StageError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
+        raise ConfigError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
     rows = stage.context * stage.gradient_accumulation_steps * gpus
     if gpus < 1 or stage.tokens_per_batch % rows:
-        raise StageError(
+        raise ConfigError(
             f"tokens_per_batch {stage.tokens_per_batch} is no multiple of {rows}, which is context x "
             "gradient_accumulation_steps x gpus"
         )
@@ -139,7 +143,7 @@ def planned_start(stage: TrainConfig) -> tuple[PretrainedConfig, TokenSpace]:
     """Configuration and token space of what a recipe starts from, downloading nothing and without weights.
 
     That is its checkpoint with the ``modalities`` it adds, its own model from scratch, or its backbone, where that is
-    no checkpoint yet. StageError if there is neither.
+    no checkpoint yet. ConfigError if there is neither.
     """
     if stage.init_from == "scratch":
         space = build_processor(stage.tokenizers).token_space
@@ -169,15 +173,15 @@ def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
     if path.suffix == ".json" and path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" not in settings:
-            raise StageError(f"{path} names no model_type; give a transformers config.json")
+            raise ConfigError(f"{path} names no model_type; give a transformers config.json")
         config = AutoConfig.for_model(**settings)
     else:
         try:
             config = AutoConfig.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             if path.exists():
-                raise StageError(f"{path} holds no configuration of a model: {error}") from error
-            raise StageError(no_such_model(source, ["mini"])) from error
+                raise ConfigError(f"{path} holds no configuration of a model: {error}") from error
+            raise ConfigError(no_such_model(source, ["mini"])) from error
     config.vocab_size += new_ids
     return config
 
@@ -207,7 +211,7 @@ def count(model: PreTrainedModel, trainable: Sequence[str] = ("*",)) -> Paramete
 def count_adapted(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace | None) -> Parameters:
     """Count a model (on the meta device) with an adapter, which alone is trained; the model is wrapped in place."""
     if space is None and spec.new_rows:
-        raise StageError(
+        raise ConfigError(
             f"how many rows {', '.join(spec.new_rows)} has is not known of a bare configuration; leave --model out, or "
             "set lora.new_rows=[]"
         )

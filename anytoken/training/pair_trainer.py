@@ -26,7 +26,10 @@ from anytoken.model.embedding_head import EmbeddingHead, Pooled, has_head, pool,
 from anytoken.processor import FINGERPRINTS, Processor
 from anytoken.training import contrastive as losses
 from anytoken.training.callbacks import TrainingCallback
-from anytoken.training.config import ContrastiveSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    ContrastiveSpec,
+    TrainConfig,
+)
 from anytoken.training.contrastive import Options, Side
 from anytoken.training.grad_cache import Columns, add_up_gradients, backward_in_chunks, gather_rows
 from anytoken.training.initialize import checkpoint_folder
@@ -38,6 +41,7 @@ from anytoken.training.optim.param_groups import parameter_groups
 from anytoken.training.pairs import PairMixture, PairStream, collate
 from anytoken.training.trainer import StageTrainer
 from anytoken.utils.distributed import sum_over_processes
+from anytoken.utils.errors import ConfigError
 
 CACHED_BYTES = 1 << 29  # of a frozen model's features
 MOMENTUM = "momentum.safetensors"  # the momentum teacher's weights, in a state
@@ -133,7 +137,7 @@ def make_pair_trainer(
     data: list[SourceSpec],
     held_out: list[SourceSpec],
 ) -> PairTrainer:
-    """The trainer of a stage with ``contrastive``; StageError for folders that it names and that do not fit."""
+    """The trainer of a stage with ``contrastive``; ConfigError for folders that it names and that do not fit."""
     spec = stage.contrastive
     assert spec is not None
     mixture = _pairs(stage, data, processor)
@@ -178,15 +182,15 @@ def _reference(
     """A frozen model with a head, from a checkpoint or from a head alone, which goes on ``init_from``'s weights."""
     path = Path(folder)
     if not has_head(path):
-        raise StageError(f"contrastive.{key}: {folder} holds no embedding head")
+        raise ConfigError(f"contrastive.{key}: {folder} holds no embedding head")
     if (path / "adapter_config.json").is_file():
-        raise StageError(
+        raise ConfigError(
             f"contrastive.{key}: {folder} is an adapter; make a checkpoint of it (anytoken merge-adapter)"
         )
     head = EmbeddingHead.load(path).requires_grad_(False)
     missing = set(trained.head.modalities) - set(head.modalities)
     if missing:
-        raise StageError(
+        raise ConfigError(
             f"contrastive.{key}: the head of {folder} does not know {', '.join(sorted(missing))}"
         )
     whole = (path / "config.json").is_file()
@@ -195,7 +199,7 @@ def _reference(
         and (path / FINGERPRINTS).is_file()
         and Processor.from_pretrained(path).fingerprints() != (processor.fingerprints())
     ):
-        raise StageError(f"contrastive.{key}: {folder} has other tokenizers, so the ids are not the same")
+        raise ConfigError(f"contrastive.{key}: {folder} has other tokenizers, so the ids are not the same")
     lm = base_model(trained.lm)
     if whole or not trained.frozen:
         source = path if whole else checkpoint_folder(stage.init_from)

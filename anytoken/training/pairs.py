@@ -15,10 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anytoken.data.mixture import MAX_TRIES, Mixture, MixtureError, _Choice
+from anytoken.data.mixture import (
+    MAX_TRIES,
+    Mixture,
+    _Choice,
+)
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.data.views import Piece
 from anytoken.tokenizers.base import TokenizerError
+from anytoken.utils.errors import DataError
 
 
 class Pair(NamedTuple):
@@ -41,13 +46,13 @@ class PairMixture(Mixture):
         self.positives, self.weight_by = positives, weight_by
         for choice in self.choices:
             if choice.view.special or not choice.view.sources:
-                raise MixtureError(
+                raise DataError(
                     f"{choice.source.spec.path}: view {choice.view.name!r} has no two sides to pair; write left->right"
                 )
             for key in filter(None, (positives, weight_by)):
                 records = choice.source.shards.records
                 if any(records[row].get(key) is None for row in choice.rows):
-                    raise MixtureError(f"{choice.source.spec.path}: records without the key {key!r}")
+                    raise DataError(f"{choice.source.spec.path}: records without the key {key!r}")
 
     def _first_samples(self, steps: np.ndarray, *unused: Any) -> np.ndarray:
         return steps  # a batch is a step
@@ -69,7 +74,7 @@ class PairMixture(Mixture):
         return [name for name in self.controls.modality_names if name in found]
 
     def draw(self, batch: int, size: int) -> tuple[str, list[Pair]]:
-        """The view of a batch and its pairs; MixtureError if too few records fit the context."""
+        """The view of a batch and its pairs; DataError if too few records fit the context."""
         rng = np.random.default_rng((self.seed, batch))
         cumulated = self._cumulated[self._firsts.searchsorted(batch, side="right") - 1]
         choice = self.choices[int(cumulated.searchsorted(rng.random(), side="right"))]
@@ -93,7 +98,7 @@ class PairMixture(Mixture):
                 return pair._replace(skipped=tuple(skipped))
             skipped.append(f"longer than the context of {self.context} ids in {choice.source.spec.path}")
         reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(skipped).most_common())
-        raise MixtureError(
+        raise DataError(
             f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or mend the data"
         )
 

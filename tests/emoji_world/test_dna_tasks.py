@@ -5,11 +5,15 @@ import random
 import pytest
 
 from anytoken.data.dataset_card import read_lines, write_lines
-from anytoken.emoji_world.dna import DNASetError, reverse_complement, translate
+from anytoken.emoji_world.dna import (
+    reverse_complement,
+    translate,
+)
 from anytoken.emoji_world.dna_tasks import MOTIFS, build_dna_tasks, upstream
 from anytoken.evaluation.suite.samples import TaskSet
 from anytoken.evaluation.suite.schema import load_tasks
 from anytoken.segments import Image
+from anytoken.utils.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_the_same_set_comes_out_again_and_limits_count_per_split(built, tmp_path
         assert path.read_bytes() == (root / "dna_tasks" / path.name).read_bytes()
     short = read_lines(build_dna_tasks(root / "dna", tmp_path / "short", 3) / "needles.jsonl")
     assert [one["split"] for one in short] == ["train"] * 3 + ["test"] * 3
-    with pytest.raises(DNASetError, match="anytoken data dna"):
+    with pytest.raises(DataError, match="anytoken data dna"):
         build_dna_tasks(tmp_path, tmp_path)
 
 

@@ -10,10 +10,14 @@ import torch
 from anytoken.evaluation.suite import compare, runner
 from anytoken.evaluation.suite.metrics import Tools
 from anytoken.evaluation.suite.samples import TaskSet
-from anytoken.evaluation.suite.schema import TaskError, load_tasks, read_tasks
+from anytoken.evaluation.suite.schema import (
+    load_tasks,
+    read_tasks,
+)
 from anytoken.evaluation.suite.template import TemplateError, fill, fill_each, kinds, parse
 from anytoken.inference.score import classify
 from anytoken.segments import Image, Text
+from anytoken.utils.errors import EvaluationError
 
 GOOD = """\
 name: colours
@@ -144,7 +148,7 @@ def figures(folder, task):
 )
 def test_a_mistake_names_line_key_and_nearest_word(write, change, line, says):
     path = write(GOOD.replace(*change))
-    with pytest.raises(TaskError) as caught:
+    with pytest.raises(EvaluationError) as caught:
         read_tasks(path)
     assert f"{path} line {line}" in str(caught.value) and says in str(caught.value)
 
@@ -154,9 +158,9 @@ def test_tasks_of_a_file_share_its_keys_and_a_mistake_in_a_shared_key_has_its_li
     tasks = "tasks:\n- {name: a, metrics: wer}\n- name: b\n  split: train\n  metrics: [cer]\n"
     one, other = read_tasks(write(shared + tasks))
     assert (one.split, other.split, other.metrics[0].name) == ("test", "train", "cer")
-    with pytest.raises(TaskError, match=r"my.yaml line 2, split"):
+    with pytest.raises(EvaluationError, match=r"my.yaml line 2, split"):
         read_tasks(write((shared + tasks).replace("split: test", "split: [1, 2]")))
-    with pytest.raises(TaskError, match=r"line 8, metrics\.0: .*'ce' \(did you mean 'cer'"):
+    with pytest.raises(EvaluationError, match=r"line 8, metrics\.0: .*'ce' \(did you mean 'cer'"):
         read_tasks(write((shared + tasks).replace("  split: train\n", "").replace("[cer]", "[ce]")))
 
 
@@ -164,9 +168,9 @@ def test_files_are_found_by_path_folder_and_name(write, folder):
     write(GOOD)
     write(GOOD.replace("colours", "more"), "other.yaml")
     assert [one.name for one in load_tasks([folder])] == ["colours", "more"]
-    with pytest.raises(TaskError, match="Two tasks are named 'colours'"):
+    with pytest.raises(EvaluationError, match="Two tasks are named 'colours'"):
         load_tasks([folder, folder / "my.yaml"])
-    with pytest.raises(TaskError, match=r"dna/promotr is neither .*did you mean 'dna/promoter'"):
+    with pytest.raises(EvaluationError, match=r"dna/promotr is neither .*did you mean 'dna/promoter'"):
         load_tasks(["dna/promotr"])
 
 
@@ -240,17 +244,19 @@ def test_what_a_set_lacks_is_said(write, folder):
     def samples(change):
         return TaskSet(read_tasks(write(GOOD.replace(*change)))[0], folder).samples()
 
-    with pytest.raises(TaskError, match=r"there is no .*nowhere.jsonl"):
+    with pytest.raises(EvaluationError, match=r"there is no .*nowhere.jsonl"):
         samples(("set.jsonl", "nowhere.jsonl"))
-    with pytest.raises(TaskError, match=r"none of the 12 records .* their splits: test, train"):
+    with pytest.raises(EvaluationError, match=r"none of the 12 records .* their splits: test, train"):
         samples(("split: test", "split: tset"))
     with pytest.raises(
-        TaskError, match=r"record \d+ of set.jsonl: \{color\}: the record has no 'color' \(did you"
+        EvaluationError, match=r"record \d+ of set.jsonl: \{color\}: the record has no 'color' \(did you"
     ):
         samples(("{colour}", "{color}"))
-    with pytest.raises(TaskError, match=r"answer 'blue' of record \d+ is none of the labels: red, green"):
+    with pytest.raises(
+        EvaluationError, match=r"answer 'blue' of record \d+ is none of the labels: red, green"
+    ):
         samples(("how: classify", "how: classify\n  labels: [red, green]"))
-    with pytest.raises(TaskError, match="12 shots need more records"):
+    with pytest.raises(EvaluationError, match="12 shots need more records"):
         samples(("split: test", "shots: {count: 12, split: null}"))
 
 
@@ -287,10 +293,10 @@ def test_a_killed_run_asks_only_for_what_is_missing(write, tmp_path):
     write(path.read_text().replace("[exact_match, wer]", "[cer]"))  # scored anew, not asked anew
     run(model, path, tmp_path / "part")
     assert not model.asked and set(figures(part, "colours")) == {"cer"}
-    with pytest.raises(TaskError, match="answers of another model"):
+    with pytest.raises(EvaluationError, match="answers of another model"):
         run(Painter(weight=1.0), path, tmp_path / "part")
     write(path.read_text().replace("Which", "What"))
-    with pytest.raises(TaskError, match="another version of the task or its data"):
+    with pytest.raises(EvaluationError, match="another version of the task or its data"):
         run(model, path, tmp_path / "part")
     run(model, path, tmp_path / "part", overwrite=True)
     assert len(model.asked) == 8
@@ -313,7 +319,7 @@ def test_retrieval_ranks_items_and_a_tie_is_no_success(write, tmp_path):
     assert blind["recall@1"]["model"]["value"] == 0 and blind["mrr"]["model"]["value"] == pytest.approx(
         1 / 3, abs=1e-4
     )
-    with pytest.raises(TaskError, match="no embed"):
+    with pytest.raises(EvaluationError, match="no embed"):
         run(Painter(), write(text.replace("by: score", "by: embed")), tmp_path / "embed")
 
 
@@ -359,9 +365,9 @@ def test_two_models_are_compared_pair_by_pair(write, tmp_path):
     assert (same["value"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
     rows = compare.rows_of({"colours": {"accuracy": one}}, "good", "bad")
     assert rows[1][-1] == "good" and rows[1][2] == "100.0"
-    with pytest.raises(TaskError, match="holds no results"):
+    with pytest.raises(EvaluationError, match="holds no results"):
         compare.compare(good / "colours.jsonl", bad)
-    with pytest.raises(TaskError, match="different versions"):
+    with pytest.raises(EvaluationError, match="different versions"):
         other = run(Painter(), write(GOOD.replace("Which", "What")), tmp_path / "other", "good")
         compare.compare(good, other)
 

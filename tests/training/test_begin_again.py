@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from anytoken.cli import app
 from anytoken.training import checkpoint
 from anytoken.training.checkpoint import saved_states
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.markdown import summary
 from anytoken.training.trainer import StageTrainer, train
+from anytoken.utils.errors import ConfigError
 
 
 def told(message: object) -> list[str]:
@@ -27,7 +30,7 @@ def again(recipe: dict[str, Any], folder: Path, *changes: str) -> tuple[TrainCon
     """Run the recipe with changes that it refuses, then as it says."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    with pytest.raises(StageError) as error:
+    with pytest.raises(ConfigError) as error:
         train(TrainConfig.load(path, changes))
     assert Path(re.search(r"\((\S+stage\.yaml)\)", str(error.value))[1]).is_file()  # type: ignore[index]
     stage = TrainConfig.load(path, [*changes, *told(error.value)])

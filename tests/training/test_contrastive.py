@@ -13,13 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from anytoken.data.mixture import MixtureError
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.processor import Processor
 from anytoken.training import contrastive as losses
 from anytoken.training import pair_trainer
 from anytoken.training.checkpoint import saved_states
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.contrastive import Options, Side, contrastive_loss
 from anytoken.training.grad_cache import backward_in_chunks
 from anytoken.training.interrupts import Interrupted
@@ -27,6 +28,7 @@ from anytoken.training.metrics import read_metrics
 from anytoken.training.pair_trainer import PairTrainer
 from anytoken.training.pairs import PairMixture
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError, DataError
 
 N, W = 6, 8
 
@@ -402,20 +404,20 @@ def _run(recipe: dict[str, Any]) -> int:
     ],
 )
 def test_settings_that_do_not_fit(pairs: dict[str, Any], changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(ConfigError, match=said):
         TrainConfig.from_dict(pairs | changes)
 
 
 def test_data_and_folders_that_do_not_fit(pairs: dict[str, Any], base: Path) -> None:
     pairs["data"][0]["views"] = {"->text": 1}
-    with pytest.raises(MixtureError, match="no two sides to pair"):
+    with pytest.raises(DataError, match="no two sides to pair"):
         train(TrainConfig.from_dict(pairs))
     pairs["data"][0]["views"] = {"text->tile": 1}
     pairs["contrastive"] |= {"positives": "colour"}
-    with pytest.raises(MixtureError, match="without the key 'colour'"):
+    with pytest.raises(DataError, match="without the key 'colour'"):
         train(TrainConfig.from_dict(pairs))
     pairs["contrastive"] |= {"positives": None, "teacher": str(base)}
-    with pytest.raises(StageError, match=r"contrastive\.teacher: .* holds no embedding head"):
+    with pytest.raises(ConfigError, match=r"contrastive\.teacher: .* holds no embedding head"):
         train(TrainConfig.from_dict(pairs))
 
 

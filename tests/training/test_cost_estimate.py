@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 import anytoken
 from anytoken.cli import app
 from anytoken.token_space import TokenSpace
-from anytoken.training.config import LoraSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    LoraSpec,
+    TrainConfig,
+)
 from anytoken.training.cost_estimate import (
     GIB,
     count,
@@ -27,6 +30,7 @@ from anytoken.training.cost_estimate import (
 )
 from anytoken.training.initialize import build_model
 from anytoken.training.lora import add_lora
+from anytoken.utils.errors import ConfigError
 
 STAGES = Path(__file__).parents[2] / "stages"
 SCALE = STAGES / "scale"
@@ -156,7 +160,7 @@ def test_hours_follow_from_flops() -> None:
     ],
 )
 def test_bad_requests(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(ConfigError, match=said):
         plan(stage(), Qwen3Config(**TINY), **options)
 
 
@@ -184,14 +188,14 @@ def test_scale_recipes_fit_their_gpus(name: str) -> None:
 
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(StageError, match="names no model_type"):
+    with pytest.raises(ConfigError, match="names no model_type"):
         read_config(tmp_path / "config.json")
     (tmp_path / "model").mkdir()
-    with pytest.raises(StageError, match="holds no configuration"):
+    with pytest.raises(ConfigError, match="holds no configuration"):
         read_config(tmp_path / "model")
-    with pytest.raises(StageError, match=r"no folder '\S+/modell' \(did you mean '\S+/model'\?\)"):
+    with pytest.raises(ConfigError, match=r"no folder '\S+/modell' \(did you mean '\S+/model'\?\)"):
         read_config(tmp_path / "modell")
-    with pytest.raises(StageError, match=r"'mni' \(did you mean 'mini'\?\)"):
+    with pytest.raises(ConfigError, match=r"'mni' \(did you mean 'mini'\?\)"):
         read_config("mni")
 
 
@@ -248,7 +252,7 @@ def test_an_adapter_of_experts_keeps_their_sum_with_it() -> None:
 
 
 def test_rows_of_a_bare_configuration_are_not_known() -> None:
-    with pytest.raises(StageError, match=r"how many rows text has.*lora.new_rows=\[\]"):
+    with pytest.raises(ConfigError, match=r"how many rows text has.*lora.new_rows=\[\]"):
         plan(stage(lora={"new_rows": ["text"]}), Qwen3MoeConfig(**TINY_MOE), 1)
 
 
@@ -258,7 +262,7 @@ def test_a_model_from_scratch_is_planned_without_weights(recipe: dict[str, Any],
     assert count(meta_model(config)).total == sum(one.numel() for one in model.parameters())
     assert list(space.modality_names) == ["text", "tile", "beep"]
     recipe["tokenizers"]["tile"] = str(world / "nowhere")
-    with pytest.raises(StageError, match=r"missing.*nowhere"):
+    with pytest.raises(ConfigError, match=r"missing.*nowhere"):
         planned_start(TrainConfig.from_dict(recipe))
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from anytoken.evaluation.suite.intervals import RESAMPLES, difference
 from anytoken.evaluation.suite.metrics import AnyMetric, Metric
-from anytoken.evaluation.suite.schema import TaskError
+from anytoken.utils.errors import EvaluationError
 
 NOT_RESULTS = ("scores.json",)
 
@@ -21,12 +21,12 @@ def compare(ours: str | Path, theirs: str | Path, resamples: int = RESAMPLES) ->
     """Differences per task and figure, ours less theirs: value, low, high, p, total, and both figures.
 
     ours, theirs: the result file (TASK.json) of one task, or folders of them. Only samples that both have count.
-    TaskError for files that are no results, of different tasks, or without a common sample.
+    EvaluationError for files that are no results, of different tasks, or without a common sample.
     """
     first, second = _results(Path(ours)), _results(Path(theirs))
     shared = [name for name in first if name in second]
     if not shared:
-        raise TaskError(
+        raise EvaluationError(
             f"{ours} and {theirs} have no task in common: {', '.join(first)}; {', '.join(second)}."
         )
     return {name: _task(name, first[name], second[name], resamples) for name in shared}
@@ -46,24 +46,24 @@ def _results(path: Path) -> dict[str, Any]:
                 "asked": result["asked"],
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TaskError(
+            raise EvaluationError(
                 f"{file} holds no results ({type(error).__name__}: {error}); give TASK.json as `anytoken eval --task` "
                 "writes it, or the folder of a model."
             ) from error
     if not found:
-        raise TaskError(f"{path} holds no results.")
+        raise EvaluationError(f"{path} holds no results.")
     return found
 
 
 def _task(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], resamples: int) -> dict[str, Any]:
     if ours["asked"] != theirs["asked"]:
-        raise TaskError(
+        raise EvaluationError(
             f"The results of {name} are of different versions of the task or its data: run it again."
         )
     known = {number: place for place, number in enumerate(theirs["ids"])}
     pairs = [(place, known[number]) for place, number in enumerate(ours["ids"]) if number in known]
     if not pairs:
-        raise TaskError(f"The two results of {name} have no sample in common.")
+        raise EvaluationError(f"The two results of {name} have no sample in common.")
     mine, other = (list(places) for places in zip(*pairs, strict=True))
     found = {}
     for figure in ours["rows"]:
@@ -88,7 +88,9 @@ def _metric(name: str, given: Any) -> Metric:
     try:
         return TypeAdapter(AnyMetric).validate_python(given)
     except ValidationError as error:
-        raise TaskError(f"The results of {name} have a metric that is not known: {given!r:.80}.") from error
+        raise EvaluationError(
+            f"The results of {name} have a metric that is not known: {given!r:.80}."
+        ) from error
 
 
 def rows_of(found: Mapping[str, Any], ours: str, theirs: str) -> list[list[str]]:

@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anytoken.evaluation.suite.samples import Outcome, Sample, TaskSet
-from anytoken.evaluation.suite.schema import Classify, Generate, Retrieve, Score, Task, TaskError
+from anytoken.evaluation.suite.schema import (
+    Classify,
+    Generate,
+    Retrieve,
+    Score,
+    Task,
+)
 from anytoken.evaluation.suite.template import fill, segment_types
 from anytoken.inference.score import score_ids
 from anytoken.segments import Segment, Text, usual_suffix
+from anytoken.utils.errors import EvaluationError
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -91,7 +98,7 @@ def _score(model: AnyToken, decoding: Score, data: TaskSet, sample: Sample) -> L
     if sample.messages:
         return {"scores": model.score(sample.prompt, answers, decoding.normalize)}
     if decoding.normalize == "pmi":
-        raise TaskError(f"{data.task.name}: pmi compares a prompt with none, and this task has none.")
+        raise EvaluationError(f"{data.task.name}: pmi compares a prompt with none, and this task has none.")
     replies = [model.processor.encode_reply(one) for one in answers]
     scores = score_ids(model.engine, model.processor.null_prompt(), replies)
     return {"scores": [one.value(decoding.normalize) for one in scores]}
@@ -132,10 +139,10 @@ def _pool(decoding: Retrieve, seed: int, number: int, count: int, wanted: list[i
 
 
 def _embed(model: AnyToken, task: Task, prompts: Sequence[Any]) -> np.ndarray:
-    """Unit vectors [N, D]; TaskError for a model without embeddings."""
+    """Unit vectors [N, D]; EvaluationError for a model without embeddings."""
     embed = getattr(model, "embed", None)
     if embed is None:
-        raise TaskError(
+        raise EvaluationError(
             f"{task.name} retrieves by embeddings, and this model has no embed(); set decoding.by: score, which ranks "
             "the items by their likelihood after the prompt."
         )

@@ -26,10 +26,15 @@ from anytoken.evaluation.suite.intervals import RESAMPLES, figure
 from anytoken.evaluation.suite.metrics import Tools
 from anytoken.evaluation.suite.page import write_page
 from anytoken.evaluation.suite.samples import Outcome, Sample, TaskSet, written
-from anytoken.evaluation.suite.schema import Task, TaskError
+from anytoken.evaluation.suite.schema import (
+    Task,
+)
 from anytoken.segments import Text
 from anytoken.utils.atomic import write_file
-from anytoken.utils.json_lines import JSONLinesError, read_json_lines
+from anytoken.utils.errors import DataError, EvaluationError
+from anytoken.utils.json_lines import (
+    read_json_lines,
+)
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -52,13 +57,13 @@ def run_tasks(
 ) -> Path:
     """Run tasks and write OUT/NAME/; returns that folder.
 
-    name: what the model is called in paths and tables. Answers that are there already are kept; TaskError if they are
+    name: what the model is called in paths and tables. Answers that are there already are kept; EvaluationError if they are
     another model's or another task's, unless `overwrite` removes them.
     """
     folder = out / name
     missing = {kind for task in tasks for kind in _kinds(task)} - set(model.kinds)
     if missing:
-        raise TaskError(f"{name} has no {', '.join(sorted(missing))}; it has {', '.join(model.kinds)}.")
+        raise EvaluationError(f"{name} has no {', '.join(sorted(missing))}; it has {', '.join(model.kinds)}.")
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, list[Outcome]] = {}
     reports: dict[str, Report] = {}
@@ -156,7 +161,7 @@ def _content(content: Any) -> str:
 
 
 def _read_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Answers that a file holds, by id; a torn last line is cut off. TaskError for those of something else."""
+    """Answers that a file holds, by id; a torn last line is cut off. EvaluationError for those of something else."""
     if not path.is_file():
         return {}
     data = path.read_bytes()
@@ -166,14 +171,14 @@ def _read_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
     try:
         first, *rest = read_json_lines(path) if whole.strip() else iter([header])
         found = {int(line["id"]): line for line in rest}
-    except (JSONLinesError, KeyError, TypeError, ValueError) as error:
-        raise TaskError(
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
             f"{path} is no file of answers ({error}); give another --out, or --overwrite."
         ) from error
     changed = [what for key, what in (("model", "another model"), ("asked", "another version of the task or its data"))
                if first.get(key) != header[key]]  # fmt: skip
     if changed:
-        raise TaskError(
+        raise EvaluationError(
             f"{path} holds answers of {' and '.join(changed)}: give another --out, or --overwrite to ask again."
         )
     return found

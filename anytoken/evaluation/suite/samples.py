@@ -16,9 +16,13 @@ import numpy as np
 from anytoken.data.forms import to_record
 from anytoken.data.records import Record, RecordError, open_media
 from anytoken.data.sources import open_source, read_records
-from anytoken.evaluation.suite.schema import Classify, Task, TaskError
+from anytoken.evaluation.suite.schema import (
+    Classify,
+    Task,
+)
 from anytoken.evaluation.suite.template import MESSAGES, Field, fields, fill, fill_each, segment_types
 from anytoken.segments import Segment, Text
+from anytoken.utils.errors import EvaluationError
 
 OTHER = "other"  # the field of a joined record
 Message = dict[str, Any]
@@ -81,7 +85,7 @@ class TaskSet:
     """The records of a task, read once."""
 
     def __init__(self, task: Task, sets: Path) -> None:
-        """TaskError if the set is not there or has no record for the task, RecordError for a bad record."""
+        """EvaluationError if the set is not there or has no record for the task, RecordError for a bad record."""
         self.task, self.sets = task, sets
         path = self.find(task.data)
         self.root, self.digest = open_source(path).root, open_source(path).digest
@@ -89,7 +93,7 @@ class TaskSet:
         self.records = [(number, one) for number, one in self.everything if self.wanted(one, task.split)]
         if not self.records:
             splits = sorted({str(one.get("split")) for _, one in self.everything})
-            raise TaskError(
+            raise EvaluationError(
                 f"{task.name}: none of the {len(self.everything)} records of {task.data} has split {task.split!r} and "
                 f"{task.where}; their splits: {', '.join(splits) or 'none'}."
             )
@@ -102,7 +106,7 @@ class TaskSet:
         places = [self.task.folder / data, self.sets / data]
         found = next((one for one in places if one.exists() or list(one.parent.glob(one.name))), None)
         if found is None:
-            raise TaskError(
+            raise EvaluationError(
                 f"{self.task.name}: there is no {' and no '.join(map(str, dict.fromkeys(places)))}; build the set, or "
                 "say with --data where it is."
             )
@@ -144,9 +148,9 @@ class TaskSet:
             try:
                 found.append(self._sample(number, record, shots))
             except RecordError as error:
-                raise TaskError(f"{task.name}: record {number + 1} of {task.data}: {error}") from error
+                raise EvaluationError(f"{task.name}: record {number + 1} of {task.data}: {error}") from error
         if not found:
-            raise TaskError(f"{task.name}: no record of {task.data} has a partner in {task.join}.")
+            raise EvaluationError(f"{task.name}: no record of {task.data} has a partner in {task.join}.")
         return self._labelled(found)
 
     def _sample(self, number: int, record: Record, shots: Sequence[tuple[int, list[Message]]]) -> Sample:
@@ -206,7 +210,7 @@ class TaskSet:
             return []
         pool = [(number, one) for number, one in self.everything if self.wanted(one, task.shots.split)]
         if len(pool) <= task.shots.count:
-            raise TaskError(
+            raise EvaluationError(
                 f"{task.name}: {task.shots.count} shots need more records of split {task.shots.split!r} than that; "
                 f"{task.data} has {len(pool)}."
             )
@@ -215,7 +219,7 @@ class TaskSet:
         for number, record in (pool[index] for index in order):
             asked = [one for one in self._asked(record) if one["role"] != "system"]
             if len(asked) != 1:
-                raise TaskError(
+                raise EvaluationError(
                     f"{task.name}: shots are examples of one question each; this prompt has several turns."
                 )
             found.append((number, [*asked, {"role": "assistant", "content": self._answers(record)[0]}]))
@@ -235,11 +239,13 @@ class TaskSet:
             ]
         labels = decoding.labels or sorted(self._all_answers() or {one.truth_text for one in samples})
         if len(labels) < 2:
-            raise TaskError(f"{self.task.name}: to classify takes two labels or more; there is {labels}.")
+            raise EvaluationError(
+                f"{self.task.name}: to classify takes two labels or more; there is {labels}."
+            )
         found = [_with_labels(one, labels) for one in samples]
         wrong = next((one for one in found if one.truth_label < 0), None)
         if wrong is not None:
-            raise TaskError(
+            raise EvaluationError(
                 f"{self.task.name}: the answer {wrong.truth_text!r:.80} of record {wrong.id + 1} is none of the "
                 f"labels: {', '.join(labels)}."
             )

@@ -24,13 +24,10 @@ from pydantic import (
 from anytoken.evaluation.suite.metrics import METRICS, AnyMetric, Part, mistake
 from anytoken.evaluation.suite.template import MESSAGES, TemplateError, fields, kinds, segment_types
 from anytoken.inference.score import Normalize
+from anytoken.utils.errors import EvaluationError
 
 TASKS = Path(__file__).parent / "tasks"  # the task files that come along
 Scalar = str | int | float | bool | None
-
-
-class TaskError(ValueError):
-    """A task file that cannot be read, or a task that cannot be run."""
 
 
 class Generate(Part):
@@ -249,23 +246,23 @@ def find_task_files(name: str | Path) -> list[Path]:
         if place.is_dir():
             found = sorted(place.rglob("*.yaml"))
             if not found:
-                raise TaskError(f"{place} holds no .yaml file.")
+                raise EvaluationError(f"{place} holds no .yaml file.")
             return found
     known = sorted(one.relative_to(TASKS).with_suffix("").as_posix() for one in TASKS.rglob("*.yaml"))
     near = get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise TaskError(
+    raise EvaluationError(
         f"{name} is neither a task file nor a folder of them{hint}; these come along: {', '.join(known)}."
     )
 
 
 def load_tasks(names: Sequence[str | Path]) -> list[Task]:
-    """The tasks of files and folders, in order; TaskError for a mistake in one, or two tasks of one name."""
+    """The tasks of files and folders, in order; EvaluationError for a mistake in one, or two tasks of one name."""
     tasks = [task for name in names for path in find_task_files(name) for task in read_tasks(path)]
     seen: dict[str, Task] = {}
     for task in tasks:
         if task.name in seen:
-            raise TaskError(
+            raise EvaluationError(
                 f"Two tasks are named {task.name!r}; results are kept by name, so give each its own."
             )
         seen[task.name] = task
@@ -278,19 +275,21 @@ def read_tasks(path: str | Path) -> list[Task]:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read ({error}).") from error
+        raise EvaluationError(f"{path} cannot be read ({error}).") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise TaskError(f"{path} line {line}: not YAML: {error.problem}") from None
+        raise EvaluationError(f"{path} line {line}: not YAML: {error.problem}") from None
     if not isinstance(root, yaml.MappingNode):
-        raise TaskError(f"{path}: a task file holds keys such as name, data, prompt; received {_kind(root)}.")
+        raise EvaluationError(
+            f"{path}: a task file holds keys such as name, data, prompt; received {_kind(root)}."
+        )
     _refuse_twins(path, root)
     given = yaml.SafeLoader("").construct_document(root)
     entries = given.pop("tasks", None)
     if entries is None:
         found = [_validate(path, root, given, ())]
     elif not isinstance(entries, list) or not entries:
-        raise TaskError(f"{path}: tasks is a list of tasks; received {entries!r:.80}.")
+        raise EvaluationError(f"{path}: tasks is a list of tasks; received {entries!r:.80}.")
     else:
         found = [
             _validate(path, root, {**given, **one} if isinstance(one, dict) else one, ("tasks", number))
@@ -306,13 +305,13 @@ def _kind(node: yaml.Node | None) -> str:
 
 
 def _refuse_twins(path: Path, node: yaml.Node) -> None:
-    """TaskError for a key that stands twice: YAML would keep the last."""
+    """EvaluationError for a key that stands twice: YAML would keep the last."""
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in seen:
-                raise TaskError(
+                raise EvaluationError(
                     f"{path} line {line}: the key {key.value!r} stands in line {seen[key.value]}, too."
                 )
             seen[key.value] = line
@@ -327,7 +326,7 @@ def _validate(path: Path, root: yaml.Node, given: Any, place: tuple[str | int, .
         return Task.model_validate(given)
     except ValidationError as error:
         problems = [_problem(path, root, place, one) for one in error.errors()]
-        raise TaskError("; ".join(dict.fromkeys(problems))) from None
+        raise EvaluationError("; ".join(dict.fromkeys(problems))) from None
 
 
 def _problem(path: Path, root: yaml.Node, place: tuple[str | int, ...], error: Any) -> str:

@@ -18,7 +18,10 @@ from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
 from anytoken.training.checkpoint import write_whole
-from anytoken.training.config import SampleSpec, StageError
+from anytoken.training.config import (
+    SampleSpec,
+)
+from anytoken.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 FOLDER = "samples"
@@ -31,25 +34,25 @@ class Sampler:
     def __init__(
         self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None, context: int
     ) -> None:
-        """StageError for prompts that the model's context of so many ids cannot hold, or that nothing can answer.
+        """ConfigError for prompts that the model's context of so many ids cannot hold, or that nothing can answer.
 
-        ValueError (PromptError, TokenizerError) for those that the processor cannot take.
+        ValueError (RequestError, TokenizerError) for those that the processor cannot take.
         """
         if spec.prompts and answer is None:
-            raise StageError(
+            raise ConfigError(
                 "samples.prompts need train(stage, answer): a function that answers; `anytoken train` has one"
             )
         for number, one in enumerate(spec.prompts):
             kinds = [one.output] if isinstance(one.output, str) else one.output
             for kind in kinds or []:
                 if kind not in processor.kinds:
-                    raise StageError(
+                    raise ConfigError(
                         f"samples: output {kind!r} is no kind of the model; there are {', '.join(processor.kinds)}"
                     )
             length = len(processor.encode_chat(_as_prompt(one.prompt)))
             least = processor.grammar.min_remaining(processor.grammar.reply(kinds))
             if length + least > context:
-                raise StageError(
+                raise ConfigError(
                     f"samples.prompts.{number} has {length} ids and its shortest reply {least}, but the model's "
                     f"context is {context}; shorten the prompt or ask for less"
                 )
