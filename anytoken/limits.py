@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from anytoken.utils.errors import SegmentError
+
 UNITS = {
     "max_bytes": "bytes",
     "max_pixels": "pixels",
@@ -22,10 +24,6 @@ UNITS = {
     "max_video_pixels": "pixels in all frames",
     "max_decoded_bytes": "bytes of decoded samples",
 }
-
-
-class SegmentError(ValueError):
-    """A file or value that cannot become, or be saved as, a segment of the asked kind."""
 
 
 class MediaLimitError(SegmentError):

@@ -14,9 +14,8 @@ import os
 import re
 import stat
 import struct
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import accumulate
@@ -27,7 +26,8 @@ import numpy as np
 from PIL import ExifTags, ImageOps
 from PIL import Image as Picture
 
-from anytoken.limits import MediaLimitError, SegmentError, current_limits
+from anytoken.limits import MediaLimitError, current_limits
+from anytoken.utils.errors import SegmentError
 from anytoken.video_io import REPEATED_PIXELS, Timing, constant_rate, sample
 
 MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say
@@ -127,22 +127,6 @@ def is_below(path: str | Path, folders: Sequence[str | Path | None]) -> bool:
     real = os.path.realpath(path)
     allowed = (os.path.realpath(folder).rstrip(os.sep) + os.sep for folder in folders if folder is not None)
     return any(real.startswith(folder) for folder in allowed)
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write beside the target under the same suffix, then rename: no half-written file is ever seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(scratch))
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def save_suffix(path: str | Path, allowed: tuple[str, ...], what: str) -> str:

@@ -27,8 +27,8 @@ def bench_embed(
 ) -> Figures:
     """Rows of an index by kind and size, and how many times as long embedding takes as its forward passes alone.
 
-    sizes: vectors of an index; they are drawn around centres as a model's lie. EvaluationError if two ways of batching give
-    other vectors.
+    sizes: vectors of an index; they are drawn around centres as a model's lie. EvaluationError if
+    two ways of batching give other vectors.
     """
     ids = model.processor.encode_chats(list(prompts))
     untrained = not model.embedding_heads

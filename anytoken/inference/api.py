@@ -217,7 +217,7 @@ class AnyToken:
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
         best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
         their ids (ids without a choice count 0), or by `rerank`, a function of a Reply, higher is better.
-        Options: see `Options`. ValueError (RequestError, RequestError, RequestError, RequestError) says what
+        Options: see `Options`. RequestError says what
         does not fit.
         """
         _check_count("num_return", num_return)
@@ -460,7 +460,7 @@ class AnyToken:
         """The log-likelihood of each answer as the whole reply to a prompt, by token and by segment.
 
         answers: each a string, a segment, or a list of both; the prompt is read once for all of them. With
-        normalize="pmi" each also has its likelihood after an empty prompt. ValueError (RequestError, RequestError) for no
+        normalize="pmi" each also has its likelihood after an empty prompt. RequestError for no
         answers, an empty one, a kind that the model lacks, or more than the context holds.
         """
         check_normalize(normalize)
@@ -595,7 +595,7 @@ class AnyToken:
         """`segment` with the global codes of `other`: recolours an image, converts a voice.
 
         No language model is asked: both are encoded, and the local codes of the first decoded with the header of the
-        second. ValueError (RequestError, RequestError, TokenizerError) for segments of different kinds, and a kind
+        second. RequestError or TokenizerError for segments of different kinds, and a kind
         without tokenizer or global codes.
         """
         kinds = [one.kind if isinstance(one, Segment) else type(one).__name__ for one in (segment, other)]

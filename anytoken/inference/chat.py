@@ -234,8 +234,8 @@ class Chat:
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write a folder with chat.json and one file per medium, whole or not at all.
 
-        An earlier state of this conversation there is replaced; RequestError for another conversation or something else,
-        unless `overwrite`. Files there that are not the conversation's are kept.
+        An earlier state of this conversation there is replaced; RequestError for another conversation or something
+        else, unless `overwrite`. Files there that are not the conversation's are kept.
         """
         target = Path(path).expanduser()
         before, files = _saved(target)

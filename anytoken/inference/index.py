@@ -45,7 +45,7 @@ from anytoken.segments import (
     open_segment,
 )
 from anytoken.utils.atomic import FolderKind, check_target, write_file, write_folder
-from anytoken.utils.errors import DataError
+from anytoken.utils.errors import DataError, RequestError
 from anytoken.utils.json_lines import (
     read_json_lines,
 )
@@ -62,7 +62,7 @@ FEWEST_IVFPQ = 1000
 log = logging.getLogger(__name__)
 
 
-class SearchError(ValueError):
+class SearchError(RequestError):
     """An index or a folder that cannot be used, or a search that does not fit it."""
 
 

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anytoken.media_io import write_whole
 from anytoken.model.attention import usable_attention
 from anytoken.token_space import TokenSpace
+from anytoken.utils.atomic import write_file
+from anytoken.utils.errors import RequestError
 
 FILE = "embedding.safetensors"  # beside model.safetensors, or in an adapter folder
 CONTROL, UNKNOWN = -1, -2  # in a table of ids: not pooled; of a modality that the head has no map for
@@ -33,7 +34,7 @@ PROBE = 64  # ids that a fingerprint is of
 MAX_SCALE = 100.0  # of similarities, as in CLIP
 
 
-class EmbeddingError(ValueError):
+class EmbeddingError(RequestError):
     """A head that is missing, damaged or does not fit, or a prompt that it cannot embed."""
 
 
@@ -140,7 +141,7 @@ class EmbeddingHead(nn.Module):
         }  # fmt: skip
         tensors = {name: one.detach().cpu().contiguous() for name, one in self.state_dict().items()}
         metadata = {"format": "pt", "config": json.dumps(config)}
-        return write_whole(Path(folder) / FILE, lambda scratch: save_file(tensors, scratch, metadata))
+        return write_file(Path(folder) / FILE, lambda scratch: save_file(tensors, scratch, metadata))
 
     @classmethod
     def load(cls, folder: str | Path) -> EmbeddingHead:

@@ -23,7 +23,7 @@ NOT_COMPARED = {
 
 
 def check_mergeable(models: Sequence[tuple[PreTrainedModel, Processor]]) -> None:
-    """CheckpointError unless all are one architecture over one token space with the same tokenizers, weights included."""
+    """CheckpointError unless all are one architecture over one token space, tokenizers and their weights included."""
     first, *others = models
     settings, prints = _settings(first[0]), _fingerprints(first[1])
     for lm, processor in others:

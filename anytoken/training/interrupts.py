@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anytoken.training.checkpoint import begin_from, saved_states, write_whole
+from anytoken.training.checkpoint import begin_from, saved_states
 from anytoken.training.config import TrainConfig
+from anytoken.utils.atomic import write_file
+from anytoken.utils.errors import AnyTokenError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and has saved where it stood."""
 
 
-class DivergenceError(ValueError):
+class DivergenceError(AnyTokenError):
     """A loss or a gradient that is not finite; the message says where the batch lies and what to do."""
 
 
@@ -83,7 +85,7 @@ def dump_divergence(
     )
     broken = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
     about = {**facts, "seed": stage.seed, "weights_not_finite": broken}
-    write_whole(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    write_file(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     where = f"step {facts['step']}"
     if what == "loss" and stage.gradient_accumulation_steps > 1:
         where += f", micro-batch {facts['micro_batch']} of {stage.gradient_accumulation_steps}"

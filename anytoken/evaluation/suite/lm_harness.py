@@ -17,6 +17,7 @@ from typing import Any
 from anytoken.inference.api import AnyToken
 from anytoken.inference.score import score_ids
 from anytoken.segments import Text
+from anytoken.utils.errors import EvaluationError
 
 try:
     from lm_eval.api.model import LM
@@ -25,7 +26,7 @@ except ImportError as error:
     raise ImportError("The harness needs lm-eval: pip install 'anytoken[harness]'.") from error
 
 
-class HarnessError(ValueError):
+class HarnessError(EvaluationError):
     """A request of the harness that cannot be served."""
 
 

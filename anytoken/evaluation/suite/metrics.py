@@ -23,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
 from anytoken.evaluation.suite.text_metrics import cider, plain_words, token_f1, vqa_accuracy
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
+from anytoken.utils.errors import EvaluationError
 
 if TYPE_CHECKING:
     from anytoken.evaluation.suite.samples import Outcome
@@ -32,7 +33,7 @@ SIDE = 32  # images are compared by class at this size
 Array = np.ndarray
 
 
-class MetricError(ValueError):
+class MetricError(EvaluationError):
     """Answers that a metric cannot score, or a package that it needs."""
 
 

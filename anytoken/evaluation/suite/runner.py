@@ -57,8 +57,8 @@ def run_tasks(
 ) -> Path:
     """Run tasks and write OUT/NAME/; returns that folder.
 
-    name: what the model is called in paths and tables. Answers that are there already are kept; EvaluationError if they are
-    another model's or another task's, unless `overwrite` removes them.
+    name: what the model is called in paths and tables. Answers that are there already are kept; EvaluationError
+    if they are another model's or another task's, unless `overwrite` removes them.
     """
     folder = out / name
     missing = {kind for task in tasks for kind in _kinds(task)} - set(model.kinds)

@@ -16,6 +16,7 @@ from typing import Any
 from anytoken.data.records import Record, RecordError
 from anytoken.segments import KINDS, Segment, Text
 from anytoken.tokenizers.base import MODALITIES
+from anytoken.utils.errors import EvaluationError
 
 MESSAGES = "messages"  # the field that stands for a conversation
 _PART = re.compile(
@@ -25,7 +26,7 @@ _STEP = re.compile(r"\.(\w+)|\[(\w+)\]")
 Opener = Callable[["Field", Any], Segment]  # opens a field's value as a medium
 
 
-class TemplateError(ValueError):
+class TemplateError(EvaluationError):
     """A template that is not well-formed."""
 
 
