@@ -42,12 +42,9 @@ from anytoken.grammar_tables import (
 )
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import NO_HEADER, CodeGrid, Codes, codebook_pattern
+from anytoken.utils.errors import TokenSpaceError
 
 CACHE = 1024  # tasks and masks that are kept
-
-
-class GrammarError(ValueError):
-    """An id that is not legal where it stands, a plan or size that cannot be, or a budget that is too small."""
 
 
 class Phase(IntEnum):
@@ -136,7 +133,7 @@ class Grammar:
     ) -> State:
         """Inside an assistant's turn that holds exactly the planned kinds in order, or anything for None.
 
-        `sizes` pins the grid size of a modality. A text of the plan has at least one id. GrammarError for an
+        `sizes` pins the grid size of a modality. A text of the plan has at least one id. TokenSpaceError for an
         unknown kind, two texts in a row (one text, to the grammar), or a size that the modality cannot have.
         """
         task = Task(None if plan is None else self._checked_plan(plan), self._checked_sizes(sizes or {}))
@@ -146,12 +143,14 @@ class Grammar:
         kinds = (plan,) if isinstance(plan, str) else tuple(plan)
         choices = self.token_space.modality_names
         if not kinds:
-            raise GrammarError(f"The plan is empty; name at least one of {', '.join(choices)}, or pass None.")
+            raise TokenSpaceError(
+                f"The plan is empty; name at least one of {', '.join(choices)}, or pass None."
+            )
         for before, kind in zip(("", *kinds), kinds, strict=False):
             if kind not in choices:
-                raise GrammarError(f"Unknown kind {kind!r} in the plan; allowed: {', '.join(choices)}.")
+                raise TokenSpaceError(f"Unknown kind {kind!r} in the plan; allowed: {', '.join(choices)}.")
             if kind == before == "text":
-                raise GrammarError(
+                raise TokenSpaceError(
                     f"The plan {list(kinds)} has two texts in a row, which are one text; merge them."
                 )
         return kinds
@@ -162,11 +161,13 @@ class Grammar:
         for name, size in pinned.items():
             if name not in grids:
                 known = ", ".join(grids) or "none"
-                raise GrammarError(f"sizes pins {name!r}, which has no grid; modalities with one: {known}.")
+                raise TokenSpaceError(
+                    f"sizes pins {name!r}, which has no grid; modalities with one: {known}."
+                )
             shape = grids[name]
             bounds = list(zip(size, shape.min_size, shape.max_size, strict=False))
             if len(size) != len(shape.axes) or not all(low <= n <= high for n, low, high in bounds):
-                raise GrammarError(f"{name} cannot have the size {size}; allowed: {_extent(shape)}.")
+                raise TokenSpaceError(f"{name} cannot have the size {size}; allowed: {_extent(shape)}.")
         return tuple(sorted(pinned.items()))
 
     # ---- the rules ----
@@ -219,12 +220,12 @@ class Grammar:
         """The ids that may come next, as sorted, merged, half-open ranges; never empty unless finished.
 
         `budget`: how many ids may still be written, the next one included. Only ids after which the rest can
-        be finished in budget - 1 are offered; GrammarError if there is none.
+        be finished in budget - 1 are offered; TokenSpaceError if there is none.
         """
         if budget is not None:
             least = self.min_remaining(state)
             if budget < least:
-                raise GrammarError(
+                raise TokenSpaceError(
                     f"{budget} ids are left, but the shortest legal end takes {least} {self._where(state)}; "
                     f"allow at least {least} or plan less."
                 )
@@ -287,7 +288,7 @@ class Grammar:
     # ---- walking ----
 
     def advance(self, state: State, token: int) -> State:
-        """The state after one more id; GrammarError names the id, the place and what was allowed."""
+        """The state after one more id; TokenSpaceError names the id, the place and what was allowed."""
         for start, stop in self.allowed(state):
             if start <= token < stop:
                 break
@@ -351,7 +352,7 @@ class Grammar:
         return state._replace(phase=self._after_size(segment), size=size, total=total)
 
     def walk(self, state: State, ids: Iterable[int]) -> State:
-        """The state after all these ids; GrammarError also says at which place of `ids`."""
+        """The state after all these ids; TokenSpaceError also says at which place of `ids`."""
         for place, token in enumerate(_whole_numbers(ids)):
             state = self._step(state, token, place)
         return state
@@ -359,16 +360,16 @@ class Grammar:
     def _step(self, state: State, token: int, place: int) -> State:
         try:
             return self.advance(state, token)
-        except GrammarError as error:
-            raise GrammarError(f"Place {place} of the ids: {error}") from None
+        except TokenSpaceError as error:
+            raise TokenSpaceError(f"Place {place} of the ids: {error}") from None
 
     # ---- whole sequences ----
 
     def validate(self, ids: Iterable[int]) -> None:
-        """Nothing if `ids` is one whole legal sequence, from bos to the end of a turn; else GrammarError."""
+        """Nothing if `ids` is one whole legal sequence, from bos to the end of a turn; else TokenSpaceError."""
         state = self.walk(self.start(), ids)
         if not self.finished(state):
-            raise GrammarError(
+            raise TokenSpaceError(
                 f"The ids stop {self._where(state)}; at least {self.min_remaining(state)} more have to follow, "
                 f"next {self.token_space.describe(self.allowed(state))}."
             )
@@ -377,7 +378,7 @@ class Grammar:
         """Cut ids into texts and segments, in order.
 
         Takes a whole sequence from bos, turns, or the content of one turn with or without its end id (its
-        pieces then have the role ""). It may stop anywhere in a text or between turns, but GrammarError if
+        pieces then have the role ""). It may stop anywhere in a text or between turns, but TokenSpaceError if
         it stops inside a segment or is not legal. A null prompt gives no piece.
         """
         tokens = _whole_numbers(ids)
@@ -399,7 +400,7 @@ class Grammar:
             elif before.kind and not state.kind and opened is not None:
                 pieces.append(self._segment_piece(before, tokens[opened:place]))
         if state.kind:
-            raise GrammarError(
+            raise TokenSpaceError(
                 f"The ids stop {self._where(state)}; at least {self._codes_left(state) + 1} more are needed to "
                 "close the segment."
             )
@@ -467,11 +468,13 @@ class Grammar:
         }
         return words[state.phase]
 
-    def _refusal(self, state: State, token: int) -> GrammarError:
+    def _refusal(self, state: State, token: int) -> TokenSpaceError:
         known = 0 <= token < self.vocab_size
         name = self.token_space.token_name(token) if known else f"unknown, there are {self.vocab_size} ids"
         allowed = self.token_space.describe(self.allowed(state))
-        return GrammarError(f"Id {token} ({name}) is not allowed {self._where(state)}; allowed: {allowed}.")
+        return TokenSpaceError(
+            f"Id {token} ({name}) is not allowed {self._where(state)}; allowed: {allowed}."
+        )
 
 
 def _extent(shape: CodeGrid) -> str:
@@ -484,7 +487,7 @@ def _whole_numbers(ids: Iterable[int]) -> list[int]:
     try:
         return [index(token) for token in flat]
     except TypeError as error:
-        raise GrammarError(f"Ids are whole numbers in a flat list; {error}.") from None
+        raise TokenSpaceError(f"Ids are whole numbers in a flat list; {error}.") from None
 
 
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 from PIL import ExifTags, ImageOps, ImageSequence
 from PIL import Image as Picture
 
+from anytoken.utils.errors import SegmentError
+
 MAX_PIXELS = 64_000_000  # a picture beyond this is more likely an attack than an input
 MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say
 SOUND_BLOCK = 1 << 24  # samples read at once: a header that lies about the length cannot ask for all memory
@@ -32,10 +34,6 @@ _PICTURE_ERRORS = (
     Picture.DecompressionBombError,
 )  # fmt: skip
 TIMING = re.compile(r"(\d{1,9}) frames at (\d[\d.e+-]*) Hz")
-
-
-class SegmentError(ValueError):
-    """A file or value that cannot become, or be saved as, a segment of the asked kind."""
 
 
 def read_bytes(path: str | Path, kind: str) -> bytes:

@@ -19,20 +19,23 @@ import numpy as np
 import torch
 from PIL.Image import Image as Picture
 
-from anytoken.grammar import ROLES, Grammar, GrammarError, Piece
+from anytoken.grammar import (
+    ROLES,
+    Grammar,
+    Piece,
+)
 from anytoken.media_io import write_whole
 from anytoken.segments import Image, Segment, Text, open_segment
-from anytoken.token_space import TokenSpace, TokenSpaceError
+from anytoken.token_space import (
+    TokenSpace,
+)
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.errors import RequestError, TokenSpaceError
 
 SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
 Message = dict[str, Any]
 Open = Callable[[], Segment]  # media are opened only once the whole prompt is known to be well-formed
-
-
-class PromptError(ValueError):
-    """A prompt, message or segment that cannot be turned into ids."""
 
 
 class Processor:
@@ -86,10 +89,10 @@ class Processor:
     def segment_ids(self, segment: Segment) -> list[int]:
         """One segment as ids: bare text ids, or open id, size ids, codes, close id.
 
-        PromptError for a kind without a tokenizer; TokenizerError if the tokenizer cannot take the input.
+        RequestError for a kind without a tokenizer; TokenizerError if the tokenizer cannot take the input.
         """
         if not isinstance(segment, Segment):
-            raise PromptError(
+            raise RequestError(
                 f"Expected a segment ({', '.join(self.kinds)}); received {type(segment).__name__}."
             )
         if isinstance(segment, Text):
@@ -102,9 +105,9 @@ class Processor:
     tokenize = segment_ids
 
     def tokenizer_of(self, kind: str) -> ModalityTokenizer:
-        """The tokenizer of a medium; PromptError for a kind without one, such as text."""
+        """The tokenizer of a medium; RequestError for a kind without one, such as text."""
         if kind not in self.tokenizers:
-            raise PromptError(f"No tokenizer for {kind!r}{_choices(kind, list(self.kinds))}.")
+            raise RequestError(f"No tokenizer for {kind!r}{_choices(kind, list(self.kinds))}.")
         return self.tokenizers[kind]
 
     def codes_to_ids(self, kind: str, codes: Codes) -> list[int]:
@@ -121,11 +124,11 @@ class Processor:
         ]
 
     def ids_to_codes(self, ids: Sequence[int]) -> tuple[str, Codes]:
-        """Kind and codes of the ids of exactly one medium, open to close id; GrammarError otherwise."""
+        """Kind and codes of the ids of exactly one medium, open to close id; TokenSpaceError otherwise."""
         pieces = self.grammar.parse(ids)
         if len(pieces) != 1 or pieces[0].kind == "text":
             found = ", ".join(piece.kind for piece in pieces) or "nothing"
-            raise GrammarError(
+            raise TokenSpaceError(
                 f"Expected the ids of one medium, from its open to its close id; received {found}."
             )
         return pieces[0].kind, pieces[0].codes
@@ -133,7 +136,7 @@ class Processor:
     def detokenize(self, ids: Sequence[int]) -> list[Segment]:
         """Ids as segments, in order: those of a segment, a reply, a turn, or a whole conversation.
 
-        Bytes that are no UTF-8, as at the end of a text that was cut, become U+FFFD. GrammarError for ids that are
+        Bytes that are no UTF-8, as at the end of a text that was cut, become U+FFFD. TokenSpaceError for ids that are
         no legal sequence, or stop inside a medium.
         """
         pieces = self.grammar.parse(ids)
@@ -156,7 +159,7 @@ class Processor:
 
         prompt: a string, a segment, a list of both, or messages in the chat convention. A list may also hold
         paths (pathlib.Path), PIL images and uint8 [H, W, 3] arrays; a part of a message may give its medium as a
-        segment, a path, bytes, a PIL image or an array. PromptError says which part is wrong and what is
+        segment, a path, bytes, a PIL image or an array. RequestError says which part is wrong and what is
         allowed; nothing is opened before all parts have been looked at.
         """
         parts = prompt if isinstance(prompt, list | tuple) else [prompt]
@@ -169,20 +172,20 @@ class Processor:
     def _turn(self, message: Any, number: int) -> tuple[str, list[Open]]:
         where = f"Message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise PromptError(
+            raise RequestError(
                 f'{where} of the prompt needs "role" and "content"; received {message!r:.80}. '
                 "A list holds messages only, or no message."
             )
         role = message["role"]
         if role not in ROLES:
-            raise PromptError(f"{where} has the role {role!r}{_choices(role, ROLES)}.")
+            raise RequestError(f"{where} has the role {role!r}{_choices(role, ROLES)}.")
         return role, self._content(message["content"], f"{where} ({role})")
 
     def _content(self, content: Any, where: str) -> list[Open]:
         parts = content if isinstance(content, list | tuple) else [content]
         opens = [self._part(part, where) for part in parts if not _is_empty_text(part)]
         if not opens:
-            raise PromptError(f"{where} is empty; give it a text, or a segment of {', '.join(self.kinds)}.")
+            raise RequestError(f"{where} is empty; give it a text, or a segment of {', '.join(self.kinds)}.")
         return opens
 
     def _part(self, part: Any, where: str) -> Open:
@@ -193,7 +196,7 @@ class Processor:
             return partial(Text, part)
         if isinstance(part, Segment):
             if part.kind not in self.kinds:
-                raise PromptError(
+                raise RequestError(
                     f"{where}: no tokenizer for {part.kind!r}{_choices(part.kind, list(self.kinds))}."
                 )
             return lambda: part
@@ -201,7 +204,7 @@ class Processor:
             return partial(open_segment, Path(part))
         if isinstance(part, Picture | np.ndarray):
             return partial(Image.open, part)
-        raise PromptError(
+        raise RequestError(
             f"{where} holds {part!r:.80} ({type(part).__name__}); allowed: a string, a segment, a path, a PIL image, "
             'an array, or a part such as {"type": "image", "image": "cat.png"}.'
         )
@@ -209,10 +212,10 @@ class Processor:
     def _typed_part(self, part: Mapping[str, Any], where: str) -> Open:
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in self.kinds:
-            raise PromptError(f"{where}: content of type {kind!r}{_choices(kind, list(self.kinds))}.")
+            raise RequestError(f"{where}: content of type {kind!r}{_choices(kind, list(self.kinds))}.")
         value = part.get(kind, part.get("path"))
         if value is None:
-            raise PromptError(
+            raise RequestError(
                 f'{where}: a part of type {kind} holds its content under "{kind}"; '
                 f"received the keys {', '.join(map(str, part))}."
             )
@@ -222,7 +225,7 @@ class Processor:
         if isinstance(value, segment_type):
             return lambda: value
         if isinstance(value, Segment):
-            raise PromptError(f"{where}: a part of type {kind} holds a segment of kind {value.kind!r}.")
+            raise RequestError(f"{where}: a part of type {kind} holds a segment of kind {value.kind!r}.")
         settings = {key: one for key, one in part.items() if key not in ("type", kind, "path")}
         return partial(_open_medium, segment_type, value, settings, where)
 
@@ -249,7 +252,7 @@ class Processor:
     def encode_reply(self, content: Any) -> list[int]:
         """What an assistant's turn holds after its opening id: the ids of its content, and the end id.
 
-        content: a string, a segment, or a list of both. PromptError if it is empty or not to be encoded.
+        content: a string, a segment, or a list of both. RequestError if it is empty or not to be encoded.
         """
         opens = self._content(content, "The reply")
         return self._turn_ids({"role": "assistant", "content": [open_() for open_ in opens]})[1:]
@@ -349,7 +352,7 @@ def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str,
         return opener(value, **settings)
     except (TypeError, OSError) as error:
         more = f" with {', '.join(settings)}" if settings else ""
-        raise PromptError(
+        raise RequestError(
             f"{where}: {value!r:.80}{more} does not open as {kind} ({error}); give a path, a segment, or an array "
             f"with what {segment_type.__name__}(...) takes."
         ) from error

@@ -22,13 +22,10 @@ from torch import Tensor
 
 from anytoken.tokenizers.base import CodeGrid, CodeShape, TokenizerError, code_shape_from_dict
 from anytoken.utils.atomic import write_file
+from anytoken.utils.errors import TokenSpaceError
 
 CONTROLS = ("pad", "bos", "user", "assistant", "system", "end", "null")
 VERSION = 1
-
-
-class TokenSpaceError(ValueError):
-    """A modality, id or file that does not fit the token space."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytoken.grammar import Grammar, GrammarError, State
+from anytoken.grammar import (
+    Grammar,
+    State,
+)
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import CodeGrid, Codes, CodeSequence, CodeShape, codebook_pattern
+from anytoken.utils.errors import TokenSpaceError
 
 Walk = Generator[set[int], int, int]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -209,7 +213,7 @@ def assert_follows(grammar: Grammar, state: State, walk: Walk, chance: random.Ra
         assert members(grammar.allowed(state)) == expected != set()
         for token in range(-1, grammar.vocab_size + 2):
             if token not in expected:
-                with pytest.raises(GrammarError):
+                with pytest.raises(TokenSpaceError):
                     grammar.advance(state, token)
         nexts = {token: grammar.advance(state, token) for token in expected}
         token = chance.choice(sorted(expected))
@@ -249,7 +253,7 @@ def test_budget_is_exact_at_every_state(seed: int) -> None:
                 for token in members(grammar.allowed(state))
             }
             assert least == (0 if grammar.finished(state) else min(needs.values()))
-            with pytest.raises(GrammarError, match=f"{least - 1} ids are left.*takes {least}"):
+            with pytest.raises(TokenSpaceError, match=f"{least - 1} ids are left.*takes {least}"):
                 grammar.allowed(state, least - 1)
             for budget in range(least, max([least, *needs.values()]) + 3):
                 assert_tidy(grammar.allowed(state, budget))
@@ -412,7 +416,7 @@ def test_states_are_values(grammar: Grammar) -> None:
 def test_plans_that_cannot_be_are_refused(
     grammar: Grammar, plan: tuple[str, ...], sizes: dict[str, tuple[int, ...]], message: str
 ) -> None:
-    with pytest.raises(GrammarError, match=message):
+    with pytest.raises(TokenSpaceError, match=message):
         grammar.reply(plan, sizes)
 
 
@@ -420,26 +424,26 @@ def test_a_plan_beyond_its_budget_is_refused_up_front(grammar: Grammar) -> None:
     state = grammar.reply(("text", "image", "tone"), {"image": (4, 4)})
     least = 1 + (2 + 2 + 16) + (2 + 4) + 1
     assert grammar.min_remaining(state) == least
-    with pytest.raises(GrammarError, match=f"{least - 1} ids are left.*takes {least}.*0 of the 3 parts"):
+    with pytest.raises(TokenSpaceError, match=f"{least - 1} ids are left.*takes {least}.*0 of the 3 parts"):
         grammar.allowed(state, least - 1)
 
 
 def test_errors_say_what_came_where_and_what_was_allowed(grammar: Grammar) -> None:
     space = grammar.token_space
     with pytest.raises(
-        GrammarError, match=r"Id 12 .*user.* is not allowed before the beginning; allowed: .*bos"
+        TokenSpaceError, match=r"Id 12 .*user.* is not allowed before the beginning; allowed: .*bos"
     ):
         grammar.advance(grammar.start(), space.user)
     ids = [space.bos, space.user, *image_ids(space, 2, 3)]
     with pytest.raises(
-        GrammarError, match=r"Place 7 .*/image.*after 2 of 6 codes.*user's turn; allowed: image:0 to "
+        TokenSpaceError, match=r"Place 7 .*/image.*after 2 of 6 codes.*user's turn; allowed: image:0 to "
     ):
         grammar.validate([*ids[:7], space.close_token("image")])
-    with pytest.raises(GrammarError, match=r"stop after 3 of 6 codes.*at least 5 more.*next image:0"):
+    with pytest.raises(TokenSpaceError, match=r"stop after 3 of 6 codes.*at least 5 more.*next image:0"):
         grammar.validate(ids[:8])
-    with pytest.raises(GrammarError, match=r"Id 999 \(unknown"):
+    with pytest.raises(TokenSpaceError, match=r"Id 999 \(unknown"):
         grammar.walk(grammar.reply(), [999])
-    with pytest.raises(GrammarError, match=r"whole numbers"):
+    with pytest.raises(TokenSpaceError, match=r"whole numbers"):
         grammar.validate([space.bos, "user"])  # type: ignore[list-item]
 
 
@@ -459,7 +463,7 @@ def test_errors_say_what_came_where_and_what_was_allowed(grammar: Grammar) -> No
 )
 def test_what_is_no_whole_sequence(grammar: Grammar, ids: list[int | str]) -> None:
     space = grammar.token_space
-    with pytest.raises(GrammarError):
+    with pytest.raises(TokenSpaceError):
         grammar.validate([getattr(space, one) if isinstance(one, str) else one for one in ids])
 
 
@@ -478,12 +482,12 @@ def test_global_codes_stand_between_the_size_header_and_the_local_codes() -> Non
     assert grammar.allowed(state) == ((globals_.start, globals_.stop),)
     assert grammar.min_remaining(state) == 5
     with pytest.raises(
-        GrammarError, match=r"after 1 of 2 global codes of a segment of image.*allowed: image\.glo"
+        TokenSpaceError, match=r"after 1 of 2 global codes of a segment of image.*allowed: image\.glo"
     ):
         grammar.advance(state, code)
     opened = grammar.walk(grammar.reply(("tone",)), [space.open_token("tone")])
     assert members(grammar.allowed(opened)) == set(range(*grammar.segments["tone"].global_codes[0]))
-    with pytest.raises(GrammarError, match=r"stop in the size header.*at least 6 more"):
+    with pytest.raises(TokenSpaceError, match=r"stop in the size header.*at least 6 more"):
         grammar.parse([open_])
     row = grammar.class_ranges[int(grammar.loss_rows(torch.tensor([globals_.start])))]
     assert row == ((globals_.start, globals_.stop),)
@@ -516,9 +520,9 @@ def test_parse_takes_fragments(grammar: Grammar) -> None:
     assert grammar.parse([]) == []
     assert grammar.parse([space.bos, space.user, space.null, space.end]) == []
     for cut in range(1, len(image)):
-        with pytest.raises(GrammarError, match=r"stop .* more are needed to close"):
+        with pytest.raises(TokenSpaceError, match=r"stop .* more are needed to close"):
             grammar.parse(image[:cut])
-    with pytest.raises(GrammarError, match=r"Place 2.*after the end of the reply"):
+    with pytest.raises(TokenSpaceError, match=r"Place 2.*after the end of the reply"):
         grammar.parse([1, space.end, 2])
 
 

@@ -14,6 +14,7 @@ from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.dna import DNATokenizer
 from anytoken.training import config
 from anytoken.training.config import TrainConfig
+from anytoken.utils.errors import ConfigError
 
 PLUGIN = """
 from anytoken import DNA, ModalityTokenizer, register_modality
@@ -122,5 +123,5 @@ def test_an_override_by_an_old_key_wins_over_the_new_key_of_a_recipe():
 
 
 def test_both_names_of_a_key_are_an_error():
-    with pytest.raises(config.StageError, match="prompt_drop is now cfg_dropout, and the recipe has both"):
+    with pytest.raises(ConfigError, match="prompt_drop is now cfg_dropout, and the recipe has both"):
         TrainConfig.from_dict(RECIPE | {"cfg_dropout": 0.3, "prompt_drop": 0.1})

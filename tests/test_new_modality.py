@@ -10,11 +10,14 @@ import torch
 
 import anytoken
 from anytoken.inference.api import AnyToken
-from anytoken.model.extend_vocab import ModalityError, replace_modality
+from anytoken.model.extend_vocab import (
+    replace_modality,
+)
 from anytoken.segments import Image
 from anytoken.tokenizers.base import MODALITIES, TokenizerError
 from anytoken.tokenizers.registry import load_modality
 from anytoken.tokenizers.speech import SpeechTokenizer
+from anytoken.utils.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -103,5 +106,5 @@ def test_another_speech_tokenizer_moves_ids_and_no_rows(tmp_path):
         torch.testing.assert_close(logits[..., b.start : b.stop], old_logits[..., a.start : a.stop])
     spoken = again.generate("a fox", "speech", seed=0, max_new_tokens=30)
     assert spoken.speech[0].seconds <= 0.4
-    with pytest.raises(ModalityError, match="no palette to replace; it has dna, image"):
+    with pytest.raises(CheckpointError, match="no palette to replace; it has dna, image"):
         replace_modality(again.lm, again.processor, new_tokenizer("palette"))

@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as Picture
 
-from anytoken.grammar import GrammarError
-from anytoken.processor import Processor, PromptError
+from anytoken.processor import (
+    Processor,
+)
 from anytoken.segments import DNA, Image, Segment, SegmentError, Speech, Text
-from anytoken.token_space import TokenSpace, TokenSpaceError
+from anytoken.token_space import (
+    TokenSpace,
+)
 from anytoken.tokenizers.base import (
     CodeGrid,
     Codes,
@@ -27,6 +30,7 @@ from anytoken.tokenizers.base import (
 )
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.errors import RequestError, TokenSpaceError
 
 BASES = "ACGT"
 SHADES = 4
@@ -221,16 +225,16 @@ def test_codes_and_ids_of_one_medium() -> None:
     assert PROCESSOR.ids_to_codes(ids) == ("dna", codes)
     assert PROCESSOR.ids_to_codes(PROCESSOR.segment_ids(DOTS))[1].size == (2, 3)
     for wrong, found in [([], "nothing"), (PROCESSOR.segment_ids(APPLE), "text"), (ids * 2, "dna, dna")]:
-        with pytest.raises(GrammarError, match=f"one medium.*received {found}"):
+        with pytest.raises(TokenSpaceError, match=f"one medium.*received {found}"):
             PROCESSOR.ids_to_codes(wrong)
-    with pytest.raises(GrammarError, match="stop"):
+    with pytest.raises(TokenSpaceError, match="stop"):
         PROCESSOR.ids_to_codes(ids[:-1])
     with pytest.raises(TokenizerError, match=r"dna codebook 1 has codes 0 to 3; received .* 4"):
         PROCESSOR.codes_to_ids("dna", Codes(np.array([[0, 4]])))
     with pytest.raises(TokenizerError, match="1 to 6 frames; received 7"):
         PROCESSOR.codes_to_ids("dna", Codes(np.zeros((7, 2))))
     with pytest.raises(
-        PromptError, match=r"'dot' \(did you mean 'dots'\?\); allowed: text, image, dots, dna"
+        RequestError, match=r"'dot' \(did you mean 'dots'\?\); allowed: text, image, dots, dna"
     ):
         PROCESSOR.codes_to_ids("dot", codes)
 
@@ -242,16 +246,16 @@ def test_text_cut_inside_a_letter_and_ids_that_are_no_sequence() -> None:
     PROCESSOR.grammar.validate(PROCESSOR.null_prompt()[:-1])
     dots_ids = PROCESSOR.segment_ids(DOTS)
     for wrong in (dots_ids[:-1], dots_ids[1:], [SPACE.vocab_size], [-1], [SPACE.pad]):
-        with pytest.raises(GrammarError, match=r"\w"):
+        with pytest.raises(TokenSpaceError, match=r"\w"):
             PROCESSOR.detokenize(wrong)
 
 
 @pytest.mark.parametrize(
     ("segment", "error", "message"),
     [
-        ("red apple", PromptError, "segment.*text, image, dots, dna.*str"),
-        (None, PromptError, "NoneType"),
-        (Speech([0.0]), PromptError, "'speech'; allowed: text, image, dots, dna"),
+        ("red apple", RequestError, "segment.*text, image, dots, dna.*str"),
+        (None, RequestError, "NoneType"),
+        (Speech([0.0]), RequestError, "'speech'; allowed: text, image, dots, dna"),
         (DNA("ACGTACG"), TokenizerError, "1 to 6 frames; received 7"),
         (DNA("ACN"), TokenizerError, "-1"),
         (Dots([[0] * 4]), TokenizerError, r"size \(1, 4\)"),
@@ -429,7 +433,7 @@ def test_only_what_the_assistant_says_is_learnt() -> None:
 )
 def test_wrong_prompts_say_where_and_what_is_allowed(prompt: Any, message: str) -> None:
     for call in (PROCESSOR.messages, PROCESSOR.encode_chat, PROCESSOR.encode_training):
-        with pytest.raises(PromptError, match=message):
+        with pytest.raises(RequestError, match=message):
             call(prompt)
 
 
@@ -447,12 +451,12 @@ def test_files_that_do_not_open_are_named(files: Path) -> None:
     ]:
         with pytest.raises(SegmentError, match=message):
             PROCESSOR.messages(prompt)
-    with pytest.raises(PromptError, match="'speech'; allowed"):
+    with pytest.raises(RequestError, match="'speech'; allowed"):
         PROCESSOR.encode_chat(files / "a.wav")
 
 
 def test_nothing_is_opened_before_the_whole_prompt_is_known_to_be_sound(files: Path) -> None:
-    with pytest.raises(PromptError, match="Message 1 has the role 'judge'"):
+    with pytest.raises(RequestError, match="Message 1 has the role 'judge'"):
         PROCESSOR.messages(
             [{"role": "user", "content": files / "missing.png"}, {"role": "judge", "content": "a"}]
         )

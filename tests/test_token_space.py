@@ -10,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anytoken.token_space import TokenSpace, TokenSpaceError
+from anytoken.token_space import (
+    TokenSpace,
+)
 from anytoken.tokenizers.base import CodeGrid, CodeSequence
+from anytoken.utils.errors import TokenSpaceError
 
 SHAPES = st.one_of(
     st.builds(

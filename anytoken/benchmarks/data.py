@@ -23,7 +23,10 @@ import numpy as np
 import torch
 
 from anytoken import recipes
-from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+)
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.data.records import Record
@@ -34,6 +37,7 @@ from anytoken.training.config import TrainConfig
 from anytoken.training.initialize import build_model
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.trainer import build_loss
+from anytoken.utils.errors import EvaluationError
 
 STAGES = ("1_alignment", "2_interleaved", "3_speech", "4_instruct")
 SETS = {
@@ -46,7 +50,7 @@ Sample = tuple[Record, np.ndarray]
 
 
 def bench_data(shards: Path, scratch: Path, repeats: int, batches: int = 100) -> Figures:
-    """All three, on mini and its stages; shards: their tokenized sets. BenchError if they are not there."""
+    """All three, on mini and its stages; shards: their tokenized sets. EvaluationError if they are not there."""
     stages = [TrainConfig.load(recipes.find(f"stages/{name}.yaml"), _from_mini(shards)) for name in STAGES]
     processor, lm = build_model(stages[-1])
     rows = [_packing(stage, processor, batches) for stage in stages]
@@ -175,7 +179,7 @@ def _reading(shards: Shards, scratch: Path, repeats: int) -> list[Figures]:
         order = drawn if "drawn" in name else in_order
         for index, (record, codes) in zip(order, open_side(), strict=True):
             if record != samples[index][0] or not np.array_equal(codes, samples[index][1]):
-                raise BenchError(f"{name}: other tokens are read, so there is nothing to compare.")
+                raise EvaluationError(f"{name}: other tokens are read, so there is nothing to compare.")
     tokens = sum(codes.size for _, codes in samples)
     taken = interleaved_timing(
         {name: partial(_exhaust, open_side) for name, open_side in sides.items()}, repeats

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing, ratio_of_turns
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+    ratio_of_turns,
+)
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import KVCache
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
+from anytoken.utils.errors import EvaluationError
 
 GREEDY = Sampling(temperature=0)
 ROWS = 8
@@ -67,7 +72,7 @@ class Subject:
 
 
 def bench_generate(model: AnyToken, kind: str, prompt: str, repeats: int, sizes: Sizes) -> Figures:
-    """All comparisons; BenchError if the two sides' ids differ."""
+    """All comparisons; EvaluationError if the two sides' ids differ."""
     wide = with_lm(model, copy.deepcopy(model.lm))
     wide.lm.extend_vocabulary(max(sizes.vocabulary, wide.lm.config.vocab_size))
     large = with_lm(model, large_lm(model, sizes))
@@ -116,7 +121,7 @@ def _beside_transformers(
     for count in rows:
         ours, peer = partial(subject.ours, count, engine=engine), partial(subject.transformers, count)
         if ours() != peer():
-            raise BenchError("The two sides give different ids: there is nothing to compare.")
+            raise EvaluationError("The two sides give different ids: there is nothing to compare.")
         taken = interleaved_timing({"ours": ours, "transformers": peer}, repeats, warmups=0)
         what = "compiled against transformers" if engine else "against transformers"
         found.append(_ratio(name, what, count, taken["ours"], taken["transformers"], subject.tokens))

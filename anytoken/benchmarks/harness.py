@@ -24,10 +24,6 @@ from anytoken.utils.git import commit
 Figures = dict[str, Any]
 
 
-class BenchError(ValueError):
-    """Two sides that cannot be compared."""
-
-
 def interleaved_timing(
     sides: Mapping[str, Callable[[], object]], repeats: int, warmups: int = 1
 ) -> dict[str, float]:

@@ -7,14 +7,18 @@ from statistics import fmean
 
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+)
 from anytoken.inference.api import AnyToken
 from anytoken.inference.score import score_ids
 from anytoken.training.losses.balanced import grammar_groups
+from anytoken.utils.errors import EvaluationError
 
 
 def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str], repeats: int) -> Figures:
-    """One row per side, with the largest difference of log-likelihoods; BenchError if it exceeds 1e-3."""
+    """One row per side, with the largest difference of log-likelihoods; EvaluationError if it exceeds 1e-3."""
     start = model.encode_prompt(list(prompt))
     replies = [model.processor.encode_reply(one) for one in answers]
     sides = {
@@ -24,7 +28,9 @@ def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str
     found = {name: run() for name, run in sides.items()}
     worst = max(abs(a - b) for a, b in zip(*found.values(), strict=True))
     if worst > 1e-3:
-        raise BenchError(f"The two ways of scoring differ by up to {worst:.2g} nats: speeds say nothing.")
+        raise EvaluationError(
+            f"The two ways of scoring differ by up to {worst:.2g} nats: speeds say nothing."
+        )
     taken = interleaved_timing(sides, repeats)
     rows = [
         {

@@ -18,7 +18,10 @@ from contextlib import contextmanager
 from statistics import quantiles
 from typing import Any
 
-from anytoken.benchmarks.harness import BenchError, Figures
+from anytoken.benchmarks.harness import (
+    Figures,
+)
+from anytoken.utils.errors import EvaluationError
 
 START_SECONDS = 120
 
@@ -52,7 +55,7 @@ def running_server(
         until = time.monotonic() + START_SECONDS
         while True:
             if process.poll() is not None or time.monotonic() > until:
-                raise BenchError(f"The server did not start: {' '.join(command)}")
+                raise EvaluationError(f"The server did not start: {' '.join(command)}")
             try:
                 if httpx.get(f"{url}/readyz").status_code == 200:
                     break
@@ -65,7 +68,7 @@ def running_server(
 
 
 def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int) -> Figures:
-    """One row per load; BenchError if any request is lost or fails otherwise than by 429."""
+    """One row per load; EvaluationError if any request is lost or fails otherwise than by 429."""
     with running_server(model, clients, clients) as (url, pid):
         asyncio.run(_load(url, prompt, kind, 1, 2))  # warm-up
         before = _megabytes(pid)
@@ -77,7 +80,7 @@ def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int)
     for row in rows:
         row["speed"] = row["requests/s"] / alone["requests/s"]
         if row["answered"] + row["refused"] != row["requests"] or (row is not overload and row["refused"]):
-            raise BenchError(f"Requests were lost or failed: {row}")
+            raise EvaluationError(f"Requests were lost or failed: {row}")
     return {
         "model": model, "prompt": prompt, "output": kind, "memory_mb": [before, after],
         "cores": os.cpu_count(), "rows": rows,

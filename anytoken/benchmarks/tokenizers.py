@@ -14,11 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+)
 from anytoken.segments import DNA, Image, Segment, Speech, Video
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import PretrainedSpeech
 from anytoken.utils.device import device_name, math_threads, usable_device
+from anytoken.utils.errors import EvaluationError
 
 BATCHED = 3.0  # times the speed of one item after the other
 RATE_HZ = 16_000
@@ -49,7 +53,9 @@ def items(kind: str, count: int, seed: int = 0) -> list[Segment]:
         "dna": lambda: DNA("".join(rng.choice(list("ACGT"), 300))),
     }
     if kind not in makers:
-        raise BenchError(f"There is nothing to time a {kind} tokenizer on; there is for {', '.join(makers)}.")
+        raise EvaluationError(
+            f"There is nothing to time a {kind} tokenizer on; there is for {', '.join(makers)}."
+        )
     return [makers[kind]() for _ in range(count)]
 
 

@@ -11,7 +11,10 @@ import time
 
 import torch
 
-from anytoken.benchmarks.harness import BenchError, Figures, interleaved_timing
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+)
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.training.config import TrainConfig
@@ -21,10 +24,11 @@ from anytoken.training.prepare_data import prepare_sources
 from anytoken.training.run_metadata import measure_peak_flops
 from anytoken.training.step import ModelWithLoss
 from anytoken.training.trainer import build_loss
+from anytoken.utils.errors import EvaluationError
 
 
 def bench_train(stage: TrainConfig, repeats: int) -> Figures:
-    """Seconds of a step of both sides, and of loading one batch; BenchError if a loss is not finite."""
+    """Seconds of a step of both sides, and of loading one batch; EvaluationError if a loss is not finite."""
     processor, lm = build_model(stage)
     space, sources = processor.token_space, prepare_sources(stage, stage.data, processor)
     mixture = Mixture(sources, processor, stage.context, stage.seed, stage.cfg_dropout)
@@ -39,7 +43,7 @@ def bench_train(stage: TrainConfig, repeats: int) -> Figures:
 
     def step(loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):
-            raise BenchError(f"a loss is {loss.item()}: there is nothing to compare.")
+            raise EvaluationError(f"a loss is {loss.item()}: there is nothing to compare.")
         loss.backward()
         lm.zero_grad(set_to_none=True)
 

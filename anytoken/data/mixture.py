@@ -24,7 +24,6 @@ from anytoken.data.views import (
     TrainingSequence,
     Turn,
     View,
-    ViewError,
     build_sequence,
     drop_prompt,
     parse_view,
@@ -32,16 +31,13 @@ from anytoken.data.views import (
 )
 from anytoken.processor import Processor
 from anytoken.tokenizers.base import TokenizerError
+from anytoken.utils.errors import DataError
 
 MAX_TRIES = 1000  # draws of one sample before giving up on finding one that fits the context
 LENGTHS_ASKED = 32  # samples of each view that tell how long its sequences are
 CACHED_BYTES = 64 << 20  # of texts and their ids that each process keeps
 PIECES = 1000  # of a weight that changes over the steps
 log = logging.getLogger(__name__)
-
-
-class MixtureError(ValueError):
-    """A mixture that cannot be sampled: no records left, a key missing, nothing that fits."""
 
 
 class _Spec(BaseModel):
@@ -154,7 +150,7 @@ class _Source:
             found.append(_Choice(self, view, np.array(rows)))
         return found
 
-    def _nothing_fits(self, view: str, keys: list[str], named: list[int]) -> "MixtureError":
+    def _nothing_fits(self, view: str, keys: list[str], named: list[int]) -> "DataError":
         """Why no record fills a view: ``named`` are those that have all of its keys."""
         wrong = [key for key in keys if not any(self._fills(row, key) for row in named)]
         first = sorted(self.shards.records[0]) if len(self.shards) else "nothing"
@@ -163,7 +159,7 @@ class _Source:
             if named
             else "no record has its keys"
         )
-        return MixtureError(
+        return DataError(
             f"{self.spec.path}: nothing fits view {view!r} with split={self.spec.split!r}, "
             f"where={self.spec.where}: {why}; the set's first record has {first}"
         )
@@ -198,7 +194,7 @@ class _Source:
             return self.processor.codes_to_ids(key, shards.codes(index, key))
         value = shards.records[index].get(key)
         if not isinstance(value, str) or key in self.processor.tokenizers:
-            raise ViewError(
+            raise DataError(
                 f"{shards.path} record {index}: {key!r} is neither text nor a tokenized medium ({value!r})"
             )
         return value
@@ -270,7 +266,7 @@ class Mixture:
         tokens_per_step: ids of an optimizer step over all processes; weights that change over steps need it.
         """
         if not sources:
-            raise MixtureError("the mixture is empty; name at least one source under data")
+            raise DataError("the mixture is empty; name at least one source under data")
         self.context, self.seed, self.cfg_dropout, self.learn_all = context, seed, cfg_dropout, learn_all
         self.controls, sampling = processor.token_space, sampling or SamplingSpec()
         self._encode_text = TextCache(processor.text_tokenizer.encode)
@@ -286,9 +282,7 @@ class Mixture:
         weights = np.stack([choice.weights_over(steps) for choice in self.choices], axis=1)
         if not weights.sum(1).all():
             nothing = steps[weights.sum(1) == 0][0]
-            raise MixtureError(
-                f"all weights are zero at step {nothing:g}; leave one above zero at every step"
-            )
+            raise DataError(f"all weights are zero at step {nothing:g}; leave one above zero at every step")
         weights /= weights.sum(1, keepdims=True)
         self._cumulated = weights.cumsum(1) / weights.cumsum(1)[:, -1:]
         self._firsts = self._first_samples(steps, weights, tokens_per_step)
@@ -303,7 +297,7 @@ class Mixture:
         if len(steps) == 1:
             return np.zeros(1)
         if tokens_per_step is None:
-            raise MixtureError("weights that change over the steps need tokens_per_step, the ids of one step")
+            raise DataError("weights that change over the steps need tokens_per_step, the ids of one step")
         lengths = []
         for number, choice in enumerate(self.choices):
             rng = np.random.default_rng((self.seed, number, LENGTHS_ASKED))
@@ -313,7 +307,7 @@ class Mixture:
         return np.cumsum([0, *(np.diff(steps) * (drawn[:-1] + drawn[1:]) / 2)])
 
     def sample(self, index: int) -> TrainingSequence:
-        """Draw sample ``index``; MixtureError if no record of the mixture fits the context.
+        """Draw sample ``index``; DataError if no record of the mixture fits the context.
 
         Draws that are no use (too long, or codes that the tokenizer's shape does not have) are repeated, and told.
         """
@@ -331,7 +325,7 @@ class Mixture:
                 return replace(sequence, skipped=tuple(skipped)) if skipped else sequence
             skipped.append(f"longer than the context of {self.context} ids in {choice.source.spec.path}")
         reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(skipped).most_common())
-        raise MixtureError(
+        raise DataError(
             f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or mend the data"
         )
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from anytoken.utils.errors import DataError
+
 if TYPE_CHECKING:  # the model imports this file, and does not need what makes sequences
     from anytoken.data.views import TrainingSequence
 
@@ -30,10 +32,6 @@ EXACT = (
 )
 DRAWN_TOGETHER = 16  # samples that a worker draws at a time
 FEW = 1000  # a share of unusable draws is of so many at least
-
-
-class PackingError(ValueError):
-    """A sequence that cannot be packed, too many that are no use, or packed samples that would attend to each other."""
 
 
 @dataclass
@@ -93,7 +91,7 @@ def pack(bins: list[list[TrainingSequence]], context: int, pad: int) -> dict[str
         for sequence in sequences:
             stop = start + len(sequence.ids)
             if stop > context:
-                raise PackingError(f"{stop} ids in a row of {context}")
+                raise DataError(f"{stop} ids in a row of {context}")
             ids[row, start:stop], learn[row, start:stop] = sequence.ids, sequence.learn
             positions[row, start:stop] = np.arange(stop - start)
             learn[row, start] = False  # nothing stands before it
@@ -123,10 +121,10 @@ class PackedStream(IterableDataset):
 
     Of ``shares`` processes each draws and packs everything and is given the rows of its own ``share`` (drawing is far
     faster than training), so the batches, put together, and the state are the same for any number of processes;
-    PackingError if they cannot share the rows evenly. ``workers`` processes draw samples ahead; the batches are the
+    DataError if they cannot share the rows evenly. ``workers`` processes draw samples ahead; the batches are the
     same for any number of them, since packing happens here, in order. (Given to a DataLoader with workers of its own,
     each of those draws everything and hands over its part: right, but no faster.) ``skipped`` counts, by reason, the
-    draws that samples were tried with in vain; PackingError once their share passes ``max_bad``.
+    draws that samples were tried with in vain; DataError once their share passes ``max_bad``.
     """
 
     def __init__(
@@ -142,7 +140,7 @@ class PackedStream(IterableDataset):
     ) -> None:
         super().__init__()
         if rows % shares:
-            raise PackingError(
+            raise DataError(
                 f"{rows} rows cannot be shared evenly by {shares} processes; make them a multiple"
             )
         self.sample, self.rows, self.context, self.pad = sample, rows, context, pad
@@ -200,7 +198,7 @@ class PackedStream(IterableDataset):
         _, oldest = pool.popitem(last=False)
         row, room = [oldest], self.context - len(oldest.ids)
         if room < 0:
-            raise PackingError(f"{len(oldest.ids)} ids in a row of {self.context}")
+            raise DataError(f"{len(oldest.ids)} ids in a row of {self.context}")
         while room > EXACT and pool and len(next(iter(pool.values())).ids) <= room - EXACT // 2:
             _, taken = pool.popitem(last=False)
             row.append(taken)
@@ -222,7 +220,7 @@ class PackedStream(IterableDataset):
         bad = sum(self.skipped.values())
         if bad > self.max_bad * max(self.drawn, FEW):
             reasons = ", ".join(f"{number} {reason}" for reason, number in self.skipped.most_common())
-            raise PackingError(
+            raise DataError(
                 f"{bad} of {self.drawn} drawn samples are no use ({reasons}), more than the share {self.max_bad} that "
                 "max_bad allows; mend the data, raise the context, or allow more"
             )

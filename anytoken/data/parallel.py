@@ -15,15 +15,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from anytoken.utils.errors import DataError
+
 Engine = Literal["local", "ray"]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 AHEAD = 2  # jobs in flight for each worker
 _shared: list[Any] = []  # what this process was started with
-
-
-class ParallelError(ValueError):
-    """An engine that is not there."""
 
 
 def run(
@@ -32,12 +30,12 @@ def run(
     """Yield ``work(shared, job)`` for each job, as they finish; ``shared`` is sent to each worker once.
 
     workers: processes of this machine, or tasks at a time on the cluster that RAY_ADDRESS names (without it, Ray
-    starts on this machine). EngineError for an unknown engine, or Ray where it is not installed.
+    starts on this machine). RequestError for an unknown engine, or Ray where it is not installed.
     """
     if engine == "ray":
         return _run_on_ray(work, shared, jobs, workers)
     if engine != "local":
-        raise ParallelError(f"unknown engine {engine!r}; choose from local, ray")
+        raise DataError(f"unknown engine {engine!r}; choose from local, ray")
     return _run_here(work, shared, jobs) if workers == 1 else _run_in_pool(work, shared, jobs, workers)
 
 
@@ -97,7 +95,7 @@ def _run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise ParallelError("the engine ray needs Ray: pip install 'anytoken[ray]'") from error
+        raise DataError("the engine ray needs Ray: pip install 'anytoken[ray]'") from error
     if not ray.is_initialized():
         here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, **here)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.segments import KINDS, Segment
+from anytoken.utils.errors import DataError
 
 LONGEST = 300  # letters of a message about a bad record
 UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".amr", ".heic", ".heif", ".svg", ".psd")
@@ -25,7 +26,7 @@ ROLES = ("system", "user", "assistant")
 Record = dict[str, Any]
 
 
-class RecordError(ValueError):
+class RecordError(DataError):
     """A training record that cannot be used; ``reason`` names the kind of fault, for counting."""
 
     def __init__(self, message: str, reason: str = "wrong shape") -> None:

@@ -32,7 +32,10 @@ from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_p
 from anytoken.data.sources import Source, open_source
 from anytoken.media_io import write_whole
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
-from anytoken.utils.json_lines import JSONLinesError, read_json_lines
+from anytoken.utils.errors import DataError
+from anytoken.utils.json_lines import (
+    read_json_lines,
+)
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 _PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")
@@ -40,16 +43,12 @@ FEW = 1000  # a share of bad records is of so many at least while a source is be
 log = logging.getLogger(__name__)
 
 
-class ShardError(ValueError):
-    """A shard folder that is missing, incomplete, damaged, or written by other tokenizers."""
-
-
 def load_tokenizers(folder: str | Path) -> dict[str, ModalityTokenizer]:
     """All modality tokenizers in the subfolders of a folder (a checkpoint's ``tokenizers``), without text."""
     found = {path.parent.name: path.parent for path in sorted(Path(folder).glob("*/config.json"))}
     tokenizers = [load_tokenizer(path) for name, path in found.items() if name != "text"]
     if not tokenizers:
-        raise ShardError(
+        raise DataError(
             f"{folder} holds no tokenizer; expected folders such as {folder}/image with a config.json"
         )
     return {tokenizer.name: tokenizer for tokenizer in tokenizers}
@@ -74,7 +73,7 @@ def tokenize_records(
 ) -> Path:
     """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
 
-    The bytes are the same for any number of workers and either engine (see ``parallel.py``). ShardError if ``out``
+    The bytes are the same for any number of workers and either engine (see ``parallel.py``). DataError if ``out``
     holds shards of other records or tokenizers, or anything else; with ``overwrite`` shards are replaced, and no other
     file is touched. Media are below the source's folder, or below ``data_root``. Records that cannot be read or
     encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
@@ -203,7 +202,7 @@ def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Ent
     same = before.get("plan") == plan
     if before and not same:
         if before["written"] and not overwrite:
-            raise ShardError(
+            raise DataError(
                 f"{out} holds shards of other records, settings or tokenizers; choose another folder, or replace "
                 "them with --overwrite"
             )
@@ -221,9 +220,9 @@ def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Ent
 
 
 def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Plan and parts of the shards in a folder; ShardError if it holds something else, and nothing may be replaced."""
+    """Plan and parts of the shards in a folder; DataError if it holds something else, and nothing may be replaced."""
     if out.exists() and not out.is_dir():
-        raise ShardError(f"{out} is a file; --out names a folder")
+        raise DataError(f"{out} is a file; --out names a folder")
     try:
         if (out / MANIFEST).is_file():
             before = read_manifest(out)
@@ -234,11 +233,11 @@ def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any
                 }
         elif (out / PROGRESS).is_file():
             return _read_progress(out / PROGRESS)
-    except ShardError:
+    except DataError:
         if overwrite:
             return {}
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ShardError(
+        raise DataError(
             f"{out} holds files and no shards of this command; choose a new folder, or write the shards into it with "
             "--overwrite"
         )  # fmt: skip
@@ -246,13 +245,13 @@ def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
-    """The plan and the parts of a journal whose last line may be torn; ShardError if it is no such journal."""
+    """The plan and the parts of a journal whose last line may be torn; DataError if it is no such journal."""
     try:
         found = list(read_json_lines(path, torn_end=True))
-        if any("files" not in part for part in found[1:]) or (found and "source_sha256" not in found[0]):
-            raise ShardError(f"{path} is no journal of `anytoken data tokenize`")
-    except JSONLinesError as error:
-        raise ShardError(f"{path} is damaged ({error}); remove it and tokenize again") from None
+    except DataError as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and tokenize again") from None
+    if any("files" not in part for part in found[1:]) or (found and "source_sha256" not in found[0]):
+        raise DataError(f"{path} is no journal of `anytoken data tokenize`")
     return {"plan": found[0], "written": found[1:]} if found else {}
 
 
@@ -288,24 +287,24 @@ def is_shards(path: str | Path) -> bool:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a shard folder; ShardError if it has none, or one that cannot be read."""
+    """The manifest of a shard folder; DataError if it has none, or one that cannot be read."""
     path = Path(path)
     if not (path / MANIFEST).is_file():
         if (path / PROGRESS).is_file():
-            raise ShardError(f"{path} is unfinished; run `anytoken data tokenize` again, and it goes on")
-        raise ShardError(f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`")
+            raise DataError(f"{path} is unfinished; run `anytoken data tokenize` again, and it goes on")
+        raise DataError(f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         _ = manifest["parts"] + manifest["records"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path / MANIFEST} is damaged ({error!r}); remove it and tokenize again") from None
+        raise DataError(f"{path / MANIFEST} is damaged ({error!r}); remove it and tokenize again") from None
     return manifest
 
 
 def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
     """The manifest, once the size (and the sha256, unless told not to) of every file is as written.
 
-    ShardError names a file that is not. A set of version 1 has no sizes: its files only have to be there.
+    DataError names a file that is not. A set of version 1 has no sizes: its files only have to be there.
     """
     path, manifest = Path(path), read_manifest(path)
     written = manifest.get(
@@ -313,7 +312,7 @@ def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
     )
     for name, file in ((name, file) for part in written for name, file in part["files"].items()):
         if not (path / name).is_file():
-            raise ShardError(f"{path} is unfinished ({name} is missing); run `anytoken data tokenize` again")
+            raise DataError(f"{path} is unfinished ({name} is missing); run `anytoken data tokenize` again")
         if file is None:
             continue
         fits = (path / name).stat().st_size == file["bytes"]
@@ -321,7 +320,7 @@ def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
             with (path / name).open("rb") as data:
                 fits = hashlib.file_digest(data, "sha256").hexdigest() == file["sha256"]
         if not fits:
-            raise ShardError(
+            raise DataError(
                 f"{path / name} is not what was written; remove it and run `anytoken data tokenize` again"
             )
     return manifest
@@ -331,7 +330,7 @@ class Shards:
     """A tokenized set: ``records[i]`` is the JSON object, ``codes(i, kind)`` its codes, read from disk as needed."""
 
     def __init__(self, path: str | Path, tokenizers: Tokenizers, verify: bool = False) -> None:
-        """Open a shard folder; ShardError if it is missing, unfinished, damaged or made by other tokenizers.
+        """Open a shard folder; DataError if it is missing, unfinished, damaged or made by other tokenizers.
 
         verify: compare the checksum of every file, not its size alone.
         """
@@ -354,7 +353,7 @@ class Shards:
             )  # fmt: skip
         for kind, written in (made or {}).items():
             if kind in tokenizers and tokenizers[kind].fingerprint() != written:
-                raise ShardError(
+                raise DataError(
                     f"{self.path} was written by another {kind} tokenizer (fingerprint {written[:12]}, the "
                     f"checkpoint's is {tokenizers[kind].fingerprint()[:12]}); tokenize the records again"
                 )
@@ -375,7 +374,7 @@ class Shards:
             self._rows += [entry["rows"] for entry in entries]
             self._part_of += [index] * len(entries)
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            raise ShardError(
+            raise DataError(
                 f"{arrays} or {lines.name} is damaged ({error}); tokenize the records again"
             ) from error
 

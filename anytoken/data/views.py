@@ -14,13 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from anytoken.utils.errors import DataError
+
 Piece = str | list[int]
 Turn = tuple[str, list[Piece]]
 _TERM = re.compile(r'\s*(?:"(?P<literal>[^"]*)"|(?P<key>[\w.-]+))\s*')
-
-
-class ViewError(ValueError):
-    """A view string that cannot be read, or a record that lacks what a view needs."""
 
 
 class ControlIds(Protocol):
@@ -71,15 +69,15 @@ class TrainingSequence:
 
 
 def parse_view(name: str) -> View:
-    """Read a view string; ViewError says what is wrong with it."""
+    """Read a view string; DataError says what is wrong with it."""
     if name in ("interleaved", "messages"):
         return View(name, special=name)
     left, arrow, right = name.partition("->")
     if not arrow:
-        raise ViewError(f"unknown view {name!r}; write 'text->image', 'interleaved' or 'messages'")
+        raise DataError(f"unknown view {name!r}; write 'text->image', 'interleaved' or 'messages'")
     sources, targets = _parse_terms(left, name), _parse_terms(right, name)
     if not targets:
-        raise ViewError(f"view {name!r} has nothing to learn: name a key after '->'")
+        raise DataError(f"view {name!r} has nothing to learn: name a key after '->'")
     return View(name, sources, targets)
 
 
@@ -117,13 +115,13 @@ def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
     while side.strip() and position <= len(side):
         match = _TERM.match(side, position)
         if match is None:
-            raise ViewError(
+            raise DataError(
                 f'cannot read {side[position:]!r} in view {name!r}; list keys and "quoted text" with commas'
             )
         terms.append(Literal(match["literal"]) if match["literal"] is not None else match["key"])
         position = match.end()
         if position < len(side) and side[position] != ",":
-            raise ViewError(f"expected a comma before {side[position:]!r} in view {name!r}")
+            raise DataError(f"expected a comma before {side[position:]!r} in view {name!r}")
         if position == len(side):
             break
         position += 1
@@ -145,7 +143,7 @@ def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: Vie
     pieces: list[Piece] = []
     for term in terms:
         if isinstance(term, str) and term not in item:
-            raise ViewError(f"view {view.name!r} needs {term!r}; the record has {sorted(item)}")
+            raise DataError(f"view {view.name!r} needs {term!r}; the record has {sorted(item)}")
         piece = term.text if isinstance(term, Literal) else item[term]
         if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
             pieces[-1] += piece

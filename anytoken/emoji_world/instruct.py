@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from anytoken.data.sources import read_records
 from anytoken.emoji_world.phrases import wording
+from anytoken.utils.errors import DataError
 
 Record = dict[str, Any]
 Message = dict[str, Any]
@@ -36,10 +37,6 @@ COSTS, LONGEST = {"image": 70, "video": 140, "speech": 90, "dna": 60, "text": 16
 ABILITIES = 'I can draw, animate, say and name things, and read genes. Try "Draw a fox".'
 ABOUT = f"I am a small model of text, images, speech, video and DNA. {ABILITIES}"
 DECLINED = f"I do not know that. {ABILITIES}"
-
-
-class InstructError(ValueError):
-    """A folder of sets from which no conversation can be made."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def build_instruct(
     """Write ``out/conversations.jsonl`` with about ``count`` conversations; returns its path.
 
     sets: the folder with emoji, speech and dna. One conversation in twenty is of the test split, made of test
-    records only. Raises InstructError if the image or speech sets are missing.
+    records only. Raises DataError if the image or speech sets are missing.
     """
     sets, out = Path(sets), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +115,7 @@ class Maker:
                 found = [one for one in moved if one.get("split") == split]
                 self.records[name] = [one for one in found if name != "genes" or one["short"]]
         if not self.records.get("images") or not self.records.get("speech"):
-            raise InstructError(
+            raise DataError(
                 f"{sets} has no {split} records in {FILES['images']} and {FILES['speech']}; build the sets"
             )
         self.spoken: dict[str, list[Record]] = defaultdict(list)

@@ -20,8 +20,11 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from anytoken.evaluation.keyword_asr import RATE_HZ, JudgeError
+from anytoken.evaluation.keyword_asr import (
+    RATE_HZ,
+)
 from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.utils.errors import EvaluationError
 
 PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
 
@@ -39,7 +42,7 @@ class SpeakerClassifier:
 
     def __init__(self, clips: Sequence[Speech], voices: Sequence[str], ridge: float = 1.0) -> None:
         if len(set(voices)) < 2:
-            raise JudgeError(
+            raise EvaluationError(
                 f"A voice judge needs clips of two voices or more; received {sorted(set(voices))}."
             )
         self.voices = sorted(set(voices))
@@ -95,7 +98,7 @@ def pixels_of(segment: Segment) -> Tensor:
         return _shrink(segment.pixels[None])
     if isinstance(segment, Video):
         return _shrink(segment.frames)
-    raise JudgeError(f"A picture judge looks at Image and Video; received {type(segment).__name__}.")
+    raise EvaluationError(f"A picture judge looks at Image and Video; received {type(segment).__name__}.")
 
 
 def _shrink(pictures: np.ndarray) -> Tensor:
@@ -112,9 +115,9 @@ def fit_classifier(
     batch: int = 64,
     width: int = 32,
 ) -> PictureClassifier:
-    """Train on pictures uint8 [B, H, W, 3] with random shifts, scales, blur and noise; JudgeError without any."""
+    """Train on pictures uint8 [B, H, W, 3] with random shifts, scales, blur and noise; EvaluationError without any."""
     if not len(labels):
-        raise JudgeError("A picture judge needs labelled pictures; received none.")
+        raise EvaluationError("A picture judge needs labelled pictures; received none.")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -171,7 +174,7 @@ class BackgroundJudge:
         """The background of a picture, or of a video by its middle frame."""
         frames: Any = segment.pixels[None] if isinstance(segment, Image) else getattr(segment, "frames", None)
         if frames is None:
-            raise JudgeError(
+            raise EvaluationError(
                 f"A background judge looks at Image and Video; received {type(segment).__name__}."
             )
         distance = np.abs(self._colours - self._border(frames[len(frames) // 2])).sum(-1)

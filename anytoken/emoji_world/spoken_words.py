@@ -33,11 +33,11 @@ from anytoken.emoji_world.speech import (
     PIPER_PACKAGE,
     STRETCHES,
     TEST_FLITE,
-    SpeechSetError,
     engine_sources,
     render,
     require_engines,
 )
+from anytoken.utils.errors import DataError
 
 WORD_LIST = "wamerican-small"
 DICTIONARY = "usr/share/dict/american-english-small"
@@ -88,16 +88,14 @@ def build_words(
 ) -> Path:
     """Build OUT/words: `count` texts, each said by `voices` voices; returns the folder.
 
-    Finished clips are kept, so an interrupted build resumes. `limit` renders only that many clips. SpeechSetError if
-    an engine, the emoji set or enough texts are missing, PackageError if a package cannot be fetched.
+    Finished clips are kept, so an interrupted build resumes. `limit` renders only that many clips. DataError if
+    an engine, the emoji set or enough texts are missing, DataError if a package cannot be fetched.
     """
     folder = Path(out) / "words"
     cache = Path(cache) if cache else Path(out) / "packages"
     concepts = Path(emoji_dir) / "concepts.jsonl"
     if not concepts.is_file():
-        raise SpeechSetError(
-            f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR)."
-        )
+        raise DataError(f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR).")
     require_engines()
     names = {one["name"] for one in read_lines(concepts)}
     texts = choose_texts(chain(read_labels(cache), read_dictionary(cache)), names, count)
@@ -135,7 +133,7 @@ def read_dictionary(cache: Path) -> list[str]:
 
 
 def choose_texts(candidates: Iterable[str], names: Collection[str], count: int) -> list[str]:
-    """The first `count` texts that can be spoken and hold none of the names; SpeechSetError if there are fewer."""
+    """The first `count` texts that can be spoken and hold none of the names; DataError if there are fewer."""
     inside = re.compile(rf"\b({'|'.join(map(re.escape, sorted(names)))})\b") if names else re.compile(r"(?!)")
     chosen: dict[str, None] = {}
     for text in candidates:
@@ -143,7 +141,7 @@ def choose_texts(candidates: Iterable[str], names: Collection[str], count: int) 
             chosen[text] = None
         if len(chosen) == count:
             return list(chosen)
-    raise SpeechSetError(f"{count} texts were asked for; the word lists hold {len(chosen)} that can be used.")
+    raise DataError(f"{count} texts were asked for; the word lists hold {len(chosen)} that can be used.")
 
 
 def plan(texts: Iterable[str], voices: int) -> Iterator[SpokenText]:

@@ -27,6 +27,7 @@ from anytoken.evaluation.keyword_asr import KeywordRecognizer
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
 from anytoken.evaluation.transcriber import Transcriber
 from anytoken.segments import KINDS, Image, Segment, Speech, Text, Video
+from anytoken.utils.errors import EvaluationError
 
 Parts = dict[str, float]
 ANIMATED = "3d"  # the style that videos are drawn in
@@ -35,10 +36,6 @@ TOP = 5
 # Which styles a concept judge must not have seen, by the style it judges: close relatives are left out together.
 RELATIVES = {"3d": ("3d",), "line": ("line", "noto"), "noto": ("line", "noto"), "flat": ("flat", "twemoji")}
 RELATIVES["twemoji"] = RELATIVES["flat"]
-
-
-class TaskError(ValueError):
-    """Sets from which a direction cannot be judged."""
 
 
 class EvalDatasets:
@@ -55,11 +52,11 @@ class EvalDatasets:
         self._classifiers: dict[str, PictureClassifier] = {}
 
     def records(self, file: str) -> list[Record]:
-        """The records of one file of the sets; TaskError where it is not there."""
+        """The records of one file of the sets; EvaluationError where it is not there."""
         if file not in self._records:
             path = self.sets / file
             if not path.is_file():
-                raise TaskError(f"{path} is missing: build the sets with `anytoken data` first.")
+                raise EvaluationError(f"{path} is missing: build the sets with `anytoken data` first.")
             self._records[file] = list(read_records(path))
         return self._records[file]
 

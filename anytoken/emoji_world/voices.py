@@ -20,8 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
-from anytoken.emoji_world.speech import RATE_HZ, SpeechSetError, engine_says, trim
+from anytoken.emoji_world.speech import (
+    RATE_HZ,
+    engine_says,
+    trim,
+)
 from anytoken.segments import Speech
+from anytoken.utils.errors import DataError
 
 PROMPTS = Path("/usr/share/asterisk/sounds")  # where Debian puts them, a folder for each person and language
 PEOPLE = {  # of such a folder: Debian's package, and the licence of what was recorded
@@ -52,21 +57,19 @@ def build_voices(
     """Write OUT/voices: audio.npy, int16 at 16 kHz, audio.jsonl, what lies where, and a card; returns the array's path.
 
     The spoken names of OUT/speech come first, as in its train_audio.npy. limit: at most so many prompts and so many
-    said names. SpeechSetError if the spoken names, espeak-ng or the prompts are not there.
+    said names. DataError if the spoken names, espeak-ng or the prompts are not there.
     """
     spoken, folder, prompts = Path(out) / "speech", Path(out) / "voices", Path(prompts)
     names = spoken / "train_audio.npy"
     if not names.is_file():
-        raise SpeechSetError(
-            f"{names} is missing: build the spoken names first (anytoken data speech --out DIR)."
-        )
+        raise DataError(f"{names} is missing: build the spoken names first (anytoken data speech --out DIR).")
     files = [path for path in sorted(prompts.rglob("*.g722")) if not _left_out(path.relative_to(prompts))]
     if not files:
-        raise SpeechSetError(
+        raise DataError(
             f"{prompts} holds no .g722 files; install Debian's asterisk-core-sounds-en-g722, or -es, -fr, -it, -ru."
         )
     if shutil.which("espeak-ng") is None:
-        raise SpeechSetError("espeak-ng is not installed; install the Debian package of that name.")
+        raise DataError("espeak-ng is not installed; install the Debian package of that name.")
     jobs = list(
         plan(espeak_variants(), sorted({line["text"] for line in read_lines(spoken / "speech.jsonl")}))
     )

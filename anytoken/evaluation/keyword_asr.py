@@ -10,12 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from anytoken.segments import Speech
+from anytoken.utils.errors import EvaluationError
 
 RATE_HZ = 16_000
-
-
-class JudgeError(ValueError):
-    """A judge that lacks a package or the real examples it learns from."""
 
 
 class KeywordRecognizer:
@@ -25,14 +22,16 @@ class KeywordRecognizer:
         try:
             from pocketsphinx import Decoder
         except ImportError as error:
-            raise JudgeError("Judging speech needs pocketsphinx: pip install 'anytoken[eval]'.") from error
+            raise EvaluationError(
+                "Judging speech needs pocketsphinx: pip install 'anytoken[eval]'."
+            ) from error
         self._decoder = Decoder(lm=None, loglevel="FATAL")
         words = {name: name.lower().replace("-", " ") for name in names}
         self.names = {
             said: name for name, said in words.items() if all(map(self._decoder.lookup_word, said.split()))
         }
         if not self.names:
-            raise JudgeError(f"None of the {len(names)} names is made of words the recogniser knows.")
+            raise EvaluationError(f"None of the {len(names)} names is made of words the recogniser knows.")
         rule = "#JSGF V1.0; grammar names; public <name> = " + " | ".join(self.names) + ";"
         self._decoder.add_jsgf_string("names", rule)
         self._decoder.activate_search("names")

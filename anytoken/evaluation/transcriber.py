@@ -10,19 +10,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anytoken.evaluation.keyword_asr import RATE_HZ, JudgeError
+from anytoken.evaluation.keyword_asr import (
+    RATE_HZ,
+)
 from anytoken.segments import Speech
+from anytoken.utils.errors import EvaluationError
 
 
 class Transcriber:
     """Writes down what a clip says, in English: greedy decoding, the same text every time."""
 
     def __init__(self, model: str | Path, threads: int = 1) -> None:
-        """model: a size such as "base", a hub id, or a CTranslate2 folder. JudgeError if it cannot be loaded."""
+        """model: a size such as "base", a hub id, or a CTranslate2 folder. EvaluationError if it cannot be loaded."""
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise JudgeError(
+            raise EvaluationError(
                 "A second opinion on speech needs faster-whisper: pip install 'anytoken[eval]'."
             ) from error
         local = Path(model).is_dir()
@@ -33,7 +36,7 @@ class Transcriber:
                 local_files_only=local or offline,
             )  # fmt: skip
         except (ValueError, OSError, RuntimeError) as error:
-            raise JudgeError(
+            raise EvaluationError(
                 f"--asr {model} cannot be loaded ({str(error).splitlines()[0]:.200}); give a Whisper for CTranslate2: "
                 "a size such as base, a hub id, or a folder with model.bin, config.json and tokenizer.json."
             ) from error

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anytoken.inference.checkpoint import CheckpointError, merge_adapter
+from anytoken.inference.checkpoint import (
+    merge_adapter,
+)
 from anytoken.inference.weights import checksum
 from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.processor import Processor
-
-
-class AdapterError(ValueError):
-    """An adapter's name that is unknown or taken, or a model that takes no adapters."""
+from anytoken.utils.errors import CheckpointError
 
 
 class Adapters:
@@ -44,11 +43,11 @@ class Adapters:
     def load(self, folder: Path, name: str, processor: Processor) -> Processor:
         """Read an adapter; the weights stay as they are, but for rows of modalities that it brings.
 
-        Returns the processor that knows those. AdapterError for a taken name or a model that takes none,
+        Returns the processor that knows those. CheckpointError for a taken name or a model that takes none,
         CheckpointError (ValueError) for a folder that is none or does not fit; then nothing has changed.
         """
         if name in self._merged:
-            raise AdapterError(f"There is an adapter {name!r} already; there are {', '.join(self.names)}.")
+            raise CheckpointError(f"There is an adapter {name!r} already; there are {', '.join(self.names)}.")
         self._check_model()
         active = self.active
         self.use(None)
@@ -72,10 +71,12 @@ class Adapters:
     def use(self, name: str | None) -> None:
         """Put an adapter into the weights in place of the present one; None for the bare model, bit for bit.
 
-        AdapterError for an unknown name, and where the bare weights are others than when the adapter was read.
+        CheckpointError for an unknown name, and where the bare weights are others than when the adapter was read.
         """
         if name is not None and name not in self._merged:
-            raise AdapterError(f"There is no adapter {name!r}; there are {', '.join(self.names) or 'none'}.")
+            raise CheckpointError(
+                f"There is no adapter {name!r}; there are {', '.join(self.names) or 'none'}."
+            )
         before = self.active
         self._take_off()
         if name is None:
@@ -87,7 +88,7 @@ class Adapters:
         if checksum(shown.values()) != self._made_from[name]:
             if before is not None and before != name:
                 self.use(before)
-            raise AdapterError(
+            raise CheckpointError(
                 f"The weights have changed since the adapter {name!r} was read, and it was merged into those of "
                 "then: load it again under another name."
             )
@@ -120,12 +121,12 @@ class Adapters:
     def _check_model(self) -> None:
         quantized = getattr(self.lm, "quantized", None)
         if quantized:
-            raise AdapterError(
+            raise CheckpointError(
                 f"The weights are quantised ({quantized}), and an adapter is merged before that: open the checkpoint "
                 "with adapter= and quantize= together, or without quantize=."
             )
         if hasattr(self.lm, "peft_config"):
-            raise AdapterError(
+            raise CheckpointError(
                 "The model carries a PEFT adapter already: merge it first (model.lm = "
                 "peft_model.merge_and_unload())."
             )

@@ -18,7 +18,6 @@ from anytoken.inference.adapters import Adapters
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CHECKPOINT,
-    CheckpointError,
     find_checkpoint,
     load_folder,
     pick_device,
@@ -32,7 +31,6 @@ from anytoken.inference.score import (
     Classification,
     Normalize,
     Score,
-    ScoreError,
     check_normalize,
     classify,
     perplexity,
@@ -45,16 +43,13 @@ from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.utils.atomic import check_target, write_folder
+from anytoken.utils.errors import CheckpointError, RequestError
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
 Output = str | Sequence[str] | None
 Rerank = Callable[[GenerationOutput], float]
 Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
-
-
-class RequestError(ValueError):
-    """A generation request that cannot be served as asked."""
 
 
 class Options(TypedDict, total=False):
@@ -111,7 +106,7 @@ class AnyToken:
         minute or so the first time and says so; later loads find it in torch's cache. attn_implementation: "sdpa",
         "flex_attention", "flash_attention_2", "flash_attention_3" or "eager"; "auto" takes FlashAttention where its
         package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
-        ValueError (CheckpointError, AttentionError and the like) names the file that is missing or damaged, the
+        ValueError (CheckpointError, ConfigError and the like) names the file that is missing or damaged, the
         unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
@@ -160,7 +155,7 @@ class AnyToken:
         return self.processor.detokenize(list(ids))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """A prompt as ids, up to and with the assistant's opening; PromptError says what is wrong with it."""
+        """A prompt as ids, up to and with the assistant's opening; RequestError says what is wrong with it."""
         return self.processor.encode_chat(self.processor.messages(prompt), add_generation_prompt=True)
 
     @overload
@@ -207,7 +202,7 @@ class AnyToken:
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
         best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
         their ids (ids without a choice count 0), or by `rerank`, a function of a Reply, higher is better.
-        Options: see `Options`. ValueError (RequestError, PromptError, SamplingError, EngineError) says what
+        Options: see `Options`. RequestError says what
         does not fit.
         """
         _check_count("num_return", num_return)
@@ -270,7 +265,7 @@ class AnyToken:
 
         Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
         reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
-        holds of a prompt is not read again. EngineError for an empty prompt and for ids that are none.
+        holds of a prompt is not read again. RequestError for an empty prompt and for ids that are none.
         """
         return [reply for reply, _ in self._replies(prompts, output, rows, prefixes, **options)]
 
@@ -450,12 +445,12 @@ class AnyToken:
         """The log-likelihood of each answer as the whole reply to a prompt, by token and by segment.
 
         answers: each a string, a segment, or a list of both; the prompt is read once for all of them. With
-        normalize="pmi" each also has its likelihood after an empty prompt. ValueError (ScoreError, PromptError) for no
+        normalize="pmi" each also has its likelihood after an empty prompt. RequestError for no
         answers, an empty one, a kind that the model lacks, or more than the context holds.
         """
         check_normalize(normalize)
         if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
-            raise ScoreError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
+            raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
         replies = [self.processor.encode_reply(answer) for answer in answers]
         prior = self.processor.null_prompt() if normalize == "pmi" else None
         return score_ids(self.engine, self.encode_prompt(prompt), replies, prior)
@@ -515,7 +510,7 @@ class AnyToken:
         """`segment` with the global codes of `other`: recolours an image, converts a voice.
 
         No language model is asked: both are encoded, and the local codes of the first decoded with the header of the
-        second. ValueError (RequestError, PromptError, TokenizerError) for segments of different kinds, and a kind
+        second. RequestError or TokenizerError for segments of different kinds, and a kind
         without tokenizer or global codes.
         """
         kinds = [one.kind if isinstance(one, Segment) else type(one).__name__ for one in (segment, other)]
@@ -542,7 +537,7 @@ class AnyToken:
             tokenizer.to(self.lm.device)
 
     def use_adapter(self, name: str | None) -> None:
-        """Answer with an adapter from now on, or with the bare model (None); AdapterError for an unknown name."""
+        """Answer with an adapter from now on, or with the bare model (None); CheckpointError for an unknown name."""
         self.adapters.use(name)
 
     def save_pretrained(

@@ -26,6 +26,7 @@ from anytoken.inference.streaming import Event
 from anytoken.processor import Message
 from anytoken.segments import DNA, KINDS, Segment, Speech, Text, usual_suffix
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
+from anytoken.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 FILE = "chat.json"
 AS_BEFORE: Any = object()  # the output that was asked for the last time
 log = logging.getLogger(__name__)
-
-
-class ChatError(ValueError):
-    """A saved conversation that cannot be read, or a turn that is not there."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Chat:
     def send(self, prompt: Any, output: Any = None, **options: Any) -> GenerationOutput:
         """Say something (a string, a segment, a list of both) and get the reply; options of `generate`.
 
-        A failed call leaves the conversation as it was. EngineError if this turn alone does not fit the context.
+        A failed call leaves the conversation as it was. RequestError if this turn alone does not fit the context.
         """
         return self._reply(self._said(prompt, output), options)
 
@@ -101,7 +98,7 @@ class Chat:
     def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> GenerationOutput:
         """Answer the last message again, in place of its reply: `chat.regenerate(seed=1)`.
 
-        It is asked for the same output unless another is given. ChatError if there is nothing to answer.
+        It is asked for the same output unless another is given. RequestError if there is nothing to answer.
         """
         return self._reply(self._unanswered(output), options)
 
@@ -114,7 +111,9 @@ class Chat:
     def edit(self, index: int, content: Any) -> None:
         """Change what `messages[index]` says and drop what came after it; `regenerate` then answers it."""
         if not -len(self.turns) <= index < len(self.turns):
-            raise ChatError(f"There is no message {index}: the chat has {len(self.turns)}, counted from 0.")
+            raise RequestError(
+                f"There is no message {index}: the chat has {len(self.turns)}, counted from 0."
+            )
         old = self.turns[index]
         [turn] = self._encode([{"role": old.role, "content": content}])
         self.turns[index:] = [replace(turn, output=old.output)]
@@ -131,7 +130,7 @@ class Chat:
     def _last_said(self) -> int:
         said = [index for index, turn in enumerate(self.turns) if turn.role == "user"]
         if not said:
-            raise ChatError("Nothing has been said yet: send something first.")
+            raise RequestError("Nothing has been said yet: send something first.")
         return said[-1]
 
     def _said(self, prompt: Any, output: Any) -> list[Turn]:
@@ -234,12 +233,12 @@ class Chat:
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write a folder with chat.json and one file per medium, whole or not at all.
 
-        An earlier state of this conversation there is replaced; ChatError for another conversation or something else,
-        unless `overwrite`. Files there that are not the conversation's are kept.
+        An earlier state of this conversation there is replaced; RequestError for another conversation or something
+        else, unless `overwrite`. Files there that are not the conversation's are kept.
         """
         target = Path(path).expanduser()
         before, files = _saved(target)
-        kind = FolderKind("conversation", FILE, files, ChatError)
+        kind = FolderKind("conversation", FILE, files, RequestError)
         check_target(target, kind, overwrite)
         with write_folder(target, kind, overwrite, own=before == self._id) as folder:
             messages = []
@@ -263,11 +262,11 @@ class Chat:
     def load(cls, path: str | Path, model: AnyToken) -> Chat:
         """Open a saved conversation; with another model's token space its media are tokenized anew.
 
-        ChatError names a file that is missing or damaged.
+        RequestError names a file that is missing or damaged.
         """
         folder, chat = Path(path).expanduser(), cls(model)
         if not (folder / FILE).is_file():
-            raise ChatError(f"{folder} holds no saved chat: there is no {FILE} in it.")
+            raise RequestError(f"{folder} holds no saved chat: there is no {FILE} in it.")
         types = KINDS | {kind: one.segment_type for kind, one in model.processor.tokenizers.items()}
         try:
             data = json.loads((folder / FILE).read_text(encoding="utf-8"))
@@ -281,10 +280,10 @@ class Chat:
             else:
                 pieces = [chat._encode([message])[0].ids for message in chat.messages]
             chat.turns = [replace(turn, ids=ids) for turn, ids in zip(chat.turns, pieces, strict=True)]
-        except ChatError:
+        except RequestError:
             raise
         except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ChatError(
+            raise RequestError(
                 f"{folder} does not hold a saved chat ({type(error).__name__}: {error})."
             ) from error
         return chat
@@ -335,9 +334,9 @@ def _load_part(part: dict[str, str], folder: Path, types: Mapping[str, type[Segm
     if kind == "text":
         return Text(part["text"])
     if kind not in types:
-        raise ChatError(f"The chat in {folder} holds {kind!r}; this model knows {', '.join(types)}.")
+        raise RequestError(f"The chat in {folder} holds {kind!r}; this model knows {', '.join(types)}.")
     path = folder / Path(part[kind]).name
     if not path.is_file():
-        raise ChatError(f"{path} is missing: the saved chat is incomplete.")
+        raise RequestError(f"{path} is missing: the saved chat is incomplete.")
     segment = types[kind].open(path)
     return replace(segment, name=part.get("name", segment.name)) if isinstance(segment, DNA) else segment

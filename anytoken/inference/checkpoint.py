@@ -31,15 +31,12 @@ from anytoken.processor import Processor
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.atomic import FolderKind
 from anytoken.utils.device import usable_device
+from anytoken.utils.errors import CheckpointError
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not found, not complete or not readable."""
 
 
 CHECKPOINT = FolderKind(

@@ -27,12 +27,9 @@ from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Request, Scheduler, Token
 from anytoken.inference.weights import checksum, storage_key
+from anytoken.utils.errors import RequestError
 
 Plan = Sequence[str] | None
-
-
-class EngineError(ValueError):
-    """A prompt or a plan that does not fit, a bad seed, or guidance without a null prompt."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ class Engine:
         to settings; `max_new_tokens` None means up to the context. A row draws from (`seed`, its number in
         `rows`), by default its place in `prompts`, and from nothing else. `sizes` pins the grid size of a
         kind. `prefixes` keeps what is decoded for prompts that go on from it. `scored` asks for log-probabilities.
-        EngineError or GrammarError before the first token if something does not fit.
+        RequestError or TokenSpaceError before the first token if something does not fit.
         """
         seed = secrets.randbits(63) if seed is None else seed
         scheduler = Scheduler(self)
@@ -144,7 +141,7 @@ class Engine:
         settings = dict(sampling or {})
         self._check_ids(prompt)
         if null_prompt is None and any(one.cfg_scale != 1 for one in settings.values()):
-            raise EngineError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
+            raise RequestError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
         state = self.grammar.reply(plan, sizes=dict(sizes) if sizes else None)
         budget = self._budget(state, max(len(prompt), len(null_prompt or ())), max_new_tokens)
         random = np.random.default_rng([_checked_seed(seed), draw])
@@ -155,35 +152,35 @@ class Engine:
         return Request(number, state, budget, random, slot, settings, list(null_prompt or ()), scored)
 
     def _check_ids(self, prompt: Sequence[int]) -> None:
-        """EngineError for a prompt without ids, or with something that is none of the vocabulary's."""
+        """RequestError for a prompt without ids, or with something that is none of the vocabulary's."""
         size = self.grammar.token_space.vocab_size
         if not len(prompt):
-            raise EngineError(
+            raise RequestError(
                 "The prompt is empty: the model continues a sequence, so give at least one id, such as bos."
             )
         for place, token in enumerate(prompt):
             whole = hasattr(token, "__index__") and not isinstance(token, bool)
             if not whole or not 0 <= token < size:
-                raise EngineError(
+                raise RequestError(
                     f"Ids are whole numbers from 0 to {size - 1}; id {place} of the prompt is {token!r}."
                 )
 
     def _budget(self, state: State, prompt_length: int, max_new_tokens: int | None) -> int:
-        """How many ids a reply may have; EngineError if its shortest legal form is longer."""
+        """How many ids a reply may have; RequestError if its shortest legal form is longer."""
         whole = isinstance(max_new_tokens, int | np.integer) and not isinstance(max_new_tokens, bool)
         if max_new_tokens is not None and not (whole and max_new_tokens >= 1):
-            raise EngineError(
+            raise RequestError(
                 f"max_new_tokens must be a whole number from 1 up; received {max_new_tokens!r}."
             )
         room = self.context - prompt_length
         least = self.grammar.min_remaining(state)
         if room < least:
-            raise EngineError(
+            raise RequestError(
                 f"The prompt has {prompt_length} tokens and the shortest reply {least}, but the context is "
                 f"{self.context} tokens: shorten the prompt or ask for less."
             )
         if max_new_tokens is not None and max_new_tokens < least:
-            raise EngineError(
+            raise RequestError(
                 f"max_new_tokens is {max_new_tokens}, but the shortest reply of the requested kinds "
                 f"takes {least} tokens."
             )
@@ -202,5 +199,5 @@ def _checked_seed(seed: int | None) -> int:
     if seed is None:
         return secrets.randbits(63)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise EngineError(f"seed must be a whole number from 0 up; received {seed!r}.")
+        raise RequestError(f"seed must be a whole number from 0 up; received {seed!r}.")
     return int(seed)

@@ -14,17 +14,21 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from anytoken.grammar import Grammar, GrammarError, State
+from anytoken.grammar import (
+    Grammar,
+    State,
+)
+from anytoken.utils.errors import TokenSpaceError
 
 
 class GrammarLogitsProcessor(LogitsProcessor):
     """Sets the logits of ids that the grammar does not allow to minus infinity.
 
     `plan` and `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that every
-    reply is complete within it; GrammarError (a ValueError) if the shortest reply is longer. `prompt_length` is the
+    reply is complete within it; TokenSpaceError (a ValueError) if the shortest reply is longer. `prompt_length` is the
     number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first call.
     States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`:
-    GrammarError says so where rows do not go on as replies, or where other settings leave nothing to follow. The
+    TokenSpaceError says so where rows do not go on as replies, or where other settings leave nothing to follow. The
     former is also what assisted decoding meets, which writes ahead of the grammar.
     """
 
@@ -59,7 +63,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
             for start, stop in self.grammar.allowed(state, budget):
                 masked[row, start:stop] = scores[row, start:stop]
             if masked[row].max() == -torch.inf:
-                raise GrammarError(self._contradiction(state, budget))
+                raise TokenSpaceError(self._contradiction(state, budget))
         self._states = states
         return masked
 
@@ -77,7 +81,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
             return self._states[prefix]
         before = self._states.get(prefix[:-1])
         if before is None:
-            raise GrammarError(
+            raise TokenSpaceError(
                 "The rows do not go on as replies to the prompt of the first call. A GrammarLogitsProcessor serves "
                 "one call of generate, with greedy search, sampling or beams: make a new one for the next call, and "
                 "do without assisted decoding (prompt_lookup_num_tokens, assistant_model)."

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class SamplingError(ValueError):
-    """A sampling setting outside its range."""
+from anytoken.utils.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Sampling:
     temperature >= 0 (0 is greedy); top_k >= 0 (0 is off); 0 < top_p <= 1 (1 is off); 0 <= min_p <= 1 (0 is off)
     keeps ids at least min_p times as probable as the likeliest; repetition_penalty > 0 (1 is off) on ids of the
     same kind that the reply already holds; cfg_scale >= 0 (1 is off, larger follows the prompt more closely, at
-    the price of a second forward row). SamplingError otherwise.
+    the price of a second forward row). RequestError otherwise.
     """
 
     temperature: float = 1.0
@@ -42,7 +40,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are welcome
-                raise SamplingError(f"{name} must be a number; received {value!r}.")
+                raise RequestError(f"{name} must be a number; received {value!r}.")
         limits = {
             "temperature": (0 <= self.temperature < float("inf"), "a number from 0 (greedy) up"),
             "top_k": (
@@ -56,7 +54,7 @@ class Sampling:
         }
         for name, (fits, allowed) in limits.items():
             if not fits:
-                raise SamplingError(f"{name} must be {allowed}; received {getattr(self, name)!r}.")
+                raise RequestError(f"{name} must be {allowed}; received {getattr(self, name)!r}.")
         object.__setattr__(self, "top_k", int(self.top_k))
         for name, value in asdict(self).items():
             if not isinstance(value, int | float):
@@ -79,18 +77,18 @@ def merge_sampling(
 ) -> dict[str, Sampling]:
     """One Sampling per kind: defaults, then `overrides` (None keeps), then `per_kind`, which wins.
 
-    SamplingError for a kind that is not in `kinds`, or settings that are no mapping.
+    RequestError for a kind that is not in `kinds`, or settings that are no mapping.
     """
     if not isinstance(per_kind or {}, Mapping):
-        raise SamplingError(f'sampling is {{kind: settings}}, as {{"image": ...}}; received {per_kind!r}.')
+        raise RequestError(f'sampling is {{kind: settings}}, as {{"image": ...}}; received {per_kind!r}.')
     unknown = sorted(set(per_kind or {}) - set(kinds), key=str)
     if unknown:
-        raise SamplingError(f"sampling names {unknown[0]!r}; this model has {', '.join(kinds)}.")
+        raise RequestError(f"sampling names {unknown[0]!r}; this model has {', '.join(kinds)}.")
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     merged = {kind: replace(defaults.get(kind, Sampling()), **given) for kind in kinds}
     for kind, value in (per_kind or {}).items():
         if not isinstance(value, Sampling | Mapping):
-            raise SamplingError(f"sampling of {kind} is a Sampling or a mapping; received {value!r}.")
+            raise RequestError(f"sampling of {kind} is a Sampling or a mapping; received {value!r}.")
         merged[kind] = (
             value if isinstance(value, Sampling) else sampling_from_dict({**asdict(merged[kind]), **value})
         )
@@ -98,10 +96,10 @@ def merge_sampling(
 
 
 def sampling_from_dict(values: Mapping[str, Any]) -> Sampling:
-    """Sampling from JSON-ready data; SamplingError names a setting that does not exist."""
+    """Sampling from JSON-ready data; RequestError names a setting that does not exist."""
     unknown = sorted(set(values) - set(NAMES))
     if unknown:
-        raise SamplingError(f"Unknown sampling setting {unknown[0]!r}; allowed: {', '.join(NAMES)}.")
+        raise RequestError(f"Unknown sampling setting {unknown[0]!r}; allowed: {', '.join(NAMES)}.")
     return Sampling(**values)
 
 
@@ -111,13 +109,13 @@ def save_sampling(sampling: Mapping[str, Sampling], path: Path) -> None:
 
 
 def load_sampling(path: Path) -> dict[str, Sampling]:
-    """Read what `save_sampling` wrote; {} if there is no file. SamplingError for a damaged one."""
+    """Read what `save_sampling` wrote; {} if there is no file. RequestError for a damaged one."""
     if not path.is_file():
         return {}
     try:
         return {kind: sampling_from_dict(values) for kind, values in json.loads(path.read_text()).items()}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        raise SamplingError(
+        raise RequestError(
             f"{path} does not hold sampling defaults ({error}); copy the checkpoint again."
         ) from error
 

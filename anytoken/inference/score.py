@@ -28,13 +28,10 @@ from anytoken.inference.engine import Engine
 from anytoken.model.attention import usable_attention
 from anytoken.training.losses.balanced import grammar_groups
 from anytoken.training.losses.linear_cross_entropy import linear_cross_entropy
+from anytoken.utils.errors import RequestError
 
 Normalize = Literal["none", "tokens", "pmi"]
 CACHE_ELEMENTS = 2**26  # of keys and values that the copies of a prompt may take in one batch
-
-
-class ScoreError(ValueError):
-    """Answers or settings that cannot be scored."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +60,9 @@ class Score:
 
     @property
     def pmi(self) -> float:
-        """Pointwise mutual information of prompt and answer: `total` less `prior`; ScoreError without a prior."""
+        """Pointwise mutual information of prompt and answer: `total` less `prior`; RequestError without a prior."""
         if self.prior is None:
-            raise ScoreError('This score has no prior: ask for it with normalize="pmi".')
+            raise RequestError('This score has no prior: ask for it with normalize="pmi".')
         return self.total - self.prior
 
     def value(self, normalize: Normalize) -> float:
@@ -108,9 +105,9 @@ def perplexity(grammar: Grammar, score: Score) -> float:
 
 
 def check_normalize(normalize: str) -> None:
-    """ScoreError unless it is a known way of normalising."""
+    """RequestError unless it is a known way of normalising."""
     if normalize not in get_args(Normalize):
-        raise ScoreError(f"normalize is one of {', '.join(get_args(Normalize))}; received {normalize!r}.")
+        raise RequestError(f"normalize is one of {', '.join(get_args(Normalize))}; received {normalize!r}.")
 
 
 def score_ids(
@@ -121,12 +118,12 @@ def score_ids(
 ) -> list[Score]:
     """Score answers, each the ids of a reply with its end id, after the ids of a prompt.
 
-    prior: ids of the empty prompt, to score the answers after it, too. ScoreError if prompt and answer do not fit the
+    prior: ids of the empty prompt, to score the answers after it, too. RequestError if prompt and answer do not fit the
     context.
     """
     longest = max(map(len, answers))
     if len(prompt) + longest > engine.context:
-        raise ScoreError(
+        raise RequestError(
             f"The prompt has {len(prompt)} tokens and the longest answer {longest}, but the context is "
             f"{engine.context} tokens: shorten one of them."
         )

@@ -4,10 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM, AnyTokenModel
-from anytoken.model.packed_attention import PackingError
+from anytoken.utils.errors import DataError
 
 AutoConfig.register("anytoken", AnyTokenConfig, exist_ok=True)
 AutoModel.register(AnyTokenConfig, AnyTokenModel, exist_ok=True)
 AutoModelForCausalLM.register(AnyTokenConfig, AnyTokenForCausalLM, exist_ok=True)
 
-__all__ = ["AnyTokenConfig", "AnyTokenForCausalLM", "AnyTokenModel", "PackingError"]
+__all__ = ["AnyTokenConfig", "AnyTokenForCausalLM", "AnyTokenModel", "DataError"]

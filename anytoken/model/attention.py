@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from transformers.utils.generic import is_flash_attention_requested
 
+from anytoken.utils.errors import ConfigError
+
 FLASH = {  # name: the test for its package, the package
     "flash_attention_3": (is_flash_attn_3_available, "flash_attn_interface (FlashAttention 3)"),
     "flash_attention_2": (is_flash_attn_2_available, "flash_attn 2.3.3 or later"),
@@ -25,31 +27,27 @@ HALF = (torch.bfloat16, torch.float16)
 log = logging.getLogger(__name__)
 
 
-class AttentionError(ValueError):
-    """An attention implementation that is unknown or cannot run here."""
-
-
 def use_attention(lm: PreTrainedModel, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """Switch a model to an attention implementation, and say which in the log; the name of it.
 
     wanted: one of CHOICES; "auto" takes FlashAttention where it can run and leaves the model's default, which is sdpa,
-    elsewhere. device, dtype: what the model will compute on and in (that of autocast, if it is on). AttentionError for
+    elsewhere. device, dtype: what the model will compute on and in (that of autocast, if it is on). ConfigError for
     an unknown name, or one that cannot run.
     """
     if wanted not in CHOICES:
-        raise AttentionError(f"Unknown attention implementation {wanted!r}; allowed: {', '.join(CHOICES)}.")
+        raise ConfigError(f"Unknown attention implementation {wanted!r}; allowed: {', '.join(CHOICES)}.")
     reason = ""
     if wanted == "auto":
         wanted, reason = _best(lm, device, dtype)
     elif wanted in FLASH:
         obstacle = flash_obstacle(wanted, lm, device, dtype)
         if obstacle:
-            raise AttentionError(f"{wanted} cannot run here: {obstacle}. Choose auto or sdpa.")
+            raise ConfigError(f"{wanted} cannot run here: {obstacle}. Choose auto or sdpa.")
     if wanted != lm.config._attn_implementation:
         try:
             lm.set_attn_implementation(wanted)
         except (ValueError, ImportError) as error:
-            raise AttentionError(f"{type(lm).__name__} cannot use {wanted}: {error}") from error
+            raise ConfigError(f"{type(lm).__name__} cannot use {wanted}: {error}") from error
     log.info("attention: %s on %s in %s%s", wanted, device, str(dtype).removeprefix("torch."), reason)
     return wanted
 

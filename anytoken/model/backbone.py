@@ -28,6 +28,7 @@ from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.errors import CheckpointError
 
 TOLERANCE = 1e-4  # of logits, relative to their size: float32 sums in another order
 COPIED = (
@@ -37,12 +38,8 @@ COPIED = (
 )  # fmt: skip
 
 
-class BackboneError(ValueError):
-    """A backbone that cannot be taken as asked."""
-
-
 def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
-    """A folder, a hub id or a .gguf file as a float32 model and its tokenizer; BackboneError if it is neither."""
+    """A folder, a hub id or a .gguf file as a float32 model and its tokenizer; CheckpointError if it is neither."""
     path, settings = str(source), {}
     if path.endswith(".gguf"):
         path, settings = str(Path(path).parent), {"gguf_file": Path(path).name}
@@ -50,9 +47,9 @@ def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **settings)
         tokenizer = AutoTokenizer.from_pretrained(path, **settings)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise BackboneError(f"{source} does not load as a causal language model: {error}") from error
+        raise CheckpointError(f"{source} does not load as a causal language model: {error}") from error
     if not tokenizer.is_fast:
-        raise BackboneError(f"{source} has no tokenizer.json, which is what its texts are read with.")
+        raise CheckpointError(f"{source} has no tokenizer.json, which is what its texts are read with.")
     return model.eval(), TextTokenizer.adopt(tokenizer.backend_tokenizer)
 
 
@@ -62,13 +59,15 @@ def adopt_backbone(
     """A backbone with ids for every tokenizer's codes appended, and the processor of the new vocabulary.
 
     Logits of the old ids are the backbone's (float32: to 1e-5 of their size). upcycle: make so many experts of
-    every dense feed-forward layer, of which a token passes `top_k`; 0 leaves the layers. BackboneError says what does
+    every dense feed-forward layer, of which a token passes `top_k`; 0 leaves the layers. CheckpointError says what does
     not fit.
     """
     backbone, text = load_backbone(source)
     rows = len(backbone.get_input_embeddings().weight)
     if text.vocab_size > rows:
-        raise BackboneError(f"The tokenizer of {source} has {text.vocab_size} ids but the model {rows} rows.")
+        raise CheckpointError(
+            f"The tokenizer of {source} has {text.vocab_size} ids but the model {rows} rows."
+        )
     space = TokenSpace(rows, text_ranges=text.ranges)
     for name, tokenizer in tokenizers.items():
         space.append_modality(name, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
@@ -76,7 +75,7 @@ def adopt_backbone(
     lm: PreTrainedModel
     try:
         lm = express(backbone, upcycle, top_k)
-    except BackboneError:
+    except CheckpointError:
         if upcycle or not _head_is_plain(backbone):
             raise
         lm = backbone
@@ -87,9 +86,9 @@ def adopt_backbone(
 
 @torch.no_grad()
 def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyTokenForCausalLM:
-    """The backbone's weights in our own class, with the same logits; BackboneError if it has no place for them."""
+    """The backbone's weights in our own class, with the same logits; CheckpointError if it has no place for them."""
     if upcycle and not 2 <= top_k <= upcycle:
-        raise BackboneError(
+        raise CheckpointError(
             f"top_k must be from 2 to upcycle={upcycle} (the weight of a single expert would always be one, and "
             f"its router would learn nothing); received {top_k}."
         )
@@ -107,7 +106,7 @@ def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyT
     kind = type(backbone).__name__
     lost = [*missing, *report.unexpected_keys]
     if lost:
-        raise BackboneError(
+        raise CheckpointError(
             f"{kind} has weights that AnyToken's decoder has not, or lacks some: {lost[0]} ({len(lost)} in all)."
         )
     ids = torch.randint(
@@ -116,7 +115,7 @@ def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyT
     expected, got = (model(input_ids=ids, use_cache=False).logits for model in (backbone, lm))
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     if not error < TOLERANCE:
-        raise BackboneError(
+        raise CheckpointError(
             f"{kind} computes otherwise than AnyToken's decoder: logits differ by {error:.1e}."
         )
     return lm
@@ -129,9 +128,11 @@ def _settings(
     config = backbone.config.get_text_config()
     first = "model.layers.0.self_attn."
     if f"{first}q_proj.weight" not in weights:
-        raise BackboneError(f"{type(backbone).__name__} names its weights otherwise than Llama and its kin.")
+        raise CheckpointError(
+            f"{type(backbone).__name__} names its weights otherwise than Llama and its kin."
+        )
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
-        raise BackboneError(f"{type(backbone).__name__} mixes layers of several kinds of attention.")
+        raise CheckpointError(f"{type(backbone).__name__} mixes layers of several kinds of attention.")
     heads = config.num_attention_heads
     head_dim = len(weights[f"{first}q_proj.weight"]) // heads
     norm = weights.get(f"{first}q_norm.weight")
@@ -152,7 +153,7 @@ def _settings(
     ]
     if upcycle:
         if experts:
-            raise BackboneError(f"{type(backbone).__name__} has experts already; leave upcycle out.")
+            raise CheckpointError(f"{type(backbone).__name__} has experts already; leave upcycle out.")
         width = config.intermediate_size
         return settings | _expert_settings(upcycle, top_k, width, True, [])
     if not experts:

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
+from anytoken.utils.errors import ConfigError
+
 if TYPE_CHECKING:
     from anytoken.token_space import TokenSpace
-
-
-class ModelConfigError(ValueError):
-    """Settings that contradict each other."""
 
 
 @strict
@@ -73,11 +71,11 @@ class AnyTokenConfig(Qwen3MoeConfig):
     def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]
         super().__post_init__(**kwargs)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ModelConfigError(
+            raise ConfigError(
                 f"num_experts_per_tok must be from 1 to num_experts={self.num_experts}; got {self.num_experts_per_tok}."
             )
         if self.num_null_experts < 0 or not 0 <= self.router_jitter_noise < 1:
-            raise ModelConfigError(
+            raise ConfigError(
                 "num_null_experts must be at least 0 and router_jitter_noise from 0 to below 1; "
                 f"got {self.num_null_experts} and {self.router_jitter_noise}."
             )
@@ -100,20 +98,18 @@ class AnyTokenConfig(Qwen3MoeConfig):
 
     def _check_groups(self, groups: dict[str, int]) -> None:
         if sum(groups.values()) != self.num_experts or min(groups.values()) < 1:
-            raise ModelConfigError(f"expert_groups {groups} must add up to num_experts={self.num_experts}.")
+            raise ConfigError(f"expert_groups {groups} must add up to num_experts={self.num_experts}.")
         if not self.modality_names or not self.modality_boundaries or not self.modality_index:
-            raise ModelConfigError(
-                "expert_groups needs modality_names, modality_boundaries and modality_index."
-            )
+            raise ConfigError("expert_groups needs modality_names, modality_boundaries and modality_index.")
         unknown = set(groups) - {"common", *self.modality_names}
         if unknown:
-            raise ModelConfigError(
+            raise ConfigError(
                 f"expert_groups names {', '.join(sorted(unknown))}; allowed: common, {', '.join(self.modality_names)}."
             )
         for name in self.modality_names:
             room = groups.get("common", 0) + groups.get(name, 0)
             if room < self.num_experts_per_tok:
-                raise ModelConfigError(
+                raise ConfigError(
                     f"{name} tokens may use {room} experts (common and their own group) "
                     f"but num_experts_per_tok={self.num_experts_per_tok}."
                 )

@@ -27,6 +27,7 @@ from transformers import (
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
+from anytoken.utils.errors import CheckpointError
 
 # Ours, and without a say in the logits: they act in training, or tell expert groups (which block the export) apart.
 NO_EFFECT = {
@@ -44,14 +45,10 @@ CHAT_TEMPLATE = (
 )
 
 
-class ExportError(ValueError):
-    """A checkpoint that the target cannot express."""
-
-
 def export_qwen3_moe(checkpoint: Path, out: Path) -> None:
     """Write the model of a checkpoint folder to the empty folder `out` as a stock Qwen3-MoE, in its stored dtype.
 
-    ExportError names the settings that Qwen3-MoE lacks, before any weight is read.
+    CheckpointError names the settings that Qwen3-MoE lacks, before any weight is read.
     """
     config = plain_config(AutoConfig.from_pretrained(checkpoint))
     processor = Processor.from_pretrained(checkpoint)
@@ -67,9 +64,9 @@ def export_qwen3_moe(checkpoint: Path, out: Path) -> None:
 
 
 def plain_config(config: AnyTokenConfig) -> Qwen3MoeConfig:
-    """The same settings as Qwen3-MoE's; ExportError if one of ours that it lacks is on."""
+    """The same settings as Qwen3-MoE's; CheckpointError if one of ours that it lacks is on."""
     if not isinstance(config, AnyTokenConfig):
-        raise ExportError(
+        raise CheckpointError(
             f"The checkpoint holds a {config.model_type} model, which engines load as it is; "
             "only model type anytoken is exported."
         )
@@ -79,7 +76,7 @@ def plain_config(config: AnyTokenConfig) -> Qwen3MoeConfig:
     on = {name: value for name in sorted(ours - NO_EFFECT) if (value := getattr(config, name))}
     blocking = [f"{name}={value!r}" for name, value in on.items() if value != getattr(default, name)]
     if blocking:
-        raise ExportError(
+        raise CheckpointError(
             f"Qwen3-MoE has no {', '.join(blocking)}; it can express a model with these at their defaults "
             "only. Serve this one with vLLM and the plugin that comes with anytoken: see docs/serving.md."
         )
@@ -101,7 +98,7 @@ def serving_tokenizer(checkpoint: Path, space: TokenSpace) -> PreTrainedTokenize
     """The text tokenizer with every other id as a special token named by `serving_name`; ids are the space's.
 
     Text that contains such a name is read as that id, as with any model's special tokens: send ids where users
-    write the text. ExportError if the ids of text and the token space do not meet.
+    write the text. CheckpointError if the ids of text and the token space do not meet.
     """
     bpe = Tokenizer.from_file(str(checkpoint / "text_tokenizer" / "tokenizer.json"))
     first = bpe.get_vocab_size()
@@ -109,7 +106,7 @@ def serving_tokenizer(checkpoint: Path, space: TokenSpace) -> PreTrainedTokenize
     bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     clash = [name for token, name in enumerate(names, first) if bpe.token_to_id(name) != token]
     if clash:
-        raise ExportError(
+        raise CheckpointError(
             f"The text tokenizer of {checkpoint} has a {clash[0]} of its own, so the ids after it would move; "
             "there is no way to export it under these names."
         )

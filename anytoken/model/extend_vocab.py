@@ -18,12 +18,9 @@ from anytoken.model.embedding_init import appended_rows, replaced_rows
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+from anytoken.utils.errors import CheckpointError
 
 SAVED = "modalities.json"  # beside an adapter: {"palette": first id}
-
-
-class ModalityError(ValueError):
-    """A modality that a model cannot take on."""
 
 
 def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
@@ -32,7 +29,7 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
     ValueError, before anything is changed, if the modality is there already or has no experts to route to.
     """
     if not isinstance(tokenizer, ModalityTokenizer):
-        raise ModalityError(f"A modality is added by its ModalityTokenizer; received {tokenizer!r:.80}.")
+        raise CheckpointError(f"A modality is added by its ModalityTokenizer; received {tokenizer!r:.80}.")
     _check_experts(lm, tokenizer.name)
     space = copy.deepcopy(processor.token_space)
     first = space.vocab_size
@@ -48,11 +45,11 @@ def replace_modality(lm: PreTrainedModel, processor: Processor, tokenizer: Modal
 
     Modalities keep their order and all other rows their values, but ids after the codes move where there are more or
     fewer of them: shards and adapters of the old model do not fit the new one. The new codes mean nothing until they
-    are trained. ModalityError, before anything is changed, if the model has no such modality.
+    are trained. CheckpointError, before anything is changed, if the model has no such modality.
     """
     name, old = tokenizer.name, processor.token_space
     if name not in processor.tokenizers:
-        raise ModalityError(
+        raise CheckpointError(
             f"The model has no {name} to replace; it has {', '.join(processor.tokenizers)}. Add it instead."
         )
     tokenizers = {**processor.tokenizers, name: tokenizer}
@@ -93,7 +90,7 @@ def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) ->
 def add_saved_modalities(lm: PreTrainedModel, processor: Processor, folder: Path) -> Processor:
     """Grow a model by what `save_modalities` put beside an adapter, if anything; the processor that knows it.
 
-    ModalityError if the ids would not be those that the adapter was trained with.
+    CheckpointError if the ids would not be those that the adapter was trained with.
     """
     path = folder / SAVED
     firsts: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -101,14 +98,14 @@ def add_saved_modalities(lm: PreTrainedModel, processor: Processor, folder: Path
         grown = processor
         if name not in processor.tokenizers:
             if first != processor.token_space.vocab_size:
-                raise ModalityError(
+                raise CheckpointError(
                     f"The adapter {folder} was trained with {name} from id {first} on, but this model has "
                     f"{processor.token_space.vocab_size} ids: load it on the model it was trained on, before any "
                     "other modality is added."
                 )
             grown = add_modality(lm, processor, load_tokenizer(folder / "tokenizers" / name))
         if grown.token_space.open_token(name) != first:
-            raise ModalityError(f"The adapter {folder} has {name} at other ids than this model.")
+            raise CheckpointError(f"The adapter {folder} has {name} at other ids than this model.")
         processor = grown
     return processor
 
@@ -117,7 +114,7 @@ def _check_experts(lm: PreTrainedModel, name: str) -> None:
     """With expert groups the new ids route to the common group; they must find enough experts there."""
     groups = getattr(lm.config, "expert_groups", None)
     if groups and groups.get("common", 0) < lm.config.num_experts_per_tok:
-        raise ModalityError(
+        raise CheckpointError(
             f"{name} would have no experts: the model's groups are {groups} and tokens take "
             f"{lm.config.num_experts_per_tok}; only a model with a common group that large can grow."
         )

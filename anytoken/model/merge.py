@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
+from anytoken.utils.errors import CheckpointError
 
 # Settings that say how a model was trained or stored, not what it computes.
 NOT_COMPARED = {
@@ -21,23 +22,19 @@ NOT_COMPARED = {
 }  # fmt: skip
 
 
-class MergeError(ValueError):
-    """Models or weights that do not make one model."""
-
-
 def check_mergeable(models: Sequence[tuple[PreTrainedModel, Processor]]) -> None:
-    """MergeError unless all are one architecture over one token space with the same tokenizers, weights included."""
+    """CheckpointError unless all are one architecture over one token space, tokenizers and their weights included."""
     first, *others = models
     settings, prints = _settings(first[0]), _fingerprints(first[1])
     for lm, processor in others:
         if processor.token_space != first[1].token_space:
-            raise MergeError(
+            raise CheckpointError(
                 f"The token spaces differ: {first[1].token_space} and {processor.token_space}. "
                 "Only fine-tunes of one model can be merged."
             )
         changed = [kind for kind, value in _fingerprints(processor).items() if value != prints[kind]]
         if changed:
-            raise MergeError(
+            raise CheckpointError(
                 f"The {' and '.join(changed)} tokenizers differ, so one id means two things; "
                 "only models over the same tokenizers can be merged."
             )
@@ -46,7 +43,7 @@ def check_mergeable(models: Sequence[tuple[PreTrainedModel, Processor]]) -> None
             name for name in sorted(settings.keys() | theirs.keys()) if settings.get(name) != theirs.get(name)
         ]
         if wrong:
-            raise MergeError(
+            raise CheckpointError(
                 f"The architectures differ: {wrong[0]} is {settings.get(wrong[0])!r} in one and "
                 f"{theirs.get(wrong[0])!r} in another ({len(wrong)} in all). "
                 "Only fine-tunes of one model can be merged."
@@ -57,7 +54,7 @@ def check_mergeable(models: Sequence[tuple[PreTrainedModel, Processor]]) -> None
 def merge_weights(lms: Sequence[PreTrainedModel], weights: Sequence[float]) -> PreTrainedModel:
     """The first model with every weight the weighted mean over all of them; the others are as they were.
 
-    weights: a share from 0 to 1 for each, 1 together; MergeError otherwise. Sums are made in float32.
+    weights: a share from 0 to 1 for each, 1 together; CheckpointError otherwise. Sums are made in float32.
     """
     shares = [float(weight) for weight in weights]
     if (
@@ -65,7 +62,7 @@ def merge_weights(lms: Sequence[PreTrainedModel], weights: Sequence[float]) -> P
         or not all(0 <= share <= 1 for share in shares)
         or not math.isclose(sum(shares), 1, abs_tol=1e-6)
     ):
-        raise MergeError(
+        raise CheckpointError(
             f"Give {len(lms)} weights from 0 to 1 that add up to 1, such as 0.5 0.5; received {shares}."
         )
     states = [lm.state_dict() for lm in lms]

@@ -168,7 +168,7 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         """input_ids [B, T] to last_hidden_state [B, T, H].
 
         real: bool [B * T], tokens that are no padding where no mask tells; the balancing bias counts only those.
-        Restarting `position_ids` mark packed samples, which never attend to each other. PackingError (compiled: a
+        Restarting `position_ids` mark packed samples, which never attend to each other. DataError (compiled: a
         RuntimeError) if a mask or a cache is given with them: either would silently let them.
         """
         ids = input_ids if input_ids is not None else kwargs.get("inputs_embeds")

@@ -2,7 +2,7 @@
 
 Samples that lie in one row are marked by positions that restart. transformers keeps them apart only where it gets
 no mask and no cache; with either, tokens silently attend across samples. Flash attention keeps them apart in a
-single row, or with the `cu_seq_lens_*` of all rows. Sound input is let through, the rest is a PackingError before
+single row, or with the `cu_seq_lens_*` of all rows. Sound input is let through, the rest is a DataError before
 a number is computed. Compiled code cannot branch on values: there the same condition is an assertion of the graph,
 a RuntimeError. Shapes: B batch, T tokens, S samples, C cached tokens.
 """
@@ -16,7 +16,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from anytoken.data.packing import PackingError, flash_lengths, sample_starts
+from anytoken.data.packing import (
+    flash_lengths,
+    sample_starts,
+)
+from anytoken.utils.errors import DataError
 
 FLASH_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 LEAK = (
@@ -35,13 +39,13 @@ def keep_samples_apart(
 ) -> bool | None:
     """The `use_cache` to go on with; adds to `kwargs` the lengths that flash attention needs.
 
-    rows: B. position_ids: [B, T] or [1, T]. attention_mask: [B, C + T], [B, 1, T, C + T], or None. Raises PackingError
+    rows: B. position_ids: [B, T] or [1, T]. attention_mask: [B, C + T], [B, 1, T, C + T], or None. Raises DataError
     if samples would attend to each other.
     """
     lengths = kwargs.get("cu_seq_lens_q")
     if position_ids is None:
         if lengths is not None:
-            raise PackingError(
+            raise DataError(
                 "cu_seq_lens_q without position_ids: only flash attention reads it. Give position_ids that restart."
             )
         return use_cache
@@ -71,7 +75,7 @@ def _refuse(wrong: Tensor, message: str) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async(~wrong, message)
     elif bool(wrong):
-        raise PackingError(message)
+        raise DataError(message)
 
 
 def _restarts(positions: Tensor) -> Tensor:

@@ -12,21 +12,19 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from anytoken.utils.errors import ConfigError
+
 KINDS = ("int8",)
 
 
-class QuantizeError(ValueError):
-    """A kind of quantisation that is not known, or torchao missing."""
-
-
 def quantize_weights(lm: PreTrainedModel, kind: str) -> None:
-    """Quantise a model in place, for inference only; QuantizeError for an unknown kind or without torchao."""
+    """Quantise a model in place, for inference only; ConfigError for an unknown kind or without torchao."""
     if kind not in KINDS:
-        raise QuantizeError(f"quantize must be one of {', '.join(KINDS)}, or None; received {kind!r}.")
+        raise ConfigError(f"quantize must be one of {', '.join(KINDS)}, or None; received {kind!r}.")
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise QuantizeError("quantize needs torchao: pip install 'anytoken[quantize]'.") from error
+        raise ConfigError("quantize needs torchao: pip install 'anytoken[quantize]'.") from error
     config, head = Int8WeightOnlyConfig(), lm.get_output_embeddings()
     lm.requires_grad_(False)
     quantize_(lm, config, lambda module, _: isinstance(module, nn.Linear) and module is not head)

@@ -16,9 +16,12 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModel
 
-from anytoken.model.configuration import AnyTokenConfig, ModelConfigError
+from anytoken.model.configuration import (
+    AnyTokenConfig,
+)
 from anytoken.model.modeling import AnyTokenModel
 from anytoken.model.moe import AnyTokenRouter
+from anytoken.utils.errors import ConfigError
 
 ARCHITECTURE = "AnyTokenForCausalLM"
 BACKEND = "vllm.model_executor.models.transformers:TransformersMoEForCausalLM"
@@ -36,7 +39,7 @@ def register() -> None:
 
 
 class ServedModel(AnyTokenModel):
-    """The decoder as vLLM builds it; ModelConfigError for settings that its kernels would get wrong."""
+    """The decoder as vLLM builds it; ConfigError for settings that its kernels would get wrong."""
 
     def __init__(self, config: AnyTokenConfig) -> None:
         check_servable(config)
@@ -66,7 +69,7 @@ class ServedModel(AnyTokenModel):
 
 
 def check_servable(config: AnyTokenConfig) -> None:
-    """ModelConfigError naming the settings that cannot be served through vLLM's backend."""
+    """ConfigError naming the settings that cannot be served through vLLM's backend."""
     reasons = {
         "num_null_experts": (config.num_null_experts, "its expert kernels take no choice of none"),
         "qk_norm": (
@@ -76,4 +79,4 @@ def check_servable(config: AnyTokenConfig) -> None:
     }
     blocking = [f"{name}={getattr(config, name)!r} ({why})" for name, (on, why) in reasons.items() if on]
     if blocking:
-        raise ModelConfigError(f"vLLM cannot serve this model: {'; '.join(blocking)}.")
+        raise ConfigError(f"vLLM cannot serve this model: {'; '.join(blocking)}.")

@@ -9,13 +9,11 @@ import shutil
 from difflib import get_close_matches
 from pathlib import Path
 
+from anytoken.utils.errors import ConfigError
+
 ROOMS = ("tokenizers", "stages", "inference")
 FIGURES = {"figures.json", "compare.json", "config.json"}  # a card's and its weights', not recipes
 SUFFIXES = {".yaml", ".sh", ".py", ".json", ".ipynb"}
-
-
-class RecipeError(ValueError):
-    """A recipe that does not exist, or a place it cannot be copied to."""
 
 
 def root() -> Path:
@@ -52,7 +50,7 @@ def summary(name: str) -> str:
 
 
 def find(name: str | Path) -> Path:
-    """A path of the user's own, or else the recipe of that name; RecipeError lists the nearest names."""
+    """A path of the user's own, or else the recipe of that name; ConfigError lists the nearest names."""
     own = Path(name)
     if own.exists():
         return own
@@ -61,20 +59,20 @@ def find(name: str | Path) -> Path:
         return root() / name
     near = get_close_matches(str(name), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else "`anytoken recipes list` shows all."
-    raise RecipeError(f"{name} is neither a file nor a recipe; {hint}")
+    raise ConfigError(f"{name} is neither a file nor a recipe; {hint}")
 
 
 def copy(name: str, to: Path | None = None) -> Path:
     """Copy a recipe (file or folder) to `to`, by default its own name in the working directory; returns the copy.
 
-    RecipeError if the target exists: nothing is overwritten.
+    ConfigError if the target exists: nothing is overwritten.
     """
     source = find(name)
     target = to or Path(source.name)
     if target.is_dir() and to is not None:
         target = target / source.name
     if target.exists():
-        raise RecipeError(f"{target} exists; give another place to copy {name} to.")
+        raise ConfigError(f"{target} exists; give another place to copy {name} to.")
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))

@@ -13,7 +13,10 @@ from pydantic import ValidationError
 
 from anytoken.inference.api import AnyToken
 from anytoken.serving.app import create_app
-from anytoken.serving.settings import ServerSettings, ServingError
+from anytoken.serving.settings import (
+    ServerSettings,
+)
+from anytoken.utils.errors import ConfigError
 
 LEVELS = ("critical", "error", "warning", "info", "debug")
 KEEP_ALIVE = 5  # seconds that an idle connection is kept
@@ -27,27 +30,25 @@ class Address(NamedTuple):
 
 
 def settings_from(changes: Sequence[str], keys: tuple[str, ...], origins: tuple[str, ...]) -> ServerSettings:
-    """Settings with changes such as "max_waiting=16"; ServingError names a key or value that cannot be."""
+    """Settings with changes such as "max_waiting=16"; ConfigError names a key or value that cannot be."""
     values: dict[str, object] = {"api_keys": keys, "cors_origins": origins}
     known = [name for name in ServerSettings.model_fields if name not in values]
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in known:
-            raise ServingError(
-                f"--set takes KEY=VALUE with a key of {', '.join(known)}; received {change!r}."
-            )
+            raise ConfigError(f"--set takes KEY=VALUE with a key of {', '.join(known)}; received {change!r}.")
         values[key] = tuple(value.split(",")) if key == "voices" else value
     try:
         return ServerSettings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ServingError(f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}.") from None
+        raise ConfigError(f"--set {first['loc'][0]}={first['input']}: {first['msg'].lower()}.") from None
 
 
 def run(model: AnyToken, name: str, settings: ServerSettings, address: Address, log_level: str) -> None:
     """Serve until SIGINT or SIGTERM; requests that run then are answered first, up to their deadline."""
     if log_level not in LEVELS:
-        raise ServingError(f"--log-level is one of {', '.join(LEVELS)}; received {log_level!r}.")
+        raise ConfigError(f"--log-level is one of {', '.join(LEVELS)}; received {log_level!r}.")
     _log_lines(log_level)
     config = uvicorn.Config(
         create_app(model, name, settings),

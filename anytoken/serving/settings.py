@@ -8,12 +8,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from anytoken.utils.errors import ConfigError
+
 KEY_VARIABLE = "ANYTOKEN_API_KEYS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class ServingError(ValueError):
-    """Settings that a server cannot or should not start with."""
 
 
 class ServerSettings(BaseModel):
@@ -50,20 +48,20 @@ class ServerSettings(BaseModel):
 def read_keys(path: Path | None) -> tuple[str, ...]:
     """API keys from a file, one per line, else from the environment variable ANYTOKEN_API_KEYS (comma-separated).
 
-    ServingError if the file holds none.
+    ConfigError if the file holds none.
     """
     if path is None:
         return tuple(key for key in os.environ.get(KEY_VARIABLE, "").split(",") if key)
     keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     if not keys:
-        raise ServingError(f"{path} holds no API key: write one per line.")
+        raise ConfigError(f"{path} holds no API key: write one per line.")
     return keys
 
 
 def check_exposure(host: str, keys: tuple[str, ...], allow_open: bool) -> None:
-    """ServingError for a server that others than this machine can reach without a key, unless that is allowed."""
+    """ConfigError for a server that others than this machine can reach without a key, unless that is allowed."""
     if host not in LOOPBACK and not keys and not allow_open:
-        raise ServingError(
+        raise ConfigError(
             f"Listening on {host} without an API key would let anyone use the model: set {KEY_VARIABLE}, "
             "give --api-keys FILE, or pass --allow-open if something in front of the server checks requests."
         )

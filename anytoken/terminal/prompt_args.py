@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anytoken.utils.errors import RequestError
+
 if TYPE_CHECKING:
     from anytoken.segments import Segment
 
 PART_KINDS = ("text", "image", "speech", "video", "dna")
 MARK = "\0"  # no argument of a process can hold it, so a marked part is never mistaken for a string
 STDIN = "-"
-
-
-class PartError(ValueError):
-    """A prompt part that is neither a file that exists nor meant as text, or a place that cannot be written to."""
 
 
 def mark_parts(arguments: Sequence[str]) -> list[str]:
@@ -38,7 +36,7 @@ def mark_parts(arguments: Sequence[str]) -> list[str]:
             continue
         found = value if equals else next(rest, None)
         if found is None:
-            raise PartError(f"{name} needs a value.")
+            raise RequestError(f"{name} needs a value.")
         marked.append(f"{MARK}{kind}{MARK}{found}")
     return marked
 
@@ -47,7 +45,7 @@ def read_part(argument: str) -> Segment:
     """One part of a prompt: marked (see `mark_parts`), "-" for words on standard input, or a string or file path.
 
     A bare argument that names a file is opened by its content; one that looks like a media path but names no file
-    is a PartError, since sending "cat.png" as words is never what was meant.
+    is a RequestError, since sending "cat.png" as words is never what was meant.
     """
     from anytoken.segments import Text, open_segment
 
@@ -60,7 +58,7 @@ def read_part(argument: str) -> Segment:
         return open_segment(argument)
     words = argument.split()
     if len(words) == 1 and Path(argument).suffix.lower() in _media_suffixes():
-        raise PartError(f"There is no file {argument}; to say it as words, write --text {argument}.")
+        raise RequestError(f"There is no file {argument}; to say it as words, write --text {argument}.")
     return Text(argument)
 
 
@@ -81,14 +79,14 @@ def read_typed(kind: str, value: str) -> Segment:
         what = (
             f"{kind} on standard input is not read" if value == STDIN else f"There is no {kind} file {value}"
         )
-        raise PartError(f"{what}; give the path of a file.")
+        raise RequestError(f"{what}; give the path of a file.")
     return KINDS[kind].open(path)
 
 
 def _standard_input() -> bytes:
     data = sys.stdin.buffer.read()
     if not data.strip():
-        raise PartError("Standard input is empty, or was read already: - may stand for one part only.")
+        raise RequestError("Standard input is empty, or was read already: - may stand for one part only.")
     return data
 
 
@@ -96,7 +94,7 @@ def _words(data: bytes) -> str:
     try:
         return data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise PartError(
+        raise RequestError(
             f"Standard input is no UTF-8 text ({error}); pass a picture as --image -, sound as --speech -."
         ) from error
 
@@ -119,37 +117,37 @@ def _media_suffixes() -> set[str]:
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, without surrounding white space."""
     if not is_file(str(path)):
-        raise PartError(f"There is no file {path}; give a text file with one entry per line.")
+        raise RequestError(f"There is no file {path}; give a text file with one entry per line.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise PartError(f"{path} is no UTF-8 text ({error}).") from error
+        raise RequestError(f"{path} is no UTF-8 text ({error}).") from error
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def read_ids(source: str) -> list[int]:
     """Ids from a file or "-" (standard input): a JSON list, or an object with "ids" as `generate --json` prints."""
     if source != STDIN and not is_file(source):
-        raise PartError(
+        raise RequestError(
             f"There is no file {source}; give one with token ids as JSON, or - for standard input."
         )
     try:
         text = sys.stdin.read() if source == STDIN else Path(source).read_text(encoding="utf-8")
         data = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PartError(f"{source} does not hold token ids as JSON ({error}).") from error
+        raise RequestError(f"{source} does not hold token ids as JSON ({error}).") from error
     ids = data.get("ids") if isinstance(data, dict) else data
     if not isinstance(ids, list) or not all(type(one) is int for one in ids):
-        raise PartError(
+        raise RequestError(
             f'{source} must hold a JSON list of whole numbers, or an object with such a list as "ids".'
         )
     return ids
 
 
 def check_out(out: Path) -> None:
-    """PartError before the work, rather than OSError after it, if files cannot be written to `out`."""
+    """RequestError before the work, rather than OSError after it, if files cannot be written to `out`."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise PartError(f"Cannot write to {out}: {there} is a file. Choose another --out.")
+        raise RequestError(f"Cannot write to {out}: {there} is a file. Choose another --out.")
     if not os.access(there, os.W_OK):
-        raise PartError(f"Cannot write to {out}: no permission in {there}. Choose another --out.")
+        raise RequestError(f"Cannot write to {out}: no permission in {there}. Choose another --out.")

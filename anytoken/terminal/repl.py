@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from anytoken.terminal.prompt_args import PART_KINDS, PartError, read_typed
+from anytoken.terminal.prompt_args import (
+    PART_KINDS,
+    read_typed,
+)
 from anytoken.terminal.render import show_events
+from anytoken.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from anytoken.inference.chat import Chat
@@ -71,7 +75,7 @@ class ChatRepl:
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command in NEED_A_VALUE and not rest:
-            raise PartError(f"{command} needs something after it; /help says what.")
+            raise RequestError(f"{command} needs something after it; /help says what.")
         if not line.startswith("/") or _is_path(line):
             if line or self.attached:
                 self._say(line)
@@ -106,7 +110,7 @@ class ChatRepl:
         elif command == "/help":
             self._note(HELP)
         else:
-            raise PartError(f"Unknown command {command}; /help lists them.")
+            raise RequestError(f"Unknown command {command}; /help lists them.")
 
     def _say(self, words: str, output: Any = None) -> None:
         prompt = [*self.attached, *([words] if words.strip() else [])]
@@ -147,7 +151,7 @@ def _path(argument: str) -> str:
 
 def _seed(argument: str) -> int | None:
     if argument and not argument.isdecimal():
-        raise PartError(
+        raise RequestError(
             f"/regenerate takes a seed, a whole number from 0 up, or nothing; received {argument!r}."
         )
     return int(argument) if argument else None

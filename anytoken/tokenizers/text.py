@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from anytoken import recipes
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.atomic import write_file
+from anytoken.utils.errors import ConfigError
 from anytoken.utils.json_lines import load_json, read_json_lines
 
 NUM_BYTES = 256
@@ -267,7 +268,7 @@ def _find_corpus(name: str, data: Path) -> Path | None:
         return data / name
     try:
         return recipes.find(name)
-    except recipes.RecipeError:
+    except ConfigError:
         return None
 
 

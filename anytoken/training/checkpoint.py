@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
+from anytoken.utils.errors import ConfigError
 
 STATE_FOLDER = "state"
 KEPT_STATES = 2
@@ -102,19 +105,21 @@ def move_final(folder: Path) -> None:
 
 
 def is_finished(stage: TrainConfig) -> bool:
-    """Whether the output folder holds this run's end; StageError if it holds another run, or something else."""
+    """Whether the output folder holds this run's end; ConfigError if it holds another run, or something else."""
     folder = Path(stage.output)
     done = any((folder / name).is_file() for name in MARKERS)
     if not (folder / "stage.yaml").is_file():
         if done:
-            raise StageError(f"{folder} holds a model that no run of this recipe made; choose another output")
+            raise ConfigError(
+                f"{folder} holds a model that no run of this recipe made; choose another output"
+            )
         return False
     before = TrainConfig.from_dict(
         yaml.safe_load((folder / "stage.yaml").read_text()), str(folder / "stage.yaml")
     )
     changed = _differences(before.model_dump(mode="json"), stage.model_dump(mode="json"))
     if changed:
-        raise StageError(
+        raise ConfigError(
             f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with, or "
             f"begin anew from what it has learnt: init_from={folder if done else _last_state(folder)} output=..."
         )

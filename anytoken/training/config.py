@@ -16,12 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from anytoken import moved
 from anytoken.data.mixture import SamplingSpec, SourceSpec
+from anytoken.utils.errors import ConfigError
 
 AUTO = "auto"  # the view that stands for all that a set's records can teach
-
-
-class StageError(ValueError):
-    """A recipe that cannot be run; the message names the key, the value and what is allowed."""
 
 
 class _Part(BaseModel):
@@ -330,21 +327,21 @@ class TrainConfig(_Part):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
-        """Read a recipe and apply ``a.b=value`` overrides; StageError names whatever is wrong."""
+        """Read a recipe and apply ``a.b=value`` overrides; ConfigError names whatever is wrong."""
         path = Path(path)
         if not path.is_file():
-            raise StageError(f"{path} is no recipe file; give the path of a stage .yaml")
+            raise ConfigError(f"{path} is no recipe file; give the path of a stage .yaml")
         try:
             recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
-            raise StageError(f"{path} is not valid YAML: {error}") from None
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
         if not isinstance(recipe, dict):
-            raise StageError(f"{path} holds no mapping of stage settings")
+            raise ConfigError(f"{path} holds no mapping of stage settings")
         return cls.from_dict(apply_overrides(recipe, overrides), source=str(path))
 
     @classmethod
     def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "TrainConfig":
-        """Validate a mapping; StageError lists every offending key with the value received."""
+        """Validate a mapping; ConfigError lists every offending key with the value received."""
         try:
             return cls.model_validate(recipe)
         except ValidationError as error:
@@ -352,7 +349,7 @@ class TrainConfig(_Part):
                 f"{'.'.join(map(str, item['loc'])) or 'stage'}: {item['msg']} (got {_short(item['input'])})"
                 for item in error.errors()
             )
-            raise StageError(f"{source}: {problems}") from None
+            raise ConfigError(f"{source}: {problems}") from None
 
 
 def _replayed(old: Any, share: Any) -> list[Any]:
@@ -397,7 +394,7 @@ def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[st
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name:
-            raise StageError(f"cannot read override {override!r}; write key=value, for example steps=10")
+            raise ConfigError(f"cannot read override {override!r}; write key=value, for example steps=10")
         if old := next((one for one in moved.RECIPE_KEYS if f"{name}.".startswith(f"{one}.")), None):
             _warn_of(old)
             recipe, name = with_todays_keys(recipe), moved.RECIPE_KEYS[old] + name.removeprefix(old)
@@ -419,13 +416,13 @@ def _child(node: Any, key: str, override: str) -> Any:
     if child is None:
         child = node[key] = {}
     if not isinstance(child, (dict, list)):
-        raise StageError(f"override {override!r}: {key} is a value ({child!r}), not a group of settings")
+        raise ConfigError(f"override {override!r}: {key} is a value ({child!r}), not a group of settings")
     return child
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
-        raise StageError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
+        raise ConfigError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
     return int(key)
 
 

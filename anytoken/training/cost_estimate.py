@@ -23,8 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from anytoken import recipes
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.pretrained import KINDS
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.initialize import MINI
+from anytoken.utils.errors import ConfigError
 
 SHARDING = {
     "ddp": 0,
@@ -90,17 +93,17 @@ def plan(
 ) -> CostEstimate:
     """Cost of a stage with a model of this configuration.
 
-    StageError for an unknown GPU or sharding, or a batch that the GPUs cannot share evenly.
+    ConfigError for an unknown GPU or sharding, or a batch that the GPUs cannot share evenly.
     """
     if gpu not in GPUS:
-        raise StageError(f"gpu is {gpu!r}; there are {', '.join(GPUS)}")
+        raise ConfigError(f"gpu is {gpu!r}; there are {', '.join(GPUS)}")
     if sharding not in SHARDING:
-        raise StageError(f"sharding is {sharding!r}; there are {', '.join(SHARDING)}")
+        raise ConfigError(f"sharding is {sharding!r}; there are {', '.join(SHARDING)}")
     if not 0 < share_of_peak <= 1:
-        raise StageError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
+        raise ConfigError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
     rows = stage.context * stage.gradient_accumulation_steps * gpus
     if gpus < 1 or stage.tokens_per_batch % rows:
-        raise StageError(
+        raise ConfigError(
             f"tokens_per_batch {stage.tokens_per_batch} is no multiple of {rows}, which is context x "
             "gradient_accumulation_steps x gpus"
         )
@@ -145,12 +148,12 @@ def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
     if path.suffix == ".json" and path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" not in settings:
-            raise StageError(f"{path} names no model_type; give a transformers config.json")
+            raise ConfigError(f"{path} names no model_type; give a transformers config.json")
         config = AutoConfig.for_model(**settings)
     elif path.exists() or not path.is_absolute():
         config = AutoConfig.from_pretrained(str(path))
     else:
-        raise StageError(f"{path} does not exist; give a config .json, a checkpoint folder or a hub id")
+        raise ConfigError(f"{path} does not exist; give a config .json, a checkpoint folder or a hub id")
     config.vocab_size += new_ids
     return config
 

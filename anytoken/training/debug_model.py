@@ -21,8 +21,13 @@ from anytoken.data.mixture import SourceSpec
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.pretrained import CODECS as KNOWN
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import BackboneSpec, DistributedSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    BackboneSpec,
+    DistributedSpec,
+    TrainConfig,
+)
 from anytoken.training.distributed.fsdp import mesh_settings
+from anytoken.utils.errors import ConfigError
 
 NAMES = ("ant", "bee", "cow", "dog", "elk")
 SIZES = {
@@ -50,12 +55,12 @@ STEPS, CONTEXT = 4, 256
 
 
 def tiny(stage: TrainConfig) -> TrainConfig:
-    """The recipe in miniature, for as many processes as torchrun started; StageError if it has no ``backbone``.
+    """The recipe in miniature, for as many processes as torchrun started; ConfigError if it has no ``backbone``.
 
     Its output is that of the recipe with ``-tiny``; what is made for it lies in the folder ``tiny`` in there.
     """
     if stage.backbone is None:
-        raise StageError("--tiny shrinks a recipe with a backbone, such as those of stages/scale")
+        raise ConfigError("--tiny shrinks a recipe with a backbone, such as those of stages/scale")
     output = Path(f"{stage.output}-tiny")
     made, processes = output / "tiny", int(os.environ.get("WORLD_SIZE", 1))
     if not made.is_dir():
@@ -112,7 +117,7 @@ def _make(stage: TrainConfig, made: Path) -> None:
     codecs: dict[str, Any] = {}
     for kind, codec in stage.backbone.codecs.items():
         if codec.config["model_type"] not in CODECS:
-            raise StageError(
+            raise ConfigError(
                 f"--tiny has no sizes for {codec.config['model_type']}; there are {', '.join(CODECS)}"
             )
         config = codec.config | CODECS[codec.config["model_type"]]

@@ -22,9 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from anytoken.data.forms import to_record
 from anytoken.data.records import bad_record, media_parts, open_media, validate_message
 from anytoken.processor import Processor
-from anytoken.training.config import LoraSpec, StageError
+from anytoken.training.config import (
+    LoraSpec,
+)
 from anytoken.training.initialize import checkpoint_folder
 from anytoken.training.lora import lora_config
+from anytoken.utils.errors import ConfigError
 from anytoken.utils.json_lines import load_json, numbered_lines
 
 KEYS = ("messages", "chosen", "rejected")
@@ -45,14 +48,14 @@ class DPOArgs:
 def prefer(init_from: str, pairs: Path, output: Path, spec: DPOArgs | None = None) -> Path:
     """Train an adapter on pairs and write it with ``metrics.jsonl``.
 
-    StageError for pairs that do not fit, or where trl is not installed.
+    ConfigError for pairs that do not fit, or where trl is not installed.
     """
     spec = spec or DPOArgs()
     try:
         from datasets import Dataset
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
-        raise StageError(
+        raise ConfigError(
             f"a preference step needs trl ({error}); pip install 'anytoken[preference]'"
         ) from error
 
@@ -87,22 +90,22 @@ def prefer(init_from: str, pairs: Path, output: Path, spec: DPOArgs | None = Non
 
 
 def pair_ids(path: Path, processor: Processor, limit: int) -> Iterator[dict[str, list[int]]]:
-    """Each line as the ids of its prompt and of its two answers; StageError names a line that does not fit."""
+    """Each line as the ids of its prompt and of its two answers; ConfigError names a line that does not fit."""
     if not path.is_file():
-        raise StageError(
+        raise ConfigError(
             f"{path} does not exist; give a .jsonl file with messages, chosen and rejected a line"
         )
     for number, line in numbered_lines(path):
         try:
             yield _pair(load_json(line), path.parent, processor, limit)
         except Exception as error:  # of media, as many kinds as there are libraries that decode
-            raise StageError(f"{path} line {number}: {bad_record(error)}") from error
+            raise ConfigError(f"{path} line {number}: {bad_record(error)}") from error
 
 
 def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, list[int]]:
     if not isinstance(pair, dict) or not set(KEYS) <= set(pair):
         found = ", ".join(sorted(pair)) if isinstance(pair, dict) else type(pair).__name__
-        raise StageError(f"a pair has the keys {', '.join(KEYS)}; received {found}")
+        raise ConfigError(f"a pair has the keys {', '.join(KEYS)}; received {found}")
     asked = _opened(pair["messages"], root, processor)
     prompt = processor.encode_chat(asked)
     found_ids = {"prompt_ids": prompt}
@@ -110,7 +113,7 @@ def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, 
         answer = _opened([{"role": "assistant", "content": pair[key]}], root, processor)
         ids = processor.encode_chat([*asked, *answer], add_generation_prompt=False)
         if len(ids) > limit:
-            raise StageError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
+            raise ConfigError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
         found_ids[key + "_ids"] = ids[len(prompt) :]
     return found_ids
 
@@ -118,7 +121,7 @@ def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, 
 def _opened(messages: Any, root: Path, processor: Processor) -> list[dict[str, Any]]:
     """Messages of a record with their media opened: files are below the folder of the pairs, and nowhere else."""
     if not isinstance(messages, list) or not messages:
-        raise StageError(f"messages must be a non-empty list, got {messages!r:.80}")
+        raise ConfigError(f"messages must be a non-empty list, got {messages!r:.80}")
     record = to_record({"messages": messages})
     for message in record["messages"]:
         validate_message(message)

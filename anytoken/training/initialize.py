@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from anytoken.model.attention import AttentionError, use_attention
+from anytoken.model.attention import (
+    use_attention,
+)
 from anytoken.model.backbone import adopt_backbone
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.embedding_init import initialise_code_rows
@@ -17,8 +19,11 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
+from anytoken.utils.errors import ConfigError
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in
@@ -28,7 +33,7 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
     """Assemble a processor from folders {"text": ..., "image": ..., ...}; ids follow that order."""
     missing = [f"{kind}: {folder}" for kind, folder in folders.items() if not Path(folder).is_dir()]
     if missing or "text" not in folders:
-        raise StageError(
+        raise ConfigError(
             f"tokenizers need existing folders, with text among them; missing {missing or 'text'}"
         )
     text = TextTokenizer.from_pretrained(folders["text"])
@@ -40,22 +45,22 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
 
 
 def checkpoint_folder(init_from: str) -> Path:
-    """The folder that ``init_from`` means; StageError if it holds no checkpoint."""
+    """The folder that ``init_from`` means; ConfigError if it holds no checkpoint."""
     folder = MINI if init_from == "mini" else Path(init_from)
     if not (folder / "token_space.json").is_file():
-        raise StageError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
+        raise ConfigError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
     return folder
 
 
 def build_init_checkpoint(stage: TrainConfig) -> None:
     """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait.
 
-    StageError if the folder holds something else.
+    ConfigError if the folder holds something else.
     """
     folder = Path(stage.init_from)
     if stage.backbone is None or (folder / SPACE_FILE).is_file():
         return
-    start = FolderKind("checkpoint", SPACE_FILE, (), StageError)
+    start = FolderKind("checkpoint", SPACE_FILE, (), ConfigError)
     check_target(folder, start)
     codecs = stage.backbone.codecs
     tokenizers = {
@@ -83,7 +88,7 @@ def build_model(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
     default = AnyTokenConfig()
     unknown = [key for key in stage.model if not hasattr(default, key)]
     if unknown:
-        raise StageError(
+        raise ConfigError(
             f"model.{unknown[0]} is no setting of AnyTokenConfig; there are {', '.join(sorted(default.to_dict()))}"
         )
     processor = build_processor(stage.tokenizers)
@@ -98,24 +103,24 @@ def build_model(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
 def _tokenizer(folder: str, key: str, name: str) -> ModalityTokenizer:
     tokenizer = load_tokenizer(folder)
     if tokenizer.name != name:
-        raise StageError(f"{key}: {folder} holds a tokenizer of {tokenizer.name}")
+        raise ConfigError(f"{key}: {folder} holds a tokenizer of {tokenizer.name}")
     return tokenizer
 
 
 def enable_expert_bias(model: PreTrainedModel) -> None:
-    """Give every router its balancing bias; StageError for a model without routers of ours."""
+    """Give every router its balancing bias; ConfigError for a model without routers of ours."""
     if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
-        raise StageError(
+        raise ConfigError(
             f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
         )
     model.add_expert_bias()
 
 
 def choose_attention(model: PreTrainedModel, stage: TrainConfig, device: torch.device) -> None:
-    """Switch a model to the recipe's attention implementation; StageError if that cannot train here."""
+    """Switch a model to the recipe's attention implementation; ConfigError if that cannot train here."""
     if stage.attention == "flex_attention" and device.type == "cpu":
-        raise StageError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")
+        raise ConfigError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")
     try:
         use_attention(model, stage.attention, device, DTYPES[stage.precision])
-    except AttentionError as error:
-        raise StageError(f"attention with precision {stage.precision}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"attention with precision {stage.precision}: {error}") from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anytoken.training.checkpoint import saved_states, write_whole
 from anytoken.training.config import TrainConfig
+from anytoken.utils.errors import AnyTokenError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,7 +29,7 @@ class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and has saved where it stood."""
 
 
-class DivergenceError(ValueError):
+class DivergenceError(AnyTokenError):
     """A loss or a gradient that is not finite; the message says where the batch lies and what to do."""
 
 

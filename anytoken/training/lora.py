@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
-from anytoken.training.config import LoraSpec, StageError
+from anytoken.training.config import (
+    LoraSpec,
+)
 from anytoken.training.optim.param_groups import modality_rows
+from anytoken.utils.errors import ConfigError
 
 LanguageModel = PreTrainedModel | PeftModel
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -30,23 +33,25 @@ SAVE_ADAPTER = {"save_embedding_layers": False}
 
 
 def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> LoraConfig:
-    """The PEFT configuration of a ``lora`` section; StageError for settings that PEFT cannot combine."""
+    """The PEFT configuration of a ``lora`` section; ConfigError for settings that PEFT cannot combine."""
     names = [name for name, _ in model.named_parameters()]
     parameters = [*(EXPERTS if spec.experts else []), *([ROUTER] if spec.router else [])]
     parameters = [target for target in parameters if any(name.endswith(target) for name in names)]
     if parameters and spec.dropout:
-        raise StageError(
+        raise ConfigError(
             "lora.dropout cannot be combined with experts or router; set it to 0 or both to false"
         )
     if not (spec.attention or parameters):
-        raise StageError(
+        raise ConfigError(
             "lora adapts nothing; switch on attention, experts or router. New rows alone are trained without lora: "
             "trainable: ['rows:NAME']"
         )
     rows = modality_rows(space, spec.new_rows)
     tied = model.config.tie_word_embeddings
     if spec.dora and parameters:
-        raise StageError("PEFT has no DoRA for experts and router; set lora.experts and lora.router to false")
+        raise ConfigError(
+            "PEFT has no DoRA for experts and router; set lora.experts and lora.router to false"
+        )
     return LoraConfig(
         r=spec.r,
         lora_alpha=spec.alpha,
@@ -79,9 +84,9 @@ def portable_name(path: str) -> str:
 
 
 def load_weights(adapted: PeftModel, folder: Path) -> None:
-    """Give an adapter the weights of a saved one; StageError if it has other settings."""
+    """Give an adapter the weights of a saved one; ConfigError if it has other settings."""
     if not (folder / "adapter_model.safetensors").is_file():
-        raise StageError(f"{folder} is no adapter folder (no adapter_model.safetensors)")
+        raise ConfigError(f"{folder} is no adapter folder (no adapter_model.safetensors)")
     saved, wanted = (
         load_file(folder / "adapter_model.safetensors"),
         get_peft_model_state_dict(adapted, **SAVE_ADAPTER),
@@ -89,7 +94,7 @@ def load_weights(adapted: PeftModel, folder: Path) -> None:
     given, own = ({name: tuple(one.shape) for name, one in state.items()} for state in (saved, wanted))
     if given != own:
         odd = sorted(name for name in {*given, *own} if given.get(name) != own.get(name))
-        raise StageError(
+        raise ConfigError(
             f"the adapter {folder} has other lora settings: {odd[0]} and {len(odd) - 1} more differ"
         )
     set_peft_model_state_dict(adapted, saved)

@@ -16,7 +16,11 @@ from anytoken.data.shards import MANIFEST, Shards, tokenize_records
 from anytoken.data.validate import near_names
 from anytoken.data.views import auto_views, held_kinds, is_used
 from anytoken.processor import Processor
-from anytoken.training.config import AUTO, StageError, TrainConfig
+from anytoken.training.config import (
+    AUTO,
+    TrainConfig,
+)
+from anytoken.utils.errors import ConfigError
 
 FOLDER = "shards"
 log = logging.getLogger(__name__)
@@ -25,7 +29,7 @@ log = logging.getLogger(__name__)
 def prepare_sources(
     stage: TrainConfig, specs: Sequence[SourceSpec], processor: Processor
 ) -> list[SourceSpec]:
-    """Tokenize what is raw, with a progress bar, and replace ``auto`` by views; StageError if there are none."""
+    """Tokenize what is raw, with a progress bar, and replace ``auto`` by views; ConfigError if there are none."""
     prepared = []
     for spec in stage.sources(specs):
         pair = spec.pair_with
@@ -57,14 +61,14 @@ def cache_name(path: str) -> str:
 
 
 def _all_views(spec: SourceSpec, processor: Processor) -> dict[str, float]:
-    """The views of ``auto``; StageError if there are none. What no view uses is counted in the log."""
+    """The views of ``auto``; ConfigError if there are none. What no view uses is counted in the log."""
     records = Shards(spec.path, processor.tokenizers).records
     held = [held_kinds(record, processor.kinds) for record in records]
     keys = Counter(key for record in records for key in record)
     hints = near_names(keys, processor.kinds)
     views = auto_views(set(held), processor.kinds)
     if not views or (set(views) == {"->text"} and hints):
-        raise StageError(
+        raise ConfigError(
             f"{spec.path} has records of {', '.join(sorted(keys))}: neither messages nor two of "
             f"{', '.join(processor.kinds)}; {' '.join([*hints, 'name its views in the recipe'])}"
         )

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.data.mixture import SourceSpec
-from anytoken.training.config import StageError
 from anytoken.training.cost_estimate import count, flops_per_token
+from anytoken.utils.errors import ConfigError
 from anytoken.utils.git import commit
 
 PACKAGES = ("anytoken", "torch", "transformers", "accelerate", "peft")
@@ -54,11 +54,11 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, side: int = 102
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """StageError if a set of the run that is to go on was made anew: its samples would come in another order."""
+    """ConfigError if a set of the run that is to go on was made anew: its samples would come in another order."""
     known = {row["set"]: row for row in before["data"]}
     changed = [row["set"] for row in now["data"] if known.get(row["set"], row) != row]
     if changed:
-        raise StageError(
+        raise ConfigError(
             f"{', '.join(changed)} changed since this run was begun; bring the old data back, or begin a new run "
             "with another output"
         )

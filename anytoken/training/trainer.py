@@ -39,7 +39,9 @@ from anytoken.training.checkpoint import (
     step_of,
     write_whole,
 )
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.distributed.deepspeed import (
     convert,
     load_buffers,
@@ -80,6 +82,7 @@ from anytoken.training.report.markdown import write_report
 from anytoken.training.report.samples import Answer, Sampler
 from anytoken.training.run_metadata import check_same_data, run_facts
 from anytoken.training.step import ModelWithLoss
+from anytoken.utils.errors import ConfigError
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
@@ -325,7 +328,7 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     """Run a stage and return its output folder; a finished run is kept, an unfinished one goes on.
 
     answer: answers the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
-    StageError if the output folder holds a run with other settings or data; Interrupted if it was asked to stop,
+    ConfigError if the output folder holds a run with other settings or data; Interrupted if it was asked to stop,
     and saved; DivergenceError for a loss that is not finite; SaveError if the disk does not take a state.
     """
     folder = Path(stage.output)
@@ -409,7 +412,7 @@ def _settled(stage: TrainConfig) -> TrainConfig:
 
 
 def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]) -> None:
-    """Write the recipe and the facts of the run; StageError if it would go on with other data."""
+    """Write the recipe and the facts of the run; ConfigError if it would go on with other data."""
     stage, folder = trainer.stage, trainer.folder
     clear_partial(folder)
     write_whole(folder / "stage.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -422,10 +425,10 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
 
 
 def _suit(stage: TrainConfig, state: Path) -> None:
-    """Make a state one that the recipe's engine and number of processes can go on from; StageError if it cannot be."""
+    """Make a state one that the recipe's engine and number of processes can go on from; ConfigError if it cannot be."""
     before, engine = read_progress(state), stage.distributed.engine
     if before["engine"] != engine:
-        raise StageError(
+        raise ConfigError(
             f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
             f"that again, or begin another run with init_from={state}"
         )
@@ -442,7 +445,7 @@ def _is_converted(stage: TrainConfig) -> bool:
 
 
 def _training_arguments(stage: TrainConfig) -> TrainingArguments:
-    """The stage as transformers' arguments; StageError if other than ``world_size`` processes run."""
+    """The stage as transformers' arguments; ConfigError if other than ``world_size`` processes run."""
     arguments = TrainingArguments(
         output_dir=stage.output,
         max_steps=stage.steps,
@@ -469,7 +472,7 @@ def _training_arguments(stage: TrainConfig) -> TrainingArguments:
     wanted, running = stage.distributed.world_size, arguments.world_size
     together = running == 1 or arguments.parallel_mode == ParallelMode.DISTRIBUTED
     if running != wanted or not together:
-        raise StageError(
+        raise ConfigError(
             f"distributed.world_size is {wanted} but {running} processes run"
             f"{'' if together else ' apart from each other'}; "
             f"launch with torchrun --nproc_per_node {wanted} or change the recipe"

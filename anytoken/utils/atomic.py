@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from anytoken.utils.errors import WriteError
+
 SHOWN = 3  # names of what is in the way
-
-
-class WriteError(ValueError):
-    """A place that cannot be written to, or that holds something else."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from anytoken.utils.errors import DataError
+
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a file, compressed or not, fails with
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-class JSONLinesError(ValueError):
-    """A file of JSON lines that cannot be read; the message names file and line."""
 
 
 def load_json(data: bytes | str) -> Any:
@@ -74,7 +72,7 @@ def read_json_lines(path: str | Path, torn_end: bool = False) -> Iterator[dict[s
     """The objects of a file of JSON lines, in order.
 
     torn_end: a last line without its newline that is not JSON, as a killed process leaves in a log, is skipped.
-    JSONLinesError names the file and the line that is not a JSON object, or that the file is damaged.
+    DataError names the file and the line that is not a JSON object, or that the file is damaged.
     """
     path = Path(path)
     try:
@@ -84,13 +82,11 @@ def read_json_lines(path: str | Path, torn_end: bool = False) -> Iterator[dict[s
             except ValueError as error:
                 if torn_end and not line.endswith(b"\n"):
                     return
-                raise JSONLinesError(f"{path} line {number}: {error}") from None
+                raise DataError(f"{path} line {number}: {error}") from None
             if not isinstance(value, dict):
-                raise JSONLinesError(
-                    f"{path} line {number}: expected a JSON object, got {type(value).__name__}"
-                )
+                raise DataError(f"{path} line {number}: expected a JSON object, got {type(value).__name__}")
             yield value
     except FileNotFoundError:
         raise
     except DAMAGE as error:
-        raise JSONLinesError(f"{path} cannot be read to its end: {error}") from error
+        raise DataError(f"{path} cannot be read to its end: {error}") from error

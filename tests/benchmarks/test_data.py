@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from anytoken.benchmarks import data
-from anytoken.benchmarks.harness import BenchError
 from anytoken.data.shards import Shards, tokenize_records
 from anytoken.segments import Image
 from anytoken.tokenizers.image import ImageTokenizer
+from anytoken.utils.errors import EvaluationError
 
 
 def test_best_fit_decreasing_on_cases_that_are_known():
@@ -49,7 +49,7 @@ def test_all_sides_read_the_same_tokens_or_there_is_no_figure(images, tmp_path, 
         return ((record, codes + 1) for record, codes in data._samples(images, range(len(images))))
 
     monkeypatch.setattr(data, "_read_tar", other)
-    with pytest.raises(BenchError, match="in order, webdataset: other tokens are read"):
+    with pytest.raises(EvaluationError, match="in order, webdataset: other tokens are read"):
         data._reading(images, tmp_path / "two", repeats=1)
 
 

@@ -12,6 +12,7 @@ from anytoken.benchmarks import generate as bench_generate_module
 from anytoken.benchmarks.experts import decoders, step_operations
 from anytoken.benchmarks.generate import Sizes, bench_generate, large_lm
 from anytoken.inference.fast_decode import FlatDecoder
+from anytoken.utils.errors import EvaluationError
 
 
 def test_sides_take_turns_and_warmups_do_not_count(monkeypatch):
@@ -82,7 +83,7 @@ def test_generation_is_compared_on_equal_ids(monkeypatch):
         return ids
 
     monkeypatch.setattr(type(model.lm), "generate", other)
-    with pytest.raises(harness.BenchError, match="different ids"):
+    with pytest.raises(EvaluationError, match="different ids"):
         bench_generate(model, "image", "a red circle", 1, sizes)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from anytoken.benchmarks.harness import BenchError
 from anytoken.benchmarks.serve import bench_serve, running_server
+from anytoken.utils.errors import EvaluationError
 
 
 def test_every_request_is_answered_or_refused():
@@ -19,5 +19,5 @@ def test_every_request_is_answered_or_refused():
 
 
 def test_a_server_that_does_not_start_is_an_error():
-    with pytest.raises(BenchError, match="did not start"), running_server("no-such-model", 1, 1):
+    with pytest.raises(EvaluationError, match="did not start"), running_server("no-such-model", 1, 1):
         pass

@@ -6,12 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from anytoken.benchmarks.harness import BenchError
 from anytoken.benchmarks.tokenizers import CODECS, items
 from anytoken.cli import app
 from anytoken.tokenizers.dna.kmer_bpe import DNAKmerTokenizer
 from anytoken.tokenizers.pretrained import PretrainedSpeech
 from anytoken.tokenizers.speech import SpeechTokenizer
+from anytoken.utils.errors import EvaluationError
 
 
 def test_speech_is_timed_beside_one_by_one_and_beside_codecs(tmp_path):
@@ -46,5 +46,5 @@ def test_codecs_have_fifty_codes_a_second(name):
 
 
 def test_a_kind_without_items_is_an_error():
-    with pytest.raises(BenchError, match="time a smell tokenizer on; there is for image"):
+    with pytest.raises(EvaluationError, match="time a smell tokenizer on; there is for image"):
         items("smell", 1)

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.data.mixture import Mixture, MixtureError, SamplingSpec, SourceSpec, TextCache
+from anytoken.data.mixture import (
+    Mixture,
+    SamplingSpec,
+    SourceSpec,
+    TextCache,
+)
 from anytoken.data.packing import PackedStream
 from anytoken.data.shards import tokenize_records
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, CodeSequence, ModalityTokenizer
+from anytoken.utils.errors import DataError
 
 BOS, USER, ASSISTANT, SYSTEM, END, NULL = range(300, 306)
 
@@ -170,14 +176,14 @@ def test_prompts_are_dropped_at_the_asked_rate(shards: Path) -> None:
 def test_long_sequences_are_left_out_and_nothing_left_is_an_error(shards: Path) -> None:
     spec = {"path": str(shards / "beeps"), "views": {"beep->text": 1}}
     assert max(len(ids) for ids in drawn(mixture(spec, context=10))) == 10  # beeps of three codes need eleven
-    with pytest.raises(MixtureError, match="context of 5"):
+    with pytest.raises(DataError, match="context of 5"):
         mixture(spec, context=5).sample(0)
 
 
 def test_a_view_that_no_record_fits_is_named(shards: Path) -> None:
-    with pytest.raises(MixtureError, match="smell->text"):
+    with pytest.raises(DataError, match="smell->text"):
         mixture({"path": str(shards / "beeps"), "views": {"smell->text": 1}})
-    with pytest.raises(MixtureError, match="empty"):
+    with pytest.raises(DataError, match="empty"):
         mixture()
 
 
@@ -266,9 +272,9 @@ def test_weights_change_over_the_steps_in_a_straight_line(shards: Path) -> None:
 
 def test_a_schedule_needs_the_ids_of_a_step_and_some_weight(shards: Path) -> None:
     spec = {"path": str(shards / "beeps"), "views": {"beep->text": 1}, "weight": {0: 1, 10: 2}}
-    with pytest.raises(MixtureError, match="tokens_per_step"):
+    with pytest.raises(DataError, match="tokens_per_step"):
         mixture(spec)
-    with pytest.raises(MixtureError, match="all weights are zero at step 10"):
+    with pytest.raises(DataError, match="all weights are zero at step 10"):
         mixture(spec | {"weight": {0: 1, 10: 0}}, tokens_per_step=100)
     with pytest.raises(ValueError, match="weight"):
         mixture(spec | {"weight": 0})
@@ -304,7 +310,7 @@ def test_records_whose_key_is_no_text_are_left_out(tmp_path: Path, caplog: pytes
         (BOS, USER, *beep(1), END, *answer("x"))
     }
     assert "1 of 2 records are left out" in caplog.text
-    with pytest.raises(MixtureError, match="number must be text or tokenized media"):
+    with pytest.raises(DataError, match="number must be text or tokenized media"):
         mixture({"path": path, "views": {"number->beep": 1}})
 
 

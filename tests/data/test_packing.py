@@ -14,8 +14,16 @@ from torch.utils.data import DataLoader
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from anytoken.data import packing
-from anytoken.data.packing import POOL, PackedStream, PackingError, PackState, best_fit, flash_lengths, pack
+from anytoken.data.packing import (
+    POOL,
+    PackedStream,
+    PackState,
+    best_fit,
+    flash_lengths,
+    pack,
+)
 from anytoken.data.views import TrainingSequence
+from anytoken.utils.errors import DataError
 
 PAD = 0
 
@@ -82,7 +90,7 @@ def test_a_first_id_is_never_a_target() -> None:
 
 
 def test_too_much_for_a_row_is_an_error() -> None:
-    with pytest.raises(PackingError, match="9 ids in a row of 8"):
+    with pytest.raises(DataError, match="9 ids in a row of 8"):
         pack([[make(9)]], context=8, pad=PAD)
 
 
@@ -157,7 +165,7 @@ def test_too_many_useless_draws_are_an_error_that_counts_them() -> None:
     source = PackedStream(hard, 4, 20, PAD, max_bad=0.2)
     take(source, 200)
     assert source.skipped["too long"] / source.drawn == pytest.approx(1 / 11, rel=0.05)
-    with pytest.raises(PackingError, match=r"no use \(\d+ too long\), more than the share 0.05"):
+    with pytest.raises(DataError, match=r"no use \(\d+ too long\), more than the share 0.05"):
         take(PackedStream(hard, 4, 20, PAD, max_bad=0.05), 1000)
 
 
@@ -168,7 +176,7 @@ def test_processes_share_the_rows_of_the_same_batches() -> None:
             assert torch.equal(batch[name], torch.cat([part[name] for part in parts]))
         assert torch.equal(batch["targets"], torch.cat([part["targets"] for part in parts]))
     assert all(one.state(7) == alone.state(7) for one in shared)  # so any number of them goes on from it
-    with pytest.raises(PackingError, match="6 rows cannot be shared evenly by 4"):
+    with pytest.raises(DataError, match="6 rows cannot be shared evenly by 4"):
         stream(rows=6, shares=4)
 
 

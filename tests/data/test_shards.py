@@ -20,12 +20,16 @@ import torch
 from safetensors.numpy import load_file
 
 from anytoken.data import shard_worker, shards
-from anytoken.data.parallel import ParallelError
 from anytoken.data.records import RecordError
-from anytoken.data.shards import ShardError, Shards, load_tokenizers, tokenize_records
+from anytoken.data.shards import (
+    Shards,
+    load_tokenizers,
+    tokenize_records,
+)
 from anytoken.segments import Image, Segment
 from anytoken.tokenizers.base import Codes, TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer
+from anytoken.utils.errors import DataError
 
 
 def tiny_tokenizer(seed: int = 0) -> ImageTokenizer:
@@ -101,7 +105,7 @@ def test_workers_and_interruptions_change_nothing(records: Path, tmp_path: Path)
     killed = tokenize(records, tmp_path / "killed", tokenizer)
     (killed / "part-00001.safetensors").unlink()
     first = (killed / "part-00000.safetensors").stat().st_mtime_ns
-    with pytest.raises(ShardError, match="unfinished"):
+    with pytest.raises(DataError, match="unfinished"):
         Shards(killed, {"image": tokenizer})
     tokenize(records, killed, tokenizer)
     assert (killed / "part-00000.safetensors").stat().st_mtime_ns == first
@@ -129,7 +133,7 @@ def test_a_killed_run_loses_the_parts_in_progress_and_nothing_else(
     with (killed / "progress.jsonl").open("a") as journal:
         journal.write('{"part": 2, "re')  # torn by the kill
     (killed / ".part-00002.jsonl-x").write_text("half")
-    with pytest.raises(ShardError, match="unfinished"):
+    with pytest.raises(DataError, match="unfinished"):
         Shards(killed, {"image": tokenizer})
 
     def counting(tokenizers: object, job: shard_worker.Job) -> object:
@@ -226,10 +230,10 @@ def test_ray_gives_the_same_bytes(records: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ParallelError, match="choose from local, ray"):
+    with pytest.raises(DataError, match="choose from local, ray"):
         tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="spark")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ParallelError, match=r"anytoken\[ray\]"):
+    with pytest.raises(DataError, match=r"anytoken\[ray\]"):
         tokenize(records, tmp_path / "out", tiny_tokenizer(), engine="ray")
 
 
@@ -239,10 +243,10 @@ def test_another_tokenizer_is_refused_and_replaces_shards_only_if_asked(
     old, new = tiny_tokenizer(0), tiny_tokenizer(1)
     out = tokenize(records, tmp_path / "out", old)
     both = rf"another image tokenizer \(fingerprint {old.fingerprint()[:12]}.*{new.fingerprint()[:12]}"
-    with pytest.raises(ShardError, match=both):
+    with pytest.raises(DataError, match=both):
         Shards(out, {"image": new})
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ShardError, match=r"shards of other records, settings or tokenizers.*--overwrite"):
+    with pytest.raises(DataError, match=r"shards of other records, settings or tokenizers.*--overwrite"):
         tokenize(records, out, new)
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     tokenize(records, out, new, overwrite=True)
@@ -259,10 +263,10 @@ def test_a_file_that_changed_is_noticed_and_only_its_part_made_again(records: Pa
     data[-1] ^= 1
     damaged.write_bytes(data)
     Shards(out, {"image": tokenizer})  # of the same size: only its checksum tells
-    with pytest.raises(ShardError, match=r"part-00001\.safetensors is not what was written"):
+    with pytest.raises(DataError, match=r"part-00001\.safetensors is not what was written"):
         Shards(out, {"image": tokenizer}, verify=True)
     damaged.write_bytes(data[:-1])
-    with pytest.raises(ShardError, match=r"part-00001\.safetensors is not what was written"):
+    with pytest.raises(DataError, match=r"part-00001\.safetensors is not what was written"):
         Shards(out, {"image": tokenizer})
     first = (out / "part-00000.safetensors").stat().st_mtime_ns
     tokenize(records, out, tokenizer)
@@ -288,7 +292,7 @@ def test_sets_of_version_1_open_and_are_kept(
     Shards(out, {"image": tokenizer})
     assert "does not say which tokenizers made it" in caplog.text
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(ShardError, match=r"manifest\.json is damaged"):
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
         Shards(out, {"image": tokenizer})
 
 
@@ -338,7 +342,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(records: Path, tmp_pat
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
     foreign.write_text('{"parts": 1, "records": 1}\n')
-    with pytest.raises(ShardError, match="--overwrite"):
+    with pytest.raises(DataError, match="--overwrite"):
         tokenize(records, tmp_path / "out", tiny_tokenizer())
     assert foreign.read_text() == '{"parts": 1, "records": 1}\n'
     tokenize(records, tmp_path / "out", tiny_tokenizer(), overwrite=True)
@@ -353,7 +357,7 @@ def test_what_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RecordError, match="no record"):
         tokenize(tmp_path / "empty.jsonl", tmp_path / "out", tiny_tokenizer())
-    with pytest.raises(ShardError, match="no shard folder"):
+    with pytest.raises(DataError, match="no shard folder"):
         Shards(tmp_path / "nowhere", {})
 
 
@@ -382,5 +386,5 @@ def test_load_tokenizers_takes_all_but_text(tmp_path: Path) -> None:
     (tmp_path / "text" / "config.json").write_text("{}")
     found = load_tokenizers(tmp_path)
     assert list(found) == ["image"] and found["image"].fingerprint() == tokenizer.fingerprint()
-    with pytest.raises(ShardError, match="no tokenizer"):
+    with pytest.raises(DataError, match="no tokenizer"):
         load_tokenizers(tmp_path / "none")

@@ -8,12 +8,12 @@ import pytest
 from anytoken.data.views import (
     Literal,
     TrainingSequence,
-    ViewError,
     build_sequence,
     drop_prompt,
     parse_view,
     view_turns,
 )
+from anytoken.utils.errors import DataError
 
 CONTROLS = SimpleNamespace(bos=100, user=101, assistant=102, system=103, end=104, null=105)
 PICTURE = [200, 7, 8, 201]
@@ -38,7 +38,7 @@ def test_parse_view() -> None:
 
 @pytest.mark.parametrize("bad", ["text", "text->", "text image->speech", 'a,"b->c', "a,,b->c", "a->b->c"])
 def test_bad_views_are_refused(bad: str) -> None:
-    with pytest.raises(ViewError):
+    with pytest.raises(DataError):
         parse_view(bad)
 
 
@@ -84,5 +84,5 @@ def test_interleaved_takes_both_orders() -> None:
 
 
 def test_missing_key_is_named() -> None:
-    with pytest.raises(ViewError, match="'speech'"):
+    with pytest.raises(DataError, match="'speech'"):
         sequence("speech->text")

@@ -10,6 +10,7 @@ from rich.console import Console
 from anytoken.emoji_world import demo, report
 from anytoken.emoji_world.directions import DIRECTIONS, WORDS
 from anytoken.segments import DNA, Text
+from anytoken.utils.errors import EvaluationError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -58,6 +59,6 @@ def test_verdicts(anything):
 
 
 def test_missing_files_are_named(tmp_path, ignorant):
-    with pytest.raises(demo.DemoError, match=r"images\.jsonl is missing"):
+    with pytest.raises(EvaluationError, match=r"images\.jsonl is missing"):
         demo.run_demo(ignorant, tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from anytoken.data.dataset_card import checksums, read_lines
 from anytoken.emoji_world import dna
 from anytoken.emoji_world.dna import (
-    DNASetError,
     Gene,
     build_dna,
     fragments,
@@ -28,6 +27,7 @@ from anytoken.emoji_world.dna import (
 )
 from anytoken.emoji_world.splits import gene_split, stretch_split
 from anytoken.segments import DNA
+from anytoken.utils.errors import DataError
 
 CODONS = {  # genetic code 11, as textbooks group it
     "A": "GCT GCC GCA GCG",
@@ -302,7 +302,7 @@ def test_proteins_have_the_product_of_their_first_header(tmp_path: Path) -> None
     )
     found = {"MKVLAA": "first product", "MTT": "putative ATPase", "MEE": "5'->3' exonuclease"}
     assert read_proteins(tmp_path / "db") == found
-    with pytest.raises(DNASetError, match="other is missing"):
+    with pytest.raises(DataError, match="other is missing"):
         read_proteins(tmp_path / "other")
 
 
@@ -370,9 +370,9 @@ def test_the_same_packages_give_the_same_bytes(world: World, tmp_path: Path) -> 
 def test_packages_that_are_not_what_was_pinned_are_refused(world: World, tmp_path: Path) -> None:
     strangers = World(world.genome, [], {"M" + "W" * 40: "not there"})
     cache = make_packages(tmp_path / "packages", strangers)
-    with pytest.raises(DNASetError, match="No protein was located"):
+    with pytest.raises(DataError, match="No protein was located"):
         build_dna(tmp_path / "sets", cache=cache, progress=False)
     (cache / "prokka_1.14.6+dfsg-4_amd64.unpacked" / dna.PROTEINS).unlink()
-    with pytest.raises(DNASetError, match="Escherichia is missing"):
+    with pytest.raises(DataError, match="Escherichia is missing"):
         build_dna(tmp_path / "sets", cache=cache, progress=False)
     assert not list((tmp_path / "sets").rglob("*.jsonl"))

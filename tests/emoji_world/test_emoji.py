@@ -20,7 +20,6 @@ from anytoken.emoji_world.emoji import (
     PACKAGE_NAMES,
     STYLES,
     Concept,
-    EmojiError,
     build_emoji,
     choose_core,
     compose,
@@ -28,6 +27,7 @@ from anytoken.emoji_world.emoji import (
 )
 from anytoken.emoji_world.packages import PACKAGES
 from anytoken.segments import Image, Video
+from anytoken.utils.errors import DataError
 
 # hexcode as OpenMoji writes it, name, group
 WORLD = [
@@ -178,7 +178,7 @@ def test_packages_without_a_common_concept_are_refused(cache: Path, tmp_path: Pa
     shutil.copytree(cache, tmp_path / "packages")
     for picture in (tmp_path / "packages").glob("lobehub-fluent-emoji-3d*/package/assets/*"):
         picture.unlink()
-    with pytest.raises(EmojiError, match="No concept is drawn in all five styles"):
+    with pytest.raises(DataError, match="No concept is drawn in all five styles"):
         build_emoji(tmp_path, cache=tmp_path / "packages", progress=False)
 
 
@@ -212,7 +212,7 @@ def concept(
 def test_what_is_not_core(odd: Concept) -> None:
     known = [concept("dog"), odd]
     assert [found.name for found in choose_core(known, 1)] == ["dog"]
-    with pytest.raises(EmojiError, match=r"2 core concepts were asked for; 1 to 1 "):
+    with pytest.raises(DataError, match=r"2 core concepts were asked for; 1 to 1 "):
         choose_core(known, 2)
 
 
@@ -229,7 +229,7 @@ def test_faces_come_last_in_their_group() -> None:
 
 def test_too_many_or_too_few_concepts_are_refused(cache: Path, tmp_path: Path) -> None:
     for count in (0, 7):
-        with pytest.raises(EmojiError, match=rf"^{count} core concepts were asked for; 1 to 6 are animated"):
+        with pytest.raises(DataError, match=rf"^{count} core concepts were asked for; 1 to 6 are animated"):
             build_emoji(tmp_path, cache=cache, concepts=count, progress=False)
     assert not list(tmp_path.rglob("*.npy"))
 
@@ -480,7 +480,7 @@ def test_more_core_concepts_begin_with_those_that_move(roots: dict[str, Path]) -
     known = find_concepts(roots)
     more = choose_core(known, 7, still=True)
     assert [concept.name for concept in more] == [*CORE, "egg"]
-    with pytest.raises(EmojiError, match=r"8 core concepts were asked for; 1 to 7 are plainly named"):
+    with pytest.raises(DataError, match=r"8 core concepts were asked for; 1 to 7 are plainly named"):
         choose_core(known, 8, still=True)
 
 

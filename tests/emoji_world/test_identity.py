@@ -6,8 +6,8 @@ from PIL import Image as Picture
 from PIL import ImageFilter
 
 from anytoken.emoji_world.identity import Drawing, IdentityJudge
-from anytoken.evaluation.keyword_asr import JudgeError
 from anytoken.segments import DNA, Image, Video
+from anytoken.utils.errors import EvaluationError
 
 
 def blurred(image: Image, radius: float) -> Image:
@@ -80,7 +80,7 @@ def test_one_composition_is_enough():
 
 
 def test_what_cannot_be_judged_is_refused(world):
-    with pytest.raises(JudgeError, match="received DNA"):
+    with pytest.raises(EvaluationError, match="received DNA"):
         world.stills.identify(DNA("ACGT"))
-    with pytest.raises(JudgeError, match="received none"):
+    with pytest.raises(EvaluationError, match="received none"):
         IdentityJudge([])

@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 
 from anytoken.data.sources import read_records
-from anytoken.emoji_world.instruct import ABOUT, DECLINED, LONGEST, InstructError, Maker, build_instruct, cost
+from anytoken.emoji_world.instruct import (
+    ABOUT,
+    DECLINED,
+    LONGEST,
+    Maker,
+    build_instruct,
+    cost,
+)
 from anytoken.emoji_world.phrases import phrasings
+from anytoken.utils.errors import DataError
 
 NAMES = {"train": ["red apple", "dog"], "test": ["owl", "eggs"]}
 
@@ -114,7 +122,7 @@ def test_answers_are_those_of_the_records(sets: Path, tmp_path: Path) -> None:
 
 
 def test_missing_sets_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InstructError, match=r"images\.jsonl"):
+    with pytest.raises(DataError, match=r"images\.jsonl"):
         build_instruct(tmp_path, tmp_path / "out", progress=False)
 
 

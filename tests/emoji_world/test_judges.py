@@ -9,6 +9,7 @@ from anytoken.data.sources import read_records
 from anytoken.emoji_world import judges
 from anytoken.evaluation import keyword_asr
 from anytoken.segments import DNA, Image, Speech, Video
+from anytoken.utils.errors import EvaluationError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -27,7 +28,7 @@ def test_real_speech_is_heard_and_silence_and_noise_are_not():
 def test_names_outside_the_dictionary_are_said_to_be_unknown():
     judge = keyword_asr.KeywordRecognizer(["red apple", "qwrtzpf"])
     assert judge.knows("red apple") and not judge.knows("qwrtzpf")
-    with pytest.raises(judges.JudgeError, match="None of the 1 names"):
+    with pytest.raises(EvaluationError, match="None of the 1 names"):
         keyword_asr.KeywordRecognizer(["qwrtzpf"])
 
 
@@ -41,7 +42,7 @@ def test_a_voice_is_told_by_its_spectrum():
 
     judge = judges.SpeakerClassifier([clip(p) for p in (140, 145, 300, 310)], ["low", "low", "high", "high"])
     assert [judge.predict(clip(p)) for p in (142, 305)] == ["low", "high"]
-    with pytest.raises(judges.JudgeError, match="two voices"):
+    with pytest.raises(EvaluationError, match="two voices"):
         judges.SpeakerClassifier([clip(140)], ["low"])
 
 
@@ -78,7 +79,7 @@ def test_background_and_motion(world):
 
 
 def test_judges_refuse_what_they_cannot_see():
-    with pytest.raises(judges.JudgeError, match="received DNA"):
+    with pytest.raises(EvaluationError, match="received DNA"):
         judges.pixels_of(DNA("ACGT"))
-    with pytest.raises(judges.JudgeError, match="received none"):
+    with pytest.raises(EvaluationError, match="received none"):
         judges.fit_classifier(np.zeros((0, 64, 64, 3), np.uint8), [])

@@ -12,7 +12,14 @@ import pytest
 
 from anytoken.data.dataset_card import sha256_of
 from anytoken.emoji_world import packages
-from anytoken.emoji_world.packages import PACKAGES, Package, PackageError, fetch_package, sources, unpack
+from anytoken.emoji_world.packages import (
+    PACKAGES,
+    Package,
+    fetch_package,
+    sources,
+    unpack,
+)
+from anytoken.utils.errors import DataError
 
 ICONS = "@iconify-json/noto"
 ICONS_FILE = "iconify-json-noto-1.2.9.tgz"
@@ -109,15 +116,15 @@ def test_another_sum_than_the_pinned_one_is_refused(tmp_path: Path, client: Clie
         fetch_package,
         unpack,
     ):  # the second time it lies in the cache, and is refused all the same
-        with pytest.raises(PackageError, match=rf"has sha256 {sha256_of(other)}, pinned is "):
+        with pytest.raises(DataError, match=rf"has sha256 {sha256_of(other)}, pinned is "):
             action(ICONS, tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == [ICONS_FILE]
 
 
 def test_a_missing_client_is_one_clear_error(tmp_path: Path, client: Client) -> None:
-    with pytest.raises(PackageError, match=r"^npm is not installed; this set is fetched with it\.$"):
+    with pytest.raises(DataError, match=r"^npm is not installed; this set is fetched with it\.$"):
         fetch_package("openmoji", tmp_path / "cache")
-    with pytest.raises(PackageError, match="apt-get is not installed"):
+    with pytest.raises(DataError, match="apt-get is not installed"):
         fetch_package("prokka", tmp_path / "cache")
     assert os.listdir(tmp_path / "cache") == []
 
@@ -125,7 +132,7 @@ def test_a_missing_client_is_one_clear_error(tmp_path: Path, client: Client) -> 
 def test_an_interrupted_download_leaves_nothing(tmp_path: Path, client: Client, delivery: Path) -> None:
     cache = tmp_path / "cache"
     client("npm", f"head -c 20 {delivery} > {ICONS_FILE}; echo the line went dead >&2; exit 1")
-    with pytest.raises(PackageError, match=r"npm pack .* failed: the line went dead"):
+    with pytest.raises(DataError, match=r"npm pack .* failed: the line went dead"):
         fetch_package(ICONS, cache)
     assert os.listdir(cache) == []
     client("npm", f'cp "{delivery}" .')
@@ -147,7 +154,7 @@ def test_a_killed_download_leaves_no_archive(
 
 def test_a_client_that_delivers_something_else_is_named(tmp_path: Path, client: Client) -> None:
     client("npm", "touch openmoji-99.0.0.tgz")
-    with pytest.raises(PackageError, match=r"npm client delivered no openmoji-17\.0\.0\.tgz for openmoji"):
+    with pytest.raises(DataError, match=r"npm client delivered no openmoji-17\.0\.0\.tgz for openmoji"):
         fetch_package("openmoji", tmp_path / "cache")
 
 
@@ -194,7 +201,7 @@ def test_a_relative_cache_works(
 
 
 def test_an_unknown_package_is_named_with_the_known(tmp_path: Path) -> None:
-    with pytest.raises(PackageError, match=r"Unknown package 'leftpad'; known: openmoji, .*prokka"):
+    with pytest.raises(DataError, match=r"Unknown package 'leftpad'; known: openmoji, .*prokka"):
         fetch_package("leftpad", tmp_path)
 
 

@@ -5,8 +5,12 @@ import pytest
 
 from anytoken.emoji_world import report
 from anytoken.emoji_world.directions import DIRECTIONS
-from anytoken.emoji_world.tasks import EvalDatasets, TaskError, features
+from anytoken.emoji_world.tasks import (
+    EvalDatasets,
+    features,
+)
 from anytoken.segments import Text
+from anytoken.utils.errors import EvaluationError
 
 PLAIN = {
     name: one for name, one in DIRECTIONS.items() if not one.how
@@ -77,11 +81,11 @@ def test_a_reply_that_is_cut_short_or_of_another_kind_is_not_valid(world, fake_m
 
 
 def test_mistakes_are_named(world, ignorant, tmp_path):
-    with pytest.raises(report.ReportError, match="text->smell"):
+    with pytest.raises(EvaluationError, match="text->smell"):
         report.evaluate(ignorant, world, ["text->smell"])
-    with pytest.raises(report.ReportError, match="holds no records"):
+    with pytest.raises(EvaluationError, match="holds no records"):
         report.evaluate(ignorant, EvalDatasets(tmp_path), progress=False)
-    with pytest.raises(TaskError, match="anytoken data"):
+    with pytest.raises(EvaluationError, match="anytoken data"):
         EvalDatasets(tmp_path).records("emoji/images.jsonl")
 
 
@@ -99,10 +103,10 @@ def test_a_report_is_saved_read_and_filled_into_a_page(world, ignorant, tmp_path
         "old" not in once and "| dna->text |" in once and "Not better than every baseline: dna->text" in once
     )
     page.write_text("no markers")
-    with pytest.raises(report.ReportError, match="no place"):
+    with pytest.raises(EvaluationError, match="no place"):
         report.fill(page, found)
     path.write_text("[]")
-    with pytest.raises(report.ReportError, match="not an evaluation report"):
+    with pytest.raises(EvaluationError, match="not an evaluation report"):
         report.read(path)
 
 

@@ -18,7 +18,6 @@ from anytoken.emoji_world import speech, splits
 from anytoken.emoji_world.speech import (
     ACCENTS,
     SPEEDS,
-    SpeechSetError,
     Utterance,
     build_speech,
     plan,
@@ -27,6 +26,7 @@ from anytoken.emoji_world.speech import (
     vary,
 )
 from anytoken.segments import Speech
+from anytoken.utils.errors import DataError
 
 CODES = {"1F34E": "red apple", "1F40C": "snail", "1F697": "automobile", "1F989": "owl"}
 CORE = ("1F34E", "1F697")  # 1F34E: joe's is held out; 1F697: kal16's and joe's
@@ -303,7 +303,7 @@ def test_limit_renders_only_so_many(engines: Path, tmp_path: Path) -> None:
 
 
 def test_the_emoji_set_must_be_there(engines: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpeechSetError, match=r"concepts\.jsonl is missing: build the emoji set first"):
+    with pytest.raises(DataError, match=r"concepts\.jsonl is missing: build the emoji set first"):
         build_speech(tmp_path, tmp_path / "nowhere", cache=engines)
     assert not (tmp_path / "speech").exists()
 
@@ -311,27 +311,27 @@ def test_the_emoji_set_must_be_there(engines: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("program", ["flite", "espeak-ng"])
 def test_a_missing_engine_is_named(engines: Path, tmp_path: Path, program: str) -> None:
     (tmp_path / "bin" / program).unlink()
-    with pytest.raises(SpeechSetError, match=f"^{program} is not installed; install the Debian package"):
+    with pytest.raises(DataError, match=f"^{program} is not installed; install the Debian package"):
         build_speech(tmp_path, tmp_path / "emoji", cache=engines)
     assert not (tmp_path / "speech").exists()
 
 
 def test_a_missing_piper_is_named(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech, "find_spec", lambda name: None)
-    with pytest.raises(SpeechSetError, match=r"pip install 'anytoken\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install 'anytoken\[data\]'"):
         build_speech(tmp_path, tmp_path / "emoji", cache=engines)
 
 
 @pytest.mark.parametrize("body", ["echo no such voice >&2; exit 1", "exit 0"])
 def test_an_engine_that_fails_is_named_with_its_text(engines: Path, tmp_path: Path, body: str) -> None:
     (tmp_path / "bin" / "flite").write_text(f"#!/bin/sh\n{body}\n")
-    with pytest.raises(SpeechSetError, match="flite -voice slt failed on 'red apple'"):
+    with pytest.raises(DataError, match="flite -voice slt failed on 'red apple'"):
         build_speech(tmp_path, tmp_path / "emoji", cache=engines, progress=False)
     assert not times(tmp_path) and not (tmp_path / "speech" / "speech.jsonl").exists()
 
 
 def test_joe_needs_his_model(engines: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpeechSetError, match="needs voice_model"):
+    with pytest.raises(DataError, match="needs voice_model"):
         synthesize("owl", "joe")
     assert synthesize("owl", "joe", 0.9, tmp_path / "joe.onnx").seconds == pytest.approx(0.36, abs=0.002)
 
@@ -353,7 +353,7 @@ def test_piper_speaks_without_noise_at_our_rate(monkeypatch: pytest.MonkeyPatch,
     said = synthesize("owl", "joe", 1.15, tmp_path / "joe.onnx")
     assert said.sample_rate_hz == 16_000 and said.seconds == pytest.approx(0.75, abs=0.01)
     assert (asked[0].length_scale, asked[0].noise_scale, asked[0].noise_w_scale) == (1.15, 0.0, 0.0)
-    with pytest.raises(SpeechSetError, match="said nothing"):
+    with pytest.raises(DataError, match="said nothing"):
         synthesize("", "joe", 1.0, tmp_path / "joe.onnx")
 
 
@@ -382,7 +382,7 @@ def test_an_engine_writes_nothing_to_the_working_folder(
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(SpeechSetError, match="failed"):
+    with pytest.raises(DataError, match="failed"):
         speech.engine_says([program], "red apple")
     assert not list((tmp_path / "here").iterdir())
 

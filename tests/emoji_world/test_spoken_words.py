@@ -10,7 +10,9 @@ import pytest
 
 from anytoken.data.dataset_card import read_lines, write_lines
 from anytoken.emoji_world import spoken_words
-from anytoken.emoji_world.speech import SpeechSetError, Utterance
+from anytoken.emoji_world.speech import (
+    Utterance,
+)
 from anytoken.emoji_world.spoken_words import (
     CLEAR,
     TEST_FLITE,
@@ -23,6 +25,7 @@ from anytoken.emoji_world.spoken_words import (
     read_labels,
     word_held_out,
 )
+from anytoken.utils.errors import DataError
 
 NAMES = {"fox", "red apple", "t-rex"}
 TEXTS = [
@@ -72,7 +75,7 @@ def test_texts_can_be_spoken_and_hold_no_name_of_a_concept() -> None:
         "ab3",
     ]
     assert choose_texts([*odd, "red", "well-known"], NAMES, 4) == ["foxes", "red", "red apples", "well-known"]
-    with pytest.raises(SpeechSetError, match=r"^5 texts were asked for; the word lists hold 4 "):
+    with pytest.raises(DataError, match=r"^5 texts were asked for; the word lists hold 4 "):
         choose_texts([*odd, "well-known"], NAMES, 5)
 
 
@@ -120,5 +123,5 @@ def test_build(packages: Path, tmp_path: Path) -> None:
 
 
 def test_the_emoji_set_must_be_there(packages: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpeechSetError, match="build the emoji set first"):
+    with pytest.raises(DataError, match="build the emoji set first"):
         build_words(tmp_path, tmp_path / "nowhere", packages, progress=False)

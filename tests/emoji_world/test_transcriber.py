@@ -10,10 +10,10 @@ import pytest
 
 from anytoken.emoji_world import report
 from anytoken.emoji_world.tasks import EvalDatasets
-from anytoken.evaluation.keyword_asr import JudgeError
 from anytoken.evaluation.metrics import same_words
 from anytoken.evaluation.transcriber import Transcriber
 from anytoken.segments import Speech
+from anytoken.utils.errors import EvaluationError
 
 WHISPER = os.environ.get("ANYTOKEN_WHISPER", "")  # a folder of Whisper for CTranslate2
 
@@ -54,14 +54,14 @@ def test_words_are_given_as_a_share_of_those_of_the_originals(sets: Path, fake_m
 
 def test_a_missing_package_or_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
-    with pytest.raises(JudgeError, match=r"pip install 'anytoken\[eval\]'"):
+    with pytest.raises(EvaluationError, match=r"pip install 'anytoken\[eval\]'"):
         Transcriber("base")
     monkeypatch.undo()
     pytest.importorskip("faster_whisper")
-    with pytest.raises(JudgeError, match="cannot be loaded"):
+    with pytest.raises(EvaluationError, match="cannot be loaded"):
         Transcriber(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(JudgeError, match="--asr no-such-size cannot be loaded"):
+    with pytest.raises(EvaluationError, match="--asr no-such-size cannot be loaded"):
         Transcriber("no-such-size")
 
 

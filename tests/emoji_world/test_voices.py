@@ -9,7 +9,6 @@ import pytest
 
 from anytoken.data.dataset_card import read_lines, write_lines
 from anytoken.emoji_world import voices
-from anytoken.emoji_world.speech import SpeechSetError
 from anytoken.emoji_world.voices import (
     NAMES_A_THROAT,
     build_voices,
@@ -18,6 +17,7 @@ from anytoken.emoji_world.voices import (
     read_prompt,
     synthesize_variant,
 )
+from anytoken.utils.errors import DataError
 
 NAMES = ["red apple", "snail", "owl"]
 
@@ -98,14 +98,14 @@ def _say(job: voices.Job) -> np.ndarray:
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SpeechSetError, match="build the spoken names first"):
+    with pytest.raises(DataError, match="build the spoken names first"):
         build_voices(tmp_path / "none", tmp_path)
     out = a_set(tmp_path / "sets")
-    with pytest.raises(SpeechSetError, match="asterisk-core-sounds-en-g722"):
+    with pytest.raises(DataError, match="asterisk-core-sounds-en-g722"):
         build_voices(out, tmp_path / "empty")
     write_g722(tmp_path / "prompts" / "anna" / "1.g722", tone(1.0))
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SpeechSetError, match="espeak-ng is not installed"):
+    with pytest.raises(DataError, match="espeak-ng is not installed"):
         build_voices(out, tmp_path / "prompts")
 
 

@@ -8,8 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from anytoken import AnyToken
-from anytoken.inference.adapters import AdapterError
-from anytoken.inference.checkpoint import CheckpointError
+from anytoken.utils.errors import CheckpointError
 
 IDS = torch.arange(3, 60)[None]
 TABLES = {  # adapters of one of two tied tables, or of both
@@ -79,9 +78,9 @@ def test_names_that_are_unknown_or_taken(folder: Path, tmp_path: Path) -> None:
     model = AnyToken.from_pretrained(folder)
     adapter = make_adapter(folder, tmp_path / "a", 1, target_modules=["q_proj"])
     model.load_adapter(adapter, "one")
-    with pytest.raises(AdapterError, match="already; there are one"):
+    with pytest.raises(CheckpointError, match="already; there are one"):
         model.load_adapter(adapter, "one")
-    with pytest.raises(AdapterError, match="no adapter 'two'; there are one"):
+    with pytest.raises(CheckpointError, match="no adapter 'two'; there are one"):
         model.use_adapter("two")
     with pytest.raises(CheckpointError, match="no adapter folder"):
         model.load_adapter(tmp_path, "three")
@@ -204,12 +203,12 @@ def test_models_that_take_no_adapters_say_so(folder: Path, tmp_path: Path) -> No
     adapter = make_adapter(folder, tmp_path / "a", 1, target_modules=["q_proj"])
     small = AnyToken.from_pretrained(folder, quantize="int8")
     before = state(small)
-    with pytest.raises(AdapterError, match=r"quantised \(int8\).*adapter= and quantize="):
+    with pytest.raises(CheckpointError, match=r"quantised \(int8\).*adapter= and quantize="):
         small.load_adapter(adapter, "one")
     assert state(small) == before
     wrapped = AnyToken.from_pretrained(folder)
     wrapped.lm = PeftModel.from_pretrained(wrapped.lm, adapter)
-    with pytest.raises(AdapterError, match="merge_and_unload"):
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
         wrapped.load_adapter(adapter, "one")
 
 
@@ -219,7 +218,7 @@ def test_an_adapter_of_weights_that_have_changed_is_refused(folder: Path, tmp_pa
     projection = model.lm.model.layers[0].self_attn.q_proj.weight
     projection.data = projection.data * 0.9
     before = state(model)
-    with pytest.raises(AdapterError, match="changed since the adapter 'one' was read"):
+    with pytest.raises(CheckpointError, match="changed since the adapter 'one' was read"):
         model.use_adapter("one")
     assert state(model) == before
 

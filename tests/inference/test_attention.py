@@ -13,8 +13,12 @@ import anytoken
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
 from anytoken.model import attention
-from anytoken.model.attention import AttentionError, flash_obstacle, use_attention
+from anytoken.model.attention import (
+    flash_obstacle,
+    use_attention,
+)
 from anytoken.tokenizers.base import ModalityTokenizer
+from anytoken.utils.errors import ConfigError
 
 FLASH = "flash_attention_2"
 PROMPTS = ["red apple", "a", "What is this? green pear"]
@@ -213,9 +217,9 @@ def test_load_switches_attention_and_says_what_it_knows(own_model: AnyToken, tmp
     for name in ("sdpa", "eager", "flex_attention"):
         assert anytoken.load(folder, "cpu", attn_implementation=name).lm.config._attn_implementation == name
     assert anytoken.load(folder, "cpu").lm.config._attn_implementation == "sdpa"
-    with pytest.raises(AttentionError, match=r"'flash'; allowed: auto, eager, sdpa"):
+    with pytest.raises(ConfigError, match=r"'flash'; allowed: auto, eager, sdpa"):
         anytoken.load(folder, attn_implementation="flash")
-    with pytest.raises(AttentionError, match=r"flash_attention_3 cannot run here.*Choose auto or sdpa"):
+    with pytest.raises(ConfigError, match=r"flash_attention_3 cannot run here.*Choose auto or sdpa"):
         anytoken.load(folder, "cpu", attn_implementation="flash_attention_3")
 
 

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.chat import Chat, ChatError, _load_part, _save_part
+from anytoken.inference.chat import (
+    Chat,
+    _load_part,
+    _save_part,
+)
 from anytoken.inference.streaming import finish
 from anytoken.segments import DNA, KINDS, Image, Text
+from anytoken.utils.errors import RequestError
 
 PICTURE = Image(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
 
@@ -133,7 +138,7 @@ def test_a_chat_that_is_edited_is_one_that_was_said_so(model: AnyToken) -> None:
     chat.edit(0, "Be long.")
     assert [message["role"] for message in chat.messages] == ["system"]
     for index in (1, -2):
-        with pytest.raises(ChatError, match=f"no message {index}"):
+        with pytest.raises(RequestError, match=f"no message {index}"):
             chat.edit(index, "a")
 
 
@@ -146,7 +151,7 @@ def test_undo_takes_back_what_was_said_and_its_reply(model: AnyToken) -> None:
     assert (chat.messages, chat.ids) == before
     chat.undo()
     for again in (chat.undo, chat.regenerate):
-        with pytest.raises(ChatError, match="Nothing has been said"):
+        with pytest.raises(RequestError, match="Nothing has been said"):
             again()
     assert len(chat) == 1
 
@@ -207,12 +212,12 @@ def test_damaged_chats_are_named(model: AnyToken, tmp_path: Path) -> None:
     folder = chat.save(tmp_path / "talk")
     [media] = folder.glob("*.png")
     media.unlink()
-    with pytest.raises(ChatError, match=media.name):
+    with pytest.raises(RequestError, match=media.name):
         Chat.load(folder, model)
     data = json.loads((folder / "chat.json").read_text())
     (folder / "chat.json").write_text(json.dumps(data)[:-20])
     for path in (folder, tmp_path / "nothing"):
-        with pytest.raises(ChatError, match=path.name):
+        with pytest.raises(RequestError, match=path.name):
             Chat.load(path, model)
 
 
@@ -247,7 +252,7 @@ def test_ids_that_are_no_conversation_are_refused(model: AnyToken, tmp_path: Pat
     folder = model.chat().save(tmp_path / "talk")
     data = json.loads((folder / "chat.json").read_text())
     (folder / "chat.json").write_text(json.dumps(data | {"ids": ids}))
-    with pytest.raises(ChatError, match="talk"):
+    with pytest.raises(RequestError, match="talk"):
         Chat.load(folder, model)
 
 
@@ -275,14 +280,14 @@ def test_a_conversation_replaces_its_own_earlier_state_alone(model: AnyToken, tm
     again.send("c", "tone", seed=0)
     again.save(folder)
     other = model.chat()
-    with pytest.raises(ChatError, match=r"another conversation.*chat\.json.*overwrite=True"):
+    with pytest.raises(RequestError, match=r"another conversation.*chat\.json.*overwrite=True"):
         other.save(folder)
     assert Chat.load(folder, model).messages == again.messages
     data = json.loads((folder / "chat.json").read_text())
     del data["id"]
     (folder / "chat.json").write_text(json.dumps(data))
     old = Chat.load(folder, model)
-    with pytest.raises(ChatError, match="another conversation"):
+    with pytest.raises(RequestError, match="another conversation"):
         other.save(folder)
     old.send("d", "tone", seed=0)
     old.save(folder)

@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anytoken.inference.api import AnyToken, load
-from anytoken.inference.checkpoint import CheckpointError, find_checkpoint, pick_device
+from anytoken.inference.checkpoint import (
+    find_checkpoint,
+    pick_device,
+)
+from anytoken.utils.errors import CheckpointError
 
 MINI_GOLDEN = Path(__file__).parents[1] / "goldens" / "mini.safetensors"
 

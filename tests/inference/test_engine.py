@@ -10,10 +10,15 @@ from reference_loop import reference
 from anytoken.inference import batch as batch_module
 from anytoken.inference import scheduler as scheduler_module
 from anytoken.inference.api import AnyToken
-from anytoken.inference.engine import Engine, EngineError, GeneratedIds, Token
+from anytoken.inference.engine import (
+    Engine,
+    GeneratedIds,
+    Token,
+)
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
+from anytoken.utils.errors import RequestError
 
 GREEDY = {kind: Sampling(temperature=0) for kind in ("text", "image", "tone")}
 PLANS = [None, ("text",), ("image",), ("tone",), ("tone", "text", "image")]
@@ -233,14 +238,14 @@ def test_a_model_with_its_own_logits_is_asked_for_all_of_them(
 
 def test_what_does_not_fit_is_refused_before_the_first_token(model: AnyToken, engine: Engine) -> None:
     prompt = prompts_of(model)[0]
-    with pytest.raises(EngineError, match=r"300.*context is 256"):
+    with pytest.raises(RequestError, match=r"300.*context is 256"):
         engine.stream([[1] * 300])
     with pytest.raises(ValueError, match="max_new_tokens is 3"):
         engine.stream([prompt], [("image",)], max_new_tokens=3)
-    with pytest.raises(EngineError, match=r"max_new_tokens.*0"):
+    with pytest.raises(RequestError, match=r"max_new_tokens.*0"):
         engine.stream([prompt], max_new_tokens=0)
     for seed in (-1, 1.5, True):
-        with pytest.raises(EngineError, match=f"seed.*{seed}"):
+        with pytest.raises(RequestError, match=f"seed.*{seed}"):
             engine.stream([prompt], seed=seed)  # type: ignore[arg-type]
-    with pytest.raises(EngineError, match="null_prompt"):
+    with pytest.raises(RequestError, match="null_prompt"):
         engine.stream([prompt], sampling={"image": Sampling(cfg_scale=2)})

@@ -8,12 +8,12 @@ import torch
 
 from anytoken.inference.sampling import (
     Sampling,
-    SamplingError,
     apply_cfg,
     apply_repetition_penalty,
     merge_sampling,
     sample,
 )
+from anytoken.utils.errors import RequestError
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
 
@@ -91,7 +91,7 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
 )
 def test_bad_settings_name_setting_and_value(bad: dict[str, Any]) -> None:
     [(name, value)] = bad.items()
-    with pytest.raises(SamplingError, match=f"{name}.*{value}"):
+    with pytest.raises(RequestError, match=f"{name}.*{value}"):
         Sampling(**bad)
 
 
@@ -116,7 +116,7 @@ def test_merge_order() -> None:
 
 
 def test_merge_refuses_unknown_kinds_and_settings() -> None:
-    with pytest.raises(SamplingError, match=r"'smell'.*text, image"):
+    with pytest.raises(RequestError, match=r"'smell'.*text, image"):
         merge_sampling(["text", "image"], {}, {}, {"smell": Sampling()})
-    with pytest.raises(SamplingError, match=r"'heat'.*temperature"):
+    with pytest.raises(RequestError, match=r"'heat'.*temperature"):
         merge_sampling(["text"], {}, {}, {"text": {"heat": 1}})

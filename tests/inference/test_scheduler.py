@@ -3,9 +3,12 @@
 import pytest
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.engine import Engine, EngineError
+from anytoken.inference.engine import (
+    Engine,
+)
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Scheduler
+from anytoken.utils.errors import RequestError
 
 SAMPLING = {"text": Sampling(top_k=9), "image": Sampling(temperature=0.7, cfg_scale=2.0), "tone": Sampling()}
 JOBS = [
@@ -96,7 +99,7 @@ def test_a_bad_request_is_refused_and_the_batch_goes_on(model: AnyToken) -> None
     engine = Engine(model.lm, model.processor.grammar)
     scheduler = Scheduler(engine)
     submit(model, scheduler, 0)
-    with pytest.raises(EngineError, match="max_new_tokens"):
+    with pytest.raises(RequestError, match="max_new_tokens"):
         scheduler.submit([1], max_new_tokens=0)
     assert len(scheduler) == 1
     found = []

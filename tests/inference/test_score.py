@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from anytoken.inference import score as score_module
-from anytoken.inference.score import ScoreError
-from anytoken.processor import PromptError
 from anytoken.segments import Image
+from anytoken.utils.errors import RequestError
 
 ANSWERS = ["red apple", "green pear", "a", "What is this? Ein Apfel, schön, schön"]
 
@@ -107,18 +106,18 @@ def test_an_adapted_head_gives_its_own_scores(own_model):
 
 @pytest.mark.parametrize("answers", [[], "pear", None, 3])
 def test_answers_are_a_list(model, answers):
-    with pytest.raises(ScoreError, match="list of answers"):
+    with pytest.raises(RequestError, match="list of answers"):
         model.score("pear", answers)
 
 
 def test_errors_name_what_is_wrong(model):
-    with pytest.raises(PromptError, match="reply is empty"):
+    with pytest.raises(RequestError, match="reply is empty"):
         model.score("pear", [""])
-    with pytest.raises(ScoreError, match="none, tokens, pmi"):
+    with pytest.raises(RequestError, match="none, tokens, pmi"):
         model.score("pear", ["a"], "mean")
-    with pytest.raises(ScoreError, match="context is 256"):
+    with pytest.raises(RequestError, match="context is 256"):
         model.score("pear", ["a" * 400])
-    with pytest.raises(PromptError, match="no tokenizer for 'dna'"):
+    with pytest.raises(RequestError, match="no tokenizer for 'dna'"):
         from anytoken import DNA
 
         model.score("pear", [DNA("ACGT")])

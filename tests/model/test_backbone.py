@@ -17,11 +17,16 @@ from transformers import (
 
 import anytoken
 from anytoken.model import AnyTokenForCausalLM
-from anytoken.model.backbone import BackboneError, adopt_backbone, express, load_backbone
+from anytoken.model.backbone import (
+    adopt_backbone,
+    express,
+    load_backbone,
+)
 from anytoken.segments import Text
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.errors import CheckpointError
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -180,21 +185,21 @@ def test_what_cannot_be_is_said(
     tmp_path: Path,
 ) -> None:
     _, folder = backbone(kind, tmp_path, **settings)
-    with pytest.raises(BackboneError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         adopt_backbone(folder, {"image": image}, upcycle, top_k)
 
 
 def test_logits_that_differ_are_never_taken_as_equal(tmp_path: Path) -> None:
     lm, _ = backbone("olmoe", tmp_path, clip_qkv=0.05)  # has a place for every weight, and clips besides
-    with pytest.raises(BackboneError, match="logits differ"):
+    with pytest.raises(CheckpointError, match="logits differ"):
         express(lm)
 
 
 def test_no_folder_and_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="does not load"):
+    with pytest.raises(CheckpointError, match="does not load"):
         load_backbone(tmp_path)
     _, folder = backbone("llama", tmp_path, vocab_size=270)
-    with pytest.raises(BackboneError, match="278 ids but the model 270"):
+    with pytest.raises(CheckpointError, match="278 ids but the model 270"):
         adopt_backbone(folder, {})
 
 

@@ -16,8 +16,14 @@ from typer.testing import CliRunner
 from anytoken import AnyToken, Image
 from anytoken.cli import app
 from anytoken.model.configuration import AnyTokenConfig
-from anytoken.model.export import NO_EFFECT, ExportError, export_qwen3_moe, plain_config, serving_name
+from anytoken.model.export import (
+    NO_EFFECT,
+    export_qwen3_moe,
+    plain_config,
+    serving_name,
+)
 from anytoken.processor import Processor
+from anytoken.utils.errors import CheckpointError
 
 Make = Callable[..., AnyToken]
 BLOCKING = {
@@ -137,7 +143,7 @@ def test_the_exported_folder_still_opens_here(plain: tuple[AnyToken, Path]) -> N
 
 @pytest.mark.parametrize("setting", BLOCKING)
 def test_a_setting_that_qwen3_moe_lacks_is_named(make_whole_model: Make, setting: str) -> None:
-    with pytest.raises(ExportError, match=f"no {setting}=.*docs/serving"):
+    with pytest.raises(CheckpointError, match=f"no {setting}=.*docs/serving"):
         plain_config(make_whole_model(num_experts_per_tok=1, **{setting: BLOCKING[setting]}).lm.config)
 
 
@@ -156,7 +162,7 @@ def test_names_that_the_text_tokenizer_has_itself_are_refused(make_whole_model: 
     data["model"]["merges"].pop()
     path.write_text(json.dumps(data))
     (folder / "fingerprints.json").unlink()  # or the change would be noticed first
-    with pytest.raises(ExportError, match=r"<\|user\|> of its own"):
+    with pytest.raises(CheckpointError, match=r"<\|user\|> of its own"):
         export_qwen3_moe(folder, tmp_path)
 
 

@@ -12,7 +12,11 @@ from typer.testing import CliRunner
 
 from anytoken import AnyToken
 from anytoken.cli import app
-from anytoken.model.merge import MergeError, check_mergeable, merge_weights
+from anytoken.model.merge import (
+    check_mergeable,
+    merge_weights,
+)
+from anytoken.utils.errors import CheckpointError
 
 Make = Callable[..., AnyToken]
 
@@ -41,7 +45,7 @@ def test_all_the_weight_on_one_is_that_one(make_whole_model: Make) -> None:
 
 @pytest.mark.parametrize("weights", [[0.5, 0.6], [1.0], [1.5, -0.5], [float("nan"), 1]])
 def test_shares_must_be_shares(make_whole_model: Make, weights: list[float]) -> None:
-    with pytest.raises(MergeError, match="add up to 1"):
+    with pytest.raises(CheckpointError, match="add up to 1"):
         merge_weights([make_whole_model(seed).lm for seed in (1, 2)], weights)
 
 
@@ -52,12 +56,12 @@ def test_models_that_do_not_match_are_refused(make_whole_model: Make) -> None:
         ({"norm_topk_prob": True}, "norm_topk_prob"),
         ({"num_hidden_layers": 1}, "num_hidden_layers"),
     ):
-        with pytest.raises(MergeError, match=f"architectures differ: {says}"):
+        with pytest.raises(CheckpointError, match=f"architectures differ: {says}"):
             check_mergeable([pair(model), pair(make_whole_model(**settings))])
     grown = make_whole_model()
     tokenizer = copy.deepcopy(grown.processor.tokenizers["image"])
     grown.processor.token_space.append_modality("mask", tokenizer.codebook_sizes, tokenizer.shape)
-    with pytest.raises(MergeError, match="token spaces differ"):
+    with pytest.raises(CheckpointError, match="token spaces differ"):
         check_mergeable([pair(model), pair(grown)])
 
 
@@ -65,9 +69,9 @@ def test_tokenizers_that_differ_in_a_weight_are_refused(make_whole_model: Make) 
     model, other = make_whole_model(), make_whole_model()
     with torch.no_grad():
         next(other.processor.tokenizers["image"].parameters()).view(-1)[0] += 1e-3
-    with pytest.raises(MergeError, match="image tokenizers differ"):
+    with pytest.raises(CheckpointError, match="image tokenizers differ"):
         check_mergeable([pair(model), pair(other)])
-    with pytest.raises(MergeError, match="text tokenizers differ"):
+    with pytest.raises(CheckpointError, match="text tokenizers differ"):
         check_mergeable([pair(model), pair(make_whole_model(texts=("a blue plum", "who is that?")))])
 
 

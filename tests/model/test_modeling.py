@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM
-from anytoken.model.configuration import ModelConfigError
 from anytoken.model.moe import group_mask
+from anytoken.utils.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "model_tiny.safetensors"
 TINY = {
@@ -325,7 +325,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ModelConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         AnyTokenConfig(**{**TINY, **settings})
 
 

@@ -12,8 +12,12 @@ from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache, modeling_flash_attention_utils
 
 from anytoken.data.packing import flash_lengths
-from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM, PackingError
+from anytoken.model import (
+    AnyTokenConfig,
+    AnyTokenForCausalLM,
+)
 from anytoken.model.packed_attention import _leaks, keep_samples_apart
+from anytoken.utils.errors import DataError
 
 VOCABULARY, LENGTH = 96, 24
 ROWS = ((9, 15), (1, 3, 20))  # the samples of each row
@@ -171,7 +175,7 @@ def test_whatever_would_mix_samples_is_an_error(lm: AnyTokenForCausalLM, what: s
     given = {"input_ids": ids(), "position_ids": PACKED} | FORBIDDEN[what](lm)
     if embedded:
         given["inputs_embeds"] = lm.get_input_embeddings()(given.pop("input_ids"))
-    with pytest.raises(PackingError, match=r"position_ids"):
+    with pytest.raises(DataError, match=r"position_ids"):
         lm(**given)
 
 

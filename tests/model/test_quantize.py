@@ -8,8 +8,11 @@ import torch
 
 import anytoken
 from anytoken import AnyToken
-from anytoken.inference.checkpoint import CheckpointError
-from anytoken.model.quantize import QuantizeError, quantize_weights, weight_bytes
+from anytoken.model.quantize import (
+    quantize_weights,
+    weight_bytes,
+)
+from anytoken.utils.errors import CheckpointError, ConfigError
 
 pytest.importorskip("torchao")
 Make = Callable[..., AnyToken]
@@ -45,5 +48,5 @@ def test_a_quantised_model_is_not_saved(make_whole_model: Make, tmp_path: Path) 
 
 
 def test_an_unknown_kind_is_refused(make_whole_model: Make) -> None:
-    with pytest.raises(QuantizeError, match=r"one of int8.*'int3'"):
+    with pytest.raises(ConfigError, match=r"one of int8.*'int3'"):
         quantize_weights(make_whole_model().lm, "int3")

@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONFIG = "from transformers import AutoConfig; config = AutoConfig.for_model('anytoken')"
 MODEL = "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_config(config)"
-LIGHT = "import sys; assert [name for name in sys.modules if name.startswith('anytoken.')] == ['anytoken.moved']"
+LIGHT = (
+    "import sys; assert [name for name in sys.modules if name.startswith('anytoken.')] == ['anytoken.moved']"
+)
 ORDERS = {
     "config after us": ["import anytoken", CONFIG],
     "model before us": ["from transformers import AutoModel", "import anytoken", LIGHT, CONFIG, MODEL],

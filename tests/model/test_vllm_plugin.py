@@ -23,10 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anytoken import AnyToken
 from anytoken.model import vllm_plugin
-from anytoken.model.configuration import AnyTokenConfig, ModelConfigError
+from anytoken.model.configuration import (
+    AnyTokenConfig,
+)
 from anytoken.model.modeling import AnyTokenModel
 from anytoken.model.moe import AnyTokenExperts, AnyTokenMoE
 from anytoken.model.vllm_plugin import ServedModel, register
+from anytoken.utils.errors import ConfigError
 
 Make = Callable[..., AnyToken]
 GROUPS = {"expert_groups": {"common": 2, "text": 1, "image": 1}}
@@ -203,7 +206,7 @@ def test_a_router_that_vllm_would_misread_holds_more_than_a_weight(
 
 @pytest.mark.parametrize("settings", [{"num_null_experts": 1}, {"qk_norm": "projection"}])
 def test_what_cannot_be_served_is_refused(make_whole_model: Make, settings: dict[str, Any]) -> None:
-    with pytest.raises(ModelConfigError, match=f"{next(iter(settings))}="):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}="):
         ServedModel(make_whole_model(**settings).lm.config)
 
 

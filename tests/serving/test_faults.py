@@ -14,7 +14,12 @@ import httpx
 import pytest
 
 from anytoken.inference.scheduler import Scheduler
-from anytoken.serving.settings import ServerSettings, ServingError, check_exposure, read_keys
+from anytoken.serving.settings import (
+    ServerSettings,
+    check_exposure,
+    read_keys,
+)
+from anytoken.utils.errors import ConfigError
 
 LONG = {
     "model": "mini",
@@ -176,7 +181,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file.write_text("one\n\n two \n")
     assert read_keys(file) == ("one", "two")
     file.write_text("\n")
-    with pytest.raises(ServingError, match="holds no API key"):
+    with pytest.raises(ConfigError, match="holds no API key"):
         read_keys(file)
     assert "one" not in repr(ServerSettings(api_keys=("one",)))
 
@@ -185,7 +190,7 @@ def test_an_open_server_stays_on_this_machine():
     check_exposure("127.0.0.1", (), False)
     check_exposure("0.0.0.0", ("key",), False)
     check_exposure("0.0.0.0", (), True)
-    with pytest.raises(ServingError, match="without an API key"):
+    with pytest.raises(ConfigError, match="without an API key"):
         check_exposure("0.0.0.0", (), False)
 
 

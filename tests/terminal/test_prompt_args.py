@@ -10,7 +10,7 @@ import pytest
 
 from anytoken.segments import DNA, Image, Speech, Text
 from anytoken.terminal import prompt_args
-from anytoken.terminal.prompt_args import PartError
+from anytoken.utils.errors import RequestError
 
 
 def test_prompt_parts_keep_their_order(tmp_path):
@@ -46,7 +46,7 @@ def test_a_long_prompt_is_words():
 def test_ids_that_are_no_ids_are_refused(text, tmp_path):
     path = tmp_path / "ids.json"
     path.write_text(text)
-    with pytest.raises(PartError, match=re.escape(str(path))):
+    with pytest.raises(RequestError, match=re.escape(str(path))):
         prompt_args.read_ids(str(path))
 
 
@@ -64,7 +64,7 @@ def give_input(monkeypatch, data: bytes):
 def test_words_come_from_standard_input(monkeypatch):
     give_input(monkeypatch, "ein schöner 🍎\n".encode())
     assert prompt_args.read_part("-") == Text("ein schöner 🍎")
-    with pytest.raises(PartError, match="one part only"):
+    with pytest.raises(RequestError, match="one part only"):
         prompt_args.read_part("-")
 
 
@@ -100,9 +100,9 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     prompt_args.check_out(tmp_path / "not/there/yet")
-    with pytest.raises(PartError, match="file is a file"):
+    with pytest.raises(RequestError, match="file is a file"):
         prompt_args.check_out(tmp_path / "file/deeper")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(PartError, match=f"no permission in {tmp_path}"):
+    with pytest.raises(RequestError, match=f"no permission in {tmp_path}"):
         prompt_args.check_out(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -12,8 +12,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 
 from anytoken.model import attention
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError
 
 FLASH = "flash_attention_2"
 
@@ -91,7 +94,7 @@ def test_auto_says_what_it_takes(recipe: dict[str, Any], caplog: pytest.LogCaptu
 def test_what_cannot_run_is_said_before_training(recipe: dict[str, Any], name: str, message: str) -> None:
     if torch.cuda.is_available() and name == "flex_attention":
         pytest.skip("it trains on a GPU")
-    with pytest.raises(StageError, match=message):
+    with pytest.raises(ConfigError, match=message):
         train(TrainConfig.from_dict(recipe | {"attention": name}))
     assert not (Path(recipe["output"]) / "metrics.jsonl").exists()
 

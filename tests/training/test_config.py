@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from anytoken.training.config import StageError, TrainConfig, apply_overrides
+from anytoken.training.config import (
+    TrainConfig,
+    apply_overrides,
+)
+from anytoken.utils.errors import ConfigError
 
 STAGES = Path(__file__).parents[2] / "stages"
 RECIPES = sorted(STAGES.rglob("*.yaml"))
@@ -72,7 +76,7 @@ def test_the_edition_is_one_run_at_a_constant_rate_that_ends_with_a_decay() -> N
     ],
 )
 def test_bad_recipes_say_what_is_wrong(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(ConfigError, match=said):
         TrainConfig.from_dict(recipe(**changes))
 
 
@@ -99,18 +103,18 @@ def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
     ],
 )
 def test_bad_overrides(override: str, said: str) -> None:
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(ConfigError, match=said):
         apply_overrides(recipe(), [override])
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="no recipe file"):
+    with pytest.raises(ConfigError, match="no recipe file"):
         TrainConfig.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(StageError, match="no mapping"):
+    with pytest.raises(ConfigError, match="no mapping"):
         TrainConfig.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(StageError, match="not valid YAML"):
+    with pytest.raises(ConfigError, match="not valid YAML"):
         TrainConfig.load(tmp_path / "broken.yaml")
 
 

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import anytoken
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.cost_estimate import (
     GIB,
     count,
@@ -20,6 +22,7 @@ from anytoken.training.cost_estimate import (
     read_config,
     sharding_of,
 )
+from anytoken.utils.errors import ConfigError
 
 SCALE = Path(__file__).parents[2] / "stages" / "scale"
 TINY: dict[str, Any] = {
@@ -148,7 +151,7 @@ def test_hours_follow_from_flops() -> None:
     ],
 )
 def test_bad_requests(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(ConfigError, match=said):
         plan(stage(), Qwen3Config(**TINY), **options)
 
 
@@ -176,9 +179,9 @@ def test_scale_recipes_fit_their_gpus(name: str) -> None:
 
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(StageError, match="names no model_type"):
+    with pytest.raises(ConfigError, match="names no model_type"):
         read_config(tmp_path / "config.json")
-    with pytest.raises(StageError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_config(tmp_path / "nothing")
 
 

@@ -11,9 +11,12 @@ from typer.testing import CliRunner
 import anytoken
 from anytoken import recipes
 from anytoken.cli import app
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.debug_model import STEPS, tiny
 from anytoken.training.metrics import read_metrics
+from anytoken.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SCALE = [f"stages/scale/{path.name}" for path in sorted((ROOT / "stages" / "scale").glob("*.yaml"))]
@@ -64,5 +67,5 @@ def test_and_with_its_engine_on_two_processes(recipe: str, tmp_path: Path) -> No
 
 
 def test_a_recipe_without_a_backbone_is_refused() -> None:
-    with pytest.raises(StageError, match="shrinks a recipe with a backbone"):
+    with pytest.raises(ConfigError, match="shrinks a recipe with a backbone"):
         tiny(TrainConfig.load(ROOT / "stages" / "4_instruct.yaml"))

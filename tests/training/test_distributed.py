@@ -21,12 +21,15 @@ from transformers import AutoModelForCausalLM
 import anytoken.training
 from anytoken.training import precision, trainer
 from anytoken.training.checkpoint import saved_states
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.distributed.fsdp import mesh_settings
 from anytoken.training.interrupts import Interrupted
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim import muon
 from anytoken.training.trainer import StageTrainer, train
+from anytoken.utils.errors import ConfigError
 
 STEPS = 10
 
@@ -231,6 +234,6 @@ def test_the_states_of_one_engine_are_not_for_another(shared: dict[str, Any], tm
     fork(shared | {"distributed": {"world_size": 2}}, 2, 5)
     changed = shared | {"distributed": engine_of("fsdp2", 1)}
     with pytest.raises(
-        StageError, match=r"saved by distributed.ddp, and mesh cannot.*init_from=\S*checkpoint-6"
+        ConfigError, match=r"saved by distributed.ddp, and mesh cannot.*init_from=\S*checkpoint-6"
     ):
         train(TrainConfig.from_dict(changed))

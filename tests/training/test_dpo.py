@@ -10,10 +10,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from anytoken.processor import Processor
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.dpo import DPOArgs, pair_ids, prefer
 from anytoken.training.metrics import read_metrics
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_the_preferred_answer_becomes_likelier(base: Path, pairs: Path, tmp_path
 )
 def test_a_bad_line_is_named(base: Path, tmp_path: Path, line: str, said: str) -> None:
     (tmp_path / "bad.jsonl").write_text(line + "\n")
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(ConfigError, match=said):
         list(pair_ids(tmp_path / "bad.jsonl", Processor.from_pretrained(base), 64))
 
 
@@ -103,13 +106,13 @@ def test_pairs_with_other_keys_or_files_elsewhere_are_named(
     (tmp_path / "bad.jsonl").write_text(f"{good}\n{line}\n", encoding="utf-8")
     found = pair_ids(tmp_path / "bad.jsonl", Processor.from_pretrained(base), 64)
     assert next(found)["prompt_ids"]
-    with pytest.raises(StageError, match="line 2") as error:
+    with pytest.raises(ConfigError, match="line 2") as error:
         next(found)
     assert said in str(error.value)
 
 
 def test_a_pair_longer_than_the_context_is_refused(base: Path, pairs: Path) -> None:
-    with pytest.raises(StageError, match=r"line 1: chosen makes \d+ ids; the model's context is 5"):
+    with pytest.raises(ConfigError, match=r"line 1: chosen makes \d+ ids; the model's context is 5"):
         list(pair_ids(pairs, Processor.from_pretrained(base), 5))
-    with pytest.raises(StageError, match="does not exist"):
+    with pytest.raises(ConfigError, match="does not exist"):
         list(pair_ids(Path("nowhere.jsonl"), Processor.from_pretrained(base), 5))

@@ -8,8 +8,11 @@ import torch
 
 from anytoken.model.embedding_init import projected_rows
 from anytoken.tokenizers.base import load_tokenizer
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.initialize import build_init_checkpoint, build_model, build_processor
+from anytoken.utils.errors import ConfigError
 
 
 def test_ids_follow_the_order_of_the_recipe(recipe: dict[str, Any]) -> None:
@@ -39,9 +42,9 @@ def test_rows_of_near_codes_are_near() -> None:
 
 
 def test_missing_tokenizer_folders_are_named(recipe: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="tile: nowhere"):
+    with pytest.raises(ConfigError, match="tile: nowhere"):
         build_processor(recipe["tokenizers"] | {"tile": "nowhere"})
-    with pytest.raises(StageError, match="text"):
+    with pytest.raises(ConfigError, match="text"):
         build_processor({"tile": recipe["tokenizers"]["tile"]})
 
 
@@ -53,13 +56,13 @@ def test_a_backbone_is_not_made_over_something_else(recipe: dict[str, Any], tmp_
     swap = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     codecs = {"image": {"source": "nowhere", "config": {"model_type": "emu3"}}}
     swap |= {"init_from": str(taken), "backbone": {"model": "nowhere", "config": "no.json", "codecs": codecs}}
-    with pytest.raises(StageError, match=r"taken exists and holds something else \(thesis\.tex\)"):
+    with pytest.raises(ConfigError, match=r"taken exists and holds something else \(thesis\.tex\)"):
         build_init_checkpoint(TrainConfig.from_dict(swap))
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
 
 
 def test_an_unknown_model_setting_is_refused(recipe: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="hiden_size"):
+    with pytest.raises(ConfigError, match="hiden_size"):
         build_model(TrainConfig.from_dict(recipe | {"model": {"hiden_size": 32}}))
 
 
@@ -74,9 +77,9 @@ def test_a_stage_replaces_a_tokenizer_of_its_checkpoint(recipe: dict[str, Any], 
     old, new = (one.get_input_embeddings().weight for one in (before, model))
     assert torch.equal(old[: span.start], new[: span.start])
     assert not (old[span.start : span.stop] == new[span.start : span.stop]).any()
-    with pytest.raises(StageError, match=r"replace_tokenizers\.tile: .* of beep"):
+    with pytest.raises(ConfigError, match=r"replace_tokenizers\.tile: .* of beep"):
         build_model(
             TrainConfig.from_dict(swap | {"replace_tokenizers": {"tile": recipe["tokenizers"]["beep"]}})
         )
-    with pytest.raises(StageError, match="from scratch, name all under tokenizers"):
+    with pytest.raises(ConfigError, match="from scratch, name all under tokenizers"):
         TrainConfig.from_dict(recipe | {"replace_tokenizers": {"beep": recipe["tokenizers"]["beep"]}})

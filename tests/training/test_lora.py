@@ -17,11 +17,15 @@ import anytoken
 from anytoken.cli import app
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
-from anytoken.training.config import LoraSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    LoraSpec,
+    TrainConfig,
+)
 from anytoken.training.lora import add_lora, portable_name
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.param_groups import modality_rows
 from anytoken.training.trainer import StageTrainer, train
+from anytoken.utils.errors import ConfigError
 
 STAGES = Path(__file__).parents[2] / "stages"
 
@@ -208,7 +212,7 @@ def test_an_adapter_goes_on_from_another(lora_recipe: dict[str, Any], tmp_path: 
     )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     bigger = second | {"output": str(tmp_path / "third"), "lora": second["lora"] | {"r": 8}}
-    with pytest.raises(StageError, match="other lora settings"):
+    with pytest.raises(ConfigError, match="other lora settings"):
         train(TrainConfig.from_dict(bigger))
 
 
@@ -268,7 +272,7 @@ def test_data_that_changed_is_not_gone_on_with(
         with pytest.raises(Killed):
             train(TrainConfig.from_dict(recipe))
     mine.write_text("".join(reversed(lines)))
-    with pytest.raises(StageError, match="changed since this run was begun"):
+    with pytest.raises(ConfigError, match="changed since this run was begun"):
         train(TrainConfig.from_dict(recipe))
 
 
@@ -315,11 +319,11 @@ def without_beeps(checkpoint: str, to: Path) -> Path:
 
 
 def test_combinations_that_peft_refuses_are_said_early(lora_recipe: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="dropout"):
+    with pytest.raises(ConfigError, match="dropout"):
         train(TrainConfig.from_dict(lora_recipe | {"lora": {"dropout": 0.1}}))
-    with pytest.raises(StageError, match="no DoRA for experts"):
+    with pytest.raises(ConfigError, match="no DoRA for experts"):
         train(TrainConfig.from_dict(lora_recipe | {"lora": {"dora": True}}))
-    with pytest.raises(StageError, match="adapts nothing"):
+    with pytest.raises(ConfigError, match="adapts nothing"):
         # PEFT has no adapter of rows alone.
         nothing = {"attention": False, "experts": False, "new_rows": ["tile"]}
         train(TrainConfig.from_dict(lora_recipe | {"lora": nothing, "output": lora_recipe["output"] + "2"}))

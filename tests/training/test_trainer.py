@@ -16,11 +16,14 @@ from anytoken.processor import Processor
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training import callbacks
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.initialize import build_model
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.param_groups import modality_rows
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError
 
 
 def losses(folder: Path) -> list[float]:
@@ -79,7 +82,7 @@ def test_a_foreign_backbone_is_trained(recipe: dict[str, Any], world: Path, tmp_
 def test_a_bias_without_experts_is_refused(recipe: dict[str, Any]) -> None:
     recipe["moe"] = {"expert_bias_rate": 0.01}
     recipe["model"] |= {"mlp_only_layers": [0, 1]}
-    with pytest.raises(StageError, match="no effect"):
+    with pytest.raises(ConfigError, match="no effect"):
         train(TrainConfig.from_dict(recipe))
 
 
@@ -110,10 +113,10 @@ def test_finished_runs_are_kept_and_other_settings_refused(recipe: dict[str, Any
     assert train(TrainConfig.from_dict(recipe | {"log_every": 3})) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     changed = recipe | {"seed": 1, "optimizer": {"lr": 0.02}}
-    with pytest.raises(StageError, match=r"another optimizer.lr \(0.01 before, 0.02 now\); seed \(0 before"):
+    with pytest.raises(ConfigError, match=r"another optimizer.lr \(0.01 before, 0.02 now\); seed \(0 before"):
         train(TrainConfig.from_dict(changed))
     (folder / "stage.yaml").unlink()
-    with pytest.raises(StageError, match="choose another output"):
+    with pytest.raises(ConfigError, match="choose another output"):
         train(TrainConfig.from_dict(recipe))
 
 
@@ -145,9 +148,9 @@ def test_only_named_parameters_change(recipe: dict[str, Any], tmp_path: Path) ->
 
 
 def test_patterns_and_modalities_that_match_nothing(recipe: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match=r"\*\.wings matches no parameter|'\*\.wings'"):
+    with pytest.raises(ConfigError, match=r"\*\.wings matches no parameter|'\*\.wings'"):
         train(TrainConfig.from_dict(recipe | {"trainable": ["*.wings"]}))
-    with pytest.raises(StageError, match="no modality 'smell'"):
+    with pytest.raises(ConfigError, match="no modality 'smell'"):
         train(TrainConfig.from_dict(recipe | {"trainable": ["rows:smell"], "output": recipe["output"] + "2"}))
 
 
@@ -163,13 +166,13 @@ def test_a_time_limit_ends_the_run_early_with_a_checkpoint(
 
 
 def test_wrong_world_size_is_an_error(recipe: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="torchrun --nproc_per_node 2"):
+    with pytest.raises(ConfigError, match="torchrun --nproc_per_node 2"):
         train(TrainConfig.from_dict(recipe | {"distributed": {"world_size": 2}}))
 
 
 def test_init_from_a_folder_without_a_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
     bad = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
-    with pytest.raises(StageError, match="no checkpoint folder"):
+    with pytest.raises(ConfigError, match="no checkpoint folder"):
         train(TrainConfig.from_dict(bad | {"init_from": str(tmp_path)}))
 
 

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from anytoken.utils.atomic import FolderKind, WriteError, check_target, write_file, write_folder
+from anytoken.utils.atomic import (
+    FolderKind,
+    check_target,
+    write_file,
+    write_folder,
+)
+from anytoken.utils.errors import WriteError
 
 KIND = FolderKind("album", "album.json", ("album.json", "*.page", "inner/*.page"))
 

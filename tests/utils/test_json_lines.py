@@ -10,7 +10,11 @@ import pytest
 from anytoken.evaluation.tokenizers.card import read_curve
 from anytoken.training.metrics import read_metrics
 from anytoken.training.tokenizer.trainer import _Loop
-from anytoken.utils.json_lines import JSONLinesError, load_json, read_json_lines
+from anytoken.utils.errors import DataError
+from anytoken.utils.json_lines import (
+    load_json,
+    read_json_lines,
+)
 
 ODD = "a\u2028b\u2029c\u0085d\x0be\x1cf"
 
@@ -25,7 +29,7 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert list(read_json_lines(packed)) == lines
     packed.write_bytes(packed.read_bytes()[:-9])
-    with pytest.raises(JSONLinesError, match=r"a\.jsonl\.gz cannot be read to its end"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read to its end"):
         list(read_json_lines(packed))
 
 
@@ -47,7 +51,7 @@ def test_what_is_refused_is_named_with_file_and_line_and_without_the_payload(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": "\\ud83d\\ude00"}\n' + line + b"\n")
-    with pytest.raises(JSONLinesError, match=said) as error:
+    with pytest.raises(DataError, match=said) as error:
         list(read_json_lines(path))
     assert str(error.value).startswith(f"{path} line 2: ") and len(str(error.value)) < 300 + len(str(path))
 
@@ -61,10 +65,10 @@ def test_a_torn_last_line_of_a_log_is_skipped_and_any_other_is_an_error(tmp_path
     log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     assert [entry["step"] for entry in read_metrics(log)] == [1, 2]
     assert [entry["step"] for entry in read_curve(log)] == [1, 2]
-    with pytest.raises(JSONLinesError, match="line 3"):
+    with pytest.raises(DataError, match="line 3"):
         list(read_json_lines(log))
     log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(JSONLinesError, match="line 2"):
+    with pytest.raises(DataError, match="line 2"):
         read_metrics(log)
 
 

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from anytoken.evaluation.keyword_asr import JudgeError, KeywordRecognizer
+from anytoken.evaluation.keyword_asr import (
+    KeywordRecognizer,
+)
 from anytoken.evaluation.tokenizers.test_sets import TestExample, by_group
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
 from anytoken.tokenizers.speech import SAMPLE_RATE_HZ, LogMel
+from anytoken.utils.errors import EvaluationError
 
 RANDOM_ITEMS = 50  # clips decoded from random codes: enough for a mean that means "nothing"
 CLIPS_A_GRAMMAR = 200  # whose names are those to choose from
@@ -94,7 +97,7 @@ def keyword_accuracy(
     for part in np.array_split(order, -(-len(items) // CLIPS_A_GRAMMAR)):
         try:
             judge = KeywordRecognizer(sorted({items[row].name for row in part}))
-        except JudgeError as error:
+        except EvaluationError as error:
             log.warning("Words are not measured: %s", error)
             return {}
         rows = [row for row in part.tolist() if judge.knows(items[row].name)]

@@ -26,9 +26,12 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
 from anytoken import recipes
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.lora import base_model
 from anytoken.training.step import ModelWithLoss
+from anytoken.utils.errors import ConfigError
 
 OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"  # in a state: a folder of every process's part, and a file
 
@@ -37,7 +40,7 @@ def read_mesh(stage: TrainConfig) -> DistributedConfig | None:
     """The mesh of a recipe: settings of transformers' ``DistributedConfig``; None without one.
 
     By default all processes share all weights: ``fsdp_size`` is what the other sizes leave of the world size.
-    StageError for settings that are none, or that are not for this loss.
+    ConfigError for settings that are none, or that are not for this loss.
     """
     if stage.distributed.mesh is None:
         return None
@@ -46,12 +49,12 @@ def read_mesh(stage: TrainConfig) -> DistributedConfig | None:
     odd = [name for name in settings if name not in known]
     odd += [name for name in ("tp_size", "pp_size") if settings.get(name, 1) > 1]  # they share one batch
     if odd:
-        raise StageError(f"distributed.mesh has {', '.join(odd)}, which AnyToken does not train with")
+        raise ConfigError(f"distributed.mesh has {', '.join(odd)}, which AnyToken does not train with")
     world_size = stage.distributed.world_size
     settings.setdefault("fsdp_size", max(1, world_size // settings.get("dp_replicate_size", 1)))
     config = DistributedConfig(**settings)
     if config.dp_size != world_size:
-        raise StageError(
+        raise ConfigError(
             f"distributed.mesh is for {config.dp_size} processes, but distributed.world_size is {world_size}"
         )
     return config
@@ -69,7 +72,7 @@ def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
     """Share out the weights of a model over all processes, in place; every process has the whole model before.
 
     The root is the model with its loss: the vocabulary, which the loss reads past the head's own forward, stays
-    gathered for the whole step. StageError for null experts, which no process would keep.
+    gathered for the whole step. ConfigError for null experts, which no process would keep.
     """
     _, meshes = initialize_distributed_mesh(config)
     if meshes is None:
@@ -78,7 +81,7 @@ def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
     _, ep_plan, fsdp_plan = lm._resolve_parallel_plans(config)
     if config.ep_size > 1:
         if getattr(lm.config, "num_null_experts", 0):
-            raise StageError(
+            raise ConfigError(
                 "distributed.mesh: null experts cannot be spread over processes; leave ep_size out"
             )
         parts = meshes.get_mesh("ep"), meshes.get_mesh("tp")

@@ -21,13 +21,10 @@ from anytoken.grammar import Grammar
 from anytoken.token_space import TokenSpace
 from anytoken.training.losses.linear_cross_entropy import Group, Scores, linear_cross_entropy
 from anytoken.utils.distributed import sum_over_processes
+from anytoken.utils.errors import ConfigError
 
 CONTROL = "control"
 ModalityWeights = Literal["equal", "tokens"] | Mapping[str, float]
-
-
-class LossError(ValueError):
-    """Loss settings that do not fit the token space."""
 
 
 def group_names(space: TokenSpace) -> list[str]:
@@ -55,12 +52,12 @@ def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight
     if weights == "equal":
         weights = {}
     if isinstance(weights, str):
-        raise LossError(
+        raise ConfigError(
             f"modality_weights is {weights!r}; use equal, tokens, or a mapping such as {{image: 2}}"
         )
     unknown = set(weights) - set(names)
     if unknown:
-        raise LossError(f"modality_weights names {sorted(unknown)}; there are {', '.join(names)}")
+        raise ConfigError(f"modality_weights names {sorted(unknown)}; there are {', '.join(names)}")
     default = dict.fromkeys(names, 1.0) | {CONTROL: control_weight}
     return torch.tensor([float({**default, **weights}[name]) for name in names])
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
-from anytoken.training.config import StageError
+from anytoken.utils.errors import ConfigError
 
 ROWS = "rows:"
 TEXT = "text"
@@ -18,7 +18,7 @@ def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: Tok
     """Freeze all but the parameters that match a pattern; returns their names.
 
     A pattern is a shell pattern over parameter names (``*.experts.*``) or ``rows:image``: the vocabulary rows
-    of one modality, while other rows of the same matrices keep their values. StageError for a pattern that
+    of one modality, while other rows of the same matrices keep their values. ConfigError for a pattern that
     matches nothing.
     """
     names = dict(model.named_parameters())
@@ -29,7 +29,7 @@ def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: Tok
             continue
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise StageError(
+            raise ConfigError(
                 f"trainable pattern {pattern!r} matches no parameter; names look like {next(iter(names))!r}"
             )
         chosen.update(found)
@@ -50,7 +50,7 @@ def modality_rows(space: TokenSpace, modalities: Sequence[str]) -> list[int]:
     rows: list[int] = []
     for name in modalities:
         if name not in space.modality_names:
-            raise StageError(
+            raise ConfigError(
                 f"no modality {name!r} in the vocabulary; there are {', '.join(space.modality_names)}"
             )
         if name == TEXT:

@@ -15,10 +15,13 @@ from typing import Any
 import yaml
 
 from anytoken import recipes
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.samples import read_samples
 from anytoken.training.report.svg import Line, flowing, heat_map, line_chart, thin
+from anytoken.utils.errors import ConfigError
 
 FACTS = "run.json"
 MOMENTS = 5  # sampled steps that are shown
@@ -82,11 +85,11 @@ class HtmlReport:
 
 
 def find_reference(name: str) -> Path:
-    """A metrics file of the user's own, or one that comes along; StageError if it is neither."""
+    """A metrics file of the user's own, or one that comes along; ConfigError if it is neither."""
     for path in (Path(name), recipes.root() / name):
         if path.is_file():
             return path
-    raise StageError(f"reference {name!r} is no metrics file; give a run's metrics.jsonl or leave it out")
+    raise ConfigError(f"reference {name!r} is no metrics file; give a run's metrics.jsonl or leave it out")
 
 
 def _status(stage: TrainConfig, train: Entries, finished: bool) -> str:

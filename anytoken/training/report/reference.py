@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anytoken.training.config import StageError
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.html import bits_of, held_out
 from anytoken.training.report.markdown import held_out_table, moments_table
 from anytoken.training.report.svg import Line, board, line_chart
+from anytoken.utils.errors import ConfigError
 
 KEPT = 25  # log lines of a run
 BEGIN, END = "<!-- curves -->", "<!-- /curves -->"
@@ -23,7 +23,7 @@ def publish_references(runs: Sequence[Path], stages: Path) -> Path:
     page = stages / "README.md"
     text = page.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
-        raise StageError(
+        raise ConfigError(
             f"{page} has no place for the curves; put the lines {BEGIN} and {END} where they belong"
         )
     parts = [_publish(run, stages / "reference") for run in runs]

@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
 from anytoken.training.checkpoint import write_whole
-from anytoken.training.config import SampleSpec, StageError
+from anytoken.training.config import (
+    SampleSpec,
+)
+from anytoken.utils.errors import ConfigError
 
 FOLDER = "samples"
 Answer = Callable[[PreTrainedModel, Processor, Any, Any], str]  # (model, processor, prompt, output) -> HTML
@@ -25,16 +28,16 @@ class Sampler:
     """Answers a recipe's prompts and writes ``samples/step-N.json`` in the run's folder."""
 
     def __init__(self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None) -> None:
-        """StageError for prompts that the processor cannot take, or that nothing can answer."""
+        """ConfigError for prompts that the processor cannot take, or that nothing can answer."""
         if spec.prompts and answer is None:
-            raise StageError(
+            raise ConfigError(
                 "samples.prompts need train(stage, answer): a function that answers; `anytoken train` has one"
             )
         for one in spec.prompts:
             processor.messages(_as_prompt(one.prompt))
             for kind in [one.output] if isinstance(one.output, str) else one.output or []:
                 if kind not in processor.kinds:
-                    raise StageError(
+                    raise ConfigError(
                         f"samples: output {kind!r} is no kind of the model; there are {', '.join(processor.kinds)}"
                     )
         self.processor = processor

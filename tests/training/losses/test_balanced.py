@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from anytoken.grammar import Grammar
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import CodeGrid, CodeSequence
-from anytoken.training.losses.balanced import CONTROL, BalancedLoss, LossError, grammar_groups
+from anytoken.training.losses.balanced import (
+    CONTROL,
+    BalancedLoss,
+    grammar_groups,
+)
+from anytoken.utils.errors import ConfigError
 
 WIDTH = 6
 
@@ -125,5 +130,5 @@ def test_the_shares_of_the_groups_add_up(grammar: Grammar, weights: object, rest
 
 
 def test_unknown_modality_weight_is_named(grammar: Grammar) -> None:
-    with pytest.raises(LossError, match="smell"):
+    with pytest.raises(ConfigError, match="smell"):
         BalancedLoss(grammar, {"smell": 1.0})

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.training.config import OptimizerSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    OptimizerSpec,
+    TrainConfig,
+)
 from anytoken.training.initialize import build_model
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.muon import Muon, make_optimizer, orthogonalise
 from anytoken.training.optim.param_groups import parameter_groups
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError
 
 STEPS = 3
 
@@ -137,5 +141,5 @@ def test_a_small_world_is_learnt_sooner_than_by_adamw(recipe: dict[str, Any], tm
 )
 def test_what_needs_parts_of_matrices_is_refused(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
     start = {"init_from": "mini", "tokenizers": {}, "model": {}}
-    with pytest.raises(StageError, match=r"optimizer.kind muon .*use kind: adamw"):
+    with pytest.raises(ConfigError, match=r"optimizer.kind muon .*use kind: adamw"):
         TrainConfig.from_dict(recipe | {"optimizer": {"kind": "muon"}} | start | changes)

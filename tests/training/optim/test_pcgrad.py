@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.pcgrad import backward, cosines, project
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError
 
 
 @settings(deadline=None)
@@ -68,5 +71,5 @@ def test_conflict_is_in_the_log_and_the_run_learns(recipe: dict[str, Any]) -> No
 
 
 def test_several_processes_are_refused(recipe: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match="one process only"):
+    with pytest.raises(ConfigError, match="one process only"):
         TrainConfig.from_dict(recipe | {"pcgrad": True, "distributed": {"world_size": 2}})

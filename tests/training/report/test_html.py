@@ -12,12 +12,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anytoken import recipes
-from anytoken.training.config import StageError, TrainConfig
+from anytoken.training.config import (
+    TrainConfig,
+)
 from anytoken.training.metrics import MetricsLog, read_metrics
 from anytoken.training.report.html import FACTS, HtmlReport, find_reference
 from anytoken.training.report.reference import BEGIN, END, publish_references, thin_metrics
 from anytoken.training.report.samples import FOLDER
 from anytoken.training.report.svg import LEFT, RIGHT, WIDTH, Line, board, heat_map, line_chart, thin
+from anytoken.utils.errors import ConfigError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -148,7 +151,7 @@ def test_references_are_thin_and_written_between_the_marks(tmp_path: Path) -> No
     assert thin_metrics(kept) == kept
     ElementTree.parse(stages / "reference" / "1_first.svg")
     (stages / "README.md").write_text("no marks")
-    with pytest.raises(StageError, match="no place for the curves"):
+    with pytest.raises(ConfigError, match="no place for the curves"):
         publish_references([run], stages)
 
 
@@ -164,5 +167,5 @@ def test_shipped_stages_have_their_references(name: str) -> None:
 
 
 def test_a_reference_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="no metrics file"):
+    with pytest.raises(ConfigError, match="no metrics file"):
         HtmlReport(stage_of(tmp_path, reference="nowhere.jsonl"))

@@ -10,11 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from anytoken.cli import app
-from anytoken.processor import PromptError
-from anytoken.training.config import SampleSpec, StageError, TrainConfig
+from anytoken.training.config import (
+    SampleSpec,
+    TrainConfig,
+)
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.samples import Sampler, read_samples
 from anytoken.training.trainer import train
+from anytoken.utils.errors import ConfigError, RequestError
 
 
 def losses(folder: Path) -> list[float]:
@@ -53,11 +56,11 @@ def test_the_command_answers_with_the_model(recipe: dict[str, Any], tmp_path: Pa
 
 def test_what_cannot_be_sampled_is_said_before_training(recipe: dict[str, Any]) -> None:
     prompts = [{"prompt": "ant", "output": "smell"}]
-    with pytest.raises(StageError, match="answer"):
+    with pytest.raises(ConfigError, match="answer"):
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}))
-    with pytest.raises(StageError, match="'smell' is no kind"):
+    with pytest.raises(ConfigError, match="'smell' is no kind"):
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}), lambda *_: "")
-    with pytest.raises(PromptError, match="empty"):
+    with pytest.raises(RequestError, match="empty"):
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": [{"prompt": ""}]}}), lambda *_: "")
 
 
