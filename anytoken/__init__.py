@@ -3,18 +3,13 @@
     import anytoken
     reply = anytoken.load("mini").generate("a red apple, 3d", output="image", seed=0)
 
-Names are imported on first use, so `import anytoken` is quick. transformers' Auto classes know
-`model_type: anytoken`, whichever of the two was imported first.
+Names are imported on first use, so `import anytoken` is quick. transformers' Auto classes know `model_type: anytoken`
+once `anytoken.model` is imported, as `load` does.
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from anytoken import moved
@@ -65,52 +60,3 @@ def __dir__() -> list[str]:
 
 
 moved.install()
-
-_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
-
-
-def _announce(configuration_auto: ModuleType) -> None:
-    """Let AutoConfig know `anytoken`: who first asks for it imports the model, which registers all its classes.
-
-    Nothing of ours is imported before, because transformers' modules import each other in circles.
-    """
-    mapping = configuration_auto.CONFIG_MAPPING
-
-    class WithAnyToken(type(mapping)):  # type: ignore[misc]
-        def __contains__(self, key: object) -> bool:
-            return key == "anytoken" or super().__contains__(key)
-
-        def __getitem__(self, key: str) -> Any:
-            if key == "anytoken":
-                import_module("anytoken.model")
-            return super().__getitem__(key)
-
-    mapping.__class__ = WithAnyToken
-
-
-class _AnnounceWhenLoaded(MetaPathFinder, Loader):
-    """Loads transformers' configuration_auto as usual, then announces our model type there."""
-
-    def find_spec(
-        self, fullname: str, path: Any = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _AUTO_CONFIG or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _announce(module)
-
-
-if _AUTO_CONFIG in sys.modules:
-    _announce(sys.modules[_AUTO_CONFIG])
-else:
-    sys.meta_path.insert(0, _AnnounceWhenLoaded())

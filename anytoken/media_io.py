@@ -9,12 +9,10 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import os
 import re
 import struct
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -46,22 +44,6 @@ def read_bytes(path: str | Path, kind: str) -> bytes:
     if not data:
         raise SegmentError(f"{path} is empty: there is no {kind} in it.")
     return data
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write beside the target under the same suffix, then rename: no half-written file is ever seen."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(scratch))
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def save_suffix(path: str | Path, allowed: tuple[str, ...], what: str) -> str:

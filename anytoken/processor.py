@@ -24,13 +24,13 @@ from anytoken.grammar import (
     Grammar,
     Piece,
 )
-from anytoken.media_io import write_whole
 from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import (
     TokenSpace,
 )
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import RequestError, TokenSpaceError
 
 SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
@@ -122,16 +122,6 @@ class Processor:
             *(codes.values + segment.starts).ravel()[codebook_pattern(tokenizer.shape, len(codes))].tolist(),
             segment.close,
         ]
-
-    def ids_to_codes(self, ids: Sequence[int]) -> tuple[str, Codes]:
-        """Kind and codes of the ids of exactly one medium, open to close id; TokenSpaceError otherwise."""
-        pieces = self.grammar.parse(ids)
-        if len(pieces) != 1 or pieces[0].kind == "text":
-            found = ", ".join(piece.kind for piece in pieces) or "nothing"
-            raise TokenSpaceError(
-                f"Expected the ids of one medium, from its open to its close id; received {found}."
-            )
-        return pieces[0].kind, pieces[0].codes
 
     def detokenize(self, ids: Sequence[int]) -> list[Segment]:
         """Ids as segments, in order: those of a segment, a reply, a turn, or a whole conversation.
@@ -283,7 +273,7 @@ class Processor:
         for kind, tokenizer in self.tokenizers.items():
             tokenizer.save_pretrained(folder / "tokenizers" / kind, dtype)
         lines = json.dumps(self.fingerprints(dtype), indent=1) + "\n"
-        write_whole(folder / FINGERPRINTS, lambda scratch: scratch.write_text(lines))
+        write_file(folder / FINGERPRINTS, lines)
         self.token_space.save(folder / SPACE_FILE)  # last: a folder that has it is whole
         return folder
 

@@ -40,8 +40,8 @@ from anytoken.media_io import (
     timing_note,
     upright,
     write_sound,
-    write_whole,
 )
+from anytoken.utils.atomic import write_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPEECH_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -93,7 +93,7 @@ class Text(Segment):
 
     def save(self, path: str | Path) -> Path:
         """Write a UTF-8 text file."""
-        return write_whole(path, lambda scratch: scratch.write_text(self.text, encoding="utf-8"))
+        return write_file(path, self.text, sync=False)
 
     def __str__(self) -> str:
         return self.text
@@ -149,7 +149,7 @@ class Image(Segment):
         suffix = save_suffix(path, IMAGE_SUFFIXES, "an image")
         check_side(suffix, self.height, self.width)
         options: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
-        return write_whole(path, lambda scratch: self.to_pil().save(scratch, **options))
+        return write_file(path, lambda scratch: self.to_pil().save(scratch, **options), sync=False)
 
     def resize(self, height: int, width: int) -> Image:
         """The picture at another size (Lanczos); itself if it already has it."""
@@ -221,8 +221,9 @@ class Speech(Segment):
         """
         suffix = save_suffix(path, SPEECH_SUFFIXES[:1] if exact else SPEECH_SUFFIXES, "speech")
         samples = self.samples if exact else self.samples.clip(-1, 1)
-        return write_whole(
-            path, lambda scratch: write_sound(scratch, samples, self.sample_rate_hz, suffix, exact)
+        rate = self.sample_rate_hz
+        return write_file(
+            path, lambda scratch: write_sound(scratch, samples, rate, suffix, exact), sync=False
         )
 
     def resample(self, sample_rate_hz: int) -> Speech:
@@ -299,8 +300,8 @@ class Video(Segment):
         suffix = save_suffix(path, (".mp4", ".webm", ".gif", ".webp"), "a video")
         check_side(suffix, *self.frames.shape[1:3])
         if suffix in FRAMES_SUFFIXES:
-            return write_whole(path, lambda scratch: self._save_pictures(scratch, suffix))
-        return write_whole(path, lambda scratch: self._save_container(scratch, suffix))
+            return write_file(path, lambda scratch: self._save_pictures(scratch, suffix), sync=False)
+        return write_file(path, lambda scratch: self._save_container(scratch, suffix), sync=False)
 
     def _save_pictures(self, path: Path, suffix: str) -> None:
         """The writers join equal neighbours and round the rate, so the file also says in words what it was."""
@@ -426,7 +427,7 @@ class DNA(Segment):
         name = " ".join(self.name.splitlines()).strip() or "sequence"  # a header is one line
         data = "\n".join([f">{name}", *rows, ""]).encode()
         packed = gzip.compress(data, mtime=0) if Path(path).suffix.lower() == ".gz" else data
-        return write_whole(path, lambda scratch: scratch.write_bytes(packed))
+        return write_file(path, packed, sync=False)
 
     def __repr__(self) -> str:
         head = self.bases if len(self.bases) <= 24 else f"{self.bases[:21]}..."

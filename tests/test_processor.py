@@ -222,13 +222,10 @@ def test_ids_of_each_kind() -> None:
 def test_codes_and_ids_of_one_medium() -> None:
     codes = Codes(np.array([[0, 3], [2, 1]]))
     ids = PROCESSOR.codes_to_ids("dna", codes)
-    assert PROCESSOR.ids_to_codes(ids) == ("dna", codes)
-    assert PROCESSOR.ids_to_codes(PROCESSOR.segment_ids(DOTS))[1].size == (2, 3)
-    for wrong, found in [([], "nothing"), (PROCESSOR.segment_ids(APPLE), "text"), (ids * 2, "dna, dna")]:
-        with pytest.raises(TokenSpaceError, match=f"one medium.*received {found}"):
-            PROCESSOR.ids_to_codes(wrong)
+    assert [(one.kind, one.codes) for one in PROCESSOR.grammar.parse(ids)] == [("dna", codes)]
+    assert PROCESSOR.grammar.parse(PROCESSOR.segment_ids(DOTS))[0].codes.size == (2, 3)
     with pytest.raises(TokenSpaceError, match="stop"):
-        PROCESSOR.ids_to_codes(ids[:-1])
+        PROCESSOR.detokenize(ids[:-1])
     with pytest.raises(TokenizerError, match=r"dna codebook 1 has codes 0 to 3; received .* 4"):
         PROCESSOR.codes_to_ids("dna", Codes(np.array([[0, 4]])))
     with pytest.raises(TokenizerError, match="1 to 6 frames; received 7"):

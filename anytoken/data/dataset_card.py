@@ -11,19 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from anytoken.utils.atomic import write_file
 from anytoken.utils.json_lines import read_json_lines
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines to a file that appears only when it is whole."""
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text to a file that appears only when it is whole."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -42,12 +36,12 @@ def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> N
         for name, rows in lines.items()
     }
     manifest = {**facts, "files": counts, "sha256": checksums(folder)}
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_file(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     files = "\n".join(f"| {name} | {one['lines']} | {one['test']} |" for name, one in counts.items())
     made_of = "\n".join(
         f"| {one['name']} | {one['version']} | {one['licence']} |" for one in facts["sources"]
     )
-    write_text(
+    write_file(
         folder / "README.md",
         f"# {title}\n\n{about.strip()}\n\n| file | lines | of them held out |\n|---|---|---|\n{files}\n\n"
         f"| made of | version | licence |\n|---|---|---|\n{made_of}\n",

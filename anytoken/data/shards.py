@@ -15,7 +15,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from anytoken.data.parallel import run
 from anytoken.data.records import Record, RecordError
 from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
 from anytoken.data.sources import Source, open_source
-from anytoken.media_io import write_whole
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 from anytoken.utils.json_lines import (
     read_json_lines,
@@ -105,7 +104,7 @@ def tokenize_records(
         for files, entry in run(encode_part, tokenizers, jobs, workers, engine):
             tally.add(entry)
             for name, data in files.items():
-                write_whole(out / name, partial(_write, data))
+                write_file(out / name, data)
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
             bar.update(entry["read"])
@@ -114,10 +113,6 @@ def tokenize_records(
         log.warning("%s: %d left out, %s; the first: %s", source.name, number, reason, example)
     _finish(out, plan, tally)
     return out
-
-
-def _write(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def _jobs(
@@ -214,7 +209,7 @@ def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Ent
         if _PART.fullmatch(stale.name) and stale.name not in kept:
             stale.unlink()
     lines = "".join(json.dumps(one) + "\n" for one in (plan, *done.values()))
-    write_whole(out / PROGRESS, partial(_write, lines.encode()))
+    write_file(out / PROGRESS, lines)
     (out / MANIFEST).unlink(missing_ok=True)
     return done
 
@@ -274,7 +269,7 @@ def _finish(out: Path, plan: Mapping[str, Any], tally: _Tally) -> None:
         "skipped": tally.skipped,
         "written": parts,
     }
-    write_whole(out / MANIFEST, partial(_write, (json.dumps(manifest, indent=1) + "\n").encode()))
+    write_file(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     (out / PROGRESS).unlink()
 
 

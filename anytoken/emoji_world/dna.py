@@ -22,6 +22,7 @@ from anytoken.data.dataset_card import write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import DNA
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 
 GENOMES = "usr/share/doc/ragout/examples"
@@ -195,9 +196,7 @@ def windows(
 def write_fasta_gz(path: Path, name: str, bases: str) -> None:
     """One sequence as gzipped FASTA, 70 bases a line, the same bytes each time."""
     lines = "\n".join(bases[i : i + 70] for i in range(0, len(bases), 70))
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(gzip.compress(f">{name}\n{lines}\n".encode(), mtime=0))
-    scratch.replace(path)
+    write_file(path, gzip.compress(f">{name}\n{lines}\n".encode(), mtime=0))
 
 
 def _piece(rng: random.Random, gene: Gene, codons: tuple[int, int]) -> str:

@@ -28,6 +28,7 @@ from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Image, Video
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 
 STYLES = ("line", "noto", "twemoji", "flat", "3d")
@@ -398,9 +399,7 @@ def _has(path: Path, size: tuple[int, ...], owners: list[Concept]) -> bool:
 def _save(path: Path, array: np.ndarray) -> None:
     """Write an array whole; the index of the last one goes first, or it would vouch for this one's rows."""
     path.with_suffix(".jsonl").unlink(missing_ok=True)
-    scratch = path.with_suffix(".tmp.npy")
-    np.save(scratch, array)
-    scratch.replace(path)
+    write_file(path, lambda scratch: np.save(scratch, array))
 
 
 def _map(

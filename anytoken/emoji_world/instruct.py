@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from anytoken.data.sources import read_records
 from anytoken.emoji_world.phrases import wording
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 
 Record = dict[str, Any]
@@ -87,14 +88,15 @@ def build_instruct(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "conversations.jsonl"
     makers = {split: Maker(sets, out, split, seed) for split in ("train", "test")}
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="utf-8") as handle:
-        for index in tqdm(range(count), desc="conversations", disable=not progress):
-            split = "test" if index % 20 == 0 else "train"
-            for line in makers[split].conversation():
-                handle.write(json.dumps({**line, "split": split}, ensure_ascii=False) + "\n")
-    partial.replace(path)
-    return path
+
+    def write(scratch: Path) -> None:
+        with scratch.open("w", encoding="utf-8") as handle:
+            for index in tqdm(range(count), desc="conversations", disable=not progress):
+                split = "test" if index % 20 == 0 else "train"
+                for line in makers[split].conversation():
+                    handle.write(json.dumps({**line, "split": split}, ensure_ascii=False) + "\n")
+
+    return write_file(path, write)
 
 
 class Maker:

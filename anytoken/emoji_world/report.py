@@ -22,6 +22,7 @@ from anytoken.emoji_world.products import score_products
 from anytoken.emoji_world.tasks import EvalDatasets, Parts, features
 from anytoken.evaluation.metrics import majority, nearest, share
 from anytoken.segments import Segment, Text
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import EvaluationError
 from anytoken.utils.git import commit
 
@@ -219,12 +220,7 @@ def _judge_all(
 
 def save(report: dict[str, Any], path: str | Path) -> Path:
     """Write a report as JSON, whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(target.name + ".part")
-    draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(target)
-    return target
+    return write_file(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Speech
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 
 RATE_HZ, PEAK, MARGIN_SECONDS = 16_000, 0.7, 0.04
@@ -263,8 +264,7 @@ def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
         np.round(Speech.open(folder / line["speech"]).samples * 32767).astype(np.int16) for line in lines
     ]
     starts = np.cumsum([0, *map(len, clips)]).tolist()
-    scratch = folder / f"{name}_audio.tmp.npy"
-    np.save(scratch, np.concatenate([np.zeros(0, np.int16), *clips]))
+    audio = np.concatenate([np.zeros(0, np.int16), *clips])
     write_lines(
         folder / f"{name}_audio.jsonl",
         (
@@ -272,7 +272,7 @@ def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
             for line, start, clip in zip(lines, starts, clips, strict=False)
         ),
     )
-    scratch.replace(folder / f"{name}_audio.npy")
+    write_file(folder / f"{name}_audio.npy", lambda scratch: np.save(scratch, audio))
 
 
 def _write_card(folder: Path, lines: list[dict[str, Any]], cache: Path) -> None:

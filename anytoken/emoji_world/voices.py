@@ -26,6 +26,7 @@ from anytoken.emoji_world.speech import (
     trim,
 )
 from anytoken.segments import Speech
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 
 PROMPTS = Path("/usr/share/asterisk/sounds")  # where Debian puts them, a folder for each person and language
@@ -86,10 +87,9 @@ def build_voices(
         lines.append({"voice": voice, "start": start, "samples": len(clip)})
         start += len(clip)
     folder.mkdir(parents=True, exist_ok=True)
-    target, scratch = folder / "audio.npy", folder / "audio.tmp.npy"
-    np.save(scratch, np.concatenate([np.load(names), *[clip for _, clip in kept]]))
+    target, audio = folder / "audio.npy", np.concatenate([np.load(names), *[clip for _, clip in kept]])
     write_lines(target.with_suffix(".jsonl"), lines)
-    scratch.replace(target)
+    write_file(target, lambda scratch: np.save(scratch, audio))
     people = {path.relative_to(prompts).parts[0] for path in files}
     write_card(folder, "Voices", ABOUT, {"sources": _sources(spoken, people)})
     return target

@@ -13,7 +13,7 @@ of one id.
 """
 
 import secrets
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -76,19 +76,16 @@ class Engine:
         sampling: Mapping[str, Sampling] | None = None,
         max_new_tokens: int | None = None,
         seed: int | None = None,
-        on_token: Callable[[Token], None] | None = None,
         null_prompt: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> list[GeneratedIds]:
-        """One reply for every prompt; arguments as for `stream`. `on_token` is called with each id."""
+        """One reply for every prompt; arguments as for `stream`."""
         replies: list[list[int]] = [[] for _ in prompts]
         reasons = [""] * len(prompts)
         for token in self.stream(prompts, plans, sampling, max_new_tokens, seed, null_prompt, rows, sizes):
             replies[token.row].append(token.id)
             reasons[token.row] = token.finish_reason or ""
-            if on_token is not None:
-                on_token(token)
         return [GeneratedIds(ids, reason) for ids, reason in zip(replies, reasons, strict=True)]
 
     def stream(

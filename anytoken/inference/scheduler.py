@@ -12,19 +12,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from anytoken.grammar import State
+from anytoken.grammar import Grammar, State
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.batch import Batch, Slot
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling, apply_cfg, apply_repetition_penalty, sample
-
-if TYPE_CHECKING:
-    from anytoken.inference.engine import Engine
 
 MAX_ROWS = 64  # replies decoded together; more wait for a free place
 
@@ -67,10 +65,24 @@ class Request:
         self.setting = self.sampling.get(kind) or Sampling()
 
 
+class Decoder(Protocol):
+    """What a scheduler is given: an `Engine`."""
+
+    @property
+    def grammar(self) -> Grammar:
+        """What the ids of a reply may be."""
+
+    def head(self) -> ModelRunner:
+        """The model as it is now."""
+
+    def request(self, number: int, prompt: Sequence[int]) -> Request:
+        """A checked request, with the options of `Engine.request`."""
+
+
 class Scheduler:
     """A running batch of one engine's model."""
 
-    def __init__(self, engine: Engine, max_rows: int | None = None) -> None:
+    def __init__(self, engine: Decoder, max_rows: int | None = None) -> None:
         self.max_rows = max_rows or MAX_ROWS
         self.grammar = engine.grammar
         self._engine = engine
@@ -92,7 +104,7 @@ class Scheduler:
 
     def submit(self, prompt: Sequence[int], **options: object) -> int:
         """Take a request; the number that its tokens carry. Options as for `Engine.request`, errors too."""
-        row = self._engine.request(self._submitted, prompt, **options)  # type: ignore[arg-type]
+        row = self._engine.request(self._submitted, prompt, **options)
         self._submitted += 1
         self._waiting.append(row)
         return row.number

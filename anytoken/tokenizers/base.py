@@ -131,10 +131,6 @@ class ModalityTokenizer(nn.Module):
             raise TypeError(f"{type(self).__name__} must implement decode or decode_batch.")
         return [self.decode(one) for one in codes]
 
-    def autoencode(self, segment: Segment) -> Segment:
-        """decode(encode(segment)): what the codes keep."""
-        return self.decode(self.encode(segment))
-
     def swap_global(self, segment: Segment, other: Segment) -> Segment:
         """`segment` with the global codes of `other`: an image in its colours, a clip in its voice.
 

@@ -1,29 +1,65 @@
 """What happens around the steps of a run: the bar, the time limit, held-out losses, samples, the page."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from anytoken.data.mixture import Mixture
+from anytoken.data.packing import PackedStream
 from anytoken.model.attention import usable_attention
-from anytoken.training.lora import base_model
+from anytoken.training.config import TrainConfig
+from anytoken.training.interrupts import GracefulStop
+from anytoken.training.lora import LanguageModel, base_model
 from anytoken.training.losses.balanced import CONTROL
 from anytoken.training.losses.modality_integration_rate import integration_rates
-from anytoken.training.metrics import LossMeter
+from anytoken.training.metrics import LossMeter, MetricsLog
+from anytoken.training.optim.lr_schedule import Schedule
+from anytoken.training.report.html import HtmlReport
+from anytoken.training.report.samples import Sampler
 from anytoken.training.step import ModelWithLoss, packed_inputs
 
-if TYPE_CHECKING:
-    from anytoken.training.trainer import StageTrainer
+
+class Run(Protocol):
+    """What the callback asks of the run that it belongs to: a `StageTrainer`."""
+
+    stage: TrainConfig
+    args: TrainingArguments
+    model: Any
+    folder: Path
+    micro_batch: int
+    schedule: Schedule
+    meter: LossMeter
+    stop: GracefulStop
+    held_out: Mixture | None
+    metrics_log: MetricsLog
+    page: HtmlReport
+    sampler: Sampler
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The language model that is trained."""
+
+    @property
+    def weights_are_sharded(self) -> bool:
+        """Whether no process has the whole model."""
+
+    def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
+        """The packed batches of a mixture for this process."""
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes."""
 
 
 class TrainingCallback(TrainerCallback):
     """Progress bar, time limit, samples and held-out losses."""
 
-    def __init__(self, trainer: "StageTrainer") -> None:
+    def __init__(self, trainer: Run) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -10,7 +10,6 @@ dropped is renamed first too: half of it is never taken for a state. While the r
 training is a checkpoint folder of its own, which ``init_from`` may name.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import yaml
 from anytoken.training.config import (
     TrainConfig,
 )
+from anytoken.utils.atomic import flush
 from anytoken.utils.errors import ConfigError
 
 STATE_FOLDER = "state"
@@ -55,12 +55,12 @@ def commit_checkpoint(folder: Path, step: int) -> None:
     """Make the written state of a step one that a run can go on from, and drop the oldest."""
     written = partial_folder(folder) / f"checkpoint-{step}"
     for path in [*written.rglob("*"), written]:
-        _flush(path)
+        flush(path)
     final = folder / STATE_FOLDER / written.name
     if final.exists():
         _drop(final)
     written.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     for old in saved_states(folder)[:-KEPT_STATES]:
         _drop(old)
 
@@ -74,23 +74,6 @@ def clear_partial(folder: Path) -> None:
     """Remove what a kill left half-written or half-removed."""
     for path in [partial_folder(folder), *(folder / STATE_FOLDER).glob("dropped-*")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file or a folder's list of names, as a rename may reach it before the contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is the old one or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
 
 
 def move_final(folder: Path) -> None:

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anytoken.training.checkpoint import saved_states, write_whole
+from anytoken.training.checkpoint import saved_states
 from anytoken.training.config import TrainConfig
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import AnyTokenError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -83,7 +84,7 @@ def dump_divergence(
     )
     broken = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
     about = {**facts, "seed": stage.seed, "weights_not_finite": broken}
-    write_whole(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
+    write_file(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
     return DivergenceError(
         _advice(f"the {what} is {facts[what]} at step {facts['step']}", stage, path, bool(broken))
     )

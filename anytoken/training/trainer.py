@@ -37,7 +37,6 @@ from anytoken.training.checkpoint import (
     partial_folder,
     saved_states,
     step_of,
-    write_whole,
 )
 from anytoken.training.config import (
     TrainConfig,
@@ -82,6 +81,7 @@ from anytoken.training.report.markdown import write_report
 from anytoken.training.report.samples import Answer, Sampler
 from anytoken.training.run_metadata import check_same_data, run_facts
 from anytoken.training.step import ModelWithLoss
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
@@ -231,7 +231,7 @@ class StageTrainer(Trainer):
                 self._save_rng_state(str(written))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                write_whole(written / PROGRESS, json.dumps(self._progress()))
+                write_file(written / PROGRESS, json.dumps(self._progress()))
                 commit_checkpoint(self.folder, step)
         except SAVE_ERRORS as error:
             raise _save_error(self.folder, f"the state of step {step}", error) from error
@@ -415,12 +415,12 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
     """Write the recipe and the facts of the run; ConfigError if it would go on with other data."""
     stage, folder = trainer.stage, trainer.folder
     clear_partial(folder)
-    write_whole(folder / "stage.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    write_file(folder / "stage.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
     facts = run_facts(base_model(trainer.lm), sources, trainer.args.world_size, stage.context, dtype)
     if saved_states(folder):
         check_same_data(json.loads((folder / FACTS).read_text()), facts)
-    write_whole(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+    write_file(folder / FACTS, json.dumps(facts, indent=1) + "\n")
     trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
@@ -487,11 +487,11 @@ def _finish(trainer: StageTrainer) -> None:
     if not trainer.is_world_process_zero():
         return
     if trainer.stage.lora is None:
-        write_whole(final / "sampling.json", _sampling_defaults(trainer.stage))
+        write_file(final / "sampling.json", _sampling_defaults(trainer.stage))
     else:
         facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
         entries = read_metrics(trainer.folder / "metrics.jsonl")
-        write_whole(final / "README.md", adapter_card(trainer.stage, facts, entries))
+        write_file(final / "README.md", adapter_card(trainer.stage, facts, entries))
     write_report(trainer.folder)
     trainer.page.update(finished=True)
     move_final(trainer.folder)

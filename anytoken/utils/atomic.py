@@ -98,10 +98,12 @@ def write_folder(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_file(path: str | Path, write: str | bytes | Callable[[Path], object]) -> Path:
+def write_file(path: str | Path, write: str | bytes | Callable[[Path], object], sync: bool = True) -> Path:
     """Write a file whole: text (UTF-8), bytes, or what a function writes to the path that it is given.
 
-    That path has the same suffix. OSError if it cannot be written; then the old file is as it was.
+    That path has the same suffix. sync: wait until the disk holds it, so that it outlasts a loss of power; one of many
+    small files, or a page that is soon written again, need not. OSError if it cannot be written; then the old file is
+    as it was.
     """
     place = Path(os.path.realpath(path))
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +116,11 @@ def write_file(path: str | Path, write: str | bytes | Callable[[Path], object]) 
         else:
             write(scratch)
         scratch.chmod(0o644)
-        flush(scratch)
+        if sync:
+            flush(scratch)
         scratch.replace(place)
-        flush(place.parent)
+        if sync:
+            flush(place.parent)
     finally:
         scratch.unlink(missing_ok=True)
     return Path(path)

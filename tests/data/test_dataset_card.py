@@ -76,7 +76,7 @@ def test_card_and_manifest_count_lines_and_held_out_lines(tmp_path: Path) -> Non
     assert card.startswith("# A set\n\nThree things.\n\n| file ")
     assert "| images.jsonl | 2 | 1 |\n" in card
     assert card.endswith("| openmoji | 17.0.0 | CC-BY-SA-4.0 |\n")
-    assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
 def test_sums_are_those_of_the_files(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class TestImageTokenizerThatListensToItsDecoder(TestImageTokenizer):
             target = picture(height, width, seed=height + width)
             x = to_unit_range(target.pixels[None].copy())
             listening, nearest = (
-                psnr_db(to_unit_range(one.autoencode(target).pixels[None]), x).item()
+                psnr_db(to_unit_range(one.decode(one.encode(target)).pixels[None]), x).item()
                 for one in (tokenizer, plain)
             )
             assert listening > nearest
@@ -160,9 +160,9 @@ class TestImageTokenizerOfFourCodebooks(TestImageTokenizer):
         processor = Processor(space, text, {"image": tokenizer})
         ids = processor.tokenize(self.segment(1))
         assert len(ids) == 2 + 2 + 64 * 4
-        kind, codes = processor.ids_to_codes(ids)
-        assert kind == "image" and codes == tokenizer.encode(self.segment(1))
-        assert processor.detokenize(ids) == [tokenizer.decode(codes)]
+        [piece] = processor.grammar.parse(ids)
+        assert piece.kind == "image" and piece.codes == tokenizer.encode(self.segment(1))
+        assert processor.detokenize(ids) == [tokenizer.decode(piece.codes)]
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

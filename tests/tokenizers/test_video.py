@@ -63,7 +63,7 @@ class TestVideoTokenizer(TokenizerBattery):
     def test_the_rate_of_a_clip_is_no_part_of_its_codes(self, tokenizer):
         fast = Video(clip(8).frames, 25.0)
         assert tokenizer.encode(fast) == tokenizer.encode(clip(8))
-        assert tokenizer.autoencode(fast).frame_rate_hz == 4.0
+        assert tokenizer.decode(tokenizer.encode(fast)).frame_rate_hz == 4.0
 
     def test_tall_clips_keep_their_aspect_ratio(self, tokenizer):
         assert tokenizer.encode(clip(4, 64, 32)).size == (1, 4, 2)
@@ -157,7 +157,7 @@ class TestCausalVideoTokenizerThatListensToItsDecoder(TestCausalVideoTokenizer):
         plain.load_state_dict(tokenizer.state_dict())
         target = self.segment(5)
         errors = [
-            np.square(one.autoencode(target).frames.astype(float) - fit_clip(target, 32, 4)).mean()
+            np.square(one.decode(one.encode(target)).frames.astype(float) - fit_clip(target, 32, 4)).mean()
             for one in (tokenizer, plain)
         ]
         assert errors[0] < errors[1]

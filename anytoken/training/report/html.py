@@ -21,6 +21,7 @@ from anytoken.training.config import (
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.samples import read_samples
 from anytoken.training.report.svg import Line, flowing, heat_map, line_chart, thin
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
 FACTS = "run.json"
@@ -53,10 +54,7 @@ class HtmlReport:
         start = time.monotonic()
         if start < self.next and not finished:
             return
-        path = self.folder / "report.html"
-        scratch = path.with_name(".report.html.tmp")
-        scratch.write_text(self._html(finished), encoding="utf-8")
-        scratch.replace(path)
+        write_file(self.folder / "report.html", self._html(finished), sync=finished)
         self.next = time.monotonic() + (time.monotonic() - start) / SHARE_OF_TIME
 
     def _html(self, finished: bool) -> str:

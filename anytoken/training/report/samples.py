@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
-from anytoken.training.checkpoint import write_whole
 from anytoken.training.config import (
     SampleSpec,
 )
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
 FOLDER = "samples"
@@ -64,7 +64,7 @@ class Sampler:
                 shown = self.answer(model, self.processor, _as_prompt(one.prompt), one.output)
                 found.append({"prompt": one.prompt, "output": one.output, "html": shown})
         model.train(was_training)
-        write_whole(self.folder / FOLDER / f"step-{step:08d}.json", json.dumps(found))
+        write_file(self.folder / FOLDER / f"step-{step:08d}.json", json.dumps(found))
         self.spent += time.monotonic() - start
 
 

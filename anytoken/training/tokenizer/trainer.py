@@ -21,10 +21,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from anytoken.media_io import write_whole
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
+from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name, math_threads, usable_device
 from anytoken.utils.json_lines import read_json_lines
 
@@ -224,7 +224,7 @@ class _Loop:
         if path.is_file():
             kept = [entry for entry in read_json_lines(path, torn_end=True) if entry["step"] <= self.step]
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            write_file(path, text)
 
     def run(self) -> Path:
         """Train to the end, then save the tokenizer and drop the checkpoint."""
@@ -275,13 +275,11 @@ class _Loop:
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.plan.steps)))
 
     def _checkpoint(self) -> None:
-        scratch = self.state_path.with_suffix(".tmp")
         state = {
             "parts": [part.state_dict() for part in self.parts], "optimizer": self.optimizer.state_dict(),
             "step": self.step, "seconds": self.seconds, "recipe": self.plan.model_dump(),
         }  # fmt: skip
-        torch.save(state, scratch)
-        scratch.replace(self.state_path)
+        write_file(self.state_path, lambda scratch: torch.save(state, scratch))
 
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True, map_location=self.device)

@@ -98,7 +98,7 @@ def test_any_sequence_comes_back(trained, letters):
     ],
 )
 def test_letters_come_back_as_documented(trained, given, back):
-    assert trained.autoencode(DNA(given)).bases == back
+    assert trained.decode(trained.encode(DNA(given))).bases == back
 
 
 def test_other_letters_are_named_with_their_place():
