@@ -158,7 +158,7 @@ def test_the_first_process_chooses_the_precision_of_all(
     def noting(start: Any, stage: TrainConfig, device: torch.device) -> None:
         (tmp_path / os.environ["RANK"]).write_text(stage.precision)
 
-    monkeypatch.setattr(precision, "measured_peak", measured)
+    monkeypatch.setattr(precision, "measure_peak_flops", measured)
     monkeypatch.setattr(trainer, "choose_attention", noting)
     shared |= {"precision": "auto", "steps": 1, "distributed": {"world_size": 2}}
     precision.bf16_speedup.cache_clear()

@@ -21,7 +21,7 @@ def measured(speedup: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_products_are_timed_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {torch.float32: 2.0, torch.bfloat16: 5.0}
-    monkeypatch.setattr(precision, "measured_peak", lambda device, dtype, *sizes: speeds[dtype])
+    monkeypatch.setattr(precision, "measure_peak_flops", lambda device, dtype, *sizes: speeds[dtype])
     precision.bf16_speedup.cache_clear()
     assert precision.bf16_speedup(torch.device("cpu")) == 2.5
     precision.bf16_speedup.cache_clear()

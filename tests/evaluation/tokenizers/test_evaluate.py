@@ -366,7 +366,7 @@ class FakeJudge:
 
 
 def test_words_are_a_share_of_what_is_heard_in_the_originals(monkeypatch):
-    monkeypatch.setattr(speech_metrics, "WordJudge", FakeJudge)
+    monkeypatch.setattr(speech_metrics, "KeywordRecognizer", FakeJudge)
 
     def clips(*said):
         return [Speech(np.full(10, value / 10, np.float32)) for value in said]
@@ -387,7 +387,7 @@ def test_many_clips_are_heard_in_parts_each_with_its_own_names(monkeypatch):
             super().__init__(names)
             asked.append(names)
 
-    monkeypatch.setattr(speech_metrics, "WordJudge", Judge)
+    monkeypatch.setattr(speech_metrics, "KeywordRecognizer", Judge)
     monkeypatch.setattr(speech_metrics, "CLIPS_A_GRAMMAR", 2)
     levels = [0, 1, 3, 4, 5]
     items = [TestExample(Speech(np.full(10, n / 10, np.float32)), f"name {n}") for n in levels]
