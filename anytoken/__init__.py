@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from anytoken.inference.index import Index
     from anytoken.inference.outputs import GenerationOutput
     from anytoken.inference.sampling import Sampling
-    from anytoken.limits import MediaLimitError, MediaLimits, media_limits
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
     from anytoken.tokenizers.registry import load_modality
+    from anytoken.utils.limits import MediaLimitError, MediaLimits, media_limits
 
 __version__ = "0.1.0"
 
@@ -34,8 +34,8 @@ _HOME = {
     "GenerationOutput": "inference.outputs",
     "Image": "segments",
     "Index": "inference.index",
-    "MediaLimitError": "limits",
-    "MediaLimits": "limits",
+    "MediaLimitError": "utils.limits",
+    "MediaLimits": "utils.limits",
     "ModalityTokenizer": "tokenizers.base",
     "Sampling": "inference.sampling",
     "Segment": "segments",
@@ -44,7 +44,7 @@ _HOME = {
     "Video": "segments",
     "load": "inference.api",
     "load_modality": "tokenizers.registry",
-    "media_limits": "limits",
+    "media_limits": "utils.limits",
     "register_modality": "tokenizers.base",
 }
 __all__ = [

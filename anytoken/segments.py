@@ -24,7 +24,6 @@ import numpy as np
 from PIL import ExifTags
 from PIL import Image as Picture
 
-from anytoken.limits import current_limits
 from anytoken.media_io import (
     TIMING,
     Given,
@@ -46,6 +45,7 @@ from anytoken.media_io import (
 )
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import SegmentError
+from anytoken.utils.limits import current_limits
 from anytoken.video_io import container_frames
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

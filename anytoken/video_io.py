@@ -16,8 +16,8 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from anytoken.limits import current_limits
 from anytoken.utils.errors import SegmentError
+from anytoken.utils.limits import current_limits
 
 REPEATED_PIXELS = 64_000_000  # of all frames of a clip whose pictures are repeated
 # Containers alone: playlists and the like would open further files and addresses.

@@ -14,7 +14,6 @@ ROOMS = (
     "moved",
     "utils",
     "recipes",
-    "limits",
     "video_io",
     "media_io",
     "segments",

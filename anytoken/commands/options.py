@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def allow_limits(context: typer.Context, given: list[str] | None) -> list[str] | None:
     """Set limits of media for as long as the command runs."""
     if given:
-        from anytoken.limits import media_limits, parse_limits
+        from anytoken.utils.limits import media_limits, parse_limits
 
         context.with_resource(media_limits(**parse_limits(given)))
     return given

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anytoken.limits import MediaLimitError
 from anytoken.media_io import is_below
 from anytoken.segments import KINDS, Segment
 from anytoken.utils.errors import DataError
+from anytoken.utils.limits import MediaLimitError
 
 LONGEST = 300  # letters of a message about a bad record
 UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".amr", ".heic", ".heif", ".svg", ".psd")

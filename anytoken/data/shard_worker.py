@@ -24,9 +24,9 @@ from anytoken.data.records import (
     open_media,
     record_line,
 )
-from anytoken.limits import MediaLimits, media_limits
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
+from anytoken.utils.limits import MediaLimits, media_limits
 
 Tokenizers = Mapping[str, ModalityTokenizer]
 Entry = dict[str, Any]  # what the journal says of a part

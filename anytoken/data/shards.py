@@ -29,13 +29,13 @@ from anytoken.data.parallel import run
 from anytoken.data.records import Record, RecordError
 from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
 from anytoken.data.sources import Source, open_source
-from anytoken.limits import current_limits
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
 from anytoken.utils.json_lines import (
     read_json_lines,
 )
+from anytoken.utils.limits import current_limits
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 _PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")

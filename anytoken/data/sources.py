@@ -47,7 +47,6 @@ from anytoken.data.records import (
     validate_record,
 )
 from anytoken.data.tables import digest_files, hub, rows_of, saved_folder, tables
-from anytoken.limits import current_limits
 from anytoken.media_io import is_below, read_bytes
 from anytoken.segments import (
     CONTAINER_SUFFIXES,
@@ -58,6 +57,7 @@ from anytoken.segments import (
 )
 from anytoken.tokenizers.base import MODALITIES
 from anytoken.utils.json_lines import DAMAGE, check_unicode, load_json, numbered_lines
+from anytoken.utils.limits import current_limits
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "text": TEXT_SUFFIXES,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.data.records import Blob, Record, RecordError, Source
-from anytoken.limits import MediaLimitError
 from anytoken.media_io import read_rest
+from anytoken.utils.limits import MediaLimitError
 
 TABLES = (".parquet", ".arrow")
 

@@ -28,9 +28,9 @@ from anytoken.data.records import (
 from anytoken.data.shard_worker import Job, Tokenizers, encode_entries
 from anytoken.data.sources import open_source
 from anytoken.data.views import auto_views, held_kinds, is_used
-from anytoken.limits import current_limits
 from anytoken.segments import KINDS, Segment
 from anytoken.tokenizers.base import MODALITIES
+from anytoken.utils.limits import current_limits
 
 CHUNK = 64  # records that tokenizers encode together
 NEAR_NAMES = {"audio": "speech", "sound": "speech", "caption": "text", "picture": "image", "sequence": "dna"}

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from anytoken.limits import media_limits
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.serving.errors import BadRequest, media_error
 from anytoken.serving.settings import ServerSettings
+from anytoken.utils.limits import media_limits
 
 _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from anytoken.limits import media_limits
 from anytoken.segments import Speech, Text
 from anytoken.serving.chat_api import usage
 from anytoken.serving.content import AUDIO_TYPES, audio_bytes, png
@@ -18,6 +17,7 @@ from anytoken.serving.schemas import ImageBody, Message, SamplingBody, SpeechBod
 from anytoken.serving.service import Service, service_of
 from anytoken.tokenizers.base import CodeGrid
 from anytoken.tokenizers.image import PATCH_PX
+from anytoken.utils.limits import media_limits
 
 router = APIRouter(prefix="/v1", tags=["media"])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anytoken.limits import MediaLimits
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.limits import MediaLimits
 
 KEY_VARIABLE = "ANYTOKEN_API_KEYS"
 VIDEO_PIXELS = 5_000_000_000  # of a request's video, in all frames: some ten seconds of decoding

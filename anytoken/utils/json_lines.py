@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from anytoken.limits import current_limits
 from anytoken.utils.errors import DataError
+from anytoken.utils.limits import current_limits
 
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a file, compressed or not, fails with
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

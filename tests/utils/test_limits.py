@@ -19,8 +19,8 @@ import anytoken
 from anytoken import DNA, Image, MediaLimitError, MediaLimits, Speech, Text, Video, media_limits
 from anytoken.data.sources import read_records
 from anytoken.data.validate import Census, check_source
-from anytoken.limits import UNITS, current_limits, parse_limits
 from anytoken.segments import open_segment
+from anytoken.utils.limits import UNITS, current_limits, parse_limits
 
 MB = 1 << 20
 
