@@ -76,6 +76,6 @@ def _rows(figures: dict[str, Any]) -> list[Row]:
         rows.append(("bits a base of the genomes", f"{figures['genome_bits_per_base']:.4f}"))
     for verb in ("encode", "decode"):
         rows.append((f"{unit}s a second to {verb}", number(figures[f"{verb}_units_per_second"])))
-    for bar in figures["bars"]:
+    for bar in figures.get("bars", []):
         rows.append((f"bar: {bar['what']}", shown_bar(bar)))
     return rows
