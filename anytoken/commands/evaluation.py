@@ -167,7 +167,7 @@ def _show(rows: Sequence[Sequence[str]], title: str) -> None:
     head, *body = rows
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place < 2 else "right", overflow="fold")
+        table.add_column(name, justify="left" if place < 2 else "right", overflow="fold", no_wrap=place < 2)
     for row in body:
         table.add_row(*row)
     Console().print(table)

@@ -193,7 +193,7 @@ def test_templates_fill_kinds_paths_and_indices():
 
     found = fill("{{see}} {image}{image:photo} or {choices}?", record, opener)
     assert opened == [("image", "a.png"), ("image", "b.png")]
-    assert [getattr(one, "text", one.kind) for one in found] == ["{see} ", "image", "image", " or x, y?"]
+    assert [getattr(one, "text", one.kind) for one in found] == ["{see}", "image", "image", "or x, y?"]
     assert fill("{choices[n]}{choices[0]}", record, opener) == [Text("yx")]
     assert fill_each("{answers.a}", record, opener) == [[Text("p")], [Text("q")]]
     assert kinds("a {image} b {n}{n}") == ["text", "image", "text"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from anytoken.evaluation.suite.samples import Outcome, Sample, TaskSet
 from anytoken.evaluation.suite.schema import (
@@ -147,7 +148,7 @@ def _embed(model: AnyToken, task: Task, prompts: Sequence[Any]) -> np.ndarray:
             "the items by their likelihood after the prompt."
         )
     blocks = [embed(list(prompts[start : start + BLOCK])) for start in range(0, len(prompts), BLOCK)]
-    return np.concatenate([np.asarray(one) for one in blocks])
+    return np.concatenate([torch.as_tensor(one).float().cpu().numpy() for one in blocks])
 
 
 def read_outcome(task: Task, sample: Sample, line: Line, folder: Path) -> Outcome:

@@ -39,7 +39,7 @@ from anytoken.utils.json_lines import (
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
 
-VERSION = 1
+VERSION = 1  # of how questions are made and answers kept
 SCORED_LATER = {"metrics", "description", "count", "group_by"}  # keys of a task that no answer depends on
 HELD = 1 << 12  # elements of each parameter that a model is told by
 Report = dict[str, Any]
@@ -112,7 +112,7 @@ def model_fingerprint(model: AnyToken) -> str:
 def _header(task: Task, data: TaskSet, fingerprint: str) -> dict[str, str]:
     later = SCORED_LATER - ({"count"} if task.join and task.decoding.how == "retrieve" else set())
     asked = json.dumps(task.model_dump(mode="json", exclude=later), sort_keys=True)
-    digest = hashlib.sha256((asked + data.digest()).encode()).hexdigest()
+    digest = hashlib.sha256(f"{VERSION} {asked}{data.digest()}".encode()).hexdigest()
     return {"task": task.name, "asked": digest, "model": fingerprint}
 
 

@@ -130,7 +130,10 @@ def kinds(template: str) -> list[str]:
 
 
 def fill(template: str, record: Record, opener: Opener) -> list[Segment]:
-    """The segments of a template for a record; neighbouring texts become one."""
+    """The segments of a template for a record.
+
+    Neighbouring texts become one; white space beside a medium only sets it apart, and is no part of the text.
+    """
     found: list[Segment] = []
     for part in parse(template):
         segment = _segment(part, record, opener)
@@ -138,6 +141,18 @@ def fill(template: str, record: Record, opener: Opener) -> list[Segment]:
             found[-1] = Text(found[-1].text + segment.text)
         else:
             found.append(segment)
+    return _apart(found)
+
+
+def _apart(segments: list[Segment]) -> list[Segment]:
+    found: list[Segment] = []
+    for place, one in enumerate(segments):
+        if isinstance(one, Text):
+            text = one.text.lstrip() if place else one.text
+            text = text.rstrip() if place + 1 < len(segments) else text
+            found += [Text(text)] if text or len(segments) == 1 else []
+        else:
+            found.append(one)
     return found
 
 
