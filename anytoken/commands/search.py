@@ -62,6 +62,9 @@ def index(
     ] = IndexKind.flat,
     width: Width = None,
     untrained: Untrained = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index of another folder, model or width.")
+    ] = False,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
@@ -69,7 +72,7 @@ def index(
     from anytoken.inference.index import Index
 
     opened = load(model, device, adapter)
-    found = Index.build(folder, opened, out, kind.value, width, untrained, progress=True)
+    found = Index.build(folder, opened, out, kind.value, width, untrained, overwrite, progress=True)
     found.remember_model(out, model, None if adapter is None else str(adapter))
     print(f"{out}: {found!r}")
 

@@ -138,14 +138,15 @@ class Index:
         kind: str = "flat",
         width: int | None = None,
         untrained: bool = False,
+        overwrite: bool = False,
         progress: bool = False,
     ) -> Index:
         """Embed every file of a folder that the model reads, and write the index to `out` unless that is None.
 
         An index of the same model, folder and width that is there is brought up to date: only new and changed files
         are embedded. kind: "flat" is exact; "hnsw" for a million vectors; "ivfpq" for memory. SearchError for a
-        folder without such files, or where `out` holds something else; files that cannot be read are left out, and
-        the log says how many and why.
+        folder without such files, and where `out` holds something else, or an index of another folder, model or width
+        unless `overwrite`; files that cannot be read are left out, and the log says how many and why.
         """
         root = Path(folder)
         if kind not in KINDS:
@@ -165,6 +166,8 @@ class Index:
             "version": 1, "root": str(root.resolve()), "kind": kind, "width": width or len(probe),
             "untrained": untrained, "probe": [round(float(one), 6) for one in probe],
         }  # fmt: skip
+        if out is not None and not overwrite:
+            _refuse_other(Path(out), meta)
         work = _Work(root, model, meta, None if out is None else Path(out))
         items, vectors = work.run(files, progress)
         index = cls(model, meta, items, vectors, _make_ann(kind, vectors))
@@ -300,6 +303,29 @@ def read_index(path: str | Path) -> tuple[dict[str, Any], list[Item]]:
     if not items:
         raise SearchError(f"{path} is empty; build it again from a folder with media.")
     return meta, items
+
+
+def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
+    """SearchError if a whole index is there that another build made."""
+    try:
+        before, _ = read_index(out)
+    except SearchError:
+        return  # none, or one that is damaged: it is made anew
+    changed = [key for key in ("root", "width", "untrained") if before[key] != meta[key]]
+    if not changed and not _alike(before, meta):
+        changed = ["model"]
+    if changed:
+        there = "" if changed[0] == "model" else f" ({before[changed[0]]}, now {meta[changed[0]]})"
+        raise SearchError(
+            f"{out} is an index of another {'folder' if changed[0] == 'root' else changed[0]}{there}: choose another "
+            "place, or replace it with overwrite=True (--overwrite)."
+        )
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two indexes are of one model."""
+    probes = [np.array(meta["probe"]) for meta in (one, other)]
+    return probes[0].shape == probes[1].shape and float(probes[0] @ probes[1]) >= ALIKE
 
 
 def _check_model(path: Path, meta: dict[str, Any], model: AnyToken) -> bool:
@@ -451,9 +477,7 @@ class _Work:
                 path.unlink()
         same = ("root", "width", "untrained")
         for meta, items, vectors in sources:
-            probe = np.array(meta["probe"]), np.array(self.meta["probe"])
-            alike = probe[0].shape == probe[1].shape and float(probe[0] @ probe[1]) >= ALIKE
-            if not alike or any(meta[key] != self.meta[key] for key in same):
+            if not _alike(meta, self.meta) or any(meta[key] != self.meta[key] for key in same):
                 continue
             try:
                 pairs = list(zip(items, np.load(vectors), strict=True))

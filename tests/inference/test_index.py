@@ -96,8 +96,16 @@ def test_an_update_embeds_only_what_changed(folder, searcher, read, tmp_path):
     }
     assert np.allclose(index.vectors[0], searcher.embed([Image.open(folder / "0.png")])[0], atol=1e-5)
     read()
-    assert Index.build(folder, searcher, out, width=8).vectors.shape[1] == 8
-    assert read() == 6  # another width is another index
+    with pytest.raises(SearchError, match=r"another width \(12, now 8\).*--overwrite"):
+        Index.build(folder, searcher, out, width=8)
+    with pytest.raises(SearchError, match="another folder"):
+        Index.build(folder / "deep", searcher, out)
+    assert Index.build(folder, searcher, out, width=8, overwrite=True).vectors.shape[1] == 8
+    assert read() == 6
+    torch.manual_seed(3)
+    searcher.embedding_heads[None] = EmbeddingHead(32, ["text", "image"], 12, widths=[8])
+    with pytest.raises(SearchError, match="another model"):
+        Index.build(folder, searcher, out, width=8)
 
 
 def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read, tmp_path, monkeypatch):
