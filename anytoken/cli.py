@@ -34,6 +34,7 @@ from anytoken.commands import (
     serving,
     tokenizer,
     training,
+    web,
 )
 from anytoken.commands.options import examples
 
@@ -95,7 +96,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=examples('anytoken generate "a red apple, 3d" -o image', "anytoken train --help"),
 )
-for group in (inference, score, search, serving, training, evaluation, model):
+for group in (inference, score, search, serving, web, training, evaluation, model):
     app.add_typer(group.app)
 for name, group in {"tokenizer": tokenizer, "data": data, "recipes": recipes, "bench": bench}.items():
     app.add_typer(group.app, name=name)

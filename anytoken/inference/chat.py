@@ -96,6 +96,21 @@ class Chat:
         """`send` as typed events; the turn is remembered when the last event has been taken."""
         return self._events(self._said(prompt, output), options)
 
+    def say(self, prompt: Any, output: Any = None) -> None:
+        """Say something without an answer yet: `regenerate` or `regenerate_stream` gives it.
+
+        RequestError for what cannot be said; then the conversation is as it was.
+        """
+        self.turns = self._said(prompt, output)
+
+    def prompt_ids(self, output: Any = AS_BEFORE, **options: Any) -> list[int]:
+        """What the model reads to answer the last message, for who generates elsewhere; `remember` takes the reply."""
+        return self._window(self._unanswered(output), options)
+
+    def remember(self, reply: GenerationOutput) -> None:
+        """Take a reply to the last message into the conversation, in place of one it may have."""
+        self._remember(self._unanswered(AS_BEFORE), reply)
+
     def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> GenerationOutput:
         """Answer the last message again, in place of its reply: `chat.regenerate(seed=1)`.
 
