@@ -34,10 +34,13 @@ from anytoken.inference.score import (
     Classification,
     Normalize,
     Score,
+    Steps,
     check_normalize,
     classify,
+    drain,
     perplexity,
     score_ids,
+    score_steps,
 )
 from anytoken.inference.streaming import Event, SegmentStream
 from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, has_head
@@ -463,12 +466,18 @@ class AnyToken:
         normalize="pmi" each also has its likelihood after an empty prompt. RequestError for no
         answers, an empty one, a kind that the model lacks, or more than the context holds.
         """
-        check_normalize(normalize)
         if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
             raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
         replies = [self.processor.encode_reply(answer) for answer in answers]
+        return drain(self.score_steps(self.encode_prompt(prompt), replies, normalize))
+
+    def score_steps(
+        self, prompt: Sequence[int], replies: Sequence[Sequence[int]], normalize: Normalize = "none"
+    ) -> Steps[list[Score]]:
+        """`score_details` for ids of a prompt and of replies, in parts; others may use the model between two."""
+        check_normalize(normalize)
         prior = self.processor.null_prompt() if normalize == "pmi" else None
-        return score_ids(self.engine, self.encode_prompt(prompt), replies, prior)
+        return (yield from score_steps(self.engine, prompt, replies, prior))
 
     def score(self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none") -> list[float]:
         """How likely each answer is as the whole reply to a prompt: log-likelihoods in nats.
@@ -625,6 +634,13 @@ class AnyToken:
         self.processor = self.adapters.load(Path(path), name, self.processor)
         for tokenizer in self.processor.tokenizers.values():
             tokenizer.to(self.lm.device)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; one in use is taken off first. CheckpointError for an unknown name.
+
+        Ids of a modality that it brought stay, as other adapters and replies may hold them.
+        """
+        self.adapters.unload(name)
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with an adapter from now on, or with the bare model (None); CheckpointError for an unknown name."""

@@ -126,10 +126,11 @@ def _data_url(part: Mapping[str, Any], key: str, where: str) -> tuple[str, bytes
             f"{where}.{key}.url must be a data URL such as data:image/png;base64,...; this server fetches nothing.",
             where,
         )
-    return found["type"] or "", _decoded(found["data"], where)
+    return found["type"] or "", decoded(found["data"], where)
 
 
-def _decoded(data: Any, where: str) -> bytes:
+def decoded(data: Any, where: str) -> bytes:
+    """The bytes of base64 text; BadRequest for anything else."""
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, AttributeError, ValueError) as error:
@@ -141,7 +142,7 @@ def _audio(value: Any, where: str) -> Speech:
         raise BadRequest(f'{where}.input_audio is {{"data": base64, "format": ...}}.', where)
     if value.get("format") not in AUDIO_FORMATS:
         raise BadRequest(f"{where}.input_audio.format is one of {', '.join(AUDIO_FORMATS)}.", where)
-    return Speech.open(_decoded(value.get("data"), where))
+    return Speech.open(decoded(value.get("data"), where))
 
 
 def _video(media_type: str, data: bytes) -> Video:

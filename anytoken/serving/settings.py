@@ -43,6 +43,10 @@ class ServerSettings(BaseModel):
         default=(), description="voices that the model knows by name, for /v1/audio/speech"
     )
 
+    adapter_folder: Path | None = Field(
+        default=None, description="folder from which clients with a key may load adapters; none: they may not"
+    )
+
     @property
     def media_limits(self) -> MediaLimits:
         """What a request's media may hold; the totals follow from the limits of one frame."""
@@ -75,6 +79,19 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"{path} holds no API key: write one per line.")
     return keys
+
+
+def check_adapter_folder(folder: Path | None, keys: tuple[str, ...]) -> None:
+    """ConfigError for a folder of adapters that is none, or that clients could load from without a key."""
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder of adapters.")
+    if not keys:
+        raise ConfigError(
+            f"--adapter-folder lets clients load adapters, which needs API keys: set {KEY_VARIABLE} or give "
+            "--api-keys FILE."
+        )
 
 
 def check_exposure(host: str, keys: tuple[str, ...], allow_open: bool) -> None:
