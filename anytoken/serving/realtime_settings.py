@@ -106,7 +106,7 @@ def _kinds(value: Any) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise BadRequest('output_modalities is a list such as ["audio"].', "session.output_modalities")
-    return tuple(_KINDS[one] if one in _KINDS else one for one in value)
+    return tuple(_KINDS.get(one, one) for one in value)
 
 
 def _turns(value: Any) -> dict[str, Any]:

@@ -117,7 +117,8 @@ class StageTrainer(Trainer):
         self.shares: list[Tensor] = []  # of the last loss, by modality
         self.flops_share = 0.0  # of the measured peak, that one token a second takes
         self.page = HtmlReport(stage)
-        context = base_model(model.lm).config.get_text_config().max_position_embeddings
+        lm: LanguageModel = model.lm
+        context = base_model(lm).config.get_text_config().max_position_embeddings
         self.sampler = Sampler(stage.samples, self.folder, processor, answer, context)
         self.loop = self.make_loop()
         super().__init__(model=model, args=arguments, callbacks=[self.loop])

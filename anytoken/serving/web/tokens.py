@@ -100,7 +100,8 @@ def _chip(text: str, kind: str, title: str = "") -> str:
 
 
 def _figure(processor: Processor, ids: Sequence[int]) -> str:
-    kind, codes = processor.ids_to_codes(ids)
+    [piece] = processor.grammar.parse(ids)
+    kind, codes = piece.kind, piece.codes
     size = " × ".join(map(str, codes.size)) if codes.size else f"{len(codes)} frames"
     books = codes.values.shape[1]
     caption = f"{kind}: {size}" + (f", {books} codebooks" if books > 1 else "") + f"; {len(ids)} tokens"
