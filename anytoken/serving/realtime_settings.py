@@ -106,7 +106,8 @@ def _kinds(value: Any) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise BadRequest('output_modalities is a list such as ["audio"].', "session.output_modalities")
-    return tuple(_KINDS.get(one, one) for one in value)
+    names: list[str] = value
+    return tuple(_KINDS.get(one, one) for one in names)
 
 
 def _turns(value: Any) -> dict[str, Any]:
