@@ -70,13 +70,20 @@ def opened(source: Given, kind: str) -> Iterator[tuple[IO[bytes], object]]:
         with _regular_file(source, kind) as file:
             yield file, source
     elif hasattr(source, "read"):
-        name = getattr(source, "name", "the given file")
+        name = source_name(source)
         data = source.read(int(current_limits().max_bytes) + 1)
         yield _held(data.encode() if isinstance(data, str) else data, name, kind), name
     else:
         raise TypeError(
             f"{type(source).__name__} is no {kind}: expected a path, bytes, or a file opened with 'rb'"
         )
+
+
+def source_name(source: Any) -> object:
+    """What errors call a source."""
+    if isinstance(source, str | Path):
+        return source
+    return getattr(source, "name", "the given bytes" if isinstance(source, bytes) else "the given file")
 
 
 def read_bytes(source: Given, kind: str) -> tuple[bytes, object]:
@@ -321,10 +328,30 @@ def _read_channels(sound: Any, channel: int | None, name: object) -> tuple[np.nd
         mean = block.mean(axis=1)
         energies += [np.square(mean).sum(), *np.square(block).sum(axis=0)]
         blocks.append(mean if channel is None else block[:, channel].copy())
-    samples = np.empty(count, np.float32)
-    for start in range(0, count, size):  # each block is freed as it is copied
-        samples[start : start + size] = blocks.pop(0)
+    samples, start = np.empty(count, np.float32), 0
+    while blocks:  # each is freed as it is copied; a damaged mp3 gives short ones midway
+        block = blocks.pop(0)
+        samples[start : start + len(block)] = block
+        start += len(block)
     return samples, energies
+
+
+def in_unit_range(samples: np.ndarray) -> np.ndarray:
+    """Samples float32: integers by the range of their type. Of 64 bits, as Python's lists give, only -1, 0 and 1."""
+    bits = 8 * samples.dtype.itemsize
+    if samples.dtype.kind not in "iu":
+        return samples.astype(np.float32, copy=False)
+    if bits == 64:
+        if samples.size and np.abs(samples).max() > 1:
+            raise SegmentError(
+                f"Speech holds numbers in [-1, 1] or integers of 8, 16 or 32 bits; received {samples.dtype} up to "
+                f"{np.abs(samples).max()}: divide by their range."
+            )
+        return samples.astype(np.float32)
+    half = 2.0 ** (bits - 1)
+    return ((samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0)) / half).astype(
+        np.float32
+    )
 
 
 def write_sound(path: Path, samples: np.ndarray, rate_hz: int, suffix: str, exact: bool) -> None:

@@ -29,6 +29,7 @@ from anytoken.media_io import (
     Given,
     check_side,
     decode_picture,
+    in_unit_range,
     is_picture,
     opened,
     picture_frames,
@@ -38,6 +39,7 @@ from anytoken.media_io import (
     reason,
     resampled,
     save_suffix,
+    source_name,
     text_lines,
     timing_note,
     upright,
@@ -192,7 +194,7 @@ class Speech(Segment):
     kind: ClassVar[str] = "speech"
 
     def __post_init__(self) -> None:
-        samples = _in_unit_range(np.asarray(self.samples))
+        samples = in_unit_range(np.asarray(self.samples))
         if samples.ndim != 1 or not samples.size:
             raise SegmentError(f"Speech holds at least one sample, [T] mono; received shape {samples.shape}.")
         if not np.isfinite(samples).all():
@@ -214,7 +216,7 @@ class Speech(Segment):
         Channels are averaged; where that cancels them, as in opposite phase, the loudest one is taken. Of a wav or
         mp3 that was cut short, what is there is read: these formats are made to be streamed.
         """
-        return _named(_name(source), partial(cls, *read_sound(source)))
+        return _named(source_name(source), partial(cls, *read_sound(source)))
 
     def save(self, path: str | Path, exact: bool = False) -> Path:
         """Write wav, flac, ogg or mp3, chosen by the suffix; samples are clipped to [-1, 1].
@@ -396,7 +398,9 @@ class DNA(Segment):
         records = cls.iter_records(source)
         first = next(records)
         if next(records, None) is not None:
-            raise SegmentError(f"{_name(source)} holds several sequences; DNA.open_all(path) reads them all.")
+            raise SegmentError(
+                f"{source_name(source)} holds several sequences; DNA.open_all(path) reads them all."
+            )
         return first
 
     @classmethod
@@ -405,7 +409,7 @@ class DNA(Segment):
         found, letters = [], 0
         for record in cls.iter_records(source):
             letters += len(record.bases)
-            current_limits().check("max_letters", letters, _name(source), stopped=True)
+            current_limits().check("max_letters", letters, source_name(source), stopped=True)
             found.append(record)
         return found
 
@@ -415,7 +419,7 @@ class DNA(Segment):
 
         SegmentError for a file or a record without bases: skipping a record would shift the others against labels.
         """
-        path, limits = _name(source), current_limits()
+        path, limits = source_name(source), current_limits()
         name, named, letters = "", False, 0
         lines: list[str] = []
         for line in text_lines(source):
@@ -496,31 +500,6 @@ def open_segment(source: str | Path | BinaryIO) -> Segment:
             return opener(source)
     known = " ".join(dict.fromkeys(suffix for suffixes, _ in openers for suffix in suffixes))
     raise SegmentError(f"{path} has no suffix that tells its kind; known: {known}.")
-
-
-def _in_unit_range(samples: np.ndarray) -> np.ndarray:
-    """Samples float32: integers by the range of their type. Of 64 bits, as Python's lists give, only -1, 0 and 1."""
-    bits = 8 * samples.dtype.itemsize
-    if samples.dtype.kind not in "iu":
-        return samples.astype(np.float32, copy=False)
-    if bits == 64:
-        if samples.size and np.abs(samples).max() > 1:
-            raise SegmentError(
-                f"Speech holds numbers in [-1, 1] or integers of 8, 16 or 32 bits; received {samples.dtype} up to "
-                f"{np.abs(samples).max()}: divide by their range."
-            )
-        return samples.astype(np.float32)
-    half = 2.0 ** (bits - 1)
-    return ((samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0)) / half).astype(
-        np.float32
-    )
-
-
-def _name(source: Any) -> object:
-    """What errors call a source."""
-    if isinstance(source, str | Path):
-        return source
-    return getattr(source, "name", "the given bytes" if isinstance(source, bytes) else "the given file")
 
 
 def _named(path: object, build: Callable[[], Kind]) -> Kind:

@@ -14,6 +14,7 @@ from av.stream import Disposition
 from PIL import Image as Picture
 from PIL import PngImagePlugin
 
+from anytoken.media_io import _read_channels
 from anytoken.segments import DNA, Image, SegmentError, Speech, Text, Video, open_segment
 from anytoken.tokenizers.video import fit_clip
 
@@ -282,6 +283,20 @@ def test_channels_of_opposite_phase_are_not_silence(tmp_path: Path) -> None:
         assert np.abs(Speech.open(tmp_path / "a.flac").samples - wanted).max() < 1e-3
     soundfile.write(tmp_path / "a.wav", np.zeros((100, 2)), 16_000)
     assert Speech.open(tmp_path / "a.wav").samples.max() == 0
+
+
+def test_blocks_that_are_short_midway_join_to_all_samples() -> None:
+    """A damaged mp3 is read so: libsndfile skips what it cannot decode."""
+    parts = [np.full((length, 2), length, np.float32) for length in (5, 2, 4)]
+
+    class Damaged:
+        channels, samplerate = 2, 16_000
+
+        def read(self, *given: object, **options: object) -> np.ndarray:
+            return parts.pop(0) if parts else np.empty((0, 2), np.float32)
+
+    samples, _ = _read_channels(Damaged(), None, "a.mp3")
+    assert samples.tolist() == [5] * 5 + [2] * 2 + [4] * 4
 
 
 # ---- where media come from ----

@@ -31,9 +31,8 @@ class MediaLimitError(SegmentError):
 
     def __init__(self, name: object, limit: str, found: float, allowed: float, *, stopped: bool) -> None:
         self.limit, self.found, self.allowed = limit, found, allowed
-        self.fact = (
-            f"holds {found:,}{' or more' if stopped else ''} {UNITS[limit]}; at most {allowed:,} are taken"
-        )
+        counted = f"{found:,.12g} or more" if stopped else f"{found:,.12g}"
+        self.fact = f"holds {counted} {UNITS[limit]}; at most {allowed:,.12g} are taken"
         super().__init__(
             f"{name} {self.fact} ({limit}). For a larger one: with anytoken.media_limits({limit}=...), "
             f"or --limits {limit}=... of the command."

@@ -78,4 +78,5 @@ def test_rows_of_the_hub_name_no_file_of_this_machine(folder: Path, monkeypatch:
     opened = hub("some/set")
     census = Census()
     monkeypatch.setattr("anytoken.data.validate.open_source", lambda *given: opened)
-    assert [fault.reason for _, fault in check_source("hf:some/set", census)] == ["outside the data root"] * 2
+    faults = [fault.reason for _, fault in check_source("hf:some/set", census)]
+    assert faults == ["missing file", "outside the data root"]
