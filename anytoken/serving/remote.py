@@ -36,7 +36,7 @@ from anytoken.inference.scheduler import Token
 from anytoken.inference.score import Steps
 from anytoken.processor import Processor
 from anytoken.serving.worker import DeadlineExceeded, Job, QueueFull, Stopped
-from anytoken.utils.errors import RequestError, TokenSpaceError
+from anytoken.utils.errors import TokenSpaceError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,6 +44,10 @@ LONGEST = 4096  # ids of one request
 CONNECT_SECONDS = 10.0
 NO_MODEL = "Tokens come from an engine here, and nothing but generation is asked of it."
 SEEDS = 2**31  # engines take 32-bit seeds
+
+
+class EngineFailure(Stopped):
+    """The token engine failed: it does not answer, or answers with what was not asked for."""
 
 
 def open_remote(name_or_path: str | Path) -> AnyToken:
@@ -238,13 +242,13 @@ class RemoteWorker:
             body = {**stretch.request(), "seed": seed}
             async for token in self._tokens(body):
                 if len(stretch.ids) == before + body["max_tokens"]:
-                    raise RequestError("The token engine sent more ids than were asked for.")
+                    raise EngineFailure("The token engine sent more ids than were asked for.")
                 try:
                     job.deliver(stretch.take(token))
                 except TokenSpaceError as error:
-                    raise RequestError("The token engine sent an id that was not allowed.") from error
+                    raise EngineFailure("The token engine sent an id that was not allowed.") from error
             if len(stretch.ids) == before:
-                raise RequestError("The token engine sent no ids; it has to support return_token_ids.")
+                raise EngineFailure("The token engine sent no ids; it has to support return_token_ids.")
             for one in stretch.freeze_tables():
                 job.deliver(one)
 
@@ -257,7 +261,7 @@ class RemoteWorker:
                     log.error(
                         "The token engine answered %d: %.500s", answer.status_code, await answer.aread()
                     )
-                    raise RequestError(f"The token engine answered with status {answer.status_code}.")
+                    raise EngineFailure(f"The token engine answered with status {answer.status_code}.")
                 last = None
                 async for line in answer.aiter_lines():
                     for choice in _choices(line):
@@ -268,7 +272,7 @@ class RemoteWorker:
                             yield stop
         except (httpx.HTTPError, ValueError) as error:
             log.error("The token engine at %s failed: %s", self.url, error)
-            raise RequestError("The token engine does not answer.") from error
+            raise EngineFailure("The token engine does not answer.") from error
 
 
 def _choices(line: str) -> list[dict[str, Any]]:

@@ -124,7 +124,8 @@ def test_tokens_show_text_grids_and_experts(mini, session):
     image = session.chat.turns[1].content[0]
     codes = mini.processor.tokenizers["image"].encode(image).values
     cells = re.findall(r"<span style='background:hsl\([^)]*\)'>(\d+)</span>", view)
-    kind, written = mini.processor.ids_to_codes(session.chat.turns[1].ids[1:-1])
+    [piece] = mini.processor.grammar.parse(session.chat.turns[1].ids[1:-1])
+    kind, written = piece.kind, piece.codes
     assert kind == "image" and [int(cell) for cell in cells] == written.values[:, 0].tolist()
     assert len(codes) == len(cells) == 64 and "image: 8 × 8" in view
     assert "&lt;|user|&gt;" in view and "␣fox" in view and f"{len(ids)} tokens" in view

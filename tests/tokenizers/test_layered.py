@@ -213,7 +213,8 @@ def test_the_base_of_a_clip_is_in_its_shard_and_in_its_tokens(tmp_path):
         assert np.abs(codes.header - base).max() <= 0.5
         ids = processor.segment_ids(clip)
         assert [space.token_name(one) for one in ids[4:7]] == [f"video.global:{one}" for one in codes.header]
-        assert processor.ids_to_codes(ids) == ("video", codes)
+        [piece] = processor.grammar.parse(ids)
+        assert (piece.kind, piece.codes) == ("video", codes)
 
 
 # ---- the published weights ----

@@ -173,7 +173,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     before = signal.getsignal(signal.SIGINT)
     with (
         at_step(2, interrupt, monkeypatch),
-        pytest.raises(Interrupted, match=r"saved at step 3 of 5.*same command"),
+        pytest.raises(Interrupted, match=r"stopped at step 3 of 5 and saved in .*same command resumes"),
     ):
         train(TrainConfig.from_dict(eventful))
     assert signal.getsignal(signal.SIGINT) is before
