@@ -80,6 +80,34 @@ def export(
     print(out)
 
 
+@app.command(epilog=examples("anytoken push runs/4_instruct owner/name"))
+def push(
+    checkpoint: ModelArgument,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A hub repository; made if not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Visible to its owner only, if it is new.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a checkpoint and its card to the Hugging Face hub (or the one that HF_ENDPOINT names)."""
+    from anytoken.inference import hub
+
+    print(hub.push(checkpoint, repo, private, message))
+
+
+@app.command(epilog=examples("anytoken pull owner/name models/name"))
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A hub repository with a checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Download a checkpoint from the hub into a folder; `-m OWNER/NAME` elsewhere uses the hub's cache instead."""
+    from anytoken.inference import hub
+
+    print(hub.pull(repo, out, revision, overwrite))
+
+
 @app.command(epilog=examples("anytoken merge runs/a runs/b --weights 0.5 0.5 --out runs/ab"))
 def merge(
     one: ModelArgument,

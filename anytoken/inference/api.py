@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from anytoken.inference import hub
 from anytoken.inference.adapters import Adapters
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
@@ -670,6 +672,15 @@ class AnyToken:
                 (folder / "README.md").write_text(self.card, encoding="utf-8")
         self._homes.add(target.resolve())
         return target
+
+    def push_to_hub(self, repo: str, private: bool = False, message: str | None = None) -> str:
+        """Upload this model to a hub repository ("owner/name"); the commit's address. `load(repo)` opens it again.
+
+        CheckpointError if the model cannot be saved as it is, or the hub refuses.
+        """
+        with TemporaryDirectory() as folder:
+            name = repo.rpartition("/")[2] or "model"
+            return hub.push(self.save_pretrained(Path(folder) / name), repo, private, message)
 
     def _check_saveable(self) -> None:
         active = self.adapters.active

@@ -166,7 +166,7 @@ def shown_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def show_error(error: Exception) -> None:
     """Show an error as one sentence; what is not the visitor's doing is logged, and its details stay here."""
-    gr.Warning(words_of(error), title="That did not work", duration=NOTE_SECONDS)
+    gr.Warning(words_of(error), duration=NOTE_SECONDS)
 
 
 def words_of(error: Exception) -> str:
