@@ -195,6 +195,17 @@ def test_finish_reason_tells_a_cut_from_an_end(model: AnyToken, engine: Engine) 
     assert len(tone.ids) == 7 and tone.finish_reason == "length"  # two frames fit, no third
 
 
+def test_tokens_come_as_they_are_made(model: AnyToken, engine: Engine) -> None:
+    seen = list(engine.stream(prompts_of(model), None, GREEDY, 12))
+    for row, reply in enumerate(engine.generate(prompts_of(model), None, GREEDY, 12)):
+        tokens = [token for token in seen if token.row == row]
+        assert [token.id for token in tokens] == reply.ids
+        assert [token.finish_reason for token in tokens] == [None] * (len(reply.ids) - 1) + [
+            reply.finish_reason
+        ]
+    assert [token.row for token in seen] != sorted(token.row for token in seen)
+
+
 def test_repetition_penalty_avoids_what_the_reply_holds(model: AnyToken, engine: Engine) -> None:
     prompt = prompts_of(model)[0]
     plain = engine.generate([prompt], [("text",)], {"text": Sampling(top_k=2)}, 60, seed=0)[0].ids
