@@ -173,7 +173,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     before = signal.getsignal(signal.SIGINT)
     with (
         at_step(2, interrupt, monkeypatch),
-        pytest.raises(Interrupted, match=r"stopped at step 3 of 5 and saved in .*same command resumes"),
+        pytest.raises(
+            Interrupted,
+            match=r"stopped at step 3 of 5 and saved in .*/state/checkpoint-3; the same command resumes",
+        ),
     ):
         train(TrainConfig.from_dict(eventful))
     assert signal.getsignal(signal.SIGINT) is before
