@@ -1,4 +1,4 @@
-"""Every command that README, CONTRIBUTING and the list of tokenizers show exists, spelled right; checked offline."""
+"""Every command that README, CONTRIBUTING and two lists of recipes show exists, spelled right; checked offline."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from typer.main import get_command
 from anytoken.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "tokenizers/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "tokenizers/README.md", "stages/gpu/README.md")
 
 
 def command_lines() -> list[str]:
@@ -57,6 +57,8 @@ def test_a_shown_command_exists(line):
         parse_anytoken(words)
     elif program == "make":
         check_make(words)
+    elif program == "pytest":
+        assert words[0] == "-m" and f'"{words[1]}: ' in (ROOT / "pyproject.toml").read_text()
     elif program == "pip":
         check_pip(words)
     elif program == "python":

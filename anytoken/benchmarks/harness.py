@@ -65,13 +65,15 @@ def environment() -> Figures:
 
 
 def report(figures: Figures, out: Path) -> None:
-    """Write the figures with their environment to `out` and print `figures["rows"]`, one mapping a line.
-
-    Where the terminal is too narrow for that, every mapping is a table of its own, one figure a line.
-    """
-    rows: list[Figures] = figures["rows"]
+    """Write the figures with their environment to `out` and print `figures["rows"]`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(environment() | figures, indent=1) + "\n", encoding="utf-8")
+    show(figures["rows"])
+    print(out)
+
+
+def show(rows: list[Figures]) -> None:
+    """Print rows, one mapping a line; where the terminal is too narrow for that, one figure a line."""
     console = Console()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = _table(columns, [[row.get(column, "") for column in columns] for row in rows])
@@ -80,7 +82,6 @@ def report(figures: Figures, out: Path) -> None:
             console.print(_table(None, [list(pair) for pair in row.items()]))
     else:
         console.print(table)
-    print(out)
 
 
 def _table(columns: list[str] | None, rows: list[list[object]]) -> Table:

@@ -209,3 +209,25 @@ def tokenizers(
 
     own = sorted(path.parent for path in (checkpoint_folder("mini") / "tokenizers").glob("*/config.json"))
     harness.report(bench_tokenizers(folders or own, batches or [8, 32], repeats, device), out)
+
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="The JSON file of figures, written after every case.")] = Path(
+        "out/bench_gpu.json"
+    ),
+    part: Annotated[
+        str | None,
+        typer.Option(help="One part only: equality, train, decode or codecs; the others are kept."),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time of all parts together.")] = 8.5,
+    seconds: Annotated[float, typer.Option(min=1, help="Time of one part, with --part.")] = 240,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Everything in miniature, on a CPU.")] = False,
+) -> None:
+    """One large GPU in nine minutes: training MFU, decoding, tokenizers and numeric equality, beside transformers."""
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.gpu import bench_gpu, rows_of, run_part
+
+    figures = run_part(part, out, seconds, tiny) if part else bench_gpu(out, minutes, tiny)
+    harness.show(rows_of(figures))
+    print(out)

@@ -26,7 +26,10 @@ def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")],
     overrides: Overrides = None,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="A recipe of stages/scale in miniature, with nothing downloaded.")
+        bool,
+        typer.Option(
+            "--tiny", help="The recipe in miniature, on files made on the spot; nothing is downloaded."
+        ),
     ] = False,
 ) -> None:
     """Run a training stage; the same command resumes it where it was stopped."""
@@ -140,6 +143,9 @@ def plan(
         str | None, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp; by default the recipe's.")
     ] = None,
     share_of_peak: Annotated[float, typer.Option(help="Assumed share of the GPUs' peak FLOP/s.")] = 0.4,
+    measured: Annotated[
+        Path | None, typer.Option(help="A file of `anytoken bench gpu`, whose measured share counts instead.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a stage costs on many GPUs, without allocating a weight: parameters, memory, FLOPs, hours."""
@@ -158,7 +164,8 @@ def plan(
         config, space = planning.read_config(model, new_ids), None
     else:
         config, space = planning.planned_start(recipe)
-    found = planning.plan(recipe, config, gpus, gpu, sharding, share_of_peak, space)
+    share = share_of_peak if measured is None else measured
+    found = planning.plan(recipe, config, gpus, gpu, sharding, share, space)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return

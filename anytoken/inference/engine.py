@@ -47,9 +47,11 @@ class GeneratedIds:
 class Engine:
     """Batched generation with a causal language model whose vocabulary is the grammar's token space."""
 
-    def __init__(self, lm: PreTrainedModel, grammar: Grammar, compiled: bool = False) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, grammar: Grammar, compiled: bool = False, cuda_graphs: bool = False
+    ) -> None:
         self.grammar = grammar
-        self.compiled = compiled
+        self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.lm = lm
         self._head: ModelRunner | None = None
         self._objects: list[object] = []
@@ -64,7 +66,7 @@ class Engine:
         """The model for decoding, prepared again whenever the views of its weights would be of other ones."""
         objects, facts = storage_key(self.lm)
         if facts != self._facts or any(a is not b for a, b in zip(objects, self._objects, strict=True)):
-            self._head = ModelRunner(self.lm, self.compiled)
+            self._head = ModelRunner(self.lm, self.compiled, self.cuda_graphs)
             self._objects, self._facts = objects, facts
         assert self._head is not None
         return self._head

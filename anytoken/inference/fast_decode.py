@@ -25,10 +25,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from anytoken.inference.cuda_graphs import StepGraphs
 from anytoken.inference.kv_cache import COLUMNS, KeyValues, KVCache, forward_inputs
 from anytoken.inference.weights import has_hooks
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, group_mask, run_experts
+from anytoken.utils.device import sent
 
 KNOWN = {  # where the types of modules that this file does the work of are defined
     "anytoken.model.modeling", "anytoken.model.moe", "transformers.models.qwen3_moe.modeling_qwen3_moe",
@@ -78,6 +80,7 @@ class FlatDecoder:
         self.embedding, self.norm = model.embed_tokens.weight, model.norm.weight
         self.layers = [_layer(one) for one in model.layers]
         self._compiled: Callable[..., Tensor] | None = None
+        self.graphs: StepGraphs | None = None  # takes the steps that it can
         self._model = model
         self.cos, self.sin = _rotary_table(model, COLUMNS)
         groups, device = group_mask(config), self.embedding.device
@@ -86,6 +89,12 @@ class FlatDecoder:
 
     def step(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Tensor:
         """Feed one id to each of the rows from `start` on; the last hidden state [S, H], normed, of each."""
+        if (
+            self.graphs is not None
+            and not start
+            and (found := self.graphs.step(ids, positions, cache)) is not None
+        ):
+            return found
         inputs, length = self._inputs(ids, positions, cache, start), max(positions) + 1
         if self._compiled is None or start:
             read, mask = cache.views(start, start + len(ids), length)
@@ -114,11 +123,15 @@ class FlatDecoder:
                     compiled(*inputs, cache.keys, cache.values, cache.seen, cache.sight(position + 1))
         self._compiled = compiled
 
-    def _inputs(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Inputs:
-        device, length = self.embedding.device, max(positions) + 1
+    def reach(self, length: int) -> None:
+        """Have the rotary table hold so many positions."""
         if length > len(self.cos):
             self.cos, self.sin = _rotary_table(self._model, 2 * length)
-        tokens, where = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
+
+    def _inputs(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Inputs:
+        device, length = self.embedding.device, max(positions) + 1
+        self.reach(length)
+        tokens, where = sent(ids, device, torch.long), sent(positions, device, torch.long)
         rows = torch.arange(start, start + len(ids), device=device)
         cache.seen[rows, 0, 0, where] = 0
         open_ = None if self.open is None else self.open[tokens]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from anytoken.grammar_tables import Ranges
+from anytoken.inference.cuda_graphs import StepGraphs
 from anytoken.inference.fast_decode import blocked, flat_decoder, product
 from anytoken.inference.kv_cache import KVCache, forward_inputs
 from anytoken.model.attention import usable_attention
@@ -33,7 +34,7 @@ class ModelRunner:
     sequence goes through the flat decoder if the model is one that it knows.
     """
 
-    def __init__(self, lm: PreTrainedModel, compiled: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel, compiled: bool = False, cuda_graphs: bool = False) -> None:
         self.lm = lm
         self.layer = lm.get_output_embeddings()
         self._slices: dict[Ranges, list[Tensor]] = {}
@@ -46,6 +47,10 @@ class ModelRunner:
             log.info("%s decodes by its own forward: %s", type(lm).__name__, reason)
         if compiled:
             self._compile(reason)
+        if cuda_graphs and self.decoder is not None and lm.device.type == "cuda":
+            self.decoder.graphs = StepGraphs(self.decoder)
+        elif cuda_graphs:
+            log.warning("cuda_graphs has no effect: %s", reason or f"the model is on {lm.device}")
 
     def _compile(self, reason: str) -> None:
         """Compile the decoding step now, and say so: a wait is never a surprise."""
@@ -91,7 +96,7 @@ class ModelRunner:
             return logits[:, -1] if ends is None else logits[0]
 
     def __call__(self, features: Tensor, ranges: Ranges) -> Tensor:
-        """Logits [N, K] in float32 on the CPU, of the K ids of `ranges` in order, from N rows of features."""
+        """Logits [N, K] in float32, on the model's device, of the K ids of `ranges`, from N rows of features."""
         if not self.sliced:
             parts = [features[:, start:stop] for start, stop in ranges]
         elif self.layer.bias is None:
@@ -99,7 +104,7 @@ class ModelRunner:
         else:
             weight, bias = self.layer.weight, self.layer.bias
             parts = [F.linear(features, weight[start:stop], bias[start:stop]) for start, stop in ranges]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).float().cpu()
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).float()
 
     def _rows(self, ranges: Ranges) -> list[Tensor]:
         if ranges not in self._slices:

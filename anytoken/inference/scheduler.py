@@ -23,6 +23,7 @@ from anytoken.grammar_tables import Ranges
 from anytoken.inference.batch import Batch, Slot
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling, apply_cfg, apply_repetition_penalty, sample
+from anytoken.utils.device import sent
 
 MAX_ROWS = 64  # replies decoded together; more wait for a free place
 
@@ -160,28 +161,43 @@ class Scheduler:
             self._batch.drop([slot for slot in slots if slot is not None])
 
     def _choose(self, features: Tensor) -> list[tuple[int, float]]:
-        """The next id of every row; rows with the same choices and settings are drawn together."""
+        """The next id of every row; rows with the same choices and settings are drawn together.
+
+        All of it stays on the model's device until the ids are known, for which the host waits once.
+        """
         place = {slot: index for index, slot in enumerate(self._batch.slots)}
         groups: dict[tuple[Ranges, Sampling], list[int]] = {}
         for index, row in enumerate(self._rows):
             groups.setdefault((row.ranges, row.setting), []).append(index)
-        chosen = [(0, 0.0)] * len(self._rows)
+        drawn: list[
+            tuple[list[int], Tensor, Tensor, Tensor | None]
+        ] = []  # rows, ids, columns, log-probabilities
         for (ranges, setting), members in groups.items():
             rows = [self._rows[i] for i in members]
             slots = [row.slot for row in rows]
             if setting.cfg_scale != 1:
                 slots += [row.uncond for row in rows if row.uncond is not None]
-            logits = self._head(features[[place[slot] for slot in slots]], ranges)
+            logits = self._head(_rows_of(features, [place[slot] for slot in slots]), ranges)
             plain, without = logits[: len(rows)], logits[len(rows) :]
             logits = plain if setting.cfg_scale == 1 else apply_cfg(plain, without, setting.cfg_scale)
             table = self.grammar.index(ranges)
             if setting.repetition_penalty != 1:
-                seen = [_columns(table, set(row.ids) - self._controls) for row in rows]
+                seen = [_columns(table, set(row.ids) - self._controls).to(logits.device) for row in rows]
                 logits = apply_repetition_penalty(logits, seen, setting.repetition_penalty)
-            uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+            uniforms = sent([row.random.random() for row in rows], logits.device, torch.float64)
             columns = sample(logits, setting, uniforms)
-            logprobs = _logprobs(plain, columns) if any(row.scored for row in rows) else [0.0] * len(rows)
-            for i, token, logprob in zip(members, table[columns].tolist(), logprobs, strict=True):
+            logprobs = _logprobs(plain, columns) if any(row.scored for row in rows) else None
+            drawn.append((members, table, columns, logprobs))
+        return self._read(drawn)
+
+    def _read(self, drawn: list[tuple[list[int], Tensor, Tensor, Tensor | None]]) -> list[tuple[int, float]]:
+        """The ids [rows] that were drawn, and their log-probabilities: here the host waits for the device."""
+        columns = torch.cat([one for _, _, one, _ in drawn]).cpu()
+        chosen = [(0, 0.0)] * len(self._rows)
+        sizes = [len(members) for members, *_ in drawn]
+        for (members, table, _, logprobs), own in zip(drawn, columns.split(sizes), strict=True):
+            scores = [0.0] * len(members) if logprobs is None else logprobs.tolist()
+            for i, token, logprob in zip(members, table[own].tolist(), scores, strict=True):
                 chosen[i] = (token, logprob)
         return chosen
 
@@ -224,6 +240,13 @@ def _columns(table: Tensor, ids: set[int]) -> Tensor:
     return columns[table[columns] == wanted]
 
 
-def _logprobs(logits: Tensor, columns: Tensor) -> list[float]:
-    """Log-probability of the chosen column in each row of logits [N, K]."""
-    return logits.log_softmax(-1).gather(-1, columns[:, None])[:, 0].tolist()
+def _rows_of(features: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of features [S, D]; a view where they lie in a line."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return features[rows[0] : rows[0] + len(rows)]
+    return features[sent(rows, features.device, torch.long)]
+
+
+def _logprobs(logits: Tensor, columns: Tensor) -> Tensor:
+    """Log-probability of the chosen column in each row of logits [N, K], [N]."""
+    return logits.log_softmax(-1).gather(-1, columns[:, None])[:, 0]

@@ -44,7 +44,8 @@ from anytoken.model.moe import (
     group_mask,
     router_losses,
 )
-from anytoken.model.packed_attention import keep_samples_apart
+from anytoken.model.packed_attention import keep_samples_apart, packed_mask
+from anytoken.utils.device import constant
 
 # Experts are saved one by one under Qwen3-MoE's names, which serving engines and converters expect.
 register_checkpoint_conversion_mapping(
@@ -163,17 +164,31 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        packed: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] to last_hidden_state [B, T, H].
 
+        packed: whether `position_ids` restart within a row, if the host knows it: else the device is asked.
         real: bool [B * T], tokens that are no padding where no mask tells; the balancing bias counts only those.
         Restarting `position_ids` mark packed samples, which never attend to each other. DataError (compiled: a
         RuntimeError) if a mask or a cache is given with them: either would silently let them.
         """
         ids = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         rows = 1 if ids is None else len(ids)
-        use_cache = keep_samples_apart(self.config, rows, position_ids, attention_mask, use_cache, kwargs)
+        if (
+            packed is not None
+            and attention_mask is None
+            and not use_cache
+            and "past_key_values" not in kwargs
+        ):
+            use_cache = False
+            if packed and position_ids is not None and self.config._attn_implementation == "sdpa":
+                attention_mask = packed_mask(
+                    position_ids
+                )  # the one that transformers would make after asking
+        else:
+            use_cache = keep_samples_apart(self.config, rows, position_ids, attention_mask, use_cache, kwargs)
         modality = None
         if self.config.expert_groups or (output_router_logits and self.config.modality_boundaries):
             if input_ids is not None:
@@ -182,9 +197,9 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
                 raise ValueError(
                     "Expert groups tell modalities by token id: give input_ids, not inputs_embeds."
                 )
-        mask = group_mask(self.config)
-        if mask is not None and modality is not None:
-            kwargs["open_experts"] = mask.to(modality.device)[modality]
+        mask = None if modality is None else group_mask(self.config, modality.device)
+        if mask is not None:
+            kwargs["open_experts"] = mask[modality]
         real = kwargs.pop("real", None)
         if self.training and self.config.expert_bias and ids is not None:
             kwargs["real"] = real_tokens(attention_mask, ids.shape[1]) if real is None else real
@@ -201,8 +216,9 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
 
     def modality_of(self, input_ids: Tensor) -> Tensor:
         """Index of each id's modality, same shape as `input_ids`; 0 is text and control ids."""
-        boundaries = torch.tensor(self.config.modality_boundaries or [], device=input_ids.device)
-        index = torch.tensor(self.config.modality_index or [0], device=input_ids.device)
+        device = input_ids.device
+        boundaries = constant(self.config.modality_boundaries or [], device, torch.long)
+        index = constant(self.config.modality_index or [0], device, torch.long)
         return index[torch.bucketize(input_ids, boundaries, right=True)]
 
 
@@ -313,9 +329,8 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         if not choices:
             return {}
         groups = decoded.modality if decoded.modality is not None else torch.zeros_like(choices[0][:, 0])
-        if real is not None:
-            choices, groups = tuple(one[real] for one in choices), groups[real]
-        return expert_use(expert_counts(choices, groups, len(names), self.config.num_experts), names)
+        counts = expert_counts(choices, groups, len(names), self.config.num_experts, real)
+        return expert_use(counts, names)
 
     @property
     def has_experts(self) -> bool:
@@ -336,9 +351,10 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         all of them must call it.
         """
         names = choice_groups(self.config)
-        groups = torch.tensor([sorted(set(names)).index(name) for name in names], device=self.device)
+        order = sorted(set(names))
+        groups = constant([order.index(name) for name in names], self.device, torch.long)
         for router in self._routers():
-            router.update_bias(rate, groups)
+            router.update_bias(rate, groups, len(order))
 
     def _routers(self) -> list[AnyTokenRouter]:
         return [module for module in self.modules() if isinstance(module, AnyTokenRouter)]

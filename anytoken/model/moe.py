@@ -25,6 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.utils.autocast import in_float32
+from anytoken.utils.device import constant
 from anytoken.utils.distributed import sum_over_processes
 
 
@@ -94,20 +95,29 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         return choices
 
     @torch.no_grad()
-    def update_bias(self, rate: float, groups: Tensor) -> None:
+    def update_bias(self, rate: float, groups: Tensor, num_groups: int | None = None) -> None:
         """Raise the bias of the less and lower that of the more loaded experts by `rate`, within each group.
 
-        groups: int64 [C]. Counts of all processes are summed; then counting starts anew.
+        groups: int64 [C]; num_groups: how many there are, so that the device need not be asked. Counts of all processes
+        are summed; then counting starts anew.
         """
         assert self.expert_bias is not None and self.load is not None
-        load, member = sum_over_processes(self.load).float(), F.one_hot(groups).float()  # [C], [C, G]
+        load, member = (
+            sum_over_processes(self.load).float(),
+            _one_hot(groups, num_groups),
+        )  # [C], [C, G]
         mean = member @ ((load @ member) / member.sum(0))
         self.expert_bias += rate * torch.sign(mean - load)
         self.load.zero_()
 
 
+CAST_ON = (
+    "cuda",
+)  # devices on which experts follow autocast; a CPU's grouped products gain nothing from bf16
+
+
 @use_experts_implementation
-class AnyTokenExperts(Qwen3MoeExperts):
+class _Experts(Qwen3MoeExperts):
     """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model.
 
     Diff with Qwen3-MoE: `load_state_dict` also takes the one-by-one names experts are saved under. transformers'
@@ -145,7 +155,35 @@ class AnyTokenExperts(Qwen3MoeExperts):
         )
 
 
-PLAIN_LOOP = unwrap(AnyTokenExperts.forward)
+class _InDtype:
+    """Experts with their weights in another dtype, as autocast gives them to a linear layer; the rest is theirs."""
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype) -> None:
+        self.experts = experts
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
+
+
+class AnyTokenExperts(_Experts):
+    """Diff with Qwen3-MoE: on a GPU autocast reaches the grouped products too.
+
+    PyTorch has them not among what autocast casts, so float32 weights would be multiplied in float32, by a loop over
+    the experts that waits for the device.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], choices and weights [T, K] to [T, H]."""
+        device = hidden_states.device.type
+        if device not in CAST_ON or not torch.is_autocast_enabled(device):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        dtype = torch.get_autocast_dtype(device)
+        experts: Any = _InDtype(self, dtype)
+        return _Experts.forward(experts, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+
+
+PLAIN_LOOP = unwrap(_Experts.forward)
 
 
 def run_experts(experts: AnyTokenExperts, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
@@ -169,12 +207,18 @@ class AnyTokenMoE(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=width) if width else None
 
+    def route(
+        self, flat: Tensor, open_experts: Tensor | None, real: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the router says; apart, so that compiled layers can leave it out (`training/step.py`)."""
+        return self.gate(flat, open_experts, real)
+
     def forward(
         self, hidden_states: Tensor, open_experts: Tensor | None = None, real: Tensor | None = None
     ) -> Tensor:
         """hidden_states [B, T, H] to the same shape; open_experts and real as for the router."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, choices = self.gate(flat, open_experts, real)
+        _, weights, choices = self.route(flat, open_experts, real)
         routed = run_experts(self.experts, flat, choices.clamp(max=self.gate.num_experts), weights)
         routed = routed.view_as(hidden_states)
         return routed if self.shared_expert is None else routed + self.shared_expert(hidden_states)
@@ -188,13 +232,14 @@ def choice_groups(config: AnyTokenConfig) -> list[str]:
     return owner + ["common"] * config.num_null_experts
 
 
-def group_mask(config: AnyTokenConfig) -> Tensor | None:
-    """Which choices are open to which modality: bool [M, C], or None without groups."""
+def group_mask(config: AnyTokenConfig, device: torch.device | None = None) -> Tensor | None:
+    """Which choices are open to which modality: bool [M, C] on a device (the CPU), or None without groups."""
     if not config.expert_groups:
         return None
     assert config.modality_names
     groups = choice_groups(config)
-    return torch.tensor([[group in ("common", name) for group in groups] for name in config.modality_names])
+    table = [[group in ("common", name) for group in groups] for name in config.modality_names]
+    return constant(table, device or torch.device("cpu"), torch.bool)
 
 
 @dataclass
@@ -223,8 +268,10 @@ def router_losses(
     call this, with num_modalities (default: those seen).
     """
     reduce = sum_over_processes if across else lambda value: value
-    tokens = torch.zeros(len(router_logits[0]), dtype=torch.long, device=router_logits[0].device)
-    members = F.one_hot(tokens if modality is None else modality, num_modalities or -1).float()
+    if modality is None:
+        modality = torch.zeros(len(router_logits[0]), dtype=torch.long, device=router_logits[0].device)
+        num_modalities = num_modalities or 1
+    members = _one_hot(modality, num_modalities)
     members = members if real is None else members * real[:, None]
     sums, z_sums = [], []
     for logits, chosen in zip(router_logits, choices, strict=True):
@@ -239,6 +286,13 @@ def router_losses(
         _balance(each, count),
         z_loss.mean() / count.sum(),
     )
+
+
+def _one_hot(index: Tensor, count: int | None) -> Tensor:
+    """Indices [T] as rows of one 1, float32 [T, count]; without a count, the device is asked for it."""
+    if count is None:
+        count = int(index.max()) + 1
+    return (index[:, None] == torch.arange(count, device=index.device)).float()
 
 
 def _balance(sums: Tensor, count: Tensor) -> Tensor:
@@ -265,17 +319,21 @@ class ExpertUse:
     dropped: float
 
 
-def expert_counts(choices: Sequence[Tensor], groups: Tensor, num_groups: int, num_experts: int) -> Tensor:
+def expert_counts(
+    choices: Sequence[Tensor], groups: Tensor, num_groups: int, num_experts: int, real: Tensor | None = None
+) -> Tensor:
     """How often the tokens of each group chose each expert, and in the last column a null one: float32 [G, E + 1].
 
-    choices: per layer [T, K], summed over; groups: int64 [T], the group of each token.
+    choices: per layer [T, K], summed over; groups: int64 [T], the group of each token; real: bool [T], which tokens
+    count. The host waits for nothing here, as it would for `bincount`.
     """
     width = num_experts + 1
-    counts = torch.zeros(num_groups * width, device=groups.device)
+    counts = torch.zeros(num_groups * width, dtype=torch.long, device=groups.device)
     for chosen in choices:
         cell = chosen.clamp(max=num_experts) + groups[:, None] * width
-        counts += torch.bincount(cell.reshape(-1), minlength=len(counts))
-    return counts.reshape(num_groups, width)
+        ones = torch.ones_like(cell) if real is None else real[:, None].expand_as(cell).long()
+        counts.index_add_(0, cell.flatten(), ones.flatten())
+    return counts.float().reshape(num_groups, width)
 
 
 def expert_use(counts: Tensor, names: Sequence[str]) -> dict[str, ExpertUse]:

@@ -71,6 +71,13 @@ def keep_samples_apart(
     return use_cache
 
 
+def packed_mask(positions: Tensor) -> Tensor:
+    """What may be attended to in packed rows, from their positions [B, T]: bool [B, 1, T, T]."""
+    sample = sample_starts(positions).cumsum(1)
+    same = sample[:, :, None] == sample[:, None, :]
+    return same.tril()[:, None]
+
+
 def _refuse(wrong: Tensor, message: str) -> None:
     if torch.compiler.is_compiling():
         torch._assert_async(~wrong, message)

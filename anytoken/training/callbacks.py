@@ -62,6 +62,7 @@ class TrainingCallback(TrainerCallback):
 
     def __init__(self, trainer: Run) -> None:
         self.trainer = trainer
+        self.unsaved = 0.0  # seconds since the last state
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stage = self.trainer.stage
@@ -79,9 +80,10 @@ class TrainingCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, schedule, stage = time.monotonic(), self.trainer.schedule, self.trainer.stage
         seconds = now - self.last
+        timed = stage.max_minutes is not None or stage.save_minutes is not None
         if (
-            stage.max_minutes is not None
-        ):  # every process must stop at the same step: the first one's clock counts
+            timed and args.world_size > 1
+        ):  # all must stop and save at the same step: the first one's clock counts
             seconds = float(broadcast(torch.tensor(seconds, device=args.device)))
         if stage.moe.expert_bias_rate:
             base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)
@@ -90,6 +92,9 @@ class TrainingCallback(TrainerCallback):
         stopping = self.trainer.stop.any_rank_requested(args.device, args.world_size)
         if state.global_step >= schedule.total or stopping:
             control.should_training_stop = control.should_save = True
+        self.unsaved = 0.0 if control.should_save else self.unsaved + seconds
+        if stage.save_minutes is not None and self.unsaved >= 60 * stage.save_minutes:
+            control.should_save, self.unsaved = True, 0.0
         control.should_log = control.should_log or state.global_step >= schedule.total
         with self.trainer.meter.clock_stopped():
             if stage.eval.every and state.global_step % stage.eval.every == 0:

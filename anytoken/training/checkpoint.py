@@ -33,8 +33,8 @@ STATE_FOLDER = "state"
 KEPT_STATES = 2
 # Settings that may differ when a run goes on: they do not change what is learnt at a step.
 FREE_SETTINGS = {
-    "output", "save_every", "log_every", "threads", "eval", "max_minutes", "samples", "reference", "distributed",
-    "gradient_checkpointing", "attention",
+    "output", "save_every", "save_minutes", "log_every", "threads", "eval", "max_minutes", "samples", "reference",
+    "distributed", "gradient_checkpointing", "attention", "compile",
 }  # fmt: skip
 MARKERS = ("config.json", "adapter_config.json")  # moved last: a folder that has one is finished
 

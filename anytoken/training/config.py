@@ -268,7 +268,14 @@ class TrainConfig(_Part):
         description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",
     )
     seed: int = 0
+    compile: bool = Field(
+        default=False,
+        description="compile the decoder layers with torch.compile: faster steps on a GPU, after a minute of waiting",
+    )
     save_every: int = Field(default=500, gt=0)
+    save_minutes: float | None = Field(
+        default=None, gt=0, description="save also after so many minutes of training"
+    )
     log_every: int = Field(default=20, gt=0)
     threads: int | None = Field(default=None, ge=1)
 

@@ -78,8 +78,16 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The share of a GPU's peak that training is taken to reach, and where that comes from."""
+
+    value: float = 0.4
+    source: str = "assumed"
+
+
+@dataclass(frozen=True)
 class CostEstimate:
-    """A stage's cost. `memory` is GiB on one GPU by part; `hours` at the stated share of peak."""
+    """A stage's cost. `memory` is GiB on one GPU by part; `hours` at `share` of the peak."""
 
     parameters: Parameters
     memory: dict[str, float]
@@ -88,6 +96,7 @@ class CostEstimate:
     hours: float
     gpu_hours: float
     fits: bool
+    share: Share
 
 
 def plan(
@@ -96,19 +105,20 @@ def plan(
     gpus: int,
     gpu: str = "h100",
     sharding: str = "zero3",
-    share_of_peak: float = 0.4,
+    share_of_peak: float | Path = Share.value,
     space: TokenSpace | None = None,
 ) -> CostEstimate:
     """Cost of a stage with a model of this configuration.
 
-    space: of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding,
-    a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
+    share_of_peak: assumed, or the file of `anytoken bench gpu` that it was measured in (see `measured_share`). space:
+    of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding, a file
+    without what is needed, a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
     """
     if gpu not in GPUS:
         raise ConfigError(f"gpu is {gpu!r}{choices(gpu, GPUS)}")
     if sharding not in SHARDING:
         raise ConfigError(f"sharding is {sharding!r}{choices(sharding, SHARDING)}")
-    if not 0 < share_of_peak <= 1:
+    if not isinstance(share_of_peak, Path) and not 0 < share_of_peak <= 1:
         raise ConfigError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
     rows = stage.context * stage.gradient_accumulation_steps * gpus
     if gpus < 1 or stage.tokens_per_batch % rows:
@@ -120,12 +130,52 @@ def plan(
     parameters = (
         count(model, stage.trainable) if stage.lora is None else count_adapted(model, stage.lora, space)
     )
+    if isinstance(share_of_peak, Path):
+        share = measured_share(share_of_peak, parameters, gpu)
+    else:
+        share = Share(share_of_peak)
     memory = _memory(stage, model, parameters, gpus, sharding)
     tokens = stage.steps * stage.tokens_per_batch
     flops = tokens * flops_per_token(config, parameters, stage.context)
-    gpu_hours = flops / (GPUS[gpu].peak_tflops * 1e12 * share_of_peak) / 3600
+    gpu_hours = flops / (GPUS[gpu].peak_tflops * 1e12 * share.value) / 3600
     fits = sum(memory.values()) <= 0.92 * GPUS[gpu].memory_gib  # the rest is the driver's and fragmentation's
-    return CostEstimate(parameters, memory, tokens, flops, gpu_hours / gpus, gpu_hours, fits)
+    return CostEstimate(parameters, memory, tokens, flops, gpu_hours / gpus, gpu_hours, fits, share)
+
+
+def measured_share(path: Path, parameters: Parameters, gpu: str) -> Share:
+    """The share of the peak that `anytoken bench gpu` measured with the model that is most like this one.
+
+    Of our own steps, those with experts stand for a model with experts and dense ones for a dense one; of these, the
+    shape that is nearest in active parameters, in its fastest setting. It is `plan_share` of the file, by this module's
+    FLOPs, and of the same GPU's peak. ConfigError if the file holds no such row, or is of another GPU.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; `anytoken bench gpu --out {path}` writes it on a GPU")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = found["parts"].get("train", {"rows": []})["rows"]
+        measured_on = found.get("gpu")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no file of `anytoken bench gpu` ({error})") from None
+    if measured_on is None:
+        raise ConfigError(
+            f"{path} was measured on {found.get('device')}, whose peak is not known; there are {', '.join(GPUS)}"
+        )
+    if measured_on != gpu:
+        raise ConfigError(
+            f"{path} was measured on {measured_on}, and the plan is for {gpu}; give --gpu {measured_on}"
+        )
+    ours = [row for row in rows if row.get("status") == "measured" and row.get("side") == "ours"]
+    sparse = parameters.active < parameters.total
+    alike = [row for row in ours if (row["M active"] < row["M parameters"]) == sparse]
+    if not alike:
+        raise ConfigError(
+            f"{path} holds no measured step of a model {'with' if sparse else 'without'} experts; run "
+            f"`anytoken bench gpu --part train --out {path}` again, or give --share-of-peak"
+        )
+    nearest = min(alike, key=lambda row: abs(math.log(row["M active"] * 1e6 / parameters.active)))
+    best = max((row for row in alike if row["shape"] == nearest["shape"]), key=lambda row: row["plan_share"])
+    return Share(best["plan_share"], f"measured on {measured_on}: {best['case']}, rows of {best['context']}")
 
 
 def sharding_of(stage: TrainConfig) -> str:
@@ -309,6 +359,7 @@ def as_rows(one: CostEstimate, gpus: int, gpu: str) -> list[tuple[str, str]]:
         ),
         ("tokens", _count(one.tokens)),
         ("FLOPs", f"{one.flops:.2e}"),
+        ("share of peak", f"{one.share.value:.3g}, {one.share.source}"),
         ("hours", f"{one.hours:.2f} on {gpus} {gpu} ({one.gpu_hours:.1f} GPU hours)"),
     ]
 

@@ -1,8 +1,9 @@
-"""A recipe for many GPUs in miniature: a random backbone and codecs and a few files, all made on the spot.
+"""A recipe for one or many GPUs in miniature: models, codecs and a few files, all made on the spot.
 
 What runs is the recipe's own path: language model and codecs are read from checkpoints as they are from the hub, the
 vocabulary grows, raw records are tokenized, packed, trained on and saved, by the recipe's engine. Only sizes, paths
-and numbers of steps are others. Nothing is downloaded.
+and numbers of steps are others. Nothing is downloaded. A recipe without a backbone takes the bundled model's
+tokenizers; where it goes on from another run, the bundled model stands in for that.
 """
 
 import json
@@ -27,6 +28,7 @@ from anytoken.training.config import (
     TrainConfig,
 )
 from anytoken.training.distributed.fsdp import mesh_settings
+from anytoken.training.initialize import checkpoint_folder
 from anytoken.utils.errors import ConfigError
 
 NAMES = ("ant", "bee", "cow", "dog", "elk")
@@ -52,16 +54,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "video": {"side_px": 12, "max_steps": 1},
 }
 STEPS, CONTEXT = 4, 256
+OWN_STEPS, OWN_CONTEXT = 2, 512  # of recipes without a backbone, whose tokenizers are full-sized
 
 
 def tiny(stage: TrainConfig) -> TrainConfig:
-    """The recipe in miniature, for as many processes as torchrun started; ConfigError if it has no ``backbone``.
+    """The recipe in miniature, for as many processes as torchrun started.
 
     Its output is that of the recipe with ``-tiny``; what is made for it lies in the folder ``tiny`` in there.
     """
-    if stage.backbone is None:
-        raise ConfigError("--tiny shrinks a recipe with a backbone, such as those of stages/scale")
     output = Path(f"{stage.output}-tiny")
+    if stage.backbone is None:
+        return _tiny_of_own(stage, output)
     made, processes = output / "tiny", int(os.environ.get("WORLD_SIZE", 1))
     if not made.is_dir():
         _make(stage, made)
@@ -90,6 +93,64 @@ def tiny(stage: TrainConfig) -> TrainConfig:
         },
         "the recipe in miniature",
     )
+
+
+def _tiny_of_own(stage: TrainConfig, output: Path) -> TrainConfig:
+    """A recipe without a backbone in miniature: the same views over a few files of every kind."""
+    made = output / "tiny"
+    if not made.is_dir():
+        made.mkdir(parents=True)
+        _make_own_data(made)
+    shrunk: dict[str, Any] = {
+        "output": str(output), "data_root": "", "steps": OWN_STEPS, "max_minutes": None, "save_every": OWN_STEPS,
+        "log_every": 1, "context": OWN_CONTEXT, "precision": "fp32", "compile": False, "modalities": {},
+        "tokens_per_batch": OWN_CONTEXT * stage.gradient_accumulation_steps, "replace_tokenizers": {}, "samples": {},
+        "reference": None, "data": [_own_pairs(one, made) for one in stage.data],
+        "eval": stage.eval.model_dump() | {"batches": 1, "data": [_own_pairs(one, made) for one in stage.eval.data]},
+        "schedule": stage.schedule.model_dump() | {"warmup_steps": 1},
+        "sampling": stage.sampling.model_dump() | {"workers": 0, "max_bad": 1.0},
+    }  # fmt: skip
+    if stage.init_from != "scratch":
+        return TrainConfig.from_dict(
+            stage.model_dump() | shrunk | {"init_from": "mini"}, "the recipe in miniature"
+        )
+    own = checkpoint_folder("mini")
+    folders = {name: str(own / "tokenizers" / name) for name in stage.tokenizers if name != "text"}
+    sizes = {name: size for name, size in SIZES.items() if name in stage.model}
+    shrunk |= {"tokenizers": {"text": str(own / "text_tokenizer"), **folders}, "model": stage.model | sizes}
+    return TrainConfig.from_dict(stage.model_dump() | shrunk, "the recipe in miniature")
+
+
+def _own_pairs(source: SourceSpec, made: Path) -> dict[str, Any]:
+    """A source whose records, and those that join them, are the few that were made."""
+    file = _own(source, made)
+    pair = source.pair_with
+    if pair is not None:
+        file["pair_with"] = pair.model_dump() | {"path": str(made / "things.jsonl"), "where": {}}
+    return file
+
+
+def _make_own_data(folder: Path) -> None:
+    """Things in every kind that the bundled model knows, of its sizes, and talk about them; the last is held out."""
+    rng = np.random.default_rng(0)
+    things: list[dict[str, Any]] = []
+    talk: list[dict[str, Any]] = []
+    for name in NAMES:
+        pixels = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+        place = (folder / name).resolve()
+        media = {"image": f"{place}.png", "video": f"{place}.webp", "speech": f"{place}.wav"}
+        Image(pixels[0]).save(media["image"])
+        Video(pixels).save(media["video"])
+        Speech(rng.uniform(-0.5, 0.5, 8000), 16_000).save(media["speech"])
+        split = "test" if name == NAMES[-1] else "train"
+        dna = "ATG" + "".join(rng.choice(list("ACGT"), 57))
+        words = {"text": name, "name": name, "voice": "slt", "product": "enzyme", "dna": dna}
+        things.append({**words, **media, "split": split})
+        question = [{"type": "image", "image": media["image"]}, {"type": "text", "text": "What is this?"}]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": name}]
+        talk.append({"messages": messages, "split": split})
+    for file, records in {"things": things, "talk": talk}.items():
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
 
 
 def _own(source: SourceSpec, made: Path) -> dict[str, Any]:

@@ -6,10 +6,12 @@ leaves the batch that made it for a look.
 """
 
 import json
+import math
 import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -65,11 +67,65 @@ class GracefulStop:
         return bool(asked)
 
 
+@dataclass(frozen=True)
+class Noted:
+    """A number of a step, still on its device: loss or gradient norm, 0-d, and the rate at that step."""
+
+    step: int
+    what: str
+    value: Tensor
+    learning_rate: float
+
+
+class FiniteCheck:
+    """Losses and norms of so many steps, looked at together, with the batches they are of.
+
+    On a CPU every number is looked at as it comes, so a bad one never reaches the weights. On a GPU looking means
+    waiting, so it is done every so many steps, before each line of the log and before each state is saved: weights may
+    be broken by then, a saved state never is.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._noted: list[Noted] = []
+        self._batches: list[tuple[int, dict[str, Any]]] = []
+
+    def keep(self, step: int, batch: dict[str, Any]) -> None:
+        """A batch that a step is made of."""
+        self._batches.append((step, batch))
+
+    def note(self, one: Noted) -> None:
+        """A number to look at."""
+        self._noted.append(one)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look."""
+        return self._noted[-1].step - self._noted[0].step >= self.steps - 1
+
+    def end_step(self) -> None:
+        """Batches whose numbers were all looked at are let go."""
+        waiting = {one.step for one in self._noted}
+        self._batches = [pair for pair in self._batches if pair[0] in waiting]
+
+    def first_bad(self) -> Noted | None:
+        """Look at all that was noted; the first that is not finite."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return None
+        values = torch.stack([one.value.float() for one in noted]).tolist()
+        return next((one for one, value in zip(noted, values, strict=True) if not math.isfinite(value)), None)
+
+    def batches_of(self, step: int) -> list[dict[str, Any]]:
+        """The batches of a step."""
+        return [batch for one, batch in self._batches if one == step]
+
+
 def dump_divergence(
     what: str,
     stage: TrainConfig,
     model: nn.Module,
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[dict[str, Any]],
     facts: dict[str, Any],
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
@@ -80,9 +136,13 @@ def dump_divergence(
     suffix = f"-{facts['process']}" if facts["process"] else ""
     path = Path(stage.output) / "diverged" / f"step-{facts['step']}{suffix}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {f"{n}.{key}": one.cpu() for n, batch in enumerate(batches) for key, one in batch.items()}, path
-    )
+    tensors = {
+        f"{n}.{key}": one.cpu()
+        for n, batch in enumerate(batches)
+        for key, one in batch.items()
+        if isinstance(one, Tensor)
+    }
+    save_file(tensors, path)
     broken = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
     about = {**facts, "seed": stage.seed, "weights_not_finite": broken}
     write_file(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")

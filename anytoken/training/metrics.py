@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from anytoken.utils.json_lines import read_json_lines
 
 
 class LossMeter:
-    """Sums over the batches between two reports; they are saved with a state, so that no batch is left out."""
+    """Sums over the batches between two reports; they are saved with a state, so that no batch is left out.
+
+    They are kept where the batches are: the host asks a device only for a report or a state.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -25,9 +28,9 @@ class LossMeter:
 
     def reset(self) -> None:
         """Start a new interval; the clock starts too."""
-        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64)
+        self.sums: Tensor | None = None  # float64 [3, groups]
         self.counts = torch.zeros(2, dtype=torch.float64)  # batches, ids
-        self.terms: dict[str, float] = {}
+        self.terms: dict[str, float | Tensor] = {}
         self.load: Tensor | None = None
         self.seconds = 0.0
         self.start_clock()
@@ -45,25 +48,30 @@ class LossMeter:
 
     def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
         """Count one batch, of all processes; ``tokens``: all its ids; ``load``: its expert counts [L, G, E + 1]."""
-        self.sums += torch.stack([parts.nll, parts.right, parts.count]).double().cpu()
-        self.note(
-            {name: float(value) for name, value in {"loss": parts.loss.detach(), **parts.terms}.items()}
-        )
+        sums = torch.stack([parts.nll, parts.right, parts.count]).detach().double()
+        self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
+        self.note({"loss": parts.loss.detach(), **parts.terms})
         if load is not None:
-            self.load = load.double().cpu() if self.load is None else self.load + load.cpu()
-        self.counts += torch.tensor([1, tokens])
+            self.load = load.double() if self.load is None else self.load.to(load.device) + load
+        self.counts[0] += 1
+        self.counts[1] += tokens
 
-    def note(self, terms: dict[str, float]) -> None:
+    def note(self, terms: Mapping[str, float | Tensor]) -> None:
         """Add to terms of the batch that was counted last."""
         for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value
+            wide = value.detach().double() if isinstance(value, Tensor) else value
+            self.terms[name] = wide if name not in self.terms else self.terms[name] + wide
+
+    def _sums(self) -> Tensor:
+        return torch.zeros(3, len(self.names), dtype=torch.float64) if self.sums is None else self.sums.cpu()
 
     def state(self) -> dict[str, Any]:
         """The interval so far, as JSON."""
         load = None if self.load is None else self.load.tolist()
         seconds = self.seconds + time.monotonic() - self.started
+        terms = {name: float(value) for name, value in self.terms.items()}
         return {
-            "sums": self.sums.tolist(), "counts": self.counts.tolist(), "terms": self.terms, "load": load,
+            "sums": self._sums().tolist(), "counts": self.counts.tolist(), "terms": terms, "load": load,
             "seconds": seconds,
         }  # fmt: skip
 
@@ -78,8 +86,9 @@ class LossMeter:
     def report(self) -> dict[str, Any]:
         """Per group with targets: loss (nats), bits, accuracy, tokens; the means of the terms and overall."""
         batches, tokens = self.counts.tolist()
+        sums = self._sums()
         found: dict[str, Any] = {}
-        for name, nll, right, count in zip(self.names, *self.sums.tolist(), strict=True):
+        for name, nll, right, count in zip(self.names, *sums.tolist(), strict=True):
             if count:
                 found[name] = {
                     "loss": nll / count,
@@ -88,14 +97,14 @@ class LossMeter:
                     "tokens": int(count),
                 }
         means = [found[name]["loss"] for name in found if name != "control"]
-        nll, _, count = self.sums.sum(1).tolist()
+        nll, _, count = sums.sum(1).tolist()
         seconds = max(self.seconds + time.monotonic() - self.started, 1e-9)
         return {
             "groups": found,
-            **({} if self.load is None else _expert_report(self.load, self.names)),
+            **({} if self.load is None else _expert_report(self.load.cpu(), self.names)),
             "mean_over_modalities": sum(means) / max(len(means), 1),
             "mean_over_tokens": nll / max(count, 1),
-            **{name: value / max(batches, 1) for name, value in self.terms.items()},
+            **{name: float(value) / max(batches, 1) for name, value in self.terms.items()},
             "tokens_per_second": tokens / seconds,
         }
 

@@ -249,6 +249,9 @@ class PairTrainer(StageTrainer):
         split = arguments.world_size, arguments.process_index
         return PairStream(mixture, stage.batch_size, stage.context, pad, *split, 0, stage.sampling.max_bad)
 
+    def collate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
     @property
     def encoder(self) -> PairEncoder:
         """What is trained."""
@@ -273,7 +276,7 @@ class PairTrainer(StageTrainer):
         encoder = self.encoder.train()
         self._follow(encoder)
         batch = self._prepare_inputs(inputs)
-        self.step_batches.append(batch)
+        self.finite.keep(self.state.global_step, batch)
         scored: list[LossParts] = []
 
         def loss(left: Columns, right: Columns) -> Tensor:
@@ -282,7 +285,7 @@ class PairTrainer(StageTrainer):
 
         with self.compute_loss_context_manager():
             value = backward_in_chunks(encoder.features, self._sides(batch), loss, encoder.frozen)
-        self._check_finite("loss", float(value))
+        self._watch("loss", torch.as_tensor(value).detach())
         add_up_gradients(self.lm.parameters())
         add_up_gradients(encoder.head.parameters(), 1 / self.args.world_size)
         tokens = sum_over_processes((batch["left_lengths"].sum() + batch["right_lengths"].sum()).float())

@@ -1,4 +1,8 @@
-"""One training step's forward pass: a packed batch to its loss, and what the log says of it."""
+"""One training step's forward pass: a packed batch to its loss, and what the log says of it.
+
+The host never waits for the device in here, so that it stays ahead of it: where samples begin and how targets fall into
+classes, which the host has to know, is found before the batch is sent to the device (`with_layout`).
+"""
 
 from typing import Any
 
@@ -8,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from anytoken.data.packing import flash_lengths
+from anytoken.grammar import Grammar
 from anytoken.model.modeling import AnyTokenForCausalLM
-from anytoken.model.moe import expert_counts, router_losses
+from anytoken.model.moe import AnyTokenMoE, expert_counts, router_losses
 from anytoken.training.config import MoeSpec
 from anytoken.training.lora import LanguageModel, base_model, head_weight
-from anytoken.training.losses.balanced import BalancedLoss, LossParts
+from anytoken.training.losses.balanced import BalancedLoss, LossParts, TargetClasses
 from anytoken.utils.distributed import sum_over_processes
 
 
@@ -29,10 +34,16 @@ class ModelWithLoss(nn.Module):
         self.routed = isinstance(base_model(lm), AnyTokenForCausalLM)
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, loss_index: Tensor, targets: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        loss_index: Tensor,
+        targets: Tensor,
+        layout: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One packed batch (see ``packing.pack``) to {"loss", "parts", "load", "shares"}.
 
+        layout: what ``with_layout`` adds to a batch; without it the device is asked.
         The batch is this process's rows of the global one, and the results are those of the global one.
         shares: by group of targets, what it adds to the loss, z-losses and router left out; empty unless asked for.
         """
@@ -40,10 +51,12 @@ class ModelWithLoss(nn.Module):
         flat = input_ids.flatten()
         real = flat != self.loss.grammar.token_space.pad  # the end of a row counts in no routing loss
         asked = {"output_router_logits": True, "real": real} if self.routed else {}
-        outputs = base.base_model(input_ids=input_ids, **packed_inputs(base, position_ids), **asked)
+        told = packed_inputs(base, position_ids, layout)
+        outputs = base.base_model(input_ids=input_ids, **told, **asked)
         hidden = outputs.last_hidden_state.flatten(0, 1)[loss_index]
         learnt = hidden, head_weight(base), targets, flat[loss_index]
-        parts: LossParts = self.loss(*learnt)
+        classes = None if layout is None else TargetClasses(layout["order"], layout["counts"])
+        parts: LossParts = self.loss(*learnt, classes)
         shares = self.loss.shares(*learnt) if self.by_group else []
         load = None
         if self.routed and outputs.router_choices:
@@ -62,14 +75,62 @@ class ModelWithLoss(nn.Module):
                 "modality_load_balance": router.modality_balance.detach(),
                 "router_z": router.z.detach(),
             }
-            groups = self.loss.table[flat[real]]
+            groups = self.loss.table[flat]
             sizes = len(self.loss.names), base.config.num_experts
-            counts = [expert_counts([one[real]], groups, *sizes) for one in outputs.router_choices]
+            counts = [expert_counts([one], groups, *sizes, real) for one in outputs.router_choices]
             load = sum_over_processes(torch.stack(counts))
         return {"loss": parts.loss, "parts": parts, "load": load, "shares": shares}
 
 
-def packed_inputs(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
+def packed_inputs(
+    model: PreTrainedModel, position_ids: Tensor, layout: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What any causal LM is given besides ids so that packed samples stay apart: see `model/packed_attention.py`."""
-    lengths = flash_lengths(position_ids) if is_flash_attention_requested(model.config) else {}
-    return {"position_ids": position_ids, "use_cache": False, **lengths}
+    told: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+    if is_flash_attention_requested(model.config):
+        told |= flash_lengths(position_ids) if layout is None else _flash_lengths(layout)
+    if layout is not None and isinstance(model, AnyTokenForCausalLM):
+        told["packed"] = layout["packed"]
+    return told
+
+
+def _flash_lengths(layout: dict[str, Any]) -> dict[str, Any]:
+    starts, longest = layout["starts"], layout["longest"]
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def with_layout(batch: dict[str, Tensor], grammar: Grammar) -> dict[str, Any]:
+    """A packed batch on the CPU with ``layout``, what the host has to know of it before it is on the device.
+
+    starts: where samples begin and the last one ends, int32 [S + 1]; longest: ids of the longest; packed: whether a row
+    holds more than one; order and counts: of ``TargetClasses``.
+    """
+    lengths = flash_lengths(batch["position_ids"])
+    starts = lengths["cu_seq_lens_q"]
+    classes = TargetClasses.of(batch["targets"], grammar)
+    layout = {
+        "starts": starts, "longest": lengths["max_length_q"], "packed": len(starts) - 1 > len(batch["input_ids"]),
+        "order": classes.order, "counts": classes.counts,
+    }  # fmt: skip
+    return {**batch, "layout": layout}
+
+
+def compile_layers(model: PreTrainedModel, **options: Any) -> None:
+    """Compile each decoder layer in place with torch.compile, whose options these are.
+
+    One graph serves all layers of a kind, so this takes a fraction of the time that the whole model would, and the
+    loss, which branches on counts, stays outside. So do routers: transformers collects what they say in a list, and
+    code compiled with that list would fit one layer only. Parameters and their names stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, AnyTokenMoE):
+            module.route = torch.compiler.disable(module.route)  # type: ignore[method-assign]
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and len(stack) == model.config.num_hidden_layers:
+            for layer in stack:
+                layer.compile(**options)

@@ -8,7 +8,6 @@ first, and a loss that is not finite stops the run (``interrupts.py``).
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ from anytoken.training.initialize import (
     choose_attention,
     enable_expert_bias,
 )
-from anytoken.training.interrupts import GracefulStop, Interrupted, dump_divergence
+from anytoken.training.interrupts import FiniteCheck, GracefulStop, Interrupted, Noted, dump_divergence
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
 from anytoken.training.losses.balanced import BalancedLoss
 from anytoken.training.metrics import LossMeter, MetricsLog, read_metrics
@@ -81,11 +80,12 @@ from anytoken.training.report.html import FACTS, HtmlReport
 from anytoken.training.report.markdown import write_report
 from anytoken.training.report.samples import Answer, Sampler
 from anytoken.training.run_metadata import check_same_data, run_facts
-from anytoken.training.step import ModelWithLoss
+from anytoken.training.step import ModelWithLoss, compile_layers, with_layout
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
+CHECKED_STEPS = 20  # of a GPU, whose losses are looked at together: looking makes the host wait
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
 
 
@@ -110,7 +110,9 @@ class StageTrainer(Trainer):
         self.schedule = Schedule(stage.schedule, stage.steps)
         self.meter = LossMeter(self.group_names(model))
         self.stop = GracefulStop()
-        self.step_batches: list[dict[str, Tensor]] = []  # of the step at hand, for a look if it diverges
+        kept = 32 // stage.gradient_accumulation_steps  # steps whose place in the stream is known
+        checked = 1 if arguments.device.type == "cpu" else min(CHECKED_STEPS, kept)
+        self.finite = FiniteCheck(max(1, checked))
         self.folder = Path(stage.output)
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl")
         self.held_out: Mixture | None = None
@@ -157,8 +159,22 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The packed stream as it is: every process takes its own rows of the same batches."""
+        pinned = self.args.device.type == "cuda"
         # Iterating draws a seed: not from the random numbers that a state keeps, or a resumed run meets others.
-        return DataLoader(self.stream, batch_size=None, generator=torch.Generator())
+        own = torch.Generator()
+        return DataLoader(
+            self.stream, batch_size=None, collate_fn=self.collate, pin_memory=pinned, generator=own
+        )
+
+    def collate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch as the model takes it."""
+        return with_layout(batch, grammar=self.processor.grammar)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; the host does not wait for it."""
+        if isinstance(data, Tensor):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, fused, with weight decay on matrices only; or Muon for the hidden matrices."""
@@ -191,39 +207,48 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *unused: Any, **ignored: Any
     ) -> Tensor:
-        """The batch's loss; its parts go to the meter. DivergenceError if it is not finite."""
+        """The batch's loss; its parts go to the meter. DivergenceError if it is not finite, on a GPU steps later."""
         outputs = model(**inputs)
-        self.step_batches.append(inputs)
-        self._check_finite("loss", float(outputs["loss"].detach()))
+        self.finite.keep(self.state.global_step, inputs)
+        self._watch("loss", outputs["loss"].detach())
         self.meter.add(outputs["parts"], self.micro_batch, outputs["load"])
         self.shares = outputs["shares"]
         return outputs["loss"]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, which is known before the weights are touched: here a bad one is stopped."""
+        """The gradient's norm, known before the weights are touched: on a CPU a bad one is stopped here."""
         norm = full_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
-        self._check_finite("gradient norm", 0.0 if norm is None else float(norm))
-        self.step_batches.clear()
+        if norm is not None:
+            self._watch("gradient norm", torch.as_tensor(norm).detach())
+        self.finite.end_step()
         return norm
 
-    def _check_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
+    def _watch(self, what: str, value: Tensor) -> None:
+        self.finite.note(Noted(self.state.global_step, what, value, self._get_learning_rate()))
+        if self.finite.due:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Look at all losses and norms that were noted; DivergenceError for the first that is not finite."""
+        bad = self.finite.first_bad()
+        if bad is None:
             return
-        taken = self.state.global_step * self.args.gradient_accumulation_steps
+        taken = bad.step * self.args.gradient_accumulation_steps
         facts = {
-            "step": self.state.global_step + 1,
-            "micro_batch": len(self.step_batches),
+            "step": bad.step + 1,
+            "micro_batch": len(self.finite.batches_of(bad.step)),
             "process": self.args.process_index,
-            what: str(value),
-            "learning_rate": self._get_learning_rate(),
+            bad.what: str(float(bad.value)),
+            "learning_rate": bad.learning_rate,
             "stream_before": dataclasses.asdict(self.stream.state(taken)),
         }
-        raise dump_divergence(what, self.stage, self.lm, self.step_batches, facts)
+        raise dump_divergence(bad.what, self.stage, self.lm, self.finite.batches_of(bad.step), facts)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Write one line of metrics for the interval since the last, over all processes."""
         if "loss" not in logs:
             return
+        self.check_finite()
         entry = {"step": self.state.global_step, **logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
@@ -240,6 +265,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save everything to a temporary folder, then rename it and drop the oldest; SaveError if that fails."""
         step = self.state.global_step
+        self.check_finite()  # no state is saved that is broken
         try:
             super()._save_checkpoint(model, trial)
             written = partial_folder(self.folder) / f"checkpoint-{step}"
@@ -408,6 +434,8 @@ def _adapted(start: PreTrainedModel, stage: TrainConfig, processor: Processor) -
         select_trainable(start, stage.trainable, processor.token_space)
     if stage.gradient_checkpointing:
         start.gradient_checkpointing_enable({"use_reentrant": False})
+    if stage.compile:
+        compile_layers(start)
     return lm
 
 

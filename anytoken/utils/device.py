@@ -1,10 +1,11 @@
-"""What a tokenizer computes on: which device, and how many threads."""
+"""What is computed on: which device, how many threads, and what a device is told once."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 
@@ -27,6 +28,30 @@ def usable_device(device: str | torch.device) -> torch.device:
             f"device {str(device)!r} is not usable here{hint}{reason}. Use 'auto' or 'cpu'."
         ) from error
     return chosen
+
+
+def constant(
+    values: Sequence[int] | Sequence[Sequence[bool]], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Values that the host knows as a tensor on a device, made once and not to be written to.
+
+    Copying them there anew would make the host wait for all that the device has still to do.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, device=device, dtype=dtype)
+    return _constant(tuple(tuple(one) if isinstance(one, Sequence) else one for one in values), device, dtype)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[object, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):  # one that is made for inference would be refused in training
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
+def sent(values: Sequence[object], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of the host as a new tensor on a device; to a GPU by way of pinned memory, so that nothing waits."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,8 +1,12 @@
 """Router losses and reports on cases whose value is known."""
 
+import copy
+
 import pytest
 import torch
 
+from anytoken.model import moe
+from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.moe import expert_counts, expert_use, router_losses
 
 EVEN = torch.eye(4).repeat(5, 1) * 1e-3
@@ -45,3 +49,25 @@ def test_expert_use_counts_by_group() -> None:
     assert use["text"].load.tolist() == [0.5, 0.5, 0] and use["text"].dropped == 0
     assert use["text"].entropy == pytest.approx(0.6309, abs=1e-4)  # log 2 / log 3
     assert use["dna"].entropy == 0 and use["dna"].dropped == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_autocast_reaches_the_experts_of_a_gpu(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it reaches a linear layer: the weights in bfloat16 give the same, and gradients are float32."""
+    monkeypatch.setattr(moe, "CAST_ON", ("cpu",))
+    torch.manual_seed(0)
+    config = AnyTokenConfig(hidden_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    config._experts_implementation = implementation
+    experts = moe.AnyTokenExperts(config)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    low = copy.deepcopy(experts).to(torch.bfloat16)
+    states = torch.randn(12, 32)
+    weights, choices = torch.rand(12, 4).softmax(-1).topk(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = experts(states, choices, weights)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, low(states.bfloat16(), choices, weights.bfloat16()), rtol=0, atol=0)
+    found.float().sum().backward()
+    assert all(one.grad.dtype == torch.float32 and one.grad.any() for one in experts.parameters())
+    assert experts(states, choices, weights).dtype == torch.float32

@@ -20,6 +20,7 @@ from anytoken.training.config import (
 )
 from anytoken.training.cost_estimate import (
     GIB,
+    as_rows,
     count,
     flops_per_token,
     meta_model,
@@ -271,3 +272,60 @@ def test_the_command_plans_an_adapter() -> None:
     assert found.exit_code == 0, found.output
     counts = json.loads(found.stdout)["parameters"]
     assert 0 < counts["trained"] < 0.2 * counts["total"]
+
+
+def measured_file(path: Path, **facts: Any) -> Path:
+    def row(shape: str, share: float, total: float, active: float, **more: Any) -> dict[str, Any]:
+        return {
+            "case": f"{shape}, {share}", "status": "measured", "side": "ours", "shape": shape, "plan_share": share,
+            "M parameters": total, "M active": active, "context": 8192,
+        } | more  # fmt: skip
+
+    rows = [
+        row("350M dense", 0.31, 570, 570), row("350M dense", 0.36, 570, 570), row("8B cut", 0.52, 2500, 2500),
+        row("8B cut", 0.99, 2500, 2500, side="stock"), row("8B cut", 0.98, 2500, 2500, status="failed"),
+        row("MoE", 0.21, 1070, 370),
+    ]  # fmt: skip
+    path.write_text(json.dumps({"gpu": "h200", "parts": {"train": {"rows": rows}}} | facts))
+    return path
+
+
+def test_a_measured_share_replaces_the_assumption(tmp_path: Path) -> None:
+    file = measured_file(tmp_path / "gpu.json")
+    for config, share, case in (
+        (QWEN3_06B, 0.36, "350M dense, 0.36"),  # the nearest shape in its fastest setting
+        (QWEN3_30B_A3B, 0.21, "MoE, 0.21"),
+    ):
+        one = plan(stage(), config, 8, "h200", share_of_peak=file)
+        assert one.share.value == share
+        assert one.share.source == f"measured on h200: {case}, rows of 8192"
+        assert one.gpu_hours == pytest.approx(one.flops / (989e12 * share * 3600))
+        assert dict(as_rows(one, 8, "h200"))["share of peak"] == f"{share}, {one.share.source}"
+    assumed = dict(as_rows(plan(stage(), QWEN3_06B, 8), 8, "h100"))
+    assert assumed["share of peak"] == "0.4, assumed"
+
+
+@pytest.mark.parametrize(
+    ("facts", "gpu", "said"),
+    [
+        ({}, "h100", "was measured on h200, and the plan is for h100; give --gpu h200"),
+        ({"gpu": None, "device": "x86_64"}, "h100", "measured on x86_64, whose peak is not known"),
+        ({"parts": {}}, "h200", "no measured step of a model without experts"),
+        ({"parts": 3}, "h200", "is no file of `anytoken bench gpu`"),
+    ],
+)
+def test_a_measurement_that_says_nothing_of_this_is_an_error(
+    tmp_path: Path, facts: dict[str, Any], gpu: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan(stage(), QWEN3_06B, 8, gpu, share_of_peak=measured_file(tmp_path / "gpu.json", **facts))
+    with pytest.raises(ConfigError, match="does not exist; `anytoken bench gpu"):
+        plan(stage(), QWEN3_06B, 8, gpu, share_of_peak=tmp_path / "nothing.json")
+
+
+def test_the_command_takes_the_file(tmp_path: Path) -> None:
+    file = measured_file(tmp_path / "gpu.json")
+    words = ["plan", "stages/scale/0.6b_dense.yaml", "--gpu", "h200", "--measured", str(file), "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["share"]["value"] == 0.36

@@ -11,14 +11,12 @@ from typer.testing import CliRunner
 import anytoken
 from anytoken import recipes
 from anytoken.cli import app
-from anytoken.training.config import (
-    TrainConfig,
-)
-from anytoken.training.debug_model import STEPS, tiny
+from anytoken.training.config import TrainConfig
+from anytoken.training.debug_model import OWN_STEPS, STEPS
 from anytoken.training.metrics import read_metrics
-from anytoken.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+GPU = [f"stages/gpu/{path.name}" for path in sorted((ROOT / "stages" / "gpu").glob("*.yaml"))]
 SCALE = [f"stages/scale/{path.name}" for path in sorted((ROOT / "stages" / "scale").glob("*.yaml"))]
 
 
@@ -66,6 +64,46 @@ def test_and_with_its_engine_on_two_processes(recipe: str, tmp_path: Path) -> No
     assert_trained(recipe, tmp_path)
 
 
-def test_a_recipe_without_a_backbone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="shrinks a recipe with a backbone"):
-        tiny(TrainConfig.load(ROOT / "stages" / "4_instruct.yaml"))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        one if "1_alignment" in one or "smol" in one else pytest.param(one, marks=pytest.mark.slow)
+        for one in GPU
+    ],
+)
+def test_a_recipe_for_one_gpu_runs_in_miniature(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps over its own views, from tokenizers and files of every kind to a checkpoint that loads."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["train", recipe, "--tiny"])
+    assert result.exit_code == 0, result.output
+    stage = TrainConfig.load(recipes.find(recipe))
+    output = tmp_path / f"{stage.output}-tiny"
+    entries = read_metrics(output / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, OWN_STEPS + 1))
+    assert entries[-1]["eval"]["groups"]
+    if stage.lora is None:
+        assert set(anytoken.load(output).kinds) == {"text", "image", "speech", "video", "dna"}
+    else:
+        assert anytoken.load("mini", adapter=output).generate("ant", output="text", seed=0).text is not None
+
+
+@pytest.mark.parametrize("recipe", GPU)
+def test_a_recipe_for_one_gpu_fits_its_nine_minutes(recipe: str) -> None:
+    """It saves every minute, so that a command that is ended at nine loses one at most, and the next goes on."""
+    stage = TrainConfig.load(ROOT / recipe)
+    assert stage.save_minutes == 1 and stage.max_minutes is not None and stage.max_minutes % 8 == 0
+    assert stage.precision == "bf16" and stage.attention == "auto" and stage.compile
+    words = [line for line in (ROOT / recipe).read_text().splitlines() if line.startswith("# anytoken train")]
+    assert words == [f"# anytoken train {recipe}"]
+    assert f"anytoken train {recipe}" in (ROOT / "stages" / "gpu" / "README.md").read_text()
+
+
+def test_the_stages_for_one_gpu_follow_each_other_and_have_the_editions_data() -> None:
+    names = ("1_alignment", "2_interleaved", "3_speech", "4_instruct")
+    stages = [TrainConfig.load(ROOT / "stages" / "gpu" / f"{name}.yaml") for name in names]
+    assert [stage.init_from for stage in stages] == ["scratch", *(stage.output for stage in stages[:-1])]
+    edition = [TrainConfig.load(ROOT / "stages" / "edition" / f"{name}.yaml") for name in names]
+    assert [stage.data for stage in stages] == [stage.data for stage in edition]
+    assert stages[0].model == edition[0].model

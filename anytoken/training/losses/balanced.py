@@ -62,14 +62,28 @@ def group_weights(weights: ModalityWeights, names: Sequence[str], control_weight
     return torch.tensor([float({**default, **weights}[name]) for name in names])
 
 
-def grammar_groups(targets: Tensor, grammar: Grammar) -> list[Group]:
+@dataclass(frozen=True)
+class TargetClasses:
+    """Targets sorted by the grammar's loss class: their places in that order, int64 [N], and the size of each class."""
+
+    order: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, targets: Tensor, grammar: Grammar) -> "TargetClasses":
+        """Those of targets [N]; on the CPU, before they are sent to a device, the host waits for nothing."""
+        classes = grammar.loss_rows(targets)
+        counts = torch.bincount(classes, minlength=len(grammar.class_ranges)).tolist()
+        return cls(classes.argsort(stable=True), counts)
+
+
+def grammar_groups(targets: Tensor, grammar: Grammar, classes: TargetClasses | None = None) -> list[Group]:
     """Targets [N] grouped by the ids that the grammar's loss class of each names: its softmax runs over those.
 
-    Equal to the full softmax with all other logits at minus infinity.
+    Equal to the full softmax with all other logits at minus infinity. classes: if they are known.
     """
-    classes = grammar.loss_rows(targets)
-    counts = torch.bincount(classes, minlength=len(grammar.class_ranges)).tolist()
-    members = classes.argsort(stable=True).split(counts)
+    found = classes or TargetClasses.of(targets, grammar)
+    members = found.order.split(found.counts)
     return [
         Group(where, ranges)
         for where, ranges in zip(members, grammar.class_ranges, strict=True)
@@ -123,14 +137,24 @@ class BalancedLoss(nn.Module):
         ends_text = (targets == self.end) & (previous < self.text_size)
         return self.table[targets].masked_fill(ends_text, 0)
 
-    def forward(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> LossParts:
-        """hidden [N, D] at the positions before the targets [N]; previous [N], the ids at those positions."""
+    def forward(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        previous: Tensor,
+        classes: TargetClasses | None = None,
+    ) -> LossParts:
+        """hidden [N, D] at the positions before the targets [N]; previous [N], the ids at those positions.
+
+        classes: of the targets, where they are known.
+        """
         groups = self.groups(targets, previous)
         zero = torch.zeros(len(self.names), device=targets.device)
         count = sum_over_processes(zero.index_add(0, groups, torch.ones_like(groups, dtype=zero.dtype)))
         weights = self._target_weights(count)[groups]
-        z_weight = self.z_loss / max(count.sum().item(), 1)
-        scores = self._score(hidden, head, targets, weights, z_weight)
+        z_weight = (self.z_loss / count.sum().double().clamp(min=1)).to(count.dtype)
+        scores = self._score(hidden, head, targets, weights, z_weight, classes)
         nll, right = (zero.index_add(0, groups, each.float()) for each in (scores.nll, scores.right))
         terms = torch.stack([(weights * scores.nll).sum(), z_weight * scores.log_z.square().sum()])
         # One sum for all that is only logged.
@@ -152,9 +176,15 @@ class BalancedLoss(nn.Module):
         return found
 
     def _score(
-        self, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, z_weight: float = 0.0
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        z_weight: float | Tensor = 0.0,
+        classes: TargetClasses | None = None,
     ) -> Scores:
-        choices = grammar_groups(targets, self.grammar) if self.grammar_restricted else None
+        choices = grammar_groups(targets, self.grammar, classes) if self.grammar_restricted else None
         return linear_cross_entropy(hidden, head, targets, weights, z_weight, choices)
 
     def _target_weights(self, count: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def linear_cross_entropy(
     head: Tensor,
     targets: Tensor,
     weights: Tensor,
-    z_weight: float = 0.0,
+    z_weight: float | Tensor = 0.0,
     groups: Sequence[Group] | None = None,
     buffer: int | None = None,
 ) -> Scores:
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         weights: Tensor,
-        z_weight: float,
+        z_weight: float | Tensor,
         groups: Sequence[Group],
         buffer: int,
         dtype: torch.dtype,
@@ -129,7 +129,7 @@ class _Work:
         head: Tensor,
         targets: Tensor,
         weights: Tensor,
-        z_weight: float,
+        z_weight: float | Tensor,
         dtype: torch.dtype,
     ) -> None:
         self.hidden, self.head, self.targets, self.weights = hidden, head.to(dtype), targets, weights
@@ -189,7 +189,9 @@ def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 def _place(targets: Tensor, ranges: Ranges) -> Tensor:
     """Index of each target among the concatenated ranges."""
-    starts = torch.tensor([start for start, _ in ranges], device=targets.device)
-    sizes = torch.tensor([stop - start for start, stop in ranges], device=targets.device)
-    which = torch.bucketize(targets, starts, right=True) - 1
-    return targets - starts[which] + (sizes.cumsum(0) - sizes)[which]
+    (first, stop), *others = ranges
+    place, before = targets - first, stop - first
+    for start, stop in others:  # numbers of the host: a table of them would have to be copied to the device
+        place = torch.where(targets >= start, targets - (start - before), place)
+        before += stop - start
+    return place
