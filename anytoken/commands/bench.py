@@ -211,7 +211,7 @@ def tokenizers(
     harness.report(bench_tokenizers(folders or own, batches or [8, 32], repeats, device), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench gpu --out out/bench_gpu.json", "anytoken bench gpu --tiny"))
 def gpu(
     out: Annotated[Path, typer.Option(help="The JSON file of figures, written after every case.")] = Path(
         "out/bench_gpu.json"

@@ -249,7 +249,7 @@ class PairTrainer(StageTrainer):
         split = arguments.world_size, arguments.process_index
         return PairStream(mixture, stage.batch_size, stage.context, pad, *split, 0, stage.sampling.max_bad)
 
-    def collate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def collate(self, batch: Any) -> dict[str, Tensor]:
         return batch
 
     @property

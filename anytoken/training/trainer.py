@@ -166,7 +166,7 @@ class StageTrainer(Trainer):
             self.stream, batch_size=None, collate_fn=self.collate, pin_memory=pinned, generator=own
         )
 
-    def collate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def collate(self, batch: Any) -> dict[str, Tensor]:
         """A batch as the model takes it."""
         return with_layout(batch, grammar=self.processor.grammar)
 
