@@ -110,10 +110,11 @@ def merge_adapter(
 
     from anytoken.inference.checkpoint import CHECKPOINT
     from anytoken.utils.atomic import check_target
+    from anytoken.utils.hints import choices
 
     kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in kinds:
-        raise typer.BadParameter(f"{dtype!r} is not one of {', '.join(kinds)}.", param_hint="--dtype")
+        raise typer.BadParameter(f"{dtype!r} is none{choices(dtype, kinds)}.", param_hint="--dtype")
     check_target(out, CHECKPOINT, overwrite)
     merged = load(model, "cpu", adapter)
     merged.card = (

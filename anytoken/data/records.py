@@ -20,6 +20,7 @@ from typing import Any
 from anytoken.media_io import is_below
 from anytoken.segments import KINDS, Segment
 from anytoken.utils.errors import DataError
+from anytoken.utils.hints import choices, nearest
 from anytoken.utils.limits import MediaLimitError
 
 LONGEST = 300  # letters of a message about a bad record
@@ -110,7 +111,10 @@ def validate_message(message: Any) -> None:
         raise RecordError(f'a message is {{"role": ..., "content": ...}}, got {message!r:.200}')
     _check_keys(message, {"role", "content"}, "a message")
     if message["role"] not in ROLES:
-        raise RecordError(f"unknown role {message['role']!r:.80}; choose from {', '.join(ROLES)}")
+        raise RecordError(
+            f"unknown role {message['role']!r:.80}{nearest(message['role'], ROLES)}; choose from "
+            f"{', '.join(ROLES)}"
+        )
     content = message["content"]
     if isinstance(content, str):
         return
@@ -127,7 +131,7 @@ def validate_message(message: Any) -> None:
 
 def _check_keys(given: Mapping[str, Any], allowed: set[str], what: str) -> None:
     if unknown := sorted(set(given) - allowed):
-        raise RecordError(f"unknown key {unknown[0]!r} of {what}; allowed: {', '.join(sorted(allowed))}")
+        raise RecordError(f"unknown key {unknown[0]!r} of {what}{choices(unknown[0], sorted(allowed))}")
 
 
 def _check_value(kind: str, value: Any) -> None:

@@ -22,6 +22,7 @@ from anytoken.inference.weights import checksum
 from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.processor import Processor
 from anytoken.utils.errors import CheckpointError
+from anytoken.utils.hints import nearest
 
 
 class Adapters:
@@ -78,7 +79,7 @@ class Adapters:
     def _check_known(self, name: str) -> None:
         if name not in self._merged:
             raise CheckpointError(
-                f"There is no adapter {name!r}; there are {', '.join(self.names) or 'none'}."
+                f"There is no adapter {name!r}{nearest(name, self.names)}; there are {', '.join(self.names) or 'none'}."
             )
 
     def use(self, name: str | None) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anytoken.utils.errors import RequestError
+from anytoken.utils.hints import choices
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def sampling_from_dict(values: Mapping[str, Any]) -> Sampling:
     """Sampling from JSON-ready data; RequestError names a setting that does not exist."""
     unknown = sorted(set(values) - set(NAMES))
     if unknown:
-        raise RequestError(f"Unknown sampling setting {unknown[0]!r}; allowed: {', '.join(NAMES)}.")
+        raise RequestError(f"Unknown sampling setting {unknown[0]!r}{choices(unknown[0], NAMES)}.")
     return Sampling(**values)
 
 

@@ -17,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from transformers.utils.generic import is_flash_attention_requested
 
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.hints import choices
 
 FLASH = {  # name: the test for its package, the package
     "flash_attention_3": (is_flash_attn_3_available, "flash_attn_interface (FlashAttention 3)"),
@@ -35,7 +36,7 @@ def use_attention(lm: PreTrainedModel, wanted: str, device: torch.device, dtype:
     an unknown name, or one that cannot run.
     """
     if wanted not in CHOICES:
-        raise ConfigError(f"Unknown attention implementation {wanted!r}; allowed: {', '.join(CHOICES)}.")
+        raise ConfigError(f"Unknown attention implementation {wanted!r}{choices(wanted, CHOICES)}.")
     reason = ""
     if wanted == "auto":
         wanted, reason = _best(lm, device, dtype)

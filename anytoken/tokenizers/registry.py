@@ -29,6 +29,7 @@ from anytoken.tokenizers.base import (
     TokenizerError,
     register_modality,
 )
+from anytoken.utils.hints import nearest
 
 GROUP = "anytoken.modalities"
 
@@ -48,9 +49,10 @@ def modality_class(
         _load_entry_point(offered[kind])
     if kind in MODALITIES:
         return MODALITIES[kind]
-    known = f"known: {', '.join(sorted({*BUILTIN, *MODALITIES, *offered}))}."
+    all_kinds = sorted({*BUILTIN, *MODALITIES, *offered})
+    known = f"known: {', '.join(all_kinds)}."
     if header is None or folder is None:
-        raise TokenizerError(f"Unknown tokenizer kind {kind!r}; {known}")
+        raise TokenizerError(f"Unknown tokenizer kind {kind!r}{nearest(kind, all_kinds)}; {known}")
     what = f"{folder} holds a {kind!r} tokenizer, whose class is not registered here"
     if header.get("code"):
         path = folder / Path(str(header["code"])).name

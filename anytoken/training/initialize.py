@@ -24,7 +24,7 @@ from anytoken.training.config import (
 )
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
 from anytoken.utils.errors import ConfigError
-from anytoken.utils.hints import nearest
+from anytoken.utils.hints import choices, nearest
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in
@@ -94,7 +94,7 @@ def build_model(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
     unknown = [key for key in stage.model if not hasattr(default, key)]
     if unknown:
         raise ConfigError(
-            f"model.{unknown[0]} is no setting of AnyTokenConfig; there are {', '.join(sorted(default.to_dict()))}"
+            f"model.{unknown[0]} is no setting of AnyTokenConfig{choices(unknown[0], sorted(default.to_dict()))}"
         )
     processor = build_processor(stage.tokenizers)
     space = processor.token_space

@@ -34,6 +34,7 @@ from vector_quantize_pytorch import (
 )
 
 from anytoken.tokenizers.base import TokenizerError
+from anytoken.utils.hints import choices
 
 # Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).
 _EMA = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.95}
@@ -96,7 +97,7 @@ class Quantizer(nn.Module):
         self.first: int = settings.pop("first", self.residual)
         dropout = settings.pop("dropout", False)
         if self.kind not in KINDS:
-            raise TokenizerError(f"Unknown quantizer {self.kind!r}; allowed: {', '.join(KINDS)}.")
+            raise TokenizerError(f"Unknown quantizer {self.kind!r}{choices(self.kind, KINDS)}.")
         learned = {_RENAMED[k]: settings.pop(k) for k in _RENAMED if k in settings and self.kind in LEARNED}
         whole = [self.residual, self.groups, learned.get("codebook_dim", 1)]
         if settings or not _counts(*whole) or dim % self.groups:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.hints import nearest
 
 ROWS = "rows:"
 TEXT = "text"
@@ -51,7 +52,8 @@ def modality_rows(space: TokenSpace, modalities: Sequence[str]) -> list[int]:
     for name in modalities:
         if name not in space.modality_names:
             raise ConfigError(
-                f"no modality {name!r} in the vocabulary; there are {', '.join(space.modality_names)}"
+                f"no modality {name!r} in the vocabulary{nearest(name, space.modality_names)}; "
+                f"there are {', '.join(space.modality_names)}"
             )
         if name == TEXT:
             rows += [id_ for start, stop in space.text_ranges for id_ in range(start, stop)]

@@ -22,6 +22,7 @@ from anytoken.training.config import (
 )
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.hints import nearest
 
 logger = logging.getLogger(__name__)
 FOLDER = "samples"
@@ -47,7 +48,8 @@ class Sampler:
             for kind in kinds or []:
                 if kind not in processor.kinds:
                     raise ConfigError(
-                        f"samples: output {kind!r} is no kind of the model; there are {', '.join(processor.kinds)}"
+                        f"samples: output {kind!r} is no kind of the model"
+                        f"{nearest(kind, processor.kinds)}; there are {', '.join(processor.kinds)}"
                     )
             length = len(processor.encode_chat(_as_prompt(one.prompt)))
             least = processor.grammar.min_remaining(processor.grammar.reply(kinds))

@@ -122,6 +122,8 @@ def test_a_missing_package_is_one_clear_error(folders, sets, tmp_path, monkeypat
 
 def test_the_command_prints_figures_or_writes_a_card(folders, sets, tmp_path):
     words = ["tokenizer", "eval", str(folders["text"]), "--data", str(sets), "--count", "3"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0 and "codebook usage" in shown.stdout and "{" not in shown.stdout
     printed = CliRunner().invoke(app, [*words, "--json"])
     assert printed.exit_code == 0 and json.loads(printed.stdout)["exact"] == 1.0
     written = CliRunner().invoke(app, [*words, "--card", str(tmp_path / "card")])

@@ -110,7 +110,7 @@ def test_only_scalar_levels_have_no_loss():
 @pytest.mark.parametrize(
     ("choice", "says"),
     [
-        ("rvq", "Unknown quantizer 'rvq'; allowed: fsq, vq, cosine, simvq, lfq"),
+        ("rvq", r"Unknown quantizer 'rvq' .did you mean 'vq'..; allowed: fsq, vq, cosine, simvq, lfq"),
         ({"residual": 2}, "Unknown quantizer ''"),
         (
             {"kind": "vq", "depth": 2},
