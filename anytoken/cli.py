@@ -114,13 +114,13 @@ def top(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     modality: Annotated[
         list[Path] | None,
-        typer.Option(help="Run this file, or the one in this folder, for the kind of tokenizer it defines."),
+        typer.Option(help="Load a modality by running this file, or the one in this folder; repeatable."),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Text, images, speech, video and DNA as tokens of one stream, read and written by one language model."""
+    """One language model that reads and writes text, images, speech, video and DNA as tokens."""
     if modality:
         from anytoken.tokenizers.registry import load_modality
 

@@ -145,7 +145,7 @@ class Image(Segment):
         if isinstance(source, np.ndarray):
             return cls(source)
         if isinstance(source, Picture.Image):
-            return cls(upright(source, "the given picture"))
+            return cls(upright(source, "the given image"))
         data, name = read_bytes(source, "image")
         with decode_picture(data, name, "image") as picture:
             return cls(upright(picture, name))

@@ -145,7 +145,7 @@ def _film(container: Any, name: object) -> Any:
 
     films = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
     if not films:
-        cover = " but a cover picture" if container.streams.video else ""
+        cover = " but a cover image" if container.streams.video else ""
         raise SegmentError(f"{name} holds no video stream{cover}.")
     film = max(films, key=lambda one: bool(one.disposition & Disposition.default))
     if film.codec_context is None:

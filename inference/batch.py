@@ -1,4 +1,4 @@
-"""Answer many prompts together, several times each, with other settings for each kind.
+"""Answer many prompts in one batch, with several replies each and settings per modality.
 
     python inference/batch.py "a fox, 3d" "a red apple, line" --output image --num-return 3
     python inference/batch.py prompts.txt --output text image --temperature image=0.9 text=0

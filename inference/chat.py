@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal; what it draws, says or animates is saved beside the conversation.
+"""Chat with a model in the terminal; generated media are saved with the conversation.
 
     python inference/chat.py
     python inference/chat.py --save talk          # continues there if the folder exists

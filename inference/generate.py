@@ -1,4 +1,4 @@
-"""Ask a model once, with any mix of words and files, and keep what it makes.
+"""Answer one prompt of text and files, and save the generated media.
 
     python inference/generate.py "a red apple, 3d, blue background" --output image
     python inference/generate.py cat.png "What is this?" --output text

@@ -1,4 +1,4 @@
-"""Watch a reply being made: words and bases as they come, sound in chunks, a picture that fills up from the top.
+"""Stream a reply: text and bases as they are generated, audio in chunks, image previews from the top.
 
     python inference/stream.py "a fox, 3d, blue background" --output image
     python inference/stream.py "fox, voice slt" --output speech        # sound is written before the clip has ended

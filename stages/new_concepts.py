@@ -1,4 +1,4 @@
-"""A small set that `mini` never saw, learnt as an adapter, and how well: sixteen fruits and vegetables in five styles.
+"""Train an adapter on sixteen concepts that `mini` never saw, in five styles, and measure it.
 
     python stages/new_concepts.py build data/sets out/fruits
     for captions in fruits shuffled; do

@@ -131,7 +131,7 @@ def test_a_recording_with_a_cover_picture_is_no_video(tmp_path: Path) -> None:
         frame.sample_rate = 16_000
         target.mux(cover.encode(av.VideoFrame.from_ndarray(flat(GREY, 64, 64), format="rgb24")))
         target.mux([*cover.encode(), *sound.encode(frame), *sound.encode()])
-    with pytest.raises(SegmentError, match="no video stream but a cover picture"):
+    with pytest.raises(SegmentError, match="no video stream but a cover image"):
         Video.open(tmp_path / "a.mp4")
 
 

@@ -530,7 +530,7 @@ def test_a_picture_bomb_is_not_unpacked(side: int, tmp_path: Path) -> None:
 def test_a_picture_that_fails_late_is_refused(tmp_path: Path) -> None:
     """PIL reads no pixels before it is asked to, so a picture given as an object may turn out to be cut."""
     data = as_png(Picture.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)))
-    with pytest.raises(SegmentError, match=r"the given picture.*truncated"):
+    with pytest.raises(SegmentError, match=r"the given image.*truncated"):
         Image.open(Picture.open(io.BytesIO(data[: len(data) // 2])))
     with pytest.raises(SegmentError, match="the given bytes"):
         Image.open(data[: len(data) // 2])

@@ -1,4 +1,4 @@
-"""`anytoken bench`: our speed beside a named peer's, both sides taking turns in one run."""
+"""`anytoken bench`: our speed against a named peer, measured alternately in one run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import typer
 
 from anytoken.commands.options import ModelArgument, Overrides, examples, load
 
-app = typer.Typer(no_args_is_help=True, help="Measure speed beside a named peer, in the same run.")
+app = typer.Typer(no_args_is_help=True, help="Measure speed against a named peer in the same run.")
 CONTEXTS = [128, 512, 1024, 2048, 4096]
-Repeats = Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions per side; the median is reported.")]
 
 
 @app.command(epilog=examples("anytoken bench generate mini --kind image --repeats 3"))
 def generate(
     model: ModelArgument = "mini",
-    kind: Annotated[str, typer.Option(help="What is generated.")] = "image",
-    prompt: Annotated[str, typer.Option(help="What is asked for.")] = "a fox, 3d, blue background",
+    kind: Annotated[str, typer.Option(help="Modality to generate.")] = "image",
+    prompt: Annotated[str, typer.Option(help="Prompt.")] = "a fox, 3d, blue background",
     repeats: Repeats = 3,
-    vocabulary: Annotated[int, typer.Option(help="Ids of the large vocabulary.")] = 150_000,
+    vocabulary: Annotated[int, typer.Option(help="Size of the large vocabulary.")] = 150_000,
     width: Annotated[int, typer.Option(help="Hidden size of the large random model.")] = 768,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 12,
+    layers: Annotated[int, typer.Option(help="Layers of the large random model.")] = 12,
     contexts: Annotated[
-        list[int], typer.Option("--context", min=1, help="Lengths at which a step is timed.")
+        list[int],
+        typer.Option("--context", min=1, help="Context length at which to time a decoding step; repeatable."),
     ] = CONTEXTS,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_generate.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_generate.json"),
 ) -> None:
-    """Decoding beside `generate` of transformers (same weights, grammar and ids), and beside its own limits."""
+    """Decoding against transformers' `generate` (same weights, grammar and ids) and against its own limits."""
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.generate import Sizes, bench_generate
 
@@ -40,12 +41,12 @@ def generate(
 def score(
     model: ModelArgument = "mini",
     answers: Annotated[
-        Path | None, typer.Option(help="A text file with one answer per line; by default the names of emoji.")
+        Path | None, typer.Option(help="Text file with one answer per line; by default the emoji names.")
     ] = None,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_score.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_score.json"),
 ) -> None:
-    """Scoring many answers to one image with the prompt read once, against one forward for every answer."""
+    """Scoring many answers to one image with a single prompt pass, against one forward pass per answer."""
     from anytoken import recipes
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.score import bench_score
@@ -62,16 +63,16 @@ def embed(
     model: ModelArgument = "mini",
     sizes: Annotated[
         list[int] | None,
-        typer.Option("--size", min=100, help="Vectors of an index; 1k, 10k and 100k by default."),
+        typer.Option(
+            "--size", min=100, help="Vectors in the index; repeatable; 1k, 10k and 100k by default."
+        ),
     ] = None,
-    width: Annotated[int, typer.Option(min=4, help="Their dimensions.")] = 256,
-    count: Annotated[
-        int, typer.Option(min=8, help="Prompts to embed: names, and images between them.")
-    ] = 128,
+    width: Annotated[int, typer.Option(min=4, help="Dimensions of the vectors.")] = 256,
+    count: Annotated[int, typer.Option(min=8, help="Prompts to embed, a mix of names and images.")] = 128,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_embed.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_embed.json"),
 ) -> None:
-    """Embedding beside a bare forward pass; an index's build time, queries per second and recall@10."""
+    """Embedding against a plain forward pass; an index's build time, queries per second and recall@10."""
     from anytoken import recipes
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.embed import bench_embed
@@ -87,11 +88,11 @@ def embed(
 @app.command(epilog=examples("anytoken bench serve mini --clients 16 --requests 64"))
 def serve(
     model: ModelArgument = "mini",
-    prompt: Annotated[str, typer.Option(help="What is asked for.")] = "a fox, 3d, blue background",
+    prompt: Annotated[str, typer.Option(help="Prompt.")] = "a fox, 3d, blue background",
     kind: Annotated[str, typer.Option(help="Kind of reply.")] = "image",
     clients: Annotated[int, typer.Option(min=2, help="Concurrent clients.")] = 16,
-    requests: Annotated[int, typer.Option(min=2, help="Requests of all clients together.")] = 64,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_serve.json"),
+    requests: Annotated[int, typer.Option(min=2, help="Total requests of all clients.")] = 64,
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_serve.json"),
 ) -> None:
     """A server on this machine: throughput and latency with one client, with many, and beyond its limits."""
     from anytoken.benchmarks import harness
@@ -105,9 +106,9 @@ def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")] = "stages/1_alignment.yaml",
     overrides: Overrides = None,
     repeats: Repeats = 5,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_train.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_train.json"),
 ) -> None:
-    """A training step beside transformers' own loss: same weights, same packed batch."""
+    """A training step against transformers' own loss: same weights, same packed batch."""
     import torch
 
     from anytoken import recipes
@@ -124,14 +125,12 @@ def train(
 def data(
     shards: Annotated[
         Path,
-        typer.Option(
-            help="The folder of the stages' tokenized sets; without it, the tiny sets are tokenized."
-        ),
+        typer.Option(help="Folder of tokenized sets; if missing, the tiny sets are tokenized."),
     ] = Path("data/shards"),
     repeats: Repeats = 5,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_data.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_data.json"),
 ) -> None:
-    """How full packed rows are, loading beside a training step, and reading beside webdataset and datasets."""
+    """Packing efficiency, data loading against a training step, and reading against webdataset and datasets."""
     from tempfile import TemporaryDirectory
 
     from anytoken.benchmarks import harness
@@ -145,10 +144,10 @@ def data(
 def quantize(
     model: ModelArgument = "mini",
     repeats: Repeats = 5,
-    each: Annotated[int, typer.Option(min=1, help="Held-out questions a direction.")] = 4,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_quantize.json"),
+    each: Annotated[int, typer.Option(min=1, help="Held-out prompts per direction.")] = 4,
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_quantize.json"),
 ) -> None:
-    """Weights in int8 beside float32: memory, decoding, and bits a token on the held-out files."""
+    """int8 against float32 weights: memory, decoding speed, and bits per token on the held-out files."""
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.quantize import bench_quantize
 
@@ -157,13 +156,13 @@ def quantize(
 
 @app.command(epilog=examples("anytoken bench experts --hidden 512 --experts 8 --top-k 2"))
 def experts(
-    hidden: Annotated[int, typer.Option(min=64, help="Width of both decoders.")] = 512,
-    experts: Annotated[int, typer.Option(min=2, help="Experts of every layer.")] = 8,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts a token passes.")] = 2,
+    hidden: Annotated[int, typer.Option(min=64, help="Hidden size of both decoders.")] = 512,
+    experts: Annotated[int, typer.Option(min=2, help="Experts per layer.")] = 8,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
     repeats: Repeats = 5,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_experts.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_experts.json"),
 ) -> None:
-    """A training step with experts beside a dense one of equal active parameters; each as a share of the peak."""
+    """A mixture-of-experts training step against a dense one of equal active parameters, each with its MFU."""
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.experts import bench_experts
 
@@ -173,16 +172,16 @@ def experts(
 @app.command(epilog=examples("anytoken bench model mini --rows 8"))
 def model(
     folder: Annotated[
-        str, typer.Argument(help="Whose shape and modalities: 'mini' or a checkpoint folder.")
+        str, typer.Argument(help="Model whose shape and modalities to use: 'mini' or a checkpoint folder.")
     ] = "mini",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a batch at the checkpoint's own vocabulary.")] = 8,
-    large_rows: Annotated[int, typer.Option(min=1, help="Rows of a batch at the large vocabulary.")] = 4,
-    text_size: Annotated[int, typer.Option(min=1, help="Text ids of the large vocabulary.")] = 150_000,
-    context: Annotated[int, typer.Option(min=16, help="Ids of a row.")] = 256,
+    rows: Annotated[int, typer.Option(min=1, help="Batch size at the checkpoint's own vocabulary.")] = 8,
+    large_rows: Annotated[int, typer.Option(min=1, help="Batch size at the large vocabulary.")] = 4,
+    text_size: Annotated[int, typer.Option(min=1, help="Text ids in the large vocabulary.")] = 150_000,
+    context: Annotated[int, typer.Option(min=16, help="Sequence length in ids.")] = 256,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_model.json"),
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_model.json"),
 ) -> None:
-    """A training step beside stock Qwen3-MoE of the same shape; the head beside computing every logit."""
+    """A training step against stock Qwen3-MoE of the same shape; the chunked loss against full logits."""
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.model import Sizes, bench_model
     from anytoken.training.initialize import checkpoint_folder
@@ -195,14 +194,16 @@ def model(
 @app.command(epilog=examples("anytoken bench tokenizers runs/tokenizers/image --batch 8 --batch 32"))
 def tokenizers(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Tokenizer folders; without any, those of the bundled model.")
+        list[Path] | None, typer.Argument(help="Tokenizer folders; by default those of the bundled model.")
     ] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Items at once.")] = None,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeatable.")
+    ] = None,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_tokenizers.json"),
-    device: Annotated[str, typer.Option(help="cpu, on one thread; or cuda, or auto.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_tokenizers.json"),
+    device: Annotated[str, typer.Option(help="cpu (one thread), cuda or auto.")] = "cpu",
 ) -> None:
-    """Encoding and decoding, many items beside one by one, and speech beside EnCodec and DAC; on one thread."""
+    """Encoding and decoding: batches against single items, speech against EnCodec and DAC, on one thread."""
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.tokenizers import bench_tokenizers
     from anytoken.training.initialize import checkpoint_folder

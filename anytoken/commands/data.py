@@ -12,7 +12,7 @@ from anytoken.commands.options import Limits, Out, Workers, examples
 app = typer.Typer(
     no_args_is_help=True, help="Build the data sets, check records, and tokenize them into shards."
 )
-Cache = Annotated[Path | None, typer.Option(help="Where fetched packages are kept.")]
+Cache = Annotated[Path | None, typer.Option(help="Cache folder for downloaded packages.")]
 Source = Annotated[
     str,
     typer.Argument(
@@ -22,12 +22,12 @@ Source = Annotated[
     ),
 ]
 Rename = Annotated[
-    list[str] | None, typer.Option(metavar="OLD=NEW", help="Give a key of the records another name.")
+    list[str] | None, typer.Option(metavar="OLD=NEW", help="Rename a key of the records; repeatable.")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="Media may be below this folder, too; by default below the source's own.")
+    Path | None, typer.Option(help="Another folder that media may be in; by default the source's own folder.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Build only so many items: a quick look.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Build at most N items, for a quick look.")]
 
 
 @app.command(
@@ -39,18 +39,21 @@ def emoji(
     out: Out,
     cache: Cache = None,
     concepts: Annotated[
-        int, typer.Option(min=1, help="Core concepts that are composed into pictures.")
+        int, typer.Option(min=1, help="Number of core concepts to compose into images.")
     ] = 160,
     still: Annotated[
-        bool, typer.Option(help="Core concepts may include some without a video, for more than 183 of them.")
+        bool, typer.Option(help="Allow core concepts without a video; needed for more than 183.")
     ] = False,
     layouts: Annotated[
-        bool, typer.Option(help="Also images of small and large objects at the left, right, top and bottom.")
+        bool,
+        typer.Option(
+            help="Also compose images with small and large objects at the left, right, top and bottom."
+        ),
     ] = False,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
-    """Build the emoji world: pictures in five styles and videos, with captions."""
+    """Build the emoji world: captioned images in five styles and videos."""
     from anytoken.emoji_world.emoji import build_emoji
 
     print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts))
@@ -63,7 +66,7 @@ def speech(
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
-    """Build the spoken names, said by real speech engines."""
+    """Build the spoken names with text-to-speech engines."""
     from anytoken.emoji_world.speech import build_speech
 
     print(build_speech(out, emoji or out / "emoji", workers=workers, limit=limit))
@@ -74,12 +77,12 @@ def words(
     out: Out,
     emoji: Annotated[Path | None, typer.Option(help="The built emoji set; by default OUT/emoji.")] = None,
     cache: Cache = None,
-    count: Annotated[int, typer.Option(min=1, help="Different words and short phrases.")] = 6_000,
-    voices: Annotated[int, typer.Option(min=1, help="Voices that say each of them.")] = 3,
+    count: Annotated[int, typer.Option(min=1, help="Number of distinct words and short phrases.")] = 6_000,
+    voices: Annotated[int, typer.Option(min=1, help="Voices per word.")] = 3,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
-    """Build spoken words and short phrases by all speech engines, for learning to read aloud."""
+    """Build spoken words and short phrases with all speech engines, to train text-to-speech."""
     from anytoken.emoji_world.spoken_words import build_words
 
     print(build_words(out, emoji or out / "emoji", cache, count, voices, workers, limit))
@@ -89,12 +92,12 @@ def words(
 def voices(
     out: Out,
     prompts: Annotated[
-        Path | None, typer.Option(help="Recordings in G.722; by default where Debian's packages put theirs.")
+        Path | None, typer.Option(help="Folder of G.722 recordings; by default that of Debian's packages.")
     ] = None,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
-    """Gather people and more throats beside the spoken names, for a speech tokenizer that knows many voices."""
+    """Build a multi-speaker speech set, for a speech tokenizer that generalizes over voices."""
     from anytoken.emoji_world.voices import PROMPTS, build_voices
 
     print(build_voices(out, prompts or PROMPTS, workers=workers, limit=limit))
@@ -102,7 +105,7 @@ def voices(
 
 @app.command(epilog=examples("anytoken data dna --out data/sets"))
 def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
-    """Build the genes, proteins and intergenic stretches of real bacterial genomes."""
+    """Build the genes, proteins and intergenic regions of real bacterial genomes."""
     from anytoken.emoji_world.dna import build_dna
 
     print(build_dna(out, cache=cache, limit=limit))
@@ -116,7 +119,7 @@ def dna_tasks(
     out: Out,
     limit: Limit = None,
 ) -> None:
-    """Build small sets for tasks on DNA: promoters, gene starts, variants, motifs with images."""
+    """Build small DNA task sets: promoters, gene starts, variants, motifs with images."""
     from anytoken.emoji_world.dna_tasks import build_dna_tasks
 
     print(build_dna_tasks(dna, out, limit))
@@ -126,11 +129,13 @@ def dna_tasks(
     "label-fasta", epilog=examples("anytoken data label-fasta genes.fasta labels.csv --out genes.jsonl")
 )
 def label_fasta(
-    fasta: Annotated[Path, typer.Argument(help="FASTA, or .gz of it.")],
-    labels: Annotated[Path, typer.Argument(help="A .csv, .tsv or .jsonl with the columns name and label.")],
+    fasta: Annotated[Path, typer.Argument(help="FASTA file, may be gzipped.")],
+    labels: Annotated[
+        Path, typer.Argument(help="A .csv, .tsv or .jsonl file with the columns name and label.")
+    ],
     out: Annotated[Path, typer.Option(help="The .jsonl to write.")],
 ) -> None:
-    """Write FASTA and a table of labels as records, for tasks and training."""
+    """Convert FASTA and a table of labels to records, for tasks and training."""
     from anytoken.data.fasta import label_fasta
 
     print(label_fasta(fasta, labels, out))
@@ -140,10 +145,10 @@ def label_fasta(
 def instruct(
     sets: Annotated[Path, typer.Option(help="The folder of the built sets.")],
     out: Out,
-    count: Annotated[int, typer.Option(min=1, help="Conversations.")] = 12_000,
-    seed: Annotated[int, typer.Option(help="Which requests are made; the same seed gives the same set.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Number of conversations.")] = 12_000,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same set.")] = 0,
 ) -> None:
-    """Write conversations with requests in words, made from the built sets."""
+    """Build instruction conversations from the built sets."""
     from anytoken.emoji_world.instruct import build_instruct
 
     print(build_instruct(sets, out, count, seed))
@@ -157,25 +162,23 @@ def instruct(
 )
 def data_check(
     source: Source,
-    decode: Annotated[bool, typer.Option("--open", help="Decode every medium, too.")] = False,
+    decode: Annotated[bool, typer.Option("--open", help="Also decode every media file.")] = False,
     tokenizers: Annotated[
         Path | None,
-        typer.Option(help="A folder of tokenizers; list what they refuse, too, such as long clips."),
+        typer.Option(help="A folder of tokenizers; also list what they reject, such as long clips."),
     ] = None,
     rename: Rename = None,
     data_root: DataRoot = None,
     limits: Limits = None,
 ) -> None:
-    """List every bad record with its place and reason; exit code 2 if there is any. Of shards: compare checksums."""
+    """List every bad record with its location and reason; exit code 2 if there is one. Shards: verify checksums."""
     from anytoken.data.records import RecordError
     from anytoken.data.shards import is_shards, load_tokenizers, verify_shards
     from anytoken.data.validate import Census, check_source
 
     if is_shards(source):
         manifest = verify_shards(source)
-        print(
-            f"{source}: {manifest['records']:,} records in {manifest['parts']:,} parts, all as they were written"
-        )
+        print(f"{source}: {manifest['records']:,} records in {manifest['parts']:,} parts, checksums match")
         return
     census = Census()
     made = load_tokenizers(tokenizers) if tokenizers else None
@@ -184,7 +187,7 @@ def data_check(
     media = ", ".join(f"{count:,} {kind}" for kind, count in census.media.items() if count) or "no media"
     print(f"{source}: {census.records:,} records, {census.conversations:,} of them conversations; {media}")
     if census.files:
-        print(f"note: {len(census.files):,} files are no part of a record; the first: {census.files[0]}")
+        print(f"note: {len(census.files):,} files belong to no record; the first: {census.files[0]}")
     for hint in census.hints():
         print(f"note: {hint}")
     if census.bad:
@@ -210,17 +213,17 @@ def data_tokenize(
     out: Out,
     workers: Workers = 2,
     engine: Annotated[
-        str, typer.Option(help="local, or ray: the cluster that RAY_ADDRESS names, else one on this machine.")
+        str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, else one on this machine).")
     ] = "local",
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of records that may be bad.")] = 0.01,
+    max_bad: Annotated[float, typer.Option(min=0, max=1, help="Fraction of records that may be bad.")] = 0.01,
     rename: Rename = None,
     data_root: DataRoot = None,
     limits: Limits = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace shards of other records in OUT.")
+        bool, typer.Option("--overwrite", help="Replace existing shards of other records.")
     ] = False,
 ) -> None:
-    """Tokenize the media of records once, into shards; it resumes where it was stopped."""
+    """Tokenize the media of records into shards; rerun the command to resume."""
     from anytoken.data.shards import load_tokenizers, tokenize_records
 
     options = {"max_bad": max_bad, "engine": engine, "rename": pairs(rename)}

@@ -1,4 +1,4 @@
-"""Commands that say how good a model is: eval (built-in directions, or tasks from files), compare."""
+"""Commands that evaluate a model: eval (built-in directions, or tasks from files), compare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from anytoken.commands.options import Adapter, Device, ModelArgument, examples, load
 
 app = typer.Typer()
-COUNT = 200  # held-out prompts a built-in direction
+COUNT = 200  # held-out prompts per built-in direction
 
 
 @app.command(
@@ -35,37 +35,40 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
     out: Annotated[
         Path | None,
-        typer.Option(help="The JSON file of figures (out/scores.json); with --task a folder (out/eval)."),
+        typer.Option(help="JSON file for the scores (out/scores.json); with --task a folder (out/eval)."),
     ] = None,
-    directions: Annotated[str | None, typer.Option(help="Some only: text->image,image->text.")] = None,
+    directions: Annotated[
+        str | None, typer.Option(help="Comma-separated directions; all by default.")
+    ] = None,
     count: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Held-out prompts a direction ({COUNT}), or a task (by default its own count)."
+            min=1, help=f"Held-out prompts per direction ({COUNT}), or per task (by default its own count)."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="By default 0, or a task's own seed.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed; by default 0, or the task's own.")] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(help="With --task: another model to run and compare with, pair by pair; repeatable."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With --task: ask again for all answers.")
+        bool, typer.Option("--overwrite", help="With --task: discard existing answers.")
     ] = False,
-    judge_steps: Annotated[int, typer.Option(min=1, help="Training steps of the picture judges.")] = 1500,
+    judge_steps: Annotated[int, typer.Option(min=1, help="Training steps of the image judges.")] = 1500,
     fill: Annotated[
-        list[Path] | None, typer.Option(help="Markdown whose score table is written anew; not with --task.")
+        list[Path] | None,
+        typer.Option(help="Markdown file whose score table to update; repeatable; not with --task."),
     ] = None,
     asr: Annotated[
         str | None,
         typer.Option(
-            help="A Whisper for faster-whisper, by name or folder: a second opinion on speech, or WER of it."
+            help="A faster-whisper model, by name or folder, as a second judge of speech or for WER."
         ),
     ] = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Score a model on held-out prompts in every direction, or on tasks from files, beside chance and baselines."""
+    """Score a model and its baselines on held-out prompts in every direction, or on tasks from files."""
     if task:
         unused = {"--directions": directions, "--fill": fill}
         _refuse(unused, "goes with the built-in directions, not with --task")
@@ -144,11 +147,11 @@ def _name(model: str, adapter: Path | None) -> str:
 
 @app.command(epilog=examples("anytoken compare out/eval/mini out/eval/my-model"))
 def compare(
-    ours: Annotated[Path, typer.Argument(help="A result file TASK.json, or the folder of a model.")],
-    theirs: Annotated[Path, typer.Argument(help="Another, of the same tasks.")],
+    ours: Annotated[Path, typer.Argument(help="A result file TASK.json, or a model's result folder.")],
+    theirs: Annotated[Path, typer.Argument(help="Another one, with the same tasks.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare results of `eval --task` on the samples that both have: differences with paired bootstrap intervals."""
+    """Compare two results of `eval --task` on their common samples, with paired bootstrap intervals."""
     import json
 
     from anytoken.evaluation.suite import compare as pairs

@@ -36,7 +36,7 @@ from anytoken.terminal.repl import ChatRepl, line_reader
 
 app = typer.Typer()
 PROMPT_HELP = (
-    "Strings and file paths, in order, and - for words on standard input; or typed parts: --text WORDS, --image PATH, "
+    "Strings and file paths in order, - for text on standard input; or typed parts: --text WORDS, --image PATH, "
     "--speech PATH (- for standard input), --video PATH, --dna PATH-OR-BASES."
 )
 
@@ -52,12 +52,10 @@ class PromptCommand(TyperCommand):
 def demo(
     model: Model = "mini",
     out: Out = Path("out/demo"),
-    assets: Annotated[
-        Path | None, typer.Option(help="Held-out files; by default those that come along.")
-    ] = None,
+    assets: Annotated[Path | None, typer.Option(help="Held-out files; by default the bundled ones.")] = None,
     each: Annotated[int, typer.Option(min=1, help="Prompts per direction.")] = 2,
 ) -> None:
-    """Answer held-out files in every direction and write a page of the results."""
+    """Answer held-out prompts in every direction and write the results as an HTML page."""
     from anytoken.emoji_world.demo import run_demo
 
     run_demo(load(model), assets or recipes.assets(), out, each)
@@ -67,9 +65,9 @@ def demo(
 def chat(
     model: Model = "mini",
     out: Out = Path("out/chat"),
-    system: Annotated[str | None, typer.Option(help="A system text.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     go_on: Annotated[
-        Path | None, typer.Option("--load", help="Go on with a conversation that /save kept.")
+        Path | None, typer.Option("--load", help="Continue a conversation saved with /save.")
     ] = None,
     seed: Seed = None,
     temperature: Temperature = None,
@@ -82,13 +80,13 @@ def chat(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Talk in the terminal: /image PATH, /draw TEXT, /say TEXT, /save DIR ...; /help lists all.
+    """Chat in the terminal: /image PATH, /draw TEXT, /say TEXT, /save DIR ...; /help lists all.
 
-    Pictures are shown where the terminal can; everything that comes back is a file in --out.
+    Images are shown if the terminal supports it; generated media are saved to --out.
     """
     if system is not None and go_on is not None:
         raise typer.BadParameter(
-            "--system begins a conversation and --load goes on with one: give one of them."
+            "--system starts a new conversation and --load continues one: give only one of them."
         )
     check_out(out)
     opened = load(model, device, adapter)
@@ -120,19 +118,21 @@ def chat(
 )
 def generate(
     prompt: Annotated[
-        list[str] | None, typer.Argument(help=f"{PROMPT_HELP} Without any, what is piped in.")
+        list[str] | None, typer.Argument(help=f"{PROMPT_HELP} By default standard input.")
     ] = None,
     model: Model = "mini",
     output: Annotated[
         list[str] | None,
         typer.Option(
-            "--output", "-o", help="Kinds in order: text,image or -o text -o image; else the model's choice."
+            "--output",
+            "-o",
+            help="Output kinds in order: text,image or -o text -o image; by default the model decides.",
         ),
     ] = None,
     out: Out = Path("out"),
-    num_return: Annotated[int, typer.Option(help="How many replies.")] = 1,
+    num_return: Annotated[int, typer.Option(help="Number of replies.")] = 1,
     best_of: Annotated[
-        int | None, typer.Option(help="Make so many and give the likeliest, as many as --num-return.")
+        int | None, typer.Option(help="Sample N replies and return the --num-return most likely.")
     ] = None,
     seed: Seed = None,
     temperature: Temperature = None,
@@ -143,22 +143,22 @@ def generate(
     cfg_scale: CfgScale = None,
     max_new_tokens: MaxNewTokens = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON line a reply, with ids and usage.")
+        bool, typer.Option("--json", help="Print one JSON line per reply, with ids and usage.")
     ] = False,
     stream: Annotated[
-        bool, typer.Option(help="Show the reply while it is made; with --json one line an event.")
+        bool, typer.Option(help="Show the reply while it is generated; with --json one line per event.")
     ] = False,
     limits: Limits = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Answer one prompt, of words and files."""
+    """Answer one prompt of text and files."""
     if stream and (num_return != 1 or best_of is not None):
         raise typer.BadParameter(
-            "--stream shows one reply while it is made; leave out --num-return and --best-of."
+            "--stream shows a single reply while it is generated; leave out --num-return and --best-of."
         )
     if not prompt and sys.stdin.isatty():
-        raise typer.BadParameter('say something: anytoken generate "a fox", or pipe words in.')
+        raise typer.BadParameter('the prompt is empty: anytoken generate "a fox", or pipe text in.')
     check_out(out)
     parts = [read_part(part) for part in prompt or ["-"]]
     kinds = [kind for one in output or [] for kind in one.replace(",", " ").split() or [""]] or None
@@ -199,11 +199,11 @@ def tokenize(
 
 @app.command(epilog=examples("anytoken detokenize ids.json --out out"))
 def detokenize(
-    source: Annotated[str, typer.Argument(help="A file of ids as JSON, or - for standard input.")] = "-",
+    source: Annotated[str, typer.Argument(help="JSON file of ids, or - for standard input.")] = "-",
     model: Model = "mini",
     out: Out = Path("out"),
 ) -> None:
-    """Turn token ids back into text and files."""
+    """Decode token ids into text and files."""
     check_out(out)
     ids = read_ids(source)
     show_segments(load(model).detokenize(ids), out, Console())
@@ -211,5 +211,5 @@ def detokenize(
 
 @app.command(epilog=examples("anytoken info mini"))
 def info(model: ModelArgument = "mini") -> None:
-    """Show a model's size, kinds, id ranges and sampling defaults, and the versions underneath."""
+    """Show a model's size, kinds, id ranges, sampling defaults and library versions."""
     show_model(load(model))

@@ -1,4 +1,4 @@
-"""Commands that make a model of other models: init, export, merge."""
+"""Commands that build a model from other models: init, export, merge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer()
 )
 def init(
     backbone: Annotated[
-        str, typer.Option(help="A causal language model: a folder, a hub id, or a .gguf file.")
+        str, typer.Option(help="Causal language model: a folder, a hub id, or a .gguf file.")
     ],
     tokenizers: Annotated[
         list[Path],
@@ -26,12 +26,12 @@ def init(
     ],
     out: Out,
     upcycle: Annotated[
-        int, typer.Option(min=0, help="Make so many experts of every dense layer; 0: none.")
+        int, typer.Option(min=0, help="Upcycle every dense layer into this many experts; 0 is off.")
     ] = 0,
-    top_k: Annotated[int, typer.Option(min=1, help="Experts a token passes, with --upcycle.")] = 2,
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token, with --upcycle.")] = 2,
     overwrite: Overwrite = False,
 ) -> None:
-    """Give any language model the ids of other modalities: its text stays as it is until it is trained."""
+    """Extend a language model's vocabulary with modality tokens; its text outputs stay unchanged until training."""
     from anytoken.data.shards import load_tokenizers
     from anytoken.inference.api import AnyToken
     from anytoken.inference.checkpoint import CHECKPOINT
@@ -64,7 +64,7 @@ def export(
     ],
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a model as serving engines know it, with a tokenizer whose ids are the model's (docs/serving.md)."""
+    """Export a model and tokenizer in a format that serving engines load (docs/serving.md)."""
     from transformers.utils import logging
 
     from anytoken.inference.checkpoint import CHECKPOINT, check_folder, find_checkpoint
@@ -113,13 +113,15 @@ def merge(
     one: ModelArgument,
     other: ModelArgument,
     out: Out,
-    weights: Annotated[tuple[float, float], typer.Option(help="Shares of the two; they add up to 1.")] = (
+    weights: Annotated[
+        tuple[float, float], typer.Option(help="Weights of the two models; they sum to 1.")
+    ] = (
         0.5,
         0.5,
     ),
     overwrite: Overwrite = False,
 ) -> None:
-    """Average the weights of two fine-tunes of one model: the merge often does what each of them learnt."""
+    """Average the weights of two fine-tunes of one model, to combine what they learned."""
     from transformers import AutoConfig
 
     from anytoken.inference.api import AnyToken

@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same everywhere, and opening a model quietly."""
+"""Options shared by the commands, and loading a model without progress bars."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Adapter = Annotated[Path | None, typer.Option(help="A PEFT adapter folder to loa
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace another checkpoint in --out; other files there are kept.")
+    bool, typer.Option("--overwrite", help="Replace an existing checkpoint in --out; other files are kept.")
 ]
-Seed = Annotated[int | None, typer.Option(help="The same seed and prompt give the same reply.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed; the same seed and prompt give the same reply.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change recipe values.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe values.")
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of processes.")]
 Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy; by default the checkpoint's, per kind.")
+    float | None, typer.Option(help="0 is greedy; by default the checkpoint's setting per kind.")
 ]
 TopK = Annotated[
     int | None, typer.Option(help="Sample from this many of the most probable ids; 1 is greedy.")
@@ -45,22 +45,24 @@ TopP = Annotated[
     float | None,
     typer.Option(help="Sample from the most probable ids that sum to this probability; 1 is off."),
 ]
-MinP = Annotated[
-    float | None, typer.Option(help="Keep ids at least this many times as probable as the likeliest.")
+MinP = Annotated[float | None, typer.Option(help="Drop ids below this fraction of the top probability.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Penalty on ids already in the reply; 1 is off.")
 ]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Of ids the reply already holds; 1 is off.")]
-CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
+CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")]
 Limits = Annotated[
     list[str] | None,
     typer.Option(
         "--limits",
         metavar="NAME=NUMBER",
         callback=allow_limits,
-        help="Take larger media: max_pixels, max_frames, max_seconds, max_letters, max_bytes, max_video_pixels, "
+        help="Raise media limits: max_pixels, max_frames, max_seconds, max_letters, max_bytes, max_video_pixels, "
         "max_decoded_bytes.",
     ),
 ]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in token ids; by default what fits.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Maximum reply length in tokens; by default what fits the context.")
+]
 
 
 def examples(*lines: str) -> str:

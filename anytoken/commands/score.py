@@ -1,4 +1,4 @@
-"""Commands that compare answers instead of generating them: score, classify."""
+"""Commands that score given answers instead of generating them: score, classify."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Normalize(StrEnum):
 Prompt = Annotated[list[str], typer.Argument(metavar="PROMPT...", help=PROMPT_HELP)]
 NormalizeOption = Annotated[
     Normalize,
-    typer.Option(help="none: sum over tokens; tokens: mean; pmi: sum less that after an empty prompt."),
+    typer.Option(help="none: sum over tokens; tokens: mean; pmi: sum minus that of an empty prompt."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer, best first.")]
 
@@ -39,9 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per 
 )
 def score(
     prompt: Prompt,
-    answer: Annotated[
-        list[str], typer.Option("--answer", "-a", help="A string or a file path; repeat it for each answer.")
-    ],
+    answer: Annotated[list[str], typer.Option("--answer", "-a", help="A string or a file path; repeatable.")],
     model: Model = "mini",
     normalize: NormalizeOption = Normalize.none,
     as_json: AsJson = False,
@@ -68,18 +66,16 @@ def score(
 )
 def classify(
     prompt: Prompt,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", help="A label; repeat it for each one.")
-    ] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", "-l", help="A label; repeatable.")] = None,
     labels: Annotated[Path | None, typer.Option(help="A text file with one label per line.")] = None,
     model: Model = "mini",
-    top: Annotated[int, typer.Option(min=1, help="Print this many of the most likely labels.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of labels to print.")] = 5,
     normalize: NormalizeOption = Normalize.none,
     as_json: AsJson = False,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Print the most likely labels of a prompt."""
+    """Print the most likely labels for a prompt."""
     choices = [*(label or []), *(read_lines(labels) if labels else [])]
     if not choices:
         raise typer.BadParameter("classify needs labels: --label cat --label dog, or --labels FILE.")

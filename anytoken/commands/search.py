@@ -30,7 +30,8 @@ Width = Annotated[int | None, typer.Option(min=1, help="Dimensions of a vector; 
 Untrained = Annotated[
     bool,
     typer.Option(
-        "--untrained", help="Without a trained head: means of hidden states, which retrieve far less."
+        "--untrained",
+        help="Use the mean of hidden states instead of a trained head; retrieval is much worse.",
     ),
 ]
 
@@ -55,10 +56,10 @@ def index(
     folder: Annotated[
         Path, typer.Argument(help="A folder of images, clips, recordings, texts and sequences.")
     ],
-    out: Annotated[Path, typer.Option(help="The index to write, or to bring up to date.")],
+    out: Annotated[Path, typer.Option(help="The index to write or update.")],
     model: Model = "mini",
     kind: Annotated[
-        IndexKind, typer.Option(help="flat: exact; hnsw: millions; ivfpq: little memory.")
+        IndexKind, typer.Option(help="flat: exact; hnsw: millions of vectors; ivfpq: little memory.")
     ] = IndexKind.flat,
     width: Width = None,
     untrained: Untrained = False,
@@ -68,7 +69,7 @@ def index(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Index a folder for search; rerun it to add what is new."""
+    """Index a folder for search; rerun the command to add new files."""
     from anytoken.inference.index import Index
 
     opened = load(model, device, adapter)
@@ -85,23 +86,21 @@ def index(
     ),
 )
 def search(
-    path: Annotated[Path, typer.Argument(metavar="INDEX", help="What `anytoken index` wrote.")],
+    path: Annotated[Path, typer.Argument(metavar="INDEX", help="Index written by `anytoken index`.")],
     query: Annotated[list[str], typer.Argument(metavar="QUERY...", help=PROMPT_HELP)],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many results.")] = 10,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Only results of this kind; repeat it for more.")
-    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
+    kind: Annotated[list[str] | None, typer.Option(help="Only results of this kind; repeatable.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="By default the model that made the index.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per result, best first.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page of the results.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the results as an HTML page.")] = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Find what is nearest to words, files or both."""
+    """Find the items nearest to a query of text, files or both."""
     from anytoken.inference.index import Index, read_index
 
     meta, _ = read_index(path)
@@ -113,7 +112,7 @@ def search(
     gone = [hit for hit in hits if not hit.exists]
     if gone:
         note = (
-            f"{len(gone)} of the results have gone since, such as {gone[0].file}: run `anytoken index` again."
+            f"{len(gone)} of the results no longer exist, such as {gone[0].file}: run `anytoken index` again."
         )
         Console(stderr=True, soft_wrap=True).print(note, markup=False, highlight=False)
     if html is not None:

@@ -29,7 +29,7 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="Name that clients ask for; by default the model's.")
+        str | None, typer.Option(help="Model name for clients; by default that of the folder.")
     ] = None,
     api_keys: Annotated[
         Path | None,
@@ -40,18 +40,20 @@ def serve(
     ] = False,
     limits: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a limit: --set max_waiting=16."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a server setting: --set max_waiting=16."),
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image or frame.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="Seconds of speech or video.")] = None,
-    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
-    cors: Annotated[list[str] | None, typer.Option(help="Origin of pages that may call the server.")] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Maximum pixels of an image or frame.")
+    ] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Maximum seconds of speech or video.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Maximum frames of a video.")] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="Allowed CORS origin; repeatable.")] = None,
     device: Device = "auto",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]FOLDER",
-            help="A PEFT adapter: with a name, answers as MODEL:NAME; without, is merged in.",
+            help="A PEFT adapter: served as MODEL:NAME, or merged into the model if no name is given.",
         ),
     ] = None,
     adapter_folder: Annotated[
@@ -61,20 +63,20 @@ def serve(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Take tokens from an engine such as vLLM at this address: http://host:8001/v1.",
+            help="Generate tokens with an external engine such as vLLM: http://host:8001/v1.",
         ),
     ] = None,
     engine_model: Annotated[
-        str | None, typer.Option(help="The model's name at the engine; by default as given here.")
+        str | None, typer.Option(help="Model name at the engine; by default MODEL.")
     ] = None,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
-    """Serve a model through OpenAI's API; http://127.0.0.1:8000/docs lists it.
+    """Serve a model through an OpenAI-compatible API, documented at http://127.0.0.1:8000/docs.
 
-    With --engine, this process loads no language model: it turns media into ids for the engine, and its ids into media
-    (the engine's API key comes from the variable ANYTOKEN_ENGINE_KEY).
+    With --engine, this process loads no language model. It encodes media to ids for the engine and decodes the ids it
+    returns. The environment variable ANYTOKEN_ENGINE_KEY holds the engine's API key.
 
-    SIGTERM stops it after the running requests are answered.
+    SIGTERM stops the server after the running requests are answered.
     """
     missing = [
         name

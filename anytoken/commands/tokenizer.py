@@ -14,29 +14,32 @@ from anytoken import recipes
 from anytoken.commands.options import Out, Overrides, examples
 
 Count = Annotated[
-    int | None, typer.Option("--count", "--limit", min=1, help="Held-out items at most; all without it.")
+    int | None,
+    typer.Option("--count", "--limit", min=1, help="Maximum number of held-out items; all by default."),
 ]
 Genomes = Annotated[
     list[Path] | None,
     typer.Option(
-        "--genome", help="FASTA files that DNA tokenizers stream, in the place of the set's own package's."
+        "--genome",
+        help="FASTA file for the streaming test of DNA tokenizers, instead of the set's own; repeatable.",
     ),
 ]
 PictureTokenizer = Annotated[
     Path | None,
-    typer.Option("--image", help="The picture tokenizer that clips are compared with; else `image` beside."),
+    typer.Option(
+        "--image",
+        help="Image tokenizer to compare video with; by default the folder `image` next to this one.",
+    ),
 ]
 Files = Annotated[
     str | None,
-    typer.Option(
-        help="A folder or glob of your own files under --data, in the place of the sets' held-out items."
-    ),
+    typer.Option(help="Folder or glob of your own files below --data, instead of the sets' held-out items."),
 ]
 Learnability = Annotated[
     bool,
     typer.Option(
-        help="Also train two small language models on the codes of the captioned set, which takes ten minutes or so: "
-        "bits per code and item, fidelity of what they generate, codes that stay when only the global changes."
+        help="Also train two small language models on the codes of the captioned set (about ten minutes): bits per "
+        "code and item, fidelity of generated items, and stability of codes when only the global codes change."
     ),
 ]
 app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
@@ -54,10 +57,10 @@ def tokenizer_train(
     out: Out,
     overrides: Overrides = None,
 ) -> None:
-    """Train a tokenizer by its recipe; run again after an interruption it goes on where it was.
+    """Train a tokenizer from its recipe; rerun the command to resume.
 
-    Writes the tokenizer, training.json, metrics.jsonl, and tensorboard/ where that package is installed. `data` of a
-    recipe may be a folder or glob of your own files under --data, as in data=photos/train.
+    Writes the tokenizer, training.json, metrics.jsonl, and tensorboard/ if that package is installed. `data` in a
+    recipe may be a folder or glob of your own files below --data, such as data=photos/train.
     """
     from anytoken.training.tokenizer.trainer import train_tokenizer
 
@@ -76,17 +79,17 @@ def tokenizer_eval(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
     card: Annotated[
-        Path | None, typer.Option(help="A folder for figures.json, README.md and before/after samples.")
+        Path | None, typer.Option(help="Folder for a card: figures.json, README.md and samples.")
     ] = None,
     genome: Genomes = None,
     image: PictureTokenizer = None,
     files: Files = None,
     count: Count = None,
     learnability: Learnability = False,
-    seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for choosing items.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
-    """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
+    """Measure a tokenizer on held-out data against baselines: reconstruction, codebook usage, rate, speed."""
     import json
 
     from anytoken.evaluation.tokenizers.card import make_card
@@ -120,15 +123,15 @@ def tokenizer_eval(
 def tokenizer_compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
-    out: Annotated[Path | None, typer.Option(help="A JSON file for all figures.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     genome: Genomes = None,
     image: PictureTokenizer = None,
     files: Files = None,
     count: Count = None,
     learnability: Learnability = False,
-    seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for choosing items.")] = 0,
 ) -> None:
-    """Measure several tokenizers on the same held-out items: rate, what comes back, codebook usage, speed."""
+    """Measure several tokenizers on the same held-out items: rate, reconstruction, codebook usage, speed."""
     import json
 
     from anytoken.evaluation.tokenizers.compare import compare, comparison
@@ -146,14 +149,15 @@ def tokenizer_compare(
 )
 def tokenizer_import(
     source: Annotated[
-        str, typer.Argument(help="A codec of transformers: a folder or a hub id, as kyutai/mimi.")
+        str, typer.Argument(help="A transformers codec: a folder or a hub id such as kyutai/mimi.")
     ],
     out: Out,
     kind: Annotated[
-        str | None, typer.Option(help="speech, image or video, where a codec does several.")
+        str | None, typer.Option(help="speech, image or video, if the codec supports several.")
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As num_codebooks=8 or side_px=256.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings such as num_codebooks=8 or side_px=256."),
     ] = None,
 ) -> None:
     """Save a pretrained codec (Mimi, DAC, EnCodec, X-Codec, Emu3, Janus, Chameleon) as a tokenizer folder."""
@@ -174,13 +178,15 @@ def tokenizer_overview(
     cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="Say which tokenizers are part of this model: mini, or a folder."),
+        typer.Option(
+            "--model", "-m", help="Mark the tokenizers of this model: mini or a folder; repeatable."
+        ),
     ] = None,
     fill: Annotated[
-        list[Path] | None, typer.Option(help="Markdown whose table of tokenizers is written anew.")
+        list[Path] | None, typer.Option(help="Markdown file whose tokenizer table to update; repeatable.")
     ] = None,
 ) -> None:
-    """One line for each tokenizer that has a card: rate, what it keeps beside a baseline, codebook usage."""
+    """List all tokenizers with a card: rate, reconstruction, baseline, codebook usage."""
     import json
 
     from anytoken.emoji_world.report import fill_between

@@ -1,4 +1,4 @@
-"""Commands that make a model better and say what that costs: train, prefer, merge-adapter, plan."""
+"""Commands that train a model and estimate the cost: train, prefer, merge-adapter, plan."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ def train(
     overrides: Overrides = None,
     tiny: Annotated[
         bool,
-        typer.Option(
-            "--tiny", help="The recipe in miniature, on files made on the spot; nothing is downloaded."
-        ),
+        typer.Option("--tiny", help="Run the recipe in miniature on generated files, without downloads."),
     ] = False,
 ) -> None:
-    """Run a training stage; the same command resumes it where it was stopped."""
+    """Run a training stage; rerun the command to resume."""
     from anytoken.training.config import TrainConfig
 
     recipe = TrainConfig.load(
@@ -63,13 +61,13 @@ def _answer(lm: Any, processor: Any, prompt: Any, output: Any) -> str:
 @app.command(epilog=examples("anytoken reference runs/1_alignment runs/2_interleaved --stages stages"))
 def reference(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of finished runs, named as their curves shall be.")
+        list[Path], typer.Argument(help="Folders of finished runs; their names become the curves' names.")
     ],
     stages: Annotated[
         Path, typer.Option(help="The folder whose README.md and reference/ are written.")
     ] = Path("stages"),
 ) -> None:
-    """Publish runs as curves that others can hold theirs against."""
+    """Publish runs as reference curves."""
     from anytoken.training.report.reference import publish_references
 
     print(publish_references(runs, stages))
@@ -78,15 +76,13 @@ def reference(
 @app.command(epilog=examples("anytoken prefer mini pairs.jsonl --out runs/preferred --steps 100"))
 def prefer(
     model: Annotated[str, typer.Argument(help="mini, or a checkpoint folder.")],
-    pairs: Annotated[Path, typer.Argument(help="JSONL: messages, chosen and rejected a line.")],
+    pairs: Annotated[Path, typer.Argument(help="JSONL with messages, chosen and rejected per line.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
-    beta: Annotated[
-        float, typer.Option(help="DPO's beta: how strongly the model is held to its start.")
-    ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and the order of pairs.")] = 0,
+    beta: Annotated[float, typer.Option(help="DPO beta (KL strength).")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Random seed for initialization and data order.")] = 0,
 ) -> None:
     """Train an adapter on preferred answers (DPO, through trl)."""
     from anytoken.training.dpo import DPOArgs
@@ -102,10 +98,12 @@ def merge_adapter(
     model: ModelArgument,
     adapter: Annotated[Path, typer.Argument(help="The PEFT adapter folder.")],
     out: Annotated[Path, typer.Option(help="The checkpoint folder to write.")],
-    dtype: Annotated[str, typer.Option(help="How weights are stored: bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the saved weights: bfloat16 or float32.")
+    ] = "bfloat16",
     overwrite: Overwrite = False,
 ) -> None:
-    """Fold an adapter into its model: a checkpoint of its own, to load, share or serve without PEFT."""
+    """Merge an adapter into its model and save a checkpoint that needs no PEFT."""
     import torch
 
     from anytoken.inference.checkpoint import CHECKPOINT
@@ -134,22 +132,27 @@ def plan(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A config .json, checkpoint folder or hub id; by default what the recipe starts from."
+            help="A config .json, checkpoint folder or hub id; by default the recipe's initial model."
         ),
     ] = None,
-    new_ids: Annotated[int, typer.Option(min=0, help="Rows to add to that model's vocabulary.")] = 0,
-    gpus: Annotated[int | None, typer.Option(min=1, help="By default the recipe's world_size.")] = None,
+    new_ids: Annotated[int, typer.Option(min=0, help="Token ids to add to the model's vocabulary.")] = 0,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Number of GPUs; by default the recipe's world_size.")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s or rtx4090.")] = "h100",
     sharding: Annotated[
         str | None, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp; by default the recipe's.")
     ] = None,
-    share_of_peak: Annotated[float, typer.Option(help="Assumed share of the GPUs' peak FLOP/s.")] = 0.4,
+    share_of_peak: Annotated[
+        float, typer.Option(help="Assumed MFU (fraction of the GPUs' peak FLOP/s).")
+    ] = 0.4,
     measured: Annotated[
-        Path | None, typer.Option(help="A file of `anytoken bench gpu`, whose measured share counts instead.")
+        Path | None,
+        typer.Option(help="A file of `anytoken bench gpu`; its measured MFU replaces the assumed one."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a stage costs on many GPUs, without allocating a weight: parameters, memory, FLOPs, hours."""
+    """Estimate parameters, memory, FLOPs and hours of a stage on many GPUs, without allocating weights."""
     import dataclasses
     import json
 

@@ -1,4 +1,4 @@
-"""`anytoken web`: a page to talk to a model, look at its tokens and watch a training run."""
+"""`anytoken web`: a web page to chat with a model, inspect its tokens and watch a training run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = typer.Typer()
 def web(
     model: ModelArgument = "mini",
     run: Annotated[
-        Path | None, typer.Option(help="Watch a training run: its output folder, or a folder of several.")
+        Path | None, typer.Option(help="Output folder of a training run to watch, or a folder of several.")
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine only.")
@@ -36,7 +36,7 @@ def web(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Open a page in the browser: drop or record anything, get text, images, speech, video or DNA back.
+    """Open a chat page in the browser, with text, images, speech, video and DNA as input and output.
 
     With API keys, visitors log in with any user name and a key as the password.
     """

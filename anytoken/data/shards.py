@@ -287,7 +287,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not (path / MANIFEST).is_file():
         if (path / PROGRESS).is_file():
-            raise DataError(f"{path} is unfinished; run `anytoken data tokenize` again, and it goes on")
+            raise DataError(f"{path} is incomplete; rerun `anytoken data tokenize` to resume it")
         raise DataError(f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The demo: held-out files answered in every direction, on one page with pictures, players and scores.
+"""The demo: held-out files answered in every direction, on one page with images, players and scores.
 
 `anytoken demo` runs it. The page is plain HTML beside its files, so it opens without a server; the scores on it are
 those that `anytoken eval` wrote into the checkpoint (`scores.json`), never made up here.
@@ -49,7 +49,7 @@ td:first-child, th:first-child { text-align: left; } .note { color: #777; }
 
 @dataclass(frozen=True)
 class DemoExample:
-    """One question of the demo, with the true answer to show beside the model's."""
+    """One question of the demo, with the true answer to show next to the model's."""
 
     direction: str
     prompt: list[Segment]
@@ -97,7 +97,7 @@ def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
     """The demo's questions, `each` a direction, in a fixed order."""
     images, videos = _open(assets, "images", "image", 2 * each), _open(assets, "videos", "video", each)
     clips, genes = _open(assets, "speech", "speech", each), _open(assets, "translate", "dna", each)
-    pictures = {record["name"]: image for record, image in reversed(images)}
+    by_name = {record["name"]: image for record, image in reversed(images)}
     for record, image in images[:each]:
         yield DemoExample("text->image", [Text(record["text"])], "image", image)
     for record, image in images[:each]:
@@ -107,9 +107,7 @@ def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
     for record, clip in clips:
         yield DemoExample("speech->text", [clip], "text", Text(record["text"]))
     for record, clip in clips:
-        yield DemoExample(
-            "speech->image", [clip], "image", pictures.get(record["name"], Text(record["text"]))
-        )
+        yield DemoExample("speech->image", [clip], "image", by_name.get(record["name"], Text(record["text"])))
     for record, image in images[:each]:
         yield DemoExample("image->speech", [image], "speech", Text(record["name"]))
     for record, video in videos:
@@ -167,16 +165,16 @@ def judge(one: DemoExample, answer: list[Segment], words: KeywordRecognizer | No
     segment: Any = answer[0] if answer else None
     truth: Any = one.truth
     if segment is None or segment.kind != one.target:
-        return "nothing of this kind"
+        return "no segment of this kind"
     if one.target == "text" and "dna" in one.direction:
         return f"{percent(sequence_identity(segment.text.split(), truth.text.split()))} of residues"
     if one.target == "text":
-        return "exact" if same_text(segment.text, truth.text) else f"wanted: {truth.text}"
+        return "exact" if same_text(segment.text, truth.text) else f"expected: {truth.text}"
     if one.target == "dna":
         residues = getattr(one.prompt[0], "text", "").split()
-        return f"translates to {percent(sequence_identity(translate(segment.bases), residues))} of it"
+        return f"{percent(sequence_identity(translate(segment.bases), residues))} of residues"
     if one.target == "speech" and words is not None:
-        return f"heard: {words.transcribe(segment) or 'nothing known'}"
+        return f"recognized: {words.transcribe(segment) or 'no known name'}"
     return "see the page"
 
 
@@ -185,7 +183,7 @@ def _roles(one: DemoExample, answer: list[Segment]) -> list[tuple[str, list[Segm
 
 
 def _shown(segments: list[Segment], out: Path, stem: str) -> str:
-    """Segments as HTML; media are written to files beside the page."""
+    """Segments as HTML; media are written to files next to the page."""
     shown = []
     for place, segment in enumerate(segments):
         if isinstance(segment, Text):
@@ -217,7 +215,9 @@ def _page(sections: dict[str, list[str]], report: dict[str, Any] | None, seconds
         f"<section><h2>{html.escape(name)}</h2>{''.join(cases)}</section>" for name, cases in sections.items()
     ]
     if report is None:
-        scores = "<p class='note'>This checkpoint carries no scores; write them with <code>anytoken eval</code>.</p>"
+        scores = (
+            "<p class='note'>This checkpoint has no scores; write them with <code>anytoken eval</code>.</p>"
+        )
     else:
         head, *body = rows(report)
         lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
@@ -228,8 +228,8 @@ def _page(sections: dict[str, list[str]], report: dict[str, Any] | None, seconds
         )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>AnyToken demo</title><style>{STYLE}</style>'
-        "<h1>AnyToken demo</h1><p>Every prompt below was held out of training: a drawing or background the concept "
-        f"was never shown in, a voice never heard, a gene never read. Made in {seconds:.0f} seconds.</p>"
+        "<h1>AnyToken demo</h1><p>Every prompt below was held out of training: a new style or background for the "
+        f"concept, a new voice, or a new gene. Generated in {seconds:.0f} seconds.</p>"
         f"{''.join(parts)}<section><h2>Held-out scores</h2>{scores}</section></html>\n"
     )
 
@@ -246,7 +246,7 @@ def score_table(report: dict[str, Any]) -> Table:
     """The report as a table that fits a terminal of 80 columns: figures in percent, without the sign."""
     head, *body = rows(report)
     table = Table(
-        title="Held-out scores beside baselines, in %",
+        title="Held-out scores and baselines, in %",
         caption="* of residues",
         title_justify="left",
         caption_justify="left",

@@ -98,7 +98,7 @@ def pixels_of(segment: Segment) -> Tensor:
         return _shrink(segment.pixels[None])
     if isinstance(segment, Video):
         return _shrink(segment.frames)
-    raise EvaluationError(f"A picture judge looks at Image and Video; received {type(segment).__name__}.")
+    raise EvaluationError(f"An image judge accepts Image and Video; received {type(segment).__name__}.")
 
 
 def _shrink(pictures: np.ndarray) -> Tensor:
@@ -117,7 +117,7 @@ def fit_classifier(
 ) -> PictureClassifier:
     """Train on pictures uint8 [B, H, W, 3] with random shifts, scales, blur and noise; EvaluationError without any."""
     if not len(labels):
-        raise EvaluationError("A picture judge needs labelled pictures; received none.")
+        raise EvaluationError("An image judge needs labelled images; received none.")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Ask a model in every direction, judge its answers beside the baselines, and write the figures down.
+"""Evaluate a model in every direction against baselines and write the figures as JSON.
 
 `evaluate` returns one JSON-ready report, which is the only source of figures in README, cards and the demo page:
 `fill` writes its table between `<!-- scores -->` and `<!-- /scores -->` of a Markdown file.
@@ -43,7 +43,7 @@ def evaluate(
     batch: int = 20,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Judge `count` held-out prompts a direction; EvaluationError for an unknown direction or sets that hold none.
+    """Judge `count` held-out prompts per direction; EvaluationError for an unknown direction or sets that hold none.
 
     Directions whose sets are not there, or whose kinds the model does not have, are listed under "left_out".
     """
@@ -285,12 +285,13 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", *_as_table(by_part)]
     lines += [
         "",
-        f"{cases} held-out prompts a direction, seed {report['seed']}, commit {report['commit']}, {report['machine']}.",
+        f"{cases} held-out prompts per direction, seed {report['seed']}, commit {report['commit']}, "
+        f"{report['machine']}.",
     ]
     lines += [
         f"Not better than every baseline: {', '.join(worse)}."
         if worse
-        else "Better than every baseline in all."
+        else "Better than every baseline in all directions."
     ]
     return "\n".join([*lines, *_caveats(report)])
 
@@ -319,19 +320,20 @@ def _caveats(report: dict[str, Any]) -> list[str]:
     second = report["directions"].get(SECOND, {})
     if "share_of_first_turn" in second:
         lines.append(
-            f"Images named in a second turn: {percent(second['share_of_first_turn'])} of those in a first."
+            "Accuracy of naming an image in a second turn: "
+            f"{percent(second['share_of_first_turn'])} of the first turn's."
         )
     checked = {name: one["controls"] for name, one in report["directions"].items() if one.get("controls")}
     if checked:
         passed = {name: max(share["value"] for share in found.values()) for name, found in checked.items()}
         worst = max(passed, key=lambda name: passed[name])
         lines.append(
-            f"Controls (answers of other prompts, noise, silence) pass for at most {percent(passed[worst])} ({worst})."
+            f"Controls (answers to other prompts, noise, silence) pass at most {percent(passed[worst])} ({worst})."
         )
     if alone:
         lines.append(
-            "A held-out combination as a whole is out of reach of a training answer. The concept alone (of speech the "
-            f"words), with the nearest training prompt's in brackets: {', '.join(alone)}."
+            "No training answer can match a held-out combination as a whole. Score of the concept alone (words for "
+            f"speech), with the nearest training prompt's in brackets: {', '.join(alone)}."
         )
     return lines
 

@@ -50,5 +50,5 @@ def _shown(segment: Segment) -> str:
         return Video(small.pixels[np.newaxis])._repr_html_()  # a webp of one frame
     show = getattr(segment, "_repr_html_", None)
     if show is None:
-        raise SegmentError(f"{segment.kind} has no picture.")
+        raise SegmentError(f"{segment.kind} has no image.")
     return str(show())

@@ -259,7 +259,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         needs_ids = output_expert_use or (labels is not None and config.router_modality_aux_loss_coef > 0)
         if input_ids is None and config.modality_boundaries and needs_ids:
             raise ValueError(
-                "Modalities are told by token id: give input_ids, not inputs_embeds, or leave output_expert_use out "
+                "Modalities are found by token id: give input_ids, not inputs_embeds, or leave output_expert_use out "
                 "and set router_modality_aux_loss_coef to 0."
             )
         decoded = self.model(input_ids=input_ids, output_router_logits=routed, **kwargs)

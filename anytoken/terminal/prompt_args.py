@@ -95,7 +95,7 @@ def _words(data: bytes) -> str:
         return data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"Standard input is no UTF-8 text ({error}); pass a picture as --image -, sound as --speech -."
+            f"Standard input is not UTF-8 text ({error}); pass an image as --image -, audio as --speech -."
         ) from error
 
 

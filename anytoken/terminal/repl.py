@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 OUTPUTS = {"/draw": "image", "/say": "speech", "/animate": "video", "/sequence": "dna", "/tell": "text"}
 HELP = """\
 /image PATH  /speech PATH  /video PATH  /dna PATH   attach to your next message
-/draw TEXT   /say TEXT     /animate TEXT            ask for a picture, speech, video
-/tell TEXT   /sequence TEXT                         ask for text, DNA
-/ask KINDS TEXT      ask for kinds in order: /ask text,image a fox
-/regenerate [SEED]   another reply in place of the last
-/edit TEXT           say this instead of your last words (its files stay), and get a new reply
-/undo                take back your last message and its reply
-/save [DIR]          keep the conversation and its files
-/load DIR            go on with one that was kept
-/show                what was said so far
+/draw TEXT   /say TEXT     /animate TEXT            generate an image, speech, a video
+/tell TEXT   /sequence TEXT                         generate text, DNA
+/ask KINDS TEXT      choose the output kinds: /ask text,image a fox
+/regenerate [SEED]   replace the last reply with a new one
+/edit TEXT           replace the text of your last message (its files stay) and get a new reply
+/undo                remove your last message and its reply
+/save [DIR]          save the conversation and its files
+/load DIR            continue a saved conversation
+/show                show the conversation
 /help  /quit         Ctrl-C stops a reply"""
 COMMANDS = (
     *(f"/{kind}" for kind in PART_KINDS if kind != "text"), *OUTPUTS, "/ask", "/regenerate", "/edit", "/undo",
@@ -75,7 +75,7 @@ class ChatRepl:
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command in NEED_A_VALUE and not rest:
-            raise RequestError(f"{command} needs something after it; /help says what.")
+            raise RequestError(f"{command} needs an argument; see /help.")
         if not line.startswith("/") or _is_path(line):
             if line or self.attached:
                 self._say(line)
@@ -99,7 +99,7 @@ class ChatRepl:
             show_events(self.chat.regenerate_stream(**{**self.options, **seed}), self.out, self.console)
         elif command == "/undo":
             self.chat.undo()
-            self._note(f"taken back; {len(self.chat)} messages are left")
+            self._note(f"removed; {len(self.chat)} messages are left")
         elif command == "/save":
             self._note(f"saved {self.chat.save(argument or self.out / 'chat')}")
         elif command == "/load":

@@ -1,4 +1,4 @@
-"""Pictures to a grid of codes and back: one code for each 8x8 patch, any size through the size header.
+"""Images to a grid of codes and back: one code per 8x8 patch, any size through the size header.
 
 A VQ autoencoder (VQ-VAE, arXiv 1711.00937) on patches: convolutional trunk at patch resolution, finite scalar
 quantisation (2309.15505), a deeper trunk, and a short refining stage at a quarter of the patch size so that

@@ -1,11 +1,11 @@
-"""Images and clips as a layer over a plain base colour: said once, so that local codes do not depend on the background.
+"""Images and clips as a layer over a plain base colour, coded once: local codes do not depend on the background.
 
 Codes of composed pixels repeat the background in every patch and change with it, so a language model has to learn every
 drawing once per background. Here the base colour goes into global codes, and local codes describe the layer over it:
 premultiplied colour and coverage (Porter and Duff, 1984), which are the same on any background. A small network
 estimates the coverage of each pixel given the base colour (matting with a known background, arXiv 2004.00626). A patch
 without coverage has a code of its own. An image without a plain border is one opaque layer, coded like any image.
-A clip has one base, that of its first step of frames, so that it can be encoded as it comes.
+A clip has one base colour, that of its first step of frames, so that it can be encoded as a stream.
 
 Values are in [-1, 1], where premultiplied colour is the layer over mid-grey: image = colour + (1 - coverage) * base.
 Shapes: B items, H and W pixels, N patches, D width; `space` is H, W of images and T, H, W of clips of T frames.

@@ -185,8 +185,8 @@ class PretrainedSpeech(PretrainedTokenizer):
             raise TokenizerError(f"{model_config['model_type']} has 1 to {most} codebooks; received {books}.")
         if getattr(config, "audio_channels", 1) != 1 or getattr(config, "normalize", False):
             raise TokenizerError(
-                "This codec is for stereo, or writes a loudness beside its codes, which a line of codes has no place "
-                "for; take a mono one, such as the 24 kHz EnCodec."
+                "This codec is stereo or stores a loudness besides its codes, which a code sequence cannot hold; "
+                "use a mono codec such as the 24 kHz EnCodec."
             )
         self.hop = int(CODECS[model_config["model_type"]].hop(config))
         self.sample_rate_hz = int(getattr(config, "sampling_rate", 0) or config.sample_rate)

@@ -1,12 +1,12 @@
-"""Speech to a line of codes and back: 50 frames a second of 16 kHz sound, one or two of them a code.
+"""Speech to a line of codes and back: 50 frames per second of 16 kHz audio, one or two frames per code.
 
 Log-mel frames every 20 ms go through 1-D ConvNeXt blocks and a quantiser; the decoder predicts magnitude and phase of
 a short-time spectrum and inverts it, which is cheap and makes the waveform directly (Vocos, arXiv 2306.00814). Trained
-with multi-resolution spectral losses, no adversary. `frames_per_code: 2` halves what a language model has to read and
-write; residual codebooks with dropout then serve 25 and 50 codes a second with one set of weights. Global codes say
-once, before the frames, who speaks and through what (as in BiCodec, 2503.01710): frames then need not say it again and
-again, and a language model meets the same codes whoever says a word. With `candidates` codes are
-chosen by how they are heard once decoded.
+with multi-resolution spectral losses, without a discriminator. `frames_per_code: 2` halves the sequence
+length; residual codebooks with dropout then serve 25 and 50 codes per second with one set of weights. Global codes
+describe the speaker and the channel once, before the frames (as in BiCodec, 2503.01710): frames need not repeat it, and
+a language model sees the same codes for a word from any speaker. With `candidates`, codes are chosen by the
+quality of the decoded audio.
 """
 
 from __future__ import annotations

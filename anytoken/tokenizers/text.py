@@ -1,8 +1,8 @@
 """Text to ids and back: byte-level byte-pair encoding, exact for every UTF-8 string.
 
-The 256 bytes are the first part of every vocabulary, so nothing is ever unknown (byte-level BPE as in GPT-2; byte
+The 256 bytes are the first part of every vocabulary, so no text is out of vocabulary (byte-level BPE as in GPT-2; byte
 pair encoding of words: arXiv 1508.07909). The merging is Hugging Face `tokenizers`, which trains in seconds and
-whose `tokenizer.json` other programs read.
+writes a `tokenizer.json` that other programs read.
 
 The tokenizer of a foreign language model is read as it is, SentencePiece's pieces too (arXiv 1808.06226); its special
 ids are no text: they are never made of a string, so no string can pose as one.
@@ -98,7 +98,7 @@ class TextTokenizer:
         self._lost = set(range(NUM_BYTES)) - single
         if self._lost & IN_TEXT:
             raise TokenizerError(
-                "The vocabulary lacks single bytes, so some text would be lost; train it anew with `train`, or take "
+                "The vocabulary lacks single bytes, so some text would be lost; train it again with `train`, or take "
                 "a backbone whose tokenizer is byte-level or falls back to bytes."
             )
         edges = [

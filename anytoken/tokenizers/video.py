@@ -2,9 +2,9 @@
 
 The image tokenizer's autoencoder with a third axis: tubelets instead of patches (ViViT, arXiv 2103.15691),
 3-D depthwise convolutions, finite scalar quantisation (2309.15505). Eight frames of 64x64 are 128 codes, so
-what stands still is written once in four frames instead of four times. With `causal` a step of four frames depends on
-nothing after it (as in MAGVIT-v2, 2310.05737): a still is a clip of one step, and frames are encoded and decoded as
-they come (`encode_stream`, `decode_stream`), for as long as they come.
+still content is coded once per four frames instead of four times. With `causal` a step of four frames depends on
+nothing after it (as in MAGVIT-v2, 2310.05737): a still is a clip of one step, and streams of any length
+are encoded and decoded frame by frame (`encode_stream`, `decode_stream`).
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class TrainConfig(_Part):
     )
     replace_tokenizers: dict[str, str] = Field(
         default={},
-        description="tokenizers to change in a checkpoint: modality -> folder; its codes begin anew",
+        description="tokenizers to change in a checkpoint: modality -> folder; its new codes are reinitialized",
     )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
     limits: dict[str, float] = Field(
@@ -353,7 +353,7 @@ class TrainConfig(_Part):
         self._check_muon()
         self._check_contrastive()
         if self.lora is not None and self.trainable != ["*"]:
-            raise ValueError("trainable has no effect beside lora; remove one of them")
+            raise ValueError("trainable has no effect together with lora; remove one of them")
         return self
 
     def _check_contrastive(self) -> None:

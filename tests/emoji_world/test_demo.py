@@ -26,7 +26,7 @@ def test_the_demo_answers_every_direction_and_links_only_files_that_exist(tmp_pa
         assert f"<h2>{name.replace('>', '&gt;')}</h2>" in text
     linked = set(re.findall(r'(?:src|href)="([^"]+)"', text))
     assert linked and linked == {path.name for path in page.parent.iterdir()} - {"index.html", "images.png"}
-    assert "<script>" not in text and "&lt;script&gt;" in text and "carries no scores" in text
+    assert "<script>" not in text and "&lt;script&gt;" in text and "has no scores" in text
 
 
 def test_a_strip_holds_the_images_in_order():
@@ -43,8 +43,8 @@ def test_the_demo_shows_the_scores_of_the_checkpoint(tmp_path, fake_model, ignor
     report.save(found, tmp_path / "scores.json")
     model = fake_model(lambda prompt, out: [anything(out)], tmp_path)
     text = demo.run_demo(model, ASSETS, tmp_path / "demo", each=1).read_text()
-    assert "<td>dna-&gt;text</td>" in text and "carries no scores" not in text
-    assert "Held-out scores beside baselines" in capsys.readouterr().out
+    assert "<td>dna-&gt;text</td>" in text and "has no scores" not in text
+    assert "Held-out scores and baselines" in capsys.readouterr().out
 
 
 def test_scores_fit_80_columns():
@@ -61,11 +61,11 @@ def test_scores_fit_80_columns():
 
 def test_verdicts(anything):
     gene = demo.DemoExample("text->dna", [Text("M K L")], "dna", anything("dna"))
-    assert demo.judge(gene, [DNA("ATGAAACTG")], None) == "translates to 100.0 % of it"
-    assert demo.judge(gene, [], None) == "nothing of this kind"
+    assert demo.judge(gene, [DNA("ATGAAACTG")], None) == "100.0 % of residues"
+    assert demo.judge(gene, [], None) == "no segment of this kind"
     word = demo.DemoExample("image->text", [], "text", Text("a dog"))
     assert demo.judge(word, [Text("A dog")], None) == "exact"
-    assert demo.judge(word, [Text("a cat")], None) == "wanted: a dog"
+    assert demo.judge(word, [Text("a cat")], None) == "expected: a dog"
 
 
 def test_missing_files_are_named(tmp_path, ignorant):

@@ -43,7 +43,7 @@ def test_a_model_that_forgets_earlier_images_names_fewer_in_the_second_turn(worl
         return [known[images[0].pixels.tobytes()] if images else Text("nothing")]
 
     whole = report.evaluate(fake_model(answer), world, [FIRST, SECOND], count=9, progress=False)
-    assert "second turn: 66.7 % of those in a first" in report.markdown(whole)
+    assert "second turn: 66.7 % of the first turn" in report.markdown(whole)
     found = whole["directions"]
     assert found[FIRST]["model"]["value"] == 1.0
     assert found[SECOND]["model"]["value"] == found[SECOND]["share_of_first_turn"] == 0.6667

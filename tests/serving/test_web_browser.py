@@ -96,7 +96,7 @@ def test_a_visit(address, visit):
     assert page.eval_on_selector_all("button, input, textarea, select", NAMELESS) == []
 
     # an example that is clicked is answered
-    page.get_by_text("What is in this picture?").click()
+    page.get_by_text("What is in this image?").click()
     page.locator("#chat .bot").first.wait_for()
     idle(page)
     assert page.locator("#chat .user img").get_attribute("alt").startswith("image, ")

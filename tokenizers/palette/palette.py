@@ -1,4 +1,4 @@
-"""The palette of a picture as tokens: up to seven colours, each with its share of the picture.
+"""The palette of an image as tokens: up to seven colours, each with its share of the image.
 
 Structured data as one more modality, after 4M-21 (arXiv 2406.09406), which writes palettes and metadata as sequences. A
 frame is two codes: the colour from a learned codebook (VQ-VAE, 1711.00937), and its share in sixteenths, a plain scale.

@@ -1,8 +1,9 @@
-"""Proteins to codes and back: two residues a code, whatever their length up to 1,024.
+"""Proteins to codes and back: two residues per code, up to 1,024 residues.
 
 Pairs of the 20 amino acids go through a small network and a learned codebook of vectors (VQ-VAE, arXiv 1711.00937).
-There are 420, with those of an odd last residue, and as many codes, so that every letter can be kept; which pairs share
-letters is where a language model's embedding rows start. The folder is a whole modality: this file, a recipe, a card.
+There are 420 pairs, including those with an odd last residue, and as many codes, so no letter is lost. The codebook
+initializes a language model's embedding rows: pairs that share letters start near each other. The folder is a whole
+modality: this file, a recipe, a card.
 """
 
 from dataclasses import dataclass

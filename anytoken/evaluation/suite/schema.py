@@ -94,7 +94,7 @@ class Retrieve(Part):
         default=None, description="a key: items of records with the same value are right, too"
     )
     candidates: int | None = Field(
-        default=None, ge=2, description="rank the right items among others drawn at random, so many in all"
+        default=None, ge=2, description="rank the correct items among random others, this many in total"
     )
     normalize: Normalize | None = Field(default=None, description="of by: score; pmi by default")
 
@@ -136,16 +136,16 @@ class Task(Part):
     name: str = Field(pattern=r"^[^/\\.][^/\\]*$", max_length=100, description="also of its result files")
     description: str = ""
     data: str = Field(
-        description="a file or folder of records, or hf:owner/name; beside the task file, or in --data"
+        description="a file or folder of records, or hf:owner/name; relative to the task file or --data"
     )
     split: str | None = Field(default=None, description="only records whose key split has this value")
     where: dict[str, Scalar | list[Scalar]] = Field(
         default={}, description="only records with these values; of a list any, null for a missing key"
     )
-    first: int | None = Field(default=None, ge=1, description="read no more than so many records")
+    first: int | None = Field(default=None, ge=1, description="read at most this many records")
     join: Join | None = None
     count: int | None = Field(
-        default=None, ge=1, description="ask about so many, drawn at random; by default all"
+        default=None, ge=1, description="evaluate this many records, sampled at random; by default all"
     )
     seed: int = Field(default=0, ge=0)
     prompt: list[Turn] = Field(default=[], description="a template, or a list of turns")

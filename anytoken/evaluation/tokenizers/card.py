@@ -1,8 +1,8 @@
 """The card of a measured tokenizer: `anytoken tokenizer eval FOLDER --data data/sets --card tokenizers/image`.
 
-Writes figures.json and, from it alone, README.md; beside them what went in and what came back of a few held-out
-items, and the training curve. `render` reads no other number than those in figures.json, so a card cannot say
-what was not measured. Together a card's files stay under 150 kB, small enough to lie in a repository.
+Writes figures.json and, from it alone, README.md; also originals and reconstructions of a few held-out items, and the
+training curve. `render` reads only the numbers in figures.json, so a card cannot report what was not measured. A card's
+files stay under 150 kB together, small enough to commit.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _about(found: EvalResult) -> str:
 
 
 def _plot(curve: list[dict[str, float]], path: Path) -> None:
-    """The training loss, and beside it whatever else was logged first."""
+    """Plot the training loss and the next logged metric."""
     from matplotlib.figure import Figure  # without pyplot it needs no display and keeps no state
 
     names = [name for name in curve[0] if name not in ("step", "seconds")][:2]
@@ -120,16 +120,16 @@ def render(figures: dict[str, Any]) -> str:
     parts = [
         f"# The {figures.get('tokenizer', kind)} tokenizer\n\n{figures['about']}",
         f"## Rate\n\n{table(_rate(figures))}",
-        f"## What it keeps\n\n{_kept_intro(figures)}\n\n{table(metric_rows(figures))}",
+        f"## Reconstruction\n\n{_kept_intro(figures)}\n\n{table(metric_rows(figures))}",
         _groups(figures),
         _learnability(figures),
         _bars(figures),
         f"## Codebook\n\n{_codebook(figures)}",
         f"## Speed\n\n{_speed(figures)}",
         _training(figures),
-        f"## Before and after\n\n{_before_after(figures)}",
+        f"## Samples\n\n{_before_after(figures)}",
         _data(figures),
-        f"## How this page was made\n\n{_origin(figures)}",
+        f"## How to reproduce\n\n{_origin(figures)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -139,7 +139,7 @@ def overview(
 ) -> str:
     """The cards in a folder and below it as one Markdown table, a line a tokenizer; TokenizerError without any.
 
-    models: fingerprints of the tokenizers of each model, which are named beside the tokenizer. page: where the table
+    models: fingerprints of the tokenizers of each model, which are named next to the tokenizer. page: where the table
     will stand; names are links then.
     """
     folders = sorted(path.parent for path in Path(cards).rglob("figures.json"))
@@ -151,8 +151,8 @@ def overview(
         "part of",
         "rate",
         "held-out items",
-        "what comes back",
-        "beside",
+        "reconstruction",
+        "baseline",
         "codebook usage",
     )
     rows = [head]
@@ -165,29 +165,30 @@ def overview(
 
 
 def _overview_row(figures: dict[str, Any]) -> Row:
-    unit = figures["unit"]
-    rate = f"{number(figures['tokens_per_unit'])} codes a {unit}"
+    rate = f"{number(figures['tokens_per_unit'])} codes per {unit_name(figures)}"
     head, (title, *columns), *_ = metric_rows(figures)
     baseline = head[2] if len(columns) > 1 else ""
     kept = f"{title}: {columns[0]}"
-    beside = f"{baseline}: {columns[1]}" if baseline else ""
+    compared = f"{baseline}: {columns[1]}" if baseline else ""
     usage = f"{share(figures['codebook_usage'])} of {sum(figures['codebook_sizes']):,}"
-    return (rate, f"{figures['items']:,}", kept, beside, usage)
+    return (rate, f"{figures['items']:,}", kept, compared, usage)
+
+
+def unit_name(figures: dict[str, Any]) -> str:
+    """What rates count per: image, second, base, ...; older figures say picture."""
+    unit = str(figures["unit"])
+    return "image" if unit == "picture" else unit
 
 
 def _rate(figures: dict[str, Any]) -> list[Row]:
-    unit = figures["unit"]
+    unit = unit_name(figures)
     rows: list[Row] = [
         ("", ""),
-        (f"codes a {unit}", number(figures["tokens_per_unit"])),
-        (f"bits a {unit}", number(figures["bits_per_unit"])),
+        (f"codes per {unit}", number(figures["tokens_per_unit"])),
+        (f"bits per {unit}", number(figures["bits_per_unit"])),
         ("codebook sizes", ", ".join(f"{size:,}" for size in figures["codebook_sizes"])),
-        *(
-            [("size of global codes' codebook", f"{size:,}")]
-            if (size := figures.get("global_codebook_size"))
-            else []
-        ),
-        ("a segment has", _limits(figures["shape"])),
+        *([("global codebook size", f"{size:,}")] if (size := figures.get("global_codebook_size")) else []),
+        ("segment length", _limits(figures["shape"])),
     ]
     if figures["parameters"]:
         rows.append(("parameters", f"{figures['parameters']:,}"))
@@ -221,33 +222,36 @@ def _local_limits(shape: dict[str, Any]) -> str:
 def _kept_intro(figures: dict[str, Any]) -> str:
     if "files" in figures:
         return (
-            f"Measured on {figures['items']:,} items: of the files `{figures['files']}`, chosen by whoever made this "
-            "page; that training never saw them is for them to say."
+            f"Measured on {figures['items']:,} items from the files `{figures['files']}`, chosen by the author of this "
+            "card. The author is responsible for keeping them out of training."
         )
     what = {
-        "image": "pictures of concepts that the tokenizer never saw in any style, composed as in training",
+        "image": "images of concepts that the tokenizer never saw in any style, composed as in training",
         "video": "clips of concepts that the tokenizer never saw, composed as in training",
-        "speech": "clips of voices that the tokenizer never heard. All of this speech is synthetic",
-        "dna": "genes whose products are not in the training split. Every window of letters is checked besides",
-        "text": "texts of the test split, which were not learnt from",
-    }.get(figures["kind"], "what `held_out` of its class names, which training never saw")
+        "speech": "clips of voices that are not in the training set. All speech is synthetic",
+        "dna": "genes whose products are not in the training split. Every possible window of letters is also checked",
+        "text": "texts of the test split, which the tokenizer was not trained on",
+    }.get(
+        figures["kind"],
+        "the examples returned by `held_out` of the tokenizer's class, which training never saw",
+    )
     return f"Measured on {figures['items']:,} held-out items: {what}."
 
 
 def _kept_pictures(figures: dict[str, Any]) -> list[Row]:
     peers = {
         "": "this tokenizer",
-        "thumbnail_": "a thumbnail of as many bits",
-        "mean_colour_": "the mean colour",
+        "thumbnail_": "thumbnail with the same bits",
+        "mean_colour_": "mean color",
         "webp_": f"WebP at {figures.get('webp_bytes', 0):.0f} bytes",
-        "every_frame_": f"each frame as a small picture, {figures.get('every_frame_codes', 0):.0f} codes",
-        "held_frames_": f"a few pictures held, {figures.get('held_frames_codes', 0):.0f} codes",
+        "every_frame_": f"each frame as a small image, {figures.get('every_frame_codes', 0):.0f} codes",
+        "held_frames_": f"a few frames held, {figures.get('held_frames_codes', 0):.0f} codes",
     }
     peers = {who: title for who, title in peers.items() if f"{who}psnr_db" in figures}
     rows: list[Row] = [("", *peers.values())]
     for title, key, digits in (
         ("PSNR in dB (higher is better)", "psnr_db", 2),
-        ("SSIM (1 is equal)", "ssim", 3),
+        ("SSIM (1 is identical)", "ssim", 3),
     ):
         values = (figures[f"{who}{key}"] for who in peers)
         rows.append((title, *(f"{value:.{digits}f}" for value in values)))
@@ -257,18 +261,17 @@ def _kept_pictures(figures: dict[str, Any]) -> list[Row]:
 def _kept_speech(figures: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [("", "this tokenizer", "random codes", "clips")]
     titles = {
-        "stoi": "STOI, intelligibility (1 is equal)",
+        "stoi": "STOI, intelligibility (1 is best)",
         "pesq": "PESQ, quality (1 to 4.6)",
-        "log_mel_l1": "difference of log-mel energies (0 is equal)",
+        "log_mel_l1": "log-mel L1 distance (0 is identical)",
     }
     for key, title in titles.items():
         if key in figures:
             both = (f"{figures[key]:.3f}", f"{figures[f'random_codes_{key}']:.3f}")
             rows.append((title, *both, str(figures[f"{key}_items"])))
     if "words" in figures:
-        title = (
-            f"name heard, of {figures['words_names']} ({share(figures['words_originals'])} in the originals)"
-        )
+        originals = share(figures["words_originals"])
+        title = f"keyword accuracy, {figures['words_names']} names ({originals} on the originals)"
         both = (share(figures["words"]), share(figures["random_codes_words"]))
         rows.append((title, *both, str(figures["words_items"])))
     return rows
@@ -277,22 +280,22 @@ def _kept_speech(figures: dict[str, Any]) -> list[Row]:
 def _kept_dna(figures: dict[str, Any]) -> list[Row]:
     rows: list[Row] = [
         ("", "share of items"),
-        ("genes that come back letter for letter", share(figures["exact"])),
-        ("with a tenth of the letters made N: exact", share(figures["with_n_exact"])),
-        ("in lower case: comes back in upper case", share(figures["lower_case_as_upper"])),
-        ("in lower case: exact (case is not part of the codes)", share(figures["lower_case_exact"])),
-        ("other IUPAC letters (A written as R): come back as N", share(figures["other_iupac_as_n"])),
-        ("bits a base, beside 2 for A C G T written plainly", number(figures["bits_per_unit"])),
+        ("genes reconstructed exactly", share(figures["exact"])),
+        ("exact with 10 % of the letters replaced by N", share(figures["with_n_exact"])),
+        ("lower case decoded as upper case", share(figures["lower_case_as_upper"])),
+        ("lower case decoded exactly (codes carry no case)", share(figures["lower_case_exact"])),
+        ("other IUPAC letters decoded as N (A written as R)", share(figures["other_iupac_as_n"])),
+        ("bits per base (plain A C G T: 2)", number(figures["bits_per_unit"])),
     ]
     if "windows_lost" in figures:
-        rows.append(("windows lost, of all that exist", str(figures["windows_lost"])))
+        rows.append(("windows not reconstructed, of all possible ones", str(figures["windows_lost"])))
     if "context_bits_with_class" in figures:
         both = (number(figures[f"context_bits_{one}"]) for one in ("without", "with_class"))
-        rows.append(("bits a letter around a window, told the window -> and its class", " -> ".join(both)))
+        rows.append(("bits per letter around a window, given the window -> and its class", " -> ".join(both)))
     if "genome_bases" in figures:
         exact = "exact" if figures["genome_exact"] else "NOT exact"
         count = len(figures.get("genome_files", [0]))
-        what = f"{count} genomes not trained on, {figures['genome_bases']:,} bases, streamed"
+        what = f"{count} held-out genomes, {figures['genome_bases']:,} bases, streamed"
         rows.append((what, exact))
     return rows
 
@@ -300,11 +303,11 @@ def _kept_dna(figures: dict[str, Any]) -> list[Row]:
 def _kept_text(figures: dict[str, Any]) -> list[Row]:
     strings = f"{figures['any_unicode_strings']} strings of random Unicode"
     return [
-        ("", "this tokenizer", "one id a byte"),
-        ("held-out texts that come back exactly", share(figures["exact"]), share(1.0)),
-        (f"{strings} that come back exactly", share(figures["any_unicode_exact"]), share(1.0)),
-        ("bytes an id, held-out texts", f"{figures['bytes_per_token']:.2f}", "1.00"),
-        ("bytes an id, random Unicode", f"{figures['any_unicode_bytes_per_token']:.2f}", "1.00"),
+        ("", "this tokenizer", "one id per byte"),
+        ("held-out texts decoded exactly", share(figures["exact"]), share(1.0)),
+        (f"{strings} decoded exactly", share(figures["any_unicode_exact"]), share(1.0)),
+        ("bytes per id, held-out texts", f"{figures['bytes_per_token']:.2f}", "1.00"),
+        ("bytes per id, random Unicode", f"{figures['any_unicode_bytes_per_token']:.2f}", "1.00"),
     ]
 
 
@@ -318,7 +321,7 @@ def _kept_other(figures: dict[str, Any]) -> list[Row]:
 
 
 def metric_rows(figures: dict[str, Any]) -> list[Row]:
-    """What came back, as a table: a head, then a measure a line with what it is to be read against."""
+    """Reconstruction metrics as a table: a head, then one metric per line with its baselines."""
     return _KEPT.get(figures["kind"], _kept_other)(figures)
 
 
@@ -328,7 +331,7 @@ _KEPT: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
 
 
 def learnability_rows(figures: dict[str, Any]) -> list[Row]:
-    """What was measured of the codes as a language to learn, a measure a line; no lines where it was not."""
+    """How well a language model learns the codes, one metric per line; empty if not measured."""
     found = figures.get("learnability", {})
     rows: list[Row] = []
     for which, title in (("train", "training"), ("held_out", "held-out")) if found else ():
@@ -345,10 +348,12 @@ def learnability_rows(figures: dict[str, Any]) -> list[Row]:
             what = f"{title} of items generated from held-out captions"
             rows.append((what, f"{made} (other items {other}, true codes {back})"))
     if "equal_local_codes" in found:
-        rows.append(("equal local codes on two backgrounds", share(found["equal_local_codes"])))
+        rows.append(("local codes equal on two backgrounds", share(found["equal_local_codes"])))
     if "same_word_edit_distance" in found:
         same, other = (number(found[f"{which}_word_edit_distance"]) for which in ("same", "other"))
-        rows.append(("edit distance of a word by two voices, 0 to 1", f"{same} (different words {other})"))
+        rows.append(
+            ("edit distance between two voices saying one word, 0 to 1", f"{same} (different words {other})")
+        )
     return rows
 
 
@@ -358,21 +363,21 @@ def _learnability(figures: dict[str, Any]) -> str:
         return ""
     intro = (
         f"A decoder of {found['parameters']:,} parameters was trained on the codes of {found['items']:,} captioned "
-        f"items for {found['steps']:,} steps of {found['batch']}, once given the captions and once without; "
+        f"items for {found['steps']:,} steps at batch size {found['batch']}, once with and once without captions; "
         f"{found['held_out_items']:,} items were held out."
     )
-    rows = [("", "given the captions"), *learnability_rows(figures)]
+    rows = [("", "with captions"), *learnability_rows(figures)]
     return f"## How well a language model learns the codes\n\n{intro}\n\n{table(rows)}"
 
 
 def _groups(figures: dict[str, Any]) -> str:
-    """The main measures by style, voice or source, one column each; nothing without groups."""
+    """The main metrics by style, voice or source, one column each; empty without groups."""
     titles = {
         "psnr_db": "PSNR in dB",
         "stoi": "STOI",
         "pesq": "PESQ",
-        "log_mel_l1": "log-mel difference",
-        "bytes_per_token": "bytes an id",
+        "log_mel_l1": "log-mel L1",
+        "bytes_per_token": "bytes per id",
     }
     found = {title: figures.get(f"{key}_by_group") for key, title in titles.items()}
     found |= figures.get("distortion_by_group", {})
@@ -385,40 +390,40 @@ def _groups(figures: dict[str, Any]) -> str:
 
 
 def shown_bar(bar: dict[str, Any]) -> str:
-    """Measured, at least so much, and whether it is."""
+    """The measured value, its threshold, and whether it is met."""
     ours, least = (f"{bar[key]:,.0f}" if bar[key] >= 1000 else f"{bar[key]:.4g}" for key in ("ours", "bar"))
-    return f"{ours} (at least {least}: {'met' if bar['met'] else 'NOT met'})"
+    return f"{ours} (threshold {least}: {'met' if bar['met'] else 'NOT met'})"
 
 
 def _bars(figures: dict[str, Any]) -> str:
-    """What was measured beside what is expected; nothing for figures from before there were bars."""
+    """Measured values next to their thresholds; empty for figures without thresholds."""
     if not figures.get("bars"):
         return ""
     rows = [(bar["what"], shown_bar(bar)) for bar in figures["bars"]]
-    return f"## What is expected\n\n{table([('', ''), *rows])}"
+    return f"## Thresholds\n\n{table([('', ''), *rows])}"
 
 
 def _codebook(figures: dict[str, Any]) -> str:
     streamed = " and the genomes" if "genome_bases" in figures else ""
     return (
-        f"The held-out items{streamed} are {figures['codes_measured']:,} codes. "
-        f"They use {share(figures['codebook_usage'])} of the {sum(figures['codebook_sizes']):,} there are, "
+        f"The held-out items{streamed} encode to {figures['codes_measured']:,} codes. "
+        f"They use {share(figures['codebook_usage'])} of the {sum(figures['codebook_sizes']):,} codebook entries, "
         f"with a perplexity of {number(figures['code_perplexity'])}"
-        f"{' in the mean of the codebooks' if len(figures['codebook_sizes']) > 1 else ''}."
+        f"{' (mean over codebooks)' if len(figures['codebook_sizes']) > 1 else ''}."
     )
 
 
 def _speed(figures: dict[str, Any]) -> str:
     encode, decode = (f"{number(figures[f'{verb}_units_per_second'])}" for verb in ("encode", "decode"))
-    unit = "seconds of speech" if figures["kind"] == "speech" else f"{figures['unit']}s"
+    unit = "seconds of speech" if figures["kind"] == "speech" else f"{unit_name(figures)}s"
     threads = figures["threads"]
-    text = f"{encode} {unit} a second to encode and {decode} to decode"
+    text = f"Encoding: {encode} {unit} per second. Decoding: {decode}"
     if "stream_encode_bases_per_second" in figures:
         stream = (number(figures[f"stream_{verb}_bases_per_second"]) for verb in ("encode", "decode"))
-        text += f"; as a stream {' and '.join(stream)}"
+        text += f". Streaming: {' and '.join(stream)}"
     return (
-        f"{text}, on {figures['machine']}, with {threads} {'thread' if threads == 1 else 'threads'} "
-        f"(load average {figures['load_average']} while measuring)."
+        f"{text}. Measured on {figures['machine']}, with {threads} {'thread' if threads == 1 else 'threads'} "
+        f"(load average {figures['load_average']})."
     )
 
 
@@ -449,11 +454,13 @@ def _value(value: Any) -> str:
 
 def _before_after(figures: dict[str, Any]) -> str:
     first = (
-        "The first short clip of each voice"
+        "the first short clip of each voice"
         if figures["kind"] == "speech"
-        else "The first, groups taking turns"
+        else "the first ones of each group in turn"
     )
-    choice = f"{first}, of the held-out items in the order the seed gives; none was picked by hand."
+    choice = (
+        f"The samples are {first}, in the seeded order of the held-out items. They were not selected by hand."
+    )
     return f"{show_samples(figures['samples'])}\n\n{choice}"
 
 
@@ -461,12 +468,11 @@ def _data(figures: dict[str, Any]) -> str:
     rows = [(one["set"], one["name"], one["version"], one["licence"]) for one in figures["data"]]
     if not rows:
         return ""
-    text = "## Data and licences\n\n" + table([("set", "made of", "version", "licence"), *rows])
+    text = "## Data and licences\n\n" + table([("set", "package", "version", "licence"), *rows])
     if figures["kind"] == "speech":
-        text += "\n\nWhat is measured is synthetic: engines said it, no person did."
+        text += "\n\nAll speech here is synthetic, made by text-to-speech engines."
     return (
-        text
-        + "\n\nThe samples on this page show these works, or what came back of them, under their licences."
+        text + "\n\nThe samples on this page show these works or their reconstructions, under their licences."
     )
 
 

@@ -1,7 +1,7 @@
-"""What went in and what came back: the samples on a tokenizer's card, as files and as Markdown.
+"""Originals and reconstructions: the samples on a tokenizer's card, as files and as Markdown.
 
-Pictures and clips on one sheet, two short sounds, letters with their codes, or whatever a plug-in's segment can show:
-its `to_image`, or its `str`. Small on purpose: a card's files stay under 150 kB.
+Images and clips on one sheet, two short audio clips, letters with their codes, or whatever a plug-in's segment can
+show: its `to_image`, or its `str`. A card's files stay under 150 kB together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = (
     (10, 8, 6, 4, 2),
     4,
 )  # wider ones are shown too small
-SHOWN_PX = 200  # the longer side of a picture on a sheet, at most
+SHOWN_PX = 200  # the longer side of an image on a sheet, at most
 CLIP_FRAMES = 4  # of each clip on a sheet
 SOUND_SECONDS = 1.2  # 16-bit samples at 16 kHz are then at most 38 kB, and FLAC halves that
 LETTERS, TEXTS, VOICES = 60, 3, 2
@@ -63,7 +63,7 @@ def _one_of_each(items: list[TestExample]) -> list[int]:
 
 
 def _sheet(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """samples.png: originals above what came back, as many columns as fit into SHEET_BYTES and SHEET_PX."""
+    """samples.png: originals above reconstructions, as many columns as fit into SHEET_BYTES and SHEET_PX."""
     columns, size = [], None
     for index in _one_of_each(found.items):
         item, output = found.items[index], found.outputs[index]
@@ -85,13 +85,13 @@ def _sheet(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 def _shown_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width of a picture on a sheet: its own, or smaller."""
+    """Height and width of an image on a sheet: its own, or smaller."""
     scale = min(1.0, SHOWN_PX / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _grid(pairs: np.ndarray) -> Picture.Image:
-    """Pictures uint8 [N, 2, H, W, 3] as one: N columns, two rows, on white."""
+    """Images uint8 [N, 2, H, W, 3] as one: N columns, two rows, on white."""
     count, rows, height, width, _ = pairs.shape
     sheet = np.full((rows * (height + GAP_PX) - GAP_PX, count * (width + GAP_PX) - GAP_PX, 3), 255, np.uint8)
     for column in range(count):
@@ -142,7 +142,7 @@ def _pieces(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 def _others(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """Pictures of a plug-in's segments if they have `to_image`, else what `str` says of them."""
+    """Images of a plug-in's segments if they have `to_image`, else what `str` says of them."""
     if hasattr(found.items[0].segment, "to_image"):
         return _sheet(found, card)
     samples = []
@@ -160,7 +160,7 @@ _WRITE: dict[str, Callable[[EvalResult, Path], list[dict[str, Any]]]] = {
 
 
 def write_samples(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """Write what went in and what came back of a few items into the folder `card`; what the page needs to show it."""
+    """Write originals and reconstructions of a few items into the folder `card`; returns what the page needs."""
     return _WRITE.get(found.figures["kind"], _others)(found, card)
 
 
@@ -170,11 +170,11 @@ def write_samples(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 def _show_sheet(samples: list[dict[str, Any]]) -> str:
     (sheet,) = samples
     names = ", ".join(sheet["names"])
-    return f"![Originals above what came back]({sheet['file']})\n\nOriginals above, what came back below: {names}."
+    return f"![Originals above reconstructions]({sheet['file']})\n\nOriginals above, reconstructions below: {names}."
 
 
 def _show_sounds(samples: list[dict[str, Any]]) -> str:
-    rows: list[Row] = [("says", "voice", "original", "what came back")]
+    rows: list[Row] = [("text", "voice", "original", "reconstruction")]
     for one in samples:
         links = (f"[{one[key]}]({one[key]})" for key in ("original", "decoded"))
         rows.append((one["says"], one["voice"], *links))
@@ -183,7 +183,7 @@ def _show_sounds(samples: list[dict[str, Any]]) -> str:
 
 def _show_codes(samples: list[dict[str, Any]]) -> str:
     blocks = [
-        f"before  {one['original']}\ncodes   {' '.join(map(str, one['codes']))}\ndecoded {one['decoded']}"
+        f"input   {one['original']}\ncodes   {' '.join(map(str, one['codes']))}\ndecoded {one['decoded']}"
         for one in samples
     ]
     return "```text\n" + "\n\n".join(blocks) + "\n```"

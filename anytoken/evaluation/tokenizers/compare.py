@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from anytoken.evaluation.tokenizers.card import learnability_rows, metric_rows, shown_bar
+from anytoken.evaluation.tokenizers.card import learnability_rows, metric_rows, shown_bar, unit_name
 from anytoken.evaluation.tokenizers.card_samples import Row, number, share, table
 from anytoken.evaluation.tokenizers.evaluate import measure
 from anytoken.tokenizers.base import TokenizerError
@@ -43,7 +43,7 @@ def compare(
 
 
 def comparison(found: dict[str, Any]) -> str:
-    """The figures of `compare` as a Markdown table: a line a measure, a column a tokenizer."""
+    """The figures of `compare` as a Markdown table: one line per metric, one column per tokenizer."""
     rows = [[(title, value) for title, *value in _rows(figures)] for figures in found.values()]
     titles = dict.fromkeys(title for column in rows for title, _ in column)
     columns = [dict(column) for column in rows]
@@ -52,30 +52,30 @@ def comparison(found: dict[str, Any]) -> str:
 
 
 def summary(figures: dict[str, Any]) -> list[Row]:
-    """One tokenizer's figures as rows of a table, the head first: what comes back beside its baselines, and rates."""
+    """One tokenizer's figures as rows of a table, the head first: reconstruction, baselines and rates."""
     head, *kept = metric_rows(figures)
     values = {title: columns for title, *columns in kept}
     return [head, *((title, *values.get(title, value)) for title, *value in _rows(figures))]
 
 
 def _rows(figures: dict[str, Any]) -> list[Row]:
-    unit, tokens = figures["unit"], figures["tokens_per_unit"]
+    unit, tokens = unit_name(figures), figures["tokens_per_unit"]
     rows: list[Row] = [
         ("tokenizer", figures.get("tokenizer", figures["kind"])),
         ("codebooks", " + ".join(f"{size:,}" for size in figures["codebook_sizes"])),
-        (f"codes a {unit}", number(tokens)),
-        (f"bits a {unit}", number(figures["bits_per_unit"])),
-        (f"bits a {unit} at the codes' entropy", number(tokens * math.log2(figures["code_perplexity"]))),
+        (f"codes per {unit}", number(tokens)),
+        (f"bits per {unit}", number(figures["bits_per_unit"])),
+        (f"bits per {unit} at the codes' entropy", number(tokens * math.log2(figures["code_perplexity"]))),
         *((title, kept) for title, kept, *_ in metric_rows(figures)[1:]),
         *learnability_rows(figures),
         ("codebook usage", share(figures["codebook_usage"])),
-        ("perplexity of the codes", number(figures["code_perplexity"])),
+        ("code perplexity", number(figures["code_perplexity"])),
     ]
     if "genome_tokens_per_base" in figures:
-        rows.append(("codes a base of the genomes", f"{figures['genome_tokens_per_base']:.4f}"))
-        rows.append(("bits a base of the genomes", f"{figures['genome_bits_per_base']:.4f}"))
+        rows.append(("codes per base, genomes", f"{figures['genome_tokens_per_base']:.4f}"))
+        rows.append(("bits per base, genomes", f"{figures['genome_bits_per_base']:.4f}"))
     for verb in ("encode", "decode"):
-        rows.append((f"{unit}s a second to {verb}", number(figures[f"{verb}_units_per_second"])))
+        rows.append((f"{unit}s per second, {verb}", number(figures[f"{verb}_units_per_second"])))
     for bar in figures.get("bars", []):
-        rows.append((f"bar: {bar['what']}", shown_bar(bar)))
+        rows.append((f"threshold: {bar['what']}", shown_bar(bar)))
     return rows

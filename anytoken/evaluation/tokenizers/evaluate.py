@@ -50,7 +50,7 @@ B = TypeVar("B")
 
 @dataclass
 class EvalResult:
-    """The figures, and what they were measured with: the held-out items, the codes of each, and what came back."""
+    """The figures, and what they were measured with: the held-out items, the codes of each, and the reconstructions."""
 
     tokenizer: ModalityTokenizer | TextTokenizer
     figures: dict[str, Any]
@@ -113,7 +113,7 @@ def _picture_tokenizer(
         return None
     peer = load_tokenizer(path)
     if peer.name != "image":
-        raise TokenizerError(f"Clips are compared with a picture tokenizer; {path} holds one of {peer.name}.")
+        raise TokenizerError(f"Clips are compared with an image tokenizer; {path} holds one of {peer.name}.")
     return peer
 
 
@@ -217,7 +217,7 @@ def _own_distortion(
     outputs: Sequence[Segment],
     seed: int,
 ) -> dict[str, Any]:
-    """The measures of the class's own `distortion`, beside what random codes of the same sizes get."""
+    """The measures of the class's own `distortion`, next to those of random codes of the same sizes."""
     noise = random_codes(tokenizer, codes[:RANDOM_ITEMS], seed)
     scores = [tokenizer.distortion(item.segment, other) for item, other in zip(items, outputs, strict=True)]
     floor = [
@@ -241,7 +241,7 @@ def _amount(tokenizer: ModalityTokenizer, segments: Sequence[Segment], frames: i
         return sum(len(one.bases) for one in segments if isinstance(one, DNA)), "base"
     if tokenizer.frame_rate_hz:
         return frames / tokenizer.frame_rate_hz, "second"
-    return len(segments), {Image: "picture", Video: "clip"}.get(type(segments[0]), tokenizer.name)
+    return len(segments), {Image: "image", Video: "clip"}.get(type(segments[0]), tokenizer.name)
 
 
 # ---- text ----

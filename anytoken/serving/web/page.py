@@ -70,7 +70,7 @@ CSS = f"""
 HEAD = """<script>
 new MutationObserver(() =>
   document.querySelectorAll("#box textarea, #tokenize textarea, .edit-textarea").forEach(
-    one => one.ariaLabel ||= one.placeholder || "New words"
+    one => one.ariaLabel ||= one.placeholder || "Message"
   )
 ).observe(document.documentElement, {childList: true, subtree: true})
 </script>"""
@@ -95,10 +95,10 @@ def examples(model: AnyToken) -> list[Example]:
     picture, video = str(assets / "images" / "sample.png"), str(sorted((assets / "videos").glob("*.webp"))[0])
     every = [
         Example("Draw a fox", "a fox, 3d, blue background", (), ("image",)),
-        Example("What is in this picture?", "What is this?", (picture,), ("text",)),
+        Example("What is in this image?", "What is this?", (picture,), ("text",)),
         Example("Say “fox” and draw it", "fox, voice slt", (), ("speech", "image")),
         Example("What does this recording say?", "", (clip,), ("text",)),
-        Example("Bring this picture to life", "", (picture,), ("video",)),
+        Example("Animate this image", "", (picture,), ("video",)),
         Example("Name this video", "", (video,), ("text",)),
     ]
     needs = {picture: "image", clip: "speech", video: "video"}
@@ -174,7 +174,7 @@ def words_of(error: Exception) -> str:
     if isinstance(error, ValueError):
         return html.escape(str(error))
     log.error("The page failed", exc_info=error)
-    return "Something went wrong here, not with your request. The log of the server says what."
+    return "Internal error; your request is fine. See the server log for details."
 
 
 # ---- chat ----
@@ -196,15 +196,18 @@ class _Chat:
         self.chat = gr.Chatbot(
             elem_id="chat", label="Conversation", show_label=False, editable="user", render_markdown=False,
             examples=[_clickable(one) for one in self.examples], buttons=["copy"], layout="bubble",
-            placeholder="Write, drop a file, or record; or try one of these.", feedback_options=None,
+            placeholder="Type, drop a file, record, or try an example.", feedback_options=None,
         )  # fmt: skip
         self.box = gr.MultimodalTextbox(
             sources=["upload", "microphone"], file_types=list(SUFFIXES), file_count="multiple", max_lines=8,
-            label="Your message", show_label=False, placeholder="Write, drop a file or record …",
+            label="Your message", show_label=False, placeholder="Type, drop a file or record …",
             elem_id="box",
         )  # fmt: skip
         self.kinds = gr.CheckboxGroup(
-            self.model.kinds, label="Reply with", info="None ticked: the model decides.", elem_id="kinds"
+            self.model.kinds,
+            label="Reply with",
+            info="If none is selected, the model decides.",
+            elem_id="kinds",
         )
         with gr.Accordion("Settings", open=False), gr.Row():
             self.settings = [
@@ -212,11 +215,11 @@ class _Chat:
                           min_width=140),
                 gr.Number(None, label="Guidance", info="1: off; more: closer to the prompt", minimum=0, maximum=20,
                           step=0.5, min_width=140),
-                gr.Number(None, label="Seed", info="the same seed, the same reply", minimum=0, precision=0,
+                gr.Number(None, label="Seed", info="the same seed gives the same reply", minimum=0, precision=0,
                           min_width=140),
-                gr.Number(None, label="Max tokens", info="of a reply", minimum=1, precision=0, min_width=140),
+                gr.Number(None, label="Max tokens", info="per reply", minimum=1, precision=0, min_width=140),
             ]  # fmt: skip
-            gr.Markdown("Empty: as the model is set for each kind.")
+            gr.Markdown("Empty: the model's defaults for each modality.")
         self._connect()
 
     def _connect(self) -> None:
@@ -389,7 +392,7 @@ def _build_tokens(model: AnyToken, session: gr.State, tab: gr.Tab) -> None:
     which = gr.Radio(["Last exchange", "Whole conversation"], value="Last exchange", label="Show", scale=2)
     box = gr.MultimodalTextbox(
         sources=["upload", "microphone"], file_types=list(SUFFIXES), label="Or see the tokens of something else",
-        placeholder="Write, drop a file or record …", elem_id="tokenize",
+        placeholder="Type, drop a file or record …", elem_id="tokenize",
     )  # fmt: skip
     view = gr.HTML(elem_id="tokens")
 

@@ -1,11 +1,11 @@
-"""DNA to codes that know their surroundings, lossless by construction: what a window is, and what it stands among.
+"""Lossless DNA codes with context: each code identifies a window of letters and a class of its surroundings.
 
-A code is a window of k letters and one of a few classes of context: of 4 letters and 4 classes, 1,024 codes. The
-window is spelled by the code itself, so nothing has to be learnt for a genome to come back, and nothing can be lost.
-The class is learnt: a network reads the letters around a window too, a vector quantiser (VQ-VAE, arXiv 1711.00937)
-makes a class of what it saw, and the decoder has to say the surrounding letters from window and class. So a class
-holds what letters nearby have in common, such as the reading frame (vector quantisation of DNA in its context: VQDNA,
-2405.10812, which is lossy). Windows begin where those of `dna_kmer` do; letters outside one are codes of their own.
+A code is a window of k letters and one of a few context classes: 1,024 codes for 4 letters and 4 classes. The code
+spells the window, so reconstruction is exact without training. The class is learned: a network also reads the letters
+around a window, a vector quantizer (VQ-VAE, arXiv 1711.00937) turns them into a class, and the decoder predicts the
+surrounding letters from window and class. A class therefore captures what nearby letters have in common, such as
+the reading frame (compare VQDNA, 2405.10812, which is lossy). Windows begin where those of `dna_kmer` do; letters
+outside any window have codes of their own.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""DNA to codes and back: three bases a code, without loss, and proven so.
+"""DNA to codes and back: three bases per code, lossless, verified exhaustively.
 
 A learned vector quantiser (VQ-VAE, arXiv 1711.00937) over windows of three letters of A C G T N. Its last window may
-end in padding, so there are 125 + 25 + 5 = 155 windows and lossless is a statement that can be checked exhaustively:
-every window is encoded, decoded and compared, and a tokenizer that fails is not saved. Why learn it at all, when a
-table would do: the codebook is where a language model's embedding rows start, and there windows that share letters
-are near each other.
+end in padding, so there are 125 + 25 + 5 = 155 windows, few enough to check all of them:
+every window is encoded, decoded and compared, and a tokenizer that fails is not saved. A table
+would do as well, but a learned codebook initializes a language model's embedding rows so that windows that share
+letters start near each other.
 
 What letters go in, and streams of any length: `base.py`.
 """

@@ -1,4 +1,4 @@
-"""The card of an adapter: what it was trained on and from, what came of it, and how to open it.
+"""The card of an adapter: its base model, training data, results and usage.
 
 Every figure is read from the run's own ``run.json`` and ``metrics.jsonl``. It takes the place of PEFT's template
 (Mitchell et al., arXiv 1810.03993, on what a model card is for).
@@ -23,17 +23,17 @@ def adapter_card(stage: TrainConfig, facts: dict[str, Any], entries: Sequence[di
     parts = [
         f"---\nbase_model: {stage.init_from}\nlibrary_name: peft\ntags: [anytoken, lora]\n---",
         f"# {Path(stage.output).name}",
-        f"An adapter for `{stage.init_from}`: {_settings(stage.lora)}. It is {facts['trained_parameters']:,} of the "
-        f"{facts['parameters']:,} weights; the others are the base model's.",
-        "## What it was trained on",
+        f"An adapter for `{stage.init_from}`: {_settings(stage.lora)}. It trains {facts['trained_parameters']:,} of "
+        f"{facts['parameters']:,} weights.",
+        "## Training data",
         _sets(facts["data"]),
-        f"{steps:,} steps of {stage.tokens_per_batch:,} ids, seed {stage.seed}, begun {facts['started']}, commit "
+        f"{steps:,} steps of {stage.tokens_per_batch:,} tokens, seed {stage.seed}, started {facts['started']}, commit "
         f"{facts['commit']}, {versions}. The whole recipe is in `stage.yaml`, the data's checksums are in `run.json`.",
-        "## What came of it",
+        "## Results",
         _figures(entries),
-        "## How to open it",
+        "## Usage",
         _usage(stage),
-        "The licences of the base model and of the data hold for what was made of them.",
+        "The licences of the base model and of the data apply to this adapter.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -47,19 +47,17 @@ def _settings(spec: LoraSpec) -> str:
 
 def _sets(data: Sequence[dict[str, Any]]) -> str:
     rows = [f"| `{one['set']}` | {one['records']:,} | `{one['sha256']}` |" for one in data]
-    return "\n".join(["| set | records, held-out ones included | sha256 |", "| --- | ---: | --- |", *rows])
+    return "\n".join(["| set | records (held-out included) | sha256 |", "| --- | ---: | --- |", *rows])
 
 
 def _figures(entries: Sequence[dict[str, Any]]) -> str:
     held_out = [entry for entry in entries if "eval" in entry]
     if not held_out:
-        return "\n\n".join(
-            ["No samples were held out. Bits per target while training:", moments_table(entries)]
-        )
-    before = "before training and after" if held_out[0]["step"] == 0 else "first and last"
+        return "\n\n".join(["No samples were held out. Training bits per target:", moments_table(entries)])
+    before = "before and after training" if held_out[0]["step"] == 0 else "first and last"
     return "\n\n".join(
         [
-            f"Bits per target on held-out samples, {before} (less is better):",
+            f"Bits per target on held-out samples, {before} (lower is better):",
             held_out_table(held_out[:1] + held_out[1:][-1:]),
         ]
     )
@@ -70,13 +68,13 @@ def _usage(stage: TrainConfig) -> str:
     if stage.modalities:
         return (
             f"```python\n{ours}\n```\n\n"
-            f"It brings {', '.join(stage.modalities)}, a modality that the base model lacks: `anytoken.load` adds its "
-            "rows before PEFT fills them."
+            f"It adds {', '.join(stage.modalities)}, which the base model lacks: `anytoken.load` extends the "
+            "vocabulary before PEFT loads the weights."
         )
     theirs = (
         "import anytoken\nfrom peft import PeftModel\n\n"
         f'lm = PeftModel.from_pretrained(anytoken.load("{stage.init_from}").lm, "{stage.output}")'
     )
     return (
-        f"```python\n{ours}\n```\n\nor with PEFT, as on any transformers model:\n\n```python\n{theirs}\n```"
+        f"```python\n{ours}\n```\n\nor with PEFT, as for any transformers model:\n\n```python\n{theirs}\n```"
     )

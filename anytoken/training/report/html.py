@@ -81,7 +81,7 @@ def run_sections(folder: Path, reference: Entries = ()) -> dict[str, str]:
     curves = [line_chart(name, [Line(thin(points))]) for name, points in _curves(train)]
     sections = {
         "Bits per target": _losses(entries, reference) + _legend(bool(reference), entries) if entries else "",
-        "Optimisation": flowing(curves) if curves else "",
+        "Optimization": flowing(curves) if curves else "",
         "Expert load": _experts(train),
         "Samples": _samples(folder),
         "Run": _table({key: value for key, value in facts.items() if key != "data"}),
@@ -95,7 +95,7 @@ def find_reference(name: str) -> Path:
     for path in (Path(name), recipes.root() / name):
         if path.is_file():
             return path
-    raise ConfigError(f"reference {name!r} is no metrics file; give a run's metrics.jsonl or leave it out")
+    raise ConfigError(f"reference {name!r} is not a metrics file; give a run's metrics.jsonl or leave it out")
 
 
 def _status(stage: TrainConfig, train: Entries, finished: bool) -> str:
@@ -165,9 +165,7 @@ def _experts(train: Entries) -> str:
             else [_mean(found)]
         )
         maps.append(heat_map(name, layers))
-    note = (
-        "<p class='note'>Share of each layer's tokens an expert gets; full colour is twice an even share.</p>"
-    )
+    note = "<p class='note'>Share of each layer's tokens routed to an expert; full color: twice the uniform share.</p>"
     return flowing(maps) + note if maps else ""
 
 

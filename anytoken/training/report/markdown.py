@@ -18,7 +18,7 @@ REPORT = "report.html"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``training.md`` beside the metrics of a run; returns its path."""
+    """Write ``training.md`` next to the metrics of a run; returns its path."""
     folder = Path(folder)
     entries = read_metrics(folder / "metrics.jsonl")
     train = [entry for entry in entries if "groups" in entry]
@@ -26,11 +26,11 @@ def write_report(folder: str | Path) -> Path:
     parts = [
         f"# {folder.name}",
         f"Steps: {train[-1]['step'] if train else 0}. Median speed: {speed:.0f} tokens/s.",
-        "Bits per target while training:",
+        "Training bits per target:",
         moments_table(entries),
     ]
     if any("eval" in entry for entry in entries):
-        parts += ["Bits per target on the held-out sources:", held_out_table(entries)]
+        parts += ["Held-out bits per target:", held_out_table(entries)]
     path = folder / "training.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Curves of runs that others can hold theirs against: thinned metrics, a picture and a table a stage.
+"""Reference curves of runs for comparison: thinned metrics, a chart and a table per stage.
 
 `anytoken reference RUN...` writes them into `stages/`; a recipe's ``reference`` draws them behind its own curves.
 """

@@ -35,7 +35,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: str
-    code: str = Field("", description="beside the recipe: the .py file of the kind's class, which is run")
+    code: str = Field(
+        "", description="a .py file next to the recipe with the modality's class; training runs it"
+    )
     config: dict[str, Any] = Field(default_factory=dict)
     init_from: str = Field(
         "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"

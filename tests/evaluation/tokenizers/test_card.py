@@ -205,7 +205,7 @@ def test_own_files_take_the_place_of_the_sets(kind, files, folders, own, tmp_pat
     assert done.exit_code == 0, done.output
     figures, page = json.loads((tmp_path / "figures.json").read_text()), (tmp_path / "README.md").read_text()
     assert (figures["items"], figures["files"], figures["bars"], figures["data"]) == (3, files, [], [])
-    assert "chosen by whoever made this page" in page and f"--files {shlex.quote(files)}" in page
+    assert "chosen by the author of this card" in page and f"--files {shlex.quote(files)}" in page
     if kind == "image":  # at most 200 pixels wide each
         assert Picture.open(tmp_path / "samples.png").size == (3 * (200 + GAP_PX) - GAP_PX, 2 * 100 + GAP_PX)
     assert "licences" not in page and "never saw in any style" not in page and "words" not in figures
@@ -243,8 +243,8 @@ def test_tokenizers_of_one_modality_are_compared_side_by_side(folders, sets, tmp
     }
     assert rows["tokenizer"] == ["dna", "dna_kmer"] and rows["codebooks"] == ["256", "69"]
     assert (
-        0.33 < float(rows["codes a base"][0]) < 0.36
-        and rows["genes that come back letter for letter"] == ["100 %"] * 2
+        0.33 < float(rows["codes per base"][0]) < 0.36
+        and rows["genes reconstructed exactly"] == ["100 %"] * 2
     )
     assert all(one["genome_exact"] for one in figures.values())
     other = CliRunner().invoke(

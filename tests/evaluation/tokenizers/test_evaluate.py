@@ -187,7 +187,7 @@ def test_figures_of_a_picture_tokenizer(sets, tmp_path):
     found = measure(folder, sets, 6, seed=2)
     figures = found.figures
     assert json.loads(json.dumps(figures)) == figures
-    assert (figures["kind"], figures["items"], figures["seed"], figures["unit"]) == ("image", 6, 2, "picture")
+    assert (figures["kind"], figures["items"], figures["seed"], figures["unit"]) == ("image", 6, 2, "image")
     assert figures["tokens_per_unit"] == 64 and figures["bits_per_unit"] == pytest.approx(64 * math.log2(12))
     assert (
         figures["fingerprint"] == load_tokenizer(folder).fingerprint() and figures["codes_measured"] == 6 * 64
@@ -411,7 +411,7 @@ def test_bars_are_those_of_the_rate_and_say_what_is_met():
     met = {rate: [one["met"] for one in bars({**common, "tokens_per_unit": rate})] for rate in (50.2, 25.1)}
     assert met == {50.2: [False, False, False, True], 25.1: [True, True, False, True]}
     (only,) = bars({"kind": "text", "codebook_usage": 0.94})
-    assert only == {"what": "share of all codes that are used", "ours": 0.94, "bar": 0.95, "met": False}
+    assert only == {"what": "codebook usage", "ours": 0.94, "bar": 0.95, "met": False}
 
 
 def test_genomes_of_the_package_beside_the_set_are_streamed_but_not_the_one_trained_on(sets, tmp_path):

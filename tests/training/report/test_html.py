@@ -167,5 +167,5 @@ def test_shipped_stages_have_their_references(name: str) -> None:
 
 
 def test_a_reference_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no metrics file"):
+    with pytest.raises(ConfigError, match="not a metrics file"):
         HtmlReport(stage_of(tmp_path, reference="nowhere.jsonl"))
