@@ -1,11 +1,13 @@
 """Every command that README, CONTRIBUTING and two lists of recipes show exists, spelled right; checked offline."""
 
+import math
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from typer.main import get_command
 
 from anytoken.cli import app
@@ -85,3 +87,32 @@ def test_shown_files_exist():
     text = (ROOT / "README.md").read_text()
     for name in re.findall(r"`((?:anytoken|stages|tokenizers|inference|tests)/[\w./]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+def block_after(text: str, opening: str, start: int) -> tuple[str, int]:
+    """The content of the next fenced block that begins with `opening`, and where it ends."""
+    begin = text.index(f"{opening}\n", start) + len(opening) + 1
+    end = text.index("```", begin)
+    return text[begin:end], end
+
+
+def test_the_first_example_prints_what_the_page_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "README.md").read_text()
+    code, end = block_after(page, "```python", 0)
+    shown, _ = block_after(page, "```text", end)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+    assert (tmp_path / "fox.png").is_file()
+
+
+def test_the_table_of_models_has_the_sizes_of_the_checkpoint():
+    folder = ROOT / "anytoken/pretrained/mini"
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        parameters = sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    [row] = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `mini` |")]
+    assert [cell.strip() for cell in row.split("|")[2:4]] == [
+        f"{parameters / 1e6:.1f} M",
+        f"{size / 1e6:.0f} MB",
+    ]

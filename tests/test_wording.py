@@ -15,6 +15,8 @@ from tests.test_help import walk
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = (
+    "README.md",
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/*.md",
     "stages/**/*.md",
