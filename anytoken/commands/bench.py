@@ -225,7 +225,7 @@ def gpu(
     seconds: Annotated[float, typer.Option(min=1, help="Time of one part, with --part.")] = 240,
     tiny: Annotated[bool, typer.Option("--tiny", help="Everything in miniature, on a CPU.")] = False,
 ) -> None:
-    """One large GPU in nine minutes: training MFU, decoding, tokenizers and numeric equality, beside transformers."""
+    """One large GPU in nine minutes: training MFU, decoding, tokenizers and numeric equality, against transformers."""
     from anytoken.benchmarks import harness
     from anytoken.benchmarks.gpu import bench_gpu, rows_of, run_part
 
