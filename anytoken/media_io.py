@@ -115,7 +115,9 @@ def _regular_file(path: str | os.PathLike[str], kind: str) -> IO[bytes]:
     found = os.fstat(file.fileno())
     try:
         if not stat.S_ISREG(found.st_mode):
-            raise SegmentError(f"{path} is no regular file but a device or pipe; pass its content as bytes.")
+            raise SegmentError(
+                f"{path} is not a regular file but a device or pipe; pass its content as bytes."
+            )
         if not found.st_size:
             raise SegmentError(f"{path} is empty: there is no {kind} in it.")
     except SegmentError:

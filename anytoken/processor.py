@@ -328,7 +328,7 @@ class Processor:
         folder = Path(folder)
         if not folder.is_dir():
             raise TokenSpaceError(
-                f"{folder} is no folder; give a checkpoint folder, which holds {SPACE_FILE}."
+                f"{folder} is not a folder; give a checkpoint folder, which holds {SPACE_FILE}."
             )
         space = TokenSpace.load(folder / SPACE_FILE)
         text = TextTokenizer.from_pretrained(folder / "text_tokenizer")

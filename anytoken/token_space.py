@@ -325,7 +325,7 @@ class TokenSpace:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise TokenSpaceError(
-                f"{path} is no usable token space: {error}; copy the checkpoint again."
+                f"{path} is not a usable token space: {error}; copy the checkpoint again."
             ) from error
 
     def __eq__(self, other: object) -> bool:

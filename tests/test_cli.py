@@ -216,7 +216,7 @@ def test_chat_goes_on_where_it_was_saved(checkpoint, picture, tmp_path):
     again = run(*words, "--load", tmp_path / "kept", input="/undo\n/undo\n/load nowhere\n")
     assert "user: Image(16x16) what?" in again.stdout and "0 messages are left" in again.stdout
     assert "Nothing has been said" in again.stdout and "nowhere" in again.stdout
-    assert "give one of them" in complaint(run(*words, "--load", tmp_path / "kept", "--system", "hi"))
+    assert "give only one of them" in complaint(run(*words, "--load", tmp_path / "kept", "--system", "hi"))
     assert "nowhere" in complaint(run(*words, "--load", tmp_path / "nowhere"))
 
 

@@ -545,7 +545,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(saved: Path, name: str) -> N
 
 def test_no_folder(tmp_path: Path, saved: Path) -> None:
     for path in (tmp_path / "nowhere", saved / "token_space.json"):
-        with pytest.raises(TokenSpaceError, match=r"is no folder.*token_space\.json"):
+        with pytest.raises(TokenSpaceError, match=r"is not a folder.*token_space\.json"):
             Processor.from_pretrained(path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(TokenSpaceError, match=r"token_space\.json is missing"):

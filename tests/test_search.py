@@ -91,7 +91,7 @@ def test_embed_prints_a_vector(checkpoint, head, photos):
         (["embed", "a"], "stages/embed.yaml"),
         (["index", "nowhere", "--out", "my.index", "--untrained"], "There is no folder nowhere"),
         (["index", ".", "--out", "my.index", "--untrained"], "holds no file that can be embedded"),
-        (["search", "nowhere", "a"], "nowhere is no index"),
+        (["search", "nowhere", "a"], "nowhere is not an index"),
     ],
 )
 def test_a_mistake_is_one_line(checkpoint, words, said, tmp_path, monkeypatch):

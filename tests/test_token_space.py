@@ -210,8 +210,8 @@ def test_a_file_that_is_missing_truncated_or_altered_is_named(tmp_path: Path) ->
     ]  # fmt: skip
     for text in altered:
         path.write_text(text)
-        with pytest.raises(TokenSpaceError, match=r"token_space\.json is no usable"):
+        with pytest.raises(TokenSpaceError, match=r"token_space\.json is not a usable"):
             TokenSpace.load(path)
     path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(TokenSpaceError, match=r"token_space\.json is no usable"):
+    with pytest.raises(TokenSpaceError, match=r"token_space\.json is not a usable"):
         TokenSpace.load(path)

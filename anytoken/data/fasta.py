@@ -23,7 +23,7 @@ def label_fasta(fasta: str | Path, labels: str | Path, out: str | Path) -> Path:
         if "name" not in row or "label" not in row:
             raise RecordError(f"{labels}: a row needs the columns name and label; it has {', '.join(row)}")
         if row["name"] in table:
-            raise RecordError(f"{labels}: the name {row['name']!r:.80} stands twice")
+            raise RecordError(f"{labels}: the name {row['name']!r:.80} appears twice")
         table[row["name"]] = row
     lines: dict[str, dict[str, Any]] = {}
     for one in DNA.iter_records(fasta):

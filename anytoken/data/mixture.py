@@ -326,7 +326,7 @@ class Mixture:
             skipped.append(f"longer than the context of {self.context} ids in {choice.source.spec.path}")
         reasons = ", ".join(f"{number} {reason}" for reason, number in Counter(skipped).most_common())
         raise DataError(
-            f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or mend the data"
+            f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or fix the data"
         )
 
     def _draw(self, choice: _Choice, rng: np.random.Generator) -> TrainingSequence:

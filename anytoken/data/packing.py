@@ -223,6 +223,6 @@ class PackedStream(IterableDataset):
         if bad > self.max_bad * max(self.drawn, FEW):
             reasons = ", ".join(f"{number} {reason}" for reason, number in self.skipped.most_common())
             raise DataError(
-                f"{bad} of {self.drawn} drawn samples are no use ({reasons}), more than the share {self.max_bad} that "
-                "max_bad allows; mend the data, raise the context, or allow more"
+                f"{bad} of {self.drawn} drawn samples are unusable ({reasons}), more than the fraction {self.max_bad} "
+                "that max_bad allows; fix the data, raise the context, or allow more"
             )

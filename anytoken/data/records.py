@@ -175,7 +175,7 @@ def check_place(kind: str, value: str, root: Path, data_root: Path | None = None
     Records are data: a path in them must not be able to read what is not part of the set, by a link neither.
     """
     if "\0" in value or not value:
-        raise RecordError(f"{kind}: {value!r:.80} is no path", "missing file")
+        raise RecordError(f"{kind}: {value!r:.80} is not a path", "missing file")
     path = root / value
     if not is_below(path, [root, data_root]):
         allowed = [os.path.realpath(one) for one in (root, data_root) if one is not None]
@@ -190,7 +190,7 @@ def check_place(kind: str, value: str, root: Path, data_root: Path | None = None
             raise RecordError(f"{kind} {value!r:.200} does not exist in {root}", "missing file") from error
         return path
     if not regular:
-        raise RecordError(f"{kind} {value!r:.200} is no regular file", "missing file")
+        raise RecordError(f"{kind} {value!r:.200} is not a regular file", "missing file")
     if path.suffix.lower() in UNREAD_SUFFIXES:
         raise unread(kind, value)
     return path

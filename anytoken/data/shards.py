@@ -247,7 +247,7 @@ def _read_progress(path: Path) -> dict[str, Any]:
     except DataError as error:
         raise DataError(f"{path} is damaged ({error}); remove it and tokenize again") from None
     if any("files" not in part for part in found[1:]) or (found and "source_sha256" not in found[0]):
-        raise DataError(f"{path} is no journal of `anytoken data tokenize`")
+        raise DataError(f"{path} is not a journal of `anytoken data tokenize`")
     return {"plan": found[0], "written": found[1:]} if found else {}
 
 
@@ -287,8 +287,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not (path / MANIFEST).is_file():
         if (path / PROGRESS).is_file():
-            raise DataError(f"{path} is incomplete; rerun `anytoken data tokenize` to resume it")
-        raise DataError(f"{path} is no shard folder (no {MANIFEST}); make it with `anytoken data tokenize`")
+            raise DataError(f"{path} is unfinished; rerun `anytoken data tokenize` to resume it")
+        raise DataError(
+            f"{path} is not a shard folder (no {MANIFEST}); make it with `anytoken data tokenize`"
+        )
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         _ = manifest["parts"] + manifest["records"]

@@ -686,13 +686,13 @@ class AnyToken:
         active = self.adapters.active
         if active is not None:
             raise CheckpointError(
-                f"The adapter {active!r} is in use, and it is no part of the model: take it off first "
+                f"The adapter {active!r} is in use, and it is not part of the model: remove it first "
                 "(model.use_adapter(None)), or make a checkpoint of both with load(..., adapter=FOLDER) or "
                 "anytoken merge-adapter."
             )
         if hasattr(self.lm, "peft_config") or any(".base_layer." in n for n, _ in self.lm.named_parameters()):
             raise CheckpointError(
-                "The model carries a PEFT adapter, which is no part of a checkpoint: fold it in first "
+                "The model carries a PEFT adapter, which is not part of a checkpoint: merge it first "
                 "(model.lm = peft_model.merge_and_unload()), or save it alone (peft_model.save_pretrained) and "
                 "load it with adapter=."
             )

@@ -105,7 +105,7 @@ def check_folder(folder: Path) -> None:
     for name in REQUIRED:
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder / name} is missing: {folder} is no complete checkpoint; copy it again."
+                f"{folder / name} is missing: {folder} is not a complete checkpoint; copy it again."
             )
     for path in (folder / name for name in CHECKPOINT.own_files(folder)):
         if path.suffix != ".json" or path.parent.parent.name == "tokenizers":
@@ -126,7 +126,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index} is no index of weights ({error!r}); copy the checkpoint again."
+            f"{index} is not an index of weights ({error!r}); copy the checkpoint again."
         ) from error
 
 
@@ -234,7 +234,7 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing: {folder} is no adapter folder.")
+            raise CheckpointError(f"{folder / name} is missing: {folder} is not an adapter folder.")
     _check_safetensors(folder / "adapter_model.safetensors")
     try:
         weights = load_file(folder / "adapter_model.safetensors")

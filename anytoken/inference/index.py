@@ -292,7 +292,7 @@ def read_index(path: str | Path) -> tuple[dict[str, Any], list[Item]]:
     path = Path(path)
     if not (path / META).is_file():
         raise SearchError(
-            f"{path} is no index (no {META}); make one with `anytoken index FOLDER --out {path}`."
+            f"{path} is not an index (no {META}); make one with `anytoken index FOLDER --out {path}`."
         )
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))

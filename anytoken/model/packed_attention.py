@@ -67,7 +67,9 @@ def keep_samples_apart(
         if flash and lengths is None:
             kwargs |= flash_lengths(positions)
     if lengths is not None:
-        _refuse(~_same_samples(positions, lengths), "cu_seq_lens_q says other samples than position_ids.")
+        _refuse(
+            ~_same_samples(positions, lengths), "cu_seq_lens_q and position_ids describe different samples."
+        )
     return use_cache
 
 

@@ -25,7 +25,7 @@ class LoadBody(Body):
 
     lora_name: str = Field(pattern=NAME)
     lora_path: str = Field(
-        min_length=1, description="folder of a PEFT adapter, within the server's folder of adapters"
+        min_length=1, description="folder of a PEFT adapter, within the server's adapter folder"
     )
 
 
@@ -64,5 +64,5 @@ def _within(folder: Path, path: str) -> Path:
         found = folder
     root = folder.resolve()
     if root not in found.parents or not found.is_dir():
-        raise BadRequest("lora_path is no folder within the server's folder of adapters.", "lora_path")
+        raise BadRequest("lora_path is not a folder within the server's adapter folder.", "lora_path")
     return found

@@ -134,7 +134,7 @@ def decoded(data: Any, where: str) -> bytes:
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, AttributeError, ValueError) as error:
-        raise BadRequest(f"{where} is no valid base64.", where) from error
+        raise BadRequest(f"{where} is not valid base64.", where) from error
 
 
 def _audio(value: Any, where: str) -> Speech:

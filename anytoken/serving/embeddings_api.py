@@ -75,7 +75,7 @@ def _ids(one: Any, number: int, service: Service) -> list[int]:
         if len(one) > service.settings.max_parts:
             raise BadRequest(f"{where} has more than {service.settings.max_parts} content parts.", "input")
         return model.encode_prompt([read_part(part, where, service.settings) for part in one])
-    raise BadRequest(f"{where} is no string, list of token ids or list of content parts.", "input")
+    raise BadRequest(f"{where} is not a string, list of token ids or list of content parts.", "input")
 
 
 def _base64(vector: np.ndarray) -> str:

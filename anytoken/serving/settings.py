@@ -86,7 +86,7 @@ def check_adapter_folder(folder: Path | None, keys: tuple[str, ...]) -> None:
     if folder is None:
         return
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder of adapters.")
+        raise ConfigError(f"{folder} is not a folder; give one with adapters.")
     if not keys:
         raise ConfigError(
             f"--adapter-folder lets clients load adapters, which needs API keys: set {KEY_VARIABLE} or give "

@@ -121,7 +121,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is no UTF-8 text ({error}).") from error
+        raise RequestError(f"{path} is not UTF-8 text ({error}).") from error
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 

@@ -441,8 +441,8 @@ def _check_replaceable(folder: Path) -> None:
             _read_header(folder)
         except TokenizerError as error:
             raise TokenizerError(
-                f"{folder} holds something else: {folder / 'config.json'} is no tokenizer's, and a tokenizer is saved "
-                "under that name; choose another folder."
+                f"{folder} holds something else: {folder / 'config.json'} is not a tokenizer's, and saving would "
+                "replace it; choose another folder."
             ) from error
 
 

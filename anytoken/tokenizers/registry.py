@@ -75,7 +75,7 @@ def _load_entry_point(entry: Any) -> None:
     except (ImportError, AttributeError) as error:
         raise TokenizerError(f"{where} does not load: {error}. Update or remove that package.") from error
     if not (isinstance(cls, type) and issubclass(cls, ModalityTokenizer) and cls.kind == entry.name):
-        raise TokenizerError(f"{where} is no ModalityTokenizer of that kind: {cls!r:.80}.")
+        raise TokenizerError(f"{where} is not a ModalityTokenizer of that kind: {cls!r:.80}.")
     register_modality(cls)
 
 

@@ -331,12 +331,12 @@ class TrainConfig(_Part):
         share = self.context * self.gradient_accumulation_steps * self.distributed.world_size
         if self.contrastive is None and self.tokens_per_batch % share:
             raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x "
+                f"tokens_per_batch {self.tokens_per_batch} is not a multiple of {share}, which is context x "
                 f"gradient_accumulation_steps x world_size: {self.distributed.world_size} processes cannot share its "
                 "rows evenly"
             )
         if self.lora is not None and self.moe.expert_bias_rate:
-            raise ValueError("moe.expert_bias_rate is no part of a lora adapter; set it to 0")
+            raise ValueError("moe.expert_bias_rate is not part of a lora adapter; set it to 0")
         if self.pcgrad and (self.distributed.world_size > 1 or self.distributed.deepspeed):
             raise ValueError("pcgrad works in one process only; set it to false")
         spread = self.distributed.mesh is not None
@@ -373,10 +373,12 @@ class TrainConfig(_Part):
             raise ValueError("sampling.workers has no effect with contrastive; leave it out")
         if spec.batch % self.distributed.world_size:
             raise ValueError(
-                f"contrastive.batch {spec.batch} is no multiple of world_size {self.distributed.world_size}"
+                f"contrastive.batch {spec.batch} is not a multiple of world_size {self.distributed.world_size}"
             )
         if spec.graded and spec.positives:
-            raise ValueError("contrastive.graded and contrastive.positives both say the targets; take one")
+            raise ValueError(
+                "contrastive.graded and contrastive.positives both define the targets; use one of them"
+            )
         if any(not 1 <= width <= spec.width for width in spec.widths):
             raise ValueError(f"contrastive.widths are from 1 to the width {spec.width}; got {spec.widths}")
 
@@ -416,7 +418,7 @@ class TrainConfig(_Part):
         """Read a recipe and apply ``a.b=value`` overrides; ConfigError names whatever is wrong."""
         path = Path(path)
         if not path.is_file():
-            raise ConfigError(f"{path} is no recipe file; give the path of a stage .yaml")
+            raise ConfigError(f"{path} is not a recipe file; give the path of a stage .yaml")
         try:
             recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -504,7 +506,7 @@ def _child(node: Any, key: str, override: str) -> Any:
 
 def _index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
-        raise ConfigError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
+        raise ConfigError(f"override {override!r}: {key!r} is not an index into a list of {len(node)}")
     return int(key)
 
 

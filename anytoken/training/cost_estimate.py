@@ -123,7 +123,7 @@ def plan(
     rows = stage.context * stage.gradient_accumulation_steps * gpus
     if gpus < 1 or stage.tokens_per_batch % rows:
         raise ConfigError(
-            f"tokens_per_batch {stage.tokens_per_batch} is no multiple of {rows}, which is context x "
+            f"tokens_per_batch {stage.tokens_per_batch} is not a multiple of {rows}, which is context x "
             "gradient_accumulation_steps x gpus"
         )
     model = meta_model(config)

@@ -52,7 +52,7 @@ def checkpoint_folder(init_from: str) -> Path:
         beside = folder.parent.glob(f"*/{SPACE_FILE}") if folder.parent.is_dir() else ()
         known = ["mini", "scratch", *(str(path.parent) for path in beside)]
         raise ConfigError(
-            f"init_from {init_from!r} is no checkpoint folder (no token_space.json){nearest(init_from, known)}"
+            f"init_from {init_from!r} is not a checkpoint folder (no token_space.json){nearest(init_from, known)}"
         )
     return folder
 
@@ -94,7 +94,7 @@ def build_model(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
     unknown = [key for key in stage.model if not hasattr(default, key)]
     if unknown:
         raise ConfigError(
-            f"model.{unknown[0]} is no setting of AnyTokenConfig{choices(unknown[0], sorted(default.to_dict()))}"
+            f"model.{unknown[0]} is not a setting of AnyTokenConfig{choices(unknown[0], sorted(default.to_dict()))}"
         )
     processor = build_processor(stage.tokenizers)
     space = processor.token_space

@@ -86,7 +86,7 @@ def portable_name(path: str) -> str:
 def load_weights(adapted: PeftModel, folder: Path) -> None:
     """Give an adapter the weights of a saved one; ConfigError if it has other settings."""
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigError(f"{folder} is no adapter folder (no adapter_model.safetensors)")
+        raise ConfigError(f"{folder} is not an adapter folder (no adapter_model.safetensors)")
     saved, wanted = (
         load_file(folder / "adapter_model.safetensors"),
         get_peft_model_state_dict(adapted, **SAVE_ADAPTER),

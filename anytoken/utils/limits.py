@@ -86,7 +86,7 @@ def media_limits(limits: MediaLimits | None = None, /, **changes: float) -> Iter
     ValueError for a name that is no limit, or a value that is no positive number.
     """
     if unknown := sorted(set(changes) - set(UNITS)):
-        raise ValueError(f"{unknown[0]!r} is no limit; allowed: {', '.join(UNITS)}.")
+        raise ValueError(f"{unknown[0]!r} is not a limit; allowed: {', '.join(UNITS)}.")
     token = _CURRENT.set(replace(limits or current_limits(), **changes))  # type: ignore[arg-type]
     try:
         yield _CURRENT.get()

@@ -32,7 +32,7 @@ def test_sequences_get_their_labels_and_other_columns(write, tmp_path):
     [
         ("name,label\none,1\n", "the sequence 'two' has no label"),
         ("name,label\none,1\ntwo,0\nthree,1\n", "no sequence for 1 labels; the first: 'three'"),
-        ("name,label\none,1\none,0\n", "'one' stands twice"),
+        ("name,label\none,1\none,0\n", "'one' appears twice"),
         ("id,label\none,1\n", "needs the columns name and label; it has id, label"),
     ],
 )

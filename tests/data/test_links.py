@@ -65,7 +65,7 @@ def test_devices_and_pipes_are_bad_records(name: str, folder: Path) -> None:
     (folder / "set.jsonl").write_text(json.dumps({"text": "x", "image": name}) + "\n")
     for root in (None, "/dev"):
         ((_, fault),) = check_source(folder / "set.jsonl", Census(), decode=True, data_root=root)
-        assert "no regular file" in str(fault) or "outside of" in str(fault)
+        assert "not a regular file" in str(fault) or "outside of" in str(fault)
 
 
 def test_rows_of_the_hub_name_no_file_of_this_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

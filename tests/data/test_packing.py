@@ -165,7 +165,7 @@ def test_too_many_useless_draws_are_an_error_that_counts_them() -> None:
     source = PackedStream(hard, 4, 20, PAD, max_bad=0.2)
     take(source, 200)
     assert source.skipped["too long"] / source.drawn == pytest.approx(1 / 11, rel=0.05)
-    with pytest.raises(DataError, match=r"no use \(\d+ too long\), more than the share 0.05"):
+    with pytest.raises(DataError, match=r"unusable \(\d+ too long\), more than the fraction 0.05"):
         take(PackedStream(hard, 4, 20, PAD, max_bad=0.05), 1000)
 
 

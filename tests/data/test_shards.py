@@ -357,7 +357,7 @@ def test_what_cannot_be_tokenized_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(RecordError, match="no record"):
         tokenize(tmp_path / "empty.jsonl", tmp_path / "out", tiny_tokenizer())
-    with pytest.raises(DataError, match="no shard folder"):
+    with pytest.raises(DataError, match="not a shard folder"):
         Shards(tmp_path / "nowhere", {})
 
 

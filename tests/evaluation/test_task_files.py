@@ -130,7 +130,7 @@ def figures(folder, task):
         (('answer: "{colour}"\n', ""), 1, "answer is missing"),
         (("name: colours", "name: a/b"), 1, "name: String should match pattern"),
         (("data: set.jsonl\n", ""), 1, "the key 'data' is missing"),
-        (("split: test", "data: twice.jsonl"), 3, "the key 'data' stands in line 2, too"),
+        (("split: test", "data: twice.jsonl"), 3, "the key 'data' is already in line 2"),
         (("split: test", "split: [test"), 4, "not YAML"),
         (
             ("split: test", "shots: {count: 1, seeds: 3}"),

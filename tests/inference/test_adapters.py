@@ -82,7 +82,7 @@ def test_names_that_are_unknown_or_taken(folder: Path, tmp_path: Path) -> None:
         model.load_adapter(adapter, "one")
     with pytest.raises(CheckpointError, match="no adapter 'two'; there are one"):
         model.use_adapter("two")
-    with pytest.raises(CheckpointError, match="no adapter folder"):
+    with pytest.raises(CheckpointError, match="not an adapter folder"):
         model.load_adapter(tmp_path, "three")
 
 

@@ -184,7 +184,7 @@ def test_errors_are_one_clear_sentence(folder, searcher, tmp_path, toys):
         Index.build(folder, searcher, out, kind="ivfpq")
     with pytest.raises(SearchError, match="holds something else"):
         Index.build(folder, searcher, folder)
-    with pytest.raises(SearchError, match="is no index"):
+    with pytest.raises(SearchError, match="is not an index"):
         Index.open(folder, searcher)
     index = Index.build(folder, searcher, out)
     for k in (0, True, 1.5):

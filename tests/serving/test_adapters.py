@@ -134,7 +134,7 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(adapters, start):
         assert client.post(CHAT, json=chat("mini:mine")).status_code == 404
     with pytest.raises(ConfigError, match="needs API keys"):
         check_adapter_folder(adapters, ())
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="not a folder"):
         check_adapter_folder(adapters / "nowhere", ("key",))
 
 

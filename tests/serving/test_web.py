@@ -106,7 +106,7 @@ def test_what_cannot_be_said_is_refused_in_words_a_visitor_knows(session, tmp_pa
 
 def test_errors_of_the_page(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("anytoken"), "propagate", True)
-    assert words_of(PageError("<b> is no kind")) == "&lt;b&gt; is no kind"
+    assert words_of(PageError("<b> is not a kind")) == "&lt;b&gt; is not a kind"
     assert "secret" not in words_of(RuntimeError("/secret/path")) and "/secret/path" in caplog.text
 
 
@@ -172,7 +172,7 @@ def test_a_run_is_shown_as_far_as_it_is(tmp_path):
     assert find_runs(run) == [run]
     with pytest.raises(RunError, match="no training run"):
         find_runs(tmp_path / "runs" / "first" / "samples")
-    with pytest.raises(RunError, match="no folder"):
+    with pytest.raises(RunError, match="not a folder"):
         find_runs(tmp_path / "nowhere")
 
 

@@ -411,7 +411,7 @@ def test_a_codec_is_imported_on_the_command_line(folders, tmp_path):
 
 def test_stereo_and_scales_are_refused():
     stereo = {**random_codec("encodec").config.to_dict(), "audio_channels": 2}
-    with pytest.raises(TokenizerError, match="is for stereo, or writes a loudness"):
+    with pytest.raises(TokenizerError, match="stereo or stores a loudness"):
         PretrainedSpeech(stereo)
 
 

@@ -190,8 +190,8 @@ def test_an_installed_package_brings_its_class_by_an_entry_point(tmp_path, monke
     [
         ("dial = dial_package:Nothing", r"'dial_package:Nothing' of dial-package does not load"),
         ("dial = no_such_package:Dial", r"of dial-package does not load: No module named 'no_such_package'"),
-        ("dial = dial_package:Dial", r"is no ModalityTokenizer of that kind"),
-        ("tone2 = dial_package:DialTokenizer", r"tone2 = .* is no ModalityTokenizer of that kind"),
+        ("dial = dial_package:Dial", r"is not a ModalityTokenizer of that kind"),
+        ("tone2 = dial_package:DialTokenizer", r"tone2 = .* is not a ModalityTokenizer of that kind"),
     ],
 )
 def test_a_wrong_entry_point_names_its_package(tmp_path, monkeypatch, entry, says):

@@ -83,7 +83,7 @@ def test_the_edition_is_one_run_at_a_constant_rate_that_ends_with_a_decay() -> N
         ({"init_from": "scratch", "tokenizers": {"text": "t"}, "modalities": {"a": "b"}}, "under tokenizers"),
         ({"data": [{"path": "a", "views": {"text->image": 1}, "wieght": 2}]}, "data.0.wieght"),
         ({"schedule": {"kind": "step"}}, "'cosine', 'wsd' or 'constant'"),
-        ({"tokens_per_batch": 1000, "context": 512}, "no multiple"),
+        ({"tokens_per_batch": 1000, "context": 512}, "not a multiple"),
         ({"init_from": "scratch"}, "text tokenizer"),
         ({"model": {"hidden_size": 8}}, "belong to init_from"),
         ({"lora": {}, "trainable": ["*.gate.*"]}, "no effect"),
@@ -117,8 +117,8 @@ def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
     [
         ("steps", "key=value"),
         ("steps.x=1", "not a group"),
-        ("data.7.path=x", "no index"),
-        ("data.x.path=x", "no index"),
+        ("data.7.path=x", "not an index"),
+        ("data.x.path=x", "not an index"),
     ],
 )
 def test_bad_overrides(override: str, said: str) -> None:
@@ -127,7 +127,7 @@ def test_bad_overrides(override: str, said: str) -> None:
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no recipe file"):
+    with pytest.raises(ConfigError, match="not a recipe file"):
         TrainConfig.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="no mapping"):

@@ -397,7 +397,7 @@ def _run(recipe: dict[str, Any]) -> int:
         ({"tokens_per_batch": 512}, "tokens_per_batch has no effect with contrastive"),
         ({"loss": {"z_loss": 0.1}}, "loss has no effect"),
         ({"sampling": {"workers": 2}}, "sampling.workers has no effect"),
-        ({"distributed": {"world_size": 3}}, "batch 4 is no multiple of world_size 3"),
+        ({"distributed": {"world_size": 3}}, "batch 4 is not a multiple of world_size 3"),
         ({"contrastive": {"width": 8, "widths": [16]}}, "widths are from 1 to the width 8"),
         ({"contrastive": {"graded": 1, "positives": "text"}}, "take one"),
         ({"contrastive": {"temprature": 1}}, "temprature"),

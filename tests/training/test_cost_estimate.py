@@ -155,8 +155,8 @@ def test_hours_follow_from_flops() -> None:
     [
         ({"gpus": 8, "gpu": "tpu"}, "gpu is 'tpu'; allowed: a100"),
         ({"gpus": 8, "sharding": "zero4"}, r"sharding is 'zero4' .did you mean 'zero3'..; allowed: ddp"),
-        ({"gpus": 3}, "no multiple of 24576"),
-        ({"gpus": 0}, "no multiple"),
+        ({"gpus": 3}, "not a multiple of 24576"),
+        ({"gpus": 0}, "not a multiple"),
         ({"gpus": 8, "share_of_peak": 1.5}, "share_of_peak is 1.5"),
     ],
 )

@@ -172,9 +172,9 @@ def test_wrong_world_size_is_an_error(recipe: dict[str, Any]) -> None:
 
 def test_init_from_a_folder_without_a_checkpoint(recipe: dict[str, Any], tmp_path: Path) -> None:
     bad = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
-    with pytest.raises(ConfigError, match="no checkpoint folder"):
+    with pytest.raises(ConfigError, match="not a checkpoint folder"):
         train(TrainConfig.from_dict(bad | {"init_from": str(tmp_path)}))
-    with pytest.raises(ConfigError, match=r"'mni' is no checkpoint folder.*did you mean 'mini'"):
+    with pytest.raises(ConfigError, match=r"'mni' is not a checkpoint folder.*did you mean 'mini'"):
         train(TrainConfig.from_dict(bad | {"init_from": "mni"}))
 
 

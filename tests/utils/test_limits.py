@@ -239,7 +239,7 @@ def test_wrong_limits_are_named() -> None:
         with pytest.raises(ValueError, match="max_pixels is a positive number"):
             MediaLimits(max_pixels=wrong)  # type: ignore[arg-type]
     with (
-        pytest.raises(ValueError, match=r"'max_size' is no limit; allowed: max_bytes"),
+        pytest.raises(ValueError, match=r"'max_size' is not a limit; allowed: max_bytes"),
         media_limits(max_size=3),
     ):
         pass

@@ -173,7 +173,7 @@ def _read_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
         found = {int(line["id"]): line for line in rest}
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise EvaluationError(
-            f"{path} is no file of answers ({error}); give another --out, or --overwrite."
+            f"{path} is not a file of answers ({error}); give another --out, or --overwrite."
         ) from error
     changed = [what for key, what in (("model", "another model"), ("asked", "another version of the task or its data"))
                if first.get(key) != header[key]]  # fmt: skip

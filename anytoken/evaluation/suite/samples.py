@@ -180,7 +180,7 @@ class TaskSet:
         """The messages of a record with its media opened, the assistant's last one at the end."""
         messages = to_record(record).get(MESSAGES)
         if not messages:
-            raise RecordError("the record is no conversation, so {messages} has nothing to stand for")
+            raise RecordError("the record is not a conversation, so {messages} has nothing to stand for")
         last = max(place for place, one in enumerate(messages) if one["role"] == "assistant")
         types, turns = segment_types(), []
         for one in messages[: last + 1]:

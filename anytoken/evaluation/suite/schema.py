@@ -312,7 +312,7 @@ def _refuse_twins(path: Path, node: yaml.Node) -> None:
             line = key.start_mark.line + 1
             if key.value in seen:
                 raise EvaluationError(
-                    f"{path} line {line}: the key {key.value!r} stands in line {seen[key.value]}, too."
+                    f"{path} line {line}: the key {key.value!r} is already in line {seen[key.value]}."
                 )
             seen[key.value] = line
             _refuse_twins(path, value)

@@ -31,7 +31,7 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise RunError(
-            f"{folder} is no folder: give the output folder of a training run, or one that holds several."
+            f"{folder} is not a folder: give the output folder of a training run, or one that holds several."
         )
     found = {path.parent for name in (METRICS, FACTS) for path in folder.rglob(name)}
     if not found:

@@ -48,7 +48,7 @@ class Sampler:
             for kind in kinds or []:
                 if kind not in processor.kinds:
                     raise ConfigError(
-                        f"samples: output {kind!r} is no kind of the model"
+                        f"samples: output {kind!r} is not a kind of the model"
                         f"{nearest(kind, processor.kinds)}; there are {', '.join(processor.kinds)}"
                     )
             length = len(processor.encode_chat(_as_prompt(one.prompt)))

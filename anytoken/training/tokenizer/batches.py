@@ -120,7 +120,7 @@ def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.de
     without a plain border instead: opaque layers, on a gradient.
     """
     if path.suffix != ".npy" or not path.is_file():
-        raise TokenizerError(f"{path} is no array of drawings with coverage, such as emoji/sprites.npy.")
+        raise TokenizerError(f"{path} is not an array of drawings with coverage, such as emoji/sprites.npy.")
     sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:

@@ -58,7 +58,7 @@ def test_what_cannot_be_sampled_is_said_before_training(recipe: dict[str, Any]) 
     prompts = [{"prompt": "ant", "output": "smell"}]
     with pytest.raises(ConfigError, match="answer"):
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}))
-    with pytest.raises(ConfigError, match="'smell' is no kind"):
+    with pytest.raises(ConfigError, match="'smell' is not a kind"):
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}), lambda *_: "")
     with pytest.raises(RequestError, match="empty"):
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": [{"prompt": ""}]}}), lambda *_: "")
