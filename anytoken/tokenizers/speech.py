@@ -385,6 +385,17 @@ class SpeechTokenizer(ModalityTokenizer):
         samples = self._decode_values(codes.values[None, first:last], codes.header[None])[0]
         return Speech(samples[(start - first) * self.hop : (stop - first) * self.hop], SAMPLE_RATE_HZ)
 
+    def first_codebooks(self, count: int) -> SpeechTokenizer:
+        """The same weights with only the first `count` residual codebooks, trained with dropout: fewer codes a second.
+
+        TokenizerError if the quantiser was not trained for it.
+        """
+        choice = self.config["quantizer"]
+        choice = {"kind": choice} if isinstance(choice, str) else choice
+        coarse = SpeechTokenizer(**{**self.config, "quantizer": {**choice, "first": count}})
+        coarse.load_state_dict(self.state_dict())
+        return coarse.to(self.device).train(self.training)
+
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
         """Quantised vectors [K, width] in the decoder's input space."""
         return self.quantize.codebook(codebook)

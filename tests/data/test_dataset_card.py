@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anytoken.data.dataset_card import checksums, read_lines, write_card, write_lines, write_text
+from anytoken.data.dataset_card import checksums, read_lines, write_card, write_lines
 
 FACTS = {"things": 3, "sources": [{"name": "openmoji", "version": "17.0.0", "licence": "CC-BY-SA-4.0"}]}
 
@@ -48,18 +48,6 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_lines(tmp_path / "set.jsonl", lines())
     assert read_lines(tmp_path / "set.jsonl") == [{"text": "old"}]
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(self: Path, text: str, **options: Any) -> int:
-        self.write_bytes(text.encode()[: len(text) // 2])
-        raise OSError("No space left on device")
-
-    write_text(tmp_path / "card.md", "the old card")
-    monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError, match="No space"):
-        write_text(tmp_path / "card.md", "the new card")
-    assert (tmp_path / "card.md").read_text() == "the old card"
 
 
 def test_card_and_manifest_count_lines_and_held_out_lines(tmp_path: Path) -> None:

@@ -196,9 +196,8 @@ def test_finish_reason_tells_a_cut_from_an_end(model: AnyToken, engine: Engine) 
 
 
 def test_tokens_come_as_they_are_made(model: AnyToken, engine: Engine) -> None:
-    seen: list[Token] = []
-    replies = engine.generate(prompts_of(model), None, GREEDY, 12, on_token=seen.append)
-    for row, reply in enumerate(replies):
+    seen = list(engine.stream(prompts_of(model), None, GREEDY, 12))
+    for row, reply in enumerate(engine.generate(prompts_of(model), None, GREEDY, 12)):
         tokens = [token for token in seen if token.row == row]
         assert [token.id for token in tokens] == reply.ids
         assert [token.finish_reason for token in tokens] == [None] * (len(reply.ids) - 1) + [
