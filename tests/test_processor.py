@@ -516,7 +516,7 @@ def test_files_of_another_checkpoint(saved: Path, tmp_path: Path) -> None:
     elsewhere = other.save_pretrained(tmp_path / "other")
     for name, message in [
         ("text_tokenizer", f"mixes files.*text tokenizer has 256 ids.*keeps {TEXT.vocab_size}"),
-        ("tokenizers/dots", r"mixes files.*dots with Grid.*max_size=\(3, 3\).*max_size=\(2, 2\)"),
+        ("tokenizers/dots", r"mixes files.*dots with CodeGrid.*max_size=\(3, 3\).*max_size=\(2, 2\)"),
         ("token_space.json", "mixes files.*keeps 256 for text"),
     ]:
         mixed = shutil.copytree(saved, tmp_path / name.replace("/", "-"))
@@ -568,8 +568,8 @@ def test_a_folder_cannot_name_code_to_load(saved: Path) -> None:
             lambda space: Processor(space, TEXT, {"dots": DotsTokenizer(), "dna": LetterTokenizer()}),
             r"tokenizers for \['dots', 'dna'\]",
         ),
-        (lambda space: Processor(space, TEXT, {"dots": DotsTokenizer(2)}), "dots with Grid"),
-        (lambda space: Processor(space, TEXT, {"dots": LetterTokenizer()}), "its tokenizer is dna with Run"),
+        (lambda space: Processor(space, TEXT, {"dots": DotsTokenizer(2)}), "dots with CodeGrid"),
+        (lambda space: Processor(space, TEXT, {"dots": LetterTokenizer()}), "its tokenizer is dna with CodeSequence"),
         (
             lambda space: Processor(space, TextTokenizer.train(["a"], 256), {"dots": DotsTokenizer()}),
             "256 ids",
