@@ -3,7 +3,8 @@
 #   make check   format, lint, types           make fix    let ruff mend what it can
 #   make bench   decoding beside transformers' generate
 # No system package is needed beyond Python 3.11+ with its venv module (Debian: python3-venv). Building the raw
-# data sets also needs flite, espeak-ng and npm; tests that use those engines are skipped where they are absent.
+# data sets also needs flite, espeak-ng and npm. Tests that use those engines, or drive the web page in a browser
+# (Debian: chromium), are skipped where they are absent.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -17,11 +17,13 @@ from anytoken import moved
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken, load
     from anytoken.inference.chat import Chat
+    from anytoken.inference.index import Index
     from anytoken.inference.outputs import GenerationOutput
     from anytoken.inference.sampling import Sampling
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
     from anytoken.tokenizers.registry import load_modality
+    from anytoken.utils.limits import MediaLimitError, MediaLimits, media_limits
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,9 @@ _HOME = {
     "DNA": "segments",
     "GenerationOutput": "inference.outputs",
     "Image": "segments",
+    "Index": "inference.index",
+    "MediaLimitError": "utils.limits",
+    "MediaLimits": "utils.limits",
     "ModalityTokenizer": "tokenizers.base",
     "Sampling": "inference.sampling",
     "Segment": "segments",
@@ -39,11 +44,13 @@ _HOME = {
     "Video": "segments",
     "load": "inference.api",
     "load_modality": "tokenizers.registry",
+    "media_limits": "utils.limits",
     "register_modality": "tokenizers.base",
 }
 __all__ = [
-    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "ModalityTokenizer", "Sampling", "Segment", "Speech",
-    "Text", "Video", "load", "load_modality", "register_modality",
+    "DNA", "AnyToken", "Chat", "GenerationOutput", "Image", "Index", "MediaLimitError", "MediaLimits",
+    "ModalityTokenizer", "Sampling", "Segment", "Speech", "Text", "Video", "load", "load_modality", "media_limits",
+    "register_modality",
 ]  # fmt: skip
 
 

@@ -2,15 +2,18 @@
 
 A mistake of the user (ValueError, a file that cannot be read, a wrong option) is one red line on stderr and exit
 code 2; `--debug`, anywhere on the line, shows the traceback instead. Rooms are imported inside the commands, so
-that `anytoken --help` answers at once.
+that `anytoken --help` answers at once. `--install-completion` completes commands and options in the shell.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +22,21 @@ from rich.console import Console
 from typer.core import TyperGroup
 from typer.exceptions import Abort, TyperException
 
-from anytoken.commands import bench, data, inference, model, recipes, score, serving, tokenizer, training
+from anytoken.commands import (
+    bench,
+    data,
+    evaluation,
+    inference,
+    model,
+    recipes,
+    score,
+    search,
+    serving,
+    tokenizer,
+    training,
+    web,
+)
+from anytoken.commands.options import examples
 
 
 class OneLineErrors(TyperGroup):
@@ -30,8 +47,8 @@ class OneLineErrors(TyperGroup):
         debug = "--debug" in words
         if debug:
             words.remove("--debug")
-        # where torchao is installed, transformers imports it and torch warns of it: nothing that a user can mend
-        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+        if not debug:
+            quiet()
         try:
             code = super().main(words, **{**extra, "standalone_mode": False})
         except BrokenPipeError:  # `anytoken ... | head`: whoever read has seen enough
@@ -49,6 +66,16 @@ class OneLineErrors(TyperGroup):
         sys.exit(code)
 
 
+def quiet() -> None:
+    """Libraries warn their callers of what will change in them: nothing that a user of the command can mend."""
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    # processes that a command starts (loaders, tokenizing workers) take their filters from here
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
+    # where torchao is installed, transformers imports it and torch warns of it
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
 def complain(error: Exception) -> None:
     """One red line on stderr; nothing for a bare `anytoken`, which has already printed its help."""
     message = (
@@ -56,18 +83,30 @@ def complain(error: Exception) -> None:
     )
     if message:
         line = " ".join(message.split())
+        line = re.sub(r"Input should be (.*?), unable to parse .*", r"it must be \1", line)
         Console(stderr=True, soft_wrap=True).print(
             f"anytoken: {line}", style="red", markup=False, highlight=False
         )
 
 
 app = typer.Typer(
-    cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples('anytoken generate "a red apple, 3d" -o image', "anytoken train --help"),
 )
-for group in (inference, score, serving, training, model):
+for group in (inference, score, search, serving, web, training, evaluation, model):
     app.add_typer(group.app)
 for name, group in {"tokenizer": tokenizer, "data": data, "recipes": recipes, "bench": bench}.items():
     app.add_typer(group.app, name=name)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        print(f"anytoken {version('anytoken')}")
+        raise typer.Exit
 
 
 @app.callback()
@@ -77,6 +116,9 @@ def top(
         list[Path] | None,
         typer.Option(help="Run this file, or the one in this folder, for the kind of tokenizer it defines."),
     ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Text, images, speech, video and DNA as tokens of one stream, read and written by one language model."""
     if modality:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from anytoken.grammar import (
     Grammar,
     Piece,
 )
+from anytoken.media_io import is_below
 from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import (
     TokenSpace,
@@ -32,6 +32,7 @@ from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern,
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import RequestError, TokenSpaceError
+from anytoken.utils.hints import choices
 
 SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
 Message = dict[str, Any]
@@ -51,6 +52,7 @@ class Processor:
         self.token_space = token_space
         self.text_tokenizer = text_tokenizer
         self.tokenizers = dict(tokenizers)
+        self.media_root: str | Path | None = None  # where strings in messages may name files
         self._check_fit()
         self.grammar = Grammar(token_space)
 
@@ -107,7 +109,7 @@ class Processor:
     def tokenizer_of(self, kind: str) -> ModalityTokenizer:
         """The tokenizer of a medium; RequestError for a kind without one, such as text."""
         if kind not in self.tokenizers:
-            raise RequestError(f"No tokenizer for {kind!r}{_choices(kind, list(self.kinds))}.")
+            raise RequestError(f"No tokenizer for {kind!r}{choices(kind, list(self.kinds))}.")
         return self.tokenizers[kind]
 
     def codes_to_ids(self, kind: str, codes: Codes) -> list[int]:
@@ -149,8 +151,9 @@ class Processor:
 
         prompt: a string, a segment, a list of both, or messages in the chat convention. A list may also hold
         paths (pathlib.Path), PIL images and uint8 [H, W, 3] arrays; a part of a message may give its medium as a
-        segment, a path, bytes, a PIL image or an array. RequestError says which part is wrong and what is
-        allowed; nothing is opened before all parts have been looked at.
+        segment, a Path, bytes, a PIL image or an array. A string in a part may come from elsewhere (JSON, a
+        request), so it names a file only below `media_root`, which is none by default. RequestError says which part
+        is wrong and what is allowed; nothing is opened before all parts have been looked at.
         """
         parts = prompt if isinstance(prompt, list | tuple) else [prompt]
         if any(isinstance(part, Mapping) and "role" in part for part in parts):
@@ -168,7 +171,7 @@ class Processor:
             )
         role = message["role"]
         if role not in ROLES:
-            raise RequestError(f"{where} has the role {role!r}{_choices(role, ROLES)}.")
+            raise RequestError(f"{where} has the role {role!r}{choices(role, ROLES)}.")
         return role, self._content(message["content"], f"{where} ({role})")
 
     def _content(self, content: Any, where: str) -> list[Open]:
@@ -187,7 +190,7 @@ class Processor:
         if isinstance(part, Segment):
             if part.kind not in self.kinds:
                 raise RequestError(
-                    f"{where}: no tokenizer for {part.kind!r}{_choices(part.kind, list(self.kinds))}."
+                    f"{where}: no tokenizer for {part.kind!r}{choices(part.kind, list(self.kinds))}."
                 )
             return lambda: part
         if isinstance(part, os.PathLike):
@@ -202,7 +205,7 @@ class Processor:
     def _typed_part(self, part: Mapping[str, Any], where: str) -> Open:
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in self.kinds:
-            raise RequestError(f"{where}: content of type {kind!r}{_choices(kind, list(self.kinds))}.")
+            raise RequestError(f"{where}: content of type {kind!r}{choices(kind, list(self.kinds))}.")
         value = part.get(kind, part.get("path"))
         if value is None:
             raise RequestError(
@@ -212,6 +215,8 @@ class Processor:
         if kind == "text" and isinstance(part.get("text"), str):
             return partial(Text, value)
         segment_type = self.kinds[kind]
+        if isinstance(value, str) and not (kind == "dna" and value.isalpha()):
+            value = self._find_file(value, where)
         if isinstance(value, segment_type):
             return lambda: value
         if isinstance(value, Segment):
@@ -219,23 +224,59 @@ class Processor:
         settings = {key: one for key, one in part.items() if key not in ("type", kind, "path")}
         return partial(_open_medium, segment_type, value, settings, where)
 
+    def _find_file(self, value: str, where: str) -> Path:
+        """The file that a string in a message names; RequestError unless it is a regular one below `media_root`."""
+        if self.media_root is None:
+            raise RequestError(
+                f"{where}: {value!r:.80} is a string, and strings in messages open no files, since messages may come "
+                "from elsewhere; give pathlib.Path(...), a segment or bytes, or allow a folder with "
+                'anytoken.load(..., media_root="folder").'
+            )
+        path = Path(self.media_root) / value
+        if "\0" in value or not is_below(path, [self.media_root]):
+            raise RequestError(f"{where}: {value!r:.80} is outside of media_root, {self.media_root}.")
+        if not path.is_file():
+            raise RequestError(f"{where}: there is no regular file {value!r:.80} in {self.media_root}.")
+        return path
+
     def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
         """A conversation (or anything `messages` takes) as ids, from bos; with the assistant's opening at the end.
 
         Neighbouring texts of one message become one text, as in training.
         """
+        return self._chat_ids(self.messages(messages), add_generation_prompt)
+
+    def encode_chats(self, prompts: Sequence[Any], add_generation_prompt: bool = True) -> list[list[int]]:
+        """`encode_chat` for many prompts, in order; their media are tokenized together, kind by kind."""
+        chats = [self.messages(prompt) for prompt in prompts]
+        media: dict[str, dict[int, Segment]] = {}
+        for segment in (one for chat in chats for message in chat for one in message["content"]):
+            if not isinstance(segment, Text):
+                media.setdefault(segment.kind, {})[id(segment)] = segment
+        known: dict[int, list[int]] = {}
+        for kind, segments in media.items():
+            with torch.no_grad():
+                found = self.tokenizer_of(kind).encode_batch(list(segments.values()))
+            known |= {key: self.codes_to_ids(kind, one) for key, one in zip(segments, found, strict=True)}
+        return [self._chat_ids(chat, add_generation_prompt, known) for chat in chats]
+
+    def _chat_ids(
+        self, messages: Sequence[Message], add_generation_prompt: bool, known: Mapping[int, list[int]] = {}
+    ) -> list[int]:
         ids = [self.token_space.bos]
-        for message in self.messages(messages):
-            ids += self._turn_ids(message)
+        for message in messages:
+            ids += self._turn_ids(message, known)
         return [*ids, self.token_space.assistant] if add_generation_prompt else ids
 
-    def _turn_ids(self, message: Message) -> list[int]:
+    def _turn_ids(self, message: Message, known: Mapping[int, list[int]] = {}) -> list[int]:
+        """known: ids of segments that were tokenized already, by identity."""
         ids, text = [getattr(self.token_space, message["role"])], ""
         for segment in message["content"]:
             if isinstance(segment, Text):
                 text += segment.text
                 continue
-            ids += [*self.text_tokenizer.encode(text), *self.segment_ids(segment)]
+            own = known[id(segment)] if id(segment) in known else self.segment_ids(segment)
+            ids += [*self.text_tokenizer.encode(text), *own]
             text = ""
         return [*ids, *self.text_tokenizer.encode(text), self.token_space.end]
 
@@ -335,9 +376,8 @@ def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str,
     kind = segment_type.kind
     build: Callable[..., Segment] = segment_type
     opener: Callable[..., Segment] = getattr(segment_type, "open", build)
-    inline = kind == "dna" and isinstance(value, str) and value.isalpha() and not os.path.exists(value)
     try:
-        if isinstance(value, np.ndarray) or inline:
+        if isinstance(value, np.ndarray | str):  # a string is DNA's bases: paths are Paths here
             return build(value, **settings)
         return opener(value, **settings)
     except (TypeError, OSError) as error:
@@ -346,10 +386,3 @@ def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str,
             f"{where}: {value!r:.80}{more} does not open as {kind} ({error}); give a path, a segment, or an array "
             f"with what {segment_type.__name__}(...) takes."
         ) from error
-
-
-def _choices(given: object, allowed: Sequence[str]) -> str:
-    """What an error says after an unknown name: the nearest known one, and all."""
-    near = get_close_matches(str(given), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{hint}; allowed: {', '.join(allowed)}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import numpy as np
 from PIL import ExifTags
@@ -26,22 +26,29 @@ from PIL import Image as Picture
 
 from anytoken.media_io import (
     TIMING,
-    SegmentError,
+    Given,
     check_side,
-    container_frames,
     decode_picture,
+    in_unit_range,
+    is_picture,
+    opened,
     picture_frames,
     read_bytes,
+    read_rest,
     read_sound,
     reason,
     resampled,
     save_suffix,
+    source_name,
     text_lines,
     timing_note,
     upright,
     write_sound,
 )
 from anytoken.utils.atomic import write_file
+from anytoken.utils.errors import SegmentError
+from anytoken.utils.limits import current_limits
+from anytoken.video_io import container_frames
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPEECH_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -63,8 +70,8 @@ class Segment:
     kind: ClassVar[str]
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Read a file; SegmentError for one that does not hold this kind."""
+    def open(cls, source: Any) -> Self:
+        """Read a file; SegmentError for one that does not hold this kind, MediaLimitError for one over a limit."""
         raise SegmentError(f"{cls.__name__} does not say how it is opened; write {cls.__name__}.open(path).")
 
     def save(self, path: str | Path) -> Path:
@@ -84,12 +91,15 @@ class Text(Segment):
             raise SegmentError(f"Text holds a string; received {type(self.text).__name__}.")
 
     @classmethod
-    def open(cls, path: str | Path) -> Text:
-        """Read a UTF-8 text file."""
+    def open(cls, source: Given) -> Text:
+        """Read UTF-8 text from a file or its bytes."""
+        data, name = read_bytes(source, "text")
         try:
-            return cls(read_bytes(path, "text").decode("utf-8"))
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise SegmentError(f"{path} is not UTF-8 text ({error}).") from error
+            raise SegmentError(f"{name} is not UTF-8 text ({error}).") from error
+        current_limits().check("max_letters", len(text), name)
+        return cls(text)
 
     def save(self, path: str | Path) -> Path:
         """Write a UTF-8 text file."""
@@ -126,8 +136,8 @@ class Image(Segment):
         return int(self.pixels.shape[1])
 
     @classmethod
-    def open(cls, source: str | Path | bytes | Picture.Image | np.ndarray) -> Image:
-        """A picture from a file, encoded bytes, a PIL image or an array.
+    def open(cls, source: Given | Picture.Image | np.ndarray) -> Image:
+        """A picture from a path, encoded bytes, a binary file, a PIL image or an array.
 
         EXIF orientation is applied, transparency is flattened on white, grey and palette pictures become RGB; of an
         animation it is the first picture.
@@ -136,11 +146,7 @@ class Image(Segment):
             return cls(source)
         if isinstance(source, Picture.Image):
             return cls(upright(source, "the given picture"))
-        data, name = (
-            (source, "the given bytes")
-            if isinstance(source, bytes)
-            else (read_bytes(source, "image"), source)
-        )
+        data, name = read_bytes(source, "image")
         with decode_picture(data, name, "image") as picture:
             return cls(upright(picture, name))
 
@@ -178,14 +184,17 @@ class Image(Segment):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Speech(Segment):
-    """Sound: `samples` float32 [T] mono in [-1, 1] at `sample_rate_hz`."""
+    """Sound: `samples` float32 [T] mono in [-1, 1] at `sample_rate_hz`.
+
+    Integer samples of 8, 16 or 32 bits, as wav files hold them, are scaled by their range.
+    """
 
     samples: np.ndarray
     sample_rate_hz: int = 16_000
     kind: ClassVar[str] = "speech"
 
     def __post_init__(self) -> None:
-        samples = np.asarray(self.samples, dtype=np.float32)
+        samples = in_unit_range(np.asarray(self.samples))
         if samples.ndim != 1 or not samples.size:
             raise SegmentError(f"Speech holds at least one sample, [T] mono; received shape {samples.shape}.")
         if not np.isfinite(samples).all():
@@ -201,17 +210,13 @@ class Speech(Segment):
         return len(self.samples) / self.sample_rate_hz
 
     @classmethod
-    def open(cls, source: str | Path | bytes) -> Speech:
-        """Sound from a wav, flac, ogg or mp3 file or its bytes, at its own rate; channels are averaged.
+    def open(cls, source: Given) -> Speech:
+        """Sound from a wav, flac, ogg or mp3 file or its bytes, at its own rate.
 
-        Of a wav or mp3 that was cut short, what is there is read: these formats are made to be streamed.
+        Channels are averaged; where that cancels them, as in opposite phase, the loudest one is taken. Of a wav or
+        mp3 that was cut short, what is there is read: these formats are made to be streamed.
         """
-        data, name = (
-            (source, "the given bytes")
-            if isinstance(source, bytes)
-            else (read_bytes(source, "speech"), source)
-        )
-        return _named(name, partial(cls, *read_sound(data, name)))
+        return _named(source_name(source), partial(cls, *read_sound(source)))
 
     def save(self, path: str | Path, exact: bool = False) -> Path:
         """Write wav, flac, ogg or mp3, chosen by the suffix; samples are clipped to [-1, 1].
@@ -281,16 +286,20 @@ class Video(Segment):
         return len(self.frames) / self.frame_rate_hz
 
     @classmethod
-    def open(cls, source: str | Path) -> Video:
-        """Frames of an mp4, webm, mov, mkv, gif or animated webp file; a still picture is one frame.
+    def open(cls, source: Given) -> Video:
+        """Frames of an mp4, webm, mov, mkv, gif or animated webp file or its bytes; a still picture is one frame.
 
-        Frames come at one rate: a picture of a gif or webp that is shown for longer is repeated. Of a file that was
-        cut short, the whole frames are read if its format lets them be found.
+        Frames are as players show them: upright, with square pixels, at one rate, for which those that are shown for
+        longer are repeated. Of a video that would take more than max_decoded_bytes, every second, third... frame is
+        kept, at that lower rate. Of a file that was cut short, the whole frames are read if its format lets them
+        be found.
         """
-        data = read_bytes(source, "video")
-        if str(source).lower().endswith(FRAMES_SUFFIXES + IMAGE_SUFFIXES):
-            return cls(*picture_frames(data, source))
-        return cls(*container_frames(data, source))
+        with opened(source, "video") as (file, name):
+            if is_picture(file.read(12)):
+                file.seek(0)
+                return cls(*picture_frames(read_rest(file, name), name))
+            file.seek(0)
+            return cls(*container_frames(file, name))
 
     def save(self, path: str | Path) -> Path:
         """Write mp4 (h264), webm (vp9), gif or animated webp (lossless), chosen by the suffix.
@@ -384,36 +393,46 @@ class DNA(Segment):
             )
 
     @classmethod
-    def open(cls, path: str | Path) -> DNA:
-        """The one sequence of a FASTA or plain file (.gz too); SegmentError if there are several."""
-        records = cls.iter_records(path)
+    def open(cls, source: Given) -> DNA:
+        """The one sequence of a FASTA or plain file (gzipped too) or its bytes; SegmentError if there are several."""
+        records = cls.iter_records(source)
         first = next(records)
         if next(records, None) is not None:
-            raise SegmentError(f"{path} holds several sequences; DNA.open_all(path) reads them all.")
+            raise SegmentError(
+                f"{source_name(source)} holds several sequences; DNA.open_all(path) reads them all."
+            )
         return first
 
     @classmethod
-    def open_all(cls, path: str | Path) -> list[DNA]:
-        """Every sequence of a FASTA or plain file (.gz too)."""
-        return list(cls.iter_records(path))
+    def open_all(cls, source: Given) -> list[DNA]:
+        """Every sequence of a FASTA or plain file (gzipped too), of at most max_letters in all."""
+        found, letters = [], 0
+        for record in cls.iter_records(source):
+            letters += len(record.bases)
+            current_limits().check("max_letters", letters, source_name(source), stopped=True)
+            found.append(record)
+        return found
 
     @classmethod
-    def iter_records(cls, path: str | Path) -> Iterator[DNA]:
+    def iter_records(cls, source: Given) -> Iterator[DNA]:
         """The sequences of a FASTA or plain file one by one, holding one at a time in memory.
 
         SegmentError for a file or a record without bases: skipping a record would shift the others against labels.
         """
-        name, named = "", False
+        path, limits = source_name(source), current_limits()
+        name, named, letters = "", False, 0
         lines: list[str] = []
-        for line in text_lines(path):
+        for line in text_lines(source):
             if line.startswith(">"):
                 if lines:
                     yield _named(path, partial(cls, "".join(lines), name))
                 elif named:
                     raise _no_bases(path, name)
-                name, named, lines = line[1:].strip(), True, []
+                name, named, lines, letters = line[1:].strip(), True, [], 0
             elif line and not line.startswith(";"):
                 lines.append("".join(line.split()))
+                letters += len(lines[-1])
+                limits.check("max_letters", letters, path, stopped=True)
         if lines:
             yield _named(path, partial(cls, "".join(lines), name))
         elif named:
@@ -442,7 +461,7 @@ class DNA(Segment):
         return f"<code style='word-break:break-all'>{letters}{more}</code>"
 
 
-def _no_bases(path: str | Path, name: str) -> SegmentError:
+def _no_bases(path: object, name: str) -> SegmentError:
     return SegmentError(f"{path} holds no sequence in the record {name!r:.80}; remove it or give its bases.")
 
 
@@ -456,23 +475,29 @@ def usual_suffix(kind: str) -> str:
     )
 
 
-def open_segment(path: str | Path) -> Segment:
-    """Open a file as the segment its suffix says; a webp is a video if it moves or was saved as one, else an image.
+def open_segment(source: str | Path | BinaryIO) -> Segment:
+    """Open a file, given by path or as a binary file with a name, as the segment its suffix says.
 
-    SegmentError for an unknown suffix, listing the known ones, or for a file that does not open.
+    A webp is a video if it moves or was saved as one, else an image. SegmentError for an unknown suffix, listing the
+    known ones, or for a file that does not open.
     """
-    name = str(path).lower()
+    path = str(getattr(source, "name", source) if hasattr(source, "read") else source)
+    name = path.lower()
     if name.endswith(".webp"):
-        with decode_picture(read_bytes(path, "image or video"), path, "image") as picture:
+        data, _ = read_bytes(source, "image or video")
+        with decode_picture(data, path, "image") as picture:
             moving = getattr(picture, "n_frames", 1) > 1 or TIMING.fullmatch(timing_note(picture))
-        return Video.open(path) if moving else Image.open(path)
-    openers: list[tuple[tuple[str, ...], Callable[[str | Path], Segment]]] = [
+        if moving:
+            return Video(*picture_frames(data, path))
+        with decode_picture(data, path, "image") as picture:
+            return Image(upright(picture, path))
+    openers: list[tuple[tuple[str, ...], Callable[[Any], Segment]]] = [
         (IMAGE_SUFFIXES, Image.open), (SPEECH_SUFFIXES, Speech.open), (VIDEO_SUFFIXES, Video.open),
         (DNA_SUFFIXES, DNA.open), (TEXT_SUFFIXES, Text.open),
     ]  # fmt: skip
     for suffixes, opener in openers:
         if name.endswith(suffixes):
-            return opener(path)
+            return opener(source)
     known = " ".join(dict.fromkeys(suffix for suffixes, _ in openers for suffix in suffixes))
     raise SegmentError(f"{path} has no suffix that tells its kind; known: {known}.")
 

@@ -20,6 +20,7 @@ from anytoken.cli import app
 from anytoken.segments import Image
 
 ROOT = Path(__file__).parents[1]
+TOKENIZERS = ROOT / "anytoken" / "pretrained" / "mini" / "tokenizers"
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +75,6 @@ def test_help_imports_nothing_heavy():
     assert found.stdout.strip() == "[]", found.stdout + found.stderr
 
 
-def commands(group, words=()):
-    for name, command in sorted(group.commands.items()):
-        if hasattr(command, "commands"):
-            yield from commands(command, (*words, name))
-        else:
-            yield (*words, name)
-
-
-def all_commands():
-    from typer.main import get_command
-
-    return list(commands(get_command(app)))
-
-
-@pytest.mark.parametrize("words", all_commands(), ids=" ".join)
-def test_every_command_has_help(words):
-    found = run(*words, "--help")
-    assert found.exit_code == 0 and "Usage" in found.stdout
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -108,6 +89,18 @@ def test_every_command_has_help(words):
         (["generate", "hello", "--model", "no-such-model"], "no-such-model"),
         (["train", "stages/no_such_stage.yaml"], "stages/no_such_stage.yaml"),
         (["train", "stages/lora.yaml", "bogus=1"], "bogus"),
+        (["train", "stages/lora.yaml", "stepz=1"], "unknown key 'stepz' (did you mean 'steps'?)"),
+        (["train", "stages/lora.yaml", "steps=-1"], "steps must be greater than 0, got -1"),
+        (["trian", "stages/lora.yaml"], "Did you mean 'train'?"),
+        (["generate", "hello", "--temprature", "1"], "--temperature"),
+        (["generate", "hello", "--seed", "x"], "'--seed': it must be a valid integer"),
+        (["generate", "hello", "--device", "cudda"], "'cudda' is not usable here (did you mean 'cuda'?)"),
+        (["generate", "hello", "-m", "minni"], "(did you mean 'mini'?)"),
+        (["init", "--backbone", "no/such", "--tokenizers", TOKENIZERS, "--out", "o"], "no folder 'no/such'"),
+        (["plan", "stages/lora.yaml", "--gpu", "h10"], "did you mean 'h100'?"),
+        (["plan", "stages/lora.yaml", "init_from=mni"], "did you mean 'mini'?"),
+        (["serve", "--set", "max_waitin=3"], "did you mean 'max_waiting'?"),
+        (["serve", "--set", "max_waiting=-3"], "max_waiting must be greater than or equal to 0, got '-3'"),
         (["detokenize", "no-such-ids.json"], "no-such-ids.json"),
         (["tokenizer", "train", "no-such-recipe", "--data", "d", "--out", "o"], "no-such-recipe"),
         (["data", "tokenize", "no-such.jsonl", "--tokenizers", "t", "--out", "o"], "t holds no tokenizer"),
@@ -402,3 +395,32 @@ def test_copies_of_one_greedy_reply_are_refused(checkpoint):
         run("generate", "hi", "-m", checkpoint, "-o", "text", "--temperature", 0, "--num-return", 2)
     )
     assert "2 copies" in said and "temperature" in said
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    lines = [{"text": f"a red apple {n}", "label": ("one", "two")[n % 2]} for n in range(4)]
+    (folder / "set.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "name: pick\ndata: set.jsonl\nprompt: '{text}'\nanswer: '{label}'\ndecoding: classify\n"
+    text += "metrics: [mcc, auroc]\n"
+    (folder / "pick.yaml").write_text(text)
+    return folder / "pick.yaml"
+
+
+def test_eval_of_tasks_runs_compares_and_resumes(checkpoint, task_file, tmp_path):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    words = ["eval", checkpoint, "--task", task_file, "--out", tmp_path / "o"]
+    found = run(*words, "--compare", other)
+    assert found.exit_code == 0, found.stderr
+    assert "paired bootstrap" in found.stdout and found.stdout.count("auroc") == 3
+    lines = (tmp_path / "o/other/pick.jsonl").read_text()
+    assert run(*words, "--compare", other).exit_code == 0
+    assert (tmp_path / "o/other/pick.jsonl").read_text() == lines and lines.count("\n") == 5
+    pair = run("compare", tmp_path / "o/tiny", tmp_path / "o/other", "--json")
+    assert json.loads(pair.stdout)["pick"]["mcc"]["value"] == 0
+    assert run(*words, "--count", 2, "--overwrite").exit_code == 0
+    assert (tmp_path / "o/tiny/pick.jsonl").read_text().count("\n") == 3
+    assert "goes with the built-in directions" in complaint(run(*words, "--directions", "text->image"))
+    assert "two are called the same" in complaint(run(*words, "--compare", checkpoint))
+    assert "needs --task" in complaint(run("eval", checkpoint, "--compare", other))

@@ -53,7 +53,7 @@ def run_blocks(blocks, name, names):
             exec(compile(text, name, "exec"), names)
         elif language == "bash":
             for line in text.splitlines():
-                if not line.startswith(("pip install", "anytoken serve")):
+                if not line.startswith(("pip install", "anytoken serve", "anytoken web")):
                     run_line(line)
         else:
             assert language == "toml" and tomllib.loads(text)

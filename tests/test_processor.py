@@ -1,6 +1,7 @@
 """Prompts to ids and back: every form of prompt, what is learnt, what is refused, and that nothing is lost."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -306,7 +307,6 @@ def test_prompts_without_roles(files: Path) -> None:
 def test_parts_of_every_form(files: Path) -> None:
     named = DNA(GENE.bases, "sequence")
     for part, wanted in [
-        ({"type": "image", "image": str(files / "a.png")}, grey(7)),
         ({"type": "image", "image": files / "a.png"}, grey(7)),
         ({"type": "image", "path": files / "a.png"}, grey(7)),
         ({"type": "image", "image": (files / "a.png").read_bytes()}, grey(7)),
@@ -317,7 +317,7 @@ def test_parts_of_every_form(files: Path) -> None:
         ({"type": "text", "text": APPLE}, APPLE),
         ({"type": "text", "path": files / "a.txt"}, APPLE),
         ({"type": "dna", "dna": "acgt"}, DNA("acgt")),
-        ({"type": "dna", "dna": str(files / "a.fa")}, named),
+        ({"type": "dna", "dna": files / "a.fa"}, named),
         ({"type": "dots", "dots": files / "dots.json"}, DOTS),
         ({"type": "dots", "dots": DOTS.shades}, DOTS),
         ({"type": "dots", "dots": np.array([[1]]), "scale": 3}, Dots([[3]])),
@@ -331,10 +331,50 @@ def test_parts_of_every_form(files: Path) -> None:
         )
 
 
-def test_letters_are_a_file_where_there_is_one(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strings_of_messages_open_files_below_the_media_root_only(
+    files: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Messages may be somebody else's data: what they name is not read unless its folder is allowed."""
+    outside = tmp_path_factory.mktemp("outside")
+    grey(9).save(outside / "secret.png")
+    (files / "link.png").symlink_to(outside / "secret.png")
+    (files / "inner").symlink_to(outside)
+    os.mkfifo(files / "pipe.png")
+    monkeypatch.chdir(files)
+    for kind, value in [
+        ("image", "a.png"),
+        ("image", str(files / "a.png")),
+        ("dna", "a.fa"),
+        ("dots", "dots.json"),
+    ]:
+        for part in ({"type": kind, kind: value}, {"type": kind, "path": value}):
+            with pytest.raises(RequestError, match=r"strings in messages open no files.*media_root"):
+                PROCESSOR.messages([{"role": "user", "content": [part]}])
+    for path in ("/etc/passwd", "a.txt"):
+        with pytest.raises(RequestError, match="open no files"):
+            PROCESSOR.messages([{"role": "user", "content": [{"type": "text", "path": path}]}])
+    monkeypatch.setattr(PROCESSOR, "media_root", files)
+    for part, wanted in [
+        ({"type": "image", "image": "a.png"}, grey(7)),
+        ({"type": "image", "path": str(files / "a.png")}, grey(7)),
+        ({"type": "text", "path": "a.txt"}, APPLE),
+        ({"type": "dots", "dots": "dots.json"}, DOTS),
+    ]:
+        assert contents_of(part) == [wanted]
+    for value in ("link.png", "inner/secret.png", "../outside/secret.png", str(outside / "secret.png"), "/dev/zero",
+                  "a\0.png", ""):  # fmt: skip
+        with pytest.raises(RequestError, match="outside of media_root"):
+            contents_of({"type": "image", "image": value})
+    for value in ("missing.png", "pipe.png"):
+        with pytest.raises(RequestError, match="no regular file"):
+            contents_of({"type": "image", "image": value})
+
+
+def test_letters_are_dna_and_no_file(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     GENE.save("ACGT.fa").rename("ACGT")
-    assert contents_of({"type": "dna", "dna": "ACGT"}) == [DNA(GENE.bases, "sequence")]
+    assert contents_of({"type": "dna", "dna": "ACGT"}) == [DNA("ACGT")]
+    assert contents_of({"type": "dna", "dna": Path("ACGT")}) == [DNA(GENE.bases, "sequence")]
 
 
 def test_neighbouring_texts_are_one_text() -> None:
@@ -419,7 +459,10 @@ def test_only_what_the_assistant_says_is_learnt() -> None:
         ([{"type": "image", "image": 5}], "5 does not open as image.*path, a segment"),
         ([{"type": "image", "image": [1, 2]}], "does not open as image"),
         ([{"type": "image", "image": grey(1).pixels, "colour": 1}], "with colour does not open as image"),
-        ([{"type": "dots", "dots": "missing.json"}], "'missing.json' does not open as dots.*No such file"),
+        (
+            [{"type": "dots", "dots": Path("missing.json")}],
+            r"missing\.json'\) does not open as dots.*No such file",
+        ),
         ([{"type": "image", "image": GENE}], "type image holds a segment of kind 'dna'"),
         ([Speech([0.0])], "no tokenizer for 'speech'; allowed: text, image, dots, dna"),
         (
@@ -441,7 +484,7 @@ def test_files_that_do_not_open_are_named(files: Path) -> None:
         (files / "missing.png", "missing.png"),
         (files / "dots.json", r"dots\.json has no suffix.*known"),
         (files / "broken.png", r"broken\.png is not a readable image"),
-        ({"type": "image", "image": str(files / "a.wav")}, r"a\.wav is not a readable image"),
+        ({"type": "image", "image": files / "a.wav"}, r"a\.wav is not a readable image"),
         ({"type": "image", "image": cut}, "the given bytes"),
         ({"type": "dna", "dna": "ACGTX"}, "'X' at position 5"),
         (np.zeros((2, 2)), "uint8"),
@@ -569,7 +612,10 @@ def test_a_folder_cannot_name_code_to_load(saved: Path) -> None:
             r"tokenizers for \['dots', 'dna'\]",
         ),
         (lambda space: Processor(space, TEXT, {"dots": DotsTokenizer(2)}), "dots with CodeGrid"),
-        (lambda space: Processor(space, TEXT, {"dots": LetterTokenizer()}), "its tokenizer is dna with CodeSequence"),
+        (
+            lambda space: Processor(space, TEXT, {"dots": LetterTokenizer()}),
+            "its tokenizer is dna with CodeSequence",
+        ),
         (
             lambda space: Processor(space, TextTokenizer.train(["a"], 256), {"dots": DotsTokenizer()}),
             "256 ids",

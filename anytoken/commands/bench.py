@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import ModelArgument, Overrides, load
+from anytoken.commands.options import ModelArgument, Overrides, examples, load
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed beside a named peer, in the same run.")
 CONTEXTS = [128, 512, 1024, 2048, 4096]
 Repeats = Annotated[int, typer.Option(min=1, help="Turns of each side; the median counts.")]
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench generate mini --kind image --repeats 3"))
 def generate(
     model: ModelArgument = "mini",
     kind: Annotated[str, typer.Option(help="What is generated.")] = "image",
-    prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",
+    prompt: Annotated[str, typer.Option(help="What is asked for.")] = "a fox, 3d, blue background",
     repeats: Repeats = 3,
     vocabulary: Annotated[int, typer.Option(help="Ids of the large vocabulary.")] = 150_000,
     width: Annotated[int, typer.Option(help="Hidden size of the large random model.")] = 768,
@@ -36,7 +36,7 @@ def generate(
     harness.report(bench_generate(load(model), kind, prompt, repeats, sizes), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench score mini --answers animals.txt"))
 def score(
     model: ModelArgument = "mini",
     answers: Annotated[
@@ -57,10 +57,37 @@ def score(
     harness.report(bench_score(load(model), [image, "What is this?"], labels, repeats), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench embed mini --size 1000 --size 10000"))
+def embed(
+    model: ModelArgument = "mini",
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option("--size", min=100, help="Vectors of an index; 1k, 10k and 100k by default."),
+    ] = None,
+    width: Annotated[int, typer.Option(min=4, help="Their dimensions.")] = 256,
+    count: Annotated[
+        int, typer.Option(min=8, help="Prompts to embed: names, and images between them.")
+    ] = 128,
+    repeats: Repeats = 3,
+    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/bench_embed.json"),
+) -> None:
+    """Embedding beside a bare forward pass; an index's build time, queries per second and recall@10."""
+    from anytoken import recipes
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.embed import bench_embed
+    from anytoken.segments import Image
+    from anytoken.terminal.prompt_args import read_lines
+
+    names = read_lines(recipes.assets() / "names.txt")
+    image = Image.open(recipes.assets() / "images" / "sample.png")
+    prompts = [image if n % 4 == 0 else names[n % len(names)] for n in range(count)]
+    harness.report(bench_embed(load(model), prompts, sizes or [1_000, 10_000, 100_000], width, repeats), out)
+
+
+@app.command(epilog=examples("anytoken bench serve mini --clients 16 --requests 64"))
 def serve(
     model: ModelArgument = "mini",
-    prompt: Annotated[str, typer.Option()] = "a fox, 3d, blue background",
+    prompt: Annotated[str, typer.Option(help="What is asked for.")] = "a fox, 3d, blue background",
     kind: Annotated[str, typer.Option(help="Kind of reply.")] = "image",
     clients: Annotated[int, typer.Option(min=2, help="Concurrent clients.")] = 16,
     requests: Annotated[int, typer.Option(min=2, help="Requests of all clients together.")] = 64,
@@ -73,7 +100,7 @@ def serve(
     harness.report(bench_serve(model, prompt, kind, clients, requests), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench train stages/1_alignment.yaml data_root=data/shards"))
 def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")] = "stages/1_alignment.yaml",
     overrides: Overrides = None,
@@ -93,7 +120,7 @@ def train(
     harness.report(bench_train(recipe, repeats), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench data --shards data/shards"))
 def data(
     shards: Annotated[
         Path,
@@ -114,7 +141,7 @@ def data(
         harness.report(bench_data(shards_or_tiny(shards, Path(scratch)), Path(scratch), repeats), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench quantize mini --repeats 5"))
 def quantize(
     model: ModelArgument = "mini",
     repeats: Repeats = 5,
@@ -128,7 +155,7 @@ def quantize(
     harness.report(bench_quantize(model, repeats, each), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench experts --hidden 512 --experts 8 --top-k 2"))
 def experts(
     hidden: Annotated[int, typer.Option(min=64, help="Width of both decoders.")] = 512,
     experts: Annotated[int, typer.Option(min=2, help="Experts of every layer.")] = 8,
@@ -143,7 +170,7 @@ def experts(
     harness.report(bench_experts(hidden, experts, top_k, repeats), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench model mini --rows 8"))
 def model(
     folder: Annotated[
         str, typer.Argument(help="Whose shape and modalities: 'mini' or a checkpoint folder.")
@@ -165,7 +192,7 @@ def model(
     harness.report(bench_model(Sizes(path, rows, context), large, repeats), out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken bench tokenizers runs/tokenizers/image --batch 8 --batch 32"))
 def tokenizers(
     folders: Annotated[
         list[Path] | None, typer.Argument(help="Tokenizer folders; without any, those of the bundled model.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Out, Workers
+from anytoken.commands.options import Limits, Out, Workers, examples
 
 app = typer.Typer(
     no_args_is_help=True, help="Build the data sets, check records, and tokenize them into shards."
@@ -30,7 +30,11 @@ DataRoot = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Build only so many items: a quick look.")]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken data emoji --out data/sets/emoji", "anytoken data emoji --out data/sets/emoji --limit 20"
+    )
+)
 def emoji(
     out: Out,
     cache: Cache = None,
@@ -52,7 +56,7 @@ def emoji(
     print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken data speech --out data/sets --emoji data/sets/emoji"))
 def speech(
     out: Out,
     emoji: Annotated[Path | None, typer.Option(help="The built emoji set; by default OUT/emoji.")] = None,
@@ -65,7 +69,7 @@ def speech(
     print(build_speech(out, emoji or out / "emoji", workers=workers, limit=limit))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken data words --out data/sets --count 6000"))
 def words(
     out: Out,
     emoji: Annotated[Path | None, typer.Option(help="The built emoji set; by default OUT/emoji.")] = None,
@@ -81,7 +85,7 @@ def words(
     print(build_words(out, emoji or out / "emoji", cache, count, voices, workers, limit))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken data voices --out data/sets"))
 def voices(
     out: Out,
     prompts: Annotated[
@@ -96,7 +100,7 @@ def voices(
     print(build_voices(out, prompts or PROMPTS, workers=workers, limit=limit))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken data dna --out data/sets"))
 def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
     """Build the genes, proteins and intergenic stretches of real bacterial genomes."""
     from anytoken.emoji_world.dna import build_dna
@@ -104,12 +108,40 @@ def dna(out: Out, cache: Cache = None, limit: Limit = None) -> None:
     print(build_dna(out, cache=cache, limit=limit))
 
 
-@app.command()
+@app.command(
+    "dna-tasks", epilog=examples("anytoken data dna-tasks --dna data/sets/dna --out data/sets/dna_tasks")
+)
+def dna_tasks(
+    dna: Annotated[Path, typer.Option(help="The folder of the built DNA set, such as data/sets/dna.")],
+    out: Out,
+    limit: Limit = None,
+) -> None:
+    """Build small sets for tasks on DNA: promoters, gene starts, variants, motifs with images."""
+    from anytoken.emoji_world.dna_tasks import build_dna_tasks
+
+    print(build_dna_tasks(dna, out, limit))
+
+
+@app.command(
+    "label-fasta", epilog=examples("anytoken data label-fasta genes.fasta labels.csv --out genes.jsonl")
+)
+def label_fasta(
+    fasta: Annotated[Path, typer.Argument(help="FASTA, or .gz of it.")],
+    labels: Annotated[Path, typer.Argument(help="A .csv, .tsv or .jsonl with the columns name and label.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl to write.")],
+) -> None:
+    """Write FASTA and a table of labels as records, for tasks and training."""
+    from anytoken.data.fasta import label_fasta
+
+    print(label_fasta(fasta, labels, out))
+
+
+@app.command(epilog=examples("anytoken data instruct --sets data/sets --out data/sets/instruct"))
 def instruct(
     sets: Annotated[Path, typer.Option(help="The folder of the built sets.")],
     out: Out,
-    count: Annotated[int, typer.Option(min=1)] = 12_000,
-    seed: Annotated[int, typer.Option()] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Conversations.")] = 12_000,
+    seed: Annotated[int, typer.Option(help="Which requests are made; the same seed gives the same set.")] = 0,
 ) -> None:
     """Write conversations with requests in words, made from the built sets."""
     from anytoken.emoji_world.instruct import build_instruct
@@ -117,7 +149,12 @@ def instruct(
     print(build_instruct(sets, out, count, seed))
 
 
-@app.command("check")
+@app.command(
+    "check",
+    epilog=examples(
+        "anytoken data check my.jsonl --open", "anytoken data check table.csv --rename picture=image"
+    ),
+)
 def data_check(
     source: Source,
     decode: Annotated[bool, typer.Option("--open", help="Decode every medium, too.")] = False,
@@ -127,6 +164,7 @@ def data_check(
     ] = None,
     rename: Rename = None,
     data_root: DataRoot = None,
+    limits: Limits = None,
 ) -> None:
     """List every bad record with its place and reason; exit code 2 if there is any. Of shards: compare checksums."""
     from anytoken.data.records import RecordError
@@ -160,7 +198,12 @@ def data_check(
         print(f"note: {note}")
 
 
-@app.command("tokenize")
+@app.command(
+    "tokenize",
+    epilog=examples(
+        "anytoken data tokenize my.jsonl --tokenizers runs/4_instruct/tokenizers --out data/shards/my"
+    ),
+)
 def data_tokenize(
     source: Source,
     tokenizers: Annotated[Path, typer.Option(help="A folder of tokenizers, such as a checkpoint's.")],
@@ -172,6 +215,7 @@ def data_tokenize(
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Share of records that may be bad.")] = 0.01,
     rename: Rename = None,
     data_root: DataRoot = None,
+    limits: Limits = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace shards of other records in OUT.")
     ] = False,

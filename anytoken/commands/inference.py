@@ -16,6 +16,7 @@ from anytoken.commands.options import (
     Adapter,
     CfgScale,
     Device,
+    Limits,
     MaxNewTokens,
     MinP,
     Model,
@@ -26,6 +27,7 @@ from anytoken.commands.options import (
     Temperature,
     TopK,
     TopP,
+    examples,
     load,
 )
 from anytoken.terminal.prompt_args import check_out, mark_parts, read_ids, read_part
@@ -46,21 +48,22 @@ class PromptCommand(TyperCommand):
         return super().parse_args(ctx, mark_parts(args))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken demo --out out/demo"))
 def demo(
     model: Model = "mini",
     out: Out = Path("out/demo"),
     assets: Annotated[
         Path | None, typer.Option(help="Held-out files; by default those that come along.")
     ] = None,
+    each: Annotated[int, typer.Option(min=1, help="Prompts per direction.")] = 2,
 ) -> None:
     """Answer held-out files in every direction and write a page of the results."""
     from anytoken.emoji_world.demo import run_demo
 
-    run_demo(load(model), assets or recipes.assets(), out)
+    run_demo(load(model), assets or recipes.assets(), out, each)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken chat --model mini", "anytoken chat --load kept"))
 def chat(
     model: Model = "mini",
     out: Out = Path("out/chat"),
@@ -108,7 +111,13 @@ def chat(
     talk.run(line_reader() if interactive else input, interactive)
 
 
-@app.command(cls=PromptCommand)
+@app.command(
+    cls=PromptCommand,
+    epilog=examples(
+        'anytoken generate cat.png "What is this?" -o text',
+        'anytoken generate "a red apple, 3d" -o image --seed 0',
+    ),
+)
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Argument(help=f"{PROMPT_HELP} Without any, what is piped in.")
@@ -139,10 +148,11 @@ def generate(
     stream: Annotated[
         bool, typer.Option(help="Show the reply while it is made; with --json one line an event.")
     ] = False,
+    limits: Limits = None,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Answer one prompt: `anytoken generate cat.png "What is this?" -o text`."""
+    """Answer one prompt, of words and files."""
     if stream and (num_return != 1 or best_of is not None):
         raise typer.BadParameter(
             "--stream shows one reply while it is made; leave out --num-return and --best-of."
@@ -175,9 +185,11 @@ def generate(
         show_reply(reply, out, console, as_json)
 
 
-@app.command(cls=PromptCommand)
+@app.command(cls=PromptCommand, epilog=examples('anytoken tokenize "a fox" cat.png > ids.json'))
 def tokenize(
-    prompt: Annotated[list[str], typer.Argument(metavar="FILE...", help=PROMPT_HELP)], model: Model = "mini"
+    prompt: Annotated[list[str], typer.Argument(metavar="FILE...", help=PROMPT_HELP)],
+    model: Model = "mini",
+    limits: Limits = None,
 ) -> None:
     """Print segments as a JSON list of token ids."""
     parts = [read_part(part) for part in prompt]
@@ -185,7 +197,7 @@ def tokenize(
     print([token for part in parts for token in opened.tokenize(part)])
 
 
-@app.command()
+@app.command(epilog=examples("anytoken detokenize ids.json --out out"))
 def detokenize(
     source: Annotated[str, typer.Argument(help="A file of ids as JSON, or - for standard input.")] = "-",
     model: Model = "mini",
@@ -197,7 +209,7 @@ def detokenize(
     show_segments(load(model).detokenize(ids), out, Console())
 
 
-@app.command()
+@app.command(epilog=examples("anytoken info mini"))
 def info(model: ModelArgument = "mini") -> None:
     """Show a model's size, kinds, id ranges and sampling defaults, and the versions underneath."""
     show_model(load(model))

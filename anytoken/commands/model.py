@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import ModelArgument, Out, Overwrite, load
+from anytoken.commands.options import ModelArgument, Out, Overwrite, examples, load
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples("anytoken init --backbone Qwen/Qwen3-0.6B --tokenizers runs/tokenizers --out runs/start")
+)
 def init(
     backbone: Annotated[
         str, typer.Option(help="A causal language model: a folder, a hub id, or a .gguf file.")
@@ -53,7 +55,7 @@ class Target(StrEnum):
     qwen3_moe = "qwen3_moe"
 
 
-@app.command()
+@app.command(epilog=examples("anytoken export mini out/qwen --to qwen3_moe"))
 def export(
     checkpoint: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
@@ -78,7 +80,35 @@ def export(
     print(out)
 
 
-@app.command()
+@app.command(epilog=examples("anytoken push runs/4_instruct owner/name"))
+def push(
+    checkpoint: ModelArgument,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A hub repository; made if not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Visible to its owner only, if it is new.")
+    ] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Upload a checkpoint and its card to the Hugging Face hub (or the one that HF_ENDPOINT names)."""
+    from anytoken.inference import hub
+
+    print(hub.push(checkpoint, repo, private, message))
+
+
+@app.command(epilog=examples("anytoken pull owner/name models/name"))
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A hub repository with a checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Download a checkpoint from the hub into a folder; `-m OWNER/NAME` elsewhere uses the hub's cache instead."""
+    from anytoken.inference import hub
+
+    print(hub.pull(repo, out, revision, overwrite))
+
+
+@app.command(epilog=examples("anytoken merge runs/a runs/b --weights 0.5 0.5 --out runs/ab"))
 def merge(
     one: ModelArgument,
     other: ModelArgument,

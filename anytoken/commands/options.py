@@ -10,6 +10,16 @@ import typer
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
 
+
+def allow_limits(context: typer.Context, given: list[str] | None) -> list[str] | None:
+    """Set limits of media for as long as the command runs."""
+    if given:
+        from anytoken.utils.limits import media_limits, parse_limits
+
+        context.with_resource(media_limits(**parse_limits(given)))
+    return given
+
+
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A bundled name, a checkpoint folder, or a hub id.")
 ]
@@ -28,14 +38,34 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy; by default the checkpoint's, per kind.")
 ]
-TopK = Annotated[int | None, typer.Option()]
-TopP = Annotated[float | None, typer.Option()]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from this many of the most probable ids; 1 is greedy.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the most probable ids that sum to this probability; 1 is off."),
+]
 MinP = Annotated[
-    float | None, typer.Option(help="Keeps ids at least this many times as probable as the likeliest.")
+    float | None, typer.Option(help="Keep ids at least this many times as probable as the likeliest.")
 ]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Of ids the reply already holds; 1 is off.")]
 CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")]
-MaxNewTokens = Annotated[int | None, typer.Option()]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limits",
+        metavar="NAME=NUMBER",
+        callback=allow_limits,
+        help="Take larger media: max_pixels, max_frames, max_seconds, max_letters, max_bytes, max_video_pixels, "
+        "max_decoded_bytes.",
+    ),
+]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest reply, in token ids; by default what fits.")]
+
+
+def examples(*lines: str) -> str:
+    """A command's epilog: lines to type, as they are."""
+    return "\n\n".join(["Example:" if len(lines) == 1 else "Examples:", *lines])
 
 
 def load(model: str, device: str = "auto", adapter: Path | None = None) -> AnyToken:

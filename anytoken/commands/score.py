@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anytoken.commands.inference import PROMPT_HELP, PromptCommand
-from anytoken.commands.options import Adapter, Device, Model, load
+from anytoken.commands.options import Adapter, Device, Model, examples, load
 from anytoken.terminal.prompt_args import read_lines, read_part
 
 app = typer.Typer()
@@ -34,7 +34,9 @@ NormalizeOption = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object per answer, best first.")]
 
 
-@app.command(cls=PromptCommand)
+@app.command(
+    cls=PromptCommand, epilog=examples('anytoken score cat.png "What is this?" -a "a cat" -a "a dog"')
+)
 def score(
     prompt: Prompt,
     answer: Annotated[
@@ -46,7 +48,7 @@ def score(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Print the log-likelihood of each answer: `anytoken score cat.png "What is this?" -a "a cat" -a "a dog"`."""
+    """Print the log-likelihood of each answer to a prompt."""
     parts, answers = [read_part(part) for part in prompt], [read_part(one) for one in answer]
     found = load(model, device, adapter).score_details(parts, answers, normalize.value)
     values = [one.value(normalize.value) for one in found]
@@ -57,7 +59,13 @@ def score(
     _show(sorted(rows, key=lambda row: row["score"], reverse=True), as_json)
 
 
-@app.command(cls=PromptCommand)
+@app.command(
+    cls=PromptCommand,
+    epilog=examples(
+        'anytoken classify cat.png "What is this?" --labels animals.txt',
+        "anytoken classify cat.png -l cat -l dog --top 1",
+    ),
+)
 def classify(
     prompt: Prompt,
     label: Annotated[
@@ -71,7 +79,7 @@ def classify(
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
-    """Print the most likely labels: `anytoken classify cat.png "What is this?" --labels animals.txt`."""
+    """Print the most likely labels of a prompt."""
     choices = [*(label or []), *(read_lines(labels) if labels else [])]
     if not choices:
         raise typer.BadParameter("classify needs labels: --label cat --label dog, or --labels FILE.")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Adapter, Device, ModelArgument, load
+from anytoken.commands.options import Device, ModelArgument, examples, load
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken serve mini --port 8000",
+        "anytoken serve runs/4_instruct --host 0.0.0.0 --api-keys keys.txt --set max_waiting=16",
+    )
+)
 def serve(
     model: ModelArgument = "mini",
     host: Annotated[
@@ -36,25 +42,74 @@ def serve(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a limit: --set max_waiting=16."),
     ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Pixels of an image or frame.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Seconds of speech or video.")] = None,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin of pages that may call the server.")] = None,
     device: Device = "auto",
-    adapter: Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FOLDER",
+            help="A PEFT adapter: with a name, answers as MODEL:NAME; without, is merged in.",
+        ),
+    ] = None,
+    adapter_folder: Annotated[
+        Path | None, typer.Option(help="Folder from which clients with an API key may load adapters.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Take tokens from an engine such as vLLM at this address: http://host:8001/v1.",
+        ),
+    ] = None,
+    engine_model: Annotated[
+        str | None, typer.Option(help="The model's name at the engine; by default as given here.")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "info",
 ) -> None:
-    """Serve a model through OpenAI's API: `anytoken serve mini`, then http://127.0.0.1:8000/docs.
+    """Serve a model through OpenAI's API; http://127.0.0.1:8000/docs lists it.
+
+    With --engine, this process loads no language model: it turns media into ids for the engine, and its ids into media
+    (the engine's API key comes from the variable ANYTOKEN_ENGINE_KEY).
 
     SIGTERM stops it after the running requests are answered.
     """
     missing = [
-        name for name in ("fastapi", "uvicorn", "prometheus_client", "multipart") if not find_spec(name)
+        name
+        for name in ("fastapi", "uvicorn", "prometheus_client", "multipart", "websockets")
+        if not find_spec(name)
     ]
     if missing:
         raise typer.BadParameter(f"serve needs {', '.join(missing)}: pip install 'anytoken[serve]'.")
     from anytoken.serving.server import Address, run, settings_from
-    from anytoken.serving.settings import check_exposure, read_keys
+    from anytoken.serving.settings import check_adapter_folder, check_exposure, read_keys
 
     keys = read_keys(api_keys)
     check_exposure(host, keys, allow_open)
-    settings = settings_from(limits or [], keys, tuple(cors or ()))
-    opened = load(model, device, adapter)
+    check_adapter_folder(adapter_folder, keys)
+    media = {"max_pixels": max_pixels, "max_seconds": max_seconds, "max_frames": max_frames}
+    changes = [*(limits or []), *(f"{key}={value}" for key, value in media.items() if value is not None)]
+    settings = settings_from(changes, keys, tuple(cors or ()), adapter_folder)
+    named = [tuple(one.split("=", 1)) for one in adapter or [] if "=" in one]
+    merged = [one for one in adapter or [] if "=" not in one]
+    if len(merged) > 1:
+        raise typer.BadParameter(
+            "only one adapter is merged in; give the others names: --adapter NAME=FOLDER."
+        )
+    if engine is not None:
+        if adapter or adapter_folder:
+            raise typer.BadParameter("with --engine, adapters are the engine's: leave out --adapter.")
+        from anytoken.serving.remote import RemoteWorker, open_remote
+
+        remote = open_remote(model)
+        key = os.environ.get("ANYTOKEN_ENGINE_KEY")
+        rows = settings.max_rows, settings.max_waiting
+        worker = RemoteWorker(remote, engine, engine_model or model, *rows, key)
+        run(remote, name or Path(model).name, settings, Address(host, port), log_level, worker)
+        return
+    opened = load(model, device, Path(merged[0]) if merged else None)
+    for adapter_name, folder in named:
+        opened.load_adapter(folder, adapter_name)
     run(opened, name or Path(model).name, settings, Address(host, port), log_level)

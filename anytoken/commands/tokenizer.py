@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from anytoken import recipes
-from anytoken.commands.options import Out, Overrides
+from anytoken.commands.options import Out, Overrides, examples
 
 Count = Annotated[
     int | None, typer.Option("--count", "--limit", min=1, help="Held-out items at most; all without it.")
@@ -39,7 +42,12 @@ Learnability = Annotated[
 app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's tokenizer.")
 
 
-@app.command("train")
+@app.command(
+    "train",
+    epilog=examples(
+        "anytoken tokenizer train tokenizers/image/recipe.yaml --data data/sets --out runs/tokenizers/image steps=2000"
+    ),
+)
 def tokenizer_train(
     recipe: Annotated[str, typer.Argument(help="tokenizers/KIND/recipe.yaml, or your own.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
@@ -54,9 +62,16 @@ def tokenizer_train(
     from anytoken.training.tokenizer.trainer import train_tokenizer
 
     print(train_tokenizer(recipes.find(recipe), data, out, overrides or []))
+    print(f"next: {shlex.join(['anytoken', 'tokenizer', 'eval', str(out), '--data', str(data)])}")
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=examples(
+        "anytoken tokenizer eval runs/tokenizers/image --data data/sets",
+        "anytoken tokenizer eval runs/tokenizers/image --data data/sets --card out/cards/image",
+    ),
+)
 def tokenizer_eval(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
@@ -69,21 +84,39 @@ def tokenizer_eval(
     count: Count = None,
     learnability: Learnability = False,
     seed: Annotated[int, typer.Option(help="Which items, where there are more.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Measure a tokenizer on held-out data beside baselines: reconstruction, codebook usage, tokens, speed."""
     import json
 
     from anytoken.evaluation.tokenizers.card import make_card
+    from anytoken.evaluation.tokenizers.compare import summary
     from anytoken.evaluation.tokenizers.evaluate import measure
 
-    if card is None:
-        found = measure(tokenizer, data, count, seed, genome or [], image, files, learnability)
-        print(json.dumps(found.figures, indent=2, ensure_ascii=False))
+    measured = (count, seed, genome or [], image, files, learnability)
+    if card is not None:
+        page = make_card(tokenizer, data, card, *measured)
+        figures = json.loads((card / "figures.json").read_text(encoding="utf-8"))
     else:
-        print(make_card(tokenizer, data, card, count, seed, genome or [], image, files, learnability))
+        figures = measure(tokenizer, data, *measured).figures
+    if as_json:
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        return
+    head, *rows = summary(figures)
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    if card is not None:
+        print(page)
 
 
-@app.command("compare")
+@app.command(
+    "compare",
+    epilog=examples(
+        "anytoken tokenizer compare runs/tokenizers/dna runs/tokenizers/dna_bpe --data data/sets"
+    ),
+)
 def tokenizer_compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
@@ -107,7 +140,10 @@ def tokenizer_compare(
     print(comparison(found))
 
 
-@app.command("import")
+@app.command(
+    "import",
+    epilog=examples("anytoken tokenizer import kyutai/mimi --out runs/tokenizers/speech num_codebooks=8"),
+)
 def tokenizer_import(
     source: Annotated[
         str, typer.Argument(help="A codec of transformers: a folder or a hub id, as kyutai/mimi.")
@@ -133,7 +169,7 @@ def tokenizer_import(
     print(pretrained_tokenizer(source, **chosen).save_pretrained(out))
 
 
-@app.command("overview")
+@app.command("overview", epilog=examples("anytoken tokenizer overview tokenizers --model mini"))
 def tokenizer_overview(
     cards: Annotated[Path, typer.Argument(help="A folder of card folders.")] = Path("tokenizers"),
     model: Annotated[

@@ -1,7 +1,9 @@
-"""Commands that make a model better, say what that costs and how good it became: train, prefer, plan, eval."""
+"""Commands that make a model better and say what that costs: train, prefer, merge-adapter, plan."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,12 +11,17 @@ import typer
 from rich.console import Console
 
 from anytoken import recipes
-from anytoken.commands.options import Adapter, Device, ModelArgument, Overrides, Overwrite, load
+from anytoken.commands.options import ModelArgument, Overrides, Overwrite, examples, load
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken train stages/lora.yaml data.train=my.jsonl output=runs/my steps=500",
+        "anytoken train stages/scale/8b_dense.yaml --tiny",
+    )
+)
 def train(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")],
     overrides: Overrides = None,
@@ -22,18 +29,25 @@ def train(
         bool, typer.Option("--tiny", help="A recipe of stages/scale in miniature, with nothing downloaded.")
     ] = False,
 ) -> None:
-    """Run a training stage; it resumes where it was stopped: `anytoken train stages/lora.yaml steps=500`."""
+    """Run a training stage; the same command resumes it where it was stopped."""
     from anytoken.training.config import TrainConfig
+
+    recipe = TrainConfig.load(
+        recipes.find(stage), overrides or []
+    )  # a mistake is told before the loop is imported
     from anytoken.training.debug_model import tiny as shrink
     from anytoken.training.interrupts import Interrupted
+    from anytoken.training.report.markdown import summary
     from anytoken.training.trainer import train as run
 
-    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
+    recipe = shrink(recipe) if tiny else recipe
     try:
-        print(run(shrink(recipe) if tiny else recipe, _answer))
+        run(recipe, _answer)
     except Interrupted as stop:
         Console(stderr=True, soft_wrap=True).print(f"anytoken: {stop}", markup=False, highlight=False)
         raise
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
+        print("\n".join(summary(recipe)))
 
 
 def _answer(lm: Any, processor: Any, prompt: Any, output: Any) -> str:
@@ -43,7 +57,7 @@ def _answer(lm: Any, processor: Any, prompt: Any, output: Any) -> str:
     return AnyToken(lm, processor).generate(prompt, output, seed=0)._repr_html_()
 
 
-@app.command()
+@app.command(epilog=examples("anytoken reference runs/1_alignment runs/2_interleaved --stages stages"))
 def reference(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of finished runs, named as their curves shall be.")
@@ -58,25 +72,29 @@ def reference(
     print(publish_references(runs, stages))
 
 
-@app.command()
+@app.command(epilog=examples("anytoken prefer mini pairs.jsonl --out runs/preferred --steps 100"))
 def prefer(
     model: Annotated[str, typer.Argument(help="mini, or a checkpoint folder.")],
     pairs: Annotated[Path, typer.Argument(help="JSONL: messages, chosen and rejected a line.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
-    steps: Annotated[int, typer.Option(min=1)] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 8,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
-    beta: Annotated[float, typer.Option(help="How strongly the model is held to what it was.")] = 0.1,
-    seed: Annotated[int, typer.Option()] = 0,
+    beta: Annotated[
+        float, typer.Option(help="DPO's beta: how strongly the model is held to its start.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and the order of pairs.")] = 0,
 ) -> None:
     """Train an adapter on preferred answers (DPO, through trl)."""
     from anytoken.training.dpo import DPOArgs
     from anytoken.training.dpo import prefer as run
+    from anytoken.training.report.markdown import adapted
 
     print(run(model, pairs, out, DPOArgs(steps, batch, lr, beta, seed=seed)))
+    print(f"next: {shlex.join(['anytoken', 'chat', *adapted(model, out)])}")
 
 
-@app.command("merge-adapter")
+@app.command("merge-adapter", epilog=examples("anytoken merge-adapter mini runs/lora --out runs/merged"))
 def merge_adapter(
     model: ModelArgument,
     adapter: Annotated[Path, typer.Argument(help="The PEFT adapter folder.")],
@@ -101,7 +119,11 @@ def merge_adapter(
     print(merged.save_pretrained(out, kinds[dtype], overwrite))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "anytoken plan stages/scale/8b_dense.yaml --gpus 64 --gpu h100", "anytoken plan stages/lora.yaml"
+    )
+)
 def plan(
     stage: Annotated[str, typer.Argument(help="A stage recipe.")],
     overrides: Overrides = None,
@@ -130,9 +152,13 @@ def plan(
     from anytoken.training.config import TrainConfig
 
     recipe = TrainConfig.load(recipes.find(stage), overrides or [])
-    config = planning.read_config(model, new_ids) if model else planning.planned_config(recipe)
     gpus = gpus or recipe.distributed.world_size
-    found = planning.plan(recipe, config, gpus, gpu, sharding or planning.sharding_of(recipe), share_of_peak)
+    sharding = sharding or planning.sharding_of(recipe)
+    if model:
+        config, space = planning.read_config(model, new_ids), None
+    else:
+        config, space = planning.planned_start(recipe)
+    found = planning.plan(recipe, config, gpus, gpu, sharding, share_of_peak, space)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return
@@ -140,38 +166,3 @@ def plan(
     for row in planning.as_rows(found, gpus, gpu):
         table.add_row(*row)
     Console().print(table)
-
-
-@app.command("eval")
-def evaluate(
-    model: ModelArgument = "mini",
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
-    out: Annotated[Path, typer.Option(help="The JSON file of figures.")] = Path("out/scores.json"),
-    directions: Annotated[str | None, typer.Option(help="Some only: text->image,image->text.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Held-out prompts a direction.")] = 200,
-    seed: Annotated[int, typer.Option()] = 0,
-    judge_steps: Annotated[int, typer.Option(min=1, help="Training steps of the picture judges.")] = 1500,
-    fill: Annotated[
-        list[Path] | None, typer.Option(help="Markdown whose score table is written anew.")
-    ] = None,
-    asr: Annotated[
-        str | None,
-        typer.Option(help="A second opinion on speech: a Whisper for faster-whisper, by name or folder."),
-    ] = None,
-    device: Device = "auto",
-    adapter: Adapter = None,
-) -> None:
-    """Score a model on held-out prompts in every direction, beside chance and simple baselines."""
-    from anytoken.emoji_world import demo, report
-    from anytoken.emoji_world.directions import read_directions
-    from anytoken.emoji_world.tasks import EvalDatasets
-    from anytoken.evaluation.transcriber import Transcriber
-
-    chosen = read_directions(directions) if directions else None
-    world = EvalDatasets(data, judge_steps, seed, Transcriber(asr) if asr else None)
-    found = report.evaluate(load(model, device, adapter), world, chosen, count, seed)
-    report.save(found, out)
-    for page in fill or []:
-        report.fill(page, found)
-    Console().print(demo.score_table(found))
-    print(out)

@@ -124,7 +124,8 @@ class PackedStream(IterableDataset):
     DataError if they cannot share the rows evenly. ``workers`` processes draw samples ahead; the batches are the
     same for any number of them, since packing happens here, in order. (Given to a DataLoader with workers of its own,
     each of those draws everything and hands over its part: right, but no faster.) ``skipped`` counts, by reason, the
-    draws that samples were tried with in vain; DataError once their share passes ``max_bad``.
+    draws that samples were tried with in vain; DataError once their share passes ``max_bad``. The states of the last
+    ``kept`` batches can be asked for, as loaders, and steps of many batches, read ahead.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class PackedStream(IterableDataset):
         share: int = 0,
         workers: int = 0,
         max_bad: float = 1.0,
+        kept: int = 64,
     ) -> None:
         super().__init__()
         if rows % shares:
@@ -145,13 +147,13 @@ class PackedStream(IterableDataset):
             )
         self.sample, self.rows, self.context, self.pad = sample, rows, context, pad
         self.own = slice(share * rows // shares, (share + 1) * rows // shares)
-        self.workers, self.max_bad = workers, max_bad
+        self.workers, self.max_bad, self.kept = workers, max_bad, kept
         self.batch_index = self.drawn = 0
         self.skipped: Counter[str] = Counter()
         self._states: dict[int, PackState] = {0: PackState()}
 
     def state(self, batch_index: int) -> PackState:
-        """The state that batch ``batch_index`` is made from; the last 64 are kept, as loaders prefetch."""
+        """The state that batch ``batch_index`` is made from, of the last ``kept``."""
         return self._states[batch_index]
 
     def restore(self, batch_index: int, state: PackState) -> None:
@@ -174,7 +176,7 @@ class PackedStream(IterableDataset):
             size -= sum(len(sequence.ids) for row in bins for sequence in row)
             self.batch_index += 1
             self._states[self.batch_index] = PackState(next_index, list(pool))
-            self._states.pop(self.batch_index - 64, None)
+            self._states.pop(self.batch_index - self.kept, None)
             if info is None or (self.batch_index - 1) % info.num_workers == info.id:
                 yield pack(bins[self.own], self.context, self.pad)
 

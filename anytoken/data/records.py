@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anytoken.media_io import is_below
 from anytoken.segments import KINDS, Segment
 from anytoken.utils.errors import DataError
+from anytoken.utils.limits import MediaLimitError
 
 LONGEST = 300  # letters of a message about a bad record
 UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".amr", ".heic", ".heif", ".svg", ".psd")
@@ -40,6 +42,7 @@ def bad_record(error: Exception) -> RecordError:
     Readers of media are libraries over files that anyone may have written, so any exception is expected of them.
     """
     reason = error.reason if isinstance(error, RecordError) else "cannot be read"
+    reason = "over a limit" if isinstance(error, MediaLimitError) else reason
     words = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
     if not isinstance(error, ValueError):
         words = f"{type(error).__name__}: {words}"
@@ -170,9 +173,8 @@ def check_place(kind: str, value: str, root: Path, data_root: Path | None = None
     if "\0" in value or not value:
         raise RecordError(f"{kind}: {value!r:.80} is no path", "missing file")
     path = root / value
-    real = os.path.realpath(path)
-    allowed = [os.path.realpath(one) for one in (root, data_root) if one is not None]
-    if not any(real.startswith(one.rstrip(os.sep) + os.sep) for one in allowed):
+    if not is_below(path, [root, data_root]):
+        allowed = [os.path.realpath(one) for one in (root, data_root) if one is not None]
         raise RecordError(
             f"{kind} {value!r:.200} is outside of {' and '.join(allowed)}; set data_root (--data-root) to a "
             "folder that holds it", "outside the data root",
@@ -217,8 +219,9 @@ def open_media(value: Any, segment_type: type[Segment], root: Path, data_root: P
         raise
     except Exception as error:  # of as many kinds as there are libraries that decode
         missing = isinstance(value, str) and not is_inline(kind, value) and not os.path.exists(root / value)
+        bad = bad_record(error)
         reason = "missing file" if missing else f"unreadable {kind}"
-        raise RecordError(str(bad_record(error)), reason) from error
+        raise RecordError(str(bad), reason if bad.reason == "cannot be read" else bad.reason) from error
 
 
 def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
@@ -229,7 +232,9 @@ def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
         try:
             return segment_type.open(path)
         except Exception as error:
-            raise ValueError(str(bad_record(error)).replace(str(path), blob.name)) from error
+            bad = bad_record(error)
+            reason = f"unreadable {segment_type.kind}" if bad.reason == "cannot be read" else bad.reason
+            raise RecordError(str(bad).replace(str(path), blob.name), reason) from error
 
 
 def _missing_suffix(blob: Blob) -> str:

@@ -26,6 +26,7 @@ from anytoken.data.records import (
 )
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
+from anytoken.utils.limits import MediaLimits, media_limits
 
 Tokenizers = Mapping[str, ModalityTokenizer]
 Entry = dict[str, Any]  # what the journal says of a part
@@ -41,6 +42,7 @@ class Job(NamedTuple):
     entries: list[tuple[str, Any]]
     batch_size: int
     data_root: Path | None = None
+    limits: MediaLimits = MediaLimits()
 
 
 def part_names(index: int) -> tuple[str, str]:
@@ -58,6 +60,11 @@ class Encoded(NamedTuple):
 
 def encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
     """Entries as records and codes. Whatever is wrong with one makes it a fault and does nothing to the others."""
+    with media_limits(job.limits):  # in a worker's process, too
+        return _encode_entries(tokenizers, job)
+
+
+def _encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
     faults: list[tuple[str, RecordError]] = []
     parsed: list[tuple[str, Record, list[MediaPart]]] = []
     for place, entry in job.entries:

@@ -35,6 +35,7 @@ from anytoken.utils.errors import DataError
 from anytoken.utils.json_lines import (
     read_json_lines,
 )
+from anytoken.utils.limits import current_limits
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 _PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")
@@ -78,7 +79,7 @@ def tokenize_records(
     encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
     the share ``max_bad`` of all (or, while their number is not known, of those read, a thousand at least) is bad.
     """
-    source, out = open_source(records, rename), Path(out)
+    source, out = open_source(records, rename, data_root), Path(out)
     tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items()}
     plan = {
         "version": 2,
@@ -125,7 +126,7 @@ def _jobs(
         if not chunk:
             return
         if index not in done:
-            yield Job(index, source.parse, source.root, chunk, batch_size, data_root)
+            yield Job(index, source.parse, source.root, chunk, batch_size, data_root, current_limits())
 
 
 class _Tally:

@@ -47,6 +47,7 @@ from anytoken.data.records import (
     validate_record,
 )
 from anytoken.data.tables import digest_files, hub, rows_of, saved_folder, tables
+from anytoken.media_io import is_below, read_bytes
 from anytoken.segments import (
     CONTAINER_SUFFIXES,
     DNA_SUFFIXES,
@@ -56,6 +57,7 @@ from anytoken.segments import (
 )
 from anytoken.tokenizers.base import MODALITIES
 from anytoken.utils.json_lines import DAMAGE, check_unicode, load_json, numbered_lines
+from anytoken.utils.limits import current_limits
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "text": TEXT_SUFFIXES,
@@ -71,6 +73,8 @@ LISTED = ("messages", "conversations", "images", "videos", "audios")  # cells th
 CELLS = 1 << 30  # letters of a cell, of which the csv module allows few
 SPLIT_FOLDERS = ("train", "validation", "val", "test")
 TARS, TABLES = (".tar", ".tar.gz", ".tgz"), (".parquet", ".arrow")
+EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+              tarfile.GNUTYPE_LONGLINK)  # fmt: skip
 # webdataset's key and suffix: a key ends at the first dot of the file name
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 
@@ -90,12 +94,15 @@ def read_records(source: Any) -> Iterator[Record]:
         yield record
 
 
-def open_source(source: Any, rename: Mapping[str, str] | None = None) -> Source:
+def open_source(
+    source: Any, rename: Mapping[str, str] | None = None, data_root: str | Path | None = None
+) -> Source:
     """Find out what a source is; RecordError if it is nothing that holds records.
 
-    rename: keys of the records that are to have another name, such as {"audio": "speech"}.
+    rename: keys of the records that are to have another name, such as {"audio": "speech"}. data_root: a folder that
+    links in a folder of files may lead to, besides the folder itself.
     """
-    found = _find(source)
+    found = _find(source, data_root)
     return replace(found, parse=partial(_parse, found.parse, dict(rename or {})))
 
 
@@ -110,7 +117,7 @@ def _parse(parse: Callable[[Any], Any], rename: Mapping[str, str], entry: Any) -
     return record
 
 
-def _find(source: Any) -> Source:
+def _find(source: Any, data_root: str | Path | None = None) -> Source:
     if not isinstance(source, str | Path):
         return rows_of(source)
     if str(source).startswith("hf:"):
@@ -119,7 +126,7 @@ def _find(source: Any) -> Source:
     pattern = re.search(r"[*?\[]", path.name) and not path.exists()  # a name may hold brackets of its own
     files = sorted(path.parent.glob(path.name)) if pattern else [path]
     if path.is_dir():
-        return _find_in_folder(path)
+        return _find_in_folder(path, data_root)
     if not files or not files[0].is_file():
         raise RecordError(
             f"{source} does not exist; give a .jsonl file, a folder, .tar or .parquet files, or hf:owner/name"
@@ -141,14 +148,16 @@ def _find(source: Any) -> Source:
     )
 
 
-def _find_in_folder(path: Path) -> Source:
+def _find_in_folder(path: Path, data_root: str | Path | None) -> Source:
     if found := saved_folder(path):
         return found
     if files := sorted(one for one in path.iterdir() if one.name.lower().endswith(TARS)):
         return _tars(path.name, files)
     if files := sorted(one for name in METADATA for one in path.rglob(name)):
+        for file in files:
+            _check_link(file, path, data_root)
         return _folder_with_metadata(path, files)
-    return _folder(path)
+    return _folder(path, data_root)
 
 
 # ---- JSON lines ----
@@ -292,7 +301,17 @@ def _kind_of(name: str) -> str:
     return _key_of(suffix)
 
 
-def _folder(root: Path) -> Source:
+def _check_link(path: Path, root: Path, data_root: str | Path | None) -> Path:
+    """A file of a folder; RecordError if it is a link to what is not part of the set."""
+    if not is_below(path, [root, data_root]):
+        raise RecordError(
+            f"{path.relative_to(root)} is a link out of the folder; set data_root (--data-root) to a folder that "
+            "holds the file", "outside the data root",
+        )  # fmt: skip
+    return path
+
+
+def _folder(root: Path, data_root: str | Path | None) -> Source:
     groups: dict[str, dict[str, str]] = {}
     unused = []
     for path in sorted(root.rglob("*")):
@@ -322,7 +341,8 @@ def _folder(root: Path) -> Source:
         sizes = "".join(f"{name}\0{(root / name).stat().st_size}\0" for name in names)
         return hashlib.sha256((sizes + digest_files(root / name for name in words)).encode()).hexdigest()
 
-    return Source(root.name, root, entries, _from_files, digest, len(groups), tuple(unused))
+    parse = partial(_from_files, data_root)
+    return Source(root.name, root, entries, parse, digest, len(groups), tuple(unused))
 
 
 def _is_object(path: Path) -> bool:
@@ -355,10 +375,14 @@ def _is_unread(suffix: str) -> bool:
     return own.endswith(UNREAD_SUFFIXES) or form.partition("/")[0] in ("image", "audio", "video")
 
 
-def _from_files(entry: tuple[Path, dict[str, str], bool]) -> Record:
+def _from_files(data_root: str | Path | None, entry: tuple[Path, dict[str, str], bool]) -> Record:
     root, members, captioned = entry
     path = PurePosixPath(next(iter(members.values())))
-    record = _split_of(path) | _from_members(members, lambda name: (root / str(name)).read_bytes())
+
+    def read(name: Medium) -> bytes:
+        return read_bytes(_check_link(root / str(name), root, data_root), "text")[0]
+
+    record = _split_of(path) | _from_members(members, read)
     if not captioned:
         record |= {} if path.parent.name in ("", *SPLIT_FOLDERS) else {"text": path.parent.name}
     return record
@@ -437,6 +461,14 @@ class _Member(tarfile.TarInfo):
     """A header that has to be there: `tarfile` takes a cut or damaged one, but the first, for the archive's end."""
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        """A header; what extends one is read into memory at once, so it is short."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in EXTENSIONS and found.size > 1 << 20:
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
+
+    @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
         try:
             return super().fromtarfile(archive)
@@ -447,12 +479,15 @@ class _Member(tarfile.TarInfo):
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, Blob]]:
-    """(key, suffix, content) of the files of a tar, as they come."""
+    """(key, suffix, content) of the files of a tar, as they come; MediaLimitError for one of more than max_bytes."""
+    limits = current_limits()
     try:
         with tarfile.open(path, tarinfo=_Member) as tar:
             while member := tar.next():
                 tar.members.clear()  # type: ignore[attr-defined]  # they would be kept for a second look
                 match = _KEY.fullmatch(member.name.removeprefix("./")) if member.isfile() else None
+                if match:  # a sparse member is zeros that the archive does not hold
+                    limits.check("max_bytes", member.size, f"{match[0]} in {path.name}")
                 file = tar.extractfile(member) if match else None
                 if match and file is not None:
                     yield match[1], match[2].lower(), Blob(f"{path.name}/{match[0]}", file.read())

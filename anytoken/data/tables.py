@@ -4,12 +4,15 @@ Media stay encoded, as they are kept; a ClassLabel becomes its name, which is th
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from anytoken.data.records import Blob, Record, RecordError, Source
+from anytoken.media_io import read_rest
+from anytoken.utils.limits import MediaLimitError
 
 TABLES = (".parquet", ".arrow")
 
@@ -70,7 +73,8 @@ def hub(name: str) -> Source:
         f"hf:{name}",
         lambda datasets: datasets.load_dataset(owner_and_name, configuration or None, streaming=True),
     )
-    return _dataset(found, name, partial(_digest_object, found))
+    # No local file is part of a set on the hub: nothing lies below a device.
+    return _dataset(found, name, partial(_digest_object, found), Path(os.devnull))
 
 
 def _digest_object(found: Any) -> str:
@@ -155,6 +159,8 @@ def _fetch(url: str) -> bytes:
         raise RecordError(f"{url!r:.200} is on this machine; give a path in the set", "outside the data root")
     try:
         with fsspec.open(url, "rb") as file:
-            return file.read()
+            return read_rest(file, url)
+    except MediaLimitError:
+        raise
     except Exception as error:  # of as many kinds as there are protocols
         raise RecordError(f"{url} cannot be fetched: {error}", "missing file") from error

@@ -30,6 +30,7 @@ from anytoken.data.sources import open_source
 from anytoken.data.views import auto_views, held_kinds, is_used
 from anytoken.segments import KINDS, Segment
 from anytoken.tokenizers.base import MODALITIES
+from anytoken.utils.limits import current_limits
 
 CHUNK = 64  # records that tokenizers encode together
 NEAR_NAMES = {"audio": "speech", "sound": "speech", "caption": "text", "picture": "image", "sequence": "dna"}
@@ -125,7 +126,7 @@ def check_source(
     data_root: a folder that media may be in besides the source's own. tokenizers: those of a checkpoint, whose
     refusals are faults, too. RecordError if the source itself is missing or damaged.
     """
-    opened = open_source(source, rename)
+    opened = open_source(source, rename, data_root)
     census.files = opened.unused
     root = Path(data_root) if data_root else None
     kinds: dict[str, Any] = {kind: segment_type for kind, segment_type in _kinds().items() if kind != "text"}
@@ -134,9 +135,8 @@ def check_source(
         census.records += len(chunk)
         faults: dict[str, RecordError] = {}
         if tokenizers:
-            faults = dict(
-                encode_entries(tokenizers, Job(0, opened.parse, opened.root, chunk, CHUNK, root)).faults
-            )
+            job = Job(0, opened.parse, opened.root, chunk, CHUNK, root, current_limits())
+            faults = dict(encode_entries(tokenizers, job).faults)
         for place, entry in chunk:
             try:
                 if place in faults:

@@ -6,11 +6,12 @@ those that `anytoken eval` wrote into the checkpoint (`scores.json`), never made
 
 import html
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image as PILImage
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -57,24 +58,30 @@ class DemoExample:
 
 
 def run_demo(model: "AnyToken", assets: Path, out: Path, each: int = 2, seed: int = 0) -> Path:
-    """Answer `each` held-out prompts a direction and write `out`/index.html with its files; returns the page.
+    """Answer `each` held-out prompts per direction and write `out`/index.html with its files; returns the page.
 
-    assets: a folder with images.jsonl, videos.jsonl, speech.jsonl and translate.jsonl; EvaluationError if one lacks.
+    `out`/images.png is a strip of the images generated from text, in order and unselected. assets: a folder with
+    images.jsonl, videos.jsonl, speech.jsonl and translate.jsonl. EvaluationError if one is missing.
     """
     began = time.perf_counter()
     questions = list(exhibits(assets, each))
     words = _word_judge(assets)
     out.mkdir(parents=True, exist_ok=True)
     sections: dict[str, list[str]] = {}
+    drawn: list[Image] = []
     table = Table(
         "direction", "prompt", "answer", "verdict", title="Held-out files, answered", title_justify="left"
     )
     for number, one in enumerate(tqdm(questions, desc="demo", leave=False)):
         reply = model.generate(one.prompt, one.target, seed=seed)
+        if one.direction == "text->image":
+            drawn += [part for part in reply.segments if isinstance(part, Image)]
         verdict = judge(one, reply.segments, words)
         columns = [_shown(part, out, f"{number:02d}-{role}") for role, part in _roles(one, reply.segments)]
         sections.setdefault(one.direction, []).append(_case(columns, verdict))
         table.add_row(one.direction, _words(one.prompt), _words(reply.segments), verdict)
+    if drawn:
+        strip(drawn).save(out / "images.png")
     report = _scores(model)
     page = out / "index.html"
     page.write_text(_page(sections, report, time.perf_counter() - began), encoding="utf-8")
@@ -118,6 +125,15 @@ def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
     for (one, first), (other, second) in zip(images[::2], images[1::2], strict=False):
         names = " and ".join(str(record["text"]).split(",")[0] for record in (one, other))
         yield DemoExample("image,image->text", [first, second, Text("What are these?")], "text", Text(names))
+
+
+def strip(images: Sequence[Image], side: int = 128, gap: int = 4) -> PILImage.Image:
+    """Images side by side, each scaled to `side` pixels."""
+    row = PILImage.new("RGB", (len(images) * (side + gap) - gap, side), "white")
+    for place, image in enumerate(images):
+        scaled = image.to_pil().convert("RGB").resize((side, side), PILImage.Resampling.NEAREST)
+        row.paste(scaled, (place * (side + gap), 0))
+    return row
 
 
 def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str, Any], Any]]:

@@ -9,7 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from anytoken.segments import Segment
+from anytoken.evaluation.suite.schema import TASKS, read_tasks
+from anytoken.evaluation.suite.template import fields
+from anytoken.segments import KINDS, Segment
 
 Record = dict[str, Any]
 IMAGES, VIDEOS, JOINT = "emoji/images.jsonl", "emoji/videos.jsonl", "emoji/joint.jsonl"
@@ -38,60 +40,35 @@ class Direction:
     how: str = ""
 
 
-DIRECTIONS: dict[str, Direction] = {
-    one.name: one
-    for one in (
-        Direction("text->image", IMAGES, ("text",), "image", "drawing or background unseen for the concept"),
-        Direction("image->text", IMAGES, ("image",), "text", "drawing or background unseen for the concept"),
-        Direction("text->speech", SPEECH, ("text",), "speech", "voice that never said the name"),
-        Direction("speech->text", SPEECH, ("speech",), "text", "voice never heard, or never with the name"),
-        Direction(
-            "speech->image",
-            SPEECH,
-            ("speech",),
-            "image",
-            "voice never heard, or never with the name",
-            pair=IMAGES,
-        ),
-        Direction("image->speech", IMAGES, ("image",), "speech", "drawing or background unseen", pair=SPEECH),
-        Direction("text->video", VIDEOS, ("text",), "video", "concept never animated, or background unseen"),
-        Direction("video->text", VIDEOS, ("video",), "text", "concept never animated, or background unseen"),
-        Direction("image->video", JOINT, ("image",), "video", "concept never animated, or background unseen"),
-        Direction("dna->text", TRANSLATE, ("dna",), "text", "genes of unseen products"),
-        Direction("text->dna", TRANSLATE, ("text",), "dna", "genes of unseen products"),
-        Direction(
-            "image,image->text",
-            IMAGES,
-            ("image",),
-            "text",
-            "two unseen drawings",
-            words="What are these?",
-            twice=True,
-        ),
-        Direction(
-            "word->speech", WORDS, ("text",), "speech", "words never said in training, by known voices"
-        ),
-        Direction(
-            "speech->word", WORDS, ("speech",), "text", "words never said in training, voices never heard"
-        ),
-        Direction(
-            "turn1:image->text", IMAGES, ("image",), "text", "drawing or background unseen", how="turns"
-        ),
-        Direction(
-            "turn2:image->text", IMAGES, ("image",), "text", "drawing or background unseen", how="turns"
-        ),
-        Direction(
-            "requests->kind",
-            IMAGES,
-            (),
-            "text",
-            "phrasings never used in training",
-            free=True,
-            how="requests",
-        ),
-        Direction("gene->product", GENES, ("dna",), "text", "genes of unseen products", how="ranked"),
-    )
-}
+def _from_file() -> dict[str, Direction]:
+    """The directions of the task file world.yaml, which `anytoken eval --task world` asks, too."""
+    found = {}
+    for task in read_tasks(TASKS / "world.yaml"):
+        sources = [field.kind for field in fields(task.prompt[0].content) if field.name in KINDS]
+        pair = task.join.data if task.join else None
+        assert isinstance(task.output, str)
+        found[task.name] = Direction(
+            task.name, task.data, tuple(sources), task.output, task.description, pair=pair
+        )
+    return found
+
+
+# Two records in a prompt, dialogues that code words, a free kind, and a ranking by plain likelihood: no task file.
+CODED = (
+    Direction("image,image->text", IMAGES, ("image",), "text", "two unseen drawings",
+              words="What are these?", twice=True),
+    Direction("turn1:image->text", IMAGES, ("image",), "text", "drawing or background unseen", how="turns"),
+    Direction("turn2:image->text", IMAGES, ("image",), "text", "drawing or background unseen", how="turns"),
+    Direction("requests->kind", IMAGES, (), "text", "phrasings never used in training", free=True, how="requests"),
+    Direction("gene->product", GENES, ("dna",), "text", "genes of unseen products", how="ranked"),
+)  # fmt: skip
+ORDER = (
+    "text->image", "image->text", "text->speech", "speech->text", "speech->image", "image->speech", "text->video",
+    "video->text", "image->video", "dna->text", "text->dna", "image,image->text", "word->speech", "speech->word",
+    "turn1:image->text", "turn2:image->text", "requests->kind", "gene->product",
+)  # fmt: skip
+_FOUND = _from_file() | {one.name: one for one in CODED}
+DIRECTIONS: dict[str, Direction] = {name: _FOUND[name] for name in ORDER}
 
 
 def read_directions(names: str) -> list[str]:

@@ -25,6 +25,7 @@ from anytoken.segments import Segment, Text
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import EvaluationError
 from anytoken.utils.git import commit
+from anytoken.utils.hints import choices
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -49,7 +50,7 @@ def evaluate(
     began, code = time.perf_counter(), commit()  # of the code that is loaded, not of what comes meanwhile
     unknown = sorted(set(directions or ()) - set(DIRECTIONS))
     if unknown:
-        raise EvaluationError(f"Unknown direction {unknown[0]!r}; there are {', '.join(DIRECTIONS)}.")
+        raise EvaluationError(f"Unknown direction {unknown[0]!r}{choices(unknown[0], DIRECTIONS)}.")
     asked = [DIRECTIONS[name] for name in directions or DIRECTIONS]
     able = [one for one in asked if world.has(one) and {*one.sources, one.target} <= set(model.kinds)]
     if not able:

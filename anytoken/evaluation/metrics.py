@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from typing import Any
 
 import numpy as np
@@ -89,3 +89,18 @@ def nearest(queries: np.ndarray, items: np.ndarray, block: int = 256) -> np.ndar
         part = queries[start : start + block].astype(np.float32)
         found.append((norms - 2 * part @ items.T).argmin(1))
     return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def auroc(inside: Sequence[float], outside: Sequence[float]) -> float:
+    """How likely a random inside score is higher than a random outside one; ties count half (0.5: by chance)."""
+    inner, outer = np.sort(np.asarray(inside, float)), np.asarray(outside, float)
+    below = np.searchsorted(inner, outer, "left")  # inside scores lower than each outside one
+    ties = np.searchsorted(inner, outer, "right") - below
+    return float(np.mean(len(inner) - below - ties / 2) / len(inner))
+
+
+def false_positive_rate(inside: Sequence[float], outside: Sequence[float], recall: float = 0.95) -> float:
+    """Share of outside scores at or above the threshold that keeps `recall` of the inside ones (FPR95)."""
+    inner = np.sort(np.asarray(inside, float))[::-1]
+    threshold = inner[max(0, ceil(recall * len(inner)) - 1)]
+    return float(np.mean(np.asarray(outside, float) >= threshold))

@@ -68,15 +68,26 @@ class Adapters:
             self.use(active)
         return processor
 
+    def unload(self, name: str) -> None:
+        """Forget an adapter, taking it off if it is in use; CheckpointError for an unknown name."""
+        self._check_known(name)
+        if self.active == name:
+            self.use(None)
+        del self._merged[name], self._made_from[name]
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._merged:
+            raise CheckpointError(
+                f"There is no adapter {name!r}; there are {', '.join(self.names) or 'none'}."
+            )
+
     def use(self, name: str | None) -> None:
         """Put an adapter into the weights in place of the present one; None for the bare model, bit for bit.
 
         CheckpointError for an unknown name, and where the bare weights are others than when the adapter was read.
         """
-        if name is not None and name not in self._merged:
-            raise CheckpointError(
-                f"There is no adapter {name!r}; there are {', '.join(self.names) or 'none'}."
-            )
+        if name is not None:
+            self._check_known(name)
         before = self.active
         self._take_off()
         if name is None:

@@ -3,25 +3,30 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
-from difflib import get_close_matches
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from anytoken.inference import hub
 from anytoken.inference.adapters import Adapters
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CHECKPOINT,
     find_checkpoint,
+    is_bare_head,
     load_folder,
     pick_device,
 )
+from anytoken.inference.embed import Embedder, hidden_states, prompts_of
 from anytoken.inference.engine import Engine, Token
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.logits_processor import lm_inputs
@@ -31,12 +36,16 @@ from anytoken.inference.score import (
     Classification,
     Normalize,
     Score,
+    Steps,
     check_normalize,
     classify,
+    drain,
     perplexity,
     score_ids,
+    score_steps,
 )
 from anytoken.inference.streaming import Event, SegmentStream
+from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, has_head
 from anytoken.model.extend_vocab import add_modality, longest_segment
 from anytoken.processor import Processor
 from anytoken.segments import Segment
@@ -44,6 +53,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.utils.atomic import check_target, write_folder
 from anytoken.utils.errors import CheckpointError, RequestError
+from anytoken.utils.hints import choices
 
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
@@ -88,6 +98,9 @@ class AnyToken:
         self._engine: Engine | None = None
         self._adapters: Adapters | None = None
         self._homes: set[Path] = set()  # folders that hold an older state of this model
+        self.embedding_heads: dict[
+            str | None, EmbeddingHead
+        ] = {}  # by the adapter that they were trained with
 
     @classmethod
     def from_pretrained(
@@ -98,6 +111,7 @@ class AnyToken:
         quantize: str | None = None,
         compile: bool = False,
         attn_implementation: str = "auto",
+        media_root: str | Path | None = None,
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
@@ -106,15 +120,21 @@ class AnyToken:
         minute or so the first time and says so; later loads find it in torch's cache. attn_implementation: "sdpa",
         "flex_attention", "flash_attention_2", "flash_attention_3" or "eager"; "auto" takes FlashAttention where its
         package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
+        media_root: the folder whose files strings in message parts may name (`{"type": "image", "image": "a.png"}`);
+        without it they name none, since messages may come from elsewhere, and only a pathlib.Path does.
         ValueError (CheckpointError, ConfigError and the like) names the file that is missing or damaged, the
         unknown name, or the device that cannot be used.
         """
         chosen = pick_device(device)
         folder = find_checkpoint(name_or_path)
         lm, processor = load_folder(folder, chosen, adapter, quantize, attn_implementation)
+        processor.media_root = media_root
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        for source in (folder, *([] if adapter is None else [Path(adapter)])):
+            if has_head(source):
+                model.embedding_heads[None] = EmbeddingHead.load(source)
         if adapter is None and quantize is None:
             model._homes.add(folder.resolve())
         model.compiled = compile
@@ -195,13 +215,13 @@ class AnyToken:
         rerank: Rerank | None = None,
         **options: Unpack[Options],
     ) -> Any:
-        """Answer a prompt with a Reply.
+        """Answer a prompt with a GenerationOutput.
 
         prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
         a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
         best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
-        their ids (ids without a choice count 0), or by `rerank`, a function of a Reply, higher is better.
+        their ids (ids without a choice count 0), or by `rerank`, a function of the output, higher is better.
         Options: see `Options`. RequestError says what
         does not fit.
         """
@@ -375,7 +395,7 @@ class AnyToken:
         unknown = sorted(set(settings) - set(NAMES))
         if unknown:
             raise RequestError(
-                f"Unknown option {unknown[0]!r}{_choices(unknown[0], Options.__annotations__)}."
+                f"Unknown option {unknown[0]!r}{choices(unknown[0], Options.__annotations__)}."
             )
         if not isinstance(sizes or {}, Mapping) or not all(map(_is_size, (sizes or {}).values())):
             raise RequestError(
@@ -400,7 +420,7 @@ class AnyToken:
         for kind in plan:
             if kind not in self.kinds:
                 raise RequestError(
-                    f"Unknown output {kind!r}{_choices(kind, self.kinds)}, a list of them, or None."
+                    f"Unknown output {kind!r}{choices(kind, self.kinds)}, a list of them, or None."
                 )
         return plan
 
@@ -448,12 +468,18 @@ class AnyToken:
         normalize="pmi" each also has its likelihood after an empty prompt. RequestError for no
         answers, an empty one, a kind that the model lacks, or more than the context holds.
         """
-        check_normalize(normalize)
         if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
             raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
         replies = [self.processor.encode_reply(answer) for answer in answers]
+        return drain(self.score_steps(self.encode_prompt(prompt), replies, normalize))
+
+    def score_steps(
+        self, prompt: Sequence[int], replies: Sequence[Sequence[int]], normalize: Normalize = "none"
+    ) -> Steps[list[Score]]:
+        """`score_details` for ids of a prompt and of replies, in parts; others may use the model between two."""
+        check_normalize(normalize)
         prior = self.processor.null_prompt() if normalize == "pmi" else None
-        return score_ids(self.engine, self.encode_prompt(prompt), replies, prior)
+        return (yield from score_steps(self.engine, prompt, replies, prior))
 
     def score(self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none") -> list[float]:
         """How likely each answer is as the whole reply to a prompt: log-likelihoods in nats.
@@ -487,6 +513,76 @@ class AnyToken:
         ids = self.processor.encode_reply(segments)
         start = self.processor.null_prompt() if prompt is None else self.encode_prompt(prompt)
         return perplexity(self.engine.grammar, score_ids(self.engine, start, [ids])[0])
+
+    def embed(
+        self, prompts: Any, *, tokens: bool = False, width: int | None = None, untrained: bool = False
+    ) -> Any:
+        """Prompts of any kinds as unit vectors, float32 [N, W]; with tokens=True a list of [T, W], one per prompt.
+
+        prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
+        single one, which is a list of one. tokens: a vector per content token instead. width: the first so many
+        dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
+        then vectors are means of the last hidden states. ValueError (EmbeddingError, RequestError) says what does not
+        fit.
+        """
+        return self.embed_ids(
+            self.processor.encode_chats(prompts_of(prompts)), tokens=tokens, width=width, untrained=untrained
+        )
+
+    def embed_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: bool = False,
+        width: int | None = None,
+        untrained: bool = False,
+    ) -> Any:
+        """`embed` for prompts that are ids already, as `encode_prompt` gives them."""
+        with self._embedder(untrained) as embedder:
+            return embedder.token_vectors(prompts, width) if tokens else embedder.vectors(prompts, width)
+
+    def embedding_probe(self, untrained: bool = False) -> np.ndarray:
+        """A vector that tells this model's embeddings from another's, float32 [W]."""
+        with self._embedder(untrained) as embedder:
+            return embedder.probe()
+
+    @property
+    def embedding_head(self) -> EmbeddingHead:
+        """The trained head that `embed` uses; EmbeddingError if there is none."""
+        return self._embedding_head(False)[1]
+
+    @contextmanager
+    def _embedder(self, untrained: bool) -> Iterator[Embedder]:
+        """The head over the model, with the adapter that it was trained with in the weights."""
+        name, head = self._embedding_head(untrained)
+        active = self.adapters.active
+        if name != active:
+            self.use_adapter(name)
+        try:
+            yield Embedder(self.lm, head, self.processor)
+        finally:
+            if name != active:
+                self.use_adapter(active)
+
+    def _embedding_head(self, untrained: bool) -> tuple[str | None, EmbeddingHead]:
+        """The head to embed with, and the adapter that it needs: the active one's, or else the model's own."""
+        active, heads = self.adapters.active, self.embedding_heads
+        if untrained:
+            return active, EmbeddingHead.untrained(self.lm.config.get_text_config().hidden_size, self.kinds)
+        if not heads:
+            raise EmbeddingError(
+                "This checkpoint has no embedding head: train one (anytoken train stages/embed.yaml) and open it with "
+                "adapter=, or take the mean of hidden states, which retrieves far less, with untrained=True."
+            )
+        name = active if active in heads else None if None in heads else next(iter(heads))
+        return name, heads[name]
+
+    def hidden_states(self, prompt: Prompt) -> Tensor:
+        """Hidden states of a prompt's ids (`encode_prompt`) at every depth, float32 [L + 1, T, H] on the CPU.
+
+        The first are the embeddings, the last are what the LM head reads.
+        """
+        return hidden_states(self.lm, self.encode_prompt(prompt))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that remembers, with an optional system text."""
@@ -532,9 +628,21 @@ class AnyToken:
 
         ValueError (CheckpointError and the like) for a folder that is none or does not fit, or a name that is taken.
         """
+        if has_head(path):
+            bare = is_bare_head(path)  # trained on the frozen model
+            self.embedding_heads[None if bare else name] = EmbeddingHead.load(path)
+            if bare:
+                return
         self.processor = self.adapters.load(Path(path), name, self.processor)
         for tokenizer in self.processor.tokenizers.values():
             tokenizer.to(self.lm.device)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; one in use is taken off first. CheckpointError for an unknown name.
+
+        Ids of a modality that it brought stay, as other adapters and replies may hold them.
+        """
+        self.adapters.unload(name)
 
     def use_adapter(self, name: str | None) -> None:
         """Answer with an adapter from now on, or with the bare model (None); CheckpointError for an unknown name."""
@@ -558,10 +666,21 @@ class AnyToken:
             lm.save_pretrained(folder)
             self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
+            if None in self.embedding_heads:
+                self.embedding_heads[None].save(folder)
             if self.card is not None:
                 (folder / "README.md").write_text(self.card, encoding="utf-8")
         self._homes.add(target.resolve())
         return target
+
+    def push_to_hub(self, repo: str, private: bool = False, message: str | None = None) -> str:
+        """Upload this model to a hub repository ("owner/name"); the commit's address. `load(repo)` opens it again.
+
+        CheckpointError if the model cannot be saved as it is, or the hub refuses.
+        """
+        with TemporaryDirectory() as folder:
+            name = repo.rpartition("/")[2] or "model"
+            return hub.push(self.save_pretrained(Path(folder) / name), repo, private, message)
 
     def _check_saveable(self) -> None:
         active = self.adapters.active
@@ -591,9 +710,12 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
     attn_implementation: str = "auto",
+    media_root: str | Path | None = None,
 ) -> AnyToken:
     """Open a model by bundled name ("mini"), folder or hub id; see `AnyToken.from_pretrained`."""
-    return AnyToken.from_pretrained(name_or_path, device, adapter, quantize, compile, attn_implementation)
+    return AnyToken.from_pretrained(
+        name_or_path, device, adapter, quantize, compile, attn_implementation, media_root
+    )
 
 
 @cache
@@ -614,10 +736,3 @@ def _check_count(name: str, count: object) -> int:
 
 def _is_size(size: object) -> bool:
     return isinstance(size, list | tuple) and all(hasattr(one, "__index__") for one in size)
-
-
-def _choices(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str:
-    """What an error says after an unknown name: the nearest known one, and all."""
-    near = get_close_matches(str(given), list(allowed), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"{hint}; allowed: {', '.join(allowed)}"

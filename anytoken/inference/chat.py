@@ -23,6 +23,7 @@ from uuid import uuid4
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.outputs import GenerationOutput, segment_html
 from anytoken.inference.streaming import Event
+from anytoken.media_io import is_below
 from anytoken.processor import Message
 from anytoken.segments import DNA, KINDS, Segment, Speech, Text, usual_suffix
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
@@ -94,6 +95,21 @@ class Chat:
     ) -> Generator[Event, None, GenerationOutput]:
         """`send` as typed events; the turn is remembered when the last event has been taken."""
         return self._events(self._said(prompt, output), options)
+
+    def say(self, prompt: Any, output: Any = None) -> None:
+        """Say something without an answer yet: `regenerate` or `regenerate_stream` gives it.
+
+        RequestError for what cannot be said; then the conversation is as it was.
+        """
+        self.turns = self._said(prompt, output)
+
+    def prompt_ids(self, output: Any = AS_BEFORE, **options: Any) -> list[int]:
+        """What the model reads to answer the last message, for who generates elsewhere; `remember` takes the reply."""
+        return self._window(self._unanswered(output), options)
+
+    def remember(self, reply: GenerationOutput) -> None:
+        """Take a reply to the last message into the conversation, in place of one it may have."""
+        self._remember(self._unanswered(AS_BEFORE), reply)
 
     def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> GenerationOutput:
         """Answer the last message again, in place of its reply: `chat.regenerate(seed=1)`.
@@ -336,7 +352,7 @@ def _load_part(part: dict[str, str], folder: Path, types: Mapping[str, type[Segm
     if kind not in types:
         raise RequestError(f"The chat in {folder} holds {kind!r}; this model knows {', '.join(types)}.")
     path = folder / Path(part[kind]).name
-    if not path.is_file():
-        raise RequestError(f"{path} is missing: the saved chat is incomplete.")
+    if not path.is_file() or not is_below(path, [folder]):
+        raise RequestError(f"{path} is missing, or a link out of its folder: the saved chat is incomplete.")
     segment = types[kind].open(path)
     return replace(segment, name=part.get("name", segment.name)) if isinstance(segment, DNA) else segment

@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
 from anytoken.model.attention import use_attention
+from anytoken.model.embedding_head import FILE as EMBEDDING
+from anytoken.model.embedding_head import has_head
 from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
 from anytoken.processor import Processor
@@ -32,7 +33,9 @@ from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.atomic import FolderKind
 from anytoken.utils.device import usable_device
 from anytoken.utils.errors import CheckpointError
+from anytoken.utils.hints import nearest
 
+ADAPTER_CONFIG = "adapter_config.json"
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 REQUIRED = ("config.json", "token_space.json", "text_tokenizer/tokenizer.json", "sampling.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -44,7 +47,7 @@ CHECKPOINT = FolderKind(
     "token_space.json",
     (
         "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json",
+        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json", EMBEDDING,
         "text_tokenizer/tokenizer.json", "tokenizers/*/config.json", "tokenizers/*/model.safetensors",
         "tokenizers/*/*.py",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",  # an export's
@@ -69,11 +72,11 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     bundled = ", ".join(known) or "none"
     if _names_a_path(name):
         folders = [str(path.parent) for path in Path(name).parent.glob("*/config.json")]
-        hint = _nearest(name, folders) or f"; give one that exists, or a bundled name ({bundled})"
+        hint = nearest(name, folders) or f"; give one that exists, or a bundled name ({bundled})"
         raise CheckpointError(f"There is no folder {name}{hint}.")
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(
-            f"No checkpoint {name!r}{_nearest(name, known)}: give a bundled name ({bundled}), a local folder, "
+            f"No checkpoint {name!r}{nearest(name, known)}: give a bundled name ({bundled}), a local folder, "
             "or a hub id like owner/name."
         )
     from huggingface_hub import snapshot_download  # only who asks for a hub id needs it
@@ -86,11 +89,6 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
             f"There is no folder {name} and no bundled name like it ({bundled}), and the hub did not give a model "
             f"of that id ({type(error).__name__}). Without a network, pass the path of a downloaded folder."
         ) from error
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _names_a_path(name: str) -> bool:
@@ -156,6 +154,11 @@ def _check_safetensors(path: Path) -> None:
         )
 
 
+def is_bare_head(folder: str | Path) -> bool:
+    """Whether an adapter folder is an embedding head alone, with no weights of an adapter."""
+    return has_head(folder) and not (Path(folder) / ADAPTER_CONFIG).is_file()
+
+
 def pick_device(device: str | torch.device) -> torch.device:
     """The device to run on; "auto" takes CUDA if it is there. CheckpointError for an unusable name."""
     try:
@@ -192,7 +195,7 @@ def load_folder(
             f"{folder / 'token_space.json'} has {processor.token_space.vocab_size} ids, "
             f"but the model only {lm.config.vocab_size}; the files are of different checkpoints."
         )
-    if adapter is not None:
+    if adapter is not None and not is_bare_head(adapter):
         processor = add_saved_modalities(lm, processor, Path(adapter))
         lm = merge_adapter(lm, Path(adapter))
     if device.type == "cpu" and lm._can_set_experts_implementation():
@@ -229,7 +232,7 @@ def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # a second to import
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (ADAPTER_CONFIG, "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing: {folder} is no adapter folder.")
     _check_safetensors(folder / "adapter_model.safetensors")

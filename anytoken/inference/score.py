@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from anytoken.training.losses.linear_cross_entropy import linear_cross_entropy
 from anytoken.utils.errors import RequestError
 
 Normalize = Literal["none", "tokens", "pmi"]
+T = TypeVar("T")
+Steps = Generator[None, None, T]  # work in parts; what it returns is the result
+PART = 512  # ids of one forward, unless a single answer is longer
 CACHE_ELEMENTS = 2**26  # of keys and values that the copies of a prompt may take in one batch
 
 
@@ -121,18 +124,35 @@ def score_ids(
     prior: ids of the empty prompt, to score the answers after it, too. RequestError if prompt and answer do not fit the
     context.
     """
+    return drain(score_steps(engine, prompt, answers, prior))
+
+
+def drain(steps: Steps[T]) -> T:
+    """The result of work in parts, all of it done at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def score_steps(
+    engine: Engine,
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    prior: Sequence[int] | None = None,
+) -> Steps[list[Score]]:
+    """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between."""
     longest = max(map(len, answers))
     if len(prompt) + longest > engine.context:
         raise RequestError(
             f"The prompt has {len(prompt)} tokens and the longest answer {longest}, but the context is "
             f"{engine.context} tokens: shorten one of them."
         )
-    found = _logprobs(engine, prompt, answers)
-    priors = (
-        [None] * len(answers)
-        if prior is None
-        else [float(p.sum()) for p in _logprobs(engine, prior, answers)]
-    )
+    found = yield from _logprobs(engine, prompt, answers)
+    priors: list[float | None] = [None] * len(answers)
+    if prior is not None:
+        priors = [float(one.sum()) for one in (yield from _logprobs(engine, prior, answers))]
     return [
         Score(np.asarray(ids), logprobs, segment_sums(engine.grammar, ids, logprobs), before)
         for ids, logprobs, before in zip(answers, found, priors, strict=True)
@@ -140,12 +160,15 @@ def score_ids(
 
 
 @torch.inference_mode()
-def _logprobs(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
+def _logprobs(
+    engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]
+) -> Steps[list[np.ndarray]]:
     """Log-probability of every id of every answer, each float32 [T]."""
     device = engine.lm.device
-    start = torch.tensor([list(prompt)], device=device)
     cache = DynamicCache(config=engine.lm.config)
-    first = _features(engine, start, cache)[:, -1:]  # [1, 1, D]: predicts the first id of every answer
+    for start in torch.tensor([list(prompt)], device=device).split(PART, 1):
+        first = _features(engine, start, cache)[:, -1:]  # [1, 1, D]: predicts the first id of every answer
+        yield
     result: dict[int, np.ndarray] = {}
     for rows in _batches([len(ids) for ids in answers], _most_rows(cache, len(prompt))):
         lengths = [len(answers[row]) for row in rows]
@@ -160,6 +183,7 @@ def _logprobs(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[
         real = torch.arange(ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
         scored = _target_logprobs(engine, features[real], ids[real]).float().cpu()
         result |= {row: one.numpy() for row, one in zip(rows, scored.split(lengths), strict=True)}
+        yield
     return [result[row] for row in range(len(answers))]
 
 
@@ -196,12 +220,14 @@ def _most_rows(cache: DynamicCache, prompt_length: int) -> int:
 
 
 def _batches(lengths: Sequence[int], most: int, slack: float = 1.25) -> Iterator[list[int]]:
-    """Rows in batches of at most `most`, the longest at most `slack` times (or 8 ids longer than) the shortest."""
+    """Rows in batches of at most `most` and PART ids, the longest within `slack` times, or 8 ids, of the shortest."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batch: list[int] = []
     for row in order:
         if batch and (
-            len(batch) == most or lengths[row] > max(slack * lengths[batch[0]], lengths[batch[0]] + 8)
+            len(batch) == most
+            or (len(batch) + 1) * lengths[row] > PART
+            or lengths[row] > max(slack * lengths[batch[0]], lengths[batch[0]] + 8)
         ):
             yield batch
             batch = []

@@ -29,6 +29,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.utils.errors import CheckpointError
+from anytoken.utils.hints import no_such_model
 
 TOLERANCE = 1e-4  # of logits, relative to their size: float32 sums in another order
 COPIED = (
@@ -47,6 +48,8 @@ def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **settings)
         tokenizer = AutoTokenizer.from_pretrained(path, **settings)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if not Path(path).exists():
+            raise CheckpointError(f"{no_such_model(source)} ({type(error).__name__}).") from error
         raise CheckpointError(f"{source} does not load as a causal language model: {error}") from error
     if not tokenizer.is_fast:
         raise CheckpointError(f"{source} has no tokenizer.json, which is what its texts are read with.")

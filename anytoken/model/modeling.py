@@ -223,7 +223,6 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         output_expert_use: bool = False,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> AnyTokenOutput:
         """input_ids [B, T] to logits [B, T, V]; with labels, the loss: cross-entropy, load balance, z-losses.
@@ -235,6 +234,9 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         inputs_embeds where modalities must be known: expert groups, router_modality_aux_loss_coef, output_expert_use.
         """
         config = self.config
+        # Not in the signature: transformers' Trainer takes every argument with "label" in its name for one that a
+        # batch must hold, and evaluates without a loss where one is missing.
+        shift_labels = kwargs.pop("shift_labels", None)
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
         routed = labels is not None or output_router_logits or output_expert_use

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import unwrap
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,41 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
 
 @use_experts_implementation
 class AnyTokenExperts(Qwen3MoeExperts):
-    """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model."""
+    """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model.
+
+    Diff with Qwen3-MoE: `load_state_dict` also takes the one-by-one names experts are saved under. transformers'
+    Trainer loads a checkpoint that way when it resumes or takes the best model, and would leave the experts out.
+    """
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        width = self.intermediate_dim
+        for fused, name, rows in (
+            ("gate_up_proj", "gate_proj", slice(0, width)),
+            ("gate_up_proj", "up_proj", slice(width, 2 * width)),
+            ("down_proj", "down_proj", slice(None)),
+        ):
+            keys = [f"{prefix}{expert}.{name}.weight" for expert in range(self.num_experts)]
+            given = {expert: state_dict.pop(key) for expert, key in enumerate(keys) if key in state_dict}
+            if not given:
+                continue
+            # A shard may hold some of the experts only: the others keep the values they have.
+            whole = state_dict.setdefault(prefix + fused, getattr(self, fused).detach().clone())
+            for expert, weight in given.items():
+                part = whole[expert, rows]
+                if part.shape == weight.shape:
+                    part.copy_(weight)
+                else:
+                    error_msgs.append(
+                        f"size mismatch for {keys[expert]}: {tuple(weight.shape)} in the checkpoint, "
+                        f"{tuple(part.shape)} in the model."
+                    )
+            missing_keys += [key for expert, key in enumerate(keys) if expert not in given]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 PLAIN_LOOP = unwrap(AnyTokenExperts.forward)

@@ -22,21 +22,30 @@ from starlette.exceptions import HTTPException
 
 import anytoken
 from anytoken.inference.api import AnyToken
+from anytoken.serving.adapters_api import router as adapters_router
 from anytoken.serving.chat_api import router as chat_router
+from anytoken.serving.embeddings_api import router as embeddings_router
 from anytoken.serving.errors import FAILURES, ApiError, BadRequest, NotFound
 from anytoken.serving.media_api import router as media_router
 from anytoken.serving.middleware import Gate, Metrics
+from anytoken.serving.realtime_api import router as realtime_router
+from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.service import Service
 from anytoken.serving.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 
-def create_app(model: AnyToken, name: str, settings: ServerSettings | None = None) -> FastAPI:
-    """The application that serves a model under a name; also for a server of your own (`uvicorn.run(app)`)."""
+def create_app(
+    model: AnyToken, name: str, settings: ServerSettings | None = None, worker: RemoteWorker | None = None
+) -> FastAPI:
+    """The application that serves a model under a name; also for a server of your own (`uvicorn.run(app)`).
+
+    worker: where tokens come from, if not from the model itself.
+    """
     settings = settings or ServerSettings()
     metrics = Metrics()
-    service = Service(model, name, settings, metrics)
+    service = Service(model, name, settings, metrics, worker)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -52,7 +61,11 @@ def create_app(model: AnyToken, name: str, settings: ServerSettings | None = Non
     )
     app.state.service = service
     app.include_router(chat_router)
+    app.include_router(embeddings_router)
     app.include_router(media_router)
+    app.include_router(realtime_router)
+    if settings.adapter_folder is not None and settings.api_keys:
+        app.include_router(adapters_router)
     _add_operations(app, service)
     _add_error_handlers(app)
     if settings.cors_origins:
@@ -87,13 +100,13 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:
         """The models that can be asked for."""
-        return {"object": "list", "data": [service.describe()]}
+        return {"object": "list", "data": [service.describe(name) for name in service.models]}
 
     @app.get("/v1/models/{name}", tags=["models"], responses=FAILURES)
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         service.check_model(name)
-        return service.describe()
+        return service.describe(name)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

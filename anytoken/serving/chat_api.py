@@ -126,7 +126,7 @@ async def _chunks(
         except ApiError as error:
             queue.put_nowait((number, error))
 
-    deltas = [_Deltas() for _ in pending]
+    deltas = [Deltas() for _ in pending]
     tasks = [asyncio.ensure_future(follow(number, one)) for number, one in enumerate(pending)]
     try:
         for number in range(len(pending)):
@@ -155,7 +155,7 @@ async def _chunks(
             service.worker.cancel(one.job)
 
 
-class _Deltas:
+class Deltas:
     """What the events of one reply add to its message.
 
     Clips are resampled as far as they are known, and only samples that no later piece changes are sent: joined, the
@@ -211,7 +211,7 @@ async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
     service.check_model(body.model)
     messages = [one.model_dump() for one in body.messages]
 
-    def run() -> list[float]:
+    def read() -> tuple[list[int], list[list[int]]]:
         prompt = read_messages(messages, service.settings)
         answers = [
             one
@@ -219,11 +219,15 @@ async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
             else [read_part(part, f"answers[{number}]", service.settings) for part in one]
             for number, one in enumerate(body.answers)
         ]
-        return service.model.score(prompt, answers, body.normalize)
+        return service.model.encode_prompt(prompt), [
+            service.model.processor.encode_reply(one) for one in answers
+        ]
 
     try:
-        scores = await service.worker.call(run)
+        ids = await asyncio.to_thread(read)
     except ValueError as error:
         raise BadRequest(str(error)) from error
+    found = await service.run(service.model.score_steps(*ids, body.normalize), body.model, request)
+    scores = [one.value(body.normalize) for one in found]
     data = [{"index": number, "object": "score", "score": value} for number, value in enumerate(scores)]
     return {"object": "list", "model": body.model, "data": data}

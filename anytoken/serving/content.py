@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
-from anytoken.serving.errors import BadRequest
+from anytoken.serving.errors import BadRequest, media_error
 from anytoken.serving.settings import ServerSettings
+from anytoken.utils.limits import media_limits
 
 _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL
 )
-_VIDEO_SUFFIXES = {
-    "video/mp4": ".mp4", "video/webm": ".webm", "video/quicktime": ".mov", "video/x-matroska": ".mkv",
-    "image/gif": ".gif", "image/webp": ".webp",
-}  # fmt: skip
+_VIDEO_TYPES = (
+    "video/mp4", "video/webm", "video/quicktime", "video/x-matroska", "image/gif", "image/webp",
+)  # fmt: skip
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 AUDIO_TYPES = {
     "wav": "audio/wav",
@@ -96,9 +96,10 @@ def read_part(part: Any, where: str, settings: ServerSettings) -> Segment:
     if kind not in readers:
         raise BadRequest(f"{where} has the type {kind!r}; allowed: {', '.join(readers)}.", where)
     try:
-        return readers[kind]()
+        with media_limits(settings.media_limits):
+            return readers[kind]()
     except ValueError as error:
-        raise BadRequest(f"{where}: {error}", where) from error
+        raise media_error(where, error) from error
 
 
 def _text(text: Any, where: str, settings: ServerSettings) -> Text:
@@ -125,10 +126,11 @@ def _data_url(part: Mapping[str, Any], key: str, where: str) -> tuple[str, bytes
             f"{where}.{key}.url must be a data URL such as data:image/png;base64,...; this server fetches nothing.",
             where,
         )
-    return found["type"] or "", _decoded(found["data"], where)
+    return found["type"] or "", decoded(found["data"], where)
 
 
-def _decoded(data: Any, where: str) -> bytes:
+def decoded(data: Any, where: str) -> bytes:
+    """The bytes of base64 text; BadRequest for anything else."""
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, AttributeError, ValueError) as error:
@@ -140,17 +142,13 @@ def _audio(value: Any, where: str) -> Speech:
         raise BadRequest(f'{where}.input_audio is {{"data": base64, "format": ...}}.', where)
     if value.get("format") not in AUDIO_FORMATS:
         raise BadRequest(f"{where}.input_audio.format is one of {', '.join(AUDIO_FORMATS)}.", where)
-    return Speech.open(_decoded(value.get("data"), where))
+    return Speech.open(decoded(value.get("data"), where))
 
 
 def _video(media_type: str, data: bytes) -> Video:
-    suffix = _VIDEO_SUFFIXES.get(media_type)
-    if suffix is None:
-        raise ValueError(f"a video of type {media_type!r}; allowed: {', '.join(_VIDEO_SUFFIXES)}.")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"video{suffix}"
-        path.write_bytes(data)
-        return Video.open(path)
+    if media_type not in _VIDEO_TYPES:
+        raise ValueError(f"a video of type {media_type!r}; allowed: {', '.join(_VIDEO_TYPES)}.")
+    return Video.open(data)
 
 
 # ---- out ----

@@ -6,6 +6,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from anytoken.utils.limits import MediaLimitError
+
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
@@ -36,6 +38,13 @@ class BadRequest(ApiError):
     """A request that cannot be served as it is."""
 
     status, kind = 400, "invalid_request_error"
+
+
+def media_error(where: str, error: ValueError) -> BadRequest:
+    """What is wrong with a medium of a request; of one over a limit, which limit of the server that is."""
+    if isinstance(error, MediaLimitError):
+        return BadRequest(f"{where} {error.fact} by this server ({error.limit}).", where, "media_too_large")
+    return BadRequest(f"{where}: {error}", where)
 
 
 class Unauthorized(ApiError):

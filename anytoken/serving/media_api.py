@@ -12,11 +12,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from anytoken.segments import Speech, Text
 from anytoken.serving.chat_api import usage
 from anytoken.serving.content import AUDIO_TYPES, audio_bytes, png
-from anytoken.serving.errors import FAILURES, BadRequest
+from anytoken.serving.errors import FAILURES, BadRequest, media_error
 from anytoken.serving.schemas import ImageBody, Message, SamplingBody, SpeechBody
 from anytoken.serving.service import Service, service_of
 from anytoken.tokenizers.base import CodeGrid
 from anytoken.tokenizers.image import PATCH_PX
+from anytoken.utils.limits import media_limits
 
 router = APIRouter(prefix="/v1", tags=["media"])
 
@@ -94,15 +95,16 @@ async def transcriptions(
     service.check_model(model)
     data = await file.read()
 
-    def read() -> list[int]:
-        clip = Speech.open(data)
+    def read() -> tuple[list[int], float]:
+        with media_limits(service.settings.media_limits):
+            clip = Speech.open(data)
         parts = [clip] if not prompt else [Text(prompt), clip]
-        return service.model.encode_prompt([{"role": "user", "content": parts}])
+        return service.model.encode_prompt([{"role": "user", "content": parts}]), clip.seconds
 
     try:
-        ids = await asyncio.to_thread(read)
+        ids, seconds = await asyncio.to_thread(read)
     except ValueError as error:
-        raise BadRequest(f"file: {error}", "file") from error
+        raise media_error("file", error) from error
     body = SamplingBody(model=model, temperature=temperature)
     (reply,) = await service.replies(await service.submit(body, ids, ["text"]), request)
     if response_format == "text":
@@ -115,7 +117,6 @@ async def transcriptions(
             "total_tokens": counts["total_tokens"],
         }  # fmt: skip
     else:
-        seconds = (await asyncio.to_thread(Speech.open, data)).seconds
         found |= {
             "task": "transcribe",
             "language": language or "unknown",

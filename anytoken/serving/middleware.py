@@ -15,6 +15,7 @@ from anytoken.serving.errors import ApiError, RequestTimeout, TooLarge, Unauthor
 from anytoken.serving.settings import ServerSettings
 
 OPEN_PATHS = ("/healthz", "/readyz")  # what an orchestrator asks without a key
+KEY_PROTOCOL = "openai-insecure-api-key."
 log = logging.getLogger("anytoken.serving.access")
 
 
@@ -51,6 +52,9 @@ class Gate:
         self.app, self.settings, self.metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -75,11 +79,35 @@ class Gate:
             self.metrics.seconds.labels(path).observe(seconds)
             log.info("%s %s %d %.3f s", scope["method"], path, status, seconds)
 
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Browsers send no key with a WebSocket and let pages of any origin open one: both are checked here."""
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        own = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+        try:
+            if origin and not own and origin not in self.settings.cors_origins:
+                raise Unauthorized(
+                    f"Pages of {origin} may not connect: start the server with --cors {origin}."
+                )
+            self._check_key(scope)
+        except ApiError as error:
+            await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+            log.info("WEBSOCKET %s refused", scope["path"])
+            return
+        log.info("WEBSOCKET %s", scope["path"])
+        await self.app(scope, receive, send)
+
     def _check_key(self, scope: Scope) -> None:
-        if not self.settings.api_keys or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if not self.settings.api_keys or scope["path"] in OPEN_PATHS or scope.get("method") == "OPTIONS":
             return
         headers = dict(scope["headers"])
         scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if scope["type"] == "websocket" and not scheme:  # how browsers send a key, in OpenAI's API
+            protocols = (
+                headers.get(b"sec-websocket-protocol", b"").decode("latin-1").replace(" ", "").split(",")
+            )
+            keys = [one.removeprefix(KEY_PROTOCOL) for one in protocols if one.startswith(KEY_PROTOCOL)]
+            scheme, key = "bearer", keys[0] if keys else ""
         if scheme.lower() != "bearer" or not self.settings.knows_key(key.strip()):
             raise Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY'.")
 

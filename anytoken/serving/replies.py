@@ -14,6 +14,7 @@ from anytoken.inference.scheduler import Token
 from anytoken.inference.streaming import Event, SegmentFinished, SegmentStream, TextDelta
 from anytoken.segments import Segment, Text
 from anytoken.serving.errors import ApiError, BadRequest, DeadlinePassed, Unavailable
+from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.worker import DeadlineExceeded, Job, Stopped, Worker
 
 
@@ -31,12 +32,13 @@ class PendingReply:
         options: dict[str, Any],
         deadline: float,
         stops: Sequence[str] = (),
+        adapter: str | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._model, self._stops = model, list(stops)
         self._began = time.perf_counter()
-        self.job = Job(prompt, options, self._deliver, time.monotonic() + deadline)
+        self.job = Job(prompt, options, self._deliver, time.monotonic() + deadline, adapter)
         self.reply: GenerationOutput | None = None
 
     def _deliver(self, item: Token | Exception) -> None:
@@ -147,7 +149,9 @@ async def whole(pending: PendingReply) -> GenerationOutput:
     return pending.reply
 
 
-async def gather(worker: Worker, pending: Sequence[PendingReply], gone: Any) -> list[GenerationOutput]:
+async def gather(
+    worker: Worker | RemoteWorker, pending: Sequence[PendingReply], gone: Any
+) -> list[GenerationOutput]:
     """The finished replies, in order; all are cancelled when one fails or `gone` (a coroutine) ends first."""
     tasks = [asyncio.ensure_future(whole(one)) for one in pending]
     watch = asyncio.ensure_future(gone)

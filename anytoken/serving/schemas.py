@@ -156,3 +156,17 @@ class ScoreBody(Body):
     messages: list[Message] = Field(min_length=1, max_length=1000)
     answers: list[str | list[Any]] = Field(min_length=1, max_length=1000)
     normalize: Literal["none", "tokens", "pmi"] = "none"
+
+
+class EmbeddingsBody(Body):
+    """POST /v1/embeddings: strings, token ids, or, beyond OpenAI's, lists of content parts as in messages."""
+
+    model: str
+    input: str | list[Any] = Field(
+        description="a string, token ids, or a list of inputs: strings, lists of token ids, lists of content parts"
+    )
+    dimensions: int | None = Field(default=None, ge=1, description="one of the head's widths")
+    encoding_format: Literal["float", "base64"] = "float"
+    untrained: bool = Field(
+        default=False, description="means of hidden states where there is no trained head"
+    )

@@ -5,43 +5,62 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.outputs import GenerationOutput
 from anytoken.serving.content import read_messages
-from anytoken.serving.errors import BadRequest, NotFound, TooManyRequests, Unavailable
+from anytoken.serving.errors import BadRequest, DeadlinePassed, NotFound, TooManyRequests, Unavailable
 from anytoken.serving.middleware import Metrics
+from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.replies import PendingReply, gather
 from anytoken.serving.schemas import Message, SamplingBody
 from anytoken.serving.settings import ServerSettings
-from anytoken.serving.worker import QueueFull, Worker
+from anytoken.serving.worker import QueueFull, Steps, Stopped, Worker
+
+T = TypeVar("T")
 
 
 class Service:
     """One model under a name, with its worker, limits and metrics."""
 
-    def __init__(self, model: AnyToken, name: str, settings: ServerSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        model: AnyToken,
+        name: str,
+        settings: ServerSettings,
+        metrics: Metrics,
+        worker: Worker | RemoteWorker | None = None,
+    ) -> None:
         self.model, self.name, self.settings, self.metrics = model, name, settings, metrics
-        self.worker = Worker(model, settings.max_rows, settings.max_waiting)
+        self.worker = worker or Worker(model, settings.max_rows, settings.max_waiting)
         self.created = int(time.time())
 
-    def describe(self) -> dict[str, Any]:
-        """The entry of /v1/models."""
+    def describe(self, name: str) -> dict[str, Any]:
+        """The entry of a name in /v1/models; `parent` is the model that an adapter changes."""
         return {
-            "id": self.name, "object": "model", "created": self.created, "owned_by": "anytoken",
-            "modalities": self.model.kinds, "context": self.model.engine.context,
+            "id": name, "object": "model", "created": self.created, "owned_by": "anytoken",
+            "parent": self.name if name != self.name else None, "modalities": self.model.kinds,
+            "context": self.model.engine.context,
         }  # fmt: skip
 
-    def check_model(self, name: str) -> None:
-        """NotFound unless this is the model's name."""
-        if name != self.name:
+    @property
+    def models(self) -> list[str]:
+        """Names that can be asked for: the model's, and "model:adapter" for each adapter."""
+        return [self.name, *(f"{self.name}:{adapter}" for adapter in self.model.adapters.names)]
+
+    def check_model(self, name: str) -> str | None:
+        """The adapter that a name asks for, None for the bare model; NotFound for another name."""
+        if name not in self.models:
             raise NotFound(
-                f"There is no model {name!r}; this server has {self.name!r}.", "model", "model_not_found"
-            )
+                f"There is no model {name!r}; this server has {', '.join(map(repr, self.models))}.",
+                "model", "model_not_found",
+            )  # fmt: skip
+        return name[len(self.name) + 1 :] or None
 
     async def encode(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's ids; BadRequest says which part cannot be read. Media are decoded off the event loop."""
@@ -66,7 +85,7 @@ class Service:
         sizes: dict[str, tuple[int, ...]] | None = None,
     ) -> list[PendingReply]:
         """Hand `count` replies to the worker; TooManyRequests if they would have to wait too long."""
-        settings = self.settings
+        settings, adapter = self.settings, self.check_model(body.model)
         if count > settings.max_choices:
             raise BadRequest(f"n is at most {settings.max_choices}; received {count}.", "n")
         if limit is not None and limit > settings.max_new_tokens:
@@ -83,7 +102,7 @@ class Service:
             options["max_new_tokens"] or settings.max_new_tokens, settings.max_new_tokens
         )
         pending = [
-            PendingReply(self.model, prompt, {**options, "draw": number}, settings.deadline, stops)
+            PendingReply(self.model, prompt, {**options, "draw": number}, settings.deadline, stops, adapter)
             for number in range(count)
         ]
         if not self.worker.alive:
@@ -93,6 +112,29 @@ class Service:
         except QueueFull as error:
             raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
         return pending
+
+    async def run(self, steps: Steps[T], name: str, request: Request) -> T:
+        """What work in parts returns, done with the adapter that a name asks for; errors as answers to a request."""
+        work = asyncio.ensure_future(self.worker.work(steps, self.check_model(name)))
+        gone = asyncio.ensure_future(disconnected(request))
+        try:
+            await asyncio.wait(
+                {work, gone}, timeout=self.settings.deadline, return_when=asyncio.FIRST_COMPLETED
+            )
+            if work.done():
+                with _as_answers():
+                    return work.result()
+            if gone.done():
+                raise asyncio.CancelledError
+            raise DeadlinePassed("The request took too long.")
+        finally:
+            work.cancel()
+            gone.cancel()
+
+    async def change(self, function: Callable[[], None]) -> None:
+        """Change the model or its adapters once nothing else runs; errors as answers to a request."""
+        with _as_answers():
+            await self.worker.call(function, alone=True)
 
     async def replies(self, pending: Sequence[PendingReply], request: Request) -> list[GenerationOutput]:
         """The finished replies; their places are freed if the client goes away."""
@@ -106,6 +148,18 @@ class Service:
         self.metrics.tokens.labels("in", "all").inc(prompt_tokens)
         for modality, number in reply.usage.tokens.items():
             self.metrics.tokens.labels("out", modality).inc(number)
+
+
+@contextmanager
+def _as_answers() -> Iterator[None]:
+    try:
+        yield
+    except QueueFull as error:
+        raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
+    except Stopped as error:
+        raise Unavailable(str(error)) from error
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
 
 
 async def disconnected(request: Request) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.limits import MediaLimits
 
 KEY_VARIABLE = "ANYTOKEN_API_KEYS"
+VIDEO_PIXELS = 5_000_000_000  # of a request's video, in all frames: some ten seconds of decoding
+DECODED_BYTES = 1 << 28  # of one medium of a request
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -31,11 +34,31 @@ class ServerSettings(BaseModel):
     max_parts: int = Field(default=64, ge=1, description="content parts of a request")
     max_text: int = Field(default=100_000, ge=1, description="characters of a text part")
     max_bases: int = Field(default=100_000, ge=1, description="letters of a DNA sequence")
+    max_pixels: int = Field(default=25_000_000, ge=1, description="pixels of an image or a video's frame")
+    max_seconds: float = Field(default=600, gt=0, description="length of speech or video")
+    max_frames: int = Field(default=3_600, ge=1, description="frames of a video")
     api_keys: tuple[str, ...] = Field(default=(), repr=False, description="bearer tokens; none: open to all")
     cors_origins: tuple[str, ...] = Field(default=(), description="origins of pages that may call the server")
     voices: tuple[str, ...] = Field(
         default=(), description="voices that the model knows by name, for /v1/audio/speech"
     )
+
+    adapter_folder: Path | None = Field(
+        default=None, description="folder from which clients with a key may load adapters; none: they may not"
+    )
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        """What a request's media may hold; the totals follow from the limits of one frame."""
+        return MediaLimits(
+            max_bytes=self.max_body_bytes,
+            max_pixels=self.max_pixels,
+            max_frames=self.max_frames,
+            max_seconds=self.max_seconds,
+            max_letters=max(self.max_text, self.max_bases),
+            max_video_pixels=VIDEO_PIXELS,
+            max_decoded_bytes=DECODED_BYTES,
+        )
 
     def knows_key(self, given: str) -> bool:
         """Whether a bearer token is one of the keys; takes the same time whichever it is compared with."""
@@ -56,6 +79,19 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"{path} holds no API key: write one per line.")
     return keys
+
+
+def check_adapter_folder(folder: Path | None, keys: tuple[str, ...]) -> None:
+    """ConfigError for a folder of adapters that is none, or that clients could load from without a key."""
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder of adapters.")
+    if not keys:
+        raise ConfigError(
+            f"--adapter-folder lets clients load adapters, which needs API keys: set {KEY_VARIABLE} or give "
+            "--api-keys FILE."
+        )
 
 
 def check_exposure(host: str, keys: tuple[str, ...], allow_open: bool) -> None:

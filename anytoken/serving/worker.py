@@ -4,6 +4,11 @@ Web handlers run elsewhere and never touch the model. They submit a job and get 
 endpoints share one continuous batch (`inference/scheduler.py`), so a request waits for a free row, never for another
 one's reply. If a decoding step fails, every running job is decoded again on its own: the one that fails alone is
 answered with an error, the others go on where they were, since a reply depends on its own seed only.
+
+Work that is no generation (scores) comes as an iterator and is done in parts, one after each decoding step, so that it
+never holds up the replies of others for longer than a part takes. An adapter is a state of the weights, so jobs and
+work of different adapters never run together: requests start in the order they came, those of the adapter in use may
+overtake others for TURN seconds, and then what runs is finished before the weights change.
 """
 
 from __future__ import annotations
@@ -13,16 +18,20 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.scheduler import Scheduler, Token
+from anytoken.inference.score import Steps
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Deliver = Callable[[Token | Exception], None]
+TURN = 1.0  # seconds that requests of the adapter in use may overtake those of another
 
 
 class QueueFull(RuntimeError):
@@ -45,9 +54,24 @@ class Job:
     options: Mapping[str, Any]
     deliver: Deliver
     deadline: float
+    adapter: str | None = None
     delivered: int = 0
     number: int | None = None
     over: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
+class Work:
+    """Something else that uses the model, in parts; `freeze_tables` gets the result or the error.
+
+    alone: it changes the model or its adapters, so nothing else may run.
+    """
+
+    steps: Steps[Any]
+    freeze_tables: Callable[[Exception | None, Any], None]
+    adapter: str | None = None
+    alone: bool = False
     submitted: float = field(default_factory=time.monotonic)
 
 
@@ -59,9 +83,12 @@ class Worker:
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._open = 0  # jobs that are not over
-        self._jobs: dict[int, Job] = {}
+        self._open = 0  # jobs and works that are not over
+        self._waiting: deque[Job | Work] = deque()  # in the order they came
+        self._jobs: dict[int, Job] = {}  # those that run
+        self._works: deque[Work] = deque()  # those that run, a part each in turn
         self._scheduler: Scheduler | None = None
+        self._turn = 0.0  # when the adapter in use was put in
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -87,35 +114,56 @@ class Worker:
 
     @property
     def load(self) -> tuple[int, int]:
-        """How many jobs run and how many wait."""
+        """How many requests run and how many wait."""
         return min(self._open, self.max_rows), max(0, self._open - self.max_rows)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take jobs, all or none; QueueFull if they are more than may wait."""
-        with self._lock:
-            if self._open + len(jobs) > self.max_rows + self.max_waiting:
-                raise QueueFull(f"{self._open} requests are running or waiting.")
-            self._open += len(jobs)
+        self._count(len(jobs))
         for job in jobs:
             self._inbox.put(lambda job=job: self._admit(job))  # type: ignore[misc]
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """What a function that uses the model returns, run between two decoding steps."""
+    def _count(self, number: int) -> None:
+        with self._lock:
+            if number > 0 and self._open + number > self.max_rows + self.max_waiting:
+                raise QueueFull(f"{self._open} requests are running or waiting.")
+            self._open += number
+
+    async def call(self, function: Callable[[], T], alone: bool = False) -> T:
+        """What a function that uses the model returns, run between two decoding steps.
+
+        alone: it changes the model, so it waits until nothing else runs.
+        """
+
+        def steps() -> Steps[T]:
+            return function()
+            yield
+
+        return await self.work(steps(), alone=alone)
+
+    async def work(self, steps: Steps[T], adapter: str | None = None, alone: bool = False) -> T:
+        """What a generator that uses the model returns; a decoding step of others runs between any two of its parts.
+
+        Cancelling the call drops what is left of it. QueueFull and Stopped as for jobs.
+        """
         if not self.alive:
             raise Stopped("The server is shutting down.")
+        self._count(1)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
-        def run() -> None:
-            try:
-                result = function()
-            except Exception as error:
-                loop.call_soon_threadsafe(_settle, future, error, None)
-            else:
-                loop.call_soon_threadsafe(_settle, future, None, result)
+        def settle(error: Exception | None, result: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_settle, future, error, result)
 
-        self._inbox.put(run)
-        return await future
+        work = Work(steps, settle, adapter, alone)
+        self._inbox.put(lambda: self._waiting.append(work))
+        try:
+            return await future
+        finally:
+            self._count(-1)
+            if not future.done() or future.cancelled():
+                self._inbox.put(lambda: self._drop(work))
 
     def cancel(self, job: Job) -> None:
         """Drop a job and free its place; nothing is delivered any more."""
@@ -125,17 +173,29 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._read_inbox(wait=not self._jobs)
+            self._read_inbox(wait=not (self._jobs or self._works or self._waiting))
             if self._stopping:
                 break
             self._expire()
+            self._take()
             if self._jobs:
                 self._step()
-        for job in list(self._jobs.values()):
-            self._fail(job, Stopped("The server is shutting down."))
+            if self._works:
+                self._do_part(self._works[0])
+        self._end()
+
+    def _end(self) -> None:
         while not self._inbox.empty():  # jobs that came in meanwhile
             if (command := self._inbox.get()) is not None:
                 command()
+        stopped = Stopped("The server is shutting down.")
+        for one in [*self._jobs.values(), *self._works, *self._waiting]:
+            if isinstance(one, Job):
+                self._fail(one, stopped)
+            else:
+                one.freeze_tables(stopped, None)
+        self._works.clear()
+        self._waiting.clear()
 
     def _read_inbox(self, wait: bool) -> None:
         while wait or not self._inbox.empty():
@@ -146,21 +206,75 @@ class Worker:
             wait = False
 
     def _admit(self, job: Job) -> None:
-        if job.over:
-            return
-        if self._stopping:
-            self._fail(job, Stopped("The server is shutting down."))
-            return
+        if not job.over:
+            self._waiting.append(job)
+
+    def _take(self) -> None:
+        """Start what waits, in the order it came, as far as the adapter in use and free rows allow."""
+        left: deque[Job | Work] = deque()
+        blocked = False  # something of another adapter has waited long enough
+        for one in list(self._waiting):
+            running = bool(self._jobs or self._works)
+            alone = isinstance(one, Work) and one.alone
+            fits = not running or (
+                not alone and not self._alone() and one.adapter == self.model.adapters.active
+            )
+            if blocked or not fits:
+                blocked = blocked or alone or self._alone() or time.monotonic() - self._turn > TURN
+                left.append(one)
+            elif isinstance(one, Work):
+                self._begin(one)
+            elif len(self._jobs) < self.max_rows:
+                self._start(one)
+            else:
+                left.append(one)
+        self._waiting = left
+
+    def _alone(self) -> bool:
+        return any(work.alone for work in self._works)
+
+    def _start(self, job: Job) -> None:
         try:
-            self._schedule(job)
+            self._use(job.adapter)
+            if self._scheduler is None or self._scheduler.grammar is not self.model.processor.grammar:
+                self._scheduler = Scheduler(self.model.engine, self.max_rows)
+            job.number = self._scheduler.submit(job.prompt, **job.options)
+            self._jobs[job.number] = job
         except Exception as error:  # a prompt that does not fit is the request's own fault
             self._fail(job, error)
 
-    def _schedule(self, job: Job) -> None:
-        if self._scheduler is None:
-            self._scheduler = Scheduler(self.model.engine, self.max_rows)
-        job.number = self._scheduler.submit(job.prompt, **job.options)
-        self._jobs[job.number] = job
+    def _begin(self, work: Work) -> None:
+        try:
+            if not work.alone:
+                self._use(work.adapter)
+            self._works.append(work)
+        except Exception as error:
+            work.freeze_tables(error, None)
+
+    def _use(self, adapter: str | None) -> None:
+        """Put an adapter into the weights; only called where it is in use already or nothing runs."""
+        if adapter != self.model.adapters.active:
+            self.model.use_adapter(adapter)
+            self._turn = time.monotonic()
+        elif not (self._jobs or self._works):
+            self._turn = time.monotonic()
+
+    def _do_part(self, work: Work) -> None:
+        self._works.rotate(-1)
+        try:
+            next(work.steps)
+        except StopIteration as end:
+            self._works.remove(work)
+            work.freeze_tables(None, end.value)
+        except Exception as error:
+            self._works.remove(work)
+            work.freeze_tables(error, None)
+
+    def _drop(self, work: Work) -> None:
+        for queue_ in (self._works, self._waiting):
+            if work in queue_:
+                queue_.remove(work)
+        work.steps.close()
 
     def _step(self) -> None:
         assert self._scheduler is not None
@@ -202,7 +316,8 @@ class Worker:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for job in [job for job in self._jobs.values() if now > job.deadline]:
+        jobs = [one for one in [*self._jobs.values(), *self._waiting] if isinstance(one, Job)]
+        for job in [job for job in jobs if now > job.deadline]:
             self._fail(job, DeadlineExceeded("The request took too long."))
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -214,8 +329,9 @@ class Worker:
         if job.over:
             return
         job.over = True
-        with self._lock:
-            self._open -= 1
+        self._count(-1)
+        if job in self._waiting:
+            self._waiting.remove(job)
         if job.number is not None and self._jobs.get(job.number) is job:
             del self._jobs[job.number]
             if self._scheduler is not None:

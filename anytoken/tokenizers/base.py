@@ -385,7 +385,7 @@ def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Te
 
 MODALITIES: dict[str, type[ModalityTokenizer]] = {}
 BUILTIN = {  # kind: module of this package
-    "image": "image", "layered_image": "layered", "speech": "speech", "video": "video",
+    "image": "image", "layered_image": "layered", "layered_video": "layered", "speech": "speech", "video": "video",
     "dna": "dna.vq", "dna_context": "dna.context", "dna_kmer": "dna.kmer_bpe", "dna_bpe": "dna.kmer_bpe",
     "pretrained_speech": "pretrained", "pretrained_image": "pretrained", "pretrained_video": "pretrained",
 }  # fmt: skip

@@ -1,33 +1,40 @@
-"""Images as a layer over a plain base colour: said once, so that local codes do not depend on the background.
+"""Images and clips as a layer over a plain base colour: said once, so that local codes do not depend on the background.
 
 Codes of composed pixels repeat the background in every patch and change with it, so a language model has to learn every
 drawing once per background. Here the base colour goes into global codes, and local codes describe the layer over it:
 premultiplied colour and coverage (Porter and Duff, 1984), which are the same on any background. A small network
 estimates the coverage of each pixel given the base colour (matting with a known background, arXiv 2004.00626). A patch
 without coverage has a code of its own. An image without a plain border is one opaque layer, coded like any image.
+A clip has one base, that of its first step of frames, so that it can be encoded as it comes.
 
 Values are in [-1, 1], where premultiplied colour is the layer over mid-grey: image = colour + (1 - coverage) * base.
-Shapes: B items, H and W pixels, N patches, D width.
+Shapes: B items, H and W pixels, N patches, D width; `space` is H, W of images and T, H, W of clips of T frames.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anytoken.segments import Image, Segment
-from anytoken.tokenizers.base import CodeGrid, Codes, TokenizerError, loss_weights, register_modality
+from anytoken.segments import Image, Segment, Video
+from anytoken.tokenizers.base import (
+    CodeGrid,
+    Codes,
+    ModalityTokenizer,
+    TokenizerError,
+    loss_weights,
+    register_modality,
+)
 from anytoken.tokenizers.image import (
     PATCH_PX,
-    REFINE_PX,
     ImageTokenizer,
-    as_bytes,
     from_bytes,
     psnr_db,
     to_bytes,
@@ -41,7 +48,8 @@ from anytoken.tokenizers.modules.convnext import (
     patchify,
     unpatchify,
 )
-from anytoken.tokenizers.modules.quantizer import QuantizerConfig
+from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
+from anytoken.tokenizers.video import MAX_STEPS, STEP_FRAMES, TUBELET, Past, VideoTokenizer
 
 BASE_LEVELS, BASE_CODES = 32, 3  # of each of red, green and blue
 BORDER_PX = 2
@@ -62,9 +70,9 @@ WEIGHTS = {
 
 @dataclass
 class Layers:
-    """Images taken apart: `layer` [B, 4, H, W] (premultiplied colour, coverage) over the base colour of `codes` [B, 3].
+    """Items taken apart: `layer` [B, 4, *space], premultiplied colour and coverage, over the colour of `codes` [B, 3].
 
-    plain: bool [B], whether the border is plain. logits: of the coverage, [B, 1, H, W].
+    plain: bool [B], whether the border is plain. logits: of the coverage, [B, 1, *space].
     """
 
     layer: Tensor
@@ -79,7 +87,7 @@ def base_color(codes: Tensor) -> Tensor:
 
 
 def find_base(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Global codes int64 [B, 3] of the median colour of the border of x [B, 3, H, W]; whether it is plain, bool [B]."""
+    """Global codes int64 [B, 3] of the median of the border of x [B, 3, *space]; whether that is plain, bool [B]."""
     w = BORDER_PX
     sides = [x[..., :w, :], x[..., -w:, :], x[..., :w], x[..., -w:]]
     border = torch.cat([side.flatten(2) for side in sides], 2)
@@ -88,9 +96,14 @@ def find_base(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, near.float().mean(1) >= PLAIN_SHARE
 
 
+def _everywhere(one: Tensor, x: Tensor) -> Tensor:
+    """Values [B, ...] of each item, to be taken together with x [B, C, *space]."""
+    return one.reshape(*one.shape, *[1] * (x.ndim - one.ndim))
+
+
 def composed(layer: Tensor, base: Tensor) -> Tensor:
-    """A layer [B, 4, H, W] over colours [B, 3]: pixels [B, 3, H, W]."""
-    return layer[:, :3] + (1 - layer[:, 3:]) * base[:, :, None, None]
+    """A layer [B, 4, *space] over colours [B, 3]: pixels [B, 3, *space]."""
+    return layer[:, :3] + (1 - layer[:, 3:]) * _everywhere(base, layer)
 
 
 def hardened(coverage: Tensor) -> Tensor:
@@ -98,13 +111,13 @@ def hardened(coverage: Tensor) -> Tensor:
     return ((coverage - EMPTY) / (1 - 2 * EMPTY)).clamp(0, 1)
 
 
-def empty_patches(layer: Tensor) -> Tensor:
-    """Which patches of layers [B, 4, H, W] hold nothing, bool [B, N]."""
-    return F.max_pool2d(layer[:, 3:], PATCH_PX).flatten(1) < EMPTY
+def empty_patches(layer: Tensor, patch: Sequence[int] = (PATCH_PX, PATCH_PX)) -> Tensor:
+    """Which patches of layers [B, 4, *space] hold nothing, bool [B, N]."""
+    return patchify(layer[:, 3:], patch).amax(1).flatten(1) < EMPTY
 
 
 class Matte(nn.Module):
-    """Takes images apart into a base colour and the layer over it."""
+    """Takes images, or the frames of clips, apart into a base colour and the layer over it."""
 
     def __init__(self, width: int, depth: int, kernel: int = 5) -> None:
         super().__init__()
@@ -115,60 +128,59 @@ class Matte(nn.Module):
             ChannelLinear(width, MATTE_PX**2),
         )
 
-    def forward(self, x: Tensor) -> Layers:
-        """x [B, 3, H, W] in [-1, 1], sides multiples of 4."""
-        codes, plain = find_base(x)
-        base = base_color(codes)[:, :, None, None]
+    def forward(self, x: Tensor, known: tuple[Tensor, Tensor] | None = None) -> Layers:
+        """x [B, 3, *space] in [-1, 1], sides multiples of 4.
+
+        known: what `find_base` found where x goes on; else it is found here, in the first step of clips.
+        """
+        codes, plain = known or find_base(x if x.ndim == 4 else x[:, :, :STEP_FRAMES])
+        base = _everywhere(base_color(codes), x)
         off = x - base
         far = off.square().sum(1, keepdim=True).add(4e-6).sqrt()
-        patch = (MATTE_PX, MATTE_PX)
-        logits = unpatchify(self.net(patchify(torch.cat([x, off, far], 1), patch)), patch).float()
+        logits = self._logits(torch.cat([x, off, far], 1)).float()
         coverage = hardened(logits.sigmoid())
-        coverage = torch.where(plain[:, None, None, None], coverage, torch.ones_like(coverage))
+        coverage = torch.where(_everywhere(plain, x), coverage, torch.ones_like(coverage))
         color = x - (1 - coverage) * base
         color = torch.maximum(torch.minimum(color, coverage), -coverage)
         return Layers(torch.cat([color, coverage], 1), codes, plain, logits)
 
+    def _logits(self, planes: Tensor) -> Tensor:
+        if planes.ndim == 5:
+            frames = self._logits(planes.transpose(1, 2).flatten(0, 1))
+            return frames.unflatten(0, (len(planes), -1)).transpose(1, 2)
+        patch = (MATTE_PX, MATTE_PX)
+        return unpatchify(self.net(patchify(planes, patch)), patch)
+
     @staticmethod
     def loss(found: Layers, true: Tensor) -> Tensor:
-        """Error of the coverage against that of true layers [B, 4, H, W], over images with a plain border."""
+        """Error of the coverage against that of true layers [B, 4, *space], over items with a plain border."""
         target = true[:, 3:]
         each = F.binary_cross_entropy_with_logits(found.logits, target, reduction="none")
         each = each + 2 * (found.logits.sigmoid() - target).abs()
         return (each.flatten(1).mean(1) * found.plain).mean()
 
 
-@register_modality
-class LayeredImageTokenizer(ImageTokenizer):
-    """Diff with ImageTokenizer: encodes the layer over a base colour, which three global codes say.
+class LayeredCodes(ModalityTokenizer):
+    """What layered images and layered clips share; the trunks come from the tokenizer that is the other base class.
 
-    matte_width, matte_depth: of the network that estimates coverage. A recoloured image keeps its local codes:
-    `swap_global` exchanges the base. It has one codebook, with one more code for empty patches, and no `candidates`.
+    patch: sizes of what a code stands for. last: name of the layer whose outputs are pixels. A recoloured item keeps
+    its local codes: `swap_global` exchanges the base. It has one codebook, with one more code for empty patches, and no
+    `candidates`.
     """
 
-    kind = "layered_image"
+    patch: ClassVar[tuple[int, ...]]
+    last: ClassVar[str]
+    quantize: Quantizer
+    encoder: nn.Sequential
+    _prepare: Callable[[Segment], np.ndarray]
+    _decode_vectors: Callable[[Tensor, Sequence[int]], Tensor]
 
-    def __init__(
-        self,
-        width: int = 128,
-        encoder_depth: int = 3,
-        decoder_depth: int = 6,
-        refine_width: int = 64,
-        refine_depth: int = 2,
-        quantizer: QuantizerConfig = "fsq",
-        levels: Sequence[int] = (8, 5, 5, 5),
-        codebook_size: int = 1024,
-        side_px: int = 64,
-        kernel: int = 7,
-        matte_width: int = 64,
-        matte_depth: int = 3,
-    ) -> None:
-        super().__init__(
-            width, encoder_depth, decoder_depth, refine_width, refine_depth, quantizer, levels, codebook_size,
-            side_px, kernel,
-        )  # fmt: skip
+    def _add_layers(self, matte_width: int, matte_depth: int) -> None:
+        """Global codes, the code for empty patches, the matte, and coverage as a fourth channel at both ends."""
         if self.quantize.num_codebooks != 1:
-            raise TokenizerError(f"A layered image tokenizer has one codebook; received {quantizer!r}.")
+            raise TokenizerError(
+                f"A {self.kind} tokenizer has one codebook; received {self.config['quantizer']!r}."
+            )
         self.config |= {"matte_width": matte_width, "matte_depth": matte_depth}
         assert isinstance(self.shape, CodeGrid)
         limits = self.shape.axes, self.shape.min_size, self.shape.max_size
@@ -176,19 +188,30 @@ class LayeredImageTokenizer(ImageTokenizer):
         self.empty_code = self.codebook_sizes[0]
         self.codebook_sizes = (self.empty_code + 1,)
         self.global_codebook_size = BASE_LEVELS
+        width = self.config["width"]
         self.matte = Matte(matte_width, matte_depth)
         self.empty = nn.Parameter(torch.zeros(width))  # what the decoder is given for an empty patch
-        self.encoder[0] = ChannelLinear(4 * PATCH_PX**2, width)
-        self.refine[-1] = ChannelLinear(refine_width, 4 * REFINE_PX**2)
+        self.encoder[0] = ChannelLinear(4 * math.prod(self.patch), width)
+        last = self.get_submodule(self.last)
+        assert isinstance(last, ChannelLinear)
+        self.set_submodule(self.last, ChannelLinear(last.in_features, last.out_features // 3 * 4))
         self._term_weights = WEIGHTS
+
+    def _segment(self, pixels: np.ndarray) -> Segment:
+        """uint8 [*space, 3] as what was encoded."""
+        raise NotImplementedError
 
     # ---- layers to codes and back ----
 
-    def _latents(self, layer: Tensor) -> Tensor:
-        """Layers [B, 4, H, W] to what is quantised [B, N, D]."""
-        return self.encoder(patchify(layer, (PATCH_PX, PATCH_PX))).flatten(2).transpose(1, 2)
+    def _pixels_of(self, pixels: np.ndarray) -> Tensor:
+        """uint8 [B, *space, 3] as x [B, 3, *space] in [-1, 1]."""
+        return from_bytes(torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 1).to(self.device))
 
-    def _quantized(self, latents: Tensor, empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _latents(self, layer: Tensor) -> Tensor:
+        """Layers [B, 4, *space] to what is quantised [B, N, D]."""
+        return self.encoder(patchify(layer, self.patch)).flatten(2).transpose(1, 2)
+
+    def _matched(self, latents: Tensor, empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors [B, N, D], codes [B, N] and the codebook's loss; empty patches never meet the codebook."""
         full = ~empty
         vectors = self.empty.to(latents.dtype).expand_as(latents).clone()
@@ -199,42 +222,51 @@ class LayeredImageTokenizer(ImageTokenizer):
         vectors[full], codes[full] = found.vectors[0].to(vectors.dtype), found.codes[0, :, 0]
         return vectors, codes, found.loss
 
-    def _layer(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
-        """Vectors [B, N, D] to layers [B, 4, H, W]."""
-        y = self._decode_vectors(vectors, grid).float()
+    def _with_coverage(self, y: Tensor) -> Tensor:
+        """What the decoder gives [B, 4, *space] as a layer."""
+        y = y.float()
         return torch.cat([y[:, :3], y[:, 3:].sigmoid()], 1)
 
+    def _layer(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        """Vectors [B, N, D] to layers [B, 4, *space]."""
+        return self._with_coverage(self._decode_vectors(vectors, grid))
+
     def _lookup(self, codes: Tensor) -> Tensor:
-        vectors = self.quantize.lookup(codes.clamp(max=self.empty_code - 1)[..., None])
-        return torch.where((codes == self.empty_code)[..., None], self.empty.to(vectors.dtype), vectors)
+        """Vectors [B, N, D] of codes [B, N, 1]."""
+        vectors = self.quantize.lookup(codes.clamp(max=self.empty_code - 1))
+        return torch.where(codes == self.empty_code, self.empty.to(vectors.dtype), vectors)
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Images to codes; images of one size share a forward pass."""
-        images = [self._prepare(segment) for segment in segments]
+        """Segments to codes; those of one size share a forward pass."""
+        items = [self._prepare(segment) for segment in segments]
         result: dict[int, Codes] = {}
-        shapes = [image.shape for image in images]
-        for rows in group_by_shape(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
-            x = from_bytes(as_bytes(np.stack([images[i] for i in rows])).to(self.device))
+        shapes = [one.shape for one in items]
+        cells = [math.prod(shape[:-1]) // math.prod(self.patch) for shape in shapes]
+        for rows in group_by_shape(shapes, cells, self.device):
+            x = self._pixels_of(np.stack([items[i] for i in rows]))
             found = self.matte(x)
-            _, codes, _ = self._quantized(self._latents(found.layer), empty_patches(found.layer))
-            size = tuple(side // PATCH_PX for side in x.shape[-2:])
+            _, codes, _ = self._matched(self._latents(found.layer), empty_patches(found.layer, self.patch))
+            size = self._grid(x)
             for i, local, header in zip(rows, codes.cpu().numpy(), found.codes.cpu().numpy(), strict=True):
                 result[i] = Codes(local[:, None], size, header)
-        return [result[i] for i in range(len(images))]
+        return [result[i] for i in range(len(items))]
+
+    def _grid(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(side // p for side, p in zip(x.shape[2:], self.patch, strict=True))
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
-        """Codes to images of rows*8 by cols*8 pixels."""
+        """Codes to segments of whole patches."""
         for one in codes:
             self.check_codes(one)
         result: dict[int, Segment] = {}
         for rows in group_by_shape([one.size for one in codes], [len(one) for one in codes], self.device):
-            local = torch.from_numpy(np.stack([codes[i].values[:, 0] for i in rows])).to(self.device)
+            local = torch.from_numpy(np.stack([codes[i].values for i in rows])).to(self.device)
             header = torch.from_numpy(np.stack([codes[i].header for i in rows])).to(self.device)
             layer = self._layer(self._lookup(local), codes[rows[0]].size)
             pixels = to_bytes(composed(layer, base_color(header))).movedim(1, -1).cpu().numpy()
-            result.update({i: Image(one) for i, one in zip(rows, pixels, strict=True)})
+            result.update({i: self._segment(one) for i, one in zip(rows, pixels, strict=True)})
         return [result[i] for i in range(len(codes))]
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
@@ -244,7 +276,7 @@ class LayeredImageTokenizer(ImageTokenizer):
     # ---- training ----
 
     def adapted_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of a plain image tokenizer with those of coverage, matte and empty patches added.
+        """Weights of a plain tokenizer with those of coverage, matte and empty patches added.
 
         An image over mid-grey and its premultiplied layer are the same numbers, so they are a good beginning.
         """
@@ -252,34 +284,31 @@ class LayeredImageTokenizer(ImageTokenizer):
             return state
         own = self.state_dict()
         grown = {key: own[key].clone() for key in own if key.startswith(("matte.", "empty"))}
-        first, last = "encoder.0.weight", "refine.2."
-        grown[first] = torch.zeros_like(own[first])
-        grown[first][:, : state[first].shape[1]] = state[first]
-        for key in (f"{last}weight", f"{last}bias"):
+        for key in ("encoder.0.weight", f"{self.last}.weight", f"{self.last}.bias"):
             grown[key] = torch.zeros_like(own[key])
-            grown[key][: len(state[key])] = state[key]
+            grown[key][tuple(slice(size) for size in state[key].shape)] = state[key]
         return {**state, **grown}
 
     def configure_losses(self, weights: Mapping[str, float]) -> None:
         """Train by these terms.
 
-        pixel, psnr: of the image. recolored: pixel, of the decoded layer over another colour. matte: of the coverage.
-        consistency: of latents of the layer as found on two bases with those of the true layer. commitment: of latents
-        with their codes.
+        pixel, psnr: of the composed pixels. recolored: pixel, of the decoded layer over another colour. matte: of the
+        coverage. consistency: of latents of the layer as found on two bases with those of the true layer. commitment:
+        of latents with their codes.
         """
         self._term_weights = loss_weights(weights, TERMS, WEIGHTS)
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """batch: true layers and two base colours as planes, [B, 4 + 3 + 3, H, W], H and W multiples of 8."""
-        true, bases = batch[:, :4], batch[:, 4:, 0, 0].unflatten(1, (2, 3))
+        """batch: true layers and two base colours as planes, [B, 4 + 3 + 3, *space], whole patches."""
+        true, bases = batch[:, :4], batch[:, 4:].flatten(2)[..., 0].unflatten(1, (2, 3))
         x = torch.cat([composed(true, bases[:, 0]), composed(true, bases[:, 1])])
         found, both = self.matte(x), torch.cat([true, true])
         layer = found.layer.detach()
         latents = self._latents(torch.cat([true, layer])).float()
-        empty = torch.cat([empty_patches(true), empty_patches(layer)])
-        vectors, codes, loss = self._quantized(latents, empty)
-        count, grid = len(true), [side // PATCH_PX for side in x.shape[-2:]]
-        decoded = self._layer(vectors[count : 2 * count], grid)
+        empty = torch.cat([empty_patches(one, self.patch) for one in (true, layer)])
+        vectors, codes, loss = self._matched(latents, empty)
+        count = len(true)
+        decoded = self._layer(vectors[count : 2 * count], self._grid(x))
         image, target = composed(decoded, base_color(found.codes[:count])), x[:count]
         other = torch.rand(count, 3, device=x.device) * 2 - 1
         near = self._nearness(latents, codes, empty, count)
@@ -316,3 +345,93 @@ class LayeredImageTokenizer(ImageTokenizer):
             return ((true - nearest).square().mean(-1) * full).sum() / full.sum().clamp_min(1)
 
         return {"consistency": consistency, "commitment": commitment}
+
+
+@register_modality
+class LayeredImageTokenizer(LayeredCodes, ImageTokenizer):
+    """Diff with ImageTokenizer: encodes the layer over a base colour, which three global codes say.
+
+    matte_width, matte_depth: of the network that estimates coverage.
+    """
+
+    kind = "layered_image"
+    patch = (PATCH_PX, PATCH_PX)
+    last = "refine.2"
+
+    def __init__(
+        self,
+        width: int = 128,
+        encoder_depth: int = 3,
+        decoder_depth: int = 6,
+        refine_width: int = 64,
+        refine_depth: int = 2,
+        quantizer: QuantizerConfig = "fsq",
+        levels: Sequence[int] = (8, 5, 5, 5),
+        codebook_size: int = 1024,
+        side_px: int = 64,
+        kernel: int = 7,
+        matte_width: int = 64,
+        matte_depth: int = 3,
+    ) -> None:
+        super().__init__(
+            width, encoder_depth, decoder_depth, refine_width, refine_depth, quantizer, levels, codebook_size,
+            side_px, kernel,
+        )  # fmt: skip
+        self._add_layers(matte_width, matte_depth)
+
+    def _segment(self, pixels: np.ndarray) -> Image:
+        return Image(pixels)
+
+
+@register_modality
+class LayeredVideoTokenizer(LayeredCodes, VideoTokenizer):
+    """Diff with a causal VideoTokenizer: encodes the layer over a base colour, which three global codes say.
+
+    matte_width, matte_depth: of the network that estimates coverage, frame by frame.
+    """
+
+    kind = "layered_video"
+    patch = TUBELET
+    last = "decoder.2"
+
+    def __init__(
+        self,
+        width: int = 128,
+        encoder_depth: int = 3,
+        decoder_depth: int = 6,
+        quantizer: QuantizerConfig = "fsq",
+        levels: Sequence[int] = (8, 5, 5, 5),
+        codebook_size: int = 1024,
+        side_px: int = 64,
+        video_frame_rate_hz: float = 4.0,
+        max_steps: int = MAX_STEPS,
+        matte_width: int = 64,
+        matte_depth: int = 3,
+    ) -> None:
+        super().__init__(
+            width, encoder_depth, decoder_depth, quantizer, levels, codebook_size, side_px, video_frame_rate_hz,
+            max_steps, causal=True,
+        )  # fmt: skip
+        del self.config["causal"]  # there is no other
+        self._add_layers(matte_width, matte_depth)
+
+    def _segment(self, pixels: np.ndarray) -> Video:
+        return Video(pixels, self.config["video_frame_rate_hz"])
+
+    @torch.inference_mode()
+    def _encode_step(self, frames: np.ndarray, past: Past) -> tuple[Codes, Past]:
+        """As of a VideoTokenizer; the second of what was seen is the base of the first step."""
+        into, trunk, norm = list[Any](self.encoder)
+        found = self.matte(self._pixels_of(frames[None]), past[1])
+        latent, seen = trunk.step(into(patchify(found.layer, TUBELET)), past[0])
+        empty = empty_patches(found.layer, TUBELET)
+        _, codes, _ = self._matched(norm(latent).flatten(2).transpose(1, 2), empty)
+        values, header = codes[0, :, None].cpu().numpy(), found.codes[0].cpu().numpy()
+        return Codes(values, tuple(latent.shape[2:]), header), (seen, (found.codes, found.plain))
+
+    @torch.inference_mode()
+    def _decode_step(self, codes: Codes, past: list[Tensor] | None) -> tuple[np.ndarray, list[Tensor]]:
+        values, header = (torch.from_numpy(one)[None].to(self.device) for one in (codes.values, codes.header))
+        x, past = self._next_step(values, codes.size, past)
+        layer = self._with_coverage(unpatchify(x, TUBELET))
+        return to_bytes(composed(layer, base_color(header))).movedim(1, -1)[0].cpu().numpy(), past

@@ -46,7 +46,7 @@ MAX_STEPS = 2
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
 PATCH = 3 * math.prod(TUBELET)  # numbers a code
 KERNEL = (3, 5, 5)
-Past = tuple[list[Tensor] | None, list[Tensor] | None]  # what encoder and decoder have seen of a stream
+Past = tuple[Any, Any]  # what encoder and decoder have seen of a stream, None at its start
 
 
 def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarray:
@@ -129,7 +129,7 @@ class VideoTokenizer(ModalityTokenizer):
             quantize.order,
         )
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
-        self.quantize = quantize
+        self.quantize, self.causal = quantize, causal
         self.encoder = nn.Sequential(
             ChannelLinear(PATCH, width),
             ConvNeXtStack(width, encoder_depth, KERNEL, causal=causal),
@@ -144,11 +144,17 @@ class VideoTokenizer(ModalityTokenizer):
     def _tubelets(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
         return self.decoder(vectors.transpose(1, 2).unflatten(2, tuple(grid)))
 
+    def _decode_vectors(self, vectors: Tensor, grid: Sequence[int]) -> Tensor:
+        return unpatchify(self._tubelets(vectors, grid), TUBELET)
+
+    def _lookup(self, codes: Tensor) -> Tensor:
+        return self.quantize.lookup(codes)
+
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """batch: pixels [B, 3, T, H, W] in [-1, 1], T a multiple of 4, H and W of 8."""
         latent = self.encoder(patchify(batch, TUBELET))
         quantized = self.quantize(latent.flatten(2).transpose(1, 2))
-        output = unpatchify(self._tubelets(quantized.vectors, latent.shape[2:]), TUBELET)
+        output = self._decode_vectors(quantized.vectors, latent.shape[2:])
         return pixel_loss(output, batch) + quantized.loss, {
             "psnr_db": psnr_db(output.detach(), batch).mean().item()
         }
@@ -199,7 +205,7 @@ class VideoTokenizer(ModalityTokenizer):
     ) -> tuple[Tensor, list[Tensor]]:
         """Tubelets of codes [B, N, Q] of a causal tokenizer after what the decoder has seen, and that with them."""
         trunk, norm, out = list[Any](self.decoder)
-        vectors = self.quantize.lookup(codes)
+        vectors = self._lookup(codes)
         x, past = trunk.step(vectors.transpose(1, 2).unflatten(2, tuple(size)), past)
         return out(norm(x)), past
 
@@ -245,7 +251,7 @@ class VideoTokenizer(ModalityTokenizer):
             yield Video(frames, self.config["video_frame_rate_hz"])
 
     def _check_causal(self) -> None:
-        if not self.config.get("causal"):
+        if not self.causal:
             raise TokenizerError(
                 "Only a causal video tokenizer takes frames as they come: train it with config.causal=true."
             )

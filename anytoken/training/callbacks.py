@@ -1,5 +1,6 @@
 """What happens around the steps of a run: the bar, the time limit, held-out losses, samples, the page."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,7 +95,13 @@ class TrainingCallback(TrainerCallback):
             if stage.eval.every and state.global_step % stage.eval.every == 0:
                 self.evaluate(state.global_step)
             self.sample(state.global_step)
-        self.bar.total = schedule.total
+        if schedule.total < stage.steps and state.is_world_process_zero:
+            tqdm.write(
+                f"max_minutes {stage.max_minutes:g} are over: the run ends here, at step {schedule.total} of "
+                f"{stage.steps}, and is saved as finished",
+                sys.stderr,
+            )
+        self.bar.total = min(schedule.total, round(schedule.expected))
         self.bar.update()
 
     def on_log(

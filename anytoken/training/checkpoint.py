@@ -1,21 +1,28 @@
 """The folder of a run, written so that a kill at any moment leaves its last whole state.
 
     stage.yaml           the resolved recipe; a run goes on under no other
+    run.json             what was run on what: code, machine, sizes, checksums of the data
     metrics.jsonl        cut back to the length it had at the state a run goes on from
+    report.html          the page to look at, written anew with the log
+    samples/step-N.json  replies to the recipe's prompts
+    diverged/            the batches of a step whose loss or gradient was not finite
     state/checkpoint-N   weights, optimizer, schedule, random numbers, place in the data and in the meter
     state/partial        what is being written: never read, emptied when a run begins
 
+A finished run has training.md, and the model in the place of the states: a checkpoint, or an adapter and its card.
 A state is written under ``partial``, flushed to the disk and renamed, so it is whole or not there. One that is
 dropped is renamed first too: half of it is never taken for a state. While the run is unfinished, a state of full
 training is a checkpoint folder of its own, which ``init_from`` may name.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from anytoken.model.embedding_head import FILE as HEAD_FILE
 from anytoken.training.config import (
     TrainConfig,
 )
@@ -79,7 +86,7 @@ def clear_partial(folder: Path) -> None:
 def move_final(folder: Path) -> None:
     """Move the final checkpoint out of ``partial/final``, the file that marks a finished run last."""
     final = partial_folder(folder) / "final"
-    for path in sorted(final.iterdir(), key=lambda path: path.name in MARKERS):
+    for path in sorted(final.iterdir(), key=lambda path: (path.name in MARKERS, path.name == HEAD_FILE)):
         target = folder / path.name
         if target.is_dir():
             shutil.rmtree(target)
@@ -90,7 +97,8 @@ def move_final(folder: Path) -> None:
 def is_finished(stage: TrainConfig) -> bool:
     """Whether the output folder holds this run's end; ConfigError if it holds another run, or something else."""
     folder = Path(stage.output)
-    done = any((folder / name).is_file() for name in MARKERS)
+    bare = stage.contrastive is not None and stage.lora is None and not stage.trainable
+    done = any((folder / name).is_file() for name in ([HEAD_FILE] if bare else MARKERS))
     if not (folder / "stage.yaml").is_file():
         if done:
             raise ConfigError(
@@ -102,9 +110,10 @@ def is_finished(stage: TrainConfig) -> bool:
     )
     changed = _differences(before.model_dump(mode="json"), stage.model_dump(mode="json"))
     if changed:
+        states = [folder] if done else saved_states(folder)[-1:]
         raise ConfigError(
-            f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with, or "
-            f"begin anew from what it has learnt: init_from={folder if done else _last_state(folder)} output=..."
+            f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with "
+            f"({folder / 'stage.yaml'}), or begin another run{begin_from(stage, states)}"
         )
     if done:
         shutil.rmtree(
@@ -113,8 +122,22 @@ def is_finished(stage: TrainConfig) -> bool:
     return done
 
 
-def _last_state(folder: Path) -> Path:
-    return (saved_states(folder) or [folder])[-1]
+def begin_from(stage: TrainConfig, states: Sequence[Path]) -> str:
+    """What to type to begin another run: from the last of these states (or finished folders), if there is one.
+
+    A state of full training is a checkpoint, which brings what the recipe made; one of an adapter is an adapter.
+    """
+    output, number = Path(stage.output), 2
+    while (free := output.with_name(f"{output.name}_{number}")).exists():
+        number += 1
+    if not states:
+        return f" with output={free}"
+    if stage.lora is not None:
+        return f" from what it has learnt: lora.start={states[-1]} output={free}"
+    made = {"tokenizers": stage.tokenizers, "model": stage.model, "modalities": stage.modalities,
+            "replace": stage.replace_tokenizers}  # fmt: skip
+    there = "".join(f" {name}={{}}" for name, value in made.items() if value)
+    return f" from what it has learnt: init_from={states[-1]}{there} output={free}"
 
 
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:

@@ -17,7 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from anytoken import moved
 from anytoken.data.mixture import SamplingSpec, SourceSpec
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.hints import explain
 
+# What a stage of pairs has no use for.
+PACKED_ONLY = (
+    "tokens_per_batch", "gradient_accumulation_steps", "cfg_dropout", "loss", "moe", "pcgrad", "samples", "reference",
+)  # fmt: skip
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
 
@@ -42,7 +47,8 @@ class OptimizerSpec(_Part):
 
 
 class ScheduleSpec(_Part):
-    """Learning rate over the steps: warm-up, then cosine, WSD (flat, then linear decay) or constant."""
+    """Learning rate over the steps, or over ``max_minutes`` where they are over first: warm-up, then cosine, WSD (flat,
+    then linear decay) or constant."""
 
     kind: Literal["cosine", "wsd", "constant"] = "wsd"
     warmup_steps: int = Field(default=100, ge=0)
@@ -122,6 +128,40 @@ class LoraSpec(_Part):
     )
 
 
+class ContrastiveSpec(_Part):
+    """An embedding head, trained on pairs; see ``contrastive.py`` for the terms. A view's two sides are a pair."""
+
+    batch: int = Field(default=256, ge=2, description="pairs of one step, of all processes")
+    chunk: int = Field(default=64, ge=1, description="sequences of one forward pass (GradCache)")
+    width: int = Field(default=256, ge=1)
+    widths: list[int] = Field(default=[], description="prefixes that are vectors too (Matryoshka)")
+    temperature: float = Field(default=0.07, gt=0, description="to begin with; it is learnt")
+    positives: str | None = Field(default=None, description="a key: records with equal values are positives")
+    graded: float = Field(default=0.0, ge=0, description="sharpness of graded targets (CWCL); 0: none")
+    tokenwise: float = Field(default=0.0, ge=0, description="weight of token-wise similarity (FILIP)")
+    intra_modal: float = Field(
+        default=0.0, ge=0, description="weight of consistency within modalities (CyCLIP)"
+    )
+    hard_negatives: float = Field(
+        default=0.0, ge=0, description="how much nearer negatives count for; 0: alike"
+    )
+    noise: float = Field(
+        default=0.0, ge=0, description="how much unlikely pairs are distrusted; 0: not at all"
+    )
+    weight_by: str | None = Field(
+        default=None, description="a key: how much a record's pair counts, 0 or more"
+    )
+    teacher: str | None = Field(
+        default=None, description="'momentum', or a folder with a head: whose retrieval is learnt too"
+    )
+    teacher_weight: float = Field(default=0.4, ge=0, le=1)
+    momentum: float = Field(default=0.995, ge=0, lt=1, description="of the momentum teacher, a step")
+    compatible: str | None = Field(
+        default=None, description="a folder with an older head, whose indexes are to go on serving (XBT)"
+    )
+    compatible_weight: float = Field(default=1.0, gt=0)
+
+
 class CodecSpec(_Part):
     """A codec of transformers as a tokenizer; see ``tokenizers/pretrained.py``."""
 
@@ -180,13 +220,21 @@ class TrainConfig(_Part):
         description="tokenizers to change in a checkpoint: modality -> folder; its codes begin anew",
     )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
+    limits: dict[str, float] = Field(
+        default={}, description="limits of media to change, as max_seconds: 7200 (anytoken/limits.py)"
+    )
     data: list[SourceSpec] = Field(min_length=1)
     sampling: SamplingSpec = SamplingSpec()
     trainable: list[str] = ["*"]
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     steps: int = Field(gt=0)
-    max_minutes: float | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="of all steps, evaluations and samples, also before an interruption: the run ends as finished "
+        "after them, and its schedule is run through in as many steps as they allow",
+    )
     tokens_per_batch: int = Field(default=8192, gt=0)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     context: int = Field(default=1024, gt=0)
@@ -203,6 +251,10 @@ class TrainConfig(_Part):
         default=None, description="metrics.jsonl of a run to draw behind this one's curves"
     )
     lora: LoraSpec | None = None
+    contrastive: ContrastiveSpec | None = Field(
+        default=None,
+        description="train an embedding head on the two sides of every view instead of the next token",
+    )
     distributed: DistributedSpec = DistributedSpec()
     gradient_checkpointing: bool = Field(
         default=False, description="keep one hidden state a layer and compute the rest again"
@@ -270,7 +322,7 @@ class TrainConfig(_Part):
                 f"tokenizers and model belong to init_from: scratch; {self.init_from!r} brings its own"
             )
         share = self.context * self.gradient_accumulation_steps * self.distributed.world_size
-        if self.tokens_per_batch % share:
+        if self.contrastive is None and self.tokens_per_batch % share:
             raise ValueError(
                 f"tokens_per_batch {self.tokens_per_batch} is no multiple of {share}, which is context x "
                 f"gradient_accumulation_steps x world_size: {self.distributed.world_size} processes cannot share its "
@@ -292,9 +344,34 @@ class TrainConfig(_Part):
                 "eval.modality_integration_rate needs whole weights; set it to false, or leave distributed.mesh out"
             )
         self._check_muon()
+        self._check_contrastive()
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect beside lora; remove one of them")
         return self
+
+    def _check_contrastive(self) -> None:
+        spec = self.contrastive
+        if spec is None:
+            return
+        for name in PACKED_ONLY:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name} has no effect with contrastive, which learns pairs; leave it out")
+        if self.init_from == "scratch" or self.modalities or self.replace_tokenizers or self.backbone:
+            raise ValueError(
+                "contrastive trains a head on a model that is there; init_from names a checkpoint"
+            )
+        if self.distributed.engine != "ddp":
+            raise ValueError("contrastive keeps whole weights in every process; leave deepspeed and mesh out")
+        if self.sampling.workers:
+            raise ValueError("sampling.workers has no effect with contrastive; leave it out")
+        if spec.batch % self.distributed.world_size:
+            raise ValueError(
+                f"contrastive.batch {spec.batch} is no multiple of world_size {self.distributed.world_size}"
+            )
+        if spec.graded and spec.positives:
+            raise ValueError("contrastive.graded and contrastive.positives both say the targets; take one")
+        if any(not 1 <= width <= spec.width for width in spec.widths):
+            raise ValueError(f"contrastive.widths are from 1 to the width {spec.width}; got {spec.widths}")
 
     def _check_muon(self) -> None:
         if self.optimizer.kind != "muon":
@@ -311,7 +388,9 @@ class TrainConfig(_Part):
 
     @property
     def batch_size(self) -> int:
-        """Rows of ``context`` ids in one micro-batch, of all processes together."""
+        """Rows of ``context`` ids in one micro-batch, or pairs, of all processes together."""
+        if self.contrastive is not None:
+            return self.contrastive.batch
         return self.tokens_per_batch // (self.context * self.gradient_accumulation_steps)
 
     def sources(self, specs: Sequence[SourceSpec]) -> list[SourceSpec]:
@@ -345,11 +424,7 @@ class TrainConfig(_Part):
         try:
             return cls.model_validate(recipe)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'stage'}: {item['msg']} (got {_short(item['input'])})"
-                for item in error.errors()
-            )
-            raise ConfigError(f"{source}: {problems}") from None
+            raise ConfigError(f"{source}: {explain(error, cls)}") from None
 
 
 def _replayed(old: Any, share: Any) -> list[Any]:
@@ -424,11 +499,6 @@ def _index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
         raise ConfigError(f"override {override!r}: {key!r} is no index into a list of {len(node)}")
     return int(key)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 if not TYPE_CHECKING:

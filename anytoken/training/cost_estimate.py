@@ -3,7 +3,8 @@
 Parameters are counted on the very model, built on PyTorch's meta device, not from a formula. Memory follows mixed
 precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes a weight, 2 a gradient, 12 of optimizer state (a
 float32 copy and two moments). Activations are what a decoder layer keeps for its backward pass (arXiv 2205.05198)
-with an attention kernel that keeps no score matrix, or one hidden state a layer with gradient checkpointing. FLOPs
+with an attention kernel that keeps no score matrix, or one hidden state a layer with gradient checkpointing. With
+LoRA gradients and optimizer are the adapter's alone, counted on PEFT's own model. FLOPs
 are the model's own: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight,
 and causal attention over full contexts (an upper bound where packed samples are shorter).
 """
@@ -21,13 +22,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anytoken import recipes
+from anytoken.model.configuration import AnyTokenConfig
+from anytoken.processor import SPACE_FILE
 from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.pretrained import KINDS
 from anytoken.training.config import (
+    LoraSpec,
     TrainConfig,
 )
-from anytoken.training.initialize import MINI
+from anytoken.training.initialize import MINI, build_processor, checkpoint_folder
+from anytoken.training.lora import add_lora
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.hints import choices, no_such_model
 
 SHARDING = {
     "ddp": 0,
@@ -90,15 +97,17 @@ def plan(
     gpu: str = "h100",
     sharding: str = "zero3",
     share_of_peak: float = 0.4,
+    space: TokenSpace | None = None,
 ) -> CostEstimate:
     """Cost of a stage with a model of this configuration.
 
-    ConfigError for an unknown GPU or sharding, or a batch that the GPUs cannot share evenly.
+    space: of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding,
+    a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
     """
     if gpu not in GPUS:
-        raise ConfigError(f"gpu is {gpu!r}; there are {', '.join(GPUS)}")
+        raise ConfigError(f"gpu is {gpu!r}{choices(gpu, GPUS)}")
     if sharding not in SHARDING:
-        raise ConfigError(f"sharding is {sharding!r}; there are {', '.join(SHARDING)}")
+        raise ConfigError(f"sharding is {sharding!r}{choices(sharding, SHARDING)}")
     if not 0 < share_of_peak <= 1:
         raise ConfigError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
     rows = stage.context * stage.gradient_accumulation_steps * gpus
@@ -108,7 +117,9 @@ def plan(
             "gradient_accumulation_steps x gpus"
         )
     model = meta_model(config)
-    parameters = count(model, stage.trainable)
+    parameters = (
+        count(model, stage.trainable) if stage.lora is None else count_adapted(model, stage.lora, space)
+    )
     memory = _memory(stage, model, parameters, gpus, sharding)
     tokens = stage.steps * stage.tokens_per_batch
     flops = tokens * flops_per_token(config, parameters, stage.context)
@@ -128,10 +139,24 @@ def sharding_of(stage: TrainConfig) -> str:
     return "ddp" if distributed.world_size > 1 else "zero3"
 
 
-def planned_config(stage: TrainConfig) -> PretrainedConfig:
-    """The configuration of what a recipe starts from, downloading nothing: its checkpoint, or else its backbone."""
+def planned_start(stage: TrainConfig) -> tuple[PretrainedConfig, TokenSpace]:
+    """Configuration and token space of what a recipe starts from, downloading nothing and without weights.
+
+    That is its checkpoint with the ``modalities`` it adds, its own model from scratch, or its backbone, where that is
+    no checkpoint yet. ConfigError if there is neither.
+    """
+    if stage.init_from == "scratch":
+        space = build_processor(stage.tokenizers).token_space
+        return AnyTokenConfig.from_token_space(space, **stage.model), space
     if stage.backbone is None or Path(stage.init_from).is_dir():
-        return read_config(stage.init_from)
+        folder = checkpoint_folder(stage.init_from)
+        config, space = read_config(folder), TokenSpace.load(folder / SPACE_FILE)
+        rows = space.vocab_size
+        for kind, path in stage.modalities.items():
+            added = load_tokenizer(path)
+            space.append_modality(kind, added.codebook_sizes, added.shape, added.global_codebook_size)
+        config.vocab_size += space.vocab_size - rows
+        return config, space
     config = read_config(recipes.find(stage.backbone.config))
     space = TokenSpace(config.vocab_size)
     for kind, codec in stage.backbone.codecs.items():
@@ -139,7 +164,7 @@ def planned_config(stage: TrainConfig) -> PretrainedConfig:
             tokenizer = KINDS[kind](model_config=codec.config, **codec.settings)
         space.append_modality(kind, tokenizer.codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size)
     config.vocab_size = space.vocab_size
-    return config
+    return config, space
 
 
 def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
@@ -150,10 +175,13 @@ def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
         if "model_type" not in settings:
             raise ConfigError(f"{path} names no model_type; give a transformers config.json")
         config = AutoConfig.for_model(**settings)
-    elif path.exists() or not path.is_absolute():
-        config = AutoConfig.from_pretrained(str(path))
     else:
-        raise ConfigError(f"{path} does not exist; give a config .json, a checkpoint folder or a hub id")
+        try:
+            config = AutoConfig.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            if path.exists():
+                raise ConfigError(f"{path} holds no configuration of a model: {error}") from error
+            raise ConfigError(no_such_model(source, ["mini"])) from error
     config.vocab_size += new_ids
     return config
 
@@ -178,6 +206,20 @@ def count(model: PreTrainedModel, trainable: Sequence[str] = ("*",)) -> Paramete
         _active(model, {name: named[name] for name in trained}),
         0 if tied else table.numel(),
     )
+
+
+def count_adapted(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace | None) -> Parameters:
+    """Count a model (on the meta device) with an adapter, which alone is trained; the model is wrapped in place."""
+    if space is None and spec.new_rows:
+        raise ConfigError(
+            f"how many rows {', '.join(spec.new_rows)} has is not known of a bare configuration; leave --model out, or "
+            "set lora.new_rows=[]"
+        )
+    bare = count(model, [])
+    adapted = add_lora(model, spec, space or TokenSpace(model.config.vocab_size))
+    trained = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+    size, active = sum(one.numel() for one in trained.values()), _active(model, trained)
+    return Parameters(bare.total + size, bare.active + active, size, active, bare.lookup)
 
 
 def _active(model: PreTrainedModel, named: dict[str, torch.nn.Parameter]) -> int:
@@ -216,6 +258,15 @@ def _memory(
         "activations": _activations(model.config, tokens, stage.gradient_checkpointing),
         "loss": 2.0 * 4 * LOSS_TOKENS * model.config.vocab_size,
     }
+    if stage.lora is not None and stage.lora.experts:
+        # PEFT adds a routed expert's adapter to its weights and keeps the sum for the backward pass.
+        experts = sum(
+            one.numel()
+            for name, one in model.named_parameters()
+            if ".experts." in name and "lora_" not in name
+        )
+        layers = model.config.num_hidden_layers if stage.gradient_checkpointing else 1
+        parts["adapted experts"] = WEIGHT * experts / layers
     if level >= 3:  # the layer at work and the next one are gathered whole
         layer = max(sum(one.numel() for one in block.parameters()) for block in _blocks(model))
         parts["gathered layers"] = 2.0 * WEIGHT * layer

@@ -115,6 +115,8 @@ def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, 
         if len(ids) > limit:
             raise ConfigError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
         found_ids[key + "_ids"] = ids[len(prompt) :]
+    if found_ids["chosen_ids"] == found_ids["rejected_ids"]:
+        raise ConfigError("chosen and rejected are the same ids, which prefers nothing; remove the pair")
     return found_ids
 
 

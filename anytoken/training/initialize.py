@@ -24,6 +24,7 @@ from anytoken.training.config import (
 )
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.hints import nearest
 
 MINI = Path(__file__).parent.parent / "pretrained" / "mini"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # what the matrix products of a precision compute in
@@ -48,7 +49,11 @@ def checkpoint_folder(init_from: str) -> Path:
     """The folder that ``init_from`` means; ConfigError if it holds no checkpoint."""
     folder = MINI if init_from == "mini" else Path(init_from)
     if not (folder / "token_space.json").is_file():
-        raise ConfigError(f"init_from {init_from!r}: {folder} is no checkpoint folder (no token_space.json)")
+        beside = folder.parent.glob(f"*/{SPACE_FILE}") if folder.parent.is_dir() else ()
+        known = ["mini", "scratch", *(str(path.parent) for path in beside)]
+        raise ConfigError(
+            f"init_from {init_from!r} is no checkpoint folder (no token_space.json){nearest(init_from, known)}"
+        )
     return folder
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anytoken.training.checkpoint import saved_states
+from anytoken.training.checkpoint import begin_from, saved_states
 from anytoken.training.config import TrainConfig
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import AnyTokenError
@@ -74,7 +74,8 @@ def dump_divergence(
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
 
-    what: "loss" or "gradient norm". facts: for the JSON beside the batches; ``step``, ``process`` and ``what``.
+    what: "loss" or "gradient norm". facts: for the JSON beside the batches; ``step``, ``micro_batch`` (how many of the
+    step there have been, the last of them the one with the loss), ``process`` and ``what``.
     """
     suffix = f"-{facts['process']}" if facts["process"] else ""
     path = Path(stage.output) / "diverged" / f"step-{facts['step']}{suffix}.safetensors"
@@ -85,26 +86,21 @@ def dump_divergence(
     broken = [name for name, one in model.named_parameters() if not torch.isfinite(one).all()]
     about = {**facts, "seed": stage.seed, "weights_not_finite": broken}
     write_file(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-    return DivergenceError(
-        _advice(f"the {what} is {facts[what]} at step {facts['step']}", stage, path, bool(broken))
-    )
+    where = f"step {facts['step']}"
+    if what == "loss" and stage.gradient_accumulation_steps > 1:
+        where += f", micro-batch {facts['micro_batch']} of {stage.gradient_accumulation_steps}"
+    return DivergenceError(_advice(f"the {what} is {facts[what]} at {where}", stage, path, bool(broken)))
 
 
 def _advice(happened: str, stage: TrainConfig, batch: Path, broken: bool) -> str:
-    states = saved_states(Path(stage.output))
     where = (
         "weights are no longer finite, so an earlier step broke them"
         if broken
         else "weights are still finite"
     )
-    if not states:
-        start = "begin anew"
-    elif stage.lora is None:
-        start = f"begin anew from the last state (init_from={states[-1]})"
-    else:
-        start = f"begin anew from the last state (lora.start={states[-1]})"
     return (
-        f"{happened}; the {where}. Its batch is in {batch} and what is known of it in {batch.stem}.json. "
-        f"The same recipe would meet it again: {start} with another output and a lower optimizer.lr "
-        f"(now {stage.optimizer.lr}), a longer schedule.warmup_steps or another seed."
+        f"{happened}; the {where}. Its batch is in {batch} and what is known of it in {batch.with_suffix('.json')}. "
+        f"The same recipe would meet it again: take a lower optimizer.lr (now {stage.optimizer.lr}), a longer "
+        "schedule.warmup_steps or another seed, and begin another run"
+        f"{begin_from(stage, saved_states(Path(stage.output)))}"
     )

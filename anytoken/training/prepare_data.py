@@ -21,6 +21,7 @@ from anytoken.training.config import (
     TrainConfig,
 )
 from anytoken.utils.errors import ConfigError
+from anytoken.utils.limits import media_limits
 
 FOLDER = "shards"
 log = logging.getLogger(__name__)
@@ -47,9 +48,11 @@ def _tokenized(stage: TrainConfig, path: str, processor: Processor) -> str:
     if (Path(path) / MANIFEST).is_file():
         return path
     out = Path(stage.output) / FOLDER / cache_name(path)
-    made = tokenize_records(
-        path, processor.tokenizers, out, workers=stage.threads or 1, data_root=stage.data_root or None, overwrite=True
-    )  # fmt: skip
+    root, workers = stage.data_root or None, stage.threads or 1
+    with media_limits(**stage.limits):
+        made = tokenize_records(
+            path, processor.tokenizers, out, workers=workers, data_root=root, overwrite=True
+        )
     return str(made)
 
 

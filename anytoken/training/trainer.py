@@ -30,6 +30,7 @@ from anytoken.processor import Processor
 from anytoken.training.callbacks import TrainingCallback
 from anytoken.training.checkpoint import (
     SaveError,
+    begin_from,
     clear_partial,
     commit_checkpoint,
     is_finished,
@@ -99,7 +100,7 @@ class StageTrainer(Trainer):
         stage: TrainConfig,
         arguments: TrainingArguments,
         processor: Processor,
-        model: ModelWithLoss,
+        model: nn.Module,
         mixture: Mixture,
         answer: Answer | None = None,
     ) -> None:
@@ -107,7 +108,7 @@ class StageTrainer(Trainer):
         self.micro_batch = stage.batch_size * stage.context  # ids, of all processes
         self.stream = self.make_stream(mixture, arguments)
         self.schedule = Schedule(stage.schedule, stage.steps)
-        self.meter = LossMeter(model.loss.names)
+        self.meter = LossMeter(self.group_names(model))
         self.stop = GracefulStop()
         self.step_batches: list[dict[str, Tensor]] = []  # of the step at hand, for a look if it diverges
         self.folder = Path(stage.output)
@@ -116,8 +117,10 @@ class StageTrainer(Trainer):
         self.shares: list[Tensor] = []  # of the last loss, by modality
         self.flops_share = 0.0  # of the measured peak, that one token a second takes
         self.page = HtmlReport(stage)
-        self.sampler = Sampler(stage.samples, self.folder, processor, answer)
-        self.loop = TrainingCallback(self)
+        lm: LanguageModel = model.lm
+        context = base_model(lm).config.get_text_config().max_position_embeddings
+        self.sampler = Sampler(stage.samples, self.folder, processor, answer, context)
+        self.loop = self.make_loop()
         super().__init__(model=model, args=arguments, callbacks=[self.loop])
         if arguments.process_index:  # its tokens get noise of their own
             torch.manual_seed(stage.seed + arguments.process_index)
@@ -134,7 +137,18 @@ class StageTrainer(Trainer):
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
-        return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling)
+        kept = (
+            64 + stage.gradient_accumulation_steps
+        )  # the Trainer draws all batches of a step before the first is used
+        return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling, kept)
+
+    def group_names(self, model: Any) -> list[str]:
+        """What losses are reported for."""
+        return model.loss.names
+
+    def make_loop(self) -> TrainingCallback:
+        """What happens around the steps."""
+        return TrainingCallback(self)
 
     @property
     def lm(self) -> LanguageModel:
@@ -143,7 +157,8 @@ class StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The packed stream as it is: every process takes its own rows of the same batches."""
-        return DataLoader(self.stream, batch_size=None)
+        # Iterating draws a seed: not from the random numbers that a state keeps, or a resumed run meets others.
+        return DataLoader(self.stream, batch_size=None, generator=torch.Generator())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, fused, with weight decay on matrices only; or Muon for the hidden matrices."""
@@ -197,6 +212,7 @@ class StageTrainer(Trainer):
         taken = self.state.global_step * self.args.gradient_accumulation_steps
         facts = {
             "step": self.state.global_step + 1,
+            "micro_batch": len(self.step_batches),
             "process": self.args.process_index,
             what: str(value),
             "learning_rate": self._get_learning_rate(),
@@ -211,7 +227,8 @@ class StageTrainer(Trainer):
         entry = {"step": self.state.global_step, **logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
-        entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
+        if self.flops_share:
+            entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
         self.meter.reset()
         if self.is_world_process_zero():
             self.metrics_log.write(entry)
@@ -314,8 +331,8 @@ class StageTrainer(Trainer):
             self.train(resume_from_checkpoint=str(states[-1]) if states else None)
         if self.state.global_step < self.schedule.total:
             raise Interrupted(
-                f"stopped and saved at step {self.state.global_step} of {self.schedule.total} in {self.folder}; "
-                "the same command goes on from there"
+                f"stopped at step {self.state.global_step} of {self.schedule.total} and saved in "
+                f"{saved_states(self.folder)[-1]}; the same command resumes from there"
             )
 
 
@@ -348,15 +365,19 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)
-    mixture = _mixture(stage, data, processor, stage.cfg_dropout)
     torch.manual_seed(stage.seed)
-    model = ModelWithLoss(
-        _adapted(start, stage, processor), build_loss(stage, processor), stage.moe, stage.pcgrad
-    )
-    if mesh is not None:
-        parallelize(model, mesh)
-    trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
-    trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
+    lm = _adapted(start, stage, processor)
+    if stage.contrastive is not None:
+        from anytoken.training.pair_trainer import make_pair_trainer
+
+        trainer = make_pair_trainer(stage, arguments, processor, lm, data, held_out)
+    else:
+        mixture = _mixture(stage, data, processor, stage.cfg_dropout)
+        model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad)
+        if mesh is not None:
+            parallelize(model, mesh)
+        trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
+        trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
     if trainer.is_world_process_zero():
         _begin(trainer, recipe, [*data, *held_out])
     trainer.accelerator.wait_for_everyone()
@@ -421,7 +442,8 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
     if saved_states(folder):
         check_same_data(json.loads((folder / FACTS).read_text()), facts)
     write_file(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-    trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
+    if stage.contrastive is None:  # a frozen model's features are computed once and kept
+        trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
 def _suit(stage: TrainConfig, state: Path) -> None:
@@ -430,7 +452,7 @@ def _suit(stage: TrainConfig, state: Path) -> None:
     if before["engine"] != engine:
         raise ConfigError(
             f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
-            f"that again, or begin another run with init_from={state}"
+            f"that again, or begin another run{begin_from(stage, [state])}"
         )
     if _is_converted(stage):
         convert(state)
@@ -486,9 +508,9 @@ def _finish(trainer: StageTrainer) -> None:
     trainer.save_model(str(final))
     if not trainer.is_world_process_zero():
         return
-    if trainer.stage.lora is None:
+    if trainer.stage.lora is None and trainer.stage.trainable:
         write_file(final / "sampling.json", _sampling_defaults(trainer.stage))
-    else:
+    elif trainer.stage.lora is not None:
         facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
         entries = read_metrics(trainer.folder / "metrics.jsonl")
         write_file(final / "README.md", adapter_card(trainer.stage, facts, entries))

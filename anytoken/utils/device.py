@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from anytoken.utils.errors import TokenizerError
+from anytoken.utils.hints import nearest
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -19,9 +20,11 @@ def usable_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        names = ("auto", "cpu", "cuda", "mps")
+        hint = "" if str(device).split(":")[0] in names else nearest(device, names)
+        reason = "" if hint else f": {str(error).splitlines()[0]}"
         raise TokenizerError(
-            f"device {device!r} is not usable here: {reason}. Use 'auto' or 'cpu'."
+            f"device {str(device)!r} is not usable here{hint}{reason}. Use 'auto' or 'cpu'."
         ) from error
     return chosen
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.utils.errors import DataError
+from anytoken.utils.limits import current_limits
 
 DAMAGE = (OSError, EOFError, zlib.error)  # what reading a file, compressed or not, fails with
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -59,10 +60,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line that is not blank, also of a ``.gz``; one of DAMAGE if it cannot be read."""
+    """Number and bytes of every line that is not blank, also of a ``.gz``; one of DAMAGE if it cannot be read.
+
+    MediaLimitError for a line of more than max_bytes.
+    """
     opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    limits = current_limits()
     with opener(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(int(limits.max_bytes) + 1), b""), start=1):
+            limits.check("max_bytes", len(line), f"{path} line {number}", stopped=True)
             bare = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if bare.strip():
                 yield number, bare

@@ -4,12 +4,13 @@ import re
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from anytoken.emoji_world import demo, report
 from anytoken.emoji_world.directions import DIRECTIONS, WORDS
-from anytoken.segments import DNA, Text
+from anytoken.segments import DNA, Image, Text
 from anytoken.utils.errors import EvaluationError
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -24,8 +25,17 @@ def test_the_demo_answers_every_direction_and_links_only_files_that_exist(tmp_pa
     for name in (name for name, one in DIRECTIONS.items() if not one.how and one.file != WORDS):
         assert f"<h2>{name.replace('>', '&gt;')}</h2>" in text
     linked = set(re.findall(r'(?:src|href)="([^"]+)"', text))
-    assert linked and linked == {path.name for path in page.parent.iterdir()} - {"index.html"}
+    assert linked and linked == {path.name for path in page.parent.iterdir()} - {"index.html", "images.png"}
     assert "<script>" not in text and "&lt;script&gt;" in text and "carries no scores" in text
+
+
+def test_a_strip_holds_the_images_in_order():
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    images = [Image(np.full((8, 4, 3), color, dtype=np.uint8)) for color in colors]
+    row = np.asarray(demo.strip(images, side=16, gap=2))
+    assert row.shape == (16, 52, 3)
+    assert [tuple(row[8, 8 + 18 * place].tolist()) for place in range(3)] == colors
+    assert (row[:, 16:18] == 255).all()
 
 
 def test_the_demo_shows_the_scores_of_the_checkpoint(tmp_path, fake_model, ignorant, anything, world, capsys):

@@ -214,6 +214,10 @@ def test_damaged_chats_are_named(model: AnyToken, tmp_path: Path) -> None:
     media.unlink()
     with pytest.raises(RequestError, match=media.name):
         Chat.load(folder, model)
+    PICTURE.save(tmp_path / "secret.png")
+    media.symlink_to(tmp_path / "secret.png")  # a chat of somebody else's may not read what is not in it
+    with pytest.raises(RequestError, match="a link out of its folder"):
+        Chat.load(folder, model)
     data = json.loads((folder / "chat.json").read_text())
     (folder / "chat.json").write_text(json.dumps(data)[:-20])
     for path in (folder, tmp_path / "nothing"):

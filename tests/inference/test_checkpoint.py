@@ -274,11 +274,11 @@ def test_a_mistyped_folder_is_no_hub_id(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "runs/4_instruct")
     for name, says in {
-        "runs/4_instuct": r"no folder runs/4_instuct \(did you mean runs/4_instruct\?\)",
+        "runs/4_instuct": r"no folder runs/4_instuct \(did you mean 'runs/4_instruct'\?\)",
         "./typo": "no folder ./typo; give one that exists.*mini",
         "no/such/place": "no folder no/such/place",
         "~/no-such-place": "no folder /",
-        "minni": r"'minni' \(did you mean mini\?\)",
+        "minni": r"'minni' \(did you mean 'mini'\?\)",
     }.items():
         with pytest.raises(CheckpointError, match=says):
             find_checkpoint(name)

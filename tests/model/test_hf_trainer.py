@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
@@ -155,3 +156,70 @@ def test_labels_that_are_shifted_already() -> None:
     lm, ids = ours(), samples(False)[0]["input_ids"][None]
     shifted = torch.nn.functional.pad(ids, (0, 1), value=-100)[:, 1:]
     torch.testing.assert_close(lm(ids, labels=ids, shift_labels=shifted).loss, lm(ids, labels=ids).loss)
+
+
+def resumable(model: Any, folder: Path, steps: int = 4, **settings: Any) -> Trainer:
+    """A Trainer of one row a step that saves every second step."""
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=1, max_steps=steps, learning_rate=1e-2, logging_steps=1,
+        report_to="none", use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential",
+        save_steps=2, lr_scheduler_type="constant", **settings,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=samples(False), eval_dataset=samples(False)[4:])
+
+
+def shard(state: Path) -> None:
+    """Split a state's weights into files that cut layers, and even experts, apart."""
+    lm = AnyTokenForCausalLM.from_pretrained(state)
+    (state / "model.safetensors").unlink()
+    lm.save_pretrained(state, max_shard_size="9KB")
+    assert len(list(state.glob("model-*.safetensors"))) > 5
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, sharded: bool) -> None:
+    """transformers loads a state with `load_state_dict`, under the names of the file: one by one for experts."""
+    whole = resumable(ours(), tmp_path)
+    whole.train()
+    state = tmp_path / "checkpoint-2"
+    if sharded:
+        shard(state)
+    torch.manual_seed(1)
+    again = resumable(AnyTokenForCausalLM(AnyTokenConfig(**TINY)), tmp_path / "again")
+    again.train(resume_from_checkpoint=str(state))
+    losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (whole, again)]
+    assert losses[0] == losses[1]
+    torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_best_model_comes_back_with_its_experts(tmp_path: Path) -> None:
+    """The default metric is the loss, of which the checkpoint with the higher one is asked for here."""
+    trainer = resumable(
+        ours(), tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    first, second = (entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert first > second
+    best = tmp_path / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best)
+    expected = AnyTokenForCausalLM.from_pretrained(best).state_dict()
+    torch.testing.assert_close(trainer.model.state_dict(), expected, rtol=0, atol=0)
+
+
+def test_a_saved_state_loads_strictly_and_what_lacks_is_named(tmp_path: Path) -> None:
+    untied = {"tie_word_embeddings": False}
+    lm, other = ours(**untied), AnyTokenForCausalLM(AnyTokenConfig(**TINY, **untied))
+    lm.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert not other.load_state_dict(saved).missing_keys
+    torch.testing.assert_close(other.state_dict(), lm.state_dict(), rtol=0, atol=0)
+    lost = "model.layers.1.mlp.experts.3.up_proj.weight"
+    part = {name: one for name, one in saved.items() if name != lost}
+    assert other.load_state_dict(part, strict=False).missing_keys == [lost]
+    with pytest.raises(RuntimeError, match=r"experts\.3\.up_proj"):
+        other.load_state_dict(part)
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*experts.3.up_proj.*\(24, 32\) in the model"):
+        other.load_state_dict(saved | {lost: torch.zeros(5, 32)})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*experts.4.up_proj"):
+        other.load_state_dict(saved | {lost.replace("experts.3", "experts.4"): torch.zeros(24, 32)})

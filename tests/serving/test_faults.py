@@ -183,7 +183,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     file.write_text("\n")
     with pytest.raises(ConfigError, match="holds no API key"):
         read_keys(file)
-    assert "one" not in repr(ServerSettings(api_keys=("one",)))
+    assert "hidden" not in repr(ServerSettings(api_keys=("hidden",)))
 
 
 def test_an_open_server_stays_on_this_machine():

@@ -11,7 +11,7 @@ from PIL import Image as Picture
 
 from anytoken import Image, Speech, recipes
 from anytoken.inference.streaming import SegmentDelta, SegmentFinished
-from anytoken.serving.chat_api import _Deltas
+from anytoken.serving.chat_api import Deltas
 from anytoken.serving.content import audio_bytes, b64, saved
 
 PNG = (recipes.assets() / "images" / "sample.png").read_bytes()
@@ -132,7 +132,7 @@ def test_streamed_speech_joins_to_the_clip_resampled_at_once(client, mini):
 def test_pieces_of_audio_have_no_seams():
     """A tone in pieces of a fifth of a second, two clips in one reply."""
     tone = np.sin(np.arange(16_000) * 2 * np.pi * 440 / 16_000).astype(np.float32)
-    clip, deltas, sent = Speech(tone), _Deltas(), b""
+    clip, deltas, sent = Speech(tone), Deltas(), b""
     for _ in range(2):
         events = [SegmentDelta("speech", partial(Speech, piece)) for piece in np.split(tone, 5)]
         for event in [*events, SegmentFinished(clip)]:

@@ -1,13 +1,21 @@
 """The clip tokenizer: the battery, and how many frames of a clip are taken."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
-from batteries import TokenizerBattery
+from batteries import TokenizerBattery, parameters_without_gradient
 
 from anytoken.segments import Image, Video
-from anytoken.tokenizers.base import Codes, TokenizerError
+from anytoken.tokenizers.base import TokenizerError, load_tokenizer
 from anytoken.tokenizers.image import to_unit_range
+from anytoken.tokenizers.layered import LayeredVideoTokenizer
 from anytoken.tokenizers.video import VideoTokenizer, fit_clip
+from anytoken.training.tokenizer.batches import layer_batches
+
+ROOT = Path(__file__).parents[2]
+ANIMATIONS = ROOT / "tests" / "assets" / "tiny" / "emoji" / "animations.npy"
 
 
 def clip(count: int, height: int = 32, width: int = 32, seed: int = 0) -> Video:
@@ -109,7 +117,7 @@ class TestCausalVideoTokenizer(TestVideoTokenizer):
         for counts in ((1, 1, 1, 1), (2, 1, 1), (4,)):
             ends = 16 * np.cumsum(counts)
             pieces = (
-                Codes(whole.values[end - 16 * n : end], (n, 4, 4))
+                replace(whole, values=whole.values[end - 16 * n : end], size=(n, 4, 4))
                 for end, n in zip(ends, counts, strict=True)
             )
             back = np.concatenate([one.frames for one in tokenizer.decode_stream(pieces)]).astype(int)
@@ -161,6 +169,30 @@ class TestCausalVideoTokenizerThatListensToItsDecoder(TestCausalVideoTokenizer):
             for one in (tokenizer, plain)
         ]
         assert errors[0] < errors[1]
+
+
+class TestLayeredVideoTokenizer(TestCausalVideoTokenizer):
+    """The layer over the base colour of the first step."""
+
+    tokenizer_class = LayeredVideoTokenizer
+    settings = {**TestVideoTokenizer.settings, "max_steps": 4, "matte_width": 16, "matte_depth": 1}
+
+    def batch(self):
+        return layer_batches(ANIMATIONS, 2, 0)(0)
+
+    def test_the_training_loss_reaches_every_parameter(self):
+        """An untrained matte finds no empty patch, so the vector of those has a gradient from a trained one only."""
+        assert parameters_without_gradient(self.untrained().train(), self.batch()) == ["empty"]
+        trained = load_tokenizer(ROOT / "tokenizers" / "video" / "layered" / "weights").train()
+        assert not parameters_without_gradient(trained, self.batch())
+
+    def test_every_step_of_a_stream_says_the_base_of_the_first(self, tokenizer):
+        one, other = (Video(np.full((4, 32, 32, 3), level, np.uint8)) for level in (0, 255))
+        steps = list(tokenizer.encode_stream([one, other]))
+        assert [step.header.tolist() for step in steps] == [[0, 0, 0]] * 2
+        (whole,) = tokenizer.encode_batch([Video(np.concatenate([one.frames, other.frames]))])
+        assert whole.header.tolist() == [0, 0, 0]
+        assert tokenizer.encode(other).header.tolist() == [31, 31, 31]
 
 
 def test_candidates_need_a_causal_tokenizer():

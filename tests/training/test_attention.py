@@ -88,7 +88,7 @@ def test_auto_says_what_it_takes(recipe: dict[str, Any], caplog: pytest.LogCaptu
     [
         (FLASH, r"precision fp32: flash_attention_2 cannot run here.*auto or sdpa"),
         ("flex_attention", "no backward pass on a CPU"),
-        ("flash", r"attention: .*'auto', 'sdpa'"),
+        ("flash", r"attention must be 'auto', 'sdpa', .*got 'flash'"),
     ],
 )
 def test_what_cannot_run_is_said_before_training(recipe: dict[str, Any], name: str, message: str) -> None:

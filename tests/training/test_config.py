@@ -52,15 +52,34 @@ def test_the_edition_is_one_run_at_a_constant_rate_that_ends_with_a_decay() -> N
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stepps": 3}, "stepps"),
-        ({"steps": 0}, "steps.*greater than 0.*got 0"),
-        ({"optimizer": {"rate": 1}}, r"optimizer.rate"),
+        ({"stepz": 3}, r"unknown key 'stepz' \(did you mean 'steps'\?\)$"),
+        ({"lr": 3}, r"unknown key 'lr' \(did you mean 'optimizer.lr'\?\)$"),
+        ({"every": 3}, r"unknown key 'every' \(did you mean 'eval.every' or 'samples.every'\?\)$"),
+        ({"optimzer": {"lr": 3}}, r"unknown key 'optimzer' \(did you mean 'optimizer'\?\)$"),
+        ({"steps": 0}, "steps must be greater than 0, got 0$"),
+        ({"steps": "many"}, "steps must be a valid integer, got 'many'$"),
+        ({"optimizer": {"rate": 1}}, "'optimizer.rate'; allowed: kind, lr, muon_lr"),
+        (
+            {"schedule": {"xyz": 1}},
+            "'schedule.xyz'; allowed: kind, warmup_steps, decay_fraction, final_fraction$",
+        ),
+        (
+            {"optimizer": {"kind": "mount"}},
+            r"must be 'adamw' or 'muon', got 'mount' \(did you mean 'muon'\?\)$",
+        ),
+        (
+            {"samples": {"prompts": [{"prompt": 3}]}},
+            "samples.prompts.0.prompt must be a valid string or a valid list, got 3$",
+        ),
         ({"data": []}, "data"),
         ({"data": {"tran": "x"}}, "train, test, views, replay and replay_share; got tran"),
         ({"data": {"train": "x", "replay_share": 1}}, "replay_share is 1; .*between 0 and 1"),
         ({"data": {"train": "x", "replay": [3]}}, "replay lists files, or sources .*; got 3"),
         ({"data": {"train": "x", "replay": {"path": "y", "weight": "much"}}}, "replay lists files.*much"),
-        ({"data": {"train": "x", "replay": {"path": "y", "wieght": 2}}}, "data.1.wieght"),
+        (
+            {"data": {"train": "x", "replay": {"path": "y", "wieght": 2}}},
+            r"unknown key 'data.1.wieght' \(did you mean 'weight'\?\)$",
+        ),
         ({"init_from": "scratch", "tokenizers": {"text": "t"}, "modalities": {"a": "b"}}, "under tokenizers"),
         ({"data": [{"path": "a", "views": {"text->image": 1}, "wieght": 2}]}, "data.0.wieght"),
         ({"schedule": {"kind": "step"}}, "'cosine', 'wsd' or 'constant'"),

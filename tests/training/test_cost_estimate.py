@@ -1,5 +1,7 @@
 """Plans: counted parameters agree with published models and with built ones, FLOPs with PyTorch's counter."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from typer.testing import CliRunner
 
 import anytoken
+from anytoken.cli import app
+from anytoken.token_space import TokenSpace
 from anytoken.training.config import (
+    LoraSpec,
     TrainConfig,
 )
 from anytoken.training.cost_estimate import (
@@ -18,13 +24,16 @@ from anytoken.training.cost_estimate import (
     flops_per_token,
     meta_model,
     plan,
-    planned_config,
+    planned_start,
     read_config,
     sharding_of,
 )
+from anytoken.training.initialize import build_model
+from anytoken.training.lora import add_lora
 from anytoken.utils.errors import ConfigError
 
-SCALE = Path(__file__).parents[2] / "stages" / "scale"
+STAGES = Path(__file__).parents[2] / "stages"
+SCALE = STAGES / "scale"
 TINY: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "intermediate_size": 48, "vocab_size": 96,
@@ -143,8 +152,8 @@ def test_hours_follow_from_flops() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"gpus": 8, "gpu": "tpu"}, "gpu is 'tpu'; there are a100"),
-        ({"gpus": 8, "sharding": "zero4"}, "sharding is 'zero4'; there are ddp"),
+        ({"gpus": 8, "gpu": "tpu"}, "gpu is 'tpu'; allowed: a100"),
+        ({"gpus": 8, "sharding": "zero4"}, r"sharding is 'zero4' .did you mean 'zero3'..; allowed: ddp"),
         ({"gpus": 3}, "no multiple of 24576"),
         ({"gpus": 0}, "no multiple"),
         ({"gpus": 8, "share_of_peak": 1.5}, "share_of_peak is 1.5"),
@@ -167,7 +176,7 @@ def test_shipped_configurations_are_those_models(name: str) -> None:
 def test_scale_recipes_fit_their_gpus(name: str) -> None:
     recipe = TrainConfig.load(SCALE / f"{name}.yaml")
     assert recipe.backbone is not None
-    bare, config = read_config(recipe.backbone.config), planned_config(recipe)
+    bare, config = read_config(recipe.backbone.config), planned_start(recipe)[0]
     codes = 2 * 32_768 + 8 * 2048  # Emu3's twice, Mimi's
     assert codes < config.vocab_size - bare.vocab_size < codes + 100  # and control ids
     gpus = recipe.distributed.world_size
@@ -181,8 +190,13 @@ def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="names no model_type"):
         read_config(tmp_path / "config.json")
-    with pytest.raises(ConfigError, match="does not exist"):
-        read_config(tmp_path / "nothing")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match="holds no configuration"):
+        read_config(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"no folder '\S+/modell' \(did you mean '\S+/model'\?\)"):
+        read_config(tmp_path / "modell")
+    with pytest.raises(ConfigError, match=r"'mni' \(did you mean 'mini'\?\)"):
+        read_config("mni")
 
 
 def test_the_bundled_model_is_planned_by_its_name() -> None:
@@ -190,3 +204,70 @@ def test_the_bundled_model_is_planned_by_its_name() -> None:
     counts = count(meta_model(read_config("mini")))
     assert counts.total == sum(one.numel() for one in model.parameters())
     assert counts.active == model.num_active_parameters()
+
+
+@pytest.mark.parametrize("settings", [{}, {"experts": False, "new_rows": []}, {"router": True, "r": 4}])
+def test_an_adapter_is_counted_as_peft_builds_it(settings: dict[str, Any]) -> None:
+    recipe = TrainConfig.load(
+        STAGES / "lora.yaml", [f"lora.{key}={value}" for key, value in settings.items()]
+    )
+    config, space = planned_start(recipe)
+    found = plan(recipe, config, 1, sharding="ddp", space=space)
+    model = anytoken.load("mini").lm
+    total, active = sum(one.numel() for one in model.parameters()), model.num_active_parameters()
+    assert recipe.lora is not None
+    adapted = add_lora(model, recipe.lora, space)
+    trained = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+    assert (found.parameters.trained, found.parameters.total) == (trained, total + trained)
+    assert active < found.parameters.active <= active + trained
+    assert found.memory["optimizer"] * GIB == pytest.approx(12 * trained)
+    assert found.memory["gradients"] * GIB == pytest.approx(2 * trained)
+    full = TrainConfig.from_dict(recipe.model_dump() | {"lora": None})
+    assert found.flops < 0.85 * plan(full, config, 1, sharding="ddp", space=space).flops
+
+
+def test_an_adapter_of_experts_keeps_their_sum_with_it() -> None:
+    """Bytes that autograd saves of a step, with and without experts in the adapter."""
+    spec = {"r": 2, "new_rows": []}
+    sizes = TINY_MOE | {"num_experts": 16, "moe_intermediate_size": 64}
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes))
+    planned = plan(stage(lora=spec), model.config, 1, sharding="ddp").memory["adapted experts"] * GIB
+    saved = []
+    for experts in (False, True):
+        adapted = add_lora(copy.deepcopy(model), LoraSpec(**spec, experts=experts), TokenSpace(96))
+        owned = {one.untyped_storage().data_ptr() for one in adapted.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(
+            tensor: torch.Tensor, owned: set[int] = owned, kept: dict[int, torch.Tensor] = kept
+        ) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in owned:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            adapted(torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+        saved.append(sum(one.untyped_storage().nbytes() for one in kept.values()))
+    assert planned == pytest.approx((saved[1] - saved[0]) / 2, rel=0.1)  # float32 here, 2 bytes in a plan
+
+
+def test_rows_of_a_bare_configuration_are_not_known() -> None:
+    with pytest.raises(ConfigError, match=r"how many rows text has.*lora.new_rows=\[\]"):
+        plan(stage(lora={"new_rows": ["text"]}), Qwen3MoeConfig(**TINY_MOE), 1)
+
+
+def test_a_model_from_scratch_is_planned_without_weights(recipe: dict[str, Any], world: Path) -> None:
+    config, space = planned_start(TrainConfig.from_dict(recipe))
+    _, model = build_model(TrainConfig.from_dict(recipe))
+    assert count(meta_model(config)).total == sum(one.numel() for one in model.parameters())
+    assert list(space.modality_names) == ["text", "tile", "beep"]
+    recipe["tokenizers"]["tile"] = str(world / "nowhere")
+    with pytest.raises(ConfigError, match=r"missing.*nowhere"):
+        planned_start(TrainConfig.from_dict(recipe))
+
+
+def test_the_command_plans_an_adapter() -> None:
+    found = CliRunner().invoke(app, ["plan", "stages/lora.yaml", "--json"])
+    assert found.exit_code == 0, found.output
+    counts = json.loads(found.stdout)["parameters"]
+    assert 0 < counts["trained"] < 0.2 * counts["total"]

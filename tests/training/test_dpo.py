@@ -92,6 +92,14 @@ def test_a_bad_line_is_named(base: Path, tmp_path: Path, line: str, said: str) -
         ),
         ('{"messages": [], "chosen": "b", "rejected": "c"}', "non-empty list"),
         (
+            '{"messages": [{"role": "user", "content": "a"}], "chosen": "b", "rejectd": "c"}',
+            "received chosen, messages, rejectd",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "b"}',
+            "prefers nothing",
+        ),
+        (
             '{"messages": [{"role": "user", "content": [{"type": "tile", "tile": "/etc/passwd"}]}], '
             '"chosen": "b", "rejected": "c"}',
             "outside of",

@@ -173,7 +173,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     before = signal.getsignal(signal.SIGINT)
     with (
         at_step(2, interrupt, monkeypatch),
-        pytest.raises(Interrupted, match=r"saved at step 3 of 5.*same command"),
+        pytest.raises(Interrupted, match=r"stopped at step 3 of 5 and saved in .*same command resumes"),
     ):
         train(TrainConfig.from_dict(eventful))
     assert signal.getsignal(signal.SIGINT) is before
@@ -204,7 +204,7 @@ def test_the_command_ends_with_130_and_one_line(
     (tmp_path / "stage.yaml").write_text(json.dumps(recipe))
     with at_step(2, interrupt, monkeypatch):
         result = CliRunner().invoke(app, ["train", str(tmp_path / "stage.yaml")])
-    assert result.exit_code == 130 and "the same command goes on from there" in result.stderr
+    assert result.exit_code == 130 and "the same command resumes from there" in result.stderr
 
 
 # ---- a full disk ----
@@ -289,7 +289,7 @@ def test_a_loss_that_is_none_stops_the_run_and_keeps_the_batch(
     def break_a_weight(trainer: StageTrainer) -> None:
         next(trainer.model.parameters()).data[:] = float("nan")
 
-    said = r"loss is nan at step 6; the weights are no longer.*init_from=\S*/checkpoint-4\).*optimizer.lr"
+    said = r"loss is nan at step 6; the weights are no longer.*optimizer.lr.*init_from=\S*/checkpoint-4 "
     with at_step(5, break_a_weight, monkeypatch), pytest.raises(DivergenceError, match=said):
         train(TrainConfig.from_dict(recipe))
     folder = Path(recipe["output"])
@@ -302,6 +302,29 @@ def test_a_loss_that_is_none_stops_the_run_and_keeps_the_batch(
     stream = PackedStream(mixture.sample, stage.batch_size, stage.context, processor.token_space.pad)
     stream.restore(0, PackState(**about["stream_before"]))
     assert all(torch.equal(batch[f"0.{key}"], value) for key, value in next(iter(stream)).items())
+
+
+def test_a_divergence_among_many_micro_batches_is_told(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer draws all batches of a step first: the state before them has to be known still."""
+    seen = 0
+
+    def break_the_loss(trainer: StageTrainer) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            trainer.model.loss.z_loss = float("inf")
+
+    recipe |= {"gradient_accumulation_steps": 70, "context": 16, "tokens_per_batch": 70 * 16, "save_every": 1}
+    recipe["data"] = [{"path": "things", "views": {"text->tile": 1}}]
+    said = r"loss is \w+ at step 2, micro-batch 3 of 70; the weights are still finite.*checkpoint-1 "
+    with at_step(1, break_the_loss, monkeypatch), pytest.raises(DivergenceError, match=said):
+        train(TrainConfig.from_dict(recipe))
+    [path] = (Path(recipe["output"]) / "diverged").glob("*.json")
+    before = PackState(**json.loads(path.read_text())["stream_before"])
+    assert before.next_index > 70
+    assert len({name.split(".")[0] for name in load_file(path.with_suffix(".safetensors"))}) == 3
 
 
 def test_a_gradient_that_is_none_never_reaches_the_weights(

@@ -174,6 +174,8 @@ def test_init_from_a_folder_without_a_checkpoint(recipe: dict[str, Any], tmp_pat
     bad = {key: value for key, value in recipe.items() if key not in ("tokenizers", "model")}
     with pytest.raises(ConfigError, match="no checkpoint folder"):
         train(TrainConfig.from_dict(bad | {"init_from": str(tmp_path)}))
+    with pytest.raises(ConfigError, match=r"'mni' is no checkpoint folder.*did you mean 'mini'"):
+        train(TrainConfig.from_dict(bad | {"init_from": "mni"}))
 
 
 def test_checkpointed_gradients_are_the_same(recipe: dict[str, Any], tmp_path: Path) -> None:

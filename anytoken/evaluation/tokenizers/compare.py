@@ -51,10 +51,17 @@ def comparison(found: dict[str, Any]) -> str:
     return table([("", *found), *body])
 
 
+def summary(figures: dict[str, Any]) -> list[Row]:
+    """One tokenizer's figures as rows of a table, the head first: what comes back beside its baselines, and rates."""
+    head, *kept = metric_rows(figures)
+    values = {title: columns for title, *columns in kept}
+    return [head, *((title, *values.get(title, value)) for title, *value in _rows(figures))]
+
+
 def _rows(figures: dict[str, Any]) -> list[Row]:
     unit, tokens = figures["unit"], figures["tokens_per_unit"]
     rows: list[Row] = [
-        ("tokenizer", figures["tokenizer"]),
+        ("tokenizer", figures.get("tokenizer", figures["kind"])),
         ("codebooks", " + ".join(f"{size:,}" for size in figures["codebook_sizes"])),
         (f"codes a {unit}", number(tokens)),
         (f"bits a {unit}", number(figures["bits_per_unit"])),
@@ -69,6 +76,6 @@ def _rows(figures: dict[str, Any]) -> list[Row]:
         rows.append(("bits a base of the genomes", f"{figures['genome_bits_per_base']:.4f}"))
     for verb in ("encode", "decode"):
         rows.append((f"{unit}s a second to {verb}", number(figures[f"{verb}_units_per_second"])))
-    for bar in figures["bars"]:
+    for bar in figures.get("bars", []):
         rows.append((f"bar: {bar['what']}", shown_bar(bar)))
     return rows

@@ -1,7 +1,8 @@
 """Learning-rate schedules with warm-up: cosine, WSD (warm-up, stable, decay; arXiv 2404.06395), constant.
 
-The schedule is an object whose few numbers are saved with the optimizer, because a time limit may shorten it:
-once the flat part has had its share of the minutes, the decay starts at once and takes the rest.
+A schedule is a function of progress, and progress is that of the steps or of the minutes, whichever is further along:
+where `max_minutes` will not do for all steps, the same curve is run through in fewer of them and still ends at its
+end. The object's few numbers are saved with the optimizer.
 """
 
 import math
@@ -14,31 +15,35 @@ class Schedule:
 
     def __init__(self, spec: ScheduleSpec, steps: int) -> None:
         self.kind, self.warmup, self.final = spec.kind, spec.warmup_steps, spec.final_fraction
-        self.decay_fraction = spec.decay_fraction if spec.kind != "constant" else 0.0
+        self.decay_fraction = spec.decay_fraction
         self.planned = self.total = steps
-        self.decay_start = steps - math.ceil(steps * spec.decay_fraction) if spec.kind == "wsd" else -1
-        self.shortened = False
+        self.expected = float(steps)  # steps that will be done, as far as the clock tells
         self.seconds = 0.0
 
     def __call__(self, step: int) -> float:
         """The factor for the update after ``step`` finished ones, in [0, 1]."""
         factor = min(1.0, (step + 1) / max(self.warmup, 1))
+        if self.kind == "constant":
+            return factor
         if self.kind == "cosine":
-            progress = min(step / max(self.planned, 1), 1.0)
-            factor *= self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
-        if 0 <= self.decay_start <= step:
-            left = (self.total - step) / max(self.total - self.decay_start, 1)
-            factor *= self.final + (1 - self.final) * max(left, 0.0)
-        return factor
+            level = (1 + math.cos(math.pi * min(step / self.expected, 1.0))) / 2
+        else:
+            decay = self.expected * self.decay_fraction
+            decay = math.ceil(decay) if self.expected == self.planned else decay
+            level = min(max((self.expected - step) / decay, 0.0), 1.0)
+        return factor * (self.final + (1 - self.final) * level)
 
     def tick(self, step: int, seconds: float, max_minutes: float | None) -> None:
-        """Account for the time of step number ``step``; shorten the schedule if time runs out."""
+        """Account for the time of step number ``step``; ``total`` becomes ``step`` if there is none for another.
+
+        The next step is taken to last as long as this one or as all did on average, whichever is shorter: a slow
+        first step (compilation) or a step with an evaluation ends no run early. So a run overshoots by less than one.
+        """
         self.seconds += seconds
-        if max_minutes is None or self.shortened:
+        if max_minutes is None:
+            self.expected = float(self.planned)
             return
-        budget = 60 * max_minutes
-        if self.seconds >= budget * (1 - self.decay_fraction) and not 0 <= self.decay_start < step:
-            self.shortened = True
-            steps_left = int((budget - self.seconds) / (self.seconds / step))
-            self.total = min(self.total, step + max(steps_left, 0))
-            self.decay_start = step
+        budget, mean = 60 * max_minutes, self.seconds / step
+        self.expected = min(float(self.planned), budget / mean) if mean else float(self.planned)
+        if self.seconds + min(mean, seconds) > budget:
+            self.total = min(self.planned, step)

@@ -19,6 +19,7 @@ from anytoken.training.config import (
     TrainConfig,
 )
 from anytoken.training.metrics import read_metrics
+from anytoken.training.report.markdown import REPORT
 from anytoken.training.report.samples import read_samples
 from anytoken.training.report.svg import Line, flowing, heat_map, line_chart, thin
 from anytoken.utils.atomic import write_file
@@ -54,32 +55,39 @@ class HtmlReport:
         start = time.monotonic()
         if start < self.next and not finished:
             return
-        write_file(self.folder / "report.html", self._html(finished), sync=finished)
+        write_file(self.folder / REPORT, self._html(finished), sync=finished)
         self.next = time.monotonic() + (time.monotonic() - start) / SHARE_OF_TIME
 
     def _html(self, finished: bool) -> str:
         entries = read_metrics(self.folder / "metrics.jsonl")
         train = [entry for entry in entries if "groups" in entry]
-        facts_path = self.folder / FACTS
-        facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
-        sections = {
-            "Bits per target": _losses(entries, self.reference) + _legend(bool(self.reference), entries),
-            "Optimisation": flowing(
-                [line_chart(name, [Line(thin(points))]) for name, points in _curves(train)]
-            ),
-            "Expert load": _experts(train),
-            "Samples": _samples(self.folder),
-            "Run": _table({key: value for key, value in facts.items() if key != "data"}),
-            "Data": _rows(facts.get("data", [])),
-            "Recipe": f"<pre>{html.escape(yaml.safe_dump(self.stage.model_dump(mode='json'), sort_keys=False))}</pre>",
-        }
-        body = "".join(f"<section><h2>{name}</h2>{part}</section>" for name, part in sections.items() if part)
+        recipe = html.escape(yaml.safe_dump(self.stage.model_dump(mode="json"), sort_keys=False))
+        sections = {**run_sections(self.folder, self.reference), "Recipe": f"<pre>{recipe}</pre>"}
+        body = "".join(f"<section><h2>{name}</h2>{part}</section>" for name, part in sections.items())
         title = html.escape(self.folder.name)
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
             f"<h1>{title}</h1><p>{_status(self.stage, train, finished)}</p>{body}</html>\n"
         )
+
+
+def run_sections(folder: Path, reference: Entries = ()) -> dict[str, str]:
+    """Title and HTML of all that there is to show of a run's folder so far; `reference`: another run's metrics."""
+    path, facts_path = folder / "metrics.jsonl", folder / FACTS
+    entries = read_metrics(path) if path.is_file() else []
+    train = [entry for entry in entries if "groups" in entry]
+    facts = json.loads(facts_path.read_text(encoding="utf-8")) if facts_path.is_file() else {}
+    curves = [line_chart(name, [Line(thin(points))]) for name, points in _curves(train)]
+    sections = {
+        "Bits per target": _losses(entries, reference) + _legend(bool(reference), entries) if entries else "",
+        "Optimisation": flowing(curves) if curves else "",
+        "Expert load": _experts(train),
+        "Samples": _samples(folder),
+        "Run": _table({key: value for key, value in facts.items() if key != "data"}),
+        "Data": _rows(facts.get("data", [])),
+    }
+    return {name: part for name, part in sections.items() if part}
 
 
 def find_reference(name: str) -> Path:

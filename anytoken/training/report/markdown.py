@@ -5,13 +5,16 @@ The table gives each group's loss in bits at a few moments and on the held-out s
 repeats a recipe can compare.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anytoken.training.config import TrainConfig
 from anytoken.training.metrics import read_metrics
 
 MOMENTS = 6
+REPORT = "report.html"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -31,6 +34,30 @@ def write_report(folder: str | Path) -> Path:
     path = folder / "training.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def summary(stage: TrainConfig) -> list[str]:
+    """What to say of a finished run: steps and loss, the last held-out losses, its report, and what to type next."""
+    folder = Path(stage.output)
+    entries = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+    train = [entry for entry in entries if "loss" in entry]
+    held_out = [entry["eval"]["groups"] for entry in entries if "eval" in entry]
+    said = str(folder)
+    if train:
+        said += f": {train[-1]['step']:,} of {stage.steps:,} steps, loss {train[-1]['loss']:.3f}"
+    lines = [said]
+    if held_out:
+        bits = ", ".join(f"{name} {group['bits']:.2f}" for name, group in held_out[-1].items())
+        lines.append(f"held out, bits per target: {bits}")
+    if (folder / REPORT).is_file():
+        lines.append(f"report: {folder / REPORT}")
+    model = ["--model", str(folder)] if stage.lora is None else adapted(stage.init_from, folder)
+    return [*lines, f"next: {shlex.join(['anytoken', 'chat', *model])}"]
+
+
+def adapted(model: str, adapter: Path) -> list[str]:
+    """The options that open a model with an adapter."""
+    return ["--model", model, "--adapter", str(adapter)]
 
 
 def moments_table(entries: Sequence[dict[str, Any]]) -> str:

@@ -4,7 +4,10 @@ The room that generates lies to the right of this one, so ``train`` is handed a 
 the training are left as they were, and a run that spends too much of its time on samples skips some.
 """
 
+import html
 import json
+import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from anytoken.training.config import (
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
+logger = logging.getLogger(__name__)
 FOLDER = "samples"
 Answer = Callable[[PreTrainedModel, Processor, Any, Any], str]  # (model, processor, prompt, output) -> HTML
 
@@ -27,19 +31,31 @@ Answer = Callable[[PreTrainedModel, Processor, Any, Any], str]  # (model, proces
 class Sampler:
     """Answers a recipe's prompts and writes ``samples/step-N.json`` in the run's folder."""
 
-    def __init__(self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None) -> None:
-        """ConfigError for prompts that the processor cannot take, or that nothing can answer."""
+    def __init__(
+        self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None, context: int
+    ) -> None:
+        """ConfigError for prompts that the model's context of so many ids cannot hold, or that nothing can answer.
+
+        ValueError (RequestError, TokenizerError) for those that the processor cannot take.
+        """
         if spec.prompts and answer is None:
             raise ConfigError(
                 "samples.prompts need train(stage, answer): a function that answers; `anytoken train` has one"
             )
-        for one in spec.prompts:
-            processor.messages(_as_prompt(one.prompt))
-            for kind in [one.output] if isinstance(one.output, str) else one.output or []:
+        for number, one in enumerate(spec.prompts):
+            kinds = [one.output] if isinstance(one.output, str) else one.output
+            for kind in kinds or []:
                 if kind not in processor.kinds:
                     raise ConfigError(
                         f"samples: output {kind!r} is no kind of the model; there are {', '.join(processor.kinds)}"
                     )
+            length = len(processor.encode_chat(_as_prompt(one.prompt)))
+            least = processor.grammar.min_remaining(processor.grammar.reply(kinds))
+            if length + least > context:
+                raise ConfigError(
+                    f"samples.prompts.{number} has {length} ids and its shortest reply {least}, but the model's "
+                    f"context is {context}; shorten the prompt or ask for less"
+                )
         self.processor = processor
         self.spec, self.folder, self.answer = spec, folder, answer
         self.began, self.spent = time.monotonic(), 0.0
@@ -54,14 +70,18 @@ class Sampler:
         return bool(self.spec.every) and step % self.spec.every == 0 and on_time
 
     def take(self, step: int, model: PreTrainedModel) -> None:
-        """Answer all prompts with the model as it is."""
+        """Answer all prompts with the model as it is; one that fails costs its sample, not the run."""
         assert self.answer is not None
         start, was_training = time.monotonic(), model.training
         found = []
         model.eval()
         with torch.random.fork_rng():
             for one in self.spec.prompts:
-                shown = self.answer(model, self.processor, _as_prompt(one.prompt), one.output)
+                try:
+                    shown = self.answer(model, self.processor, _as_prompt(one.prompt), one.output)
+                except Exception as error:  # of any library that decodes what was generated
+                    logger.warning("step %d has no sample of %r: %s", step, one.prompt, error)
+                    shown = f"<i>{html.escape(f'no sample: {error}')}</i>"
                 found.append({"prompt": one.prompt, "output": one.output, "html": shown})
         model.train(was_training)
         write_file(self.folder / FOLDER / f"step-{step:08d}.json", json.dumps(found))
@@ -69,7 +89,15 @@ class Sampler:
 
 
 def _as_prompt(prompt: str | list[dict[str, str]]) -> Any:
-    return prompt if isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+    """A prompt of a recipe, whose paths are its owner's own."""
+    if isinstance(prompt, str):
+        return prompt
+    content = [
+        {key: Path(value) if key not in ("type", "text") and os.path.exists(value) else value
+         for key, value in part.items()}
+        for part in prompt
+    ]  # fmt: skip
+    return [{"role": "user", "content": content}]
 
 
 def read_samples(folder: Path) -> list[tuple[int, list[dict[str, Any]]]]:

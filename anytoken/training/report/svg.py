@@ -1,5 +1,7 @@
 """Charts as SVG: no script, no network; one file suits light and dark, in a page of its own or in another's.
 
+Styles name elements as well as classes, so that they touch nothing else of a page.
+
 A chart is a group of WIDTH x HEIGHT; ``board`` lays groups out in one file and brings the colours,
 ``flowing`` does so in a page.
 """
@@ -14,11 +16,11 @@ WIDTH, HEIGHT = 290, 180
 TINY = 1e-300  # a range below this has no ticks of its own
 LEFT, RIGHT, TOP, BOTTOM = 44, 18, 24, 20  # margins of the plot inside a chart
 STYLE = """
-text{font:11px system-ui,sans-serif;fill:#333}.title{font-weight:600}.grid{stroke:#e2e2e2}
-.line{fill:none;stroke-width:1.6}.main{stroke:#2563eb}.cell{fill:#2563eb}.dots{stroke:#c2410c}.dot{fill:#c2410c}
-.reference{stroke:#8a8a8a;stroke-dasharray:4 3}
-@media(prefers-color-scheme:dark){text{fill:#d0d0d0}.grid{stroke:#383838}.main{stroke:#7aa7ff}.cell{fill:#7aa7ff}
-.dots{stroke:#fb923c}.dot{fill:#fb923c}}
+text{font:11px system-ui,sans-serif;fill:#333}text.title{font-weight:600}line.grid{stroke:#e2e2e2}
+.line{fill:none;stroke-width:1.6}.line.main{stroke:#2563eb}rect.cell{fill:#2563eb}
+.line.dots{stroke:#c2410c}circle.dot{fill:#c2410c}.line.reference{stroke:#8a8a8a;stroke-dasharray:4 3}
+@media(prefers-color-scheme:dark){text{fill:#d0d0d0}line.grid{stroke:#383838}.line.main{stroke:#7aa7ff}
+rect.cell{fill:#7aa7ff}.line.dots{stroke:#fb923c}circle.dot{fill:#fb923c}}
 """
 Point = tuple[float, float]
 

@@ -36,7 +36,8 @@ SUFFIXES = {  # of a user's own files, for each kind that has batches here
     "video": (".mp4", ".webm", ".gif", ".webp"),
     "speech": (".wav", ".flac", ".ogg", ".mp3"),
 }
-KINDS = (*SUFFIXES, "layered_image")  # a tokenizer of another kind has `training_batches` of its own
+LAYERED = ("layered_image", "layered_video")
+KINDS = (*SUFFIXES, *LAYERED)  # a tokenizer of another kind has `training_batches` of its own
 
 
 def batches_for(
@@ -53,7 +54,7 @@ def batches_for(
     batches are composed there; on other machines, or devices, they differ in their last bits.
     TokenizerError if there is nothing there, naming what is expected.
     """
-    if kind == "layered_image":
+    if kind in LAYERED:
         layers = layer_batches(source, batch_size, seed)
         return lambda step: layers(step).to(device)
     if source.suffix == ".npy":
@@ -113,21 +114,24 @@ def animation_batches(path: Path, batch_size: int, seed: int, device: str | torc
 
 
 def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
-    """Layers and two plain colours to compose them on, as planes: [B, 4 + 3 + 3, 64, 64].
+    """Layers and two plain colours to compose them on, as planes: [B, 4 + 3 + 3, 64, 64], or [.., T, 64, 64] of clips.
 
-    A layer is premultiplied colour in [-1, 1] and coverage in [0, 1] (see `layered.py`). One batch in ten holds images
+    A layer is premultiplied colour in [-1, 1] and coverage in [0, 1] (see `layered.py`). One batch in ten holds items
     without a plain border instead: opaque layers, on a gradient.
     """
     if path.suffix != ".npy" or not path.is_file():
-        raise TokenizerError(f"{path} is no array of sprites with coverage, such as emoji/sprites.npy.")
+        raise TokenizerError(f"{path} is no array of drawings with coverage, such as emoji/sprites.npy.")
     sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
         picked = sprites[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
-        drawn = draw(picked, *_places(batch_size, 64, 64, rng), 64, 64)
+        count = picked.shape[1] if picked.ndim == 5 else 1  # frames of a clip stand alike
+        drawn = draw(picked.reshape(-1, *picked.shape[-3:]), *_places(batch_size, 64, 64, rng), 64, 64, count)
         colors = [torch.from_numpy(_plain_colors(batch_size, rng) / 255).to(drawn) for _ in range(2)]
-        bases = [one[:, :, None, None].expand(-1, -1, 64, 64) * 2 - 1 for one in colors]
+        bases = [
+            one.repeat_interleave(count, 0)[:, :, None, None].expand(-1, -1, 64, 64) * 2 - 1 for one in colors
+        ]
         layer = torch.cat([2 * drawn[:, :3] - drawn[:, 3:], drawn[:, 3:]], 1)
         if rng.random() < 0.1:
             ramp = torch.linspace(0, 1, 64, device=drawn.device)
@@ -135,7 +139,8 @@ def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.de
             back = (1 - ramp) * bases[0] + ramp * bases[1]
             opaque = layer[:, :3] + (1 - layer[:, 3:]) * back
             layer = torch.cat([opaque, torch.ones_like(layer[:, 3:])], 1)
-        return torch.cat([layer, *bases], 1)
+        planes = torch.cat([layer, *bases], 1)
+        return planes if picked.ndim == 4 else planes.unflatten(0, (batch_size, count)).transpose(1, 2)
 
     return batch
 

@@ -26,6 +26,7 @@ from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
 from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name, math_threads, usable_device
+from anytoken.utils.hints import explain
 from anytoken.utils.json_lines import read_json_lines
 
 
@@ -38,6 +39,10 @@ class Recipe(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict)
     init_from: str = Field(
         "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
+    )
+    init_parts: dict[str, str] = Field(
+        default_factory=dict,
+        description="beginning of the names of weights: the tokenizer folder to take these from",
     )
     begin_anew: list[str] = Field(
         default_factory=list, description="beginnings of the names of weights that init_from is not asked for"
@@ -107,8 +112,7 @@ def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
     try:
         return Recipe(**raw)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise TokenizerError(f"{path}: {wrong}. Keys: {', '.join(Recipe.model_fields)}.") from error
+        raise TokenizerError(f"{path}: {explain(error, Recipe)}.") from error
 
 
 def train_tokenizer(
@@ -163,7 +167,22 @@ def _build(plan: Recipe) -> ModalityTokenizer:
                 f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
                 f"theirs is {begun.config}. `begin_anew` names weights that are not to be taken over. {error}"
             ) from error
+    for part, folder in plan.init_parts.items():
+        _take_part(tokenizer, part, folder)
     return tokenizer
+
+
+def _take_part(tokenizer: ModalityTokenizer, part: str, folder: str) -> None:
+    """Take the weights whose names begin so from another tokenizer; TokenizerError unless all are there and fit."""
+    wanted = {name: one.shape for name, one in tokenizer.state_dict().items() if name.startswith(part)}
+    state = load_tokenizer(folder).state_dict()
+    taken = {name: state[name] for name in wanted if name in state}
+    if not wanted or wanted != {name: one.shape for name, one in taken.items()}:
+        raise TokenizerError(
+            f"init_parts: {folder} has no weights that fit those of this tokenizer that begin with {part!r}, which are "
+            f"{', '.join(f'{name} {list(shape)}' for name, shape in wanted.items()) or 'none'}."
+        )
+    tokenizer.load_state_dict(taken, strict=False)
 
 
 def _finish(

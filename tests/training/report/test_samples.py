@@ -15,7 +15,7 @@ from anytoken.training.config import (
     TrainConfig,
 )
 from anytoken.training.metrics import read_metrics
-from anytoken.training.report.samples import Sampler, read_samples
+from anytoken.training.report.samples import Sampler, _as_prompt, read_samples
 from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError, RequestError
 
@@ -64,6 +64,32 @@ def test_what_cannot_be_sampled_is_said_before_training(recipe: dict[str, Any]) 
         train(TrainConfig.from_dict(recipe | {"samples": {"prompts": [{"prompt": ""}]}}), lambda *_: "")
 
 
+@pytest.mark.parametrize(("words", "output"), [("ant " * 200, "text"), ("ant " * 59, ["tile"] * 4)])
+def test_a_prompt_that_leaves_no_room_is_refused_before_training(
+    recipe: dict[str, Any], words: str, output: Any
+) -> None:
+    prompts = [{"prompt": "ant", "output": "text"}, {"prompt": words, "output": output}]
+    said = r"samples.prompts.1 has \d+ ids and its shortest reply \d+, but the model's context is 128"
+    with pytest.raises(ConfigError, match=said):
+        train(TrainConfig.from_dict(recipe | {"samples": {"prompts": prompts}}), lambda *_: "")
+    assert not Path(recipe["output"]).exists()
+
+
+def test_a_sample_that_fails_ends_no_training(
+    recipe: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(model: torch.nn.Module, processor: Any, prompt: Any, output: Any) -> str:
+        if prompt == "bee":
+            raise RuntimeError("no <codec>")
+        return "fine"
+
+    prompts = [{"prompt": "bee", "output": "tile"}, {"prompt": "ant", "output": "tile"}]
+    folder = train(TrainConfig.from_dict(recipe | {"steps": 1, "samples": {"prompts": prompts}}), answer)
+    [(_, [failed, fine])] = read_samples(folder)
+    assert "no &lt;codec&gt;" in failed["html"] and fine["html"] == "fine"
+    assert "step 1 has no sample of 'bee': no <codec>" in caplog.text
+
+
 def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("anytoken.training.report.samples.time", SimpleNamespace(monotonic=lambda: now))
@@ -74,8 +100,9 @@ def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return ""
 
     spec = SampleSpec.model_validate({"every": 5, "share_of_time": 0.1, "prompts": [{"prompt": "a"}]})
-    processor = SimpleNamespace(messages=lambda prompt: [], kinds={"text": None})
-    sampler = Sampler(spec, tmp_path, processor, slow)  # type: ignore[arg-type]
+    grammar = SimpleNamespace(reply=lambda plan: None, min_remaining=lambda state: 1)
+    processor = SimpleNamespace(encode_chat=lambda prompt: [0], kinds={"text": None}, grammar=grammar)
+    sampler = Sampler(spec, tmp_path, processor, slow, 64)  # type: ignore[arg-type]
     taken = []
     for step in range(1, 41):
         now += 5
@@ -87,3 +114,17 @@ def test_slow_samples_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         20,
         40,
     ]  # at 5 for 10 s: not again before 100 s; then not before 200 s, but at the end
+
+
+def test_paths_in_prompts_of_a_recipe_are_its_owners_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"x")
+    prompt = [
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": "a.png"},
+        {"type": "dna", "dna": "ACGT"},
+    ]
+    (message,) = _as_prompt(prompt)
+    assert message["content"] == [
+        {"type": "image", "image": Path("a.png")}, {"type": "text", "text": "a.png"}, {"type": "dna", "dna": "ACGT"},
+    ]  # fmt: skip

@@ -1,0 +1,90 @@
+"""Embedding beside a bare forward pass, and an index at growing sizes: build time, queries per second, recall@10."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from anytoken.benchmarks.harness import (
+    Figures,
+    interleaved_timing,
+    ratio_of_turns,
+)
+from anytoken.inference.api import AnyToken
+from anytoken.inference.embed import similar_lengths
+from anytoken.inference.index import KINDS, Index, Item
+from anytoken.model.embedding_head import read_states
+from anytoken.utils.errors import EvaluationError
+
+QUERIES, NEAR = 200, 10
+
+
+def bench_embed(
+    model: AnyToken, prompts: Sequence[object], sizes: Sequence[int], width: int, repeats: int
+) -> Figures:
+    """Rows of an index by kind and size, and how many times as long embedding takes as its forward passes alone.
+
+    sizes: vectors of an index; they are drawn around centres as a model's lie. EvaluationError if
+    two ways of batching give other vectors.
+    """
+    ids = model.processor.encode_chats(list(prompts))
+    untrained = not model.embedding_heads
+    together = model.embed_ids(ids, untrained=untrained)
+    alone = np.concatenate([model.embed_ids([one], untrained=untrained) for one in ids[:8]])
+    worst = float(np.abs(together[:8] - alone).max())
+    if worst > 1e-4:
+        raise EvaluationError(
+            f"A prompt's vector alone and in a batch differ by {worst:.2g}: speeds say nothing."
+        )
+    sides = {
+        "embed": lambda: model.embed_ids(ids, untrained=untrained),
+        "bare forward": lambda: bare_forward(model, ids),
+    }
+    taken = interleaved_timing(sides, repeats)
+    tokens = sum(map(len, ids))
+    speeds = {
+        "prompts": len(ids), "tokens": tokens, "largest_difference": worst,
+        "embed_tokens_per_second": tokens / taken["embed"], "prompts_per_second": len(ids) / taken["embed"],
+        "embed_over_forward": ratio_of_turns(sides["embed"], sides["bare forward"], repeats),
+    }  # fmt: skip
+    rows = [row for size in sizes for kind in KINDS if (row := bench_index(model, size, width, kind))]
+    return {"embedding": speeds, "width": width, "queries": QUERIES, "repeats": repeats, "rows": rows}
+
+
+@torch.inference_mode()
+def bare_forward(model: AnyToken, ids: Sequence[Sequence[int]]) -> None:
+    """The decoder over the same batches, and nothing else."""
+    for rows in similar_lengths([len(one) for one in ids]):
+        batch = torch.full((len(rows), max(len(ids[row]) for row in rows)), model.token_space.pad)
+        for place, row in enumerate(rows):
+            batch[place, : len(ids[row])] = torch.tensor(ids[row])
+        read_states(model.lm, batch.to(model.lm.device))
+
+
+def bench_index(model: AnyToken, size: int, width: int, kind: str) -> Figures | None:
+    """One row of figures; None where a kind is not for so few vectors."""
+    if kind == "ivfpq" and size < 10_000:
+        return None
+    rng = np.random.default_rng(size)
+    centres = rng.normal(size=(max(10, size // 100), width))
+
+    def draw(count: int) -> np.ndarray:
+        points = centres[rng.integers(len(centres), size=count)] + 0.7 * rng.normal(size=(count, width))
+        return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+    vectors, queries = draw(size), draw(QUERIES)
+    items = [Item(str(number), "image") for number in range(size)]
+    start = time.perf_counter()
+    index = Index.of_vectors(model, items, vectors, kind)
+    built = time.perf_counter() - start
+    exact = np.argsort(-queries @ vectors.T, axis=1)[:, :NEAR]
+    start = time.perf_counter()
+    _, rows = index.search_many(queries, NEAR)
+    seconds = time.perf_counter() - start
+    found = np.mean([len(set(a) & set(b)) / NEAR for a, b in zip(exact, rows, strict=True)])
+    return {
+        "kind": kind, "vectors": size, "build_s": built, "queries/s": QUERIES / seconds, "recall@10": float(found),
+    }  # fmt: skip

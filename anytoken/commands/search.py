@@ -1,0 +1,132 @@
+"""Commands of the embedding head: embed, index, search."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from anytoken.commands.inference import PROMPT_HELP, PromptCommand
+from anytoken.commands.options import Adapter, Device, Model, examples, load
+from anytoken.terminal.prompt_args import read_part
+
+app = typer.Typer()
+
+
+class IndexKind(StrEnum):
+    """How an index is searched."""
+
+    flat = "flat"
+    hnsw = "hnsw"
+    ivfpq = "ivfpq"
+
+
+Prompt = Annotated[list[str], typer.Argument(metavar="PROMPT...", help=PROMPT_HELP)]
+Width = Annotated[int | None, typer.Option(min=1, help="Dimensions of a vector; one of the head's widths.")]
+Untrained = Annotated[
+    bool,
+    typer.Option(
+        "--untrained", help="Without a trained head: means of hidden states, which retrieve far less."
+    ),
+]
+
+
+@app.command(cls=PromptCommand, epilog=examples('anytoken embed "a fox" --adapter runs/embed'))
+def embed(
+    prompt: Prompt,
+    model: Model = "mini",
+    width: Width = None,
+    untrained: Untrained = False,
+    device: Device = "auto",
+    adapter: Adapter = None,
+) -> None:
+    """Print a prompt's unit vector as JSON."""
+    parts = [read_part(part) for part in prompt]
+    [vector] = load(model, device, adapter).embed([parts], width=width, untrained=untrained)
+    print(json.dumps([round(float(one), 7) for one in vector]))
+
+
+@app.command(epilog=examples("anytoken index photos --out my.index --adapter runs/embed"))
+def index(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of images, clips, recordings, texts and sequences.")
+    ],
+    out: Annotated[Path, typer.Option(help="The index to write, or to bring up to date.")],
+    model: Model = "mini",
+    kind: Annotated[
+        IndexKind, typer.Option(help="flat: exact; hnsw: millions; ivfpq: little memory.")
+    ] = IndexKind.flat,
+    width: Width = None,
+    untrained: Untrained = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index of another folder, model or width.")
+    ] = False,
+    device: Device = "auto",
+    adapter: Adapter = None,
+) -> None:
+    """Index a folder for search; rerun it to add what is new."""
+    from anytoken.inference.index import Index
+
+    opened = load(model, device, adapter)
+    found = Index.build(folder, opened, out, kind.value, width, untrained, overwrite, progress=True)
+    found.remember_model(out, model, None if adapter is None else str(adapter))
+    print(f"{out}: {found!r}")
+
+
+@app.command(
+    cls=PromptCommand,
+    epilog=examples(
+        'anytoken search my.index "a fox on blue" -k 5',
+        "anytoken search my.index photo.png --html found.html",
+    ),
+)
+def search(
+    path: Annotated[Path, typer.Argument(metavar="INDEX", help="What `anytoken index` wrote.")],
+    query: Annotated[list[str], typer.Argument(metavar="QUERY...", help=PROMPT_HELP)],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many results.")] = 10,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only results of this kind; repeat it for more.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="By default the model that made the index.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per result, best first.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page of the results.")] = None,
+    device: Device = "auto",
+    adapter: Adapter = None,
+) -> None:
+    """Find what is nearest to words, files or both."""
+    from anytoken.inference.index import Index, read_index
+
+    meta, _ = read_index(path)
+    parts = [read_part(part) for part in query]
+    if model is None and adapter is None and meta.get("adapter"):
+        adapter = Path(meta["adapter"])
+    found = Index.open(path, load(model or meta.get("model", "mini"), device, adapter))
+    hits = found.search(parts, k, kind)
+    gone = [hit for hit in hits if not hit.exists]
+    if gone:
+        note = (
+            f"{len(gone)} of the results have gone since, such as {gone[0].file}: run `anytoken index` again."
+        )
+        Console(stderr=True, soft_wrap=True).print(note, markup=False, highlight=False)
+    if html is not None:
+        from anytoken.inference.contact_sheet import write_sheet
+
+        write_sheet(html, parts, hits)
+    rows = [hit.to_dict() for hit in hits]
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False) if as_json else _line(row))
+    if html is not None:
+        print(html)
+
+
+def _line(row: dict[str, Any]) -> str:
+    part = f" [{row['part'] + 1}]" if row.get("part") else ""
+    return f"{row['score']:.4f}  {row['kind']:<6}  {row['path']}{part} {row.get('text', '')}".rstrip()

@@ -1,0 +1,83 @@
+"""Checkpoints to and from the Hugging Face hub; HF_ENDPOINT names another hub that speaks its API.
+
+Only the files of a checkpoint and its card go up: what else lies in a folder (training states, logs) stays.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anytoken.inference.checkpoint import (
+    CHECKPOINT,
+    HUB_ID,
+    check_folder,
+    find_checkpoint,
+)
+from anytoken.utils.atomic import check_target, write_folder
+from anytoken.utils.errors import CheckpointError
+
+CARD = "README.md"
+
+
+def push(name_or_path: str | Path, repo: str, private: bool = False, message: str | None = None) -> str:
+    """Upload a checkpoint to a hub repository, which is made if it is not there; the commit's address.
+
+    CheckpointError for an incomplete checkpoint, an id that is none, and a hub that refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    folder = find_checkpoint(name_or_path)
+    check_folder(folder)
+    if not HUB_ID.fullmatch(repo):
+        raise CheckpointError(f"A hub repository is written owner/name; received {repo!r}.")
+    files = [path.as_posix() for path in CHECKPOINT.own_files(folder)]
+    files += [CARD] if (folder / CARD).is_file() else []
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message=message or f"Upload {folder.name}",
+        )
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"The hub did not take {repo} ({_reason(error)}). Log in with `hf auth login` or set HF_TOKEN, and check "
+            "that you may write there."
+        ) from error
+    return str(done.commit_url)
+
+
+def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = False) -> Path:
+    """Download a checkpoint from the hub into a folder, whole or not at all.
+
+    revision: a branch, tag or commit. CheckpointError for a repository that is not there or holds no checkpoint, and
+    for a folder that holds something else.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if not HUB_ID.fullmatch(repo):
+        raise CheckpointError(f"A hub repository is written owner/name; received {repo!r}.")
+    check_target(out, CHECKPOINT, overwrite)
+    with write_folder(out, CHECKPOINT, overwrite) as scratch:
+        try:
+            found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*CHECKPOINT.files, CARD]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(f"The hub did not give {repo} ({_reason(error)}).") from error
+        check_folder(found)
+        for path in [*CHECKPOINT.own_files(found), *([Path(CARD)] if (found / CARD).is_file() else [])]:
+            (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+            (scratch / path).write_bytes((found / path).read_bytes())
+    return out
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the hub's client says."""
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(
+            ": "
+        )
+    )

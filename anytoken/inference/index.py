@@ -1,0 +1,544 @@
+"""An index of a folder: every image, clip, recording, text and sequence as a vector, searched in any modality.
+
+    index = anytoken.Index.build("photos", model, "my.index")
+    index.search("a fox on blue", k=5); index.search(anytoken.Speech.open("said.wav"))
+
+A text file gives a vector per paragraph, a FASTA file one per sequence. Building again embeds only files that are new
+or changed. What is done is kept in small parts beside the target until the whole is written, so a build that was
+killed goes on; the target itself is replaced in one step. Vectors lie in one file that is mapped, not read, and exact
+search is a product with it. HNSW (arXiv 1603.09320) and IVF-PQ (Jégou et al., TPAMI 2011) are FAISS's (2401.08281).
+
+    index.json      what made it: the model's fingerprint, width, kind, the folder
+    items.jsonl     a line for each vector: path, kind, part, size and time of the file
+    vectors.npy     float32 [N, W], unit norm
+    faiss.index     hnsw and ivfpq only
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from anytoken.inference.api import AnyToken
+from anytoken.inference.embed import ALIKE
+from anytoken.segments import (
+    CONTAINER_SUFFIXES,
+    DNA,
+    DNA_SUFFIXES,
+    FRAMES_SUFFIXES,
+    IMAGE_SUFFIXES,
+    SPEECH_SUFFIXES,
+    TEXT_SUFFIXES,
+    Segment,
+    SegmentError,
+    Text,
+    open_segment,
+)
+from anytoken.utils.atomic import FolderKind, check_target, write_file, write_folder
+from anytoken.utils.errors import DataError, RequestError
+from anytoken.utils.json_lines import (
+    read_json_lines,
+)
+
+SUFFIXES = {
+    "image": IMAGE_SUFFIXES, "speech": SPEECH_SUFFIXES, "video": CONTAINER_SUFFIXES + FRAMES_SUFFIXES,
+    "dna": DNA_SUFFIXES, "text": TEXT_SUFFIXES,
+}  # fmt: skip
+META, ITEMS, VECTORS, FAISS = "index.json", "items.jsonl", "vectors.npy", "faiss.index"
+KINDS = ("flat", "hnsw", "ivfpq")
+BLOCK = 64  # queries whose similarities to all vectors exist at a time
+PART = 256  # files whose vectors are kept at a time
+FEWEST_IVFPQ = 1000
+log = logging.getLogger(__name__)
+
+
+class SearchError(RequestError):
+    """An index or a folder that cannot be used, or a search that does not fit it."""
+
+
+INDEX = FolderKind("index", META, (META, ITEMS, VECTORS, FAISS), SearchError)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a vector is of: a file's path in the indexed folder, its kind, and of a file with several its part."""
+
+    path: str
+    kind: str
+    part: int = 0
+    text: str = ""  # of a text its beginning, of a sequence its name
+    bytes: int = 0
+    time_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result: cosine similarity, and where it lies."""
+
+    score: float
+    item: Item
+    file: Path
+
+    @property
+    def exists(self) -> bool:
+        """Whether the file is still there."""
+        return self.file.is_file()
+
+    def open(self) -> Segment:
+        """What was found; SearchError if its file has gone or changed its parts since."""
+        if not self.exists:
+            raise SearchError(f"{self.file} has gone since it was indexed: run `anytoken index` again.")
+        parts = _segments(self.file)
+        if self.item.part >= len(parts):
+            raise SearchError(f"{self.file} has changed since it was indexed: run `anytoken index` again.")
+        return parts[self.item.part]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        found = {"score": round(self.score, 6), "path": str(self.file), "kind": self.item.kind}
+        found |= {"part": self.item.part} if self.item.part else {}
+        return found | ({"text": self.item.text} if self.item.text else {}) | {"exists": self.exists}
+
+
+class Index:
+    """Vectors of items with the model that made them."""
+
+    def __init__(
+        self, model: AnyToken, meta: dict[str, Any], items: list[Item], vectors: np.ndarray, ann: Any = None
+    ) -> None:
+        self.model, self.meta, self.items, self.vectors, self._ann = model, meta, items, vectors, ann
+        self._projected = False  # queries go through the head's `to_old`
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __repr__(self) -> str:
+        counts = Counter(item.kind for item in self.items)
+        held = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+        return f"Index({held}; {self.meta['kind']}, {self.meta['width']} dimensions)"
+
+    # ---- building ----
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        model: AnyToken,
+        out: str | Path | None = None,
+        kind: str = "flat",
+        width: int | None = None,
+        untrained: bool = False,
+        overwrite: bool = False,
+        progress: bool = False,
+    ) -> Index:
+        """Embed every file of a folder that the model reads, and write the index to `out` unless that is None.
+
+        An index of the same model, folder and width that is there is brought up to date: only new and changed files
+        are embedded. kind: "flat" is exact; "hnsw" for a million vectors; "ivfpq" for memory. SearchError for a
+        folder without such files, and where `out` holds something else, or an index of another folder, model or width
+        unless `overwrite`; files that cannot be read are left out, and the log says how many and why.
+        """
+        root = Path(folder)
+        if kind not in KINDS:
+            raise SearchError(f"kind is one of {', '.join(KINDS)}; received {kind!r}.")
+        if kind != "flat":
+            import_faiss()
+        if out is not None:
+            check_target(Path(out), INDEX)
+        files = list(_files(root, model.kinds))
+        if not files:
+            suffixes = " ".join(s for k in model.kinds for s in SUFFIXES.get(k, ()))
+            raise SearchError(
+                f"{folder} holds no file that can be embedded; expected files such as {suffixes}."
+            )
+        probe = model.embedding_probe(untrained)
+        meta = {
+            "version": 1, "root": str(root.resolve()), "kind": kind, "width": width or len(probe),
+            "untrained": untrained, "probe": [round(float(one), 6) for one in probe],
+        }  # fmt: skip
+        if out is not None and not overwrite:
+            _refuse_other(Path(out), meta)
+        work = _Work(root, model, meta, None if out is None else Path(out))
+        items, vectors = work.run(files, progress)
+        index = cls(model, meta, items, vectors, _make_ann(kind, vectors))
+        if out is not None:
+            index._write(Path(out))
+            work.clear()
+            return cls.open(out, model)
+        return index
+
+    @classmethod
+    def of_vectors(
+        cls, model: AnyToken, items: Sequence[Item], vectors: np.ndarray, kind: str = "flat", root: str = "."
+    ) -> Index:
+        """An index in memory of vectors that are there already, float32 [N, W] of unit norm."""
+        meta = {"root": root, "kind": kind, "width": vectors.shape[1], "untrained": False, "probe": []}
+        return cls(model, meta, list(items), vectors, _make_ann(kind, vectors))
+
+    def _write(self, out: Path) -> None:
+        with write_folder(out, INDEX, own=True) as scratch:
+            np.save(scratch / VECTORS, self.vectors)
+            lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in self.items)
+            (scratch / ITEMS).write_text(lines, encoding="utf-8")
+            if self._ann is not None:
+                import_faiss().write_index(self._ann, str(scratch / FAISS))
+            (scratch / META).write_text(json.dumps(self.meta | {"items": len(self.items)}) + "\n")
+
+    def remember_model(self, path: str | Path, model: str, adapter: str | None) -> None:
+        """Note in an index how its model is opened, for `anytoken search`."""
+        self.meta |= {"model": model, "adapter": adapter}
+        write_file(Path(path) / META, json.dumps(self.meta) + "\n")
+
+    # ---- opening ----
+
+    @classmethod
+    def open(cls, path: str | Path, model: AnyToken) -> Index:
+        """An index that was written; SearchError if it is damaged, empty, or of another model.
+
+        A model whose head was trained to be compatible with the one that made the index serves it, too.
+        """
+        path = Path(path)
+        meta, items = read_index(path)
+        try:
+            vectors = np.load(path / VECTORS, mmap_mode="r")
+            ann = None if meta["kind"] == "flat" else _read_ann(path / FAISS)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SearchError(f"{path} is damaged ({error}); build it again.") from error
+        if vectors.shape != (len(items), meta["width"]) or (ann is not None and ann.ntotal != len(items)):
+            raise SearchError(f"{path} is damaged: its files are of different indexes; build it again.")
+        index = cls(model, meta, items, vectors, ann)
+        index._projected = _check_model(path, meta, model)
+        return index
+
+    # ---- searching ----
+
+    def search(self, query: Any, k: int = 10, kinds: Sequence[str] | None = None) -> list[Hit]:
+        """The k items nearest to a query, best first.
+
+        query: a string, a segment, a list of both, or a vector [W]. kinds: only items of these. SearchError for a
+        k below 1, a vector of another width, and kinds that the index does not hold.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise SearchError(f"k is a whole number from 1 up; received {k!r}.")
+        vector = self._vector(query)
+        scores, rows = self._nearest(vector, k, kinds)
+        root = Path(self.meta["root"])
+        return [
+            Hit(float(score), self.items[row], root / self.items[row].path)
+            for score, row in zip(scores, rows, strict=True)
+            if row >= 0
+        ]
+
+    def search_many(self, vectors: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines float32 [Q, k] and rows int64 [Q, k] of the items nearest to vectors [Q, W]; -1 for none."""
+        k = min(k, len(self))
+        if self._ann is not None:
+            return self._ann.search(np.ascontiguousarray(vectors, np.float32), k)
+        blocks = [
+            _exact(vectors[start : start + BLOCK], self.vectors, k) for start in range(0, len(vectors), BLOCK)
+        ]
+        return np.concatenate([one for one, _ in blocks]), np.concatenate([rows for _, rows in blocks])
+
+    def _vector(self, query: Any) -> np.ndarray:
+        width = self.meta["width"]
+        if isinstance(query, np.ndarray) and query.ndim == 1:
+            if query.shape != (width,):
+                raise SearchError(f"This index holds vectors of {width} dimensions; received {len(query)}.")
+            return query.astype(np.float32)
+        settings = {"untrained": self.meta["untrained"]}
+        if not self._projected:
+            return self.model.embed([query], width=width, **settings)[0]
+        import torch
+
+        head = self.model.embedding_head
+        return head.to_old(torch.from_numpy(self.model.embed([query]))).detach().numpy()[0]
+
+    def _nearest(
+        self, vector: np.ndarray, k: int, kinds: Sequence[str] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if kinds is None:
+            scores, rows = self.search_many(vector[None], k)
+            return scores[0], rows[0]
+        held = dict.fromkeys(item.kind for item in self.items)
+        if missing := [kind for kind in kinds if kind not in held]:
+            raise SearchError(f"This index holds {', '.join(held)}; received {missing[0]!r}.")
+        chosen = np.array([row for row, item in enumerate(self.items) if item.kind in kinds])
+        similar = self.vectors[chosen] @ vector  # exact: a filter leaves few
+        order = np.argsort(-similar)[:k]
+        return similar[order], chosen[order]
+
+
+def _exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines [Q, k] and rows [Q, k] of the nearest of all vectors [N, W], best first."""
+    similar = queries @ vectors.T
+    rows = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+    found = np.take_along_axis(similar, rows, 1)
+    order = np.argsort(-found, axis=1, kind="stable")
+    return np.take_along_axis(found, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def read_index(path: str | Path) -> tuple[dict[str, Any], list[Item]]:
+    """What made an index, and its items; SearchError if it is none, or empty."""
+    path = Path(path)
+    if not (path / META).is_file():
+        raise SearchError(
+            f"{path} is no index (no {META}); make one with `anytoken index FOLDER --out {path}`."
+        )
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+        items = [Item(**line) for line in read_json_lines(path / ITEMS)]
+        _ = meta["root"], meta["kind"], meta["width"], meta["probe"], meta["untrained"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SearchError(f"{path} is damaged ({error!r:.120}); build it again.") from error
+    if not items:
+        raise SearchError(f"{path} is empty; build it again from a folder with media.")
+    return meta, items
+
+
+def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
+    """SearchError if a whole index is there that another build made."""
+    try:
+        before, _ = read_index(out)
+    except SearchError:
+        return  # none, or one that is damaged: it is made anew
+    changed = [key for key in ("root", "width", "untrained") if before[key] != meta[key]]
+    if not changed and not _alike(before, meta):
+        changed = ["model"]
+    if changed:
+        there = "" if changed[0] == "model" else f" ({before[changed[0]]}, now {meta[changed[0]]})"
+        raise SearchError(
+            f"{out} is an index of another {'folder' if changed[0] == 'root' else changed[0]}{there}: choose another "
+            "place, or replace it with overwrite=True (--overwrite)."
+        )
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two indexes are of one model."""
+    probes = [np.array(meta["probe"]) for meta in (one, other)]
+    return probes[0].shape == probes[1].shape and float(probes[0] @ probes[1]) >= ALIKE
+
+
+def _check_model(path: Path, meta: dict[str, Any], model: AnyToken) -> bool:
+    """Whether queries have to be projected to the older head that made the index; SearchError if neither fits."""
+    made = np.array(meta["probe"], dtype=np.float32)
+    now = model.embedding_probe(meta["untrained"])
+    if now.shape == made.shape and float(now @ made) >= ALIKE:
+        return False
+    if not meta["untrained"]:
+        old = model.embedding_head.old_probe.numpy()
+        if old.shape == made.shape and float(old @ made) >= ALIKE:
+            if meta["width"] != len(old):
+                raise SearchError(
+                    f"{path} is of an older head's first {meta['width']} dimensions; build it again."
+                )
+            return True
+    raise SearchError(
+        f"{path} was made by another model or embedding head: open it with that one, or build it again."
+    )
+
+
+def import_faiss() -> Any:
+    """FAISS, with the quick operators of numpy arrays; SearchError where it is not installed."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise SearchError(f"search needs faiss ({error}); pip install 'anytoken[search]'.") from error
+    return faiss
+
+
+def _make_ann(kind: str, vectors: np.ndarray) -> Any:
+    """FAISS' structure over vectors [N, W]; None for a flat index."""
+    if kind == "flat":
+        return None
+    faiss, (count, width) = import_faiss(), vectors.shape
+    vectors = np.ascontiguousarray(vectors)
+    if kind == "hnsw":
+        ann = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+        ann.hnsw.efConstruction, ann.hnsw.efSearch = 80, 64
+    else:
+        if count < FEWEST_IVFPQ or width % 4:
+            raise SearchError(
+                f"ivfpq needs {FEWEST_IVFPQ} vectors to learn its codes, of a width that 4 divides; there are {count} "
+                f"of {width}. Take flat or hnsw."
+            )
+        lists = int(4 * count**0.5) if count >= 100_000 else max(16, int(count**0.5))
+        quantizer = faiss.IndexFlatIP(width)
+        ann = faiss.IndexIVFPQ(quantizer, width, lists, width // 4, 8, faiss.METRIC_INNER_PRODUCT)
+        ann.cp.min_points_per_centroid = 1  # of small folders: no warnings
+        ann.pq.cp.min_points_per_centroid = 1
+        ann.pq.cp.niter = 10  # FAISS' 25 take minutes on one thread
+        ann.train(vectors)
+        ann.nprobe = max(16, lists // 4)
+    ann.add(vectors)
+    return ann
+
+
+def _read_ann(path: Path) -> Any:
+    faiss = import_faiss()
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+# ---- what is embedded ----
+
+
+def _files(root: Path, kinds: Sequence[str]) -> Iterator[Path]:
+    """The files of a folder that a model of these kinds may read, sorted; hidden ones and indexes are passed over."""
+    if not root.is_dir():
+        raise SearchError(f"There is no folder {root}; give one with media.")
+    suffixes = tuple(suffix for kind in kinds for suffix in SUFFIXES.get(kind, ()))
+    for place, folders, names in os.walk(root):
+        here = Path(place)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not (here / name / META).is_file()
+        )
+        yield from (
+            here / name
+            for name in sorted(names)
+            if name.lower().endswith(suffixes) and not name.startswith(".")
+        )
+
+
+def _segments(file: Path) -> list[Segment]:
+    """What a file holds: paragraphs of a text, all sequences of a FASTA file, else one segment."""
+    name = file.name.lower()
+    if name.endswith(DNA_SUFFIXES):
+        return list(DNA.open_all(file))
+    if name.endswith(TEXT_SUFFIXES):
+        paragraphs = [" ".join(part.split()) for part in Text.open(file).text.split("\n\n")]
+        return [Text(part) for part in paragraphs if part]
+    return [open_segment(file)]
+
+
+class _Work:
+    """Embedding the files of a folder, resumable: parts that are done lie in a folder beside the target."""
+
+    def __init__(self, root: Path, model: AnyToken, meta: dict[str, Any], out: Path | None) -> None:
+        self.root, self.model, self.meta, self.out = root, model, meta, out
+        self.parts = None if out is None else out.with_name(f".{out.name}-parts")
+        self.skipped: Counter[str] = Counter()
+        self.known: dict[tuple[str, int, int], list[tuple[Item, np.ndarray]]] = {}
+
+    def run(self, files: list[Path], progress: bool) -> tuple[list[Item], np.ndarray]:
+        """Items and vectors of all files, in order."""
+        self._recall()
+        keys: list[tuple[str, int, int]] = []
+        fresh: list[tuple[Path, tuple[str, int, int]]] = []
+        for file in files:
+            try:
+                found = file.stat()
+            except OSError:  # it has gone since the folder was listed
+                self.skipped["has gone"] += 1
+                continue
+            key = file.relative_to(self.root).as_posix(), found.st_size, found.st_mtime_ns
+            keys.append(key)
+            if key not in self.known:
+                fresh.append((file, key))
+        with tqdm(
+            total=len(keys), initial=len(keys) - len(fresh), desc="index", unit="file", disable=not progress
+        ) as bar:
+            for start in range(0, len(fresh), PART):
+                self._embed(fresh[start : start + PART])
+                bar.update(len(fresh[start : start + PART]))
+        for reason, number in self.skipped.items():
+            log.warning("%s: %d files left out: %s", self.root, number, reason)
+        pairs = [pair for key in keys for pair in self.known.get(key, [])]
+        if not pairs:
+            reasons = "; ".join(self.skipped) or "they are empty"
+            raise SearchError(f"None of the {len(files)} files in {self.root} could be embedded: {reasons}.")
+        return [item for item, _ in pairs], np.stack([vector for _, vector in pairs])
+
+    def _recall(self) -> None:
+        """Vectors of files from the index that is there and from parts of a build that was killed."""
+        if self.out is None or self.parts is None:
+            return
+        sources = []
+        if (self.out / META).is_file():
+            try:
+                meta, items = read_index(self.out)
+                sources.append((meta, items, self.out / VECTORS))
+            except SearchError as error:
+                log.warning("%s", error)
+        for path in sorted(self.parts.glob("*.json")) if self.parts.is_dir() else []:
+            try:
+                part = json.loads(path.read_text(encoding="utf-8"))
+                sources.append(
+                    (part["meta"], [Item(**one) for one in part["items"]], path.with_suffix(".npy"))
+                )
+            except (ValueError, KeyError, TypeError, DataError):
+                path.unlink()
+        same = ("root", "width", "untrained")
+        for meta, items, vectors in sources:
+            if not _alike(meta, self.meta) or any(meta[key] != self.meta[key] for key in same):
+                continue
+            try:
+                pairs = list(zip(items, np.load(vectors), strict=True))
+            except (OSError, ValueError) as error:
+                log.warning("%s is damaged (%s): its files are embedded again", vectors, error)
+                continue
+            for item, vector in pairs:
+                self.known.setdefault((item.path, item.bytes, item.time_ns), []).append((item, vector))
+
+    def _embed(self, files: list[tuple[Path, tuple[str, int, int]]]) -> None:
+        """Embed some files and keep their vectors as a part."""
+        items: list[Item] = []
+        prompts: list[list[int]] = []
+        for file, key in files:
+            try:
+                segments = _segments(file)
+                found = self._ids(segments)
+            except (ValueError, OSError, MemoryError) as error:
+                gone = not file.is_file()
+                self.skipped[
+                    "has gone" if gone else f"cannot be read, such as {file.name} ({error})"[:200]
+                ] += 1
+                continue
+            self.known[key] = []
+            for part, (segment, ids) in enumerate(zip(segments, found, strict=True)):
+                items.append(Item(key[0], segment.kind, part, _label(segment), key[1], key[2]))
+                prompts.append(ids)
+        if not prompts:
+            return
+        vectors = self.model.embed_ids(prompts, width=self.meta["width"], untrained=self.meta["untrained"])
+        for item, vector in zip(items, vectors, strict=True):
+            self.known[(item.path, item.bytes, item.time_ns)].append((item, vector))
+        if self.parts is not None:
+            self._keep(items, vectors)
+
+    def _ids(self, segments: list[Segment]) -> list[list[int]]:
+        """Prompts of a file's segments; a text that is longer than the context is cut there."""
+        found = self.model.processor.encode_chats(segments)
+        context = self.model.engine.context
+        for place, segment in enumerate(segments):
+            if len(found[place]) > context:
+                if not isinstance(segment, Text):
+                    raise SegmentError(f"{len(found[place])} tokens are more than the context of {context}")
+                found[place] = [*found[place][: context - 2], *found[place][-2:]]
+        return found
+
+    def _keep(self, items: list[Item], vectors: np.ndarray) -> None:
+        assert self.parts is not None
+        name = f"{len(list(self.parts.glob('*.json'))) if self.parts.is_dir() else 0:06d}"
+        write_file(self.parts / f"{name}.npy", lambda scratch: np.save(scratch, vectors))
+        entry = {"meta": self.meta, "items": [asdict(item) for item in items]}
+        write_file(self.parts / f"{name}.json", json.dumps(entry))  # last: a part that has it is whole
+
+    def clear(self) -> None:
+        """Remove the parts: the index is written."""
+        if self.parts is not None:
+            shutil.rmtree(self.parts, ignore_errors=True)
+
+
+def _label(segment: Segment) -> str:
+    if isinstance(segment, Text):
+        return segment.text if len(segment.text) <= 120 else f"{segment.text[:119]}…"
+    return segment.name if isinstance(segment, DNA) else ""

@@ -1,0 +1,123 @@
+"""Classes by their names, and what belongs to none of them, from embeddings alone; and queries that are composed.
+
+A class is the mean of its name's vectors in several sentences (prompt ensembles of CLIP, arXiv 2103.00020). How far an
+input is from all classes is a score: the maximum similarity under a softmax (MCM, 2211.13445), the energy of all
+similarities (2010.03759), or how much less it looks like far-off names, the negative labels (NegLabel, 2403.20078).
+
+Shapes: N inputs, C classes, M negative labels, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from anytoken.inference.api import AnyToken
+from anytoken.inference.score import Classification, classify
+from anytoken.model.embedding_head import EmbeddingError
+
+TEMPLATES = ("{}", "a {}", "a picture of a {}", "this is a {}")
+Score = Literal["max", "energy", "negative"]
+
+
+class ZeroShot:
+    """A classifier made of names. `prototypes`: a unit vector for each, float32 [C, W]."""
+
+    def __init__(
+        self,
+        model: AnyToken,
+        names: Sequence[str],
+        templates: Sequence[str] = TEMPLATES,
+        negatives: Sequence[str] = (),
+        temperature: float = 0.05,
+        untrained: bool = False,
+    ) -> None:
+        """templates: sentences with {} for the name. negatives: names that no input has, for score="negative".
+
+        temperature: of similarities in probabilities and scores. EmbeddingError for no names or a template without {}.
+        """
+        if isinstance(names, str) or not names or len(set(names)) != len(names):
+            raise EmbeddingError(
+                f"names is a list of different class names, at least one; received {names!r:.80}."
+            )
+        if not templates or any("{}" not in one for one in templates):
+            raise EmbeddingError(
+                f"templates are sentences with {{}} for the name; received {list(templates)!r:.80}."
+            )
+        if not temperature > 0:
+            raise EmbeddingError(f"temperature is above 0; received {temperature}.")
+        self.model, self.names, self.templates = model, list(names), list(templates)
+        self.temperature, self.untrained = temperature, untrained
+        self.prototypes = self._prototypes(self.names)
+        self.negatives = self._prototypes(list(negatives)) if negatives else None
+
+    def _prototypes(self, names: list[str]) -> np.ndarray:
+        sentences = [template.format(name) for name in names for template in self.templates]
+        vectors = self.model.embed(sentences, untrained=self.untrained)
+        return unit(vectors.reshape(len(names), len(self.templates), -1).mean(1))
+
+    def similarities(self, inputs: Any) -> np.ndarray:
+        """Cosines of inputs (as for `embed`) and classes, float32 [N, C]."""
+        return self.model.embed(inputs, untrained=self.untrained) @ self.prototypes.T
+
+    def classify(self, inputs: Any) -> list[Classification]:
+        """For each input its class, with the probabilities of all."""
+        return [classify(self.names, row) for row in (self.similarities(inputs) / self.temperature).tolist()]
+
+    def scores(self, inputs: Any, score: Score = "max") -> np.ndarray:
+        """How much each input looks like any of the classes, float64 [N]: low for what belongs to none.
+
+        EmbeddingError for an unknown score, and for "negative" without negatives.
+        """
+        if score not in get_args(Score):
+            raise EmbeddingError(f"score is one of {', '.join(get_args(Score))}; received {score!r}.")
+        vectors = self.model.embed(inputs, untrained=self.untrained)
+        return open_set_scores(vectors, self.prototypes, score, self.negatives, self.temperature)
+
+
+def open_set_scores(
+    vectors: np.ndarray,
+    prototypes: np.ndarray,
+    score: Score = "max",
+    negatives: np.ndarray | None = None,
+    temperature: float = 0.05,
+) -> np.ndarray:
+    """`ZeroShot.scores` of vectors [N, W] against prototypes [C, W] and negative labels [M, W]."""
+    logits = (vectors @ prototypes.T).astype(np.float64) / temperature
+    total = log_sum(logits)
+    if score == "max":
+        return np.exp(logits.max(1) - total)
+    if score == "energy":
+        return temperature * total
+    if negatives is None:
+        raise EmbeddingError('score="negative" needs negative labels: ZeroShot(..., negatives=[...]).')
+    against = log_sum((vectors @ negatives.T).astype(np.float64) / temperature)
+    return np.exp(total - np.logaddexp(total, against))
+
+
+def log_sum(logits: np.ndarray) -> np.ndarray:
+    """log of the sum of exponentials over the last axis."""
+    return np.logaddexp.reduce(logits, axis=-1)
+
+
+def compose(vectors: Sequence[np.ndarray] | np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
+    """One query of several, float32 [W]: the weighted sum of unit vectors, such as of an image and "make it green".
+
+    A negative weight takes away. Vectors add up as words do in CLIP's space (Baldrati et al., "Effective Conditioned
+    and Composed Image Retrieval", CVPR 2022, take the sum for the simplest baseline). EmbeddingError for a sum of zero.
+    """
+    parts = np.stack([np.asarray(one, np.float32).reshape(-1) for one in vectors])
+    given = np.ones(len(parts), np.float32) if weights is None else np.asarray(weights, np.float32)
+    if given.shape != (len(parts),):
+        raise EmbeddingError(f"weights are one per vector; received {len(given)} for {len(parts)}.")
+    total = given @ parts
+    if np.linalg.norm(total) < 1e-6:
+        raise EmbeddingError("The vectors cancel each other out: nothing is left to search with.")
+    return unit(total)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [..., W] at length 1."""
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,478 @@
+"""The training loop for pairs: an embedding head, and with it an adapter or weights of the model, learn to retrieve.
+
+    anytoken train stages/embed.yaml
+
+What steps, saves, resumes and stops is the loop of ``trainer.py``; here is what one step of pairs does. Features of
+a frozen model are computed once and kept (`FeatureCache`), those of one that learns come in chunks (``grad_cache.py``).
+The output is an adapter folder with the head, or a checkpoint where weights of the model are trained.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from anytoken.data.mixture import SourceSpec
+from anytoken.model.embedding_head import EmbeddingHead, Pooled, has_head, pool, probe_ids, read_states
+from anytoken.processor import FINGERPRINTS, Processor
+from anytoken.training import contrastive as losses
+from anytoken.training.callbacks import TrainingCallback
+from anytoken.training.config import (
+    ContrastiveSpec,
+    TrainConfig,
+)
+from anytoken.training.contrastive import Options, Side
+from anytoken.training.grad_cache import Columns, add_up_gradients, backward_in_chunks, gather_rows
+from anytoken.training.initialize import checkpoint_folder
+from anytoken.training.lora import LanguageModel, base_model
+from anytoken.training.losses.balanced import LossParts
+from anytoken.training.metrics import LossMeter
+from anytoken.training.optim.muon import make_optimizer
+from anytoken.training.optim.param_groups import parameter_groups
+from anytoken.training.pairs import PairMixture, PairStream, collate
+from anytoken.training.trainer import StageTrainer
+from anytoken.utils.distributed import sum_over_processes
+from anytoken.utils.errors import ConfigError
+
+CACHED_BYTES = 1 << 29  # of a frozen model's features
+MOMENTUM = "momentum.safetensors"  # the momentum teacher's weights, in a state
+HELD_OUT = 2000  # pairs of a view that retrieval is measured on
+Chunk = tuple[Tensor, Tensor]  # ids [n, T], lengths [n]
+
+
+class PairEncoder(nn.Module):
+    """A language model and an embedding head: prompts to features, and features to vectors."""
+
+    def __init__(
+        self, lm: LanguageModel, head: EmbeddingHead, table: Tensor, tokenwise: bool = False
+    ) -> None:
+        super().__init__()
+        self.lm, self.head, self.tokenwise = lm, head, tokenwise
+        self.register_buffer("table", table, persistent=False)
+        self.cache = FeatureCache()
+
+    table: Tensor
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the language model has nothing to train."""
+        return not any(one.requires_grad for one in self.lm.parameters())
+
+    def train(self, mode: bool = True) -> PairEncoder:
+        """As any module; a frozen model stays as it is when it embeds."""
+        super().train(mode)
+        if self.frozen:
+            self.lm.eval()
+        return self
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Columns:
+        """Features of ids [n, T]: `Pooled`, and for token-wise similarity states [n, T, H] and modality [n, T]."""
+        states, modality = read_states(self.lm, ids), self.table[ids]
+        inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        pooled = pool(states, modality, lengths, len(self.head.modalities))
+        return (*pooled, states, modality.where(inside, -1)) if self.tokenwise else tuple(pooled)
+
+    def features(self, chunk: Chunk) -> Columns:
+        """`forward`, or what a frozen model gave before."""
+        if not self.frozen or self.tokenwise:
+            return self(*chunk)
+        with torch.no_grad():
+            return self.cache(self, chunk)
+
+    def side(self, columns: Columns) -> Side:
+        """Vectors of features."""
+        tokens = self.head.token_vectors(columns[3], columns[4]) if self.tokenwise else None
+        return Side(self.head(Pooled(*columns[:3])), tokens)
+
+
+class FeatureCache:
+    """Features of prompts that a frozen model has read, the latest up to a limit of memory, on the CPU."""
+
+    def __init__(self, limit: int = CACHED_BYTES) -> None:
+        self.limit, self.bytes = limit, 0
+        self._kept: OrderedDict[bytes, Columns] = OrderedDict()
+
+    def __call__(self, encoder: PairEncoder, chunk: Chunk) -> Columns:
+        """Features of a chunk, of which only what is new goes through the model."""
+        ids, lengths = chunk
+        sizes = lengths.tolist()
+        rows = ids.cpu().numpy().astype(np.int32)
+        keys = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+        new = [place for place, key in enumerate(dict.fromkeys(keys)) if key not in self._kept]
+        fresh: dict[bytes, Columns] = {}
+        if new:
+            places = [keys.index(key) for key in dict.fromkeys(keys) if key not in self._kept]
+            longest = max(sizes[place] for place in places)
+            found = encoder(ids[places, :longest], lengths[places])
+            fresh = {
+                keys[place]: tuple(column[n].cpu() for column in found) for n, place in enumerate(places)
+            }
+        parts = [fresh[key] if key in fresh else self._kept[key] for key in keys]
+        self._keep(fresh)
+        return tuple(torch.stack(column).to(ids.device) for column in zip(*parts, strict=True))
+
+    def _keep(self, fresh: dict[bytes, Columns]) -> None:
+        for key, columns in fresh.items():
+            self._kept[key] = columns
+            self.bytes += sum(one.nbytes for one in columns)
+        while self.bytes > self.limit:
+            _, dropped = self._kept.popitem(last=False)
+            self.bytes -= sum(one.nbytes for one in dropped)
+
+
+def make_pair_trainer(
+    stage: TrainConfig,
+    arguments: TrainingArguments,
+    processor: Processor,
+    lm: LanguageModel,
+    data: list[SourceSpec],
+    held_out: list[SourceSpec],
+) -> PairTrainer:
+    """The trainer of a stage with ``contrastive``; ConfigError for folders that it names and that do not fit."""
+    spec = stage.contrastive
+    assert spec is not None
+    mixture = _pairs(stage, data, processor)
+    trained = PairEncoder(lm, *_head(stage, spec, lm, mixture, processor), tokenwise=spec.tokenwise > 0)
+    trainer = PairTrainer(stage, arguments, processor, trained, mixture)
+    if spec.teacher not in (None, "momentum"):
+        trainer.teacher = _reference(stage, str(spec.teacher), "teacher", trained, processor)
+    if spec.compatible is not None:
+        trainer.older = _reference(stage, spec.compatible, "compatible", trained, processor)
+        _remember_probe(trained.head, trainer.older, processor)
+    trainer.held_out = _pairs(stage, held_out, processor) if held_out else None
+    return trainer
+
+
+def _pairs(stage: TrainConfig, sources: list[SourceSpec], processor: Processor) -> PairMixture:
+    spec = stage.contrastive
+    assert spec is not None
+    return PairMixture(
+        sources, processor, stage.context, stage.seed, 0.0, sampling=stage.sampling, tokens_per_step=1,
+        positives=spec.positives, weight_by=spec.weight_by,
+    )  # fmt: skip
+
+
+def _head(
+    stage: TrainConfig, spec: ContrastiveSpec, lm: LanguageModel, mixture: PairMixture, processor: Processor
+) -> tuple[EmbeddingHead, Tensor]:
+    """The head to train, new or the checkpoint's own if it has the recipe's shape, and its table of ids."""
+    hidden = base_model(lm).config.get_text_config().hidden_size
+    older = 0 if spec.compatible is None else EmbeddingHead.load(spec.compatible).width
+    head = EmbeddingHead(hidden, mixture.kinds(), spec.width, spec.widths, spec.temperature, older)
+    folder = checkpoint_folder(stage.init_from)
+    if has_head(folder) and not older:
+        before = EmbeddingHead.load(folder)
+        if before.modalities == head.modalities and before.width == head.width and not before.old_width:
+            head.load_state_dict(before.state_dict())
+    return head, head.table(processor.token_space)
+
+
+def _reference(
+    stage: TrainConfig, folder: str, key: str, trained: PairEncoder, processor: Processor
+) -> PairEncoder:
+    """A frozen model with a head, from a checkpoint or from a head alone, which goes on ``init_from``'s weights."""
+    path = Path(folder)
+    if not has_head(path):
+        raise ConfigError(f"contrastive.{key}: {folder} holds no embedding head")
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"contrastive.{key}: {folder} is an adapter; make a checkpoint of it (anytoken merge-adapter)"
+        )
+    head = EmbeddingHead.load(path).requires_grad_(False)
+    missing = set(trained.head.modalities) - set(head.modalities)
+    if missing:
+        raise ConfigError(
+            f"contrastive.{key}: the head of {folder} does not know {', '.join(sorted(missing))}"
+        )
+    whole = (path / "config.json").is_file()
+    if (
+        whole
+        and (path / FINGERPRINTS).is_file()
+        and Processor.from_pretrained(path).fingerprints() != (processor.fingerprints())
+    ):
+        raise ConfigError(f"contrastive.{key}: {folder} has other tokenizers, so the ids are not the same")
+    lm = base_model(trained.lm)
+    if whole or not trained.frozen:
+        source = path if whole else checkpoint_folder(stage.init_from)
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).requires_grad_(False)
+    found = PairEncoder(lm, head, head.table(processor.token_space)).eval()
+    return found.to(base_model(trained.lm).device)
+
+
+def _remember_probe(head: EmbeddingHead, older: PairEncoder, processor: Processor) -> None:
+    """Keep the fingerprint of the older model, by which its indexes are known."""
+    ids = torch.tensor([probe_ids(older.table)], device=older.table.device)
+    with torch.no_grad():
+        vector = older.side(older(ids, torch.tensor([ids.shape[1]], device=ids.device))).vectors[0]
+    head.old_probe.copy_(vector)
+
+
+class PairTrainer(StageTrainer):
+    """Diff with `StageTrainer`: a step is of pairs, and the head is saved."""
+
+    stream: PairStream
+
+    def __init__(
+        self,
+        stage: TrainConfig,
+        arguments: TrainingArguments,
+        processor: Processor,
+        model: PairEncoder,
+        mixture: PairMixture,
+    ) -> None:
+        assert stage.contrastive is not None
+        self.spec = stage.contrastive
+        names = Options.__dataclass_fields__
+        self.options = Options(**{name: getattr(self.spec, name) for name in names})
+        self.teacher: PairEncoder | None = None
+        self.older: PairEncoder | None = None
+        self.momentum: dict[str, Tensor] = {}
+        super().__init__(stage, arguments, processor, model, mixture)
+
+    def group_names(self, model: Any) -> list[str]:
+        return self.stream.views
+
+    def make_loop(self) -> TrainingCallback:
+        return PairLoop(self)
+
+    def make_stream(self, mixture: Any, arguments: TrainingArguments) -> PairStream:
+        stage, pad = self.stage, self.processor.token_space.pad
+        split = arguments.world_size, arguments.process_index
+        return PairStream(mixture, stage.batch_size, stage.context, pad, *split, 0, stage.sampling.max_bad)
+
+    @property
+    def encoder(self) -> PairEncoder:
+        """What is trained."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's, over the head too; its matrices have weight decay."""
+        if self.optimizer is None:
+            spec, head = self.stage.optimizer, self.encoder.head
+            groups = parameter_groups(base_model(self.lm), spec.weight_decay)
+            matrices = [one for one in head.parameters() if one.ndim == 3]
+            rest = [one for one in head.parameters() if one.ndim != 3]
+            groups += [{"params": matrices, "weight_decay": spec.weight_decay}]
+            groups += [{"params": rest, "weight_decay": 0.0}]
+            self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one batch of pairs; gradients are those of the global batch."""
+        encoder = self.encoder.train()
+        self._follow(encoder)
+        batch = self._prepare_inputs(inputs)
+        self.step_batches.append(batch)
+        scored: list[LossParts] = []
+
+        def loss(left: Columns, right: Columns) -> Tensor:
+            scored.append(self._scored(encoder, batch, left, right))
+            return scored[0].loss
+
+        with self.compute_loss_context_manager():
+            value = backward_in_chunks(encoder.features, self._sides(batch), loss, encoder.frozen)
+        self._check_finite("loss", float(value))
+        add_up_gradients(self.lm.parameters())
+        add_up_gradients(encoder.head.parameters(), 1 / self.args.world_size)
+        tokens = sum_over_processes((batch["left_lengths"].sum() + batch["right_lengths"].sum()).float())
+        self.meter.add(scored[0], int(tokens))
+        return value
+
+    def _sides(self, batch: dict[str, Tensor]) -> list[list[Chunk]]:
+        """Both sides of a batch in chunks."""
+        size = self.spec.chunk
+        return [
+            list(zip(batch[f"{name}_ids"].split(size), batch[f"{name}_lengths"].split(size), strict=True))
+            for name in ("left", "right")
+        ]
+
+    def _scored(
+        self, encoder: PairEncoder, batch: dict[str, Tensor], left: Columns, right: Columns
+    ) -> LossParts:
+        """The loss of the global batch from its features, and what the log says of it."""
+        spec, head = self.spec, encoder.head
+        sides = encoder.side(left), encoder.side(right)
+        targets = self._targets(batch, left, right)
+        scale = head.scale
+        teacher = self._teacher(encoder, batch, (left, right))
+        weights = gather_rows(batch["weights"])
+        found = losses.contrastive_loss(*sides, scale, self.options, targets, weights, teacher)
+        loss, terms = found.loss, {**found.terms, "temperature": 1 / scale.detach()}
+        if self.older is not None:
+            old = self._other_sides(self.older, encoder, batch, (left, right))
+            new = head.to_old(sides[0].vectors), head.to_old(sides[1].vectors)
+            terms["compatible"] = losses.compatibility_loss(
+                new, (old[0].vectors, old[1].vectors), self.older.head.scale, targets
+            )
+            loss = loss + spec.compatible_weight * terms["compatible"]
+            terms["compatible"] = terms["compatible"].detach()
+        return _parts(loss, found, batch["view"], len(self.stream.views), terms)
+
+    def _targets(self, batch: dict[str, Tensor], left: Columns, right: Columns) -> tuple[Tensor, Tensor]:
+        """What each side should retrieve: its partner and items of its group, or all by how alike they are."""
+        if self.spec.graded:
+            states = (Pooled(*columns[:3]).mean.sum(1) for columns in (left, right))
+            first, second = (losses.graded_targets(one, self.spec.graded) for one in states)
+            return first, second
+        targets = losses.equal_targets(gather_rows(batch["groups"]))
+        return targets, targets
+
+    @torch.no_grad()
+    def _teacher(
+        self, encoder: PairEncoder, batch: dict[str, Tensor], columns: tuple[Columns, Columns]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the teacher retrieves of the global batch, both ways; None without one."""
+        if self.spec.teacher is None:
+            return None
+        if self.teacher is not None:
+            found = self._other_sides(self.teacher, encoder, batch, columns)
+            scale = self.teacher.head.scale
+        else:
+            with _weights_of(encoder, self.momentum):
+                if encoder.frozen:
+                    found = encoder.side(columns[0]), encoder.side(columns[1])
+                else:
+                    found = self._encoded(encoder, batch)
+                scale = encoder.head.scale.clone()
+        logits = scale * found[0].vectors @ found[1].vectors.T
+        return logits.softmax(1), logits.T.softmax(1)
+
+    @torch.no_grad()
+    def _other_sides(
+        self,
+        other: PairEncoder,
+        encoder: PairEncoder,
+        batch: dict[str, Tensor],
+        columns: tuple[Columns, Columns],
+    ) -> tuple[Side, Side]:
+        """Vectors of the global batch by another head, over the same features where it shares the frozen model."""
+        same = other.lm is base_model(encoder.lm) and other.head.modalities == encoder.head.modalities
+        if same:
+            return other.side(columns[0][:3]), other.side(columns[1][:3])
+        return self._encoded(other, batch)
+
+    def _encoded(self, encoder: PairEncoder, batch: dict[str, Tensor]) -> tuple[Side, Side]:
+        """Vectors of the global batch, chunk by chunk."""
+        sides = []
+        for chunks in self._sides(batch):
+            parts = zip(*(encoder.features(chunk) for chunk in chunks), strict=True)
+            sides.append(encoder.side(tuple(gather_rows(torch.cat(column)) for column in parts)))
+        return sides[0], sides[1]
+
+    @torch.no_grad()
+    def _follow(self, encoder: PairEncoder) -> None:
+        """Move the momentum teacher's weights towards those that are trained (MoCo, arXiv 1911.05722)."""
+        if self.spec.teacher != "momentum":
+            return
+        for name, one in _trained(encoder).items():
+            if name not in self.momentum:
+                self.momentum[name] = one.detach().clone()
+            self.momentum[name].lerp_(one.detach(), 1 - self.spec.momentum)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.encoder.frozen:
+            super()._save(output_dir)
+        self.encoder.head.save(folder)
+        if self.momentum and folder.name.startswith("checkpoint-"):
+            save_file({name: one.cpu() for name, one in self.momentum.items()}, folder / MOMENTUM)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder, encoder = Path(resume_from_checkpoint), self.encoder
+        if not encoder.frozen:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        encoder.head.load_state_dict(EmbeddingHead.load(folder).state_dict())
+        if (folder / MOMENTUM).is_file():
+            device = encoder.table.device
+            self.momentum = {name: one.to(device) for name, one in load_file(folder / MOMENTUM).items()}
+
+
+class PairLoop(TrainingCallback):
+    """Diff with `TrainingCallback`: held-out pairs also tell how often the right item is found among all of a view."""
+
+    trainer: PairTrainer
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> None:
+        """Losses on batches of the held-out pairs, and recall over all pairs of each view, both ways."""
+        trainer = self.trainer
+        if trainer.held_out is None:
+            return
+        encoder = trainer.encoder.eval()
+        stream = trainer.make_stream(trainer.held_out, trainer.args)
+        meter, batches = LossMeter(stream.views), iter(stream)
+        for _ in range(trainer.stage.eval.batches):
+            batch = {name: one.to(trainer.args.device) for name, one in next(batches).items()}
+            left, right = trainer._encoded(encoder, batch)
+            targets = losses.equal_targets(gather_rows(batch["groups"]))
+            found = losses.contrastive_loss(left, right, encoder.head.scale, Options(), (targets, targets))
+            meter.add(_parts(found.loss, found, batch["view"], len(stream.views), {}), 0)
+        report = meter.report() | {"retrieval": self._retrieval(trainer.held_out, encoder)}
+        encoder.train()
+        if trainer.is_world_process_zero():
+            trainer.metrics_log.write({"step": step, "eval": report})
+
+    def _retrieval(self, held_out: Any, encoder: PairEncoder) -> dict[str, dict[str, float]]:
+        """By direction: R@1, R@5 and how many items there are to find; the first `HELD_OUT` pairs of each view."""
+        found: dict[str, dict[str, float]] = {}
+        for choice in held_out.choices:
+            rng = np.random.default_rng(0)
+            pairs = [held_out.pair(choice, int(row), rng) for row in choice.rows[:HELD_OUT]]
+            pairs = [one for one in pairs if max(len(one.left), len(one.right)) <= held_out.context]
+            batch = collate(pairs, self.trainer.processor.token_space.pad)
+            batch = {name: one.to(self.trainer.args.device) for name, one in batch.items()}
+            vectors = []
+            for chunks in self.trainer._sides(batch):
+                parts = zip(*(encoder.features(chunk) for chunk in chunks), strict=True)
+                vectors.append(encoder.side(tuple(map(torch.cat, parts))).vectors)
+            positive = batch["groups"][:, None] == batch["groups"][None, :]
+            there, back = choice.view.name, "->".join(reversed(choice.view.name.split("->")))
+            recall = losses.retrieval_recall
+            found[there] = {**recall(vectors[0], vectors[1], positive), "items": len(pairs)}
+            found[back] = {**recall(vectors[1], vectors[0], positive), "items": len(pairs)}
+        return found
+
+
+def _parts(
+    loss: Tensor, found: losses.Scored, view: Tensor, views: int, terms: dict[str, Tensor]
+) -> LossParts:
+    """Sums of a batch of pairs under the number of its view."""
+    sums = torch.stack(
+        [found.nll.sum(), found.right.sum(), torch.tensor(float(len(found.nll))).to(loss.device)]
+    )
+    nll, right, count = (
+        torch.zeros(views, device=loss.device).index_fill(0, view, float(one)) for one in sums
+    )
+    return LossParts(loss, nll, right, count, terms)
+
+
+def _trained(encoder: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: one for name, one in encoder.named_parameters() if one.requires_grad}
+
+
+@contextmanager
+def _weights_of(encoder: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the trained parameters hold these values."""
+    parameters = _trained(encoder)
+    before = {name: one.data for name, one in parameters.items()}
+    for name, value in values.items():
+        parameters[name].data = value
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            parameters[name].data = value

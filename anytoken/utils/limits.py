@@ -1,0 +1,109 @@
+"""How much one medium may take: the one table of limits, checked while files are decoded.
+
+A few kilobytes can decode to gigabytes: a gif of equal frames, flac of silence, gzipped letters, a sparse tar. So each
+reader counts what it has decoded so far and stops with a `MediaLimitError` that names the limit. The defaults take what
+people have; `with media_limits(max_seconds=7200):` changes them for all openers called inside, a plug-in's too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from anytoken.utils.errors import SegmentError
+
+UNITS = {
+    "max_bytes": "bytes",
+    "max_pixels": "pixels",
+    "max_frames": "frames",
+    "max_seconds": "seconds",
+    "max_letters": "letters",
+    "max_video_pixels": "pixels in all frames",
+    "max_decoded_bytes": "bytes of decoded samples",
+}
+
+
+class MediaLimitError(SegmentError):
+    """A medium over a limit: `limit` is its name, `found` what was counted, `allowed` the limit's value."""
+
+    def __init__(self, name: object, limit: str, found: float, allowed: float, *, stopped: bool) -> None:
+        self.limit, self.found, self.allowed = limit, found, allowed
+        counted = f"{found:,.12g} or more" if stopped else f"{found:,.12g}"
+        self.fact = f"holds {counted} {UNITS[limit]}; at most {allowed:,.12g} are taken"
+        super().__init__(
+            f"{name} {self.fact} ({limit}). For a larger one: with anytoken.media_limits({limit}=...), "
+            f"or --limits {limit}=... of the command."
+        )
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """The most that one medium may hold. ValueError for a limit that is no positive number.
+
+    max_bytes: of an encoded file that is read at once, a member of an archive, a JSON line. max_pixels: of an image
+    or a frame. max_frames: of a video or animation, as stored. max_seconds: of speech or video. max_letters: of a
+    text or DNA sequence. max_video_pixels: to decode of a video, in all frames. max_decoded_bytes: of samples kept
+    in memory; a video of more is kept at a lower frame rate.
+    """
+
+    max_bytes: int = 1 << 28
+    max_pixels: int = 64_000_000
+    max_frames: int = 20_000
+    max_seconds: float = 3_600
+    max_letters: int = 250_000_000  # the longest human chromosome has 248,956,422
+    max_video_pixels: int = 50_000_000_000
+    max_decoded_bytes: int = 1 << 29
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{field.name} is a positive number; received {value!r}.")
+
+    def check(self, limit: str, found: float, name: object, stopped: bool = False) -> None:
+        """MediaLimitError if `found` is over a limit; stopped: there may be more, it was not counted to the end."""
+        allowed = getattr(self, limit)
+        if found > allowed:
+            raise MediaLimitError(name, limit, found, allowed, stopped=stopped)
+
+
+DEFAULT = MediaLimits()
+_CURRENT: ContextVar[MediaLimits] = ContextVar("media_limits", default=DEFAULT)
+
+
+def current_limits() -> MediaLimits:
+    """The limits in force here."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def media_limits(limits: MediaLimits | None = None, /, **changes: float) -> Iterator[MediaLimits]:
+    """Other limits for all media opened inside: a whole table, or changes of the present one by name.
+
+    ValueError for a name that is no limit, or a value that is no positive number.
+    """
+    if unknown := sorted(set(changes) - set(UNITS)):
+        raise ValueError(f"{unknown[0]!r} is no limit; allowed: {', '.join(UNITS)}.")
+    token = _CURRENT.set(replace(limits or current_limits(), **changes))  # type: ignore[arg-type]
+    try:
+        yield _CURRENT.get()
+    finally:
+        _CURRENT.reset(token)
+
+
+def parse_limits(words: Sequence[str]) -> dict[str, Any]:
+    """Limits written as "max_seconds=7200,max_frames=1e5", for `media_limits`; ValueError for other words."""
+    found: dict[str, Any] = {}
+    for word in (one for given in words for one in given.split(",")):
+        name, _, value = word.partition("=")
+        try:
+            number = float(value)
+            found[name.strip()] = int(number) if number.is_integer() else number
+        except ValueError:
+            raise ValueError(
+                f"A limit is written NAME=NUMBER, with a name of {', '.join(UNITS)}; received {word!r:.80}."
+            ) from None
+    return found

@@ -1,0 +1,315 @@
+"""Speak and be answered, over a real WebSocket: with OpenAI's client, and event by event."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import time
+
+import numpy as np
+import openai
+import pytest
+import websockets
+
+from anytoken import Image, Speech, recipes
+from anytoken.serving.content import pcm16
+from anytoken.serving.errors import BadRequest
+from anytoken.serving.realtime_settings import RealtimeSettings
+from anytoken.serving.voice_activity import VoiceActivity, VoiceSettings
+
+RATE = 24_000
+BETA = {"OpenAI-Beta": "realtime=v1"}
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return Speech.open(next((recipes.assets() / "audio").rglob("*.flac"))).resample(RATE)
+
+
+def pieces(samples, count=5):
+    return [base64.b64encode(pcm16(one)).decode() for one in np.array_split(samples, count)]
+
+
+def socket_url(url, model="mini"):
+    return f"ws{url.removeprefix('http')}/v1/realtime?model={model}"
+
+
+class Line:
+    """A connection: sends events, and reads them up to one of a type."""
+
+    def __init__(self, socket):
+        self.socket, self.seen = socket, []
+
+    async def send(self, kind, **fields):
+        await self.socket.send(json.dumps({"type": kind, **fields}))
+
+    async def until(self, kind):
+        while True:
+            event = json.loads(await asyncio.wait_for(self.socket.recv(), 60))
+            self.seen.append(event)
+            if event["type"] == kind:
+                return event
+
+
+@contextlib.asynccontextmanager
+async def connected(url, **options):
+    async with websockets.connect(socket_url(url), max_size=None, **options) as socket:
+        line = Line(socket)
+        await line.until("session.created")
+        yield line
+
+
+def test_openais_client_speaks_and_is_answered(mini, server, clip):
+    """The speech that comes in pieces is the whole clip that `generate` makes."""
+
+    async def run():
+        client = openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="unused")
+        async with client.realtime.connect(model="mini") as connection:
+            await connection.session.update(
+                session={
+                    "type": "realtime",
+                    "output_modalities": ["audio"],
+                    "seed": 0,
+                    "max_output_tokens": 50,
+                }
+            )
+            for piece in pieces(clip.samples):
+                await connection.input_audio_buffer.append(audio=piece)
+            await connection.input_audio_buffer.commit()
+            await connection.response.create()
+            events = []
+            async for event in connection:
+                events.append(event)
+                if event.type == "response.done":
+                    return events
+
+    events = asyncio.run(run())
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["session.created", "session.updated"] and "error" not in kinds
+    audio = b"".join(
+        base64.b64decode(one.delta) for one in events if one.type == "response.output_audio.delta"
+    )
+    heard = Speech(np.frombuffer(pcm16(clip.samples), "<i2").astype(np.float32) / 32768, RATE)
+    expected = mini.generate(heard, output="speech", seed=0, max_new_tokens=50)
+    assert audio == pcm16(expected.speech[0].resample(RATE).samples)
+    done = events[-1].response
+    assert done.status == {"stop": "completed", "length": "incomplete"}[expected.finish_reason]
+    assert kinds.count("response.output_audio.delta") > 1 and done.output[0].content[0].type == "output_audio"
+    assert done.usage.output_tokens == expected.usage.new_tokens
+
+
+def test_a_conversation_remembers_and_events_of_the_beta(mini, server):
+    async def run():
+        async with connected(server, additional_headers=BETA) as line:
+            await line.send("session.update", session={"modalities": ["text"], "seed": 0})
+            for words in ("a fox, 3d", "and now?"):
+                item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": words}]}
+                await line.send("conversation.item.create", item=item)
+                await line.send("response.create")
+                await line.until("response.done")
+            return line.seen
+
+    seen = asyncio.run(run())
+    chat = mini.chat()
+    expected = [chat.send("a fox, 3d", "text", seed=0), chat.send("and now?", "text", seed=0)]
+    done = [event["response"] for event in seen if event["type"] == "response.done"]
+    assert [one["output"][0]["content"][0]["text"] for one in done] == [one.text for one in expected]
+    assert [one["usage"]["input_tokens"] for one in done] == [one.usage.prompt_tokens for one in expected]
+    kinds = {event["type"] for event in seen}
+    assert {
+        "response.text.delta",
+        "conversation.item.created",
+    } <= kinds and "response.output_text.delta" not in kinds
+
+
+def test_an_image_is_shown_and_drawn(server):
+    async def run():
+        async with connected(server) as line:
+            data = base64.b64encode((recipes.assets() / "images" / "sample.png").read_bytes()).decode()
+            part = {"type": "input_image", "image_url": f"data:image/png;base64,{data}"}
+            await line.send(
+                "conversation.item.create", item={"type": "message", "role": "user", "content": [part]}
+            )
+            await line.send("response.create", response={"output_modalities": ["image"]})
+            return await line.until("response.done")
+
+    (part,) = asyncio.run(run())["response"]["output"][0]["content"]
+    assert Image.open(base64.b64decode(part["image_url"]["url"].partition(",")[2])).width == 64
+
+
+@pytest.mark.parametrize("by", ["cancel", "speaking"])
+def test_an_interruption_stops_generation_within_200_ms(mini, start, by):
+    loud = 0.3 * np.sin(np.arange(RATE // 5) / 10)
+
+    async def run(url, app):
+        worker = app.state.service.worker
+        async with connected(url) as line:
+            turns = {"type": "server_vad", "create_response": False}
+            await line.send(
+                "session.update", session={"turn_detection": turns, "output_modalities": ["video"] * 8}
+            )
+            await line.until("session.updated")
+            took = []
+            for _ in range(3):
+                item = {
+                    "type": "message",
+                    "role": "user",
+                    "content": [{"type": "input_text", "text": "a fox"}],
+                }
+                await line.send("conversation.item.create", item=item)
+                await line.send("response.create")
+                await line.until("response.content_part.added")
+                assert worker.load == (1, 0)
+                began = time.perf_counter()
+                if by == "cancel":
+                    await line.send("response.cancel")
+                else:
+                    await line.send("input_audio_buffer.append", audio=pieces(loud, 1)[0])
+                done = await line.until("response.done")
+                while worker.load != (0, 0):
+                    await asyncio.sleep(0.005)
+                took.append(time.perf_counter() - began)
+                assert done["response"]["status"] == "cancelled"
+                await line.send("input_audio_buffer.append", audio=pieces(np.zeros(RATE), 1)[0])
+                if by == "speaking":
+                    await line.until("input_audio_buffer.committed")
+            return took
+
+    with start(mini, max_rows=2) as (url, app):
+        assert min(asyncio.run(run(url, app))) < 0.2
+
+
+def test_turns_are_taken_by_listening(server, clip):
+    """With server_vad a client sends sound and nothing else."""
+    quiet = np.zeros(RATE, dtype=np.float32)
+
+    async def run():
+        async with connected(server) as line:
+            await line.send(
+                "session.update", session={"turn_detection": {"type": "server_vad", "threshold": 0.2}}
+            )
+            await line.until("session.updated")
+            for piece in pieces(np.concatenate([quiet, clip.samples, quiet]), 20):
+                await line.send("input_audio_buffer.append", audio=piece)
+            await line.until("response.done")
+            return line.seen
+
+    seen = asyncio.run(run())
+    kinds = [event["type"] for event in seen]
+    order = [
+        "input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped", "input_audio_buffer.committed",
+        "response.created", "response.output_audio.delta", "response.done",
+    ]  # fmt: skip
+    places = [kinds.index(one) for one in order]
+    assert places == sorted(places) and "error" not in kinds
+    started = next(event for event in seen if event["type"] == order[0])
+    assert 600 <= started["audio_start_ms"] <= 1000
+
+
+def test_mistakes_are_error_events_and_the_session_goes_on(server):
+    bad = [
+        ("not json", "JSON object"),
+        ("[1]", "JSON object"),
+        ('{"type": "bogus", "event_id": "mine"}', "no event"),
+        ('{"type": "session.update"}', "session is an object"),
+        ('{"type": "session.update", "session": {"bogus": 1}}', "Unknown parameter"),
+        ('{"type": "session.update", "session": {"tools": [{}]}}', "not supported"),
+        ('{"type": "session.update", "session": {"output_modalities": ["smell"]}}', "smell"),
+        ('{"type": "session.update", "session": {"temperature": "hot"}}', "wrong type"),
+        ('{"type": "session.update", "session": {"audio": {"input": {"format": "g711"}}}}', "16-bit PCM"),
+        ('{"type": "input_audio_buffer.append", "audio": "???"}', "base64"),
+        ('{"type": "input_audio_buffer.append", "audio": "AAAA"}', "even number"),
+        ('{"type": "input_audio_buffer.commit"}', "at least 100 ms"),
+        ('{"type": "conversation.item.create", "item": {"type": "function_call"}}', "item is"),
+        ('{"type": "response.create"}', "Nothing has been said"),
+        ('{"type": "response.cancel"}', "no response to cancel"),
+    ]
+
+    async def run():
+        async with connected(server) as line:
+            for text, says in bad:
+                await line.socket.send(text)
+                event = await line.until("error")
+                assert says in event["error"]["message"], event
+                assert "mine" not in text or event["error"]["event_id"] == "mine"
+            await line.send("input_audio_buffer.clear")
+            await line.until("input_audio_buffer.cleared")
+
+    asyncio.run(run())
+
+
+def test_keys_origins_and_unknown_models(mini, start):
+    async def refused(url, **options):
+        with pytest.raises(websockets.InvalidStatus) as failed:
+            async with websockets.connect(socket_url(url), **options):
+                pass
+        assert failed.value.response.status_code == 403
+
+    async def run(url):
+        await refused(url)
+        await refused(url, additional_headers={"Authorization": "Bearer other"})
+        await refused(url, additional_headers={"Authorization": "Bearer key"}, origin="https://evil.example")
+        async with connected(
+            url, additional_headers={"Authorization": "Bearer key"}, origin="https://page.example"
+        ):
+            pass
+        browser = ["realtime", "openai-insecure-api-key.key"]
+        async with connected(url, subprotocols=browser, origin=url) as line:
+            assert line.socket.subprotocol == "realtime"
+        with pytest.raises(websockets.ConnectionClosed):
+            async with websockets.connect(
+                socket_url(url, "other"), additional_headers={"Authorization": "Bearer key"}
+            ) as one:
+                assert "no model 'other'" in await one.recv()
+                await one.recv()
+
+    with start(mini, api_keys=("key",), cors_origins=("https://page.example",)) as (url, _):
+        asyncio.run(run(url))
+
+
+def test_a_client_that_goes_away_frees_its_place(mini, start):
+    async def run(url, app):
+        async with connected(url) as line:
+            item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a fox"}]}
+            await line.send("conversation.item.create", item=item)
+            await line.send("response.create", response={"output_modalities": ["video"] * 8})
+            await line.until("response.content_part.added")
+        for _ in range(500):
+            if app.state.service.worker.load == (0, 0):
+                return True
+            await asyncio.sleep(0.02)
+
+    with start(mini) as (url, app):
+        assert asyncio.run(run(url, app))
+
+
+def test_voice_activity_follows_loudness():
+    settings = VoiceSettings(0.5, prefix_padding=0.1, silence=0.2)
+    voice = VoiceActivity(1000, settings)
+    quiet, loud = np.zeros(300, np.float32), np.full(300, 0.5, np.float32)
+    assert voice.push(quiet) == [] and voice.start is None
+    assert voice.push(loud[:7]) == [], "a frame is 20 samples here"
+    assert voice.push(loud) == [("started", 200)] and voice.start == 200
+    assert voice.push(quiet[:100]) == []
+    assert [what for what, _ in voice.push(quiet)] == ["stopped"]
+    assert VoiceActivity(1000, VoiceSettings(threshold=1.0)).push(loud * 0.05) == []
+
+
+def test_settings_of_both_versions_mean_the_same():
+    now = {"type": "realtime", "output_modalities": ["audio"], "max_output_tokens": 50,
+           "audio": {"input": {"format": {"type": "audio/pcm", "rate": RATE}, "turn_detection": None}}}  # fmt: skip
+    beta = {
+        "modalities": ["audio"],
+        "max_response_output_tokens": 50,
+        "input_audio_format": "pcm16",
+        "turn_detection": None,
+    }
+    assert RealtimeSettings(None).changed(now) == RealtimeSettings(None).changed(beta)
+    shown = (
+        RealtimeSettings()
+        .changed({"turn_detection": {"type": "server_vad", "silence_duration_ms": 300}})
+        .shown()
+    )
+    assert shown["audio"]["input"]["turn_detection"]["silence_duration_ms"] == 300
+    with pytest.raises(BadRequest, match="out of range"):
+        RealtimeSettings().changed({"turn_detection": {"type": "server_vad", "silence_duration_ms": -1}})
