@@ -2,8 +2,8 @@
 
     bos ( role content end )*        role: system | user | assistant
     content: text ids and segments in any order, at least one; or `null` alone, in a user's turn
-    segment: open (a size id per axis) globals codes close   for a Grid: exactly prod(size) * num_codebooks codes
-             open globals codes close                        for a Run: whole frames between min and max length
+    segment: open (a size id per axis) globals codes close   for a CodeGrid: exactly prod(size) * num_codebooks
+             open globals codes close                        for a CodeSequence: whole frames, min to max length
     globals: the num_global_codes global codes of the segment, often none
     codes of several codebooks are written frame after frame, or delayed (see `codebook_pattern`)
 

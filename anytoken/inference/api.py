@@ -215,13 +215,13 @@ class AnyToken:
         rerank: Rerank | None = None,
         **options: Unpack[Options],
     ) -> Any:
-        """Answer a prompt with a Reply.
+        """Answer a prompt with a GenerationOutput.
 
         prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
         a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
         best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
-        their ids (ids without a choice count 0), or by `rerank`, a function of a Reply, higher is better.
+        their ids (ids without a choice count 0), or by `rerank`, a function of the output, higher is better.
         Options: see `Options`. RequestError says what
         does not fit.
         """

@@ -37,11 +37,11 @@ class CodeGrid:
         for field in ("axes", "min_size", "max_size"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.axes or not len(self.axes) == len(self.min_size) == len(self.max_size):
-            raise TokenizerError(f"Grid needs one min and one max per axis; got {self}.")
+            raise TokenizerError(f"CodeGrid needs one min and one max per axis; got {self}.")
         if any(lo < 1 or hi < lo for lo, hi in zip(self.min_size, self.max_size, strict=True)):
-            raise TokenizerError(f"Grid needs 1 <= min_size <= max_size on every axis; got {self}.")
+            raise TokenizerError(f"CodeGrid needs 1 <= min_size <= max_size on every axis; got {self}.")
         if self.num_codebooks < 1:
-            raise TokenizerError(f"Grid needs at least one codebook; got {self.num_codebooks}.")
+            raise TokenizerError(f"CodeGrid needs at least one codebook; got {self.num_codebooks}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The declaration as JSON-ready data."""
@@ -65,7 +65,7 @@ class CodeSequence:
         _check_declared(self)
         if not 1 <= self.min_length <= self.max_length or self.num_codebooks < 1:
             raise TokenizerError(
-                f"Run needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
+                f"CodeSequence needs 1 <= min_length <= max_length and num_codebooks >= 1; got {self}."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 import numpy as np
 from anytoken import ModalityTokenizer, Segment, register_modality
-from anytoken.tokenizers.base import Codes, Run
+from anytoken.tokenizers.base import Codes, CodeSequence
 
 @dataclass(frozen=True)
 class Dial(Segment):
@@ -30,7 +30,7 @@ class DialTokenizer(ModalityTokenizer):
     segment_type = Dial
 
     def __init__(self):
-        super().__init__(shape=Run(1, 9), codebook_sizes=[10], config={{}})
+        super().__init__(shape=CodeSequence(1, 9), codebook_sizes=[10], config={{}})
 
     def encode(self, segment):
         self.check_segment(segment)
