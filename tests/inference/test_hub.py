@@ -184,5 +184,5 @@ def test_mistakes_before_anything_is_sent(folder, tmp_path):
     incomplete = tmp_path / "half"
     incomplete.mkdir()
     (incomplete / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         push(incomplete, "me/tiny")

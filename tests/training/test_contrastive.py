@@ -399,7 +399,7 @@ def _run(recipe: dict[str, Any]) -> int:
         ({"sampling": {"workers": 2}}, "sampling.workers has no effect"),
         ({"distributed": {"world_size": 3}}, "batch 4 is not a multiple of world_size 3"),
         ({"contrastive": {"width": 8, "widths": [16]}}, "widths are from 1 to the width 8"),
-        ({"contrastive": {"graded": 1, "positives": "text"}}, "take one"),
+        ({"contrastive": {"graded": 1, "positives": "text"}}, "use one of them"),
         ({"contrastive": {"temprature": 1}}, "temprature"),
     ],
 )

@@ -238,7 +238,7 @@ def check_card(folder: Path, entries: list[dict[str, Any]]) -> None:
         facts["commit"] in card
         and "LoRA of rank 16, alpha 32, on attention, experts, the vocabulary rows of text." in card
     )
-    assert f"It trains {facts['trained_parameters']:,} of " in card and "before training and after" in card
+    assert f"It trains {facts['trained_parameters']:,} of " in card and "before and after training" in card
     before, after = (
         [f"{group['bits']:.2f}" for group in one["eval"]["groups"].values()]
         for one in entries
