@@ -27,3 +27,11 @@ def recipes_copy(
 ) -> None:
     """Copy a recipe for editing."""
     print(recipes.copy(name, to))
+
+
+@app.command("reference", epilog=examples("anytoken recipes reference > recipe_reference.md"))
+def recipes_reference() -> None:
+    """Print every recipe key with its type, default and meaning, as Markdown."""
+    from anytoken.training.config_reference import reference
+
+    print(reference(), end="")

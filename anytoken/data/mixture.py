@@ -47,11 +47,13 @@ class _Spec(BaseModel):
 class PairSpec(_Spec):
     """A second tokenized set that joins each record: one with an equal key ``by``, any if that is null."""
 
-    path: str
+    path: str = Field(description="tokenized set of the partners, below data_root")
     take: dict[str, str] = Field(description="new key -> key of the partner", min_length=1)
-    by: str | None = None
-    split: str | None = "train"
-    where: dict[str, Any] = {}
+    by: str | None = Field(
+        default=None, description="key with equal values in both records; null: any partner"
+    )
+    split: str | None = Field(default="train", description="partners of this split; null: all")
+    where: dict[str, Any] = Field(default={}, description="only partners whose keys have these values")
 
 
 Schedule = Annotated[dict[NonNegativeInt, NonNegativeFloat], Field(min_length=1)]  # step -> weight
@@ -61,12 +63,17 @@ Weight = Annotated[float, Field(gt=0)] | Schedule
 class SourceSpec(_Spec):
     """One tokenized set, the views drawn from it, and which of its records count."""
 
-    path: str
-    views: dict[str, Weight] = Field(min_length=1)
-    weight: Weight = 1.0
-    split: str | None = "train"
-    where: dict[str, Any] = {}
-    pair_with: PairSpec | None = None
+    path: str = Field(description="tokenized set, or a file or folder of records, below data_root")
+    views: dict[str, Weight] = Field(
+        min_length=1,
+        description="view -> weight, such as {text->image: 3}; auto: everything the records can teach",
+    )
+    weight: Weight = Field(
+        default=1.0, description="share of samples; {step: weight} changes it during training"
+    )
+    split: str | None = Field(default="train", description="records of this split; null: all")
+    where: dict[str, Any] = Field(default={}, description="only records whose keys have these values")
+    pair_with: PairSpec | None = Field(default=None, description="a second set joined to each record")
 
 
 class SamplingSpec(_Spec):

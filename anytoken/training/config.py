@@ -33,37 +33,54 @@ class _Part(BaseModel):
 class OptimizerSpec(_Part):
     """AdamW, or Muon for hidden matrices and AdamW for the rest. Norms, biases and embeddings have no weight decay."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw", description="adamw, or muon for hidden matrices and AdamW for the rest"
+    )
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
     muon_lr: float = Field(
         default=0.02,
         gt=0,
         description="of hidden matrices [A, B]: times sqrt(max(1, A / B)); the same schedule",
     )
-    weight_decay: float = Field(default=0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    grad_clip: float = Field(default=1.0, ge=0)
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="of matrices; norms, biases and embeddings have none"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment coefficients")
+    eps: float = Field(default=1e-8, description="AdamW's epsilon")
+    grad_clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
 
 
 class ScheduleSpec(_Part):
     """Learning rate over the steps, or over ``max_minutes`` where they are over first: warm-up, then cosine, WSD (flat,
     then linear decay) or constant."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "wsd"
-    warmup_steps: int = Field(default=100, ge=0)
-    decay_fraction: float = Field(default=0.2, gt=0, le=1)
-    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        default="wsd", description="shape after warm-up: cosine, wsd (flat, then linear decay) or constant"
+    )
+    warmup_steps: int = Field(default=100, ge=0, description="steps of linear warm-up")
+    decay_fraction: float = Field(
+        default=0.2, gt=0, le=1, description="wsd: fraction of the steps that decay"
+    )
+    final_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak"
+    )
 
 
 class LossSpec(_Part):
     """How the losses of the modalities become one number."""
 
-    modality_weights: Literal["equal", "tokens"] | dict[str, float] = "equal"
-    control_weight: float = Field(default=0.1, ge=0)
-    grammar_restricted: bool = True
-    loss_on: Literal["assistant", "all"] = "assistant"
-    z_loss: float = Field(default=1e-4, ge=0)
+    modality_weights: Literal["equal", "tokens"] | dict[str, float] = Field(
+        default="equal",
+        description="equal: each modality counts the same; tokens: each id counts the same; or a weight per modality",
+    )
+    control_weight: float = Field(default=0.1, ge=0, description="weight of control ids")
+    grammar_restricted: bool = Field(
+        default=True, description="softmax over the ids the grammar allows, not the whole vocabulary"
+    )
+    loss_on: Literal["assistant", "all"] = Field(
+        default="assistant", description="assistant: replies only; all: prompts too"
+    )
+    z_loss: float = Field(default=1e-4, ge=0, description="coefficient of the logit z-loss")
 
     @field_validator("loss_on", mode="before")
     @classmethod
@@ -74,55 +91,63 @@ class LossSpec(_Part):
 class MoeSpec(_Part):
     """What keeps the experts' load even: losses, over all tokens and within each modality, or a bias."""
 
-    router_aux_loss: float = Field(default=0.01, ge=0)
-    router_modality_aux_loss: float = Field(default=0.0, ge=0)
-    router_z_loss: float = Field(default=1e-3, ge=0)
+    router_aux_loss: float = Field(
+        default=0.01, ge=0, description="coefficient of the load-balance loss over all tokens"
+    )
+    router_modality_aux_loss: float = Field(
+        default=0.0, ge=0, description="coefficient of the load-balance loss within each modality"
+    )
+    router_z_loss: float = Field(default=1e-3, ge=0, description="coefficient of the router z-loss")
     expert_bias_rate: float = Field(
         default=0.0, ge=0, description="step of the balancing bias (arXiv 2408.15664: 0.001); 0: no bias"
     )
 
 
 class EvalSpec(_Part):
-    """Held-out loss per modality every so many steps (0: only at the end), over so many batches."""
+    """Held-out loss per modality."""
 
-    every: int = Field(default=0, ge=0)
+    every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
     first: bool = Field(default=False, description="also before the first step: what training has to beat")
     modality_integration_rate: bool = Field(
         default=False, description="also how far each modality's hidden states lie from text's (MIR)"
     )
-    batches: int = Field(default=8, ge=1)
-    data: list[SourceSpec] = []
+    batches: int = Field(default=8, ge=1, description="batches per evaluation and source")
+    data: list[SourceSpec] = Field(default=[], description="held-out sources")
 
 
 class SamplePrompt(_Part):
     """One prompt (text, or content parts as in a conversation) and the kinds of the reply (null: the model decides)."""
 
-    prompt: str | list[dict[str, str]]
-    output: str | list[str] | None = None
+    prompt: str | list[dict[str, str]] = Field(description="text, or content parts as in a conversation")
+    output: str | list[str] | None = Field(
+        default=None, description="kind or kinds of the reply; null: the model decides"
+    )
 
 
 class SampleSpec(_Part):
-    """Replies for the report, every so many steps (0: only at the end), unless they take too much of the time."""
+    """Replies for the report, within a share of the training time."""
 
-    every: int = Field(default=0, ge=0)
-    prompts: list[SamplePrompt] = []
-    share_of_time: float = Field(default=0.05, gt=0, le=1)
+    every: int = Field(default=0, ge=0, description="steps between samples; 0: only at the end")
+    prompts: list[SamplePrompt] = Field(default=[], description="prompts to answer in the report")
+    share_of_time: float = Field(
+        default=0.05, gt=0, le=1, description="maximum fraction of the run's time spent on samples"
+    )
 
 
 class LoraSpec(_Part):
     """A LoRA adapter instead of full training; see ``lora.py``."""
 
-    r: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1, description="rank")
+    alpha: int = Field(default=32, ge=1, description="scale: alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r), arXiv 2312.03732")
     dora: bool = Field(default=False, description="magnitude apart from direction, arXiv 2402.09353")
     start: str | None = Field(
-        default=None, description="an adapter folder with the same settings to go on from"
+        default=None, description="an adapter folder with the same settings to start from"
     )
-    attention: bool = True
-    experts: bool = True
-    router: bool = False
+    attention: bool = Field(default=True, description="adapt attention projections")
+    experts: bool = Field(default=True, description="adapt expert matrices")
+    router: bool = Field(default=False, description="adapt routers")
     new_rows: list[str] = Field(
         default=[], description="modalities, or text, whose vocabulary rows are trained in full"
     )
@@ -133,9 +158,9 @@ class ContrastiveSpec(_Part):
 
     batch: int = Field(default=256, ge=2, description="pairs of one step, of all processes")
     chunk: int = Field(default=64, ge=1, description="sequences of one forward pass (GradCache)")
-    width: int = Field(default=256, ge=1)
+    width: int = Field(default=256, ge=1, description="dimensions of the vectors")
     widths: list[int] = Field(default=[], description="prefixes that are vectors too (Matryoshka)")
-    temperature: float = Field(default=0.07, gt=0, description="to begin with; it is learnt")
+    temperature: float = Field(default=0.07, gt=0, description="initial value; it is learned")
     positives: str | None = Field(default=None, description="a key: records with equal values are positives")
     graded: float = Field(default=0.0, ge=0, description="sharpness of graded targets (CWCL); 0: none")
     tokenwise: float = Field(default=0.0, ge=0, description="weight of token-wise similarity (FILIP)")
@@ -152,14 +177,16 @@ class ContrastiveSpec(_Part):
         default=None, description="a key: how much a record's pair counts, 0 or more"
     )
     teacher: str | None = Field(
-        default=None, description="'momentum', or a folder with a head: whose retrieval is learnt too"
+        default=None, description="'momentum', or a folder with a head; its retrieval is learned too"
     )
-    teacher_weight: float = Field(default=0.4, ge=0, le=1)
-    momentum: float = Field(default=0.995, ge=0, lt=1, description="of the momentum teacher, a step")
+    teacher_weight: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's loss")
+    momentum: float = Field(default=0.995, ge=0, lt=1, description="of the momentum teacher, per step")
     compatible: str | None = Field(
-        default=None, description="a folder with an older head, whose indexes are to go on serving (XBT)"
+        default=None, description="a folder with an older head, whose indexes stay usable (XBT)"
     )
-    compatible_weight: float = Field(default=1.0, gt=0)
+    compatible_weight: float = Field(
+        default=1.0, gt=0, description="weight of the backward-compatibility loss"
+    )
 
 
 class CodecSpec(_Part):
@@ -173,23 +200,25 @@ class CodecSpec(_Part):
 
 
 class BackboneSpec(_Part):
-    """What the checkpoint ``init_from`` is made of where it is not there yet: a language model, and codecs by kind."""
+    """A language model and codecs from which the checkpoint ``init_from`` is built if it does not exist."""
 
     model: str = Field(description="a causal language model: a folder or hub id")
     config: str = Field(description="its configuration, a .json, to plan with it without a download")
-    codecs: dict[str, CodecSpec] = Field(min_length=1)
+    codecs: dict[str, CodecSpec] = Field(min_length=1, description="codec per modality")
 
 
 class DistributedSpec(_Part):
     """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
 
-    world_size: int = Field(default=1, ge=1)
+    world_size: int = Field(default=1, ge=1, description="processes the launcher must have started")
     deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON: stages/scale/deepspeed/*.json")
     mesh: str | dict[str, Any] | None = Field(
         default=None,
         description="FSDP2 and expert parallelism, see ``distributed/fsdp.py``: settings, or stages/scale/mesh/*.json",
     )
-    ddp_backend: Literal["gloo", "nccl"] | None = None
+    ddp_backend: Literal["gloo", "nccl"] | None = Field(
+        default=None, description="process group backend; by default chosen by device"
+    )
 
     @property
     def engine(self) -> Literal["deepspeed", "mesh", "ddp"]:
@@ -206,7 +235,7 @@ class TrainConfig(_Part):
     """
 
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
-    output: str
+    output: str = Field(description="folder of the run: states, metrics, report and the final checkpoint")
     backbone: BackboneSpec | None = None
     tokenizers: dict[str, str] = Field(
         default={}, description="for scratch: text and each modality -> tokenizer folder"
@@ -221,24 +250,36 @@ class TrainConfig(_Part):
     )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
     limits: dict[str, float] = Field(
-        default={}, description="limits of media to change, as max_seconds: 7200 (anytoken/limits.py)"
+        default={}, description="media limits to change, such as max_seconds: 7200 (utils/limits.py)"
     )
-    data: list[SourceSpec] = Field(min_length=1)
+    data: list[SourceSpec] = Field(
+        min_length=1,
+        description="training sources; or a mapping with train, test, views, replay and replay_share",
+    )
     sampling: SamplingSpec = SamplingSpec()
-    trainable: list[str] = ["*"]
+    trainable: list[str] = Field(
+        default=["*"],
+        description="patterns of parameter names to train; rows:KIND trains vocabulary rows of one modality",
+    )
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, description="optimizer steps")
     max_minutes: float | None = Field(
         default=None,
         gt=0,
-        description="of all steps, evaluations and samples, also before an interruption: the run ends as finished "
-        "after them, and its schedule is run through in as many steps as they allow",
+        description="time limit of the run, interruptions included; the schedule is compressed to end within it",
     )
-    tokens_per_batch: int = Field(default=8192, gt=0)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    context: int = Field(default=1024, gt=0)
-    cfg_dropout: float = Field(default=0.1, ge=0, le=1)
+    tokens_per_batch: int = Field(
+        default=8192, gt=0, description="token ids per optimizer step, over all processes and micro-batches"
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
+    context: int = Field(default=1024, gt=0, description="ids per packed row")
+    cfg_dropout: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="fraction of samples trained without their prompt, for classifier-free guidance",
+    )
     loss: LossSpec = LossSpec()
     pcgrad: bool = Field(
         default=False,
@@ -248,7 +289,7 @@ class TrainConfig(_Part):
     eval: EvalSpec = EvalSpec()
     samples: SampleSpec = SampleSpec()
     reference: str | None = Field(
-        default=None, description="metrics.jsonl of a run to draw behind this one's curves"
+        default=None, description="metrics.jsonl of a run whose curves the report shows as a reference"
     )
     lora: LoraSpec | None = None
     contrastive: ContrastiveSpec | None = Field(
@@ -257,27 +298,30 @@ class TrainConfig(_Part):
     )
     distributed: DistributedSpec = DistributedSpec()
     gradient_checkpointing: bool = Field(
-        default=False, description="keep one hidden state a layer and compute the rest again"
+        default=False,
+        description="keep one hidden state per layer and recompute the rest in the backward pass",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32",
-        description="of matrix products, weights are float32; auto: bf16 where this machine computes it quicker",
+        description="of matrix products (weights stay float32); auto: bf16 if it is faster on this machine",
     )
     attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         default="auto",
         description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",
     )
-    seed: int = 0
+    seed: int = Field(default=0, description="of data order, initialization and dropout")
     compile: bool = Field(
         default=False,
-        description="compile the decoder layers with torch.compile: faster steps on a GPU, after a minute of waiting",
+        description="compile the decoder layers with torch.compile: a minute of compilation, then faster steps",
     )
-    save_every: int = Field(default=500, gt=0)
+    save_every: int = Field(default=500, gt=0, description="steps between saved states")
     save_minutes: float | None = Field(
-        default=None, gt=0, description="save also after so many minutes of training"
+        default=None, gt=0, description="also save every N minutes of training"
     )
-    log_every: int = Field(default=20, gt=0)
-    threads: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=20, gt=0, description="steps between lines of metrics.jsonl")
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; by default PyTorch's own choice"
+    )
 
     @model_validator(mode="before")
     @classmethod
