@@ -81,7 +81,7 @@ def measure(part: Part, sizes: Sizes, make: Callable[[], ModalityTokenizer], bat
         work: Callable[[Sequence[Any]], object] = getattr(tokenizer, f"{verb}_batch")
         try:
             seconds = part.time(partial(work, what), sizes.seconds / 2, warmups=1, least=1)
-        except (RuntimeError, ValueError) as error:  # encoding is told all the same
+        except (RuntimeError, ValueError) as error:  # encoding is still reported
             found[f"{verb} failed"] = reason(error)
             continue
         found[f"{verb} items/s"] = batch / seconds

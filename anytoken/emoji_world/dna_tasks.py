@@ -1,8 +1,8 @@
 """Small sets for tasks on DNA, cut from the genes of the DNA set (`dna.py`) or made up; the same ones every time.
 
 The kinds of tasks are those of Omni-DNA (arXiv 2502.03499): functions of genes, a motif in a haystack that becomes an
-image, regulatory sites, effects of variants. Bacteria have no splicing; the starts of genes, told from the same codon
-inside one, take the place of splice sites. Splits follow those of the genes and stretches that windows are cut from.
+image, regulatory sites, effects of variants. Bacteria have no splicing; gene starts, against the same codon inside a
+gene, take the place of splice sites. Splits follow those of the genes and stretches that windows are cut from.
 """
 
 from __future__ import annotations

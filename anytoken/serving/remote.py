@@ -98,7 +98,7 @@ class Stretch:
         """Whether the reply has ended."""
         return self.grammar.finished(self.state)
 
-    def freeze_tables(self) -> list[Token]:
+    def settle(self) -> list[Token]:
         """Append ids for as long as there is only one choice."""
         found = []
         while not self.finished and _single(ranges := self._allowed()):
@@ -235,7 +235,7 @@ class RemoteWorker:
     async def _reply(self, job: Job) -> None:
         stretch = Stretch(self.model.processor.grammar, job.prompt, job.options, self._context)
         seed = int(job.options["seed"]) + 1_000_003 * int(job.options["draw"])
-        for one in stretch.freeze_tables():
+        for one in stretch.settle():
             job.deliver(one)
         while not stretch.finished:
             seed, before = (seed * 31 + 7) % SEEDS, len(stretch.ids)
@@ -249,7 +249,7 @@ class RemoteWorker:
                     raise EngineFailure("The token engine sent an id that was not allowed.") from error
             if len(stretch.ids) == before:
                 raise EngineFailure("The token engine sent no ids; it has to support return_token_ids.")
-            for one in stretch.freeze_tables():
+            for one in stretch.settle():
                 job.deliver(one)
 
     async def _tokens(self, body: Mapping[str, Any]) -> AsyncIterator[int]:

@@ -63,13 +63,13 @@ class Job:
 
 @dataclass(eq=False)
 class Work:
-    """Something else that uses the model, in parts; `freeze_tables` gets the result or the error.
+    """Something else that uses the model, in parts; `settle` gets the result or the error.
 
     alone: it changes the model or its adapters, so nothing else may run.
     """
 
     steps: Steps[Any]
-    freeze_tables: Callable[[Exception | None, Any], None]
+    settle: Callable[[Exception | None, Any], None]
     adapter: str | None = None
     alone: bool = False
     submitted: float = field(default_factory=time.monotonic)
@@ -193,7 +193,7 @@ class Worker:
             if isinstance(one, Job):
                 self._fail(one, stopped)
             else:
-                one.freeze_tables(stopped, None)
+                one.settle(stopped, None)
         self._works.clear()
         self._waiting.clear()
 
@@ -249,7 +249,7 @@ class Worker:
                 self._use(work.adapter)
             self._works.append(work)
         except Exception as error:
-            work.freeze_tables(error, None)
+            work.settle(error, None)
 
     def _use(self, adapter: str | None) -> None:
         """Put an adapter into the weights; only called where it is in use already or nothing runs."""
@@ -265,10 +265,10 @@ class Worker:
             next(work.steps)
         except StopIteration as end:
             self._works.remove(work)
-            work.freeze_tables(None, end.value)
+            work.settle(None, end.value)
         except Exception as error:
             self._works.remove(work)
-            work.freeze_tables(error, None)
+            work.settle(error, None)
 
     def _drop(self, work: Work) -> None:
         for queue_ in (self._works, self._waiting):

@@ -217,7 +217,7 @@ def test_requests_ask_for_as_much_as_stays_allowed(remote):
     for plan in (("text", "speech"), ("video",), None):
         options = {"plan": plan, "max_new_tokens": 300}
         stretch = Stretch(grammar, remote.encode_prompt("a fox"), options, 2048)
-        stretch.freeze_tables()
+        stretch.settle()
         while not stretch.finished:
             body = stretch.request()
             allowed, stops = body["allowed_token_ids"], set(body["stop_token_ids"])
@@ -227,7 +227,7 @@ def test_requests_ask_for_as_much_as_stays_allowed(remote):
                 stretch.take(token)
                 if token in stops:
                     break
-            stretch.freeze_tables()
+            stretch.settle()
         pieces = grammar.parse(stretch.ids[:-1])
         assert plan is None or tuple(piece.kind for piece in pieces) == plan
 
