@@ -183,10 +183,8 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
             and "past_key_values" not in kwargs
         ):
             use_cache = False
-            if packed and position_ids is not None and self.config._attn_implementation == "sdpa":
-                attention_mask = packed_mask(
-                    position_ids
-                )  # the one that transformers would make after asking
+            if packed and position_ids is not None:  # the mask that transformers would make after asking
+                attention_mask = packed_mask(position_ids, self.config._attn_implementation)
         else:
             use_cache = keep_samples_apart(self.config, rows, position_ids, attention_mask, use_cache, kwargs)
         modality = None

@@ -24,6 +24,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP, Qwen3MoeTopKRouter
 
 from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.cpu_experts import cpu_experts
 from anytoken.utils.autocast import in_float32
 from anytoken.utils.device import constant
 from anytoken.utils.distributed import sum_over_processes
@@ -111,11 +112,6 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         self.load.zero_()
 
 
-CAST_ON = (
-    "cuda",
-)  # devices on which experts follow autocast; a CPU's grouped products gain nothing from bf16
-
-
 @use_experts_implementation
 class _Experts(Qwen3MoeExperts):
     """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model.
@@ -167,20 +163,26 @@ class _InDtype:
 
 
 class AnyTokenExperts(_Experts):
-    """Diff with Qwen3-MoE: on a GPU autocast reaches the grouped products too.
+    """Diff with Qwen3-MoE: autocast reaches the experts' products too.
 
-    PyTorch has them not among what autocast casts, so float32 weights would be multiplied in float32, by a loop over
-    the experts that waits for the device.
+    PyTorch has grouped products not among what autocast casts, so float32 weights would be multiplied in float32; on a
+    GPU by a loop over the experts that waits for the device.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [T, H], choices and weights [T, K] to [T, H]."""
         device = hidden_states.device.type
-        if device not in CAST_ON or not torch.is_autocast_enabled(device):
+        if not torch.is_autocast_enabled(device):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         dtype = torch.get_autocast_dtype(device)
+        if device == "cpu" and self.config.hidden_act == "silu":
+            return self._on_cpu(hidden_states, top_k_index, top_k_weights, dtype)
         experts: Any = _InDtype(self, dtype)
         return _Experts.forward(experts, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+
+    @torch.compiler.disable  # the sizes of its products are only known when it runs
+    def _on_cpu(self, states: Tensor, choices: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        return cpu_experts(states, self.gate_up_proj, self.down_proj, choices, weights, dtype)
 
 
 PLAIN_LOOP = unwrap(_Experts.forward)

@@ -73,11 +73,22 @@ def keep_samples_apart(
     return use_cache
 
 
-def packed_mask(positions: Tensor) -> Tensor:
-    """What may be attended to in packed rows, from their positions [B, T]: bool [B, 1, T, T]."""
+def packed_mask(positions: Tensor, implementation: str = "sdpa") -> Tensor | None:
+    """What may be attended to in packed rows, from their positions [B, T]: a mask [B, 1, T, T], bool for sdpa.
+
+    For eager attention it is what is added to the scores, in the dtype they are computed in. None for other
+    implementations, which find the samples themselves.
+    """
+    if implementation not in ("sdpa", "eager"):
+        return None
     sample = sample_starts(positions).cumsum(1)
-    same = sample[:, :, None] == sample[:, None, :]
-    return same.tril()[:, None]
+    same = (sample[:, :, None] == sample[:, None, :]).tril()[:, None]
+    if implementation == "sdpa":
+        return same
+    device = positions.device.type
+    low = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if low else torch.get_default_dtype()
+    return torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill(~same, torch.finfo(dtype).min)
 
 
 def _refuse(wrong: Tensor, message: str) -> None:

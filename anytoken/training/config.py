@@ -305,7 +305,7 @@ class TrainConfig(_Part):
         default="fp32",
         description="of matrix products (weights stay float32); auto: bf16 if it is faster on this machine",
     )
-    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
         default="auto",
         description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",
     )

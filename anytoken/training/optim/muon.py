@@ -26,7 +26,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
-CHUNK = 2**26  # elements of matrices that are orthogonalised together
+CHUNK = {"cpu": 2**19}  # elements of matrices that are orthogonalised together: those that stay in a core's cache
+LARGE_CHUNK = 2**26  # on other devices
 ROUTERS = ("gate", "router")  # names of the modules that hold a router's weight
 
 
@@ -88,7 +89,8 @@ class Muon(torch.optim.AdamW):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         for (outputs, inputs), pairs in matrices.items():
             scale = group["lr"] * max(1.0, outputs / inputs) ** 0.5
-            size = max(1, CHUNK // (outputs * inputs))
+            elements = CHUNK.get(pairs[0][0].device.type, LARGE_CHUNK)
+            size = max(1, elements // (outputs * inputs))
             for chunk in (pairs[start : start + size] for start in range(0, len(pairs), size)):
                 updates = torch.stack([update for _, update in chunk])
                 found = orthogonalise(updates, getattr(torch, group["dtype"]))
