@@ -22,6 +22,7 @@ Ranges = Sequence[tuple[int, int]]
 ALIGNMENT = (
     16  # rows of logits start at multiples of 64 bytes: products into unaligned rows take twice as long
 )
+CPU_ROWS, SMALLEST = 1024, 16  # of a chunk on a CPU
 MIN_BUFFER = 2**23  # logits; below that, a chunk's overhead outweighs what memory it spares
 
 
@@ -146,7 +147,7 @@ class _Work:
         if width == 1:
             return
         stride = -(-width // ALIGNMENT) * ALIGNMENT
-        chunks = group.where.split(max(1, buffer // stride))
+        chunks = _chunks(group.where, max(1, buffer // stride))
         logits = self.hidden.new_empty(len(chunks[0]), stride, dtype=self.dtype)[:, :width]
         for where in chunks:
             self._add_chunk(where, group.ranges, logits[: len(where)])
@@ -177,6 +178,23 @@ class _Work:
         if self.head_grad is not None:
             for (start, stop), slope in zip(ranges, slopes, strict=True):
                 _add_product(self.head_grad[start:stop], slope.T, states)
+
+
+def _chunks(where: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Targets [N] in chunks of at most `most` rows.
+
+    On a CPU chunks have few different sizes, since oneDNN generates code for every new shape of a product in 16 bits:
+    ``CPU_ROWS``, halves of it, and what is left.
+    """
+    if where.device.type != "cpu":
+        return where.split(most)
+    sizes, size, left = [], min(most, CPU_ROWS), len(where)
+    while left:
+        size = size if left >= size else max(size // 2, min(left, SMALLEST))
+        if left >= size:
+            sizes.append(size)
+            left -= size
+    return where.split(sizes)
 
 
 def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
