@@ -1,12 +1,12 @@
 """Experts on a CPU in 16 bits: one product per expert, in place of PyTorch's grouped product.
 
 On CPUs with bfloat16 instructions (AVX512-BF16, AMX) a product runs several times as fast as in float32, but PyTorch's
-grouped product casts and copies so much there that nothing of it is left. Here the tokens of an expert lie one after the
+grouped product casts and copies so much there that nothing of it is left. Here the tokens of an expert lie next to each
 other, each product writes into its part of one buffer, and the backward pass is written out, so that no tensor is
 made twice. oneDNN generates code for every new shape, which takes longer than the product itself: each expert's rows
 are therefore padded with zeros to a multiple of ``ROWS``.
 
-Shapes: T tokens, K choices per token, N routed tokens, P of them and of padding, E experts, H hidden, W width of an expert.
+Shapes: T tokens, K choices per token, N routed tokens, P of them and of padding, E experts, H hidden, W width.
 """
 
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
 
 ROWS = 64
 
@@ -32,7 +31,9 @@ def cpu_experts(
     counts = flat.bincount(minlength=len(down))[: len(down)]
     order = flat.argsort(stable=True)[: int(counts.sum())]
     padded = (counts + ROWS - 1) // ROWS * ROWS
-    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # of each expert's rows, by the padding before
+    shift = (padded.cumsum(0) - padded) - (
+        counts.cumsum(0) - counts
+    )  # of each expert's rows, by the padding before
     slots = torch.arange(len(order), device=order.device) + shift[flat[order]]
     with torch.autocast(hidden.device.type, enabled=False):
         result: Tensor = _Experts.apply(hidden, gate_up, down, weights, order, slots, padded.tolist(), dtype)
@@ -68,7 +69,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         routed, both, outputs, gate_up, down, share, order, slots = ctx.saved_tensors
         (tokens, choices), counts = ctx.shape, ctx.counts
         of_hidden, of_experts, of_weights = ctx.dtypes
@@ -83,7 +84,9 @@ class _Experts(torch.autograd.Function):
         opened = gate * closed  # silu(gate)
         down_grad = _outer(slopes, opened * up, counts)
         inner = _product(slopes, down, counts)  # of silu(gate) * up
-        both_grad = torch.cat([closed.addcmul_(opened, 1 - closed).mul_(up).mul_(inner), inner.mul_(opened)], -1)
+        both_grad = torch.cat(
+            [closed.addcmul_(opened, 1 - closed).mul_(up).mul_(inner), inner.mul_(opened)], -1
+        )
         gate_up_grad = _outer(both_grad, routed, counts)
         hidden_grad = _sum(_product(both_grad, gate_up, counts)[slots], token, tokens)
         return (

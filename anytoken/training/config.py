@@ -305,14 +305,18 @@ class TrainConfig(_Part):
         default="fp32",
         description="of matrix products (weights stay float32); auto: bf16 if it is faster on this machine",
     )
-    attention: Literal["auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+    attention: Literal[
+        "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = Field(
         default="auto",
-        description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there, else sdpa",
+        description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there; eager on a "
+        "CPU with bf16 and short contexts; else sdpa",
     )
     seed: int = Field(default=0, description="of data order, initialization and dropout")
-    compile: bool = Field(
+    compile: bool | Literal["auto"] = Field(
         default=False,
-        description="compile the decoder layers with torch.compile: a minute of compilation, then faster steps",
+        description="compile the decoder layers with torch.compile: a minute of compilation, then faster steps; auto: "
+        "if the run is long and a compiler is installed",
     )
     save_every: int = Field(default=500, gt=0, description="steps between saved states")
     save_minutes: float | None = Field(

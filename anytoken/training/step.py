@@ -4,6 +4,10 @@ The host never waits for the device in here, so that it stays ahead of it: where
 classes, which the host has to know, is found before the batch is sent to the device (`with_layout`).
 """
 
+import logging
+import os
+from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -19,6 +23,9 @@ from anytoken.training.config import MoeSpec
 from anytoken.training.lora import LanguageModel, base_model, head_weight
 from anytoken.training.losses.balanced import BalancedLoss, LossParts, TargetClasses
 from anytoken.utils.distributed import sum_over_processes
+
+WORTH_COMPILING = 1000  # steps; a minute of compilation, and a step is up to twice as fast
+log = logging.getLogger(__name__)
 
 
 class ModelWithLoss(nn.Module):
@@ -118,6 +125,21 @@ def with_layout(batch: dict[str, Tensor], grammar: Grammar) -> dict[str, Any]:
         "order": classes.order, "counts": classes.counts,
     }  # fmt: skip
     return {**batch, "layout": layout}
+
+
+def worth_compiling(wanted: bool | str, steps: int, device: torch.device) -> bool:
+    """What ``compile`` of a recipe means: "auto" compiles long runs where TorchInductor finds what it needs."""
+    if wanted != "auto":
+        return bool(wanted)
+    if device.type == "cuda":
+        available = find_spec("triton") is not None
+    else:
+        available = any(which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    chosen = available and steps >= WORTH_COMPILING
+    log.info(
+        "compile: %s; %d steps, %s", chosen, steps, "compiler found" if available else "no compiler found"
+    )
+    return chosen
 
 
 def compile_layers(model: PreTrainedModel, **options: Any) -> None:

@@ -80,7 +80,7 @@ from anytoken.training.report.html import FACTS, HtmlReport
 from anytoken.training.report.markdown import write_report
 from anytoken.training.report.samples import Answer, Sampler
 from anytoken.training.run_metadata import check_same_data, run_facts
-from anytoken.training.step import ModelWithLoss, compile_layers, with_layout
+from anytoken.training.step import ModelWithLoss, compile_layers, with_layout, worth_compiling
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
@@ -434,7 +434,7 @@ def _adapted(start: PreTrainedModel, stage: TrainConfig, processor: Processor) -
         select_trainable(start, stage.trainable, processor.token_space)
     if stage.gradient_checkpointing:
         start.gradient_checkpointing_enable({"use_reentrant": False})
-    if stage.compile:
+    if worth_compiling(stage.compile, stage.steps, start.device):
         compile_layers(start)
     return lm
 

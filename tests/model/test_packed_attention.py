@@ -282,3 +282,30 @@ def test_attention_keeps_packed_rows_apart_on_a_gpu(attention: str) -> None:
         logits = low(ids().cuda(), position_ids=PACKED.cuda()).logits
         errors[name] = (logits.float().cpu() - wanted).abs().max()
     assert errors[attention] <= 2 * errors["eager"] + 1e-3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_eager_attention_keeps_packed_samples_apart_as_sdpa_does(
+    lm: AnyTokenForCausalLM, autocast: bool
+) -> None:
+    found = []
+    for implementation in ("sdpa", "eager"):
+        lm.set_attn_implementation(implementation)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(
+                lm.model(ids(), position_ids=positions(*ROWS), packed=True).last_hidden_state.float()
+            )
+    lm.set_attn_implementation("sdpa")
+    tolerance = 0.05 if autocast else 1e-5
+    assert (found[0] - found[1]).norm() / found[0].norm() < tolerance
+    other = ids().clone()
+    other[:, 0] += 1  # of the first sample: the rest must not change
+    with torch.no_grad():
+        lm.set_attn_implementation("eager")
+        one, two = (
+            lm.model(x, position_ids=positions(*ROWS), packed=True).last_hidden_state for x in (ids(), other)
+        )
+        lm.set_attn_implementation("sdpa")
+    start = ROWS[0][0]
+    assert not torch.equal(one[0, :start], two[0, :start])
+    torch.testing.assert_close(one[0, start:], two[0, start:], rtol=0, atol=0)

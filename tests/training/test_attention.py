@@ -15,6 +15,7 @@ from anytoken.model import attention
 from anytoken.training.config import (
     TrainConfig,
 )
+from anytoken.training.initialize import build_model, choose_attention
 from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError
 
@@ -88,7 +89,7 @@ def test_auto_says_what_it_takes(recipe: dict[str, Any], caplog: pytest.LogCaptu
     [
         (FLASH, r"precision fp32: flash_attention_2 cannot run here.*auto or sdpa"),
         ("flex_attention", "no backward pass on a CPU"),
-        ("flash", r"attention must be 'auto', 'sdpa', .*got 'flash'"),
+        ("flash", r"attention must be 'auto', 'eager', 'sdpa', .*got 'flash'"),
     ],
 )
 def test_what_cannot_run_is_said_before_training(recipe: dict[str, Any], name: str, message: str) -> None:
@@ -109,3 +110,20 @@ def test_losses_agree_on_a_gpu(recipe: dict[str, Any], tmp_path: Path, name: str
     plain = train(TrainConfig.from_dict(recipe | {"attention": "sdpa", "output": str(tmp_path / "sdpa")}))
     found = train(TrainConfig.from_dict(recipe | {"attention": name}))
     assert losses(found) == pytest.approx(losses(plain), abs=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "precision", "context", "expected"),
+    [
+        ("auto", "bf16", 256, "eager"), ("auto", "bf16", 1024, "sdpa"), ("auto", "fp32", 256, "sdpa"),
+        ("sdpa", "bf16", 256, "sdpa"), ("eager", "fp32", 1024, "eager"),
+    ],
+)  # fmt: skip
+def test_short_contexts_in_bf16_train_with_eager_attention_on_a_cpu(
+    recipe: dict[str, Any], wanted: str, precision: str, context: int, expected: str
+) -> None:
+    sizes = {"context": context, "tokens_per_batch": 2048}
+    stage = TrainConfig.from_dict(recipe | sizes | {"attention": wanted, "precision": precision})
+    _, lm = build_model(stage)
+    choose_attention(lm, stage, torch.device("cpu"))
+    assert lm.config._attn_implementation == expected

@@ -22,6 +22,7 @@ from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM
 from anytoken.model.packed_attention import packed_mask
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import CodeGrid, CodeSequence
+from anytoken.training import step as training_step
 from anytoken.training import trainer
 from anytoken.training.config import MoeSpec, TrainConfig
 from anytoken.training.interrupts import DivergenceError, FiniteCheck, Noted
@@ -237,6 +238,19 @@ def test_compiled_layers_compute_the_same() -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     assert list(compiled.state_dict()) == list(plain.state_dict())
     assert 0 < len(graphs) <= 4  # the pieces of one layer around its router, which serve all four
+
+
+def test_auto_compiles_long_runs_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(training_step, "which", lambda name: f"/usr/bin/{name}")
+    assert training_step.worth_compiling("auto", 1000, device) and not training_step.worth_compiling(
+        "auto", 999, device
+    )
+    monkeypatch.setattr(training_step, "which", lambda name: None)
+    assert not training_step.worth_compiling("auto", 1000, device)
+    assert training_step.worth_compiling(True, 1, device) and not training_step.worth_compiling(
+        False, 10_000, device
+    )
 
 
 @pytest.mark.gpu

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anytoken.training.losses.linear_cross_entropy import ALIGNMENT, Group, Scores, linear_cross_entropy
+from anytoken.training.losses.linear_cross_entropy import (
+    ALIGNMENT,
+    Group,
+    Scores,
+    _chunks,
+    linear_cross_entropy,
+)
 
 WIDTH = 8
 Spans = list[tuple[int, int]]
@@ -227,3 +233,14 @@ def test_rows_of_logits_are_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, weights = example(9, 50)
     linear_cross_entropy(hidden, head, torch.arange(9), weights)
     assert strides and all(stride % ALIGNMENT == 0 for stride in strides)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000, 5000])
+def test_chunks_on_a_cpu_have_few_sizes(count: int) -> None:
+    """Each target is in one of them, in order, and all but the last few are powers of two."""
+    where = torch.arange(count)
+    chunks = _chunks(where, 3000)
+    assert torch.equal(torch.cat(chunks), where)
+    sizes = {len(chunk) for chunk in chunks}
+    assert all(size < 16 or size in (16, 32, 64, 128, 256, 512, 1024) for size in sizes)
+    assert len(_chunks(where, 3)[0]) == min(count, 3)
