@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from anytoken.benchmarks.harness import (
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import KVCache
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -57,11 +58,9 @@ class Subject:
 
     def ours(self, rows: int = 1, cfg_scale: float = 1.0, engine: Engine | None = None) -> list[list[int]]:
         """Ids of so many replies."""
-        found = (engine or self.engine).generate(
-            [self.ids] * rows, [(self.kind,)] * rows, {self.kind: Sampling(temperature=0, cfg_scale=cfg_scale)}, LIMIT,
-            null_prompt=self.model.processor.null_prompt(),
-        )  # fmt: skip
-        return [one.ids for one in found]
+        sampling, null = {self.kind: replace(GREEDY, cfg_scale=cfg_scale)}, self.model.processor.null_prompt()
+        request = GenerationRequest(self.ids, (self.kind,), sampling, LIMIT, null_prompt=null)
+        return [one.ids for one in (engine or self.engine).generate([request] * rows)]
 
     def transformers(self, rows: int = 1) -> list[list[int]]:
         """The same by `generate` of transformers with a dynamic cache."""
@@ -153,7 +152,7 @@ def _first_event(subject: Subject, repeats: int) -> Figures:
     engine, batch = subject.engine, torch.tensor([ids])
     taken = interleaved_timing(
         {
-            "event": lambda: next(engine.stream([ids], [("text",)], {"text": GREEDY}, 8)),
+            "event": lambda: next(engine.stream([GenerationRequest(ids, ("text",), {"text": GREEDY}, 8)])),
             "prefill": lambda: subject.model.lm(batch, use_cache=True, logits_to_keep=1),
         },
         repeats,
