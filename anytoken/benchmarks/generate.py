@@ -94,6 +94,25 @@ def bench_generate(model: AnyToken, kind: str, prompt: str, repeats: int, sizes:
     return {"kind": kind, "prompt": prompt, "repeats": repeats, "rows": rows, "context curve": curve}
 
 
+def bench_decode(model: AnyToken, kind: str, prompt: str, repeats: int, sizes: Sizes) -> Figures:
+    """The engine's decoding step (`inference/fast_decode.py`) against the forward of the model's own layers.
+
+    The median over rounds of the ratio in each. EvaluationError if the two sides' ids differ.
+    """
+    rows = []
+    for part in (model, with_lm(model, large_lm(model, sizes))):
+        subject, own = Subject(part, kind, prompt), Engine(part.lm, part.processor.grammar)
+        own.head().decoder = None
+        for count in (1, ROWS):
+            fast, plain = partial(subject.ours, count), partial(subject.ours, count, engine=own)
+            if fast() != plain():
+                raise EvaluationError("The two sides give different ids: there is nothing to compare.")
+            ratio = ratio_of_turns(plain, fast, repeats)
+            name = "the model" if part is model else f"{part.lm.num_parameters() / 1e6:.0f} M"
+            rows.append({"model": name, "what": "own layers over fast decode", "rows": count, "ratio": ratio})
+    return {"kind": kind, "prompt": prompt, "repeats": repeats, "rows": rows}
+
+
 def with_lm(model: AnyToken, lm: Any) -> AnyToken:
     """Another language model behind the same processor."""
     return AnyToken(lm.eval(), model.processor)
