@@ -1,10 +1,13 @@
-"""The plain loop that every way of decoding is compared with."""
+"""The plain loop that every way of decoding is compared with, and what an engine is asked in the same words."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from anytoken.grammar import Grammar
+from anytoken.inference.request import GenerationRequest
+from anytoken.inference.sampling import Sampling
 
 
 @torch.inference_mode()
@@ -34,3 +37,21 @@ def reference(
         state = grammar.advance(state, ids[-1])
         kind = kinds.get(ids[-1], kind)
     return ids
+
+
+def asked(
+    prompts: Sequence[Sequence[int]],
+    plans: Sequence[Sequence[str] | None] | None = None,
+    sampling: dict[str, Sampling] | None = None,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+    rows: Sequence[int] | None = None,
+    **options: Any,
+) -> list[GenerationRequest]:
+    """A request for each prompt, with its plan; each draws by its number in `rows`, by default its place."""
+    plans = [None] * len(prompts) if plans is None else plans
+    rows = range(len(prompts)) if rows is None else rows
+    return [
+        GenerationRequest(prompt, plan, sampling or {}, max_new_tokens, seed, row, **options)
+        for prompt, plan, row in zip(prompts, plans, rows, strict=True)
+    ]

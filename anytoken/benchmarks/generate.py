@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from anytoken.benchmarks.harness import (
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import KVCache
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -57,11 +58,9 @@ class Subject:
 
     def ours(self, rows: int = 1, cfg_scale: float = 1.0, engine: Engine | None = None) -> list[list[int]]:
         """Ids of so many replies."""
-        found = (engine or self.engine).generate(
-            [self.ids] * rows, [(self.kind,)] * rows, {self.kind: Sampling(temperature=0, cfg_scale=cfg_scale)}, LIMIT,
-            null_prompt=self.model.processor.null_prompt(),
-        )  # fmt: skip
-        return [one.ids for one in found]
+        sampling, null = {self.kind: replace(GREEDY, cfg_scale=cfg_scale)}, self.model.processor.null_prompt()
+        request = GenerationRequest(self.ids, (self.kind,), sampling, LIMIT, null_prompt=null)
+        return [one.ids for one in (engine or self.engine).generate([request] * rows)]
 
     def transformers(self, rows: int = 1) -> list[list[int]]:
         """The same by `generate` of transformers with a dynamic cache."""
@@ -93,6 +92,25 @@ def bench_generate(model: AnyToken, kind: str, prompt: str, repeats: int, sizes:
     rows.append(_bandwidth(name, big, compiled[name], repeats))
     curve = _context_curve(large.lm, compiled[name], sizes.contexts)
     return {"kind": kind, "prompt": prompt, "repeats": repeats, "rows": rows, "context curve": curve}
+
+
+def bench_decode(model: AnyToken, kind: str, prompt: str, repeats: int, sizes: Sizes) -> Figures:
+    """The engine's decoding step (`inference/fast_decode.py`) against the forward of the model's own layers.
+
+    The median over rounds of the ratio in each. EvaluationError if the two sides' ids differ.
+    """
+    rows = []
+    for part in (model, with_lm(model, large_lm(model, sizes))):
+        subject, own = Subject(part, kind, prompt), Engine(part.lm, part.processor.grammar)
+        own.head().decoder = None
+        for count in (1, ROWS):
+            fast, plain = partial(subject.ours, count), partial(subject.ours, count, engine=own)
+            if fast() != plain():
+                raise EvaluationError("The two sides give different ids: there is nothing to compare.")
+            ratio = ratio_of_turns(plain, fast, repeats)
+            name = "the model" if part is model else f"{part.lm.num_parameters() / 1e6:.0f} M"
+            rows.append({"model": name, "what": "own layers over fast decode", "rows": count, "ratio": ratio})
+    return {"kind": kind, "prompt": prompt, "repeats": repeats, "rows": rows}
 
 
 def with_lm(model: AnyToken, lm: Any) -> AnyToken:
@@ -153,7 +171,7 @@ def _first_event(subject: Subject, repeats: int) -> Figures:
     engine, batch = subject.engine, torch.tensor([ids])
     taken = interleaved_timing(
         {
-            "event": lambda: next(engine.stream([ids], [("text",)], {"text": GREEDY}, 8)),
+            "event": lambda: next(engine.stream([GenerationRequest(ids, ("text",), {"text": GREEDY}, 8)])),
             "prefill": lambda: subject.model.lm(batch, use_cache=True, logits_to_keep=1),
         },
         repeats,

@@ -20,8 +20,8 @@ from anytoken.benchmarks.gpu_train import our_config, stock_model, usable
 from anytoken.benchmarks.harness import Figures
 from anytoken.grammar import Grammar
 from anytoken.inference.engine import Engine
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
-from anytoken.inference.scheduler import Scheduler
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.token_space import TokenSpace
 
@@ -50,10 +50,10 @@ def prompts(space: TokenSpace, sizes: Sizes, rows: int) -> list[list[int]]:
 
 def our_ids(engine: Engine, given: list[list[int]], side: int) -> int:
     """Decode one image for each prompt, all at once; how many ids were made."""
-    scheduler = Scheduler(engine, max_rows=len(given))
-    greedy = {"image": Sampling(temperature=0)}
+    scheduler = engine.scheduler(len(given))
+    plan, greedy, sizes = ("image",), {"image": Sampling(temperature=0)}, {"image": (side, side)}
     for prompt in given:
-        scheduler.submit(prompt, plan=("image",), sampling=greedy, seed=0, sizes={"image": (side, side)})
+        scheduler.submit(GenerationRequest(prompt, plan, greedy, seed=0, sizes=sizes))
     made = 0
     while len(scheduler):
         made += len(scheduler.step())

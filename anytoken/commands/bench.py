@@ -37,6 +37,27 @@ def generate(
     harness.report(bench_generate(load(model), kind, prompt, repeats, sizes), out)
 
 
+@app.command(epilog=examples("anytoken bench decode mini --repeats 9"))
+def decode(
+    model: ModelArgument = "mini",
+    kind: Annotated[str, typer.Option(help="Modality to generate.")] = "image",
+    prompt: Annotated[str, typer.Option(help="Prompt.")] = "a fox, 3d, blue background",
+    repeats: Repeats = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    width: Annotated[int, typer.Option(help="Hidden size of the large random model.")] = 768,
+    layers: Annotated[int, typer.Option(help="Layers of the large random model.")] = 12,
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_decode.json"),
+) -> None:
+    """The engine's decoding step against the model's own layers: same weights, same ids."""
+    import torch
+
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.generate import Sizes, bench_decode
+
+    torch.set_num_threads(threads)
+    harness.report(bench_decode(load(model), kind, prompt, repeats, Sizes(width=width, layers=layers)), out)
+
+
 @app.command(epilog=examples("anytoken bench score mini --answers animals.txt"))
 def score(
     model: ModelArgument = "mini",

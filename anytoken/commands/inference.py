@@ -14,21 +14,14 @@ from typer.core import TyperCommand
 from anytoken import recipes
 from anytoken.commands.options import (
     Adapter,
-    CfgScale,
     Device,
     Limits,
-    MaxNewTokens,
-    MinP,
     Model,
     ModelArgument,
     Out,
-    RepetitionPenalty,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
     examples,
     load,
+    with_sampling,
 )
 from anytoken.terminal.prompt_args import check_out, mark_parts, read_ids, read_part
 from anytoken.terminal.render import print_events, show_events, show_model, show_reply, show_segments
@@ -62,6 +55,7 @@ def demo(
 
 
 @app.command(epilog=examples("anytoken chat --model mini", "anytoken chat --load kept"))
+@with_sampling
 def chat(
     model: Model = "mini",
     out: Out = Path("out/chat"),
@@ -69,14 +63,8 @@ def chat(
     go_on: Annotated[
         Path | None, typer.Option("--load", help="Continue a conversation saved with /save.")
     ] = None,
-    seed: Seed = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    cfg_scale: CfgScale = None,
-    max_new_tokens: MaxNewTokens = None,
+    *,
+    sampling: dict[str, Any],
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
@@ -90,19 +78,7 @@ def chat(
         )
     check_out(out)
     opened = load(model, device, adapter)
-    talk = ChatRepl(
-        opened.chat(system),
-        out,
-        Console(),
-        seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        cfg_scale=cfg_scale,
-        max_new_tokens=max_new_tokens,
-    )
+    talk = ChatRepl(opened.chat(system), out, Console(), **sampling)
     if go_on is not None:
         talk.handle_command(f"/load {shlex.quote(str(go_on))}")
     interactive = sys.stdin.isatty()
@@ -116,6 +92,7 @@ def chat(
         'anytoken generate "a red apple, 3d" -o image --seed 0',
     ),
 )
+@with_sampling
 def generate(
     prompt: Annotated[
         list[str] | None, typer.Argument(help=f"{PROMPT_HELP} By default standard input.")
@@ -134,14 +111,8 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(help="Sample N replies and return the --num-return most likely.")
     ] = None,
-    seed: Seed = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = None,
-    cfg_scale: CfgScale = None,
-    max_new_tokens: MaxNewTokens = None,
+    *,
+    sampling: dict[str, Any],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line per reply, with ids and usage.")
     ] = False,
@@ -162,25 +133,15 @@ def generate(
     check_out(out)
     parts = [read_part(part) for part in prompt or ["-"]]
     kinds = [kind for one in output or [] for kind in one.replace(",", " ").split() or [""]] or None
-    options: dict[str, Any] = {
-        "seed": seed,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "cfg_scale": cfg_scale,
-        "max_new_tokens": max_new_tokens,
-    }
     opened, console = load(model, device, adapter), Console()
     if stream:
-        events = opened.stream(parts, kinds, **options)
+        events = opened.stream(parts, kinds, **sampling)
         if as_json:
             print_events(events, out)
         else:
             show_events(events, out, console)
         return
-    replies = opened.generate(parts, kinds, num_return=num_return, best_of=best_of, **options)
+    replies = opened.generate(parts, kinds, num_return=num_return, best_of=best_of, **sampling)
     for reply in replies if isinstance(replies, list) else [replies]:
         show_reply(reply, out, console, as_json)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,26 +33,10 @@ Out = Annotated[Path, typer.Option(help="The folder to write to.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing checkpoint in --out; other files are kept.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Random seed; the same seed and prompt give the same reply.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override recipe values.")
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Number of processes.")]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 is greedy; by default the checkpoint's setting per kind.")
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Sample from this many of the most probable ids; 1 is greedy.")
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Sample from the most probable ids that sum to this probability; 1 is off."),
-]
-MinP = Annotated[float | None, typer.Option(help="Drop ids below this fraction of the top probability.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Penalty on ids already in the reply; 1 is off.")
-]
-CfgScale = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")]
 Limits = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,9 +47,52 @@ Limits = Annotated[
         "max_decoded_bytes.",
     ),
 ]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Maximum reply length in tokens; by default what fits the context.")
-]
+SAMPLING: dict[str, Any] = {  # options of how a reply is sampled, by their names in `AnyToken.generate`
+    "seed": Annotated[
+        int | None, typer.Option(help="Random seed; the same seed and prompt give the same reply.")
+    ],
+    "temperature": Annotated[
+        float | None, typer.Option(help="0 is greedy; by default the checkpoint's setting per kind.")
+    ],
+    "top_k": Annotated[
+        int | None, typer.Option(help="Sample from this many of the most probable ids; 1 is greedy.")
+    ],
+    "top_p": Annotated[
+        float | None,
+        typer.Option(help="Sample from the most probable ids that sum to this probability; 1 is off."),
+    ],
+    "min_p": Annotated[
+        float | None, typer.Option(help="Drop ids below this fraction of the top probability.")
+    ],
+    "repetition_penalty": Annotated[
+        float | None, typer.Option(help="Penalty on ids already in the reply; 1 is off.")
+    ],
+    "cfg_scale": Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is off.")],
+    "max_new_tokens": Annotated[
+        int | None, typer.Option(help="Maximum reply length in tokens; by default what fits the context.")
+    ],
+}
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of SAMPLING; its parameter `sampling` gets their values by name."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        command(sampling={name: given.pop(name) for name in SAMPLING}, **given)
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters = []
+    for one in signature.parameters.values():
+        if one.name == "sampling":
+            parameters += [
+                one.replace(name=name, annotation=SAMPLING[name], default=None) for name in SAMPLING
+            ]
+        else:
+            parameters.append(one)
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    return run
 
 
 def examples(*lines: str) -> str:

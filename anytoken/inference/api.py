@@ -1,15 +1,12 @@
 """The front door: a model that takes typed segments and answers with typed segments."""
 
 import copy
-import logging
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +24,15 @@ from anytoken.inference.checkpoint import (
     pick_device,
 )
 from anytoken.inference.embed import Embedder, hidden_states, prompts_of
-from anytoken.inference.engine import Engine, Token
-from anytoken.inference.kv_cache import PrefixCache
-from anytoken.inference.logits_processor import lm_inputs
-from anytoken.inference.outputs import GenerationOutput, count_usage
-from anytoken.inference.sampling import NAMES, Sampling, load_sampling, merge_sampling, save_sampling
+from anytoken.inference.engine import Engine
+from anytoken.inference.generation import (  # noqa: F401 (also imported from here)
+    GenerationMixin,
+    Options,
+    Output,
+    Prompt,
+    Rerank,
+)
+from anytoken.inference.sampling import Sampling, load_sampling, save_sampling
 from anytoken.inference.score import (
     Classification,
     Normalize,
@@ -44,47 +45,16 @@ from anytoken.inference.score import (
     score_ids,
     score_steps,
 )
-from anytoken.inference.streaming import Event, SegmentStream
 from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, has_head
-from anytoken.model.extend_vocab import add_modality, longest_segment
+from anytoken.model.extend_vocab import add_modality
 from anytoken.processor import Processor
 from anytoken.segments import Segment
-from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer
 from anytoken.utils.atomic import check_target, write_folder
 from anytoken.utils.errors import CheckpointError, RequestError
-from anytoken.utils.hints import choices
-
-log = logging.getLogger(__name__)
-TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
-Output = str | Sequence[str] | None
-Rerank = Callable[[GenerationOutput], float]
-Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
 
 
-class Options(TypedDict, total=False):
-    """How to generate: the settings of `Sampling` for all kinds, and those below. None means the default.
-
-    sampling: settings of one kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they win.
-    max_new_tokens: limit of the whole reply, controls included; the reply is complete within it.
-    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch. Without one, equal
-        prompts get different replies.
-    sizes: pins the grid of a kind, {"image": (8, 8)} in codes.
-    """
-
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    cfg_scale: float | None
-    sampling: Mapping[str, Sampling | Mapping[str, Any]] | None
-    max_new_tokens: int | None
-    seed: int | None
-    sizes: Mapping[str, tuple[int, ...]] | None
-
-
-class AnyToken:
+class AnyToken(GenerationMixin):
     """A language model over all modalities with its processor: segments in, segments out."""
 
     def __init__(
@@ -142,24 +112,6 @@ class AnyToken:
             model.engine.head()
         return model
 
-    @property
-    def token_space(self) -> TokenSpace:
-        """Which id means what."""
-        return self.processor.token_space
-
-    @property
-    def kinds(self) -> list[str]:
-        """The kinds of segments this model reads and writes: "text" and its modalities."""
-        return list(self.token_space.modality_names)
-
-    @property
-    def engine(self) -> Engine:
-        """The generation loop for the present weights and grammar."""
-        engine, grammar = self._engine, self.processor.grammar
-        if engine is None or engine.lm is not self.lm or engine.grammar is not grammar:
-            engine = self._engine = Engine(self.lm, grammar, self.compiled)
-        return engine
-
     def __repr__(self) -> str:
         millions = sum(parameter.numel() for parameter in self.lm.parameters()) / 1e6
         return f"AnyToken({', '.join(self.kinds)}; {millions:.1f} M parameters, {self.lm.device})"
@@ -173,289 +125,6 @@ class AnyToken:
         if not isinstance(ids, Iterable):
             raise RequestError(f"detokenize takes a list of ids; received {ids!r}.")
         return self.processor.detokenize(list(ids))
-
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """A prompt as ids, up to and with the assistant's opening; RequestError says what is wrong with it."""
-        return self.processor.encode_chat(self.processor.messages(prompt), add_generation_prompt=True)
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        output: Output = None,
-        *,
-        batch: Literal[False] = False,
-        num_return: Literal[1] = 1,
-        best_of: int | None = None,
-        rerank: Rerank | None = None,
-        **options: Unpack[Options],
-    ) -> GenerationOutput: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        output: Output = None,
-        *,
-        batch: bool = False,
-        num_return: int = 1,
-        best_of: int | None = None,
-        rerank: Rerank | None = None,
-        **options: Unpack[Options],
-    ) -> Any: ...
-
-    def generate(
-        self,
-        prompt: Prompt,
-        output: Output = None,
-        *,
-        batch: bool = False,
-        num_return: int = 1,
-        best_of: int | None = None,
-        rerank: Rerank | None = None,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Answer a prompt with a GenerationOutput.
-
-        prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
-        a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
-        or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
-        best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
-        their ids (ids without a choice count 0), or by `rerank`, a function of the output, higher is better.
-        Options: see `Options`. RequestError says what
-        does not fit.
-        """
-        _check_count("num_return", num_return)
-        samples = num_return if best_of is None else _check_count("best_of", best_of)
-        if samples > 1:
-            self._check_random(samples, output, options)
-        if samples < num_return:
-            raise RequestError(
-                f"best_of={best_of} is less than num_return={num_return}: make at least as many."
-            )
-        if rerank is not None and best_of is None:
-            raise RequestError("rerank chooses among several replies: say how many with best_of.")
-        prompts = self._encode_prompts(prompt, batch)
-        rows = [number for _ in prompts for number in range(samples)]
-        scored = self._replies(
-            [ids for ids in prompts for _ in range(samples)],
-            output,
-            rows,
-            scored=best_of is not None,
-            **options,
-        )
-        found = []
-        for start in range(0, len(scored), samples):
-            group = scored[start : start + samples]
-            if best_of is not None:
-                score = (lambda one: rerank(one[0])) if rerank is not None else itemgetter(1)
-                group = sorted(group, key=score, reverse=True)
-            replies = [reply for reply, _ in group[:num_return]]
-            if len({tuple(reply.ids) for reply, _ in group}) == 1 < samples:
-                _warn_of_copies(samples)
-            found.append(replies if num_return > 1 else replies[0])
-        return found if batch else found[0]
-
-    def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
-        """RequestError if several replies would be copies of one, as no kind of them has a choice."""
-        settings = merge_sampling(
-            self.kinds, self.sampling, {name: options.get(name) for name in NAMES}, options.get("sampling")
-        )
-        kinds = self._plan(output) or self.kinds
-        if all(settings[kind].greedy for kind in kinds):
-            raise RequestError(
-                f"{samples} replies would be {samples} copies: {', '.join(kinds)} is decoded greedily here "
-                "(temperature 0 or top_k 1). Set temperature=1.0 or so, or ask for one reply."
-            )
-
-    def _encode_prompts(self, prompt: Prompt, batch: bool) -> list[list[int]]:
-        if batch and not (isinstance(prompt, list | tuple) and prompt):
-            raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
-        return [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
-
-    def generate_ids(
-        self,
-        prompts: Sequence[Sequence[int]],
-        output: Output = None,
-        rows: Sequence[int] | None = None,
-        prefixes: PrefixCache | None = None,
-        **options: Unpack[Options],
-    ) -> list[GenerationOutput]:
-        """`generate` for prompts that are ids already, one reply each.
-
-        Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
-        reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
-        holds of a prompt is not read again. RequestError for an empty prompt and for ids that are none.
-        """
-        return [reply for reply, _ in self._replies(prompts, output, rows, prefixes, **options)]
-
-    def _replies(
-        self,
-        prompts: Sequence[Sequence[int]],
-        output: Output,
-        rows: Sequence[int] | None,
-        prefixes: PrefixCache | None = None,
-        scored: bool = False,
-        **options: Unpack[Options],
-    ) -> list[tuple[GenerationOutput, float]]:
-        """Replies, each with the mean log-probability of its ids if `scored`."""
-        began = time.perf_counter()
-        collected: list[list[int]] = [[] for _ in prompts]
-        likelihood = [0.0] * len(prompts)
-        ends: dict[int, tuple[str, float]] = {}
-        for token in self._tokens(prompts, output, rows, prefixes, scored, **options):
-            collected[token.row].append(token.id)
-            likelihood[token.row] += token.logprob
-            if token.finish_reason is not None:
-                ends[token.row] = (token.finish_reason, time.perf_counter() - began)
-        replies = []
-        for row, (prompt, ids) in enumerate(zip(prompts, collected, strict=True)):
-            segments = SegmentStream(self.processor)
-            for token_id in ids:
-                segments.push(token_id)
-            reason, seconds = ends[row]
-            usage = count_usage(self.token_space, len(prompt), ids, seconds)
-            replies.append(
-                (GenerationOutput(segments.segments, ids, usage, reason), likelihood[row] / len(ids))
-            )
-        return replies
-
-    def stream(
-        self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
-    ) -> Generator[Event, None, GenerationOutput]:
-        """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
-
-        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
-        picture so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
-        not fit is raised before the first event. Closing the generator ends the work and frees its memory.
-        """
-        return self.stream_ids(self.encode_prompt(prompt), output, **options)
-
-    def stream_ids(
-        self,
-        prompt: Sequence[int],
-        output: Output = None,
-        prefixes: PrefixCache | None = None,
-        **options: Unpack[Options],
-    ) -> Generator[Event, None, GenerationOutput]:
-        """`stream` for a prompt that is ids already; `prefixes` as for `generate_ids`."""
-        return self._events(len(prompt), self._tokens([prompt], output, prefixes=prefixes, **options))
-
-    def _events(
-        self, prompt_tokens: int, tokens: Generator[Token, None, None]
-    ) -> Generator[Event, None, GenerationOutput]:
-        began, segments, ids, reason = time.perf_counter(), SegmentStream(self.processor), [], "stop"
-        with closing(tokens):
-            for token in tokens:
-                ids.append(token.id)
-                reason = token.finish_reason or reason
-                yield from segments.push(token.id)
-        usage = count_usage(self.token_space, prompt_tokens, ids, time.perf_counter() - began)
-        yield usage
-        return GenerationOutput(segments.segments, ids, usage, reason)
-
-    def _tokens(
-        self,
-        prompts: Sequence[Sequence[int]],
-        output: Output,
-        rows: Sequence[int] | None = None,
-        prefixes: PrefixCache | None = None,
-        scored: bool = False,
-        *,
-        sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
-        max_new_tokens: int | None = None,
-        seed: int | None = None,
-        sizes: Mapping[str, tuple[int, ...]] | None = None,
-        **settings: Any,
-    ) -> Generator[Token, None, None]:
-        request = self.request(
-            output, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, sizes=sizes, **settings
-        )
-        plan = request.pop("plan")
-        return self.engine.stream(
-            prompts,
-            [plan] * len(prompts),
-            rows=range(len(prompts)) if seed is None else [0] * len(prompts) if rows is None else rows,
-            prefixes=prefixes,
-            scored=scored,
-            **request,
-        )
-
-    def request(
-        self,
-        output: Output,
-        *,
-        sampling: Mapping[str, Sampling | Mapping[str, Any]] | None = None,
-        max_new_tokens: int | None = None,
-        seed: int | None = None,
-        sizes: Mapping[str, tuple[int, ...]] | None = None,
-        **settings: Any,
-    ) -> dict[str, Any]:
-        """Output and `Options` of one reply as the keyword arguments of `Scheduler.submit`, checked."""
-        unknown = sorted(set(settings) - set(NAMES))
-        if unknown:
-            raise RequestError(
-                f"Unknown option {unknown[0]!r}{choices(unknown[0], Options.__annotations__)}."
-            )
-        if not isinstance(sizes or {}, Mapping) or not all(map(_is_size, (sizes or {}).values())):
-            raise RequestError(
-                f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
-            )
-        plan = self._plan(output)
-        return {
-            "plan": plan,
-            "sampling": merge_sampling(self.kinds, self.sampling, settings, sampling),
-            "max_new_tokens": self._limit(plan) if max_new_tokens is None else max_new_tokens,
-            "seed": seed,
-            "null_prompt": self.processor.null_prompt(),
-            "sizes": sizes,
-        }
-
-    def _plan(self, output: Output) -> tuple[str, ...] | None:
-        if output is None:
-            return None
-        plan = tuple(output) if isinstance(output, list | tuple) else (output,)
-        if not plan:
-            raise RequestError(f"output is empty; allowed: {', '.join(self.kinds)}, a list of them, or None.")
-        for kind in plan:
-            if kind not in self.kinds:
-                raise RequestError(
-                    f"Unknown output {kind!r}{choices(kind, self.kinds)}, a list of them, or None."
-                )
-        return plan
-
-    def _limit(self, plan: tuple[str, ...] | None) -> int | None:
-        """Room for TEXT_TOKENS a text segment and any form of each medium; None is up to the context."""
-        if plan is None:
-            return None
-        tokenizers = self.processor.tokenizers
-        return 1 + sum(TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in plan)
-
-    def lm_inputs(
-        self,
-        prompt: Prompt,
-        output: Output = None,
-        *,
-        batch: bool = False,
-        max_new_tokens: int | None = None,
-        sizes: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> dict[str, Any]:
-        """What `model.lm.generate(**inputs)` of transformers needs to give replies as legal as those of `generate`.
-
-        Ids padded on the left, their mask, the grammar as a LogitsProcessor, and the limits; for one call. Sampling is
-        transformers' own: add do_sample=True, top_k=50 or num_beams=4. With do_sample=False the ids are those of our
-        temperature 0. ValueError as for `generate`.
-        """
-        prompts, plan = self._encode_prompts(prompt, batch), self._plan(output)
-        room = self.engine.context - max(map(len, prompts))
-        wanted = self._limit(plan) if max_new_tokens is None else max_new_tokens
-        limit = room if wanted is None else min(room, wanted)
-        return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
-
-    def max_reply_tokens(self, output: Output, max_new_tokens: int | None = None) -> int:
-        """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
-        limit = self._limit(self._plan(output)) or TEXT_TOKENS
-        return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 
     # ---- comparing ----
 
@@ -716,23 +385,3 @@ def load(
     return AnyToken.from_pretrained(
         name_or_path, device, adapter, quantize, compile, attn_implementation, media_root
     )
-
-
-@cache
-def _warn_of_copies(samples: int) -> None:
-    """Once: what was asked for has a choice, but all replies took the same one."""
-    log.warning(
-        "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
-        "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",
-        samples,
-    )
-
-
-def _check_count(name: str, count: object) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise RequestError(f"{name} must be a whole number from 1 up; received {count!r}.")
-    return count
-
-
-def _is_size(size: object) -> bool:
-    return isinstance(size, list | tuple) and all(hasattr(one, "__index__") for one in size)

@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a running batch at any step, and each walks its own grammar state.
 
-The one generation loop. `Engine.stream` submits all its prompts and steps until none is left; a server submits as
-requests come in. A request gets the same ids whatever runs beside it. (`generate_batch` of transformers has the
+The one generation loop. `Engine.stream` submits all its requests and steps until none is left; a server submits them as
+they come in. A request gets the same ids whatever runs beside it. (`generate_batch` of transformers has the
 paging and scheduling, but cannot carry the grammar: its logits processors see the ids of the current step only, none
 of a request's state, custom ones take a fixed number of int32 scalars a request, and all of the vocabulary is
 computed for them to mask.)
@@ -10,102 +10,68 @@ computed for them to mask.)
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Generator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from anytoken.grammar import Grammar, State
+from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.batch import Batch, Slot
 from anytoken.inference.model_runner import ModelRunner
+from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
 from anytoken.inference.sampling import Sampling, apply_cfg, apply_repetition_penalty, sample
+from anytoken.inference.weights import fingerprint
 from anytoken.utils.device import sent
 
 MAX_ROWS = 64  # replies decoded together; more wait for a free place
 
 
-@dataclass(frozen=True)
-class Token:
-    """One id as it is decided.
+class RunningRequest(GrammarWalk):
+    """A request in the batch: its sequence, and with guidance the one without the prompt."""
 
-    row: its request's number (in `Engine.stream` the prompt's). finish_reason: set on a reply's last token. logprob: of
-    the id among those allowed, before temperature, filters and guidance; 0 where there was no choice.
-    """
+    def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int) -> None:
+        super().__init__(request, grammar, context, number)
+        self.random = request.random()
+        self.slot = Slot(request.prompt, request.prefixes)
+        self.uncond: Slot | None = None
 
-    row: int
-    id: int
-    finish_reason: str | None = None
-    logprob: float = 0.0
-
-
-@dataclass(eq=False)
-class Request:
-    """A reply in the making. `ranges` are the ids it may go on with."""
-
-    number: int
-    state: State
-    budget: int
-    random: np.random.Generator
-    slot: Slot
-    sampling: Mapping[str, Sampling]
-    null_prompt: list[int]
-    scored: bool = False
-    setting: Sampling = field(default_factory=Sampling)
-    ranges: Ranges = ()
-    uncond: Slot | None = None
-    ids: list[int] = field(default_factory=list)
-    cut: bool = False
-    finished: bool = False
-
-    def enter(self, kind: str) -> None:
-        """Take the settings of a kind."""
-        self.setting = self.sampling.get(kind) or Sampling()
-
-
-class Decoder(Protocol):
-    """What a scheduler is given: an `Engine`."""
-
-    @property
-    def grammar(self) -> Grammar:
-        """What the ids of a reply may be."""
-
-    def head(self) -> ModelRunner:
-        """The model as it is now."""
-
-    def request(self, number: int, prompt: Sequence[int]) -> Request:
-        """A checked request, with the options of `Engine.request`."""
+    def append(self, token: int, logprob: float = 0.0) -> Token:
+        """Add an id to the reply and to what its sequences have to feed."""
+        self.slot.ids.append(token)
+        if self.uncond is not None:
+            self.uncond.ids.append(token)
+        return super().append(token, logprob)
 
 
 class Scheduler:
-    """A running batch of one engine's model."""
+    """A running batch. `head` gives the model as it is now; context: the longest sequence that it can read."""
 
-    def __init__(self, engine: Decoder, max_rows: int | None = None) -> None:
-        self.max_rows = max_rows or MAX_ROWS
-        self.grammar = engine.grammar
-        self._engine = engine
-        space = engine.grammar.token_space
-        self._opens = {space.open_token(name): name for name in space.modalities}
-        self._closes = {space.close_token(name) for name in space.modalities}
+    def __init__(
+        self, grammar: Grammar, context: int, head: Callable[[], ModelRunner], max_rows: int | None = None
+    ) -> None:
+        self.grammar, self.context, self.max_rows = grammar, context, max_rows or MAX_ROWS
         self._controls = {
-            id_ for one in space.ranges if one.kind == "control" for id_ in range(one.start, one.stop)
+            id_
+            for one in grammar.token_space.ranges
+            if one.kind == "control"
+            for id_ in range(one.start, one.stop)
         }
-        self._head = engine.head()
+        self._newest_head, self._head = head, head()
         self._batch = Batch(self._head)
-        self._waiting: deque[Request] = deque()
-        self._rows: list[Request] = []
+        self._waiting: deque[RunningRequest] = deque()
+        self._rows: list[RunningRequest] = []
         self._submitted = 0
 
     def __len__(self) -> int:
         """How many requests wait or run."""
         return len(self._waiting) + len(self._rows)
 
-    def submit(self, prompt: Sequence[int], **options: object) -> int:
-        """Take a request; the number that its tokens carry. Options as for `Engine.request`, errors too."""
-        row = self._engine.request(self._submitted, prompt, **options)
+    def submit(self, request: GenerationRequest) -> int:
+        """Take a request; the number that its tokens carry. RequestError or TokenSpaceError if it does not fit."""
+        row = RunningRequest(request, self.grammar, self.context, self._submitted)
+        if request.prefixes is not None:
+            request.prefixes.use(fingerprint(self._head.lm))
         self._submitted += 1
         self._waiting.append(row)
         return row.number
@@ -122,6 +88,14 @@ class Scheduler:
         self._rows.clear()
         self._batch.free()
 
+    def drain(self) -> Generator[Token, None, None]:
+        """The tokens of all requests, until none is left; the cache goes even when the caller stops in the middle."""
+        try:
+            while len(self):
+                yield from self.step()
+        finally:
+            self.close()
+
     @torch.inference_mode()
     def step(self) -> list[Token]:
         """The next id of every running request, with those that follow without a choice.
@@ -133,28 +107,27 @@ class Scheduler:
             self._refresh()
         while self._waiting and len(self._rows) < self.max_rows:
             row = self._waiting.popleft()
-            row.enter("text")
             self._rows.append(row)
-            tokens += self._settle(row)
+            tokens += row.settle()
             if not row.finished:
                 self._batch.slots.append(row.slot)
         if not tokens and self._rows:
             for row in self._rows:
                 if row.uncond is None and row.setting.cfg_scale != 1:
-                    row.uncond = self._batch.add(row.null_prompt + row.ids)
+                    row.uncond = self._batch.add([*(row.request.null_prompt or ()), *row.ids])
             for row, (token, logprob) in zip(self._rows, self._choose(self._batch.forward()), strict=True):
-                tokens.append(self._append(row, token, logprob))
-                tokens += self._settle(row)
+                tokens.append(row.append(token, logprob))
+                tokens += row.settle()
         self._leave([row for row in self._rows if row.finished])
         return tokens
 
     def _refresh(self) -> None:
-        """Between requests the weights may have become others: take what the engine decodes with now."""
-        head = self._engine.head()
+        """Between requests the weights may have become others: take what decodes now."""
+        head = self._newest_head()
         if head is not self._head:
             self._head, self._batch = head, Batch(head)
 
-    def _leave(self, rows: list[Request]) -> None:
+    def _leave(self, rows: list[RunningRequest]) -> None:
         if rows:
             self._rows = [row for row in self._rows if row not in rows]
             slots = [slot for row in rows for slot in (row.slot, row.uncond) if slot in self._batch.slots]
@@ -186,7 +159,7 @@ class Scheduler:
                 logits = apply_repetition_penalty(logits, seen, setting.repetition_penalty)
             uniforms = sent([row.random.random() for row in rows], logits.device, torch.float64)
             columns = sample(logits, setting, uniforms)
-            logprobs = _logprobs(plain, columns) if any(row.scored for row in rows) else None
+            logprobs = _logprobs(plain, columns) if any(row.request.scored for row in rows) else None
             drawn.append((members, table, columns, logprobs))
         return self._read(drawn)
 
@@ -200,37 +173,6 @@ class Scheduler:
             for i, token, logprob in zip(members, table[own].tolist(), scores, strict=True):
                 chosen[i] = (token, logprob)
         return chosen
-
-    def _append(self, row: Request, token: int, logprob: float = 0.0) -> Token:
-        """Add one id to a row and to what its sequences have to feed."""
-        row.state = self.grammar.advance(row.state, token)
-        row.budget -= 1
-        row.ids.append(token)
-        row.slot.ids.append(token)
-        if row.uncond is not None:
-            row.uncond.ids.append(token)
-        if token in self._opens:
-            row.enter(self._opens[token])
-        elif token in self._closes:
-            row.enter("text")
-        row.finished = self.grammar.finished(row.state)
-        reason = ("length" if row.cut else "stop") if row.finished else None
-        return Token(row.number, token, reason, logprob)
-
-    def _settle(self, row: Request) -> list[Token]:
-        """Append ids for as long as there is only one choice."""
-        tokens: list[Token] = []
-        while not row.finished:
-            row.ranges = self.grammar.allowed(row.state, row.budget)
-            if not _single(row.ranges):
-                break
-            row.cut = row.cut or not _single(self.grammar.allowed(row.state))
-            tokens.append(self._append(row, row.ranges[0][0]))
-        return tokens
-
-
-def _single(ranges: Ranges) -> bool:
-    return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1
 
 
 def _columns(table: Tensor, ids: set[int]) -> Tensor:

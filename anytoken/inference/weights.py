@@ -50,6 +50,11 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     return hash(tuple((*facts, int(total)) for *facts, total in sums))
 
 
+def fingerprint(model: nn.Module) -> object:
+    """What tells a state of the weights from any other, for what was computed with it."""
+    return storage_key(model)[1], checksum(chain(model.parameters(), model.buffers()))
+
+
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a tensor is made of: a quantised one is several."""
     for name in getattr(tensor, "tensor_data_names", None) or [None]:

@@ -141,13 +141,13 @@ async def _chunks(
                 left -= 1
                 reply = pending[number].reply
                 assert reply is not None
-                service.count(len(pending[number].job.prompt), reply)
+                service.count(len(pending[number].job.request.prompt), reply)
                 yield _chunk(head, number, {}, reply.finish_reason)
             elif (delta := await asyncio.to_thread(deltas[number].of, event)) is not None:
                 yield _chunk(head, number, delta)
         if body.stream_options and body.stream_options.include_usage:
             replies = [one.reply for one in pending if one.reply is not None]
-            yield _event({**head, "choices": [], "usage": usage(len(pending[0].job.prompt), replies)})
+            yield _event({**head, "choices": [], "usage": usage(len(pending[0].job.request.prompt), replies)})
         yield "data: [DONE]\n\n"
     finally:  # also when the client goes away
         for task, one in zip(tasks, pending, strict=True):

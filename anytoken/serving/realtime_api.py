@@ -283,7 +283,7 @@ class RealtimeSession:
 
     def _check(self, settings: RealtimeSettings) -> None:
         try:
-            self.service.model.request(None if settings.kinds is None else list(settings.kinds))
+            self.service.model.request((), None if settings.kinds is None else list(settings.kinds))
             self._body(settings)
         except ValueError as error:
             raise BadRequest(str(error), "session") from error
@@ -318,7 +318,7 @@ class _Response:
             reply = self.pending.reply
             assert reply is not None
             self.session.remember(reply, self.said)
-            self.session.service.count(len(self.pending.job.prompt), reply)
+            self.session.service.count(len(self.pending.job.request.prompt), reply)
             status = "completed" if reply.finish_reason == "stop" else "incomplete"
         except ApiError as error:
             status = "failed"
@@ -370,7 +370,7 @@ class _Response:
             "output": [] if status == "in_progress" else [self._item(status)],
         }  # fmt: skip
         if reply is not None:
-            before, tokens = len(self.pending.job.prompt), reply.usage.tokens
+            before, tokens = len(self.pending.job.request.prompt), reply.usage.tokens
             found["usage"] = {
                 "input_tokens": before, "output_tokens": reply.usage.new_tokens,
                 "total_tokens": before + reply.usage.new_tokens,

@@ -25,14 +25,12 @@ import httpx
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from anytoken.grammar import (
-    Grammar,
-)
+from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.api import AnyToken
 from anytoken.inference.checkpoint import find_checkpoint
+from anytoken.inference.request import GenerationRequest, GrammarWalk
 from anytoken.inference.sampling import Sampling, load_sampling
-from anytoken.inference.scheduler import Token
 from anytoken.inference.score import Steps
 from anytoken.processor import Processor
 from anytoken.serving.worker import DeadlineExceeded, Job, QueueFull, Stopped
@@ -67,73 +65,32 @@ def open_remote(name_or_path: str | Path) -> AnyToken:
     return AnyToken(lm, processor, plain)
 
 
-class Stretch:
-    """A reply in the making, walked by the grammar: what to ask an engine for next, and what follows by itself."""
+class Stretch(GrammarWalk):
+    """A reply in the making: what to ask an engine for next, and what follows by itself."""
 
-    def __init__(
-        self, grammar: Grammar, prompt: Sequence[int], options: Mapping[str, Any], context: int
-    ) -> None:
-        self.grammar, self.prompt = grammar, list(prompt)
-        space = grammar.token_space
-        self._opens = {space.open_token(name): name for name in space.modalities}
-        self._closes = {space.close_token(name) for name in space.modalities}
+    def __init__(self, request: GenerationRequest, grammar: Grammar, context: int) -> None:
+        super().__init__(request, grammar, context)
         self._controls = sorted(
-            chain.from_iterable(range(one.start, one.stop) for one in space.ranges if one.kind == "control")
+            chain.from_iterable(
+                range(one.start, one.stop) for one in grammar.token_space.ranges if one.kind == "control"
+            )
         )
-        self._sampling: Mapping[str, Sampling] = options.get("sampling") or {}
-        self.state = grammar.reply(options.get("plan"), options.get("sizes"))
-        limit = options.get("max_new_tokens")
-        room = context - len(self.prompt)
-        self.budget = room if limit is None else min(room, limit)
-        self.kind, self.cut = "text", False
-        self.ids: list[int] = []
-        if any(one.cfg_scale != 1 for one in self._sampling.values()):
+        if any(one.cfg_scale != 1 for one in request.sampling.values()):
             raise ValueError(
                 "cfg_scale is not available here: the engine that makes the tokens has no guidance."
             )
-        grammar.allowed(self.state, self.budget)  # TokenSpaceError if nothing fits
 
-    @property
-    def finished(self) -> bool:
-        """Whether the reply has ended."""
-        return self.grammar.finished(self.state)
-
-    def settle(self) -> list[Token]:
-        """Append ids for as long as there is only one choice."""
-        found = []
-        while not self.finished and _single(ranges := self._allowed()):
-            self.cut = self.cut or not _single(self.grammar.allowed(self.state))
-            found.append(self.take(ranges[0][0]))
-        return found
-
-    def take(self, token: int) -> Token:
-        """Append one id; TokenSpaceError for one that is not allowed."""
-        self.state = self.grammar.advance(self.state, token)
-        self.budget -= 1
-        self.ids.append(token)
-        if token in self._opens:
-            self.kind = self._opens[token]
-        elif token in self._closes:
-            self.kind = "text"
-        reason = ("length" if self.cut else "stop") if self.finished else None
-        return Token(0, token, reason)
-
-    def request(self) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         """What to ask for: ids up to a control id, or as many as the same ones are allowed for."""
-        ranges = self._allowed()
-        ids = [token for start, stop in ranges for token in range(start, stop)]
-        inside = set(ids)
+        ids = [token for start, stop in self.ranges for token in range(start, stop)]
+        inside, one = set(ids), self.setting
         stops = [token for token in self._controls if token in inside]
-        one = self._sampling.get(self.kind) or Sampling()
         return {
-            "prompt": [*self.prompt, *self.ids], "allowed_token_ids": ids, "stop_token_ids": stops,
-            "max_tokens": self._length(ranges, set(stops)), "ignore_eos": True, "temperature": one.temperature,
+            "prompt": [*self.request.prompt, *self.ids], "allowed_token_ids": ids, "stop_token_ids": stops,
+            "max_tokens": self._length(self.ranges, set(stops)), "ignore_eos": True, "temperature": one.temperature,
             "top_p": one.top_p, "top_k": one.top_k or -1, "min_p": one.min_p,
             "repetition_penalty": one.repetition_penalty,
         }  # fmt: skip
-
-    def _allowed(self) -> Ranges:
-        return self.grammar.allowed(self.state, self.budget)
 
     def _length(self, ranges: Ranges, controls: set[int]) -> int:
         """How many ids in a row may be chosen among `ranges`, if none of them is a control."""
@@ -233,18 +190,19 @@ class RemoteWorker:
             job.over = True
 
     async def _reply(self, job: Job) -> None:
-        stretch = Stretch(self.model.processor.grammar, job.prompt, job.options, self._context)
-        seed = int(job.options["seed"]) + 1_000_003 * int(job.options["draw"])
+        stretch = Stretch(job.request, self.model.processor.grammar, self._context)
+        assert job.request.seed is not None
+        seed = int(job.request.seed) + 1_000_003 * job.request.draw
         for one in stretch.settle():
             job.deliver(one)
         while not stretch.finished:
             seed, before = (seed * 31 + 7) % SEEDS, len(stretch.ids)
-            body = {**stretch.request(), "seed": seed}
+            body = {**stretch.body(), "seed": seed}
             async for token in self._tokens(body):
                 if len(stretch.ids) == before + body["max_tokens"]:
                     raise EngineFailure("The token engine sent more ids than were asked for.")
                 try:
-                    job.deliver(stretch.take(token))
+                    job.deliver(stretch.append(token))
                 except TokenSpaceError as error:
                     raise EngineFailure("The token engine sent an id that was not allowed.") from error
             if len(stretch.ids) == before:
@@ -284,7 +242,3 @@ def _choices(line: str) -> list[dict[str, Any]]:
     if "error" in found:
         raise ValueError(str(found["error"])[:500])
     return found.get("choices", [])
-
-
-def _single(ranges: Ranges) -> bool:
-    return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1

@@ -10,7 +10,7 @@ from typing import Any
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.outputs import GenerationOutput, count_usage
-from anytoken.inference.scheduler import Token
+from anytoken.inference.request import GenerationRequest, Token
 from anytoken.inference.streaming import Event, SegmentFinished, SegmentStream, TextDelta
 from anytoken.segments import Segment, Text
 from anytoken.serving.errors import ApiError, BadRequest, DeadlinePassed, Unavailable
@@ -28,8 +28,7 @@ class PendingReply:
     def __init__(
         self,
         model: AnyToken,
-        prompt: Sequence[int],
-        options: dict[str, Any],
+        request: GenerationRequest,
         deadline: float,
         stops: Sequence[str] = (),
         adapter: str | None = None,
@@ -38,7 +37,7 @@ class PendingReply:
         self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._model, self._stops = model, list(stops)
         self._began = time.perf_counter()
-        self.job = Job(prompt, options, self._deliver, time.monotonic() + deadline, adapter)
+        self.job = Job(request, self._deliver, time.monotonic() + deadline, adapter)
         self.reply: GenerationOutput | None = None
 
     def _deliver(self, item: Token | Exception) -> None:
@@ -72,7 +71,7 @@ class PendingReply:
         if held.found and held.text:
             finished.append(Text(held.text))
         usage = count_usage(
-            self._model.token_space, len(self.job.prompt), ids, time.perf_counter() - self._began
+            self._model.token_space, len(self.job.request.prompt), ids, time.perf_counter() - self._began
         )
         self.reply = GenerationOutput(finished, ids, usage, reason or "stop")
 

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -93,16 +94,17 @@ class Service:
                 f"A reply has at most {settings.max_new_tokens} tokens; {limit} were asked for.", "max_tokens"
             )
         try:
-            options = self.model.request(output, sizes=sizes, max_new_tokens=limit, **body.sampling())
-            # fixed, so that a reply can be decoded a second time; see `Worker`
-            options["seed"] = secrets.randbits(63) if options["seed"] is None else options["seed"]
+            request = self.model.request(prompt, output, sizes=sizes, max_new_tokens=limit, **body.sampling())
         except ValueError as error:
             raise BadRequest(str(error)) from error
-        options["max_new_tokens"] = min(
-            options["max_new_tokens"] or settings.max_new_tokens, settings.max_new_tokens
+        request = replace(
+            request,
+            max_new_tokens=min(request.max_new_tokens or settings.max_new_tokens, settings.max_new_tokens),
+            # fixed, so that a reply can be decoded a second time; see `Worker`
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
         )
         pending = [
-            PendingReply(self.model, prompt, {**options, "draw": number}, settings.deadline, stops, adapter)
+            PendingReply(self.model, replace(request, draw=number), settings.deadline, stops, adapter)
             for number in range(count)
         ]
         if not self.worker.alive:
@@ -140,7 +142,7 @@ class Service:
         """The finished replies; their places are freed if the client goes away."""
         replies = await gather(self.worker, pending, disconnected(request))
         for one, reply in zip(pending, replies, strict=True):
-            self.count(len(one.job.prompt), reply)
+            self.count(len(one.job.request.prompt), reply)
         return replies
 
     def count(self, prompt_tokens: int, reply: GenerationOutput) -> None:

@@ -19,13 +19,14 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.scheduler import Scheduler, Token
+from anytoken.inference.request import GenerationRequest, Token
+from anytoken.inference.scheduler import Scheduler
 from anytoken.inference.score import Steps
 
 log = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ class Stopped(RuntimeError):
 class Job:
     """One reply in the making. `deliver` gets each token, or the error that ended the job, on the worker's thread."""
 
-    prompt: Sequence[int]
-    options: Mapping[str, Any]
+    request: GenerationRequest
     deliver: Deliver
     deadline: float
     adapter: str | None = None
@@ -237,8 +237,8 @@ class Worker:
         try:
             self._use(job.adapter)
             if self._scheduler is None or self._scheduler.grammar is not self.model.processor.grammar:
-                self._scheduler = Scheduler(self.model.engine, self.max_rows)
-            job.number = self._scheduler.submit(job.prompt, **job.options)
+                self._scheduler = self.model.engine.scheduler(self.max_rows)
+            job.number = self._scheduler.submit(job.request)
             self._jobs[job.number] = job
         except Exception as error:  # a prompt that does not fit is the request's own fault
             self._fail(job, error)
@@ -301,7 +301,7 @@ class Worker:
         for job in jobs:
             known = job.delivered
             try:
-                for token in self.model.engine.stream([job.prompt], **_as_stream(job.options)):
+                for token in self.model.engine.stream([job.request]):
                     if time.monotonic() > job.deadline:
                         raise DeadlineExceeded("The request took too long.")
                     if known:
@@ -345,9 +345,3 @@ def _settle(future: asyncio.Future[Any], error: Exception | None, result: Any) -
         future.set_exception(error)
     else:
         future.set_result(result)
-
-
-def _as_stream(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `Scheduler.submit` as those of `Engine.stream` for one prompt."""
-    same = {key: value for key, value in options.items() if key not in ("plan", "draw")}
-    return {**same, "plans": [options["plan"]], "rows": [options["draw"]]}

@@ -87,6 +87,17 @@ def test_generation_is_compared_on_equal_ids(monkeypatch):
         bench_generate(model, "image", "a red circle", 1, sizes)
 
 
+def test_the_fast_step_is_compared_with_the_models_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_generate_module, "LIMIT", 12)
+    monkeypatch.setattr(bench_generate_module, "ROWS", 2)
+    steps, step = [], FlatDecoder.step
+    monkeypatch.setattr(FlatDecoder, "step", lambda self, *given: steps.append(1) or step(self, *given))
+    sizes = Sizes(width=192, layers=1, contexts=(8,))
+    figures = bench_generate_module.bench_decode(anytoken.load("mini"), "image", "a red circle", 1, sizes)
+    assert [row["rows"] for row in figures["rows"]] == [1, 2, 1, 2] and steps
+    assert all(row["ratio"] > 0 for row in figures["rows"])
+
+
 def test_both_decoders_are_as_large_as_each_other_in_use() -> None:
     models = decoders(hidden=64, experts=4, top_k=2)
     active = {name: lm.num_active_parameters() for name, lm in models.items()}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.inference.api import AnyToken, _warn_of_copies
+from anytoken.inference.api import AnyToken
+from anytoken.inference.generation import _warn_of_copies
 from anytoken.inference.outputs import GenerationOutput
 from anytoken.inference.sampling import Sampling
 from anytoken.segments import Image, Speech, Text

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_loop import asked
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -148,11 +149,11 @@ def test_another_architecture_and_an_adapted_model_decode_the_same(
     for lm in (llama, wrapped):
         engine = Engine(lm, own_model.processor.grammar)
         prompts = [own_model.encode_prompt(prompt) for prompt in PROMPTS]
-        expected = engine.generate(prompts, [["image"]] * 3, seed=2)
+        expected = engine.generate(asked(prompts, [["image"]] * 3, seed=2))
         base = lm.get_base_model() if lm is wrapped else lm
         use_attention(base, FLASH, CPU, torch.float32)
         passed.clear()
-        assert engine.generate(prompts, [["image"]] * 3, seed=2) == expected and passed
+        assert engine.generate(asked(prompts, [["image"]] * 3, seed=2)) == expected and passed
 
 
 def test_a_prompt_is_read_with_sdpa_where_flex_is_asked_for(own_model: AnyToken) -> None:

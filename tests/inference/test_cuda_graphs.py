@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_loop import asked
 from torch import Tensor
 
 import anytoken
@@ -16,8 +17,8 @@ from anytoken.inference.api import AnyToken
 from anytoken.inference.batch import Batch
 from anytoken.inference.cuda_graphs import Recorded, StepGraphs
 from anytoken.inference.engine import Engine
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
-from anytoken.inference.scheduler import Scheduler
 
 SEEDED = {"image": Sampling(temperature=1.0), "text": Sampling(temperature=1.0)}
 
@@ -49,7 +50,7 @@ def engines(model: AnyToken, record: Any) -> tuple[Engine, Engine]:
 
 
 def replies(engine: Engine, prompts: list[list[int]], limit: int, **options: Any) -> list[list[int]]:
-    found = engine.generate(prompts, None, SEEDED, limit, seed=3, **options)
+    found = engine.generate(asked(prompts, None, SEEDED, limit, seed=3, **options))
     return [one.ids for one in found]
 
 
@@ -69,7 +70,7 @@ def test_guidance_and_rows_that_leave_are_no_other(own_model: AnyToken) -> None:
     null = own_model.processor.null_prompt()
     plans = [("image",), ("text",), ("image",), ("text", "image"), ("tone",)]
     found = [
-        [one.ids for one in engine.generate(prompts, plans, guided, 60, seed=1, null_prompt=null)]
+        [one.ids for one in engine.generate(asked(prompts, plans, guided, 60, seed=1, null_prompt=null))]
         for engine in (plain, graphed)
     ]
     assert found[0] == found[1]
@@ -145,10 +146,10 @@ def test_on_a_gpu_graphs_compute_the_same(rows: int) -> None:
 def test_a_step_waits_once_for_a_gpu(monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool) -> None:
     """Where ids are read, and nowhere else."""
     model = anytoken.load("mini", "cuda")
-    scheduler = Scheduler(Engine(model.lm, model.processor.grammar, cuda_graphs=cuda_graphs))
+    scheduler = Engine(model.lm, model.processor.grammar, cuda_graphs=cuda_graphs).scheduler()
     for n in range(4):
         prompt = model.encode_prompt(f"a red apple, {n}")
-        scheduler.submit(prompt, plan=("image",), sampling={"image": Sampling(temperature=1.0)}, seed=n)
+        scheduler.submit(GenerationRequest(prompt, ("image",), {"image": Sampling(temperature=1.0)}, seed=n))
     for _ in range(5):  # prompts are read, and graphs recorded
         scheduler.step()
     real, waits = scheduler._read, []

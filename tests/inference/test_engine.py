@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_loop import reference
+from reference_loop import asked, reference
 
 from anytoken.inference import batch as batch_module
 from anytoken.inference import scheduler as scheduler_module
@@ -76,7 +76,7 @@ def test_greedy_equals_the_reference_loop(
     for rows in ([0, 1, 2, 3], [2], [1, 1, 3, 1]):
         some = [prompts[row] for row in rows]
         for _ in range(2):
-            tokens = any_engine.stream(some, [plan] * len(rows), GREEDY, 40, prefixes=prefixes)
+            tokens = any_engine.stream(asked(some, [plan] * len(rows), GREEDY, 40, prefixes=prefixes))
             assert replies_of(tokens, len(rows)) == [expected[row] for row in rows]
     assert len(prefixes) == len(prompts)
 
@@ -91,7 +91,7 @@ def test_guided_greedy_equals_the_reference_loop(
     expected = expected_of(model, plan, 40, null_prompt=null, cfg_scale={"image": 3.0})
     for rows in ([0, 1, 2, 3], [3]):  # together, and alone
         some = [prompts[row] for row in rows]
-        found = any_engine.generate(some, [plan] * len(rows), sampling, 40, null_prompt=null)
+        found = any_engine.generate(asked(some, [plan] * len(rows), sampling, 40, null_prompt=null))
         assert [reply.ids for reply in found] == [expected[row] for row in rows]
     if plan == ("image",):
         assert expected != expected_of(model, plan, 40)
@@ -108,15 +108,15 @@ def test_a_prompt_is_read_once_for_many_samples_and_a_prefix_never_again(
     model: AnyToken, engine: Engine, fed: list[int]
 ) -> None:
     prompt, plans = [*range(90)], [("text",)] * 8
-    engine.generate([prompt] * 8, plans, GREEDY, 3)
+    engine.generate(asked([prompt] * 8, plans, GREEDY, 3))
     assert fed[:2] == [len(prompt) - 1, 8]
     fed.clear()
     prefixes = PrefixCache()
-    first = replies_of(engine.stream([prompt], [("text",)], GREEDY, 5, prefixes=prefixes), 1)[0]
+    first = replies_of(engine.stream(asked([prompt], [("text",)], GREEDY, 5, prefixes=prefixes)), 1)[0]
     assert fed == [90, 1, 1, 1]
     fed.clear()
     longer = [*prompt, *first[:-1], 7, 8]
-    replies_of(engine.stream([longer], [("text",)], GREEDY, 2, prefixes=prefixes), 1)
+    replies_of(engine.stream(asked([longer], [("text",)], GREEDY, 2, prefixes=prefixes)), 1)
     assert sum(fed) == len(longer) - 93  # the reply's last id and its end were never fed
 
 
@@ -125,7 +125,7 @@ def test_prefixes_of_other_weights_are_forgotten(own_model: AnyToken) -> None:
     prompt = prompts_of(own_model)[0]
 
     def run() -> list[int]:
-        return replies_of(engine.stream([prompt], [("text",)], GREEDY, 20, prefixes=prefixes), 1)[0]
+        return replies_of(engine.stream(asked([prompt], [("text",)], GREEDY, 20, prefixes=prefixes)), 1)[0]
 
     before = run()
     with torch.no_grad():
@@ -140,10 +140,12 @@ def test_a_row_does_not_depend_on_its_batch(model: AnyToken, engine: Engine, cfg
     prompts, null = prompts_of(model), model.processor.null_prompt()
     sampling = {"image": Sampling(top_k=6, cfg_scale=cfg_scale)}
     plans = [None, ("image",), ("tone", "image"), ("text",)]
-    together = engine.generate(prompts, plans, sampling, 40, seed=5, null_prompt=null, rows=[0, 0, 1, 0])
+    together = engine.generate(
+        asked(prompts, plans, sampling, 40, seed=5, null_prompt=null, rows=[0, 0, 1, 0])
+    )
     for index, number in enumerate([0, 0, 1, 0]):
         alone = engine.generate(
-            [prompts[index]], [plans[index]], sampling, 40, seed=5, null_prompt=null, rows=[number]
+            asked([prompts[index]], [plans[index]], sampling, 40, seed=5, null_prompt=null, rows=[number])
         )
         assert alone == [together[index]]
 
@@ -152,14 +154,16 @@ def test_more_rows_than_fit_together(
     model: AnyToken, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = prompts_of(model)
-    expected = engine.generate(prompts, None, GREEDY, 20)
+    expected = engine.generate(asked(prompts, None, GREEDY, 20))
     monkeypatch.setattr(scheduler_module, "MAX_ROWS", 3)
-    assert engine.generate(prompts, None, GREEDY, 20) == expected
+    assert engine.generate(asked(prompts, None, GREEDY, 20)) == expected
 
 
 def test_seeds(model: AnyToken, engine: Engine) -> None:
     def run(seed: int | None, rows: list[int] | None = None) -> list[GeneratedIds]:
-        return engine.generate([prompts_of(model)[0]] * 2, [("text",)] * 2, {}, 30, seed=seed, rows=rows)
+        return engine.generate(
+            asked([prompts_of(model)[0]] * 2, [("text",)] * 2, {}, 30, seed=seed, rows=rows)
+        )
 
     assert run(3) == run(3)
     assert run(3) != run(4)
@@ -177,7 +181,7 @@ def test_forced_tokens_need_no_forward(
         ModelRunner, "features", lambda self, *inputs: calls.append(1) or original(self, *inputs)
     )
     sizes = {"image": (2, 3)}
-    [reply] = engine.generate([prompts_of(model)[0]], [("image",)], GREEDY, sizes=sizes)
+    [reply] = engine.generate(asked([prompts_of(model)[0]], [("image",)], GREEDY, sizes=sizes))
     assert len(reply.ids) == 1 + 2 + 6 + 1 + 1  # open, two sizes, codes, close, end
     assert len(calls) == 6
 
@@ -186,18 +190,18 @@ def test_finish_reason_tells_a_cut_from_an_end(model: AnyToken, engine: Engine) 
     prompt = prompts_of(model)[0]
     end = model.token_space.end
     for limit in (2, 5):
-        [reply] = engine.generate([prompt], [("text",)], GREEDY, limit)
+        [reply] = engine.generate(asked([prompt], [("text",)], GREEDY, limit))
         expected = "length" if len(reply.ids) == limit else "stop"
         assert reply.ids[-1] == end and reply.finish_reason == expected == "length"
-    [picture] = engine.generate([prompt], [("image",)], GREEDY, sizes={"image": (1, 1)})
+    [picture] = engine.generate(asked([prompt], [("image",)], GREEDY, sizes={"image": (1, 1)}))
     assert picture.finish_reason == "stop"
-    [tone] = engine.generate([prompt], [("tone",)], {"tone": Sampling(temperature=0)}, 7)
+    [tone] = engine.generate(asked([prompt], [("tone",)], {"tone": Sampling(temperature=0)}, 7))
     assert len(tone.ids) == 7 and tone.finish_reason == "length"  # two frames fit, no third
 
 
 def test_tokens_come_as_they_are_made(model: AnyToken, engine: Engine) -> None:
-    seen = list(engine.stream(prompts_of(model), None, GREEDY, 12))
-    for row, reply in enumerate(engine.generate(prompts_of(model), None, GREEDY, 12)):
+    seen = list(engine.stream(asked(prompts_of(model), None, GREEDY, 12)))
+    for row, reply in enumerate(engine.generate(asked(prompts_of(model), None, GREEDY, 12))):
         tokens = [token for token in seen if token.row == row]
         assert [token.id for token in tokens] == reply.ids
         assert [token.finish_reason for token in tokens] == [None] * (len(reply.ids) - 1) + [
@@ -208,9 +212,9 @@ def test_tokens_come_as_they_are_made(model: AnyToken, engine: Engine) -> None:
 
 def test_repetition_penalty_avoids_what_the_reply_holds(model: AnyToken, engine: Engine) -> None:
     prompt = prompts_of(model)[0]
-    plain = engine.generate([prompt], [("text",)], {"text": Sampling(top_k=2)}, 60, seed=0)[0].ids
+    plain = engine.generate(asked([prompt], [("text",)], {"text": Sampling(top_k=2)}, 60, seed=0))[0].ids
     strict = Sampling(top_k=2, repetition_penalty=1e6)
-    varied = engine.generate([prompt], [("text",)], {"text": strict}, 60, seed=0)[0].ids
+    varied = engine.generate(asked([prompt], [("text",)], {"text": strict}, 60, seed=0))[0].ids
     assert len(set(plain)) < len(plain)
     assert len(set(varied)) == len(varied)
 
@@ -229,7 +233,7 @@ def test_a_model_with_its_own_logits_is_asked_for_all_of_them(
     monkeypatch.setattr(type(model.lm), "forward", negated)
     assert not ModelRunner(model.lm).sliced
     engine = Engine(model.lm, model.processor.grammar)
-    found = engine.generate(prompts_of(model), [("image",)] * 4, GREEDY, 30)
+    found = engine.generate(asked(prompts_of(model), [("image",)] * 4, GREEDY, 30))
     grammar = model.processor.grammar
     expected = [reference(model.lm, grammar, prompt, ("image",), 30) for prompt in prompts_of(model)]
     assert [reply.ids for reply in found] == expected
@@ -238,13 +242,13 @@ def test_a_model_with_its_own_logits_is_asked_for_all_of_them(
 def test_what_does_not_fit_is_refused_before_the_first_token(model: AnyToken, engine: Engine) -> None:
     prompt = prompts_of(model)[0]
     with pytest.raises(RequestError, match=r"300.*context is 256"):
-        engine.stream([[1] * 300])
+        engine.stream(asked([[1] * 300]))
     with pytest.raises(ValueError, match="max_new_tokens is 3"):
-        engine.stream([prompt], [("image",)], max_new_tokens=3)
+        engine.stream(asked([prompt], [("image",)], max_new_tokens=3))
     with pytest.raises(RequestError, match=r"max_new_tokens.*0"):
-        engine.stream([prompt], max_new_tokens=0)
+        engine.stream(asked([prompt], max_new_tokens=0))
     for seed in (-1, 1.5, True):
         with pytest.raises(RequestError, match=f"seed.*{seed}"):
-            engine.stream([prompt], seed=seed)  # type: ignore[arg-type]
+            engine.stream(asked([prompt], seed=seed))  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="null_prompt"):
-        engine.stream([prompt], sampling={"image": Sampling(cfg_scale=2)})
+        engine.stream(asked([prompt], sampling={"image": Sampling(cfg_scale=2)}))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_loop import reference
+from reference_loop import asked, reference
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from anytoken.inference import fast_decode as flat_module
@@ -127,8 +127,8 @@ def test_a_compiled_engine_never_falls_back(model: AnyToken) -> None:
     plain = Engine(model.lm, model.processor.grammar)
     compiled = Engine(model.lm, model.processor.grammar, compiled=True)
     for rows in (1, 2, 3):
-        asked = prompts[:rows], [("image",)] * rows, greedy
-        assert compiled.generate(*asked) == plain.generate(*asked)
+        requests = asked(prompts[:rows], [("image",)] * rows, greedy)
+        assert compiled.generate(requests) == plain.generate(requests)
 
 
 def test_weights_changed_in_place_are_seen() -> None:
@@ -187,7 +187,7 @@ def test_a_backbone_that_looks_back_only_so_far(model: AnyToken, which: int) -> 
     engine, grammar = Engine(lm, model.processor.grammar), model.processor.grammar
     greedy = {kind: Sampling(temperature=0) for kind in model.kinds}
     prompts, plan = [[5, 6, 7], [9] * 12], ("image", "tone")
-    found = engine.generate(prompts, [plan] * 2, greedy, 60)
+    found = engine.generate(asked(prompts, [plan] * 2, greedy, 60))
     assert [one.ids for one in found] == [reference(lm, grammar, prompt, plan, 60) for prompt in prompts]
 
 

@@ -1,18 +1,14 @@
 """A checkpoint goes to a hub and comes back the same: through huggingface_hub's own client and a small local hub."""
 
-import asyncio
 import base64
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
-import uvicorn
+from local_server import listening
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -101,17 +97,9 @@ def blob(data):
 @pytest.fixture(scope="module")
 def hub():
     """A running hub and its address."""
-    hub, sock = Hub(), socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(hub.app, log_level="error"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
-    thread.start()
-    until = time.monotonic() + 30
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    yield hub, f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    hub = Hub()
+    with listening(hub.app) as url:
+        yield hub, url
 
 
 @pytest.fixture(scope="module")

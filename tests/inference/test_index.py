@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.inference import index as index_module
+from anytoken.inference import index_build as build_module
 from anytoken.inference.index import Index, Item, SearchError
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.segments import Image
@@ -110,8 +110,8 @@ def test_an_update_embeds_only_what_changed(folder, searcher, read, tmp_path):
 
 def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read, tmp_path, monkeypatch):
     out = tmp_path / "my.index"
-    monkeypatch.setattr(index_module, "PART", 2)
-    original = index_module._Work._embed
+    monkeypatch.setattr(build_module, "PART", 2)
+    original = build_module.IndexBuild._embed
 
     def killed(self, files):
         if any(file.name == "1.png" for file, _ in files):
@@ -119,7 +119,7 @@ def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read,
         original(self, files)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index_module._Work, "_embed", killed)
+        patch.setattr(build_module.IndexBuild, "_embed", killed)
         Index.build(folder, searcher, out)
     assert not out.exists() and read() == 2
     assert len(Index.build(folder, searcher, out)) == 6
@@ -127,7 +127,7 @@ def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read,
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (folder / "deep" / "1.png").write_bytes((folder / "deep" / "3.png").read_bytes())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index_module._Work, "_embed", killed)
+        patch.setattr(build_module.IndexBuild, "_embed", killed)
         Index.build(folder, searcher, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

@@ -1,11 +1,13 @@
 """Continuous batching: who joins late gets the same ids as alone, who is cancelled leaves nothing behind."""
 
 import pytest
+from reference_loop import asked
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import (
     Engine,
 )
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Scheduler
 from anytoken.utils.errors import RequestError
@@ -19,24 +21,24 @@ JOBS = [
 
 def alone(model: AnyToken, engine: Engine, job: int) -> tuple[list[int], str]:
     words, plan = JOBS[job]
-    [reply] = engine.generate(
+    [reply] = engine.generate(asked(
         [model.encode_prompt(words)], [plan], SAMPLING, 40, 7, null_prompt=model.processor.null_prompt(), rows=[job]
-    )  # fmt: skip
+    ))  # fmt: skip
     return reply.ids, reply.finish_reason
 
 
 def submit(model: AnyToken, scheduler: Scheduler, job: int) -> int:
     words, plan = JOBS[job]
+    null = model.processor.null_prompt()
     return scheduler.submit(
-        model.encode_prompt(words), plan=plan, sampling=SAMPLING, max_new_tokens=40, seed=7, draw=job,
-        null_prompt=model.processor.null_prompt(),
-    )  # fmt: skip
+        GenerationRequest(model.encode_prompt(words), plan, SAMPLING, 40, seed=7, draw=job, null_prompt=null)
+    )
 
 
 @pytest.mark.parametrize(("max_rows", "every"), [(64, 1), (64, 5), (2, 3)])
 def test_late_joiners_get_what_they_get_alone(model: AnyToken, max_rows: int, every: int) -> None:
     engine = Engine(model.lm, model.processor.grammar)
-    scheduler = Scheduler(engine, max_rows)
+    scheduler = engine.scheduler(max_rows)
     ids: dict[int, list[int]] = {}
     reasons = {}
     jobs = list(range(len(JOBS)))
@@ -58,7 +60,7 @@ def test_late_joiners_get_what_they_get_alone(model: AnyToken, max_rows: int, ev
 
 def test_cancelling_leaves_the_others_as_they_are(model: AnyToken) -> None:
     engine = Engine(model.lm, model.processor.grammar)
-    scheduler = Scheduler(engine, max_rows=3)
+    scheduler = engine.scheduler(3)
     for job in range(4):
         submit(model, scheduler, job)
     ids: dict[int, list[int]] = {}
@@ -78,7 +80,7 @@ def test_cancelling_leaves_the_others_as_they_are(model: AnyToken) -> None:
 
 
 def test_a_request_that_waits_can_be_cancelled(model: AnyToken) -> None:
-    scheduler = Scheduler(Engine(model.lm, model.processor.grammar), max_rows=1)
+    scheduler = Engine(model.lm, model.processor.grammar).scheduler(1)
     submit(model, scheduler, 2)
     submit(model, scheduler, 5)
     scheduler.cancel(1)
@@ -89,7 +91,7 @@ def test_a_request_that_waits_can_be_cancelled(model: AnyToken) -> None:
 
 
 def test_what_begins_without_a_choice_comes_before_the_model_reads(model: AnyToken) -> None:
-    scheduler = Scheduler(Engine(model.lm, model.processor.grammar))
+    scheduler = Engine(model.lm, model.processor.grammar).scheduler()
     submit(model, scheduler, 0)
     assert [token.id for token in scheduler.step()] == [model.token_space.open_token("image")]
     assert not scheduler._batch.cache.keys
@@ -97,10 +99,10 @@ def test_what_begins_without_a_choice_comes_before_the_model_reads(model: AnyTok
 
 def test_a_bad_request_is_refused_and_the_batch_goes_on(model: AnyToken) -> None:
     engine = Engine(model.lm, model.processor.grammar)
-    scheduler = Scheduler(engine)
+    scheduler = engine.scheduler()
     submit(model, scheduler, 0)
     with pytest.raises(RequestError, match="max_new_tokens"):
-        scheduler.submit([1], max_new_tokens=0)
+        scheduler.submit(GenerationRequest([1], max_new_tokens=0))
     assert len(scheduler) == 1
     found = []
     while len(scheduler):
@@ -113,7 +115,9 @@ def test_log_probabilities(model: AnyToken) -> None:
     engine, grammar = Engine(model.lm, model.processor.grammar), model.processor.grammar
     prompt = model.encode_prompt("red apple")
     tokens = list(
-        engine.stream([prompt], [("image",)], {"image": Sampling(temperature=3.0)}, seed=1, scored=True)
+        engine.stream(
+            asked([prompt], [("image",)], {"image": Sampling(temperature=3.0)}, seed=1, scored=True)
+        )
     )
     ids = [token.id for token in tokens]
     import torch

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_loop import asked
 from torch import Tensor
 
 from anytoken.grammar import Grammar
@@ -20,8 +21,8 @@ from anytoken.grammar_tables import Ranges
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine, GeneratedIds
 from anytoken.inference.model_runner import ModelRunner
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
-from anytoken.inference.scheduler import Scheduler
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import CodeGrid, CodeSequence, CodeShape
 
@@ -133,10 +134,10 @@ def test_every_reply_is_legal(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, CONTEXT - least), min_size=8, max_size=12))
     seed = data.draw(st.integers(0, 2**20))
     torch.manual_seed(seed)
-    replies = ENGINE.generate(
+    replies = ENGINE.generate(asked(
         [[3] * length for length in lengths], [plan] * len(lengths), sampling, limit, seed,
         null_prompt=[1, 2], sizes=sizes,
-    )  # fmt: skip
+    ))  # fmt: skip
     for length, reply in zip(lengths, replies, strict=True):
         check(reply, plan, sizes, min(limit, CONTEXT - length))
 
@@ -145,7 +146,7 @@ def test_every_reply_is_legal(data: st.DataObject) -> None:
 def test_a_segment_that_does_not_fit_is_not_started(budget: int) -> None:
     """Free replies: what is opened is also closed, and all that fits is opened now and then."""
     torch.manual_seed(0)
-    replies = ENGINE.generate([[3]] * 40, None, {}, budget, seed=budget)
+    replies = ENGINE.generate(asked([[3]] * 40, None, {}, budget, seed=budget))
     grammar = ENGINE.grammar
     seen = {piece.kind for reply in replies for piece in grammar.parse(reply.ids)}
     fits = {kind for kind in SHAPES if grammar.min_remaining(grammar.reply((kind,))) <= budget}
@@ -173,9 +174,9 @@ def test_every_reply_of_random_weights_decodes(own_model: AnyToken, spread: floa
     with torch.no_grad():
         for parameter in own_model.lm.parameters():
             parameter.normal_(std=spread)
-    scheduler, null = Scheduler(own_model.engine), own_model.processor.null_prompt()
+    scheduler, null = own_model.engine.scheduler(), own_model.processor.null_prompt()
     plans = [None, ("text",), ("image",), ("tone",), ("text", "image"), ("image", "text", "tone", "image")]
-    asked: list[tuple[tuple[str, ...] | None, int]] = []
+    made: list[tuple[tuple[str, ...] | None, int]] = []
     for _ in range(120):
         plan, prompt = plans[random.integers(len(plans))], [1] * random.integers(1, 150)
         least = grammar.min_remaining(grammar.reply(plan))
@@ -184,17 +185,18 @@ def test_every_reply_of_random_weights_decodes(own_model: AnyToken, spread: floa
         options = {"plan": plan, "sampling": settings, "max_new_tokens": limit, "null_prompt": null}
         if limit < least:
             with pytest.raises(ValueError, match=f"{limit}"):
-                scheduler.submit(prompt, **options)
+                scheduler.submit(GenerationRequest(prompt, **options))
             continue
-        assert scheduler.submit(prompt, seed=0, draw=len(asked), **options) == len(asked)
-        asked.append((plan, limit))
-    replies: list[list[int]] = [[] for _ in asked]
-    reasons = [""] * len(asked)
+        request = GenerationRequest(prompt, seed=0, draw=len(made), **options)
+        assert scheduler.submit(request) == len(made)
+        made.append((plan, limit))
+    replies: list[list[int]] = [[] for _ in made]
+    reasons = [""] * len(made)
     while len(scheduler):
         for token in scheduler.step():
             replies[token.row].append(token.id)
             reasons[token.row] = token.finish_reason or ""
-    for (plan, limit), ids, reason in zip(asked, replies, reasons, strict=True):
+    for (plan, limit), ids, reason in zip(made, replies, reasons, strict=True):
         assert len(ids) <= limit and reason == finish_reason(grammar, grammar.reply(plan), ids, limit)
         kinds = [segment.kind for segment in own_model.detokenize(ids)]
         assert kinds == list(plan or kinds) and kinds

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.model_runner import ModelRunner
-from anytoken.inference.scheduler import Scheduler
+from anytoken.inference.request import GenerationRequest
 from anytoken.inference.weights import checksum
 from anytoken.model.modeling import AnyTokenForCausalLM
 
@@ -92,10 +92,10 @@ def test_the_next_call_uses_the_new_weights(
 
 def test_a_batch_that_runs_on_takes_them_with_its_next_request(own_model: AnyToken) -> None:
     engine, prompt = own_model.engine, own_model.encode_prompt("a")
-    scheduler, found = Scheduler(engine), []
+    scheduler, found = engine.scheduler(), []
     for change in (lambda lm: None, assign, lambda lm: lm.double()):
         change(own_model.lm)
-        number = scheduler.submit(prompt, plan=("image",), seed=3)
+        number = scheduler.submit(GenerationRequest(prompt, ("image",), seed=3))
         ids = []
         while len(scheduler):
             ids += [token.id for token in scheduler.step() if token.row == number]

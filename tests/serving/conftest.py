@@ -1,15 +1,11 @@
 """A server on a free port of this machine, with the bundled model; and clients for it."""
 
-import asyncio
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-import uvicorn
+from local_server import listening
 
 import anytoken
 from anytoken.serving.app import create_app
@@ -26,21 +22,8 @@ def mini():
 def serving(model, **settings) -> Iterator[tuple[str, object]]:
     """Base URL and application of a running server."""
     app = create_app(model, "mini", ServerSettings(**settings))
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
-    thread.start()
-    until = time.monotonic() + 30
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    assert server.started
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}", app
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with listening(app) as url:
+        yield url, app
 
 
 @pytest.fixture(scope="session")

@@ -98,8 +98,8 @@ def test_a_stream_of_requests_for_one_adapter_does_not_starve_another(model):
                 if getattr(token, "finish_reason", None):  # no error, as when the worker is stopped
                     done()
 
-            options = {**model.request("text"), "seed": 0, "max_new_tokens": 20}
-            worker.submit([Job(prompt, options, deliver, stop, adapter)])
+            asked = model.request(prompt, "text", seed=0, max_new_tokens=20)
+            worker.submit([Job(asked, deliver, stop, adapter)])
 
         def again():
             if not other.is_set() and time.monotonic() < stop:
@@ -142,7 +142,8 @@ def test_scores_come_in_parts_between_the_steps_of_others(mini):
     """A long scoring and a reply run side by side: tokens keep coming between its parts, and both are right."""
     worker = Worker(mini, max_rows=2, max_waiting=2)
     log = []
-    prompt, options = mini.encode_prompt("a fox"), {**mini.request("image"), "seed": 0, "max_new_tokens": 100}
+    prompt = mini.encode_prompt("a fox")
+    asked = mini.request(prompt, "image", seed=0, max_new_tokens=100)
     replies = [mini.processor.encode_reply("a fox " * 40) for _ in range(30)]
 
     def parts():
@@ -164,7 +165,7 @@ def test_scores_come_in_parts_between_the_steps_of_others(mini):
             if token.finish_reason:
                 loop.call_soon_threadsafe(ended.set_result, None)
 
-        worker.submit([Job(prompt, options, deliver, time.monotonic() + 60)])
+        worker.submit([Job(asked, deliver, time.monotonic() + 60)])
         scores = await worker.work(parts())
         await ended
         return scores

@@ -2,16 +2,14 @@
 
 import asyncio
 import json
-import socket
 import threading
 import time
-from contextlib import contextmanager
 
 import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
+from local_server import listening
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -19,6 +17,7 @@ from transformers import LogitsProcessorList
 from typer.testing import CliRunner
 
 from anytoken.cli import app as command
+from anytoken.inference.request import GenerationRequest
 from anytoken.serving.app import create_app
 from anytoken.serving.content import png
 from anytoken.serving.remote import RemoteWorker, Stretch, open_remote
@@ -81,23 +80,6 @@ class Engine:
             logits_processor=LogitsProcessorList([only]),
         )  # fmt: skip
         return made[0, prompt.shape[1] :].tolist()
-
-
-@contextmanager
-def listening(app):
-    sock = socket.socket()
-    sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
-    thread.start()
-    until = time.monotonic() + 30
-    while not server.started and time.monotonic() < until:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -215,16 +197,16 @@ def test_requests_ask_for_as_much_as_stays_allowed(remote):
     random = np.random.default_rng(0)
     grammar = remote.processor.grammar
     for plan in (("text", "speech"), ("video",), None):
-        options = {"plan": plan, "max_new_tokens": 300}
-        stretch = Stretch(grammar, remote.encode_prompt("a fox"), options, 2048)
+        request = GenerationRequest(remote.encode_prompt("a fox"), plan, max_new_tokens=300)
+        stretch = Stretch(request, grammar, 2048)
         stretch.settle()
         while not stretch.finished:
-            body = stretch.request()
+            body = stretch.body()
             allowed, stops = body["allowed_token_ids"], set(body["stop_token_ids"])
             assert 1 <= body["max_tokens"] <= stretch.budget
             for _ in range(body["max_tokens"]):
                 token = int(random.choice(allowed))
-                stretch.take(token)
+                stretch.append(token)
                 if token in stops:
                     break
             stretch.settle()

@@ -113,7 +113,7 @@ def test_errors_of_the_page(caplog, monkeypatch):
 def test_settings_left_empty_are_the_checkpoints(mini):
     assert set(settings_of(None, None, None, None).values()) == {None}
     options = settings_of(0.5, 2, 7.0, 100.0)
-    assert mini.request("image", **options)["seed"] == 7
+    assert mini.request([], "image", **options).seed == 7
 
 
 def test_tokens_show_text_grids_and_experts(mini, session):

@@ -1,0 +1,349 @@
+"""Generating with a model: prompts and options in, replies or their events out.
+
+The half of `AnyToken` (`api.py`) that makes `GenerationRequest`s and turns the engine's tokens into segments.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cache
+from operator import itemgetter
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+from transformers import PreTrainedModel
+
+from anytoken.inference.engine import Engine
+from anytoken.inference.kv_cache import PrefixCache
+from anytoken.inference.logits_processor import lm_inputs
+from anytoken.inference.outputs import GenerationOutput, count_usage
+from anytoken.inference.request import GenerationRequest, Token
+from anytoken.inference.sampling import NAMES, Sampling, merge_sampling
+from anytoken.inference.streaming import Event, SegmentStream
+from anytoken.model.extend_vocab import longest_segment
+from anytoken.processor import Processor
+from anytoken.token_space import TokenSpace
+from anytoken.utils.errors import RequestError
+from anytoken.utils.hints import choices
+
+log = logging.getLogger(__name__)
+TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
+Output = str | Sequence[str] | None
+Rerank = Callable[[GenerationOutput], float]
+Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
+
+
+class Options(TypedDict, total=False):
+    """How to generate: the settings of `Sampling` for all kinds, and those below. None means the default.
+
+    sampling: settings of one kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they win.
+    max_new_tokens: limit of the whole reply, controls included; the reply is complete within it.
+    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch. Without one, equal
+        prompts get different replies.
+    sizes: pins the grid of a kind, {"image": (8, 8)} in codes.
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    cfg_scale: float | None
+    sampling: Mapping[str, Sampling | Mapping[str, Any]] | None
+    max_new_tokens: int | None
+    seed: int | None
+    sizes: Mapping[str, tuple[int, ...]] | None
+
+
+class GenerationMixin:
+    """What generation needs of a model, and the ways to generate."""
+
+    lm: PreTrainedModel
+    processor: Processor
+    sampling: dict[str, Sampling]
+    compiled: bool
+    _engine: Engine | None
+
+    @property
+    def token_space(self) -> TokenSpace:
+        """Which id means what."""
+        return self.processor.token_space
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of segments this model reads and writes: "text" and its modalities."""
+        return list(self.token_space.modality_names)
+
+    @property
+    def engine(self) -> Engine:
+        """The generation loop for the present weights and grammar."""
+        engine, grammar = self._engine, self.processor.grammar
+        if engine is None or engine.lm is not self.lm or engine.grammar is not grammar:
+            engine = self._engine = Engine(self.lm, grammar, self.compiled)
+        return engine
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """A prompt as ids, up to and with the assistant's opening; RequestError says what is wrong with it."""
+        return self.processor.encode_chat(self.processor.messages(prompt), add_generation_prompt=True)
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: Literal[False] = False,
+        num_return: Literal[1] = 1,
+        best_of: int | None = None,
+        rerank: Rerank | None = None,
+        **options: Unpack[Options],
+    ) -> GenerationOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: bool = False,
+        num_return: int = 1,
+        best_of: int | None = None,
+        rerank: Rerank | None = None,
+        **options: Unpack[Options],
+    ) -> Any: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: bool = False,
+        num_return: int = 1,
+        best_of: int | None = None,
+        rerank: Rerank | None = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Answer a prompt with a GenerationOutput.
+
+        prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
+        a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
+        or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
+        best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
+        their ids (ids without a choice count 0), or by `rerank`, a function of the output, higher is better.
+        Options: see `Options`. RequestError says what
+        does not fit.
+        """
+        _check_count("num_return", num_return)
+        samples = num_return if best_of is None else _check_count("best_of", best_of)
+        if samples > 1:
+            self._check_random(samples, output, options)
+        if samples < num_return:
+            raise RequestError(
+                f"best_of={best_of} is less than num_return={num_return}: make at least as many."
+            )
+        if rerank is not None and best_of is None:
+            raise RequestError("rerank chooses among several replies: say how many with best_of.")
+        prompts = self._encode_prompts(prompt, batch)
+        request = replace(self.request((), output, **options), scored=best_of is not None)
+        scored = self._replies(
+            [replace(request, prompt=ids, draw=number) for ids in prompts for number in range(samples)]
+        )
+        found = []
+        for start in range(0, len(scored), samples):
+            group = scored[start : start + samples]
+            if best_of is not None:
+                score = (lambda one: rerank(one[0])) if rerank is not None else itemgetter(1)
+                group = sorted(group, key=score, reverse=True)
+            replies = [reply for reply, _ in group[:num_return]]
+            if len({tuple(reply.ids) for reply, _ in group}) == 1 < samples:
+                _warn_of_copies(samples)
+            found.append(replies if num_return > 1 else replies[0])
+        return found if batch else found[0]
+
+    def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
+        """RequestError if several replies would be copies of one, as no kind of them has a choice."""
+        settings, kinds = self._sampling(options), self._plan(output) or self.kinds
+        if all(settings[kind].greedy for kind in kinds):
+            raise RequestError(
+                f"{samples} replies would be {samples} copies: {', '.join(kinds)} is decoded greedily here "
+                "(temperature 0 or top_k 1). Set temperature=1.0 or so, or ask for one reply."
+            )
+
+    def _encode_prompts(self, prompt: Prompt, batch: bool) -> list[list[int]]:
+        if batch and not (isinstance(prompt, list | tuple) and prompt):
+            raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
+        return [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output: Output = None,
+        rows: Sequence[int] | None = None,
+        prefixes: PrefixCache | None = None,
+        **options: Unpack[Options],
+    ) -> list[GenerationOutput]:
+        """`generate` for prompts that are ids already, one reply each.
+
+        Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
+        reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
+        holds of a prompt is not read again. RequestError for an empty prompt and for ids that are none.
+        """
+        request = replace(self.request((), output, **options), prefixes=prefixes)
+        numbers = [0] * len(prompts) if rows is None else rows
+        asked = [replace(request, prompt=ids, draw=n) for ids, n in zip(prompts, numbers, strict=True)]
+        return [reply for reply, _ in self._replies(asked)]
+
+    def _replies(self, requests: Sequence[GenerationRequest]) -> list[tuple[GenerationOutput, float]]:
+        """Replies, each with the mean log-probability of its ids (0 if the request is not `scored`)."""
+        began = time.perf_counter()
+        collected: list[list[int]] = [[] for _ in requests]
+        likelihood = [0.0] * len(requests)
+        ends: dict[int, tuple[str, float]] = {}
+        for token in self.engine.stream(requests):
+            collected[token.row].append(token.id)
+            likelihood[token.row] += token.logprob
+            if token.finish_reason is not None:
+                ends[token.row] = (token.finish_reason, time.perf_counter() - began)
+        replies = []
+        for row, (request, ids) in enumerate(zip(requests, collected, strict=True)):
+            segments = SegmentStream(self.processor)
+            for token_id in ids:
+                segments.push(token_id)
+            reason, seconds = ends[row]
+            usage = count_usage(self.token_space, len(request.prompt), ids, seconds)
+            replies.append(
+                (GenerationOutput(segments.segments, ids, usage, reason), likelihood[row] / len(ids))
+            )
+        return replies
+
+    def stream(
+        self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
+    ) -> Generator[Event, None, GenerationOutput]:
+        """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
+
+        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
+        picture so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
+        not fit is raised before the first event. Closing the generator ends the work and frees its memory.
+        """
+        return self.stream_ids(self.encode_prompt(prompt), output, **options)
+
+    def stream_ids(
+        self,
+        prompt: Sequence[int],
+        output: Output = None,
+        prefixes: PrefixCache | None = None,
+        **options: Unpack[Options],
+    ) -> Generator[Event, None, GenerationOutput]:
+        """`stream` for a prompt that is ids already; `prefixes` as for `generate_ids`."""
+        request = replace(self.request(prompt, output, **options), prefixes=prefixes)
+        return self._events(len(prompt), self.engine.stream([request]))
+
+    def _events(
+        self, prompt_tokens: int, tokens: Generator[Token, None, None]
+    ) -> Generator[Event, None, GenerationOutput]:
+        began, segments, ids, reason = time.perf_counter(), SegmentStream(self.processor), [], "stop"
+        with closing(tokens):
+            for token in tokens:
+                ids.append(token.id)
+                reason = token.finish_reason or reason
+                yield from segments.push(token.id)
+        usage = count_usage(self.token_space, prompt_tokens, ids, time.perf_counter() - began)
+        yield usage
+        return GenerationOutput(segments.segments, ids, usage, reason)
+
+    def request(
+        self, prompt: Sequence[int], output: Output = None, **options: Unpack[Options]
+    ) -> GenerationRequest:
+        """One reply to a prompt's ids as the scheduler takes it: output and `Options` are checked, ids are not."""
+        unknown = sorted(set(options) - set(Options.__annotations__))
+        if unknown:
+            raise RequestError(
+                f"Unknown option {unknown[0]!r}{choices(unknown[0], Options.__annotations__)}."
+            )
+        sizes, limit = options.get("sizes"), options.get("max_new_tokens")
+        if not isinstance(sizes or {}, Mapping) or not all(map(_is_size, (sizes or {}).values())):
+            raise RequestError(
+                f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
+            )
+        plan = self._plan(output)
+        return GenerationRequest(
+            prompt,
+            plan,
+            self._sampling(options),
+            self._limit(plan) if limit is None else limit,
+            options.get("seed"),
+            null_prompt=self.processor.null_prompt(),
+            sizes=sizes,
+        )
+
+    def _sampling(self, options: Mapping[str, Any]) -> dict[str, Sampling]:
+        """The settings of each kind."""
+        overrides = {name: options.get(name) for name in NAMES}
+        return merge_sampling(self.kinds, self.sampling, overrides, options.get("sampling"))
+
+    def _plan(self, output: Output) -> tuple[str, ...] | None:
+        if output is None:
+            return None
+        plan = tuple(output) if isinstance(output, list | tuple) else (output,)
+        if not plan:
+            raise RequestError(f"output is empty; allowed: {', '.join(self.kinds)}, a list of them, or None.")
+        for kind in plan:
+            if kind not in self.kinds:
+                raise RequestError(
+                    f"Unknown output {kind!r}{choices(kind, self.kinds)}, a list of them, or None."
+                )
+        return plan
+
+    def _limit(self, plan: tuple[str, ...] | None) -> int | None:
+        """Room for TEXT_TOKENS a text segment and any form of each medium; None is up to the context."""
+        if plan is None:
+            return None
+        tokenizers = self.processor.tokenizers
+        return 1 + sum(TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in plan)
+
+    def lm_inputs(
+        self,
+        prompt: Prompt,
+        output: Output = None,
+        *,
+        batch: bool = False,
+        max_new_tokens: int | None = None,
+        sizes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> dict[str, Any]:
+        """What `model.lm.generate(**inputs)` of transformers needs to give replies as legal as those of `generate`.
+
+        Ids padded on the left, their mask, the grammar as a LogitsProcessor, and the limits; for one call. Sampling is
+        transformers' own: add do_sample=True, top_k=50 or num_beams=4. With do_sample=False the ids are those of our
+        temperature 0. ValueError as for `generate`.
+        """
+        prompts, plan = self._encode_prompts(prompt, batch), self._plan(output)
+        room = self.engine.context - max(map(len, prompts))
+        wanted = self._limit(plan) if max_new_tokens is None else max_new_tokens
+        limit = room if wanted is None else min(room, wanted)
+        return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
+
+    def max_reply_tokens(self, output: Output, max_new_tokens: int | None = None) -> int:
+        """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
+        limit = self._limit(self._plan(output)) or TEXT_TOKENS
+        return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
+
+
+@cache
+def _warn_of_copies(samples: int) -> None:
+    """Once: what was asked for has a choice, but all replies took the same one."""
+    log.warning(
+        "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
+        "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",
+        samples,
+    )
+
+
+def _check_count(name: str, count: object) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise RequestError(f"{name} must be a whole number from 1 up; received {count!r}.")
+    return count
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, list | tuple) and all(hasattr(one, "__index__") for one in size)

@@ -1,0 +1,149 @@
+"""A reply before and while it is made: what is asked for, and its way through the grammar.
+
+One `GenerationRequest` goes from the API or a server through the engine to the scheduler. A `GrammarWalk` is the reply
+in the making, the same for our own engine and for one elsewhere (`serving/remote.py`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from anytoken.grammar import Grammar, State
+from anytoken.grammar_tables import Ranges
+from anytoken.inference.kv_cache import PrefixCache
+from anytoken.inference.sampling import Sampling
+from anytoken.utils.errors import RequestError
+
+DEFAULT = Sampling()
+
+
+@dataclass(frozen=True)
+class Token:
+    """One id as it is decided.
+
+    row: its request's number (in `Engine.stream` its place). finish_reason: set on a reply's last token: "stop" when
+    the model (or the plan) ended it, "length" when the token limit left no choice. logprob: of the id among those
+    allowed, before temperature, filters and guidance; 0 where there was no choice.
+    """
+
+    row: int
+    id: int
+    finish_reason: str | None = None
+    logprob: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """One reply to make.
+
+    prompt: ids to continue. plan: the kinds that the reply holds, in order; None: the model decides. sampling: settings
+    by kind. max_new_tokens: limit of the whole reply; None is up to the context. seed, draw: the reply draws from both
+    and from nothing else; without a seed from random numbers of its own. null_prompt: what guidance leads away from.
+    sizes: pins the grid of a kind. prefixes: keeps what is decoded for prompts that go on from it. scored: asks for
+    log-probabilities. Nothing is checked before `start`.
+    """
+
+    prompt: Sequence[int]
+    plan: Sequence[str] | None = None
+    sampling: Mapping[str, Sampling] = field(default_factory=dict)
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    draw: int = 0
+    null_prompt: Sequence[int] | None = None
+    sizes: Mapping[str, tuple[int, ...]] | None = None
+    prefixes: PrefixCache | None = None
+    scored: bool = False
+
+    def start(self, grammar: Grammar, context: int) -> tuple[State, int]:
+        """The state in which the reply begins, and how many ids it may have in a context of so many.
+
+        RequestError or TokenSpaceError if something does not fit.
+        """
+        self._check_prompt(grammar.token_space.vocab_size)
+        if self.null_prompt is None and any(one.cfg_scale != 1 for one in self.sampling.values()):
+            raise RequestError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
+        state = grammar.reply(self.plan, sizes=dict(self.sizes) if self.sizes else None)
+        return state, self._budget(grammar.min_remaining(state), context)
+
+    def random(self) -> np.random.Generator:
+        """The numbers that the reply draws from; RequestError for a seed that is none."""
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise RequestError(f"seed must be a whole number from 0 up; received {seed!r}.")
+        return np.random.default_rng([int(seed), self.draw])
+
+    def _check_prompt(self, size: int) -> None:
+        if not len(self.prompt):
+            raise RequestError(
+                "The prompt is empty: the model continues a sequence, so give at least one id, such as bos."
+            )
+        for place, token in enumerate(self.prompt):
+            whole = hasattr(token, "__index__") and not isinstance(token, bool)
+            if not whole or not 0 <= token < size:
+                raise RequestError(
+                    f"Ids are whole numbers from 0 to {size - 1}; id {place} of the prompt is {token!r}."
+                )
+
+    def _budget(self, least: int, context: int) -> int:
+        """How many ids the reply may have; `least` is its shortest legal form."""
+        limit, length = self.max_new_tokens, max(len(self.prompt), len(self.null_prompt or ()))
+        whole = isinstance(limit, int | np.integer) and not isinstance(limit, bool)
+        if limit is not None and not (whole and limit >= 1):
+            raise RequestError(f"max_new_tokens must be a whole number from 1 up; received {limit!r}.")
+        room = context - length
+        if room < least:
+            raise RequestError(
+                f"The prompt has {length} tokens and the shortest reply {least}, but the context is "
+                f"{context} tokens: shorten the prompt or ask for less."
+            )
+        if limit is not None and limit < least:
+            raise RequestError(
+                f"max_new_tokens is {limit}, but the shortest reply of the requested kinds takes {least} tokens."
+            )
+        return room if limit is None else min(room, limit)
+
+
+class GrammarWalk:
+    """The reply to a request as far as it is made; `ranges` are the ids it may go on with, `kind` is what it writes."""
+
+    def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int = 0) -> None:
+        self.request, self.grammar, self.number = request, grammar, number
+        self.state, self.budget = request.start(grammar, context)
+        space = grammar.token_space
+        self._kinds = {space.open_token(name): name for name in space.modalities}
+        self._kinds |= {space.close_token(name): "text" for name in space.modalities}
+        self.kind, self.setting = "text", request.sampling.get("text", DEFAULT)
+        self.ranges: Ranges = ()
+        self.ids: list[int] = []
+        self.cut = self.finished = False
+
+    def append(self, token: int, logprob: float = 0.0) -> Token:
+        """Add an id; TokenSpaceError for one that is not allowed."""
+        self.state = self.grammar.advance(self.state, token)
+        self.budget -= 1
+        self.ids.append(token)
+        if token in self._kinds:
+            self.kind = self._kinds[token]
+            self.setting = self.request.sampling.get(self.kind, DEFAULT)
+        self.finished = self.grammar.finished(self.state)
+        reason = ("length" if self.cut else "stop") if self.finished else None
+        return Token(self.number, token, reason, logprob)
+
+    def settle(self) -> list[Token]:
+        """Append ids for as long as there is only one choice."""
+        tokens: list[Token] = []
+        while not self.finished:
+            self.ranges = self.grammar.allowed(self.state, self.budget)
+            if not _single(self.ranges):
+                break
+            self.cut = self.cut or not _single(self.grammar.allowed(self.state))
+            tokens.append(self.append(self.ranges[0][0]))
+        return tokens
+
+
+def _single(ranges: Ranges) -> bool:
+    return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1
