@@ -1,5 +1,6 @@
-"""Video containers to frames and sound, as a stream: the packets' times are read first, then only the frames needed are kept.
+"""Video containers to frames and sound, as a stream.
 
+The packets' times are read first, then only the frames needed are kept.
 Players show a frame from its own time until the next one's, turned by the display matrix, with square pixels. So do we:
 a variable frame rate becomes a constant one by repeating frames for as long as they are shown.
 """
