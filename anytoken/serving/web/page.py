@@ -58,6 +58,8 @@ CSS = f"""
 .gradio-container{{width:100%;max-width:960px !important;margin:auto}}
 #chat{{height:max(300px,calc(100dvh - 490px)) !important}}
 #bar{{flex-wrap:nowrap;align-items:end;gap:.5rem}}#head h1{{font-size:1.3rem;margin:0}}#head p{{margin:.1rem 0}}
+#bar input{{padding-right:1.6rem;text-overflow:ellipsis}}
+:focus-visible,label:has(:focus-visible){{outline:2px solid var(--color-accent) !important;outline-offset:1px}}
 #chat figure{{margin:0}}#chat figcaption{{font-size:.8rem;opacity:.75;margin-top:.2rem}}
 #chat figure img,#chat figure video{{width:min(256px,60vw);height:auto;border-radius:8px;display:block}}
 #chat audio{{width:min(320px,64vw);display:block}}
