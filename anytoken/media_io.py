@@ -28,7 +28,7 @@ from PIL import Image as Picture
 
 from anytoken.utils.errors import SegmentError
 from anytoken.utils.limits import MediaLimitError, current_limits
-from anytoken.video_io import REPEATED_PIXELS, Timing, constant_rate, sample
+from anytoken.video_io import REPEATED_PIXELS, SoundTrack, Timing, constant_rate, sample
 
 MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say
 SOUND_BLOCK = 1 << 20  # samples read at once: a header that lies about the length cannot ask for all memory
@@ -295,7 +295,7 @@ def timing(milliseconds: list[int], note: str, pixels: int) -> Timing:
 
 
 def read_sound(source: Given) -> tuple[np.ndarray, int]:
-    """Samples float32 [T] and the rate in Hz of a wav, flac, ogg or mp3 file.
+    """Samples float32 [T] and the rate in Hz of a wav, flac, ogg or mp3 file, or of the sound of a webm, m4a or mp4.
 
     Channels are averaged. Where that cancels them, as of a pair in opposite phase, the loudest one is taken.
     """
@@ -303,7 +303,10 @@ def read_sound(source: Given) -> tuple[np.ndarray, int]:
 
     with opened(source, "speech") as (file, name):
         try:
-            with soundfile.SoundFile(file) as sound:
+            head = file.read(8)
+            file.seek(0)
+            contained = head[:4] == b"\x1aE\xdf\xa3" or head[4:] == b"ftyp"  # matroska and webm; mp4 and m4a
+            with SoundTrack(file, name) if contained else soundfile.SoundFile(file) as sound:
                 samples, energies = _read_channels(sound, None, name)
                 if energies[0] < CANCELLED * energies[1:].max(initial=0):
                     sound.seek(0)
@@ -311,7 +314,7 @@ def read_sound(source: Given) -> tuple[np.ndarray, int]:
                 rate = int(sound.samplerate)
         except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
             raise SegmentError(
-                f"{name} is not readable sound ({reason(error)}); expected wav, flac, ogg or mp3."
+                f"{name} is not readable sound ({reason(error)}); expected wav, flac, ogg, mp3, webm or m4a."
             ) from error
     if not len(samples):
         raise SegmentError(f"{name} holds no sound: its length is zero.")

@@ -211,7 +211,7 @@ class Speech(Segment):
 
     @classmethod
     def open(cls, source: Given) -> Speech:
-        """Sound from a wav, flac, ogg or mp3 file or its bytes, at its own rate.
+        """Sound from a wav, flac, ogg or mp3 file or its bytes, or of a webm, m4a or mp4, at its own rate.
 
         Channels are averaged; where that cancels them, as in opposite phase, the loudest one is taken. Of a wav or
         mp3 that was cut short, what is there is read: these formats are made to be streamed.

@@ -1,5 +1,6 @@
-"""Video containers to frames, as a stream: the packets' times are read first, then only the frames needed are kept.
+"""Video containers to frames and sound, as a stream.
 
+The packets' times are read first, then only the frames needed are kept.
 Players show a frame from its own time until the next one's, turned by the display matrix, with square pixels. So do we:
 a variable frame rate becomes a constant one by repeating frames for as long as they are shown.
 """
@@ -10,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import IO, Any, TypeVar
@@ -130,6 +132,57 @@ def container_frames(file: IO[bytes], name: object) -> tuple[np.ndarray, float]:
         raise SegmentError(
             f"{name} is not a readable video ({said.strip(' .')}); expected mp4, webm, mov, mkv, gif or animated webp."
         ) from error
+
+
+class SoundTrack:
+    """The sound of a webm, m4a or mp4 file, as browsers record it, through what is used of `soundfile.SoundFile`.
+
+    SegmentError if the file holds none, or it cannot be decoded.
+    """
+
+    def __init__(self, file: IO[bytes], name: object) -> None:
+        self._file, self._name = file, name
+        self.seek(0)
+
+    def __enter__(self) -> SoundTrack:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def seek(self, frames: int) -> None:
+        """Begin again; there is no other place to go to."""
+        import av
+
+        self._file.seek(0)
+        with self._named():
+            self._container = _open(self._file)
+            tracks = self._container.streams.audio
+            if not tracks or tracks[0].codec_context is None:
+                raise SegmentError(f"{self._name} holds no sound in a codec that is known.")
+            self.channels, self.samplerate = tracks[0].codec_context.channels, tracks[0].codec_context.rate
+            self._frames = self._container.decode(tracks[0])
+            self._planes = av.AudioResampler(format="fltp")
+
+    def read(self, *_: object, **__: object) -> np.ndarray:
+        """The next decoded samples, float32 [T, C], however many they are; none at the end."""
+        with self._named():
+            for frame in self._frames:
+                for one in self._planes.resample(frame):
+                    return one.to_ndarray().T
+        return np.empty((0, self.channels), np.float32)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        import av
+
+        try:
+            yield
+        except SegmentError:
+            raise
+        except (av.FFmpegError, LookupError, ValueError, EOFError, ArithmeticError) as error:
+            said = getattr(error, "strerror", None) or error
+            raise SegmentError(f"{self._name} is not readable sound ({said}).") from error
 
 
 def _open(file: IO[bytes]) -> Any:

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import PngImagePlugin
 from anytoken.media_io import _read_channels
 from anytoken.segments import DNA, Image, SegmentError, Speech, Text, Video, open_segment
 from anytoken.tokenizers.video import fit_clip
+from anytoken.utils.limits import MediaLimitError, media_limits
 
 RED, GREY = (250, 0, 0), (120, 120, 120)
 
@@ -297,6 +299,34 @@ def test_blocks_that_are_short_midway_join_to_all_samples() -> None:
 
     samples, _ = _read_channels(Damaged(), None, "a.mp3")
     assert samples.tolist() == [5] * 5 + [2] * 2 + [4] * 4
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("webm", "libopus"), ("mp4", "aac")])
+def test_recordings_of_browsers_are_speech(suffix: str, codec: str) -> None:
+    """Browsers record webm or mp4, with the pair of channels of the microphone."""
+    tone, file = np.sin(np.arange(24_000) / 48_000 * 2 * np.pi * 440).astype(np.float32) / 2, io.BytesIO()
+    with av.open(file, "w", suffix) as container:
+        stream = container.add_stream(codec, rate=48_000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(np.stack([tone, -tone]), "fltp", "stereo")
+        frame.sample_rate = 48_000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    data = file.getvalue()
+    clip = Speech.open(data)
+    assert clip.sample_rate_hz == 48_000 and abs(clip.seconds - 0.5) < 0.05
+    assert 0.2 < np.sqrt(np.square(clip.samples[4_800:-4_800]).mean()) < 0.45, (
+        "opposite phases are not silence"
+    )
+    with media_limits(max_seconds=0.2), pytest.raises(MediaLimitError, match="max_seconds"):
+        Speech.open(data)
+    for damaged in (data[: len(data) // 3], data[:64]):
+        with suppress(SegmentError):
+            Speech.open(damaged)
+
+
+def test_a_film_without_sound_is_no_speech(tmp_path: Path) -> None:
+    with pytest.raises(SegmentError, match="holds no sound"):
+        Speech.open(Video(np.stack([corner()] * 2)).save(tmp_path / "silent.mp4"))
 
 
 # ---- where media come from ----

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import quantiles
 from typing import Any
@@ -68,27 +68,39 @@ def running_server(
 
 
 def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int) -> Figures:
-    """One row per load; EvaluationError if any request is lost or fails otherwise than by 429."""
+    """One row per load; EvaluationError if any request is lost or fails otherwise than by 429.
+
+    memory_mb: the server's resident memory before, halfway through and after the many clients' requests.
+    """
     with running_server(model, clients, clients) as (url, pid):
-        asyncio.run(_load(url, prompt, kind, 1, 2))  # warm-up
-        before = _megabytes(pid)
+        asyncio.run(_load(url, prompt, kind, clients, 2 * clients))  # warm-up
         alone = asyncio.run(_load(url, prompt, kind, 1, max(2, requests // clients)))
-        together = asyncio.run(_load(url, prompt, kind, clients, requests))
+        memory = [_megabytes(pid)]
+        together = asyncio.run(
+            _load(url, prompt, kind, clients, requests, lambda: memory.append(_megabytes(pid)))
+        )
+        memory.append(_megabytes(pid))
         overload = asyncio.run(_load(url, prompt, kind, 4 * clients, 4 * clients))
-        after = _megabytes(pid)
     rows = [alone, together, overload]
     for row in rows:
         row["speed"] = row["requests/s"] / alone["requests/s"]
         if row["answered"] + row["refused"] != row["requests"] or (row is not overload and row["refused"]):
             raise EvaluationError(f"Requests were lost or failed: {row}")
     return {
-        "model": model, "prompt": prompt, "output": kind, "memory_mb": [before, after],
+        "model": model, "prompt": prompt, "output": kind, "memory_mb": memory,
         "cores": os.cpu_count(), "rows": rows,
     }  # fmt: skip
 
 
-async def _load(url: str, prompt: str, kind: str, clients: int, requests: int) -> dict[str, Any]:
-    """Send `requests` requests from `clients` clients at once and time each."""
+async def _load(
+    url: str,
+    prompt: str,
+    kind: str,
+    clients: int,
+    requests: int,
+    halfway: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Send `requests` requests from `clients` clients at once and time each; `halfway` is called in the middle."""
     import httpx
 
     numbers = iter(range(requests))
@@ -98,6 +110,8 @@ async def _load(url: str, prompt: str, kind: str, clients: int, requests: int) -
     async def client(http: httpx.AsyncClient) -> None:
         nonlocal refused
         for number in numbers:
+            if number == requests // 2:
+                halfway()
             body = {
                 "model": "bench", "messages": [{"role": "user", "content": prompt}], "modalities": [kind],
                 "seed": number,

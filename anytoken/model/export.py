@@ -44,6 +44,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+# Where a reply begins and ends in the decoded text: `transformers serve` would look for Qwen's own marks otherwise.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {"content": {"close": "<|end|>", "content": "text"}},
+}
+
 
 def export_qwen3_moe(checkpoint: Path, out: Path) -> None:
     """Write the model of a checkpoint folder to the empty folder `out` as a stock Qwen3-MoE, in its stored dtype.
@@ -116,6 +123,7 @@ def serving_tokenizer(checkpoint: Path, space: TokenSpace) -> PreTrainedTokenize
         eos_token=serving_name(space, space.end),
         pad_token=serving_name(space, space.pad),
         chat_template=CHAT_TEMPLATE,
+        response_template=RESPONSE_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 

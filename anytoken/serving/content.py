@@ -50,7 +50,8 @@ Messages = list[dict[str, Any]]
 def read_messages(messages: Sequence[Mapping[str, Any]], settings: ServerSettings) -> Messages:
     """Messages of a request as the processor takes them: {"role", "content": [Segment, ...]}.
 
-    BadRequest names the message and part that is wrong. "developer" is another word for "system".
+    BadRequest names the message and part that is wrong. "developer" is another word for "system". An assistant's
+    message without content is left out.
     """
     if not messages:
         raise BadRequest("messages is empty: send at least one message.", "messages")
@@ -68,6 +69,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]], settings: ServerSetting
         ]
         segments += _answered_media(message, where, settings)
         segments = [one for one in segments if not (isinstance(one, Text) and not one.text)]
+        if not segments and message["role"] == "assistant":
+            continue  # chat pages keep only the text of a reply, and of an image there is none
         if not segments:
             raise BadRequest(f"{where} is empty: give it a text or a medium.", f"{where}.content")
         role = {"developer": "system"}.get(message["role"], message["role"])

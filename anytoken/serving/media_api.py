@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from PIL import ImageOps
+from PIL.Image import Resampling
 
-from anytoken.segments import Speech, Text
+from anytoken.segments import Image, Speech, Text
 from anytoken.serving.chat_api import usage
 from anytoken.serving.content import AUDIO_TYPES, audio_bytes, png
 from anytoken.serving.errors import FAILURES, BadRequest, media_error
@@ -20,19 +22,25 @@ from anytoken.tokenizers.image import PATCH_PX
 from anytoken.utils.limits import media_limits
 
 router = APIRouter(prefix="/v1", tags=["media"])
+MAX_SIDE = 2048  # pixels of an image that is scaled for a client
 
 
 @router.post("/images/generations", responses=FAILURES)
 async def images(body: ImageBody, request: Request) -> dict[str, Any]:
-    """Images for a prompt, as base64 PNG (or, with response_format "url", as data URLs)."""
+    """Images for a prompt, as base64 PNG (or, with response_format "url", as data URLs).
+
+    A `size` that the tokenizer does not make is scaled from the size that the model chooses.
+    """
     service = service_of(request)
     service.check_model(body.model)
     _check_kind(service, "image")
     prompt = await service.encode([Message(role="user", content=body.prompt)])
-    sizes = _grid(service, body.size)
-    pending = await service.submit(body, prompt, ["image"], body.n, sizes=sizes)
+    pixels = _pixels(body.size)
+    grid = _grid(service, pixels)
+    pending = await service.submit(body, prompt, ["image"], body.n, sizes=grid and {"image": grid})
     replies = await service.replies(pending, request)
-    encoded = await asyncio.to_thread(lambda: [png(reply.images[0]) for reply in replies])
+    scaled = pixels if grid is None else None
+    encoded = await asyncio.to_thread(lambda: [png(_scaled(reply.images[0], scaled)) for reply in replies])
     if body.response_format == "url":
         data = [{"url": f"data:image/png;base64,{one}"} for one in encoded]
     else:
@@ -46,23 +54,37 @@ async def images(body: ImageBody, request: Request) -> dict[str, Any]:
     return {"created": int(time.time()), "data": data, "usage": tokens}
 
 
-def _grid(service: Service, size: str | None) -> dict[str, tuple[int, ...]] | None:
-    """The grid of codes for a size in pixels; BadRequest for one that the tokenizer does not make."""
+def _pixels(size: str | None) -> tuple[int, int] | None:
+    """Width and height of a size such as "512x512", None if the model decides; BadRequest for one out of range."""
     if size in (None, "auto"):
         return None
     assert size is not None
+    width, height = map(int, size.split("x"))
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise BadRequest(f"size is from 1 to {MAX_SIDE} pixels per side; received {size!r}.", "size")
+    return width, height
+
+
+def _grid(service: Service, pixels: tuple[int, int] | None) -> tuple[int, ...] | None:
+    """The grid of codes that makes an image of just this width and height, None if there is none."""
     tokenizer = service.model.processor.tokenizers["image"]
+    if pixels is None:
+        return None
     assert isinstance(tokenizer.shape, CodeGrid)
     patch = getattr(tokenizer, "patch", PATCH_PX)  # pretrained codecs have their own
-    width, height = map(int, size.split("x"))
+    width, height = pixels
     grid = (height // patch, width // patch)
     limits = zip(grid, tokenizer.shape.min_size, tokenizer.shape.max_size, strict=True)
-    if width % patch or height % patch or not all(low <= n <= high for n, low, high in limits):
-        most = " x ".join(str(n * patch) for n in tokenizer.shape.max_size)
-        raise BadRequest(
-            f"size is a multiple of {patch} pixels per side, at most {most}; received {size!r}.", "size"
-        )
-    return {"image": grid}
+    whole = not (width % patch or height % patch)
+    return grid if whole and all(low <= n <= high for n, low, high in limits) else None
+
+
+def _scaled(image: Image, pixels: tuple[int, int] | None) -> Image:
+    """The image at another width and height: scaled, with its corner's color around it where the shape differs."""
+    if pixels is None:
+        return image
+    picture = image.to_pil()
+    return Image.open(ImageOps.pad(picture, pixels, Resampling.BICUBIC, picture.getpixel((0, 0))))
 
 
 @router.post("/audio/speech", responses=FAILURES)

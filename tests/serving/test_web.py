@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 import zipfile
 
 import numpy as np
@@ -15,6 +16,7 @@ from anytoken.segments import DNA, Speech, Text, Video, open_segment
 from anytoken.serving.web.page import build_page, examples, words_of
 from anytoken.serving.web.runs import RunError, find_runs, run_view
 from anytoken.serving.web.session import PageError, Session, read_file, settings_of
+from anytoken.serving.web.shared import SharedModel
 from anytoken.serving.web.tokens import token_view
 from anytoken.training.metrics import MetricsLog
 
@@ -71,6 +73,37 @@ def test_a_reply_that_is_stopped_leaves_the_message(session):
     assert [turn.role for turn in session.chat.turns] == ["user"]
     _, last = finish(session.answer(seed=0))
     assert isinstance(last[-1].segment, Speech)
+
+
+def test_visitors_are_answered_at_the_same_time(mini, tmp_path):
+    shared = SharedModel(mini)
+    wanted = {"a fox, 3d": ["image"], "an owl, flat": ["text", "image"]}
+    sessions = {words: Session(shared, tmp_path) for words in wanted}
+    views = {}
+    for words, kinds in wanted.items():
+        sessions[words].say(words, [], kinds)
+        views[words] = sessions[words].answer(seed=1)
+        next(views[words])  # nothing of the reply, which begins with the next one
+        next(views[words])
+    assert shared.worker.load == (2, 0), "both replies are in the batch"
+    for words, kinds in wanted.items():
+        _, last = finish(views[words])
+        assert [part.segment for part in last[1:]] == mini.generate(words, output=kinds, seed=1).segments
+
+
+def test_a_visitor_who_stops_or_fails_frees_the_place(mini, tmp_path):
+    shared = SharedModel(mini)
+    session = Session(shared, tmp_path)
+    session.say("fox, voice slt", [], ["speech"])
+    views = session.answer(seed=0)
+    next(views), next(views)
+    views.close()
+    with pytest.raises(ValueError, match="max_new_tokens is 3"):
+        list(session.answer(max_new_tokens=3))
+    until = time.monotonic() + 10
+    while shared.worker.load != (0, 0):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_conversations_are_kept_apart_and_saved(mini, session, tmp_path):

@@ -6,6 +6,7 @@ Skipped without Chromium (Debian: chromium) or playwright. ANYTOKEN_SCREENSHOTS=
 import os
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 800}
 WAIT = 60_000  # ms, for a busy machine
 NAMELESS = """all => all.filter(one => one.checkVisibility() && !(one.ariaLabel || one.title || one.innerText.trim()
   || one.labels?.length)).map(one => one.outerHTML)"""
+
+FOCUSED = r"""() => {
+  const one = document.activeElement
+  const around = [one, one.closest("label")].filter(Boolean).map(it => getComputedStyle(it))
+  const shown = around.some(it => it.outlineStyle != "none" && parseFloat(it.outlineWidth) > 1)
+  if (one == document.body) return [null, true]
+  return [one.ariaLabel || one.innerText.trim().split("\n")[0] ||
+    one.labels?.[0]?.innerText.trim() || one.tagName, shown]
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +71,10 @@ def visit(address, tmp_path_factory):
         page.locator("#box textarea").wait_for()
 
         def shoot(name):
-            for size, end in ((PHONE, "phone"), (DESKTOP, "desktop")):
+            for size, scheme in product((PHONE, DESKTOP), ("dark", "light")):
                 page.set_viewport_size(size)
-                page.screenshot(path=shots / f"{name}-{end}.png")
+                page.emulate_media(color_scheme=scheme)
+                page.screenshot(path=shots / f"{name}-{'phone' if size is PHONE else 'desktop'}-{scheme}.png")
 
         yield page, shoot
         browser.close()
@@ -181,3 +192,51 @@ def test_a_visit(address, visit):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.outside == []
+
+
+def test_two_tabs_at_once(address, visit):
+    """A short reply in a second tab comes while the first tab's long one is being made."""
+    first, _ = visit
+    first.goto(address[0])
+    second = first.context.browser.new_page(viewport=DESKTOP)
+    second.set_default_timeout(WAIT)
+    second.goto(address[0])
+    for page, kinds in ((first, ("speech", "video", "dna")), (second, ("text",))):
+        page.locator("#box textarea").wait_for()
+        for one in kinds:
+            kind(page, one)
+    say(first, "a fox")
+    first.locator("#chat .bot").wait_for()
+    say(second, "a fox")
+    second.locator("#chat .bot").wait_for()
+    idle(second)
+    assert first.locator("#box").get_by_label("Submit").count() == 0, "the first reply is still being made"
+    idle(first)
+    assert all(first.locator(f"#chat .bot {one}").count() == 1 for one in ("audio", "video", ".dna"))
+    assert second.locator("#chat .bot").inner_text().strip()
+    second.close()
+
+
+def test_by_keyboard_alone(address, visit):
+    """From the message field, Tab reaches what else there is, and each control that has the focus shows it."""
+    page, _ = visit
+    page.goto(address[0])
+    page.locator("#box textarea").wait_for()
+    page.locator("#box textarea").focus()
+    reached = []
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        name, outlined = page.evaluate(FOCUSED)
+        if name is None:  # past the last one
+            break
+        assert outlined, f"{name} has the focus and does not show it"
+        reached.append(name)
+        if name == "image":
+            page.keyboard.press("Space")
+    assert page.locator("#kinds").get_by_label("image", exact=True).is_checked()
+    assert {"text", "image", "speech", "Settings"} <= set(reached), reached
+    page.locator("#box textarea").focus()
+    page.keyboard.type("a fox, 3d")
+    page.keyboard.press("Enter")
+    page.locator("#chat .bot img").wait_for()
+    idle(page)

@@ -3,8 +3,8 @@
     anytoken web mini
     anytoken web runs/4_instruct --run runs
 
-One reply is made at a time; other visitors wait in Gradio's queue and see their place in it. Nothing is loaded from
-other sites, and nothing is reported to any.
+Replies of several visitors are decoded together; further ones wait in Gradio's queue and see their place in it. Nothing
+is loaded from other sites, and nothing is reported to any.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from anytoken.serving.settings import ServerSettings
 from anytoken.serving.web import runs, tokens
 from anytoken.serving.web.runs import find_runs, run_view
 from anytoken.serving.web.session import PageError, Part, Session, read_file, settings_of
+from anytoken.serving.web.shared import MAX_REPLIES, SharedModel
 from anytoken.serving.web.tokens import token_view
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ CSS = f"""
 .gradio-container{{width:100%;max-width:960px !important;margin:auto}}
 #chat{{height:max(300px,calc(100dvh - 490px)) !important}}
 #bar{{flex-wrap:nowrap;align-items:end;gap:.5rem}}#head h1{{font-size:1.3rem;margin:0}}#head p{{margin:.1rem 0}}
+#bar input{{padding-right:1.6rem;text-overflow:ellipsis}}
+:focus-visible,label:has(:focus-visible){{outline:2px solid var(--color-accent) !important;outline-offset:1px}}
 #chat figure{{margin:0}}#chat figcaption{{font-size:.8rem;opacity:.75;margin-top:.2rem}}
 #chat figure img,#chat figure video{{width:min(256px,60vw);height:auto;border-radius:8px;display:block}}
 #chat audio{{width:min(320px,64vw);display:block}}
@@ -184,7 +187,7 @@ class _Chat:
     """The chat tab: its components, and what they do."""
 
     def __init__(self, model: AnyToken, root: Path) -> None:
-        self.model, self.root = model, root
+        self.model, self.root = SharedModel(model), root
         self.examples = examples(model)
         self.session = gr.State(None, time_to_live=KEPT_SECONDS, delete_callback=_close)
         with gr.Row(elem_id="bar"):
@@ -227,7 +230,7 @@ class _Chat:
         asked = [self.kinds, *self.settings]
         model: dict[str, Any] = {
             "concurrency_id": "model",
-            "concurrency_limit": 1,
+            "concurrency_limit": MAX_REPLIES,
             "show_progress": "hidden",
             "api_visibility": "private",
         }
@@ -410,7 +413,8 @@ def _build_tokens(model: AnyToken, session: gr.State, tab: gr.Tab) -> None:
         return token_view(model, [token for segment in segments for token in model.tokenize(segment)])
 
     options: dict[str, Any] = {
-        "concurrency_id": "model",
+        "concurrency_limit": 1,
+        "concurrency_id": "tokens",
         "show_progress": "minimal",
         "api_visibility": "private",
     }

@@ -1,0 +1,58 @@
+"""One model for all visitors of a page: their replies are decoded together, in the batch of one worker."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import time
+from collections.abc import Generator, Sequence
+
+from anytoken.inference.api import AnyToken
+from anytoken.inference.outputs import GenerationOutput, count_usage
+from anytoken.inference.scheduler import Token
+from anytoken.inference.streaming import Event, SegmentStream
+from anytoken.serving.worker import Job, Worker
+
+MAX_REPLIES = 8  # decoded together; further visitors wait in the page's queue
+REPLY_SECONDS = 600.0  # the longest that a reply may take
+
+
+class SharedModel(AnyToken):
+    """A model whose streamed replies join the running batch of a worker; all else is the model's own."""
+
+    def __init__(self, model: AnyToken) -> None:
+        """Starts the worker, a daemon thread that waits for replies to make."""
+        assert model.engine and model.adapters  # made at first use: here, so that they are shared
+        vars(self).update(vars(model))
+        self.worker = Worker(model, MAX_REPLIES, MAX_REPLIES)
+        self.worker.start()
+
+    def stream_ids(  # type: ignore[override]
+        self, prompt: Sequence[int], output: object = None, prefixes: object = None, **options: object
+    ) -> Generator[Event, None, GenerationOutput]:
+        """As `AnyToken.stream_ids`, but what does not fit is raised by the first event."""
+        request = self.request(output, **options)  # type: ignore[arg-type]
+        request["seed"] = secrets.randbits(63) if request["seed"] is None else request["seed"]
+        return self._follow(prompt, {**request, "prefixes": prefixes, "draw": 0})
+
+    def _follow(
+        self, prompt: Sequence[int], options: dict[str, object]
+    ) -> Generator[Event, None, GenerationOutput]:
+        began, segments, ids = time.perf_counter(), SegmentStream(self.processor), list[int]()
+        tokens: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
+        job = Job(prompt, options, tokens.put, time.monotonic() + REPLY_SECONDS, self.adapters.active)
+        self.worker.submit([job])
+        reason: str | None = None
+        try:
+            while reason is None:
+                token = tokens.get()
+                if isinstance(token, Exception):
+                    raise token
+                ids.append(token.id)
+                reason = token.finish_reason
+                yield from segments.push(token.id)
+        finally:  # also when the visitor stops it or leaves
+            self.worker.cancel(job)
+        usage = count_usage(self.token_space, len(prompt), ids, time.perf_counter() - began)
+        yield usage
+        return GenerationOutput(segments.segments, ids, usage, reason)
