@@ -36,10 +36,10 @@ async def images(body: ImageBody, request: Request) -> dict[str, Any]:
     _check_kind(service, "image")
     prompt = await service.encode([Message(role="user", content=body.prompt)])
     pixels = _pixels(body.size)
-    grid = _grid(service, pixels)
-    pending = await service.submit(body, prompt, ["image"], body.n, sizes=grid and {"image": grid})
+    sizes = _grid(service, pixels)
+    pending = await service.submit(body, prompt, ["image"], body.n, sizes=sizes)
     replies = await service.replies(pending, request)
-    scaled = pixels if grid is None else None
+    scaled = pixels if sizes is None else None
     encoded = await asyncio.to_thread(lambda: [png(_scaled(reply.images[0], scaled)) for reply in replies])
     if body.response_format == "url":
         data = [{"url": f"data:image/png;base64,{one}"} for one in encoded]
@@ -65,7 +65,7 @@ def _pixels(size: str | None) -> tuple[int, int] | None:
     return width, height
 
 
-def _grid(service: Service, pixels: tuple[int, int] | None) -> tuple[int, ...] | None:
+def _grid(service: Service, pixels: tuple[int, int] | None) -> dict[str, tuple[int, ...]] | None:
     """The grid of codes that makes an image of just this width and height, None if there is none."""
     tokenizer = service.model.processor.tokenizers["image"]
     if pixels is None:
@@ -76,15 +76,15 @@ def _grid(service: Service, pixels: tuple[int, int] | None) -> tuple[int, ...] |
     grid = (height // patch, width // patch)
     limits = zip(grid, tokenizer.shape.min_size, tokenizer.shape.max_size, strict=True)
     whole = not (width % patch or height % patch)
-    return grid if whole and all(low <= n <= high for n, low, high in limits) else None
+    return {"image": grid} if whole and all(low <= n <= high for n, low, high in limits) else None
 
 
 def _scaled(image: Image, pixels: tuple[int, int] | None) -> Image:
     """The image at another width and height: scaled, with its corner's color around it where the shape differs."""
     if pixels is None:
         return image
-    picture = image.to_pil()
-    return Image.open(ImageOps.pad(picture, pixels, Resampling.BICUBIC, picture.getpixel((0, 0))))
+    corner = tuple(image.pixels[0, 0].tolist())
+    return Image.open(ImageOps.pad(image.to_pil(), pixels, Resampling.BICUBIC, corner))
 
 
 @router.post("/audio/speech", responses=FAILURES)

@@ -27,7 +27,7 @@ class SharedModel(AnyToken):
         self.worker = Worker(model, MAX_REPLIES, MAX_REPLIES)
         self.worker.start()
 
-    def stream_ids(  # type: ignore[override]
+    def stream_ids(
         self, prompt: Sequence[int], output: object = None, prefixes: object = None, **options: object
     ) -> Generator[Event, None, GenerationOutput]:
         """As `AnyToken.stream_ids`, but what does not fit is raised by the first event."""
