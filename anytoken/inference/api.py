@@ -85,7 +85,7 @@ class Options(TypedDict, total=False):
 
 
 class AnyToken:
-    """A language model over all modalities with its processor: segments in, segments out."""
+    """A language model over all modalities, `lm`, with its `processor`: segments in, segments out."""
 
     def __init__(
         self, lm: PreTrainedModel, processor: Processor, sampling: Mapping[str, Sampling] | None = None
@@ -325,8 +325,8 @@ class AnyToken:
     ) -> Generator[Event, None, GenerationOutput]:
         """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
 
-        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
-        picture so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
+        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (audio before the clip has ended), SegmentPreview (an
+        image so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
         not fit is raised before the first event. Closing the generator ends the work and frees its memory.
         """
         return self.stream_ids(self.encode_prompt(prompt), output, **options)
@@ -520,7 +520,7 @@ class AnyToken:
         """Prompts of any kinds as unit vectors, float32 [N, W]; with tokens=True a list of [T, W], one per prompt.
 
         prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
-        single one, which is a list of one. tokens: a vector per content token instead. width: the first so many
+        single one, which is a list of one. tokens: a vector per content token instead. width: the first N
         dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
         then vectors are means of the last hidden states. ValueError (EmbeddingError, RequestError) says what does not
         fit.

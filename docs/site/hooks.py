@@ -1,13 +1,14 @@
 """What the documentation site adds to MkDocs: pages from all over the repository, and diagrams without JavaScript.
 
-Pages keep their path in the repository, so a link that works in a checkout works on the site. Links to files that are not
-on the site, such as recipes, become their path.
+Pages keep their path in the repository, so a link that works in a checkout works on the site. Links to files that are
+not on the site, such as recipes, become their path.
 """
 
 import re
 from pathlib import Path
 from posixpath import dirname, join, normpath
 from typing import Any
+from zlib import crc32
 
 import mmdr
 from mkdocs.config.defaults import MkDocsConfig
@@ -17,9 +18,9 @@ from pymdownx.superfences import SuperFencesException
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
-    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LOG.md", "docs/*.md", "docs/**/*.png", "docs/**/*.css", "docs/**/*.json",
-    "stages/**/*.md", "stages/**/*.svg", "tokenizers/**/*.md", "tokenizers/**/*.png", "tokenizers/**/*.svg",
-    "anytoken/pretrained/*/README.md",
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LOG.md", "anytoken/pretrained/*/README.md",
+    "docs/*.md", "docs/**/*.png", "docs/**/*.css", "docs/**/*.json", "stages/**/*.md", "stages/**/*.svg",
+    "tokenizers/**/*.md", "tokenizers/**/*.png", "tokenizers/**/*.svg",
 )  # fmt: skip
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#:]+)\)")
 
@@ -34,7 +35,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def diagram(source: str, *_: Any, **__: Any) -> str:
     """A mermaid diagram as SVG; the build fails if it cannot be drawn."""
     try:
-        return f'<div class="diagram">{mmdr.render(source, backend="mermaid-rs-renderer").svg()}</div>'
+        svg = mmdr.render(source, backend="merman").svg()
+        name = f"diagram-{crc32(source.encode())}"  # of its ids, which are to be unique on a page
+        return f'<div class="diagram">{svg.replace("merman", name)}</div>'
     except Exception as error:
         raise SuperFencesException(f"{error} in the diagram\n{source}") from error
 
