@@ -36,6 +36,6 @@ def test_every_public_name_is_in_the_api_reference():
 @pytest.mark.parametrize("name", API)
 def test_the_api_reference_is_worded_like_the_other_pages(name):
     thing = pkgutil.resolve_name(name)
-    members = vars(thing).values() if isinstance(thing, type) else ()
-    docs = [thing.__doc__, *(getattr(one, "__doc__", None) for one in members)]
+    members = vars(thing).items() if isinstance(thing, type) else ()
+    docs = [thing.__doc__, *(one.__doc__ for name, one in members if not name.startswith("_"))]
     assert thing.__doc__ and refused(prose("\n\n".join(doc for doc in docs if doc))) == []
