@@ -1,6 +1,7 @@
 # Every target works alone on a fresh clone: it makes .venv and installs into it first, once.
 #   make test    the default test suite        make demo   every direction of the bundled model -> out/demo
-#   make check   format, lint, types           make fix    let ruff mend what it can
+#   make check   format, lint, types, docs     make fix    let ruff mend what it can
+#   make docs    the documentation site -> out/site
 #   make bench   decoding beside transformers' generate
 # No system package is needed beyond Python 3.11+ with its venv module (Debian: python3-venv). Building the raw
 # data sets also needs flite, espeak-ng and npm. Tests that use those engines, or drive the web page in a browser
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: setup demo test test-slow check fix bench clean
+.PHONY: setup demo test test-slow check docs fix bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -35,10 +36,14 @@ test-slow: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/anytoken demo --out out/demo
 
-check: $(STAMP)
+check: $(STAMP) docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Broken links, unknown names in the API reference and pages outside the navigation are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 bench: $(STAMP)
 	$(BIN)/anytoken bench generate

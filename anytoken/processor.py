@@ -289,7 +289,7 @@ class Processor:
         return self._turn_ids({"role": "assistant", "content": [open_() for open_ in opens]})[1:]
 
     def encode_training(self, messages: Any) -> tuple[list[int], list[bool]]:
-        """A conversation as ids, and for each id whether it is to be learnt: the assistant's content and end ids."""
+        """A conversation as ids, and for each id whether it is a target: the assistant's content and end ids."""
         ids, learn = [self.token_space.bos], [False]
         for message in self.messages(messages):
             turn = self._turn_ids(message)
@@ -307,7 +307,7 @@ class Processor:
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write token_space.json, text_tokenizer/ and tokenizers/<kind>/; weights as `dtype` if given.
 
-        Their fingerprints stand beside them: another tokenizer of the same shape would go unnoticed otherwise.
+        Their fingerprints are saved with them: another tokenizer of the same shape would go unnoticed otherwise.
         """
         folder = Path(folder)
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")

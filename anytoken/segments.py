@@ -114,7 +114,7 @@ class Text(Segment):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Image(Segment):
-    """A picture: `pixels` uint8 [H, W, 3], RGB."""
+    """An image: `pixels` uint8 [H, W, 3], RGB."""
 
     pixels: np.ndarray
     kind: ClassVar[str] = "image"
@@ -137,10 +137,10 @@ class Image(Segment):
 
     @classmethod
     def open(cls, source: Given | Picture.Image | np.ndarray) -> Image:
-        """A picture from a path, encoded bytes, a binary file, a PIL image or an array.
+        """An image from a path, encoded bytes, a binary file, a PIL image or an array.
 
-        EXIF orientation is applied, transparency is flattened on white, grey and palette pictures become RGB; of an
-        animation it is the first picture.
+        EXIF orientation is applied, transparency is flattened on white, gray and palette images become RGB; of an
+        animation it is the first frame.
         """
         if isinstance(source, np.ndarray):
             return cls(source)
@@ -158,7 +158,7 @@ class Image(Segment):
         return write_file(path, lambda scratch: self.to_pil().save(scratch, **options), sync=False)
 
     def resize(self, height: int, width: int) -> Image:
-        """The picture at another size (Lanczos); itself if it already has it."""
+        """The image at another size (Lanczos); itself if it already has it."""
         if (height, width) == (self.height, self.width):
             return self
         return Image(np.asarray(self.to_pil().resize((width, height), Picture.Resampling.LANCZOS)))
@@ -184,7 +184,7 @@ class Image(Segment):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Speech(Segment):
-    """Sound: `samples` float32 [T] mono in [-1, 1] at `sample_rate_hz`.
+    """Audio: `samples` float32 [T] mono in [-1, 1] at `sample_rate_hz`.
 
     Integer samples of 8, 16 or 32 bits, as wav files hold them, are scaled by their range.
     """
@@ -211,7 +211,7 @@ class Speech(Segment):
 
     @classmethod
     def open(cls, source: Given) -> Speech:
-        """Sound from a wav, flac, ogg or mp3 file or its bytes, or of a webm, m4a or mp4, at its own rate.
+        """Audio from a wav, flac, ogg or mp3 file or its bytes, or of a webm, m4a or mp4, at its own rate.
 
         Channels are averaged; where that cancels them, as in opposite phase, the loudest one is taken. Of a wav or
         mp3 that was cut short, what is there is read: these formats are made to be streamed.
@@ -232,7 +232,7 @@ class Speech(Segment):
         )
 
     def resample(self, sample_rate_hz: int) -> Speech:
-        """The sound at another rate (windowed sinc, torchaudio); itself if it already has it.
+        """The audio at another rate (windowed sinc, torchaudio); itself if it already has it.
 
         The filter holds a row for each term of the ratio of the rates, so a ratio of large terms (44,101 to 16,000
         Hz would be gigabytes) is rounded to terms of at most 1,000: speed and pitch change by less than 0.1 %,
@@ -265,7 +265,7 @@ class Speech(Segment):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Video(Segment):
-    """Moving pictures without sound: `frames` uint8 [T, H, W, 3], RGB, at `frame_rate_hz`."""
+    """Frames without audio: `frames` uint8 [T, H, W, 3], RGB, at `frame_rate_hz`."""
 
     frames: np.ndarray
     frame_rate_hz: float = 4.0
@@ -287,7 +287,7 @@ class Video(Segment):
 
     @classmethod
     def open(cls, source: Given) -> Video:
-        """Frames of an mp4, webm, mov, mkv, gif or animated webp file or its bytes; a still picture is one frame.
+        """Frames of an mp4, webm, mov, mkv, gif or animated webp file or its bytes; a still image is one frame.
 
         Frames are as players show them: upright, with square pixels, at one rate, for which those that are shown for
         longer are repeated. Of a video that would take more than max_decoded_bytes, every second, third... frame is
@@ -441,7 +441,7 @@ class DNA(Segment):
             raise SegmentError(f"{path} holds no sequence; expected FASTA or plain bases.")
 
     def save(self, path: str | Path) -> Path:
-        """Write FASTA, 70 bases a line, compressed if the suffix is .gz."""
+        """Write FASTA, 70 letters per line, compressed if the suffix is .gz."""
         rows = [self.bases[i : i + 70] for i in range(0, len(self.bases), 70)]
         name = " ".join(self.name.splitlines()).strip() or "sequence"  # a header is one line
         data = "\n".join([f">{name}", *rows, ""]).encode()

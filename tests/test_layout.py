@@ -162,7 +162,7 @@ def test_every_dependency_has_a_pin_that_its_range_admits():
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     extras = project["optional-dependencies"]
     wanted = project["dependencies"] + extras["dev"] + extras["eval"] + extras["data"] + extras["quantize"]
-    wanted += extras["search"] + extras["qdrant"]
+    wanted += extras["search"] + extras["qdrant"] + extras["docs"]
     for requirement in map(Requirement, wanted):
         if requirement.name != "anytoken":
             pin = pins[canonicalize_name(requirement.name)]

@@ -4,13 +4,16 @@ import math
 import re
 import shlex
 import subprocess
+import traceback
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from typer.main import get_command
 
+import anytoken
 from anytoken.cli import app
+from anytoken.inference.sampling import sample
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "tokenizers/README.md", "stages/gpu/README.md")
@@ -104,6 +107,23 @@ def test_the_first_example_prints_what_the_page_shows(tmp_path, monkeypatch, cap
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == shown
     assert (tmp_path / "fox.png").is_file()
+
+
+def test_the_path_to_the_line_that_samples_is_what_runs(monkeypatch):
+    """A newcomer reads the listed files in this order; the calls of a real generation go through them."""
+    text = (ROOT / "README.md").read_text().split("From `model.generate()`")[1].split("## ")[0]
+    shown = re.findall(r"^\d\. `(\w+\.py)`", text, re.MULTILINE)
+    stacks = []
+
+    def spied(*arguments):
+        stacks.append([Path(frame.filename) for frame in traceback.extract_stack()])
+        return sample(*arguments)
+
+    monkeypatch.setattr("anytoken.inference.scheduler.sample", spied)
+    anytoken.load("mini").generate("a fox", output="text", max_new_tokens=4)
+    room = ROOT / "anytoken" / "inference"
+    passed = dict.fromkeys(path.name for path in stacks[0] if path.parent == room)
+    assert [*passed, Path(sample.__code__.co_filename).name] == shown and len(shown) <= 4
 
 
 def test_the_table_of_models_has_the_sizes_of_the_checkpoint():

@@ -55,7 +55,7 @@ from anytoken.utils.errors import CheckpointError, RequestError
 
 
 class AnyToken(GenerationMixin):
-    """A language model over all modalities with its processor: segments in, segments out."""
+    """A language model over all modalities, `lm`, with its `processor`: segments in, segments out."""
 
     def __init__(
         self, lm: PreTrainedModel, processor: Processor, sampling: Mapping[str, Sampling] | None = None
@@ -189,7 +189,7 @@ class AnyToken(GenerationMixin):
         """Prompts of any kinds as unit vectors, float32 [N, W]; with tokens=True a list of [T, W], one per prompt.
 
         prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
-        single one, which is a list of one. tokens: a vector per content token instead. width: the first so many
+        single one, which is a list of one. tokens: a vector per content token instead. width: the first N
         dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
         then vectors are means of the last hidden states. ValueError (EmbeddingError, RequestError) says what does not
         fit.

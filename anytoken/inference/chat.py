@@ -224,7 +224,7 @@ class Chat:
     # ---- looking ----
 
     def show(self) -> None:
-        """Show the conversation: in a notebook with pictures and players, elsewhere as lines of text."""
+        """Show the conversation: in a notebook with images and players, elsewhere as lines of text."""
         ipython = sys.modules.get("IPython")
         if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
             import_module("IPython.display").display(self)
@@ -276,7 +276,7 @@ class Chat:
 
     @classmethod
     def load(cls, path: str | Path, model: AnyToken) -> Chat:
-        """Open a saved conversation; with another model's token space its media are tokenized anew.
+        """Open a saved conversation; with another model's token space its media are tokenized again.
 
         RequestError names a file that is missing or damaged.
         """

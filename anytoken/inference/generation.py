@@ -222,8 +222,8 @@ class GenerationMixin:
     ) -> Generator[Event, None, GenerationOutput]:
         """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
 
-        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (sound before the clip has ended), SegmentPreview (a
-        picture so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
+        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (audio before the clip has ended), SegmentPreview (an
+        image so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
         not fit is raised before the first event. Closing the generator ends the work and frees its memory.
         """
         return self.stream_ids(self.encode_prompt(prompt), output, **options)

@@ -59,7 +59,7 @@ class GenerationOutput:
 
     @property
     def images(self) -> list[Image]:
-        """The pictures, in order."""
+        """The images, in order."""
         return self.of(Image)
 
     @property

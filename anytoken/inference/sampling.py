@@ -26,7 +26,7 @@ class Sampling:
     """Sampling settings of one modality.
 
     temperature >= 0 (0 is greedy); top_k >= 0 (0 is off); 0 < top_p <= 1 (1 is off); 0 <= min_p <= 1 (0 is off)
-    keeps ids at least min_p times as probable as the likeliest; repetition_penalty > 0 (1 is off) on ids of the
+    keeps ids at least min_p times as probable as the top one; repetition_penalty > 0 (1 is off) on ids of the
     same kind that the reply already holds; cfg_scale >= 0 (1 is off, larger follows the prompt more closely, at
     the price of a second forward row). RequestError otherwise.
     """
@@ -63,7 +63,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether there is nothing to draw: the likeliest id is always taken."""
+        """Whether there is nothing to draw: the most likely id is always taken."""
         return self.temperature == 0 or self.top_k == 1
 
 

@@ -2,7 +2,7 @@
 
 Text comes in pieces that are whole characters: a token may end inside a UTF-8 sequence, so bytes wait until their
 character is complete. A medium tells how far it is, and shows what it can: a run whose tokenizer decodes spans
-(`ModalityTokenizer.lookahead`) comes piece by piece, sound before the clip has ended; a grid is previewed a few times.
+(`ModalityTokenizer.lookahead`) comes piece by piece, audio before the clip has ended; a grid is previewed a few times.
 A tokenizer that can do neither delivers at the end. Joined text deltas and finished segments are what `generate`
 returns.
 """
@@ -66,11 +66,11 @@ class _Partial:
 
 
 class SegmentDelta(_Partial):
-    """The next piece of the running medium, such as sound: all pieces joined are the finished segment."""
+    """The next piece of the running medium, such as audio: all pieces joined are the finished segment."""
 
 
 class SegmentPreview(_Partial):
-    """How the running medium, such as a picture, looks so far; the next preview or the finished one replaces it."""
+    """How the running medium, such as an image, looks so far; the next preview or the finished one replaces it."""
 
 
 @dataclass(frozen=True)

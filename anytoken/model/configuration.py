@@ -25,7 +25,7 @@ class AnyTokenConfig(Qwen3MoeConfig):
     shared_expert_intermediate_size: width of a dense expert every token passes (0: none).
     num_null_experts: experts that compute nothing, so that a token may take fewer than num_experts_per_tok
         (AdaMoE, arXiv 2406.13233).
-    expert_groups: experts a group, such as {"common": 2, "image": 2}; a token may route to the common group and to
+    expert_groups: experts per group, such as {"common": 2, "image": 2}; a token may route to the common group and to
         its own modality's. Experts lie in the order common, then `modality_names`. None or {} lets every token
         route to every expert.
     modality_boundaries, modality_index: the token space's ranges; an id's modality is

@@ -162,7 +162,7 @@ class ModalityTokenizer(nn.Module):
     def preview(self, codes: Codes) -> Segment:
         """How a grid may look of which only the first codes [N, Q], at least one, are there.
 
-        What is missing repeats the last whole slice of the grid: the latest row of a picture, or step of a clip.
+        What is missing repeats the last whole slice of the grid: the latest row of an image, or step of a clip.
         """
         if not isinstance(self.shape, CodeGrid):
             raise TokenizerError(f"Only a grid has a preview; {self.name} is a run.")
@@ -192,7 +192,7 @@ class ModalityTokenizer(nn.Module):
         return state
 
     def fit(self, source: Path, seed: int) -> None:
-        """What is learnt from data without gradients, before the steps of a training; by default nothing.
+        """What is learned from data without gradients, before the steps of a training; by default nothing.
 
         source: the recipe's `data`, under the folder of the sets.
         """
@@ -211,7 +211,7 @@ class ModalityTokenizer(nn.Module):
         raise TokenizerError(f"{type(self).__name__} does not say what is held out; write its held_out.")
 
     def distortion(self, original: Segment, decoded: Segment) -> dict[str, float]:
-        """How far what came back is from the original, in measures of this modality's own."""
+        """How far the reconstruction is from the original, in measures of this modality's own."""
         return {"exact": float(decoded == original)}
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
@@ -313,8 +313,8 @@ class ModalityTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json and model.safetensors; floating tensors are cast to `dtype` if given.
 
-        Written beside the target and renamed, so an interrupted save leaves nothing half-written. TokenizerError if the
-        folder holds the config.json of something else, such as a language model.
+        Written next to the target and renamed, so an interrupted save leaves nothing half-written. TokenizerError if
+        the folder holds the config.json of something else, such as a language model.
         """
         folder = Path(folder)
         _check_replaceable(folder)

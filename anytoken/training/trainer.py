@@ -368,7 +368,7 @@ def read_progress(state: Path) -> dict[str, Any]:
 
 
 def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
-    """Run a stage and return its output folder; a finished run is kept, an unfinished one goes on.
+    """Run a stage and return its output folder; a finished run is kept, an unfinished one is resumed.
 
     answer: answers the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
     ConfigError if the output folder holds a run with other settings or data; Interrupted if it was asked to stop,
