@@ -34,7 +34,7 @@ def stage(recipe: dict[str, Any]) -> TrainConfig:
 def test_an_explosion_stops_the_run(stage: TrainConfig, every: int) -> None:
     losses = np.concatenate([np.linspace(10, 2, 600), np.full(400, 2.0), np.full(1000, 9.0)])
     with pytest.raises(
-        DivergenceError, match=r"loss exploded.* at step (12[2-6]\d) and has been above 4.* minimum"
+        DivergenceError, match=r"loss exploded.* at step 12[2-4]\d and has been above 3.8\d since step 10\d\d"
     ):
         run(stage, losses + np.random.default_rng(0).normal(0, 0.5, 2000), every)
 

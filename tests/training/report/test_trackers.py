@@ -17,8 +17,11 @@ FAKES = {  # as much of each package as transformers' callback uses; SEEN: what 
 class Run:
     summary, id, name = {}, "1", "1"
     def _label(self, code): pass
-run, config, SEEN = Run(), {}, []
-def init(project, **more): SEEN.append(more)
+run, config, SEEN = None, {}, []
+def init(project, **more):
+    global run
+    run = Run()
+    SEEN.append(more)
 def log(values): SEEN.append(values)
 """,
     "trackio": """
@@ -39,8 +42,9 @@ limits = SimpleNamespace(MAX_PARAM_VAL_LENGTH=250, MAX_PARAMS_TAGS_PER_BATCH=100
 utils = SimpleNamespace(validation=limits)
 def is_tracking_uri_set(): return True
 def get_tracking_uri(): return "here"
-def active_run(): return None
+def active_run(): return SimpleNamespace(info=SimpleNamespace(run_id="1")) if SEEN else None
 def start_run(run_name, nested): SEEN.append({"name": run_name})
+def end_run(): pass
 def log_params(params, synchronous): pass
 def log_metrics(metrics, step, synchronous): SEEN.append({f"train/{name}": one for name, one in metrics.items()})
 """,
