@@ -3,6 +3,7 @@
     stage.yaml           the resolved recipe; a run goes on under no other
     run.json             what was run on what: code, machine, sizes, checksums of the data
     metrics.jsonl        cut back to the length it had at the state a run goes on from
+    tensorboard/         event files, if report_to names it
     report.html          the page to look at, written anew with the log
     samples/step-N.json  replies to the recipe's prompts
     diverged/            the batches of a step whose loss or gradient was not finite
