@@ -114,7 +114,7 @@ def _run_tasks(
     from anytoken.emoji_world.task_files import world_judge
     from anytoken.evaluation.suite import compare as pairs
     from anytoken.evaluation.suite import page, runner
-    from anytoken.evaluation.suite.metrics import Tools
+    from anytoken.evaluation.suite.metric_base import Tools
     from anytoken.evaluation.suite.schema import (
         load_tasks,
     )

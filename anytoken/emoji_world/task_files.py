@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anytoken.emoji_world.directions import Direction, EvalExample
 from anytoken.emoji_world.tasks import EvalDatasets, Parts
-from anytoken.evaluation.suite.metrics import Judge
+from anytoken.evaluation.suite.metric_base import Judge
 from anytoken.evaluation.suite.samples import OTHER, Outcome
 
 

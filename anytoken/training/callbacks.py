@@ -19,7 +19,7 @@ from anytoken.training.interrupts import GracefulStop
 from anytoken.training.lora import LanguageModel, base_model
 from anytoken.training.losses.balanced import CONTROL
 from anytoken.training.losses.modality_integration_rate import integration_rates
-from anytoken.training.metrics import LossMeter, MetricsLog
+from anytoken.training.metrics import LossMeter
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.report.html import HtmlReport
 from anytoken.training.report.samples import Sampler
@@ -38,7 +38,6 @@ class Run(Protocol):
     meter: LossMeter
     stop: GracefulStop
     held_out: Mixture | None
-    metrics_log: MetricsLog
     page: HtmlReport
     sampler: Sampler
 
@@ -55,6 +54,9 @@ class Run(Protocol):
 
     def is_world_process_zero(self) -> bool:
         """Whether this process writes."""
+
+    def log_held_out(self, step: int, report: dict[str, Any]) -> dict[str, float]:
+        """Write one line of held-out metrics; returns them under flat names."""
 
 
 class TrainingCallback(TrainerCallback):
@@ -95,10 +97,11 @@ class TrainingCallback(TrainerCallback):
         self.unsaved = 0.0 if control.should_save else self.unsaved + seconds
         if stage.save_minutes is not None and self.unsaved >= 60 * stage.save_minutes:
             control.should_save, self.unsaved = True, 0.0
-        control.should_log = control.should_log or state.global_step >= schedule.total
+        last = state.global_step >= schedule.total
+        due = last or bool(stage.eval.every and state.global_step % stage.eval.every == 0)
+        control.should_evaluate = due and self.trainer.held_out is not None
+        control.should_log = control.should_log or last or (due and stage.early_stopping is not None)
         with self.trainer.meter.clock_stopped():
-            if stage.eval.every and state.global_step % stage.eval.every == 0:
-                self.evaluate(state.global_step)
             self.sample(state.global_step)
         if schedule.total < stage.steps and state.is_world_process_zero:
             tqdm.write(
@@ -109,21 +112,14 @@ class TrainingCallback(TrainerCallback):
         self.bar.total = min(schedule.total, round(schedule.expected))
         self.bar.update()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        if logs and "groups" in logs:
-            shown = {
-                name: f"{group['loss']:.3f}" for name, group in logs["groups"].items() if name != "control"
-            }
-            self.bar.set_postfix(shown | {"tok/s": f"{logs['tokens_per_second']:.0f}"})
-            if state.is_world_process_zero:
-                self.trainer.page.update()
+    def show(self, entry: dict[str, Any]) -> None:
+        """A line of the log in the bar and on the page."""
+        shown = {name: f"{group['loss']:.3f}" for name, group in entry["groups"].items() if name != "control"}
+        self.bar.set_postfix(shown | {"tok/s": f"{entry['tokens_per_second']:.0f}"})
+        if self.trainer.is_world_process_zero():
+            self.trainer.page.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        every, step = self.trainer.stage.eval.every, state.global_step
-        if step >= self.trainer.schedule.total and not (every and step % every == 0):
-            self.evaluate(step)
         self.bar.close()
 
     def sample(self, step: int) -> None:
@@ -135,14 +131,18 @@ class TrainingCallback(TrainerCallback):
         if due and trainer.is_world_process_zero():
             trainer.sampler.take(step, base_model(trainer.lm))
 
-    def evaluate(self, step: int) -> None:
-        """Losses on the held-out sources, over the same batches every time."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Log the losses on the held-out sources, over the same batches every time; returns them, flat."""
+        if self.trainer.held_out is None:
+            return {}
+        return self.trainer.log_held_out(step, self.held_out_report())
+
+    def held_out_report(self) -> dict[str, Any]:
+        """What the meter says of the held-out batches."""
         trainer = self.trainer
-        if trainer.held_out is None:
-            return
+        assert isinstance(trainer.model, ModelWithLoss) and trainer.held_out is not None
         meter = LossMeter(trainer.meter.names)
         batches = iter(trainer.make_stream(trainer.held_out, trainer.args))
-        assert isinstance(trainer.model, ModelWithLoss)
         model = trainer.model.eval()
         with torch.no_grad():
             for _ in range(trainer.stage.eval.batches):
@@ -153,8 +153,7 @@ class TrainingCallback(TrainerCallback):
         if trainer.stage.eval.modality_integration_rate:
             report["integration"] = self.integration(batch)
         model.train()
-        if trainer.is_world_process_zero():
-            trainer.metrics_log.write({"step": step, "eval": report})
+        return report
 
     def integration(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""

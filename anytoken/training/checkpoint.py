@@ -3,6 +3,7 @@
     stage.yaml           the resolved recipe; a run goes on under no other
     run.json             what was run on what: code, machine, sizes, checksums of the data
     metrics.jsonl        cut back to the length it had at the state a run goes on from
+    tensorboard/         event files, if report_to names it
     report.html          the page to look at, written anew with the log
     samples/step-N.json  replies to the recipe's prompts
     diverged/            the batches of a step whose loss or gradient was not finite
@@ -15,12 +16,14 @@ dropped is renamed first too: half of it is never taken for a state. While the r
 training is a checkpoint folder of its own, which ``init_from`` may name.
 """
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from anytoken.model.embedding_head import FILE as HEAD_FILE
 from anytoken.training.config import (
@@ -31,10 +34,13 @@ from anytoken.utils.errors import ConfigError
 
 STATE_FOLDER = "state"
 KEPT_STATES = 2
+PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
+SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 # Settings that may differ when a run goes on: they do not change what is learnt at a step.
 FREE_SETTINGS = {
     "output", "save_every", "save_minutes", "log_every", "threads", "eval", "max_minutes", "samples", "reference",
-    "distributed", "gradient_checkpointing", "attention", "compile",
+    "distributed", "gradient_checkpointing", "attention", "compile", "report_to", "early_stopping", "keep_best",
+    "loss_guard",
 }  # fmt: skip
 MARKERS = ("config.json", "adapter_config.json")  # moved last: a folder that has one is finished
 
@@ -53,13 +59,18 @@ def step_of(state: Path) -> int:
     return int(state.name.split("-")[1])
 
 
+def read_progress(state: Path) -> dict[str, Any]:
+    """What was noted beside a state."""
+    return json.loads((state / PROGRESS).read_text())
+
+
 def partial_folder(folder: Path) -> Path:
     """Where a run writes what is not whole yet."""
     return folder / STATE_FOLDER / "partial"
 
 
-def commit_checkpoint(folder: Path, step: int) -> None:
-    """Make the written state of a step one that a run can go on from, and drop the oldest."""
+def commit_checkpoint(folder: Path, step: int, kept: Collection[int | None] = ()) -> None:
+    """Make the written state of a step one that a run can go on from, and drop the oldest but for those of ``kept``."""
     written = partial_folder(folder) / f"checkpoint-{step}"
     for path in [*written.rglob("*"), written]:
         flush(path)
@@ -69,7 +80,8 @@ def commit_checkpoint(folder: Path, step: int) -> None:
     written.rename(final)
     flush(final.parent)
     for old in saved_states(folder)[:-KEPT_STATES]:
-        _drop(old)
+        if step_of(old) not in kept:
+            _drop(old)
 
 
 def _drop(state: Path) -> None:
@@ -81,6 +93,16 @@ def clear_partial(folder: Path) -> None:
     """Remove what a kill left half-written or half-removed."""
     for path in [partial_folder(folder), *(folder / STATE_FOLDER).glob("dropped-*")]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def save_error(folder: Path, what: str, error: Exception) -> SaveError:
+    """What to say of a save that failed, after making room by removing its half."""
+    clear_partial(folder)
+    states = saved_states(folder)
+    last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
+    return SaveError(
+        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and run the same command again"
+    )
 
 
 def move_final(folder: Path) -> None:

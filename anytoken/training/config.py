@@ -11,13 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from anytoken import moved
 from anytoken.data.mixture import SamplingSpec, SourceSpec
-from anytoken.utils.errors import ConfigError
-from anytoken.utils.hints import explain
+from anytoken.training.config_parts import (
+    BackboneSpec,
+    ContrastiveSpec,
+    DistributedSpec,
+    EarlyStoppingSpec,
+    EvalSpec,
+    LoraSpec,
+    LossGuardSpec,
+    LossSpec,
+    MoeSpec,
+    OptimizerSpec,
+    SampleSpec,
+    ScheduleSpec,
+)
+from anytoken.training.settings import Settings, override, read_recipe, validated
 
 # What a stage of pairs has no use for.
 PACKED_ONLY = (
@@ -26,207 +38,7 @@ PACKED_ONLY = (
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class OptimizerSpec(_Part):
-    """AdamW, or Muon for hidden matrices and AdamW for the rest. Norms, biases and embeddings have no weight decay."""
-
-    kind: Literal["adamw", "muon"] = Field(
-        default="adamw", description="adamw, or muon for hidden matrices and AdamW for the rest"
-    )
-    lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
-    muon_lr: float = Field(
-        default=0.02,
-        gt=0,
-        description="of hidden matrices [A, B]: times sqrt(max(1, A / B)); the same schedule",
-    )
-    weight_decay: float = Field(
-        default=0.1, ge=0, description="of matrices; norms, biases and embeddings have none"
-    )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment coefficients")
-    eps: float = Field(default=1e-8, description="AdamW's epsilon")
-    grad_clip: float = Field(default=1.0, ge=0, description="maximum gradient norm; 0: no clipping")
-
-
-class ScheduleSpec(_Part):
-    """Learning rate over the steps, or over ``max_minutes`` where they are over first: warm-up, then cosine, WSD (flat,
-    then linear decay) or constant."""
-
-    kind: Literal["cosine", "wsd", "constant"] = Field(
-        default="wsd", description="shape after warm-up: cosine, wsd (flat, then linear decay) or constant"
-    )
-    warmup_steps: int = Field(default=100, ge=0, description="steps of linear warm-up")
-    decay_fraction: float = Field(
-        default=0.2, gt=0, le=1, description="wsd: fraction of the steps that decay"
-    )
-    final_fraction: float = Field(
-        default=0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak"
-    )
-
-
-class LossSpec(_Part):
-    """How the losses of the modalities become one number."""
-
-    modality_weights: Literal["equal", "tokens"] | dict[str, float] = Field(
-        default="equal",
-        description="equal: each modality counts the same; tokens: each id counts the same; or a weight per modality",
-    )
-    control_weight: float = Field(default=0.1, ge=0, description="weight of control ids")
-    grammar_restricted: bool = Field(
-        default=True, description="softmax over the ids the grammar allows, not the whole vocabulary"
-    )
-    loss_on: Literal["assistant", "all"] = Field(
-        default="assistant", description="assistant: replies only; all: prompts too"
-    )
-    z_loss: float = Field(default=1e-4, ge=0, description="coefficient of the logit z-loss")
-
-    @field_validator("loss_on", mode="before")
-    @classmethod
-    def _old_value(cls, value: Any) -> Any:
-        return "all" if value == "everything" else value  # as version 0.1 had it
-
-
-class MoeSpec(_Part):
-    """What keeps the experts' load even: losses, over all tokens and within each modality, or a bias."""
-
-    router_aux_loss: float = Field(
-        default=0.01, ge=0, description="coefficient of the load-balance loss over all tokens"
-    )
-    router_modality_aux_loss: float = Field(
-        default=0.0, ge=0, description="coefficient of the load-balance loss within each modality"
-    )
-    router_z_loss: float = Field(default=1e-3, ge=0, description="coefficient of the router z-loss")
-    expert_bias_rate: float = Field(
-        default=0.0, ge=0, description="step of the balancing bias (arXiv 2408.15664: 0.001); 0: no bias"
-    )
-
-
-class EvalSpec(_Part):
-    """Held-out loss per modality."""
-
-    every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
-    first: bool = Field(default=False, description="also before the first step: what training has to beat")
-    modality_integration_rate: bool = Field(
-        default=False, description="also how far each modality's hidden states lie from text's (MIR)"
-    )
-    batches: int = Field(default=8, ge=1, description="batches per evaluation and source")
-    data: list[SourceSpec] = Field(default=[], description="held-out sources")
-
-
-class SamplePrompt(_Part):
-    """One prompt (text, or content parts as in a conversation) and the kinds of the reply (null: the model decides)."""
-
-    prompt: str | list[dict[str, str]] = Field(description="text, or content parts as in a conversation")
-    output: str | list[str] | None = Field(
-        default=None, description="kind or kinds of the reply; null: the model decides"
-    )
-
-
-class SampleSpec(_Part):
-    """Replies for the report, within a share of the training time."""
-
-    every: int = Field(default=0, ge=0, description="steps between samples; 0: only at the end")
-    prompts: list[SamplePrompt] = Field(default=[], description="prompts to answer in the report")
-    share_of_time: float = Field(
-        default=0.05, gt=0, le=1, description="maximum fraction of the run's time spent on samples"
-    )
-
-
-class LoraSpec(_Part):
-    """A LoRA adapter instead of full training; see ``lora.py``."""
-
-    r: int = Field(default=16, ge=1, description="rank")
-    alpha: int = Field(default=32, ge=1, description="scale: alpha / r")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r), arXiv 2312.03732")
-    dora: bool = Field(default=False, description="magnitude apart from direction, arXiv 2402.09353")
-    start: str | None = Field(
-        default=None, description="an adapter folder with the same settings to start from"
-    )
-    attention: bool = Field(default=True, description="adapt attention projections")
-    experts: bool = Field(default=True, description="adapt expert matrices")
-    router: bool = Field(default=False, description="adapt routers")
-    new_rows: list[str] = Field(
-        default=[], description="modalities, or text, whose vocabulary rows are trained in full"
-    )
-
-
-class ContrastiveSpec(_Part):
-    """An embedding head, trained on pairs; see ``contrastive.py`` for the terms. A view's two sides are a pair."""
-
-    batch: int = Field(default=256, ge=2, description="pairs of one step, of all processes")
-    chunk: int = Field(default=64, ge=1, description="sequences of one forward pass (GradCache)")
-    width: int = Field(default=256, ge=1, description="dimensions of the vectors")
-    widths: list[int] = Field(default=[], description="prefixes that are vectors too (Matryoshka)")
-    temperature: float = Field(default=0.07, gt=0, description="initial value; it is learned")
-    positives: str | None = Field(default=None, description="a key: records with equal values are positives")
-    graded: float = Field(default=0.0, ge=0, description="sharpness of graded targets (CWCL); 0: none")
-    tokenwise: float = Field(default=0.0, ge=0, description="weight of token-wise similarity (FILIP)")
-    intra_modal: float = Field(
-        default=0.0, ge=0, description="weight of consistency within modalities (CyCLIP)"
-    )
-    hard_negatives: float = Field(
-        default=0.0, ge=0, description="how much nearer negatives count for; 0: alike"
-    )
-    noise: float = Field(
-        default=0.0, ge=0, description="how much unlikely pairs are distrusted; 0: not at all"
-    )
-    weight_by: str | None = Field(
-        default=None, description="a key: how much a record's pair counts, 0 or more"
-    )
-    teacher: str | None = Field(
-        default=None, description="'momentum', or a folder with a head; its retrieval is learned too"
-    )
-    teacher_weight: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's loss")
-    momentum: float = Field(default=0.995, ge=0, lt=1, description="of the momentum teacher, per step")
-    compatible: str | None = Field(
-        default=None, description="a folder with an older head, whose indexes stay usable (XBT)"
-    )
-    compatible_weight: float = Field(
-        default=1.0, gt=0, description="weight of the backward-compatibility loss"
-    )
-
-
-class CodecSpec(_Part):
-    """A codec of transformers as a tokenizer; see ``tokenizers/pretrained.py``."""
-
-    source: str = Field(description="a folder or hub id, of the codec or of a model that holds it")
-    config: dict[str, Any] = Field(
-        description="its model_type and the sizes that are not transformers' own, to plan with it without a download"
-    )
-    settings: dict[str, Any] = Field(default={}, description="of the tokenizer: num_codebooks, side_px, ...")
-
-
-class BackboneSpec(_Part):
-    """A language model and codecs from which the checkpoint ``init_from`` is built if it does not exist."""
-
-    model: str = Field(description="a causal language model: a folder or hub id")
-    config: str = Field(description="its configuration, a .json, to plan with it without a download")
-    codecs: dict[str, CodecSpec] = Field(min_length=1, description="codec per modality")
-
-
-class DistributedSpec(_Part):
-    """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
-
-    world_size: int = Field(default=1, ge=1, description="processes the launcher must have started")
-    deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON: stages/scale/deepspeed/*.json")
-    mesh: str | dict[str, Any] | None = Field(
-        default=None,
-        description="FSDP2 and expert parallelism, see ``distributed/fsdp.py``: settings, or stages/scale/mesh/*.json",
-    )
-    ddp_backend: Literal["gloo", "nccl"] | None = Field(
-        default=None, description="process group backend; by default chosen by device"
-    )
-
-    @property
-    def engine(self) -> Literal["deepspeed", "mesh", "ddp"]:
-        """What shares the work; the states of one are not for another."""
-        return "deepspeed" if self.deepspeed else "ddp" if self.mesh is None else "mesh"
-
-
-class TrainConfig(_Part):
+class TrainConfig(Settings):
     """One training run.
 
     ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its
@@ -287,6 +99,12 @@ class TrainConfig(_Part):
     )
     moe: MoeSpec = MoeSpec()
     eval: EvalSpec = EvalSpec()
+    early_stopping: EarlyStoppingSpec | None = None
+    keep_best: bool = Field(
+        default=False,
+        description="export the weights with the lowest held-out bits, of early_stopping.metric if set",
+    )
+    loss_guard: LossGuardSpec | None = LossGuardSpec()
     samples: SampleSpec = SampleSpec()
     reference: str | None = Field(
         default=None, description="metrics.jsonl of a run whose curves the report shows as a reference"
@@ -323,6 +141,9 @@ class TrainConfig(_Part):
         default=None, gt=0, description="also save every N minutes of training"
     )
     log_every: int = Field(default=20, gt=0, description="steps between lines of metrics.jsonl")
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default=[], description="experiment trackers that receive the metrics too"
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; by default PyTorch's own choice"
     )
@@ -355,6 +176,12 @@ class TrainConfig(_Part):
             test = {**train, "path": data["test"], "split": "test" if data["test"] == data["train"] else None}
             recipe["eval"] = {**recipe.get("eval", {}), "data": [test]}
         return recipe
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        listed = value if isinstance(value, list) else [value]
+        return [one for one in listed if one not in (None, "none")]
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -400,6 +227,7 @@ class TrainConfig(_Part):
             )
         self._check_muon()
         self._check_contrastive()
+        self._check_best()
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect together with lora; remove one of them")
         return self
@@ -429,6 +257,16 @@ class TrainConfig(_Part):
             )
         if any(not 1 <= width <= spec.width for width in spec.widths):
             raise ValueError(f"contrastive.widths are from 1 to the width {spec.width}; got {spec.widths}")
+
+    def _check_best(self) -> None:
+        for name in ("early_stopping", "keep_best"):
+            if getattr(self, name) and not (self.eval.data and self.eval.every):
+                raise ValueError(
+                    f"{name} compares held-out losses: it needs eval.data, got {len(self.eval.data)} sources, and "
+                    f"eval.every, got {self.eval.every}; set both, for example data.test=FILE eval.every=100"
+                )
+        if self.keep_best and self.distributed.deepspeed:
+            raise ValueError("keep_best does not work with distributed.deepspeed; leave one of them out")
 
     def _check_muon(self) -> None:
         if self.optimizer.kind != "muon":
@@ -464,24 +302,12 @@ class TrainConfig(_Part):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
         """Read a recipe and apply ``a.b=value`` overrides; ConfigError names whatever is wrong."""
-        path = Path(path)
-        if not path.is_file():
-            raise ConfigError(f"{path} is not a recipe file; give the path of a stage .yaml")
-        try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
-        if not isinstance(recipe, dict):
-            raise ConfigError(f"{path} holds no mapping of stage settings")
-        return cls.from_dict(apply_overrides(recipe, overrides), source=str(path))
+        return cls.from_dict(apply_overrides(read_recipe(path), overrides), source=str(path))
 
     @classmethod
     def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "TrainConfig":
         """Validate a mapping; ConfigError lists every offending key with the value received."""
-        try:
-            return cls.model_validate(recipe)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, cls)}") from None
+        return validated(cls, recipe, source)
 
 
 def _replayed(old: Any, share: Any) -> list[Any]:
@@ -521,41 +347,18 @@ def _warn_of(old: str) -> None:
 
 
 def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set ``a.b.0.c=value`` entries in a copy of a nested recipe; values are read as YAML."""
-    recipe = yaml.safe_load(yaml.safe_dump(recipe, sort_keys=False))  # order is meaning: of ids, for one
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"cannot read override {override!r}; write key=value, for example steps=10")
-        if old := next((one for one in moved.RECIPE_KEYS if f"{name}.".startswith(f"{one}.")), None):
-            _warn_of(old)
-            recipe, name = with_todays_keys(recipe), moved.RECIPE_KEYS[old] + name.removeprefix(old)
-        *parents, last = name.split(".")
-        node: Any = recipe
-        for key in parents:
-            node = _child(node, key, override)
-        if isinstance(node, list):
-            node[_index(node, last, override)] = yaml.safe_load(value)
-        else:
-            node[last] = yaml.safe_load(value)
-    return recipe
+    """A copy of a recipe with ``a.b.0.c=value`` entries set, of which old keys get their names of today."""
+    named = [_named_today(one) for one in overrides]
+    return override(recipe if named == list(overrides) else with_todays_keys(recipe), named)
 
 
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]
-    child = node.setdefault(key, {})
-    if child is None:
-        child = node[key] = {}
-    if not isinstance(child, (dict, list)):
-        raise ConfigError(f"override {override!r}: {key} is a value ({child!r}), not a group of settings")
-    return child
-
-
-def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
-        raise ConfigError(f"override {override!r}: {key!r} is not an index into a list of {len(node)}")
-    return int(key)
+def _named_today(entry: str) -> str:
+    name, equals, value = entry.partition("=")
+    old = next((one for one in moved.RECIPE_KEYS if f"{name}.".startswith(f"{one}.")), None)
+    if old is None:
+        return entry
+    _warn_of(old)
+    return moved.RECIPE_KEYS[old] + name.removeprefix(old) + equals + value
 
 
 if not TYPE_CHECKING:

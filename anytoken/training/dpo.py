@@ -8,7 +8,6 @@ answers to it, in the chat convention; paths start at the file's folder:
      "chosen": [{"type": "image", "image": "a.png"}], "rejected": [{"type": "image", "image": "b.png"}]}
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from anytoken.training.config import (
 )
 from anytoken.training.initialize import checkpoint_folder
 from anytoken.training.lora import lora_config
+from anytoken.training.metrics import MetricsLog
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.json_lines import load_json, numbered_lines
 
@@ -84,8 +84,11 @@ def prefer(init_from: str, pairs: Path, output: Path, spec: DPOArgs | None = Non
     )
     trainer.train()
     trainer.model.save_pretrained(str(output))
-    lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history if "loss" in entry]
-    (output / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    log = MetricsLog(output / "metrics.jsonl")
+    log.rewind(0)
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            log.write(entry)
     return output
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anytoken.model.moe import expert_use
 from anytoken.training.losses.balanced import LossParts, bits
+from anytoken.utils.atomic import write_file
 from anytoken.utils.json_lines import read_json_lines
 
 
@@ -142,6 +143,12 @@ class MetricsLog:
         """Drop all that was written after ``position``."""
         if self.position() > position:
             os.truncate(self.path, position)
+
+    def rewind_to_step(self, step: int) -> None:
+        """Drop all that was written of later steps, for a state that does not know the position."""
+        if self.path.is_file():
+            kept = [entry for entry in read_metrics(self.path) if entry["step"] <= step]
+            write_file(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append one entry; it must hold ``step``."""

@@ -410,11 +410,10 @@ class PairLoop(TrainingCallback):
     trainer: PairTrainer
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> None:
+    def held_out_report(self) -> dict[str, Any]:
         """Losses on batches of the held-out pairs, and recall over all pairs of each view, both ways."""
         trainer = self.trainer
-        if trainer.held_out is None:
-            return
+        assert trainer.held_out is not None
         encoder = trainer.encoder.eval()
         stream = trainer.make_stream(trainer.held_out, trainer.args)
         meter, batches = LossMeter(stream.views), iter(stream)
@@ -426,8 +425,7 @@ class PairLoop(TrainingCallback):
             meter.add(_parts(found.loss, found, batch["view"], len(stream.views), {}), 0)
         report = meter.report() | {"retrieval": self._retrieval(trainer.held_out, encoder)}
         encoder.train()
-        if trainer.is_world_process_zero():
-            trainer.metrics_log.write({"step": step, "eval": report})
+        return report
 
     def _retrieval(self, held_out: Any, encoder: PairEncoder) -> dict[str, dict[str, float]]:
         """By direction: R@1, R@5 and how many items there are to find; the first `HELD_OUT` pairs of each view."""

@@ -12,42 +12,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.training_args import ParallelMode
 
 from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.model.extend_vocab import save_modalities
 from anytoken.processor import Processor
+from anytoken.training.arguments import make_resumable, settled, training_arguments
 from anytoken.training.callbacks import TrainingCallback
 from anytoken.training.checkpoint import (
-    SaveError,
-    begin_from,
-    clear_partial,
+    PROGRESS,
+    SAVE_ERRORS,
     commit_checkpoint,
     is_finished,
-    move_final,
     partial_folder,
+    read_progress,
+    save_error,
     saved_states,
     step_of,
 )
-from anytoken.training.config import (
-    TrainConfig,
-)
-from anytoken.training.distributed.deepspeed import (
-    convert,
-    load_buffers,
-    load_deepspeed_config,
-    no_zero3_init,
-    restore_adamw_groups,
-)
+from anytoken.training.config import TrainConfig
+from anytoken.training.distributed.deepspeed import load_buffers, no_zero3_init, restore_adamw_groups
 from anytoken.training.distributed.fsdp import (
     full_tensor,
     is_sharded,
@@ -58,35 +55,31 @@ from anytoken.training.distributed.fsdp import (
     read_mesh,
     save_optimizer,
 )
+from anytoken.training.early_stopping import EarlyStopping, check_measured, check_metric
 from anytoken.training.initialize import (
     build_init_checkpoint,
     build_model,
-    checkpoint_folder,
     choose_attention,
     enable_expert_bias,
 )
 from anytoken.training.interrupts import FiniteCheck, GracefulStop, Interrupted, Noted, dump_divergence
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
+from anytoken.training.loss_guard import LossGuard
 from anytoken.training.losses.balanced import BalancedLoss
-from anytoken.training.metrics import LossMeter, MetricsLog, read_metrics
+from anytoken.training.metrics import LossMeter, MetricsLog
 from anytoken.training.optim import pcgrad
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
 from anytoken.training.optim.param_groups import parameter_groups, select_trainable
-from anytoken.training.precision import choose_precision
 from anytoken.training.prepare_data import prepare_sources
-from anytoken.training.report.adapter_card import adapter_card
-from anytoken.training.report.html import FACTS, HtmlReport
-from anytoken.training.report.markdown import write_report
+from anytoken.training.report.html import HtmlReport
 from anytoken.training.report.samples import Answer, Sampler
-from anytoken.training.run_metadata import check_same_data, run_facts
+from anytoken.training.report.trackers import check_trackers, scalars, summary_writer
+from anytoken.training.run_folder import begin, export
 from anytoken.training.step import ModelWithLoss, compile_layers, with_layout, worth_compiling
 from anytoken.utils.atomic import write_file
-from anytoken.utils.errors import ConfigError
 
-SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 CHECKED_STEPS = 20  # of a GPU, whose losses are looked at together: looking makes the host wait
-PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
 
 
 class StageTrainer(Trainer):
@@ -94,6 +87,7 @@ class StageTrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: Any
+    control: TrainerControl
 
     def __init__(
         self,
@@ -122,8 +116,12 @@ class StageTrainer(Trainer):
         lm: LanguageModel = model.lm
         context = base_model(lm).config.get_text_config().max_position_embeddings
         self.sampler = Sampler(stage.samples, self.folder, processor, answer, context)
-        self.loop = self.make_loop()
-        super().__init__(model=model, args=arguments, callbacks=[self.loop])
+        self.loop, self.guard = self.make_loop(), LossGuard(stage)
+        self.early = None if stage.early_stopping is None else EarlyStopping(stage, self.schedule)
+        self.best_step: int | None = None  # of the evaluations so far
+        check_metric(arguments.metric_for_best_model, self.meter.names)
+        callbacks: list[TrainerCallback] = [self.loop, self.guard, *([self.early] if self.early else [])]
+        super().__init__(model=model, args=arguments, callbacks=callbacks)
         if arguments.process_index:  # its tokens get noise of their own
             torch.manual_seed(stage.seed + arguments.process_index)
         self.remove_callback(ProgressCallback)
@@ -249,15 +247,40 @@ class StageTrainer(Trainer):
         if "loss" not in logs:
             return
         self.check_finite()
-        entry = {"step": self.state.global_step, **logs, **self.meter.report()}
+        entry = {**logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
         if self.flops_share:
             entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
         self.meter.reset()
         if self.is_world_process_zero():
-            self.metrics_log.write(entry)
-        super().log(entry, start_time)
+            self.metrics_log.write({"step": self.state.global_step, **entry})
+        self.loop.show(entry)
+        super().log(scalars(entry), start_time)
+
+    def log_held_out(self, step: int, report: dict[str, Any]) -> dict[str, float]:
+        """Write one line of held-out metrics; returns them under flat names, as trackers get them."""
+        if self.is_world_process_zero():
+            self.metrics_log.write({"step": step, "eval": report})
+        metrics = scalars(report, "eval_")
+        super().log(dict(metrics))
+        return metrics
+
+    def evaluate(self, *unused: Any, **ignored: Any) -> dict[str, float]:
+        """Held-out losses, for the log and the callbacks; the Trainer calls it where the loop asks for it."""
+        with self.meter.clock_stopped():
+            metrics = self.loop.evaluate(self.state.global_step)
+        check_measured(self.args.metric_for_best_model, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        found = super()._determine_best_metric(metrics, trial)
+        if found:
+            # Noted by us: the Trainer would look for its state where it is only until it is committed.
+            self.best_step, self.state.best_global_step = self.state.global_step, None
+            self.control.should_save = self.control.should_save or self.stage.keep_best
+        return found
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(partial_folder(self.folder))
@@ -275,10 +298,25 @@ class StageTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 write_file(written / PROGRESS, json.dumps(self._progress()))
-                commit_checkpoint(self.folder, step)
+                commit_checkpoint(self.folder, step, self._kept_states())
         except SAVE_ERRORS as error:
-            raise _save_error(self.folder, f"the state of step {step}", error) from error
+            raise save_error(self.folder, f"the state of step {step}", error) from error
         self.accelerator.wait_for_everyone()
+
+    def _kept_states(self) -> list[int | None]:
+        """Steps of the states that are kept though newer ones are there."""
+        good = self.guard.last_good(self.folder)
+        return [self.best_step if self.stage.keep_best else None, None if good is None else step_of(good)]
+
+    def best_state(self) -> Path | None:
+        """The state with the best held-out metric, if the recipe wants its weights; None for the present ones."""
+        if not self.stage.keep_best:
+            return None
+        return next((one for one in saved_states(self.folder) if step_of(one) == self.best_step), None)
+
+    def load_weights(self, state: Path) -> None:
+        """Give the model the weights of a state."""
+        self._load_from_checkpoint(str(state))
 
     def _progress(self) -> dict[str, Any]:
         step = self.state.global_step
@@ -286,6 +324,9 @@ class StageTrainer(Trainer):
             "stream": dataclasses.asdict(self.stream.state(step * self.args.gradient_accumulation_steps)),
             "meter": self.meter.state(),
             "log_bytes": self.metrics_log.position(),
+            "guard": self.guard.state(),
+            "best_step": self.best_step,
+            "without_improvement": self.early.count if self.early else 0,
             "finished": step >= self.schedule.total,
             "engine": self.stage.distributed.engine,
             "precision": self.stage.precision,
@@ -340,19 +381,25 @@ class StageTrainer(Trainer):
         taken = step_of(state) * self.args.gradient_accumulation_steps
         self.stream.restore(taken, PackState(**progress["stream"]))
         self.meter.restore(progress["meter"])
+        self.guard.restore(progress.get("guard", {}))  # a state of version 0.1 has none of these three
+        self.best_step = progress.get("best_step")
+        if self.early is not None:
+            self.early.count = progress.get("without_improvement", 0)
         if self.is_world_process_zero():
             self.metrics_log.rewind(progress["log_bytes"])
 
     def run(self) -> None:
-        """Train from the last state, or from the start, to the end. Interrupted if asked to stop before it."""
+        """Resume from the last state, or start, and train to the end. Interrupted if asked to stop before it."""
         states = saved_states(self.folder)
         if not states and self.is_world_process_zero():
             self.metrics_log.rewind(0)
         if states and read_progress(states[-1])["finished"]:  # killed after the last step
-            self._load_from_checkpoint(str(states[-1]))
+            self.load_weights(states[-1])
             self._restore_progress(states[-1])
-            self.loop.evaluate(step_of(states[-1]))
             return
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, TensorBoardCallback) and self.is_world_process_zero():
+                one.tb_writer = summary_writer(self.folder, step_of(states[-1]) if states else 0)
         with self.stop:
             self.train(resume_from_checkpoint=str(states[-1]) if states else None)
         if self.state.global_step < self.schedule.total:
@@ -362,30 +409,33 @@ class StageTrainer(Trainer):
             )
 
 
-def read_progress(state: Path) -> dict[str, Any]:
-    """What was noted beside a state."""
-    return json.loads((state / PROGRESS).read_text())
-
-
 def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     """Run a stage and return its output folder; a finished run is kept, an unfinished one is resumed.
 
     answer: answers the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
     ConfigError if the output folder holds a run with other settings or data; Interrupted if it was asked to stop,
-    and saved; DivergenceError for a loss that is not finite; SaveError if the disk does not take a state.
+    and saved; DivergenceError for a loss that explodes or is not finite; SaveError if the disk does not take a state.
     """
-    folder = Path(stage.output)
     if is_finished(stage):
-        return folder
+        return Path(stage.output)
+    check_trackers(stage.report_to)
     if stage.threads is not None:
         torch.set_num_threads(stage.threads)
-    recipe, stage = stage, _settled(stage)
-    arguments, mesh = _training_arguments(stage), read_mesh(stage)
+    trainer, sources = build_trainer(settled(stage), answer)
+    begin(trainer, stage, sources)
+    trainer.run()
+    export(trainer)
+    return trainer.folder
+
+
+def build_trainer(stage: TrainConfig, answer: Answer | None) -> tuple[StageTrainer, list[SourceSpec]]:
+    """The trainer of a stage, with its model and data, and the tokenized sources of both kinds of data."""
+    arguments, mesh = training_arguments(stage), read_mesh(stage)
     with no_zero3_init(arguments):
         with arguments.main_process_first(local=False):
             build_init_checkpoint(stage)
-            if saved_states(folder):
-                _suit(stage, saved_states(folder)[-1])
+            for state in saved_states(Path(stage.output))[-1:]:
+                make_resumable(stage, state)
         processor, start = build_model(stage)
     choose_attention(start, stage, arguments.device)
     with arguments.main_process_first(local=False):  # the others find the sets tokenized
@@ -396,23 +446,14 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     if stage.contrastive is not None:
         from anytoken.training.pair_trainer import make_pair_trainer
 
-        trainer = make_pair_trainer(stage, arguments, processor, lm, data, held_out)
-    else:
-        mixture = _mixture(stage, data, processor, stage.cfg_dropout)
-        model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad)
-        if mesh is not None:
-            parallelize(model, mesh)
-        trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
-        trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
-    if trainer.is_world_process_zero():
-        _begin(trainer, recipe, [*data, *held_out])
-    trainer.accelerator.wait_for_everyone()
-    trainer.run()
-    try:
-        _finish(trainer)
-    except SAVE_ERRORS as error:
-        raise _save_error(folder, "the final checkpoint", error) from error
-    return folder
+        return make_pair_trainer(stage, arguments, processor, lm, data, held_out), [*data, *held_out]
+    mixture = _mixture(stage, data, processor, stage.cfg_dropout)
+    model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad)
+    if mesh is not None:
+        parallelize(model, mesh)
+    trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
+    trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
+    return trainer, [*data, *held_out]
 
 
 def _mixture(
@@ -445,122 +486,3 @@ def build_loss(stage: TrainConfig, processor: Processor) -> BalancedLoss:
     return BalancedLoss(
         processor.grammar, spec.modality_weights, spec.control_weight, spec.grammar_restricted, spec.z_loss
     )
-
-
-def _settled(stage: TrainConfig) -> TrainConfig:
-    """The stage with a precision instead of auto: that of the state it goes on from, or the quicker one here."""
-    if stage.precision != "auto":
-        return stage
-    states = saved_states(Path(stage.output))
-    if states:
-        chosen = read_progress(states[-1])["precision"]
-    else:
-        arguments = _training_arguments(stage)  # joins the other processes, so that all choose the same
-        chosen = choose_precision(arguments.device)
-    return stage.model_copy(update={"precision": chosen})
-
-
-def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]) -> None:
-    """Write the recipe and the facts of the run; ConfigError if it would go on with other data."""
-    stage, folder = trainer.stage, trainer.folder
-    clear_partial(folder)
-    write_file(folder / "stage.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
-    facts = run_facts(base_model(trainer.lm), sources, trainer.args.world_size, stage.context, dtype)
-    if saved_states(folder):
-        check_same_data(json.loads((folder / FACTS).read_text()), facts)
-    write_file(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-    if stage.contrastive is None:  # a frozen model's features are computed once and kept
-        trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
-
-
-def _suit(stage: TrainConfig, state: Path) -> None:
-    """Make a state one that the recipe's engine and number of processes can go on from; ConfigError if it cannot be."""
-    before, engine = read_progress(state), stage.distributed.engine
-    if before["engine"] != engine:
-        raise ConfigError(
-            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
-            f"that again, or begin another run{begin_from(stage, [state])}"
-        )
-    if _is_converted(stage):
-        convert(state)
-
-
-def _is_converted(stage: TrainConfig) -> bool:
-    """Whether the run goes on from a state of DeepSpeed's that another number of processes saved."""
-    states = saved_states(Path(stage.output))
-    if stage.distributed.engine != "deepspeed" or not states:
-        return False
-    return read_progress(states[-1])["processes"] != stage.distributed.world_size
-
-
-def _training_arguments(stage: TrainConfig) -> TrainingArguments:
-    """The stage as transformers' arguments; ConfigError if other than ``world_size`` processes run."""
-    arguments = TrainingArguments(
-        output_dir=stage.output,
-        max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size // stage.distributed.world_size,
-        gradient_accumulation_steps=stage.gradient_accumulation_steps,
-        max_grad_norm=stage.optimizer.grad_clip,
-        learning_rate=stage.optimizer.lr,
-        logging_steps=stage.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=stage.save_every,
-        save_only_model=stage.distributed.mesh is not None,  # what it says of its optimizer: we do that
-        seed=stage.seed,
-        use_cpu=not torch.cuda.is_available(),  # said outright, or processes on CPUs train apart, unnoticed
-        bf16=stage.precision == "bf16",
-        deepspeed=load_deepspeed_config(stage.distributed.deepspeed, _is_converted(stage)),
-        ddp_backend=stage.distributed.ddp_backend,
-        ddp_broadcast_buffers=False,  # expert loads are counted apart, and summed when the bias moves
-        ignore_data_skip=True,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    wanted, running = stage.distributed.world_size, arguments.world_size
-    together = running == 1 or arguments.parallel_mode == ParallelMode.DISTRIBUTED
-    if running != wanted or not together:
-        raise ConfigError(
-            f"distributed.world_size is {wanted} but {running} processes run"
-            f"{'' if together else ' apart from each other'}; "
-            f"launch with torchrun --nproc_per_node {wanted} or change the recipe"
-        )
-    return arguments
-
-
-def _finish(trainer: StageTrainer) -> None:
-    """Leave the final checkpoint and the report in the output folder; the state is no longer needed."""
-    final = partial_folder(trainer.folder) / "final"
-    trainer.save_model(str(final))
-    if not trainer.is_world_process_zero():
-        return
-    if trainer.stage.lora is None and trainer.stage.trainable:
-        write_file(final / "sampling.json", _sampling_defaults(trainer.stage))
-    elif trainer.stage.lora is not None:
-        facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
-        entries = read_metrics(trainer.folder / "metrics.jsonl")
-        write_file(final / "README.md", adapter_card(trainer.stage, facts, entries))
-    write_report(trainer.folder)
-    trainer.page.update(finished=True)
-    move_final(trainer.folder)
-
-
-def _save_error(folder: Path, what: str, error: Exception) -> SaveError:
-    """What to say of a save that failed, after making room by removing its half."""
-    clear_partial(folder)
-    states = saved_states(folder)
-    last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
-    return SaveError(
-        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and run the same command again"
-    )
-
-
-def _sampling_defaults(stage: TrainConfig) -> str:
-    """How to sample each modality: kept from the checkpoint the run began with, else left to the engine."""
-    if stage.init_from != "scratch":
-        path = checkpoint_folder(stage.init_from) / "sampling.json"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    return "{}"

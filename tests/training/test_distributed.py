@@ -237,3 +237,24 @@ def test_the_states_of_one_engine_are_not_for_another(shared: dict[str, Any], tm
         ConfigError, match=r"saved by distributed.ddp, and mesh cannot.*init_from=\S*checkpoint-6"
     ):
         train(TrainConfig.from_dict(changed))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_best_state_is_exported_by_all_processes(
+    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    bits = {2: 2.0, 4: 1.0, 6: 3.0, 8: 3.0}
+    monkeypatch.setattr(StageTrainer, "log_held_out", lambda self, step, report: {"eval_bits": bits[step]})
+    shared |= {"eval": shared["eval"] | {"every": 2}, "early_stopping": {"patience": 2}, "keep_best": True}
+    shared["schedule"] = {"kind": "constant", "warmup_steps": 2}
+    assert fork(shared | {"distributed": engine_of(engine, 2)}, 2) == [0, 0]
+    lines = read_metrics(Path(shared["output"]) / "metrics.jsonl")
+    assert lines[-1]["step"] == 8
+    short = alone(shared | {"steps": 4, "early_stopping": None, "keep_best": False}, tmp_path)
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (shared["output"], short)
+    )
+    assert all(torch.allclose(value, second[name], atol=1e-3) for name, value in first.items())

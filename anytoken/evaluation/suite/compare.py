@@ -11,7 +11,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from anytoken.evaluation.suite.intervals import RESAMPLES, difference
-from anytoken.evaluation.suite.metrics import AnyMetric, Metric
+from anytoken.evaluation.suite.metric_base import Metric
+from anytoken.evaluation.suite.metrics import AnyMetric
 from anytoken.utils.errors import EvaluationError
 
 NOT_RESULTS = ("scores.json",)

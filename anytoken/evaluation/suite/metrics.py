@@ -9,122 +9,30 @@ N: samples.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from functools import cache, cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
+from anytoken.evaluation.suite.metric_base import (
+    Array,
+    Metric,
+    MetricError,
+    Tools,
+    best_score,
+    optional_package,
+)
 from anytoken.evaluation.suite.text_metrics import cider, plain_words, token_f1, vqa_accuracy
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
-from anytoken.utils.errors import EvaluationError
 
 if TYPE_CHECKING:
     from anytoken.evaluation.suite.samples import Outcome
 
 MOST_DB = 100.0  # PSNR of equal pixels, which is infinite
 SIDE = 32  # images are compared by class at this size
-Array = np.ndarray
-
-
-class MetricError(EvaluationError):
-    """Answers that a metric cannot score, or a package that it needs."""
-
-
-class Part(BaseModel):
-    """A part of a task file: an unknown key is an error that names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, given: Any) -> Any:
-        for key in given if isinstance(given, dict) else ():
-            if key not in cls.model_fields:
-                near = get_close_matches(str(key), cls.model_fields, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                words = f"unknown key {key!r}{hint}; allowed: {', '.join(cls.model_fields)}"
-                raise mistake(words, str(key))
-        return given
-
-
-def mistake(words: str, *keys: str | int) -> PydanticCustomError:
-    """An error of a task file at a key below the part that is checked."""
-    return PydanticCustomError("mistake", "{words}", {"words": words, "keys": list(keys)})
-
-
-Judge = Callable[[Sequence["Outcome"]], list[dict[str, float] | None]]
-
-
-@dataclass
-class Tools:
-    """What some metrics need besides answers: a Whisper for spoken ones, the judges of the emoji world.
-
-    sets: the folder of the built sets.
-    """
-
-    sets: Path = Path("data/sets")
-    asr: str | None = None
-    judge: Judge | None = None
-    _texts: dict[int, str] = field(default_factory=dict)
-
-    @cached_property
-    def transcriber(self) -> Any:
-        """Writes down spoken answers; MetricError without --asr."""
-        from anytoken.evaluation.transcriber import Transcriber
-
-        if self.asr is None:
-            raise MetricError(
-                "A text metric of spoken answers needs a Whisper to write them down: give --asr base."
-            )
-        return Transcriber(self.asr)
-
-    def text_of(self, segments: Sequence[Segment]) -> str:
-        """Segments as text: text as it is, speech transcribed, DNA as its bases, other media as <image>."""
-        words = []
-        for one in segments:
-            if isinstance(one, Speech):
-                if id(one) not in self._texts:
-                    self._texts[id(one)] = self.transcriber.transcribe(one)
-                words.append(self._texts[id(one)])
-            else:
-                words.append(one.text if isinstance(one, Text) else getattr(one, "bases", f"<{one.kind}>"))
-        return "".join(words)
-
-
-class Metric(Part):
-    """Base of all: the mean over samples of one score each, unless a metric says otherwise."""
-
-    of: ClassVar[tuple[str, ...]] = ("generate",)  # the ways of decoding that it scores
-    percent: ClassVar[bool] = False
-    lower_is_better: ClassVar[bool] = False
-    is_mean: ClassVar[bool] = True
-    name: str
-
-    def measure(self, outcomes: Sequence[Outcome], tools: Tools) -> dict[str, Array]:
-        """Rows per figure [N] or [N, D]."""
-        return {self.name: np.array([self.score(one, tools) for one in outcomes], np.float64)}
-
-    def score(self, outcome: Outcome, tools: Tools) -> float:
-        """The score of one sample."""
-        raise NotImplementedError
-
-    def total(self, rows: Array) -> float:
-        """The figure of some rows; NaN where it is not defined."""
-        kept = rows[~np.isnan(rows)]
-        return float(kept.mean()) if len(kept) else float("nan")
-
-
-def _best(outcome: Outcome, tools: Tools, score: Callable[[str, str], float]) -> float:
-    """The best score against any of the references."""
-    answer = tools.text_of(outcome.answer)
-    return max(score(answer, tools.text_of(truth)) for truth in outcome.sample.truth)
 
 
 # ---- texts ----
@@ -138,7 +46,7 @@ class ExactMatch(Metric):
     punctuation: bool = True
 
     def score(self, outcome: Outcome, tools: Tools) -> float:
-        return float(_best(outcome, tools, same_text if self.punctuation else same_words))
+        return float(best_score(outcome, tools, same_text if self.punctuation else same_words))
 
 
 class TokenF1(Metric):
@@ -148,7 +56,7 @@ class TokenF1(Metric):
     name: Literal["token_f1"]
 
     def score(self, outcome: Outcome, tools: Tools) -> float:
-        return _best(outcome, tools, token_f1)
+        return best_score(outcome, tools, token_f1)
 
 
 class VQAAccuracy(Metric):
@@ -197,7 +105,7 @@ class ChrF(Metric):
 
 @cache
 def _chrf(word_order: int) -> Any:
-    return _package("sacrebleu.metrics", "chrf", "sacrebleu").CHRF(word_order=word_order)
+    return optional_package("sacrebleu.metrics", "chrf", "sacrebleu").CHRF(word_order=word_order)
 
 
 class _ErrorRate(Metric):
@@ -218,7 +126,7 @@ class _ErrorRate(Metric):
         return {self.name: np.array(rows, np.float64).reshape(len(rows), 2)}
 
     def _count(self, answer: str, target: str) -> tuple[int, int]:
-        jiwer = _package("jiwer", self.name, "jiwer")
+        jiwer = optional_package("jiwer", self.name, "jiwer")
         if not self.verbatim:
             answer, target = (" ".join(plain_words(text)) for text in (answer, target))
         if not target.strip():
@@ -303,7 +211,7 @@ class STOI(Metric):
     name: Literal["stoi"]
 
     def score(self, outcome: Outcome, tools: Tools) -> float:
-        pystoi = _package("pystoi", "stoi", "pystoi")
+        pystoi = optional_package("pystoi", "stoi", "pystoi")
         truth = next((one for one in outcome.sample.truth[0] if isinstance(one, Speech)), None)
         if truth is None:
             raise MetricError("stoi compares speech; the answers of this task hold none.")
@@ -518,12 +426,3 @@ AnyMetric = Annotated[
     | WorldJudge | Accuracy | MacroF1 | MCC | AUROC | Recall | MRR | MeanAveragePrecision | RankVariance,
     Field(discriminator="name"),
 ]  # fmt: skip
-
-
-def _package(module: str, metric: str, package: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise MetricError(f"The metric {metric} needs {package}: pip install 'anytoken[eval]'.") from error

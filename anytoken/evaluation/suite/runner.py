@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from anytoken.evaluation.suite.decoding import answer, ranks, read_outcome
 from anytoken.evaluation.suite.intervals import RESAMPLES, figure
-from anytoken.evaluation.suite.metrics import Tools
+from anytoken.evaluation.suite.metric_base import Tools
 from anytoken.evaluation.suite.page import write_page
 from anytoken.evaluation.suite.samples import Outcome, Sample, TaskSet, written
 from anytoken.evaluation.suite.schema import (

@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from anytoken.evaluation.suite.metrics import METRICS, AnyMetric, Part, mistake
+from anytoken.evaluation.suite.metric_base import Part, mistake
+from anytoken.evaluation.suite.metrics import METRICS, AnyMetric
 from anytoken.evaluation.suite.template import MESSAGES, TemplateError, fields, kinds, segment_types
 from anytoken.inference.score import Normalize
 from anytoken.utils.errors import EvaluationError

@@ -7,33 +7,35 @@ that is resumable: batch `n` depends on the seed and `n`, and a checkpoint holds
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
 from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
+from anytoken.training.config_parts import OptimizerSpec, ScheduleSpec
+from anytoken.training.metrics import MetricsLog
+from anytoken.training.optim.lr_schedule import Schedule
+from anytoken.training.optim.muon import make_optimizer
+from anytoken.training.report.trackers import summary_writer
+from anytoken.training.settings import Settings, override, read_recipe, validated
 from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name, math_threads, usable_device
-from anytoken.utils.hints import explain
-from anytoken.utils.json_lines import read_json_lines
+
+FINAL_FRACTION = 0.02  # of the learning rate, at the end
 
 
-class Recipe(BaseModel):
+class Recipe(Settings):
     """How a tokenizer is trained; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid")
     kind: str
     code: str = Field(
         "", description="a .py file next to the recipe with the modality's class; training runs it"
@@ -75,46 +77,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
     TokenizerError for a file that is missing or not a mapping in YAML, an unknown key, or a value out of range.
     """
-    return _checked(_read(Path(path)), overrides or [], Path(path))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise TokenizerError(f"{path} is not a file; expected a recipe such as tokenizers/image/recipe.yaml.")
-    raw = _yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(raw, dict):
-        raise TokenizerError(
-            f"{path} holds {type(raw).__name__}; expected the keys {', '.join(Recipe.model_fields)}."
-        )
-    return raw
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TokenizerError(f"{source} is not YAML: {error}") from error
-
-
-def _checked(raw: dict[str, Any], overrides: list[str], path: Path) -> Recipe:
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise TokenizerError(f"Overrides are key=value; received {item!r}.")
-        *parents, leaf = key.split(".")
-        place = raw
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise TokenizerError(
-                    f"{key}: {parent} is {place!r}, which has no parts; give it whole, as in "
-                    f"{parent}={{{leaf}: {value}}}."
-                )
-        place[leaf] = _yaml(value, item)
-    try:
-        return Recipe(**raw)
-    except ValidationError as error:
-        raise TokenizerError(f"{path}: {explain(error, Recipe)}.") from error
+    raw = override(read_recipe(path, TokenizerError), overrides or [], TokenizerError)
+    return validated(Recipe, raw, str(path), TokenizerError)
 
 
 def train_tokenizer(
@@ -127,10 +91,10 @@ def train_tokenizer(
     finished one is left as it is. TokenizerError for a recipe or data that will not do.
     """
     recipe_path, data, out = Path(recipe), Path(data), Path(out)
-    raw = _read(recipe_path)
+    raw = read_recipe(recipe_path, TokenizerError)
     if raw.get("kind") == "text":
         return _train_text(raw, data, out, overrides or [])
-    plan = _checked(raw, overrides or [], recipe_path)
+    plan = load_recipe(recipe_path, overrides)
     report = out / "training.json"
     if report.is_file() and Recipe(**json.loads(report.read_text())["recipe"]) == plan:
         return out
@@ -225,13 +189,15 @@ class _Loop:
                 if isinstance(part, ConvNeXtStack):
                     part.compile(dynamic=False)
         self.parts = [self.tokenizer] if self.critic is None else [self.tokenizer, self.critic]
-        self.optimizer = torch.optim.AdamW(
-            [one for part in self.parts for one in part.parameters()],
-            lr=plan.lr,
-            weight_decay=plan.weight_decay,
-            betas=(0.9, 0.95),
-            fused=self.device.type == "cuda" or None,
-        )
+        spec = OptimizerSpec(lr=plan.lr, weight_decay=plan.weight_decay)
+        trained = {
+            "params": [one for part in self.parts for one in part.parameters()],
+            "weight_decay": plan.weight_decay,
+            "fused": self.device.type == "cuda" or None,
+        }
+        self.optimizer = make_optimizer(spec, cast(PreTrainedModel, tokenizer), [trained])
+        warmed = ScheduleSpec(kind="cosine", warmup_steps=plan.warmup_steps, final_fraction=FINAL_FRACTION)
+        self.schedule = Schedule(warmed, plan.steps)
         self.step, self.seconds = 0, 0.0
         self.state_path = out / "checkpoint.pt"
         out.mkdir(parents=True, exist_ok=True)
@@ -241,17 +207,16 @@ class _Loop:
 
     def _cut_log(self) -> None:
         """Forget what was logged after the checkpoint: those steps are done again."""
-        path = self.out / "metrics.jsonl"
-        if path.is_file():
-            kept = [entry for entry in read_json_lines(path, torn_end=True) if entry["step"] <= self.step]
-            text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            write_file(path, text)
+        MetricsLog(self.out / "metrics.jsonl").rewind_to_step(self.step)
 
     def run(self) -> Path:
         """Train to the end, then save the tokenizer and drop the checkpoint."""
         plan, seen = self.plan, {}
         bar = tqdm(total=plan.steps, initial=self.step, desc=f"{plan.kind} tokenizer", unit="step")
-        with (self.out / "metrics.jsonl").open("a") as log, _tensorboard(self.out, self.step) as board:
+        log, board = MetricsLog(self.out / "metrics.jsonl"), nullcontext()  # type: Any, Any
+        if find_spec("tensorboard") is not None:
+            board = summary_writer(self.out, self.step)
+        with board:
             while self.step < plan.steps:
                 start = time.perf_counter()
                 seen = self._train_step()
@@ -260,11 +225,8 @@ class _Loop:
                 bar.update()
                 if self.step % plan.log_every == 0 or self.step == plan.steps:
                     bar.set_postfix({k: f"{v:.3f}" for k, v in seen.items()})
-                    log.write(
-                        json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **seen}) + "\n"
-                    )
-                    log.flush()
-                    for name, value in seen.items():
+                    log.write({"step": self.step, "seconds": round(self.seconds, 1), **seen})
+                    for name, value in seen.items() if hasattr(board, "add_scalar") else ():
                         board.add_scalar(name, value, self.step)
                 if self.step % plan.save_every == 0 and self.step < plan.steps:
                     self._checkpoint()
@@ -275,7 +237,7 @@ class _Loop:
 
     def _train_step(self) -> dict[str, float]:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * self._schedule(self.step)
+            group["lr"] = self.plan.lr * self.schedule(self.step)
         # What is random in a step (k-means, dead codes replaced) depends on it alone, as its batch does.
         torch.manual_seed(self.plan.seed + self.step)
         batch = self.batch(self.step)
@@ -290,10 +252,6 @@ class _Loop:
         torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
         self.optimizer.step()
         return {"loss": loss.item(), **seen}
-
-    def _schedule(self, step: int) -> float:
-        warm = min(1.0, (step + 1) / max(1, self.plan.warmup_steps))
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / self.plan.steps)))
 
     def _checkpoint(self) -> None:
         state = {
@@ -312,31 +270,12 @@ class _Loop:
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-@contextmanager
-def _tensorboard(out: Path, step: int) -> Iterator[Any]:
-    """A writer of event files into `out`, where the tensorboard package is installed; else one that writes nothing.
-
-    What an interrupted run wrote after its checkpoint at `step` is no longer shown.
-    """
-    if find_spec("tensorboard") is None:
-        yield SimpleNamespace(add_scalar=lambda *unused: None)
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(out / "tensorboard"), purge_step=step + 1) as board:
-        yield board
-
-
 def _train_text(raw: dict[str, Any], data: Path, out: Path, overrides: list[str]) -> Path:
     from anytoken.tokenizers.text import train_text_tokenizer
 
-    raw = dict(raw)
-    for item in overrides:
-        key, _, value = item.partition("=")
-        # A pipeline hands every recipe the same overrides; text has no steps.
-        if key in raw or key not in Recipe.model_fields:
-            raw[key] = _yaml(value, item)
-    return Path(train_text_tokenizer({**raw, "data": str(data)}, out))
+    # A pipeline hands every recipe the same overrides; text has no steps.
+    own = [one for one in overrides if (key := one.split("=")[0]) in raw or key not in Recipe.model_fields]
+    return Path(train_text_tokenizer({**override(raw, own, TokenizerError), "data": str(data)}, out))
 
 
 def _train_dna(plan: Recipe, out: Path) -> Path:

@@ -242,10 +242,10 @@ def test_overrides_reach_into_the_config(recipe):
         (["steps=0"], "steps must be greater than or equal to 1, got 0"),
         (["lr=fast"], "lr must be a valid number, got 'fast'"),
         (["steps"], "Overrides are key=value; received 'steps'"),
-        (["steps=["], r"steps=\[ is not YAML"),
+        (["steps=["], r"steps=\[ is not valid YAML"),
         (
             ["config.quantizer=fsq", "config.quantizer.kind=vq"],
-            r"quantizer is 'fsq', which has no parts; .*{kind: vq}",
+            r"quantizer is 'fsq', not a group of settings; .* config.quantizer={kind: vq}",
         ),
         (["kind=smell"], r"Unknown tokenizer kind 'smell'; known: .*\bdna, .*\bimage\b"),
         (["config.widht=3"], "config of a image tokenizer: .*widht"),
@@ -261,7 +261,7 @@ def test_a_wrong_recipe_is_an_error_that_says_what(overrides, says, recipe, sets
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("kind: [", "is not YAML"), ("- a\n- b\n", "holds list"), ("", "holds NoneType")]
+    ("text", "says"), [("kind: [", "is not valid YAML"), ("- a\n- b\n", "holds list"), ("", "holds NoneType")]
 )
 def test_a_file_that_is_no_recipe_is_an_error(text, says, tmp_path):
     path = tmp_path / "broken.yaml"
