@@ -37,25 +37,39 @@ def generate(
     harness.report(bench_generate(load(model), kind, prompt, repeats, sizes), out)
 
 
-@app.command(epilog=examples("anytoken bench score mini --answers animals.txt"))
+@app.command(
+    epilog=examples(
+        "anytoken bench score mini --answers animals.txt",
+        "anytoken bench score mini --naming data/sets/emoji/images.jsonl",
+    )
+)
 def score(
     model: ModelArgument = "mini",
     answers: Annotated[
         Path | None, typer.Option(help="Text file with one answer per line; by default the emoji names.")
     ] = None,
+    naming: Annotated[
+        Path | None,
+        typer.Option(help="Records with captions: also compare generated names with classification."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Held-out images, with --naming.")] = 200,
     repeats: Repeats = 3,
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_score.json"),
 ) -> None:
     """Scoring many answers to one image with a single prompt pass, against one forward pass per answer."""
     from anytoken import recipes
     from anytoken.benchmarks import harness
-    from anytoken.benchmarks.score import bench_score
+    from anytoken.benchmarks.score import bench_naming, bench_score
     from anytoken.segments import Image
     from anytoken.terminal.prompt_args import read_lines
 
     labels = read_lines(answers or recipes.assets() / "names.txt")
     image = Image.open(recipes.assets() / "images" / "sample.png")
-    harness.report(bench_score(load(model), [image, "What is this?"], labels, repeats), out)
+    opened = load(model)
+    figures = bench_score(opened, [image, "What is this?"], labels, repeats)
+    figures |= {"naming": bench_naming(opened, naming, count)} if naming else {}
+    harness.report(figures, out)
+    harness.show([{**row, "accuracy": row["accuracy"]["value"]} for row in figures.get("naming", [])])
 
 
 @app.command(epilog=examples("anytoken bench embed mini --size 1000 --size 10000"))

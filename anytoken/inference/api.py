@@ -45,7 +45,7 @@ from anytoken.inference.score import (
     score_steps,
 )
 from anytoken.inference.streaming import Event, SegmentStream
-from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, has_head
+from anytoken.model.embedding_head import EmbeddingHead, has_head
 from anytoken.model.extend_vocab import add_modality, longest_segment
 from anytoken.processor import Processor
 from anytoken.segments import Segment
@@ -522,7 +522,7 @@ class AnyToken:
         prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
         single one, which is a list of one. tokens: a vector per content token instead. width: the first so many
         dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
-        then vectors are means of the last hidden states. ValueError (EmbeddingError, RequestError) says what does not
+        then vectors are means of the last hidden states. ValueError (RequestError) says what does not
         fit.
         """
         return self.embed_ids(
@@ -548,7 +548,7 @@ class AnyToken:
 
     @property
     def embedding_head(self) -> EmbeddingHead:
-        """The trained head that `embed` uses; EmbeddingError if there is none."""
+        """The trained head that `embed` uses; RequestError if there is none."""
         return self._embedding_head(False)[1]
 
     @contextmanager
@@ -570,7 +570,7 @@ class AnyToken:
         if untrained:
             return active, EmbeddingHead.untrained(self.lm.config.get_text_config().hidden_size, self.kinds)
         if not heads:
-            raise EmbeddingError(
+            raise RequestError(
                 "This checkpoint has no embedding head: train one (anytoken train stages/embed.yaml) and open it with "
                 "adapter=, or take the mean of hidden states, which retrieves far less, with untrained=True."
             )

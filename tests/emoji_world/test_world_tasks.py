@@ -5,10 +5,11 @@ import pytest
 from anytoken.emoji_world import report
 from anytoken.emoji_world.directions import CODED, DIRECTIONS, ORDER
 from anytoken.emoji_world.task_files import world_judge
-from anytoken.evaluation.suite.metrics import MetricError, Tools
+from anytoken.evaluation.suite.metrics import Tools
 from anytoken.evaluation.suite.runner import score
 from anytoken.evaluation.suite.samples import Outcome, TaskSet
 from anytoken.evaluation.suite.schema import load_tasks
+from anytoken.utils.errors import EvaluationError
 
 TASKS = {one.name: one for one in load_tasks(["world"])}
 
@@ -43,5 +44,5 @@ def test_a_task_counts_the_answers_as_right_that_its_direction_does(world, sets)
 
 def test_without_the_judges_the_metric_says_what_it_needs(sets):
     data = TaskSet(TASKS["dna->text"], sets)
-    with pytest.raises(MetricError, match="judges of the emoji world"):
+    with pytest.raises(EvaluationError, match="judges of the emoji world"):
         score(TASKS["dna->text"], data, [Outcome(one) for one in data.samples()], Tools(sets), resamples=10)

@@ -14,7 +14,7 @@ from anytoken.evaluation.suite.schema import (
     load_tasks,
     read_tasks,
 )
-from anytoken.evaluation.suite.template import TemplateError, fill, fill_each, kinds, parse
+from anytoken.evaluation.suite.template import fill, fill_each, kinds, parse
 from anytoken.inference.score import classify
 from anytoken.segments import Image, Text
 from anytoken.utils.errors import EvaluationError
@@ -197,7 +197,7 @@ def test_templates_fill_kinds_paths_and_indices():
     assert fill("{choices[n]}{choices[0]}", record, opener) == [Text("yx")]
     assert fill_each("{answers.a}", record, opener) == [[Text("p")], [Text("q")]]
     assert kinds("a {image} b {n}{n}") == ["text", "image", "text"]
-    with pytest.raises(TemplateError, match="character 3"):
+    with pytest.raises(EvaluationError, match="character 3"):
         parse("a }")
     with pytest.raises(ValueError, match=r"has no 'choice' \(did you mean 'choices'"):
         fill("{choice}", record, opener)

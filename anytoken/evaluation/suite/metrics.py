@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from anytoken import moved
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
 from anytoken.evaluation.suite.text_metrics import cider, plain_words, token_f1, vqa_accuracy
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 MOST_DB = 100.0  # PSNR of equal pixels, which is infinite
 SIDE = 32  # images are compared by class at this size
 Array = np.ndarray
-
-
-class MetricError(EvaluationError):
-    """Answers that a metric cannot score, or a package that it needs."""
 
 
 class Part(BaseModel):
@@ -76,11 +73,11 @@ class Tools:
 
     @cached_property
     def transcriber(self) -> Any:
-        """Writes down spoken answers; MetricError without --asr."""
+        """Writes down spoken answers; EvaluationError without --asr."""
         from anytoken.evaluation.transcriber import Transcriber
 
         if self.asr is None:
-            raise MetricError(
+            raise EvaluationError(
                 "A text metric of spoken answers needs a Whisper to write them down: give --asr base."
             )
         return Transcriber(self.asr)
@@ -222,7 +219,7 @@ class _ErrorRate(Metric):
         if not self.verbatim:
             answer, target = (" ".join(plain_words(text)) for text in (answer, target))
         if not target.strip():
-            raise MetricError(f"{self.name} needs references with words; received {target!r}.")
+            raise EvaluationError(f"{self.name} needs references with words; received {target!r}.")
         process = jiwer.process_words if self.name == "wer" else jiwer.process_characters
         found = process(target, answer)
         errors = found.substitutions + found.deletions + found.insertions
@@ -243,6 +240,17 @@ class CER(_ErrorRate):
     """Character error rate, by jiwer."""
 
     name: Literal["cer"]
+
+
+class Kinds(Metric):
+    """Whether the reply's segments are of the answer's kinds, in order."""
+
+    percent = True
+    name: Literal["kinds"]
+
+    def score(self, outcome: Outcome, tools: Tools) -> float:
+        given = [one.kind for one in outcome.answer]
+        return float(any(given == [one.kind for one in truth] for truth in outcome.sample.truth))
 
 
 class SequenceIdentity(Metric):
@@ -306,7 +314,7 @@ class STOI(Metric):
         pystoi = _package("pystoi", "stoi", "pystoi")
         truth = next((one for one in outcome.sample.truth[0] if isinstance(one, Speech)), None)
         if truth is None:
-            raise MetricError("stoi compares speech; the answers of this task hold none.")
+            raise EvaluationError("stoi compares speech; the answers of this task hold none.")
         answer = next((one for one in outcome.answer if isinstance(one, Speech)), None)
         if answer is None:
             return 0.0
@@ -341,7 +349,7 @@ class WorldJudge(Metric):
 
     def measure(self, outcomes: Sequence[Outcome], tools: Tools) -> dict[str, Array]:
         if tools.judge is None:
-            raise MetricError(
+            raise EvaluationError(
                 "world_judge needs the judges of the emoji world: Tools(judge=...), as the command has."
             )
         rows = tools.judge(outcomes)
@@ -509,13 +517,13 @@ class RankVariance(Metric):
 
 
 CLASSES: tuple[type[Metric], ...] = (
-    ExactMatch, TokenF1, VQAAccuracy, Cider, ChrF, WER, CER, SequenceIdentity, PSNR, STOI, NearestLabel, WorldJudge,
-    Accuracy, MacroF1, MCC, AUROC, Recall, MRR, MeanAveragePrecision, RankVariance,
+    ExactMatch, TokenF1, VQAAccuracy, Cider, ChrF, WER, CER, Kinds, SequenceIdentity, PSNR, STOI, NearestLabel,
+    WorldJudge, Accuracy, MacroF1, MCC, AUROC, Recall, MRR, MeanAveragePrecision, RankVariance,
 )  # fmt: skip
 METRICS: dict[str, type[Metric]] = {get_args(one.model_fields["name"].annotation)[0]: one for one in CLASSES}
 AnyMetric = Annotated[
-    ExactMatch | TokenF1 | VQAAccuracy | Cider | ChrF | WER | CER | SequenceIdentity | PSNR | STOI | NearestLabel
-    | WorldJudge | Accuracy | MacroF1 | MCC | AUROC | Recall | MRR | MeanAveragePrecision | RankVariance,
+    ExactMatch | TokenF1 | VQAAccuracy | Cider | ChrF | WER | CER | Kinds | SequenceIdentity | PSNR | STOI
+    | NearestLabel | WorldJudge | Accuracy | MacroF1 | MCC | AUROC | Recall | MRR | MeanAveragePrecision | RankVariance,
     Field(discriminator="name"),
 ]  # fmt: skip
 
@@ -526,4 +534,10 @@ def _package(module: str, metric: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise MetricError(f"The metric {metric} needs {package}: pip install 'anytoken[eval]'.") from error
+        raise EvaluationError(
+            f"The metric {metric} needs {package}: pip install 'anytoken[eval]'."
+        ) from error
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)
