@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anytoken.commands.options import ModelArgument, Overrides, examples, load
+from anytoken.commands.search import IndexKind
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed against a named peer in the same run.")
 CONTEXTS = [128, 512, 1024, 2048, 4096]
@@ -81,6 +82,9 @@ def embed(
             "--size", min=100, help="Vectors in the index; repeatable; 1k, 10k and 100k by default."
         ),
     ] = None,
+    kinds: Annotated[
+        list[IndexKind] | None, typer.Option("--kind", help="Kind of index; repeatable; all by default.")
+    ] = None,
     width: Annotated[int, typer.Option(min=4, help="Dimensions of the vectors.")] = 256,
     count: Annotated[int, typer.Option(min=8, help="Prompts to embed, a mix of names and images.")] = 128,
     repeats: Repeats = 3,
@@ -96,7 +100,9 @@ def embed(
     names = read_lines(recipes.assets() / "names.txt")
     image = Image.open(recipes.assets() / "images" / "sample.png")
     prompts = [image if n % 4 == 0 else names[n % len(names)] for n in range(count)]
-    harness.report(bench_embed(load(model), prompts, sizes or [1_000, 10_000, 100_000], width, repeats), out)
+    sizes = sizes or [1_000, 10_000, 100_000]
+    chosen = [kind.value for kind in kinds or IndexKind]
+    harness.report(bench_embed(load(model), prompts, sizes, width, repeats, chosen), out)
 
 
 @app.command(epilog=examples("anytoken bench serve mini --clients 16 --requests 64"))

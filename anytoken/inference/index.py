@@ -61,7 +61,7 @@ KINDS = ("flat", "hnsw", "ivfpq")
 BLOCK = 64  # queries whose similarities to all vectors exist at a time
 PART = 256  # files whose vectors are kept at a time
 FEWEST_IVFPQ = 1000
-RERANK = 16  # of IVF-PQ: candidates per result
+RERANK = 8  # of IVF-PQ: candidates per result
 log = logging.getLogger(__name__)
 
 
@@ -387,7 +387,7 @@ def _make_ann(kind: str, vectors: np.ndarray) -> Any:
                 f"ivfpq needs {FEWEST_IVFPQ} vectors to learn its codes, of a width that 4 divides; there are {count} "
                 f"of {width}. Take flat or hnsw."
             )
-        lists = int(4 * count**0.5) if count >= 100_000 else max(16, int(count**0.5))
+        lists = max(16, int(2 * count**0.5 if count >= 100_000 else count**0.5))
         quantizer = faiss.IndexFlatIP(width)
         ann = faiss.IndexIVFPQ(quantizer, width, lists, width // 4, 8, faiss.METRIC_INNER_PRODUCT)
         for clustering in (ann.cp, ann.pq.cp):

@@ -33,6 +33,13 @@ def figure(name, outcomes, **options):
     return {key: metric.total(rows) for key, rows in metric.measure(outcomes, TOOLS).items()}
 
 
+def test_kinds_of_a_reply_are_those_of_the_answer_in_order():
+    image = Image(np.zeros((2, 2, 3), np.uint8))
+    truth = [[Text("a"), image]]
+    given = [outcome([Text("b"), image], truth), outcome([image, Text("b")], truth), outcome([], truth)]
+    assert figure("kinds", given) == {"kinds": pytest.approx(1 / 3)}
+
+
 def test_text_figures_by_hand():
     pairs = texts(("A  cat", "a cat"), ("a dog.", "a dog", "the dog"), ("bird", "fish"))
     assert figure("exact_match", pairs) == {"exact_match": pytest.approx(1 / 3)}
