@@ -538,12 +538,12 @@ class AnyToken:
         untrained: bool = False,
     ) -> Any:
         """`embed` for prompts that are ids already, as `encode_prompt` gives them."""
-        with self._embedder(untrained) as embedder:
+        with self.embedder(untrained) as embedder:
             return embedder.token_vectors(prompts, width) if tokens else embedder.vectors(prompts, width)
 
     def embedding_probe(self, untrained: bool = False) -> np.ndarray:
         """A vector that tells this model's embeddings from another's, float32 [W]."""
-        with self._embedder(untrained) as embedder:
+        with self.embedder(untrained) as embedder:
             return embedder.probe()
 
     @property
@@ -552,7 +552,7 @@ class AnyToken:
         return self._embedding_head(False)[1]
 
     @contextmanager
-    def _embedder(self, untrained: bool) -> Iterator[Embedder]:
+    def embedder(self, untrained: bool = False) -> Iterator[Embedder]:
         """The head over the model, with the adapter that it was trained with in the weights."""
         name, head = self._embedding_head(untrained)
         active = self.adapters.active

@@ -18,66 +18,41 @@ The codes of IVF-PQ only choose candidates, which are ranked by their mapped vec
 from __future__ import annotations
 
 import json
-import logging
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from anytoken import moved
 from anytoken.inference.api import AnyToken
 from anytoken.inference.embed import ALIKE
-from anytoken.segments import (
-    CONTAINER_SUFFIXES,
-    DNA,
-    DNA_SUFFIXES,
-    FRAMES_SUFFIXES,
-    IMAGE_SUFFIXES,
-    SPEECH_SUFFIXES,
-    TEXT_SUFFIXES,
-    Segment,
-    SegmentError,
-    Text,
-    open_segment,
+from anytoken.inference.index_files import (
+    FAISS,
+    ITEMS,
+    META,
+    SUFFIXES,
+    VECTORS,
+    FolderEmbedder,
+    Item,
+    alike,
+    file_segments,
+    list_files,
+    read_index,
 )
+from anytoken.segments import Segment
 from anytoken.utils.atomic import FolderKind, check_target, write_file, write_folder
-from anytoken.utils.errors import DataError, RequestError
-from anytoken.utils.json_lines import (
-    read_json_lines,
-)
+from anytoken.utils.errors import RequestError
 
-SUFFIXES = {
-    "image": IMAGE_SUFFIXES, "speech": SPEECH_SUFFIXES, "video": CONTAINER_SUFFIXES + FRAMES_SUFFIXES,
-    "dna": DNA_SUFFIXES, "text": TEXT_SUFFIXES,
-}  # fmt: skip
-META, ITEMS, VECTORS, FAISS = "index.json", "items.jsonl", "vectors.npy", "faiss.index"
 KINDS = ("flat", "hnsw", "ivfpq")
 BLOCK = 64  # queries whose similarities to all vectors exist at a time
-PART = 256  # files whose vectors are kept at a time
 FEWEST_IVFPQ = 1000
 RERANK = 8  # of IVF-PQ: candidates per result
-log = logging.getLogger(__name__)
 
 
 INDEX = FolderKind("index", META, (META, ITEMS, VECTORS, FAISS), RequestError)
-
-
-@dataclass(frozen=True)
-class Item:
-    """What a vector is of: a file's path in the indexed folder, its kind, and of a file with several its part."""
-
-    path: str
-    kind: str
-    part: int = 0
-    text: str = ""  # of a text its beginning, of a sequence its name
-    bytes: int = 0
-    time_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +72,7 @@ class Hit:
         """What was found; RequestError if its file has gone or changed its parts since."""
         if not self.exists:
             raise RequestError(f"{self.file} has gone since it was indexed: run `anytoken index` again.")
-        parts = _segments(self.file)
+        parts = file_segments(self.file)
         if self.item.part >= len(parts):
             raise RequestError(f"{self.file} has changed since it was indexed: run `anytoken index` again.")
         return parts[self.item.part]
@@ -139,13 +114,16 @@ class Index:
         untrained: bool = False,
         overwrite: bool = False,
         progress: bool = False,
+        engine: str = "local",
+        workers: int = 1,
     ) -> Index:
         """Embed every file of a folder that the model reads, and write the index to `out` unless that is None.
 
         An index of the same model, folder and width that is there is brought up to date: only new and changed files
         are embedded. kind: "flat" is exact; "hnsw" for a million vectors; "ivfpq" for memory. RequestError for a
         folder without such files, and where `out` holds something else, or an index of another folder, model or width
-        unless `overwrite`; files that cannot be read are left out, and the log says how many and why.
+        unless `overwrite`; files that cannot be read are left out, and the log says how many and why. engine, workers:
+        other processes of this machine ("local"), or of a Ray cluster ("ray"), embed with a model on the CPU.
         """
         root = Path(folder)
         if kind not in KINDS:
@@ -154,7 +132,7 @@ class Index:
             import_faiss()
         if out is not None:
             check_target(Path(out), INDEX)
-        files = list(_files(root, model.kinds))
+        files = list(list_files(root, model.kinds))
         if not files:
             suffixes = " ".join(s for k in model.kinds for s in SUFFIXES.get(k, ()))
             raise RequestError(
@@ -167,7 +145,7 @@ class Index:
         }  # fmt: skip
         if out is not None and not overwrite:
             _refuse_other(Path(out), meta)
-        work = _Work(root, model, meta, None if out is None else Path(out))
+        work = FolderEmbedder(root, model, meta, None if out is None else Path(out), engine, workers)
         items, vectors = work.run(files, progress)
         index = cls(model, meta, items, vectors, _make_ann(kind, vectors))
         if out is not None:
@@ -303,24 +281,6 @@ def _ranked(
     return np.take_along_axis(similar, order, 1), np.take_along_axis(candidates, order, 1)
 
 
-def read_index(path: str | Path) -> tuple[dict[str, Any], list[Item]]:
-    """What made an index, and its items; RequestError if it is none, or empty."""
-    path = Path(path)
-    if not (path / META).is_file():
-        raise RequestError(
-            f"{path} is not an index (no {META}); make one with `anytoken index FOLDER --out {path}`."
-        )
-    try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
-        items = [Item(**line) for line in read_json_lines(path / ITEMS)]
-        _ = meta["root"], meta["kind"], meta["width"], meta["probe"], meta["untrained"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RequestError(f"{path} is damaged ({error!r:.120}); build it again.") from error
-    if not items:
-        raise RequestError(f"{path} is empty; build it again from a folder with media.")
-    return meta, items
-
-
 def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
     """RequestError if a whole index is there that another build made."""
     try:
@@ -328,7 +288,7 @@ def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
     except RequestError:
         return  # none, or one that is damaged: it is made anew
     changed = [key for key in ("root", "width", "untrained") if before[key] != meta[key]]
-    if not changed and not _alike(before, meta):
+    if not changed and not alike(before, meta):
         changed = ["model"]
     if changed:
         there = "" if changed[0] == "model" else f" ({before[changed[0]]}, now {meta[changed[0]]})"
@@ -336,12 +296,6 @@ def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
             f"{out} is an index of another {'folder' if changed[0] == 'root' else changed[0]}{there}: choose another "
             "place, or replace it with overwrite=True (--overwrite)."
         )
-
-
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two indexes are of one model."""
-    probes = [np.array(meta["probe"]) for meta in (one, other)]
-    return probes[0].shape == probes[1].shape and float(probes[0] @ probes[1]) >= ALIKE
 
 
 def _check_model(path: Path, meta: dict[str, Any], model: AnyToken) -> bool:
@@ -405,162 +359,6 @@ def _make_ann(kind: str, vectors: np.ndarray) -> Any:
 def _read_ann(path: Path) -> Any:
     faiss = import_faiss()
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-
-
-# ---- what is embedded ----
-
-
-def _files(root: Path, kinds: Sequence[str]) -> Iterator[Path]:
-    """The files of a folder that a model of these kinds may read, sorted; hidden ones and indexes are passed over."""
-    if not root.is_dir():
-        raise RequestError(f"There is no folder {root}; give one with media.")
-    suffixes = tuple(suffix for kind in kinds for suffix in SUFFIXES.get(kind, ()))
-    for place, folders, names in os.walk(root):
-        here = Path(place)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and not (here / name / META).is_file()
-        )
-        yield from (
-            here / name
-            for name in sorted(names)
-            if name.lower().endswith(suffixes) and not name.startswith(".")
-        )
-
-
-def _segments(file: Path) -> list[Segment]:
-    """What a file holds: paragraphs of a text, all sequences of a FASTA file, else one segment."""
-    name = file.name.lower()
-    if name.endswith(DNA_SUFFIXES):
-        return list(DNA.open_all(file))
-    if name.endswith(TEXT_SUFFIXES):
-        paragraphs = [" ".join(part.split()) for part in Text.open(file).text.split("\n\n")]
-        return [Text(part) for part in paragraphs if part]
-    return [open_segment(file)]
-
-
-class _Work:
-    """Embedding the files of a folder, resumable: parts that are done lie in a folder beside the target."""
-
-    def __init__(self, root: Path, model: AnyToken, meta: dict[str, Any], out: Path | None) -> None:
-        self.root, self.model, self.meta, self.out = root, model, meta, out
-        self.parts = None if out is None else out.with_name(f".{out.name}-parts")
-        self.skipped: Counter[str] = Counter()
-        self.known: dict[tuple[str, int, int], list[tuple[Item, np.ndarray]]] = {}
-
-    def run(self, files: list[Path], progress: bool) -> tuple[list[Item], np.ndarray]:
-        """Items and vectors of all files, in order."""
-        self._recall()
-        keys: list[tuple[str, int, int]] = []
-        fresh: list[tuple[Path, tuple[str, int, int]]] = []
-        for file in files:
-            try:
-                found = file.stat()
-            except OSError:  # it has gone since the folder was listed
-                self.skipped["has gone"] += 1
-                continue
-            key = file.relative_to(self.root).as_posix(), found.st_size, found.st_mtime_ns
-            keys.append(key)
-            if key not in self.known:
-                fresh.append((file, key))
-        with tqdm(
-            total=len(keys), initial=len(keys) - len(fresh), desc="index", unit="file", disable=not progress
-        ) as bar:
-            for start in range(0, len(fresh), PART):
-                self._embed(fresh[start : start + PART])
-                bar.update(len(fresh[start : start + PART]))
-        for reason, number in self.skipped.items():
-            log.warning("%s: %d files left out: %s", self.root, number, reason)
-        pairs = [pair for key in keys for pair in self.known.get(key, [])]
-        if not pairs:
-            reasons = "; ".join(self.skipped) or "they are empty"
-            raise RequestError(f"None of the {len(files)} files in {self.root} could be embedded: {reasons}.")
-        return [item for item, _ in pairs], np.stack([vector for _, vector in pairs])
-
-    def _recall(self) -> None:
-        """Vectors of files from the index that is there and from parts of a build that was killed."""
-        if self.out is None or self.parts is None:
-            return
-        sources = []
-        if (self.out / META).is_file():
-            try:
-                meta, items = read_index(self.out)
-                sources.append((meta, items, self.out / VECTORS))
-            except RequestError as error:
-                log.warning("%s", error)
-        for path in sorted(self.parts.glob("*.json")) if self.parts.is_dir() else []:
-            try:
-                part = json.loads(path.read_text(encoding="utf-8"))
-                sources.append(
-                    (part["meta"], [Item(**one) for one in part["items"]], path.with_suffix(".npy"))
-                )
-            except (ValueError, KeyError, TypeError, DataError):
-                path.unlink()
-        same = ("root", "width", "untrained")
-        for meta, items, vectors in sources:
-            if not _alike(meta, self.meta) or any(meta[key] != self.meta[key] for key in same):
-                continue
-            try:
-                pairs = list(zip(items, np.load(vectors), strict=True))
-            except (OSError, ValueError) as error:
-                log.warning("%s is damaged (%s): its files are embedded again", vectors, error)
-                continue
-            for item, vector in pairs:
-                self.known.setdefault((item.path, item.bytes, item.time_ns), []).append((item, vector))
-
-    def _embed(self, files: list[tuple[Path, tuple[str, int, int]]]) -> None:
-        """Embed some files and keep their vectors as a part."""
-        items: list[Item] = []
-        prompts: list[list[int]] = []
-        for file, key in files:
-            try:
-                segments = _segments(file)
-                found = self._ids(segments)
-            except (ValueError, OSError, MemoryError) as error:
-                gone = not file.is_file()
-                self.skipped[
-                    "has gone" if gone else f"cannot be read, such as {file.name} ({error})"[:200]
-                ] += 1
-                continue
-            self.known[key] = []
-            for part, (segment, ids) in enumerate(zip(segments, found, strict=True)):
-                items.append(Item(key[0], segment.kind, part, _label(segment), key[1], key[2]))
-                prompts.append(ids)
-        if not prompts:
-            return
-        vectors = self.model.embed_ids(prompts, width=self.meta["width"], untrained=self.meta["untrained"])
-        for item, vector in zip(items, vectors, strict=True):
-            self.known[(item.path, item.bytes, item.time_ns)].append((item, vector))
-        if self.parts is not None:
-            self._keep(items, vectors)
-
-    def _ids(self, segments: list[Segment]) -> list[list[int]]:
-        """Prompts of a file's segments; a text that is longer than the context is cut there."""
-        found = self.model.processor.encode_chats(segments)
-        context = self.model.engine.context
-        for place, segment in enumerate(segments):
-            if len(found[place]) > context:
-                if not isinstance(segment, Text):
-                    raise SegmentError(f"{len(found[place])} tokens are more than the context of {context}")
-                found[place] = [*found[place][: context - 2], *found[place][-2:]]
-        return found
-
-    def _keep(self, items: list[Item], vectors: np.ndarray) -> None:
-        assert self.parts is not None
-        name = f"{len(list(self.parts.glob('*.json'))) if self.parts.is_dir() else 0:06d}"
-        write_file(self.parts / f"{name}.npy", lambda scratch: np.save(scratch, vectors))
-        entry = {"meta": self.meta, "items": [asdict(item) for item in items]}
-        write_file(self.parts / f"{name}.json", json.dumps(entry))  # last: a part that has it is whole
-
-    def clear(self) -> None:
-        """Remove the parts: the index is written."""
-        if self.parts is not None:
-            shutil.rmtree(self.parts, ignore_errors=True)
-
-
-def _label(segment: Segment) -> str:
-    if isinstance(segment, Text):
-        return segment.text if len(segment.text) <= 120 else f"{segment.text[:119]}…"
-    return segment.name if isinstance(segment, DNA) else ""
 
 
 if not TYPE_CHECKING:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.index import Hit, Index, Item
+from anytoken.inference.index import Hit, Index
+from anytoken.inference.index_files import Item
 from anytoken.utils.errors import RequestError
 
 BATCH = 256  # points of one request

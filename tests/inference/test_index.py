@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from anytoken.inference import index as index_module
-from anytoken.inference.index import Index, Item
+from anytoken.inference import index_files
+from anytoken.inference.index import Index
+from anytoken.inference.index_files import Item
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.segments import Image
-from anytoken.utils.errors import RequestError
+from anytoken.utils.errors import DataError, RequestError
 
 
 @pytest.fixture
@@ -109,10 +110,23 @@ def test_an_update_embeds_only_what_changed(folder, searcher, read, tmp_path):
         Index.build(folder, searcher, out, width=8)
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_other_processes_embed_the_same(folder, searcher, tmp_path, monkeypatch, engine):
+    if engine == "ray":
+        pytest.importorskip("ray")
+    monkeypatch.setattr(index_files, "PART", 2)
+    (folder / "broken.png").write_bytes(b"no image")
+    here = Index.build(folder, searcher)
+    spread = Index.build(folder, searcher, tmp_path / "my.index", engine=engine, workers=2)
+    assert spread.items == here.items and np.allclose(spread.vectors, here.vectors, atol=1e-5)
+    with pytest.raises(DataError, match="unknown engine 'spark'"):
+        Index.build(folder, searcher, engine="spark")
+
+
 def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read, tmp_path, monkeypatch):
     out = tmp_path / "my.index"
-    monkeypatch.setattr(index_module, "PART", 2)
-    original = index_module._Work._embed
+    monkeypatch.setattr(index_files, "PART", 2)
+    original = index_files.FolderEmbedder._embed
 
     def killed(self, files):
         if any(file.name == "1.png" for file, _ in files):
@@ -120,7 +134,7 @@ def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read,
         original(self, files)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index_module._Work, "_embed", killed)
+        patch.setattr(index_files.FolderEmbedder, "_embed", killed)
         Index.build(folder, searcher, out)
     assert not out.exists() and read() == 2
     assert len(Index.build(folder, searcher, out)) == 6
@@ -128,7 +142,7 @@ def test_a_killed_build_goes_on_and_leaves_the_old_index(folder, searcher, read,
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (folder / "deep" / "1.png").write_bytes((folder / "deep" / "3.png").read_bytes())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(index_module._Work, "_embed", killed)
+        patch.setattr(index_files.FolderEmbedder, "_embed", killed)
         Index.build(folder, searcher, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
