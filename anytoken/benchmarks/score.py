@@ -67,7 +67,7 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
     """Ways to name held-out images of a set: accuracy with its 95 % interval, seconds per image, speed, difference.
 
     file: records with `image`, a caption `text` that begins with the name and a comma, and `split`. The names of all
-    records are the choice. Images come one at a time, and all ways take turns on each. Seconds are CPU seconds, so other
+    records are the choice. Images come one at a time, and all ways take turns on each. Seconds are of the CPU, so other
     work on the machine counts little. speed: how many times as fast as generating the caption; difference: of accuracy
     to it, paired. EvaluationError for a set without a test split.
     """
