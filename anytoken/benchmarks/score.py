@@ -61,6 +61,7 @@ def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str
 
 QUESTION = "What is this?"
 BASE = "generate the caption"
+TEMPLATES = 8  # about so many of the set's captions, for the names of a zero-shot classifier
 
 
 def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list[Figures]:
@@ -92,8 +93,9 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
         ("classify", "classify, pmi"): classify,
     }
     if model.embedding_heads:
-        styles = sorted({f"{{}}, {one['style']}" for one in records if one.get("style")})
-        zero_shot = ZeroShot(model, labels, styles or ["{}"])
+        rests = sorted({one["text"].removeprefix(_name(one["text"])) for one in records})
+        templates = ["{}" + rest for rest in rests[:: max(1, len(rests) // TEMPLATES)]]
+        zero_shot = ZeroShot(model, labels, templates)
         ways["zero-shot by embedding",] = lambda image: [zero_shot.classify([image])[0].label]
     right: dict[str, list[float]] = {name: [] for names in ways for name in names}
     seconds = dict.fromkeys(right, 0.0)
