@@ -87,10 +87,17 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
         scores = np.array(model.score([image, QUESTION], labels))
         return [labels[int(one.argmax())] for one in (scores, scores - prior)]
 
+    beginnings = [model.processor.encode_reply(f"{one},")[:-1] for one in labels]
+
+    def begin(image: Any) -> list[str]:
+        scores = [one.total for one in score_ids(model.engine, model.encode_prompt([image]), beginnings)]
+        return [labels[int(np.argmax(scores))]]
+
     ways: dict[tuple[str, ...], Callable[[Any], list[str]]] = {
         (BASE,): lambda image: generate([image]),
         ("generate the name",): lambda image: generate([image, QUESTION]),
         ("classify", "classify, pmi"): classify,
+        ("classify by the caption's beginning",): begin,
     }
     if model.embedding_heads:
         rests = sorted({one["text"].removeprefix(_name(one["text"])) for one in records})

@@ -133,7 +133,7 @@ def test_bench_naming_compares_ways_on_the_same_images(tmp_path):
     ]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     rows = {row["side"]: row for row in bench_naming(load("mini"), tmp_path / "set.jsonl", 2)}
-    assert len(rows) == 5 and rows[BASE]["speed"] == 1 and rows[BASE]["difference"]["value"] == 0
+    assert len(rows) == 6 and rows[BASE]["speed"] == 1 and rows[BASE]["difference"]["value"] == 0
     for row in rows.values():
         assert (row["images"], row["names"]) == (2, 3) and row["seconds per image"] > 0
     assert rows["classify"]["accuracy"]["value"] <= 0.5  # one image has both names, and one answer is given
