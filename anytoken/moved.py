@@ -116,7 +116,12 @@ MOVED = {
 
 RENAMED = {  # a module by its name of today: what in it had another name
     "": {"Reply": "GenerationOutput"},
+    "evaluation.suite.lm_harness": {"HarnessError": "EvaluationError"},
+    "evaluation.suite.metrics": {"MetricError": "EvaluationError"},
+    "evaluation.suite.template": {"TemplateError": "EvaluationError"},
+    "inference.index": {"SearchError": "RequestError"},
     "inference.outputs": {"Reply": "GenerationOutput"},
+    "model.embedding_head": {"EmbeddingError": "RequestError"},
     "tokenizers": {"Grid": "CodeGrid", "Run": "CodeSequence"},
     "tokenizers.base": {"Grid": "CodeGrid", "Run": "CodeSequence", "writing_order": "codebook_pattern"},
     "tokenizers.losses.audio": {"heard_apart": "perceptual_distance", "log_bands": "log_mel"},

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from anytoken.commands.options import ModelArgument, Overrides, examples, load
+from anytoken.commands.search import IndexKind
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed against a named peer in the same run.")
 CONTEXTS = [128, 512, 1024, 2048, 4096]
@@ -58,25 +59,39 @@ def decode(
     harness.report(bench_decode(load(model), kind, prompt, repeats, Sizes(width=width, layers=layers)), out)
 
 
-@app.command(epilog=examples("anytoken bench score mini --answers animals.txt"))
+@app.command(
+    epilog=examples(
+        "anytoken bench score mini --answers animals.txt",
+        "anytoken bench score mini --naming data/sets/emoji/images.jsonl",
+    )
+)
 def score(
     model: ModelArgument = "mini",
     answers: Annotated[
         Path | None, typer.Option(help="Text file with one answer per line; by default the emoji names.")
     ] = None,
+    naming: Annotated[
+        Path | None,
+        typer.Option(help="Records with captions: also compare generated names with classification."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=2, help="Held-out images, with --naming.")] = 200,
     repeats: Repeats = 3,
     out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_score.json"),
 ) -> None:
     """Scoring many answers to one image with a single prompt pass, against one forward pass per answer."""
     from anytoken import recipes
     from anytoken.benchmarks import harness
-    from anytoken.benchmarks.score import bench_score
+    from anytoken.benchmarks.score import bench_naming, bench_score
     from anytoken.segments import Image
     from anytoken.terminal.prompt_args import read_lines
 
     labels = read_lines(answers or recipes.assets() / "names.txt")
     image = Image.open(recipes.assets() / "images" / "sample.png")
-    harness.report(bench_score(load(model), [image, "What is this?"], labels, repeats), out)
+    opened = load(model)
+    figures = bench_score(opened, [image, "What is this?"], labels, repeats)
+    figures |= {"naming": bench_naming(opened, naming, count)} if naming else {}
+    harness.report(figures, out)
+    harness.show([{**row, "accuracy": row["accuracy"]["value"]} for row in figures.get("naming", [])])
 
 
 @app.command(epilog=examples("anytoken bench embed mini --size 1000 --size 10000"))
@@ -87,6 +102,9 @@ def embed(
         typer.Option(
             "--size", min=100, help="Vectors in the index; repeatable; 1k, 10k and 100k by default."
         ),
+    ] = None,
+    kinds: Annotated[
+        list[IndexKind] | None, typer.Option("--kind", help="Kind of index; repeatable; all by default.")
     ] = None,
     width: Annotated[int, typer.Option(min=4, help="Dimensions of the vectors.")] = 256,
     count: Annotated[int, typer.Option(min=8, help="Prompts to embed, a mix of names and images.")] = 128,
@@ -103,7 +121,9 @@ def embed(
     names = read_lines(recipes.assets() / "names.txt")
     image = Image.open(recipes.assets() / "images" / "sample.png")
     prompts = [image if n % 4 == 0 else names[n % len(names)] for n in range(count)]
-    harness.report(bench_embed(load(model), prompts, sizes or [1_000, 10_000, 100_000], width, repeats), out)
+    sizes = sizes or [1_000, 10_000, 100_000]
+    chosen = [kind.value for kind in kinds or IndexKind]
+    harness.report(bench_embed(load(model), prompts, sizes, width, repeats, chosen), out)
 
 
 @app.command(epilog=examples("anytoken bench serve mini --clients 16 --requests 64"))

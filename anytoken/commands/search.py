@@ -51,7 +51,12 @@ def embed(
     print(json.dumps([round(float(one), 7) for one in vector]))
 
 
-@app.command(epilog=examples("anytoken index photos --out my.index --adapter runs/embed"))
+@app.command(
+    epilog=examples(
+        "anytoken index photos --out my.index --adapter runs/embed",
+        "anytoken index photos --out my.index --engine ray --workers 16 --device cpu",
+    )
+)
 def index(
     folder: Annotated[
         Path, typer.Argument(help="A folder of images, clips, recordings, texts and sequences.")
@@ -66,6 +71,12 @@ def index(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index of another folder, model or width.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, else one on this machine).")
+    ] = "local",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that embed on CPUs; 1 with the local engine: this one.")
+    ] = 1,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:
@@ -73,7 +84,7 @@ def index(
     from anytoken.inference.index import Index
 
     opened = load(model, device, adapter)
-    found = Index.build(folder, opened, out, kind.value, width, untrained, overwrite, progress=True)
+    found = Index.build(folder, opened, out, kind.value, width, untrained, overwrite, True, engine, workers)
     found.remember_model(out, model, None if adapter is None else str(adapter))
     print(f"{out}: {found!r}")
 
@@ -101,7 +112,8 @@ def search(
     adapter: Adapter = None,
 ) -> None:
     """Find the items nearest to a query of text, files or both."""
-    from anytoken.inference.index import Index, read_index
+    from anytoken.inference.index import Index
+    from anytoken.inference.index_files import read_index
 
     meta, _ = read_index(path)
     parts = [read_part(part) for part in query]

@@ -53,7 +53,7 @@ def _from_file() -> dict[str, Direction]:
     return found
 
 
-# Two records in a prompt, dialogues that code words, a free kind, and a ranking by plain likelihood: no task file.
+# Cases that code draws and words; the task files dialogue.yaml and dna/product_ranking.yaml draw theirs themselves.
 CODED = (
     Direction("image,image->text", IMAGES, ("image",), "text", "two unseen drawings",
               words="What are these?", twice=True),

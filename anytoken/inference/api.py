@@ -45,7 +45,7 @@ from anytoken.inference.score import (
     score_ids,
     score_steps,
 )
-from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, has_head
+from anytoken.model.embedding_head import EmbeddingHead, has_head
 from anytoken.model.extend_vocab import add_modality
 from anytoken.processor import Processor
 from anytoken.segments import Segment
@@ -191,8 +191,7 @@ class AnyToken(GenerationMixin):
         prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
         single one, which is a list of one. tokens: a vector per content token instead. width: the first N
         dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
-        then vectors are means of the last hidden states. ValueError (EmbeddingError, RequestError) says what does not
-        fit.
+        then vectors are means of the last hidden states. ValueError (RequestError) says what does not fit.
         """
         return self.embed_ids(
             self.processor.encode_chats(prompts_of(prompts)), tokens=tokens, width=width, untrained=untrained
@@ -207,21 +206,21 @@ class AnyToken(GenerationMixin):
         untrained: bool = False,
     ) -> Any:
         """`embed` for prompts that are ids already, as `encode_prompt` gives them."""
-        with self._embedder(untrained) as embedder:
+        with self.embedder(untrained) as embedder:
             return embedder.token_vectors(prompts, width) if tokens else embedder.vectors(prompts, width)
 
     def embedding_probe(self, untrained: bool = False) -> np.ndarray:
         """A vector that tells this model's embeddings from another's, float32 [W]."""
-        with self._embedder(untrained) as embedder:
+        with self.embedder(untrained) as embedder:
             return embedder.probe()
 
     @property
     def embedding_head(self) -> EmbeddingHead:
-        """The trained head that `embed` uses; EmbeddingError if there is none."""
+        """The trained head that `embed` uses; RequestError if there is none."""
         return self._embedding_head(False)[1]
 
     @contextmanager
-    def _embedder(self, untrained: bool) -> Iterator[Embedder]:
+    def embedder(self, untrained: bool = False) -> Iterator[Embedder]:
         """The head over the model, with the adapter that it was trained with in the weights."""
         name, head = self._embedding_head(untrained)
         active = self.adapters.active
@@ -239,7 +238,7 @@ class AnyToken(GenerationMixin):
         if untrained:
             return active, EmbeddingHead.untrained(self.lm.config.get_text_config().hidden_size, self.kinds)
         if not heads:
-            raise EmbeddingError(
+            raise RequestError(
                 "This checkpoint has no embedding head: train one (anytoken train stages/embed.yaml) and open it with "
                 "adapter=, or take the mean of hidden states, which retrieves far less, with untrained=True."
             )

@@ -17,7 +17,6 @@ from anytoken.model.attention import usable_attention
 from anytoken.model.embedding_head import (
     CONTROL,
     UNKNOWN,
-    EmbeddingError,
     EmbeddingHead,
     decoder_of,
     pool,
@@ -26,6 +25,7 @@ from anytoken.model.embedding_head import (
 )
 from anytoken.processor import Processor
 from anytoken.segments import Segment
+from anytoken.utils.errors import RequestError
 
 BATCH_TOKENS = 8192  # with padding
 ALIKE = 0.999  # cosine of two fingerprints of one model, on any device and in any precision
@@ -38,7 +38,7 @@ def prompts_of(prompts: Any) -> list[Any]:
     if prompts and all(isinstance(one, Mapping) and "role" in one for one in prompts):
         return [prompts]
     if not prompts:
-        raise EmbeddingError("embed takes a segment, or a list of segments and prompts; the list is empty.")
+        raise RequestError("embed takes a segment, or a list of segments and prompts; the list is empty.")
     return list(prompts)
 
 
@@ -53,7 +53,7 @@ class Embedder:
 
     @torch.inference_mode()
     def vectors(self, prompts: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
-        """Unit vectors float32 [N, width] of prompts that are ids; EmbeddingError for one that does not fit."""
+        """Unit vectors float32 [N, width] of prompts that are ids; RequestError for one that does not fit."""
         found = np.empty((len(prompts), width or self.head.width), np.float32)
         for rows, ids, lengths in self._batches(prompts):
             modality, states = self.table[ids], read_states(self.lm, ids)
@@ -77,21 +77,21 @@ class Embedder:
         return self.vectors([probe_ids(self.table)])[0]
 
     def check(self, ids: Sequence[int]) -> None:
-        """EmbeddingError for a prompt that is longer than the context, or holds what the head has no map for."""
+        """RequestError for a prompt that is longer than the context, or holds what the head has no map for."""
         if len(ids) > self.context:
-            raise EmbeddingError(
+            raise RequestError(
                 f"The prompt has {len(ids)} tokens, but the context is {self.context} tokens: shorten it."
             )
         places = self.table[torch.tensor(ids, device=self.table.device)]
         if bool((places == UNKNOWN).any()):
             token = int(torch.tensor(ids)[(places == UNKNOWN).cpu()][0])
             kind = self.processor.token_space.range_of(token).modality
-            raise EmbeddingError(
+            raise RequestError(
                 f"The embedding head knows {', '.join(self.head.modalities)}, and the prompt holds {kind}: train a "
                 "head on pairs with it (stages/embed.yaml)."
             )
         if bool((places == CONTROL).all()):
-            raise EmbeddingError("The prompt holds nothing to embed.")
+            raise RequestError("The prompt holds nothing to embed.")
 
     def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Rows of the prompts with their ids [B, T], padded on the right, and lengths [B]."""

@@ -7,6 +7,7 @@ A text file gives a vector per paragraph, a FASTA file one per sequence. Buildin
 or changed. What is done is kept in small parts beside the target until the whole is written, so a build that was
 killed goes on; the target itself is replaced in one step. Vectors lie in one file that is mapped, not read, and exact
 search is a product with it. HNSW (arXiv 1603.09320) and IVF-PQ (Jégou et al., TPAMI 2011) are FAISS's (2401.08281).
+The codes of IVF-PQ only choose candidates, which are ranked by their mapped vectors (Jégou et al., ICASSP 2011).
 
     index.json      what made it: the model's fingerprint, width, kind, the folder
     items.jsonl     a line for each vector: path, kind, part, size and time of the file
@@ -21,33 +22,35 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anytoken import moved
 from anytoken.inference.api import AnyToken
 from anytoken.inference.embed import ALIKE
-from anytoken.inference.index_build import (
+from anytoken.inference.index_files import (
     FAISS,
     ITEMS,
     META,
     SUFFIXES,
     VECTORS,
-    IndexBuild,
+    FolderEmbedder,
     Item,
-    SearchError,
+    alike,
+    file_segments,
     list_files,
     read_index,
-    same_model,
-    segments_of,
 )
 from anytoken.segments import Segment
 from anytoken.utils.atomic import FolderKind, check_target, write_file, write_folder
+from anytoken.utils.errors import RequestError
 
 KINDS = ("flat", "hnsw", "ivfpq")
 BLOCK = 64  # queries whose similarities to all vectors exist at a time
 FEWEST_IVFPQ = 1000
-INDEX = FolderKind("index", META, (META, ITEMS, VECTORS, FAISS), SearchError)
+RERANK = 8  # of IVF-PQ: candidates per result
+INDEX = FolderKind("index", META, (META, ITEMS, VECTORS, FAISS), RequestError)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ class Hit:
         return self.file.is_file()
 
     def open(self) -> Segment:
-        """What was found; SearchError if its file has gone or changed its parts since."""
+        """What was found; RequestError if its file has gone or changed its parts since."""
         if not self.exists:
-            raise SearchError(f"{self.file} has gone since it was indexed: run `anytoken index` again.")
-        parts = segments_of(self.file)
+            raise RequestError(f"{self.file} has gone since it was indexed: run `anytoken index` again.")
+        parts = file_segments(self.file)
         if self.item.part >= len(parts):
-            raise SearchError(f"{self.file} has changed since it was indexed: run `anytoken index` again.")
+            raise RequestError(f"{self.file} has changed since it was indexed: run `anytoken index` again.")
         return parts[self.item.part]
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,17 +112,20 @@ class Index:
         untrained: bool = False,
         overwrite: bool = False,
         progress: bool = False,
+        engine: str = "local",
+        workers: int = 1,
     ) -> Index:
         """Embed every file of a folder that the model reads, and write the index to `out` unless that is None.
 
         An index of the same model, folder and width that is there is brought up to date: only new and changed files
-        are embedded. kind: "flat" is exact; "hnsw" for a million vectors; "ivfpq" for memory. SearchError for a
+        are embedded. kind: "flat" is exact; "hnsw" for a million vectors; "ivfpq" for memory. RequestError for a
         folder without such files, and where `out` holds something else, or an index of another folder, model or width
-        unless `overwrite`; files that cannot be read are left out, and the log says how many and why.
+        unless `overwrite`; files that cannot be read are left out, and the log says how many and why. engine, workers:
+        other processes of this machine ("local"), or of a Ray cluster ("ray"), embed with a model on the CPU.
         """
         root = Path(folder)
         if kind not in KINDS:
-            raise SearchError(f"kind is one of {', '.join(KINDS)}; received {kind!r}.")
+            raise RequestError(f"kind is one of {', '.join(KINDS)}; received {kind!r}.")
         if kind != "flat":
             import_faiss()
         if out is not None:
@@ -127,7 +133,7 @@ class Index:
         files = list(list_files(root, model.kinds))
         if not files:
             suffixes = " ".join(s for k in model.kinds for s in SUFFIXES.get(k, ()))
-            raise SearchError(
+            raise RequestError(
                 f"{folder} holds no file that can be embedded; expected files such as {suffixes}."
             )
         probe = model.embedding_probe(untrained)
@@ -137,7 +143,7 @@ class Index:
         }  # fmt: skip
         if out is not None and not overwrite:
             _refuse_other(Path(out), meta)
-        work = IndexBuild(root, model, meta, None if out is None else Path(out))
+        work = FolderEmbedder(root, model, meta, None if out is None else Path(out), engine, workers)
         items, vectors = work.run(files, progress)
         index = cls(model, meta, items, vectors, _make_ann(kind, vectors))
         if out is not None:
@@ -172,7 +178,7 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, model: AnyToken) -> Index:
-        """An index that was written; SearchError if it is damaged, empty, or of another model.
+        """An index that was written; RequestError if it is damaged, empty, or of another model.
 
         A model whose head was trained to be compatible with the one that made the index serves it, too.
         """
@@ -182,9 +188,9 @@ class Index:
             vectors = np.load(path / VECTORS, mmap_mode="r")
             ann = None if meta["kind"] == "flat" else _read_ann(path / FAISS)
         except (OSError, ValueError, RuntimeError) as error:
-            raise SearchError(f"{path} is damaged ({error}); build it again.") from error
+            raise RequestError(f"{path} is damaged ({error}); build it again.") from error
         if vectors.shape != (len(items), meta["width"]) or (ann is not None and ann.ntotal != len(items)):
-            raise SearchError(f"{path} is damaged: its files are of different indexes; build it again.")
+            raise RequestError(f"{path} is damaged: its files are of different indexes; build it again.")
         index = cls(model, meta, items, vectors, ann)
         index._projected = _check_model(path, meta, model)
         return index
@@ -194,11 +200,11 @@ class Index:
     def search(self, query: Any, k: int = 10, kinds: Sequence[str] | None = None) -> list[Hit]:
         """The k items nearest to a query, best first.
 
-        query: a string, a segment, a list of both, or a vector [W]. kinds: only items of these. SearchError for a
+        query: a string, a segment, a list of both, or a vector [W]. kinds: only items of these. RequestError for a
         k below 1, a vector of another width, and kinds that the index does not hold.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise SearchError(f"k is a whole number from 1 up; received {k!r}.")
+            raise RequestError(f"k is a whole number from 1 up; received {k!r}.")
         vector = self._vector(query)
         scores, rows = self._nearest(vector, k, kinds)
         root = Path(self.meta["root"])
@@ -208,11 +214,18 @@ class Index:
             if row >= 0
         ]
 
-    def search_many(self, vectors: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines float32 [Q, k] and rows int64 [Q, k] of the items nearest to vectors [Q, W]; -1 for none."""
+    def search_many(
+        self, vectors: np.ndarray, k: int = 10, rerank: int = RERANK
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines float32 [Q, k] and rows int64 [Q, k] of the items nearest to vectors [Q, W]; -1 for none.
+
+        rerank: of ivfpq, how many candidates per result are ranked by their exact cosines; 1 trusts the codes.
+        """
         k = min(k, len(self))
         if self._ann is not None:
-            return self._ann.search(np.ascontiguousarray(vectors, np.float32), k)
+            vectors, exact = np.ascontiguousarray(vectors, np.float32), self.meta["kind"] == "ivfpq"
+            found = self._ann.search(vectors, min(k * rerank, len(self)) if exact else k)
+            return _ranked(vectors, self.vectors, found[1], k) if exact else found
         blocks = [
             _exact(vectors[start : start + BLOCK], self.vectors, k) for start in range(0, len(vectors), BLOCK)
         ]
@@ -222,7 +235,7 @@ class Index:
         width = self.meta["width"]
         if isinstance(query, np.ndarray) and query.ndim == 1:
             if query.shape != (width,):
-                raise SearchError(f"This index holds vectors of {width} dimensions; received {len(query)}.")
+                raise RequestError(f"This index holds vectors of {width} dimensions; received {len(query)}.")
             return query.astype(np.float32)
         settings = {"untrained": self.meta["untrained"]}
         if not self._projected:
@@ -240,7 +253,7 @@ class Index:
             return scores[0], rows[0]
         held = dict.fromkeys(item.kind for item in self.items)
         if missing := [kind for kind in kinds if kind not in held]:
-            raise SearchError(f"This index holds {', '.join(held)}; received {missing[0]!r}.")
+            raise RequestError(f"This index holds {', '.join(held)}; received {missing[0]!r}.")
         chosen = np.array([row for row, item in enumerate(self.items) if item.kind in kinds])
         similar = self.vectors[chosen] @ vector  # exact: a filter leaves few
         order = np.argsort(-similar)[:k]
@@ -256,25 +269,35 @@ def _exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray
     return np.take_along_axis(found, order, 1), np.take_along_axis(rows, order, 1)
 
 
+def _ranked(
+    queries: np.ndarray, vectors: np.ndarray, candidates: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k of candidates [Q, C] (-1 for none) with the highest exact cosines, and these; each [Q, k]."""
+    similar = np.stack([vectors[rows] @ query for query, rows in zip(queries, candidates, strict=True)])
+    similar[candidates < 0] = -np.inf
+    order = np.argsort(-similar, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similar, order, 1), np.take_along_axis(candidates, order, 1)
+
+
 def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
-    """SearchError if a whole index is there that another build made."""
+    """RequestError if a whole index is there that another build made."""
     try:
         before, _ = read_index(out)
-    except SearchError:
+    except RequestError:
         return  # none, or one that is damaged: it is made anew
     changed = [key for key in ("root", "width", "untrained") if before[key] != meta[key]]
-    if not changed and not same_model(before, meta):
+    if not changed and not alike(before, meta):
         changed = ["model"]
     if changed:
         there = "" if changed[0] == "model" else f" ({before[changed[0]]}, now {meta[changed[0]]})"
-        raise SearchError(
+        raise RequestError(
             f"{out} is an index of another {'folder' if changed[0] == 'root' else changed[0]}{there}: choose another "
             "place, or replace it with overwrite=True (--overwrite)."
         )
 
 
 def _check_model(path: Path, meta: dict[str, Any], model: AnyToken) -> bool:
-    """Whether queries have to be projected to the older head that made the index; SearchError if neither fits."""
+    """Whether queries have to be projected to the older head that made the index; RequestError if neither fits."""
     made = np.array(meta["probe"], dtype=np.float32)
     now = model.embedding_probe(meta["untrained"])
     if now.shape == made.shape and float(now @ made) >= ALIKE:
@@ -283,21 +306,21 @@ def _check_model(path: Path, meta: dict[str, Any], model: AnyToken) -> bool:
         old = model.embedding_head.old_probe.numpy()
         if old.shape == made.shape and float(old @ made) >= ALIKE:
             if meta["width"] != len(old):
-                raise SearchError(
+                raise RequestError(
                     f"{path} is of an older head's first {meta['width']} dimensions; build it again."
                 )
             return True
-    raise SearchError(
+    raise RequestError(
         f"{path} was made by another model or embedding head: open it with that one, or build it again."
     )
 
 
 def import_faiss() -> Any:
-    """FAISS, with the quick operators of numpy arrays; SearchError where it is not installed."""
+    """FAISS, with the quick operators of numpy arrays; RequestError where it is not installed."""
     try:
         import faiss
     except ImportError as error:
-        raise SearchError(f"search needs faiss ({error}); pip install 'anytoken[search]'.") from error
+        raise RequestError(f"search needs faiss ({error}); pip install 'anytoken[search]'.") from error
     return faiss
 
 
@@ -312,18 +335,21 @@ def _make_ann(kind: str, vectors: np.ndarray) -> Any:
         ann.hnsw.efConstruction, ann.hnsw.efSearch = 80, 64
     else:
         if count < FEWEST_IVFPQ or width % 4:
-            raise SearchError(
+            raise RequestError(
                 f"ivfpq needs {FEWEST_IVFPQ} vectors to learn its codes, of a width that 4 divides; there are {count} "
                 f"of {width}. Take flat or hnsw."
             )
-        lists = int(4 * count**0.5) if count >= 100_000 else max(16, int(count**0.5))
+        lists = max(16, int(2 * count**0.5 if count >= 100_000 else count**0.5))
         quantizer = faiss.IndexFlatIP(width)
         ann = faiss.IndexIVFPQ(quantizer, width, lists, width // 4, 8, faiss.METRIC_INNER_PRODUCT)
-        ann.cp.min_points_per_centroid = 1  # of small folders: no warnings
-        ann.pq.cp.min_points_per_centroid = 1
-        ann.pq.cp.niter = 10  # FAISS' 25 take minutes on one thread
+        for clustering in (ann.cp, ann.pq.cp):
+            clustering.min_points_per_centroid = 1  # of small folders: no warnings
+            clustering.max_points_per_centroid = (
+                64  # FAISS' 256 points and 25 rounds take minutes on one thread
+            )
+            clustering.niter = 10
         ann.train(vectors)
-        ann.nprobe = max(16, lists // 4)
+        ann.nprobe = max(16, lists // 32)
     ann.add(vectors)
     return ann
 
@@ -331,3 +357,7 @@ def _make_ann(kind: str, vectors: np.ndarray) -> Any:
 def _read_ann(path: Path) -> Any:
     faiss = import_faiss()
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.index import Hit, Index, Item, SearchError
+from anytoken.inference.index import Hit, Index
+from anytoken.inference.index_files import Item
+from anytoken.utils.errors import RequestError
 
 BATCH = 256  # points of one request
 
@@ -27,12 +29,12 @@ class QdrantIndex:
     """Items and vectors in a collection of a Qdrant server."""
 
     def __init__(self, model: AnyToken, url: str, collection: str, untrained: bool = False) -> None:
-        """url: of a server, ":memory:", or a folder. SearchError where qdrant-client is not installed, and for a
+        """url: of a server, ":memory:", or a folder. RequestError where qdrant-client is not installed, and for a
         collection that holds vectors of another width."""
         try:
             from qdrant_client import QdrantClient, models
         except ImportError as error:
-            raise SearchError(
+            raise RequestError(
                 f"This needs qdrant-client ({error}); pip install 'anytoken[qdrant]'."
             ) from error
         where: dict[str, Any] = (
@@ -47,7 +49,7 @@ class QdrantIndex:
         vectors: Any = self.client.get_collection(collection).config.params.vectors
         held = vectors.size
         if held != width:
-            raise SearchError(
+            raise RequestError(
                 f"The collection {collection} holds vectors of {held} dimensions, and this model's have {width}."
             )
 

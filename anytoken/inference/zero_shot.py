@@ -16,7 +16,7 @@ import numpy as np
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.score import Classification, classify
-from anytoken.model.embedding_head import EmbeddingError
+from anytoken.utils.errors import RequestError
 
 TEMPLATES = ("{}", "a {}", "a picture of a {}", "this is a {}")
 Score = Literal["max", "energy", "negative"]
@@ -36,18 +36,18 @@ class ZeroShot:
     ) -> None:
         """templates: sentences with {} for the name. negatives: names that no input has, for score="negative".
 
-        temperature: of similarities in probabilities and scores. EmbeddingError for no names or a template without {}.
+        temperature: of similarities in probabilities and scores. RequestError for no names or a template without {}.
         """
         if isinstance(names, str) or not names or len(set(names)) != len(names):
-            raise EmbeddingError(
+            raise RequestError(
                 f"names is a list of different class names, at least one; received {names!r:.80}."
             )
         if not templates or any("{}" not in one for one in templates):
-            raise EmbeddingError(
+            raise RequestError(
                 f"templates are sentences with {{}} for the name; received {list(templates)!r:.80}."
             )
         if not temperature > 0:
-            raise EmbeddingError(f"temperature is above 0; received {temperature}.")
+            raise RequestError(f"temperature is above 0; received {temperature}.")
         self.model, self.names, self.templates = model, list(names), list(templates)
         self.temperature, self.untrained = temperature, untrained
         self.prototypes = self._prototypes(self.names)
@@ -69,10 +69,10 @@ class ZeroShot:
     def scores(self, inputs: Any, score: Score = "max") -> np.ndarray:
         """How much each input looks like any of the classes, float64 [N]: low for what belongs to none.
 
-        EmbeddingError for an unknown score, and for "negative" without negatives.
+        RequestError for an unknown score, and for "negative" without negatives.
         """
         if score not in get_args(Score):
-            raise EmbeddingError(f"score is one of {', '.join(get_args(Score))}; received {score!r}.")
+            raise RequestError(f"score is one of {', '.join(get_args(Score))}; received {score!r}.")
         vectors = self.model.embed(inputs, untrained=self.untrained)
         return open_set_scores(vectors, self.prototypes, score, self.negatives, self.temperature)
 
@@ -92,7 +92,7 @@ def open_set_scores(
     if score == "energy":
         return temperature * total
     if negatives is None:
-        raise EmbeddingError('score="negative" needs negative labels: ZeroShot(..., negatives=[...]).')
+        raise RequestError('score="negative" needs negative labels: ZeroShot(..., negatives=[...]).')
     against = log_sum((vectors @ negatives.T).astype(np.float64) / temperature)
     return np.exp(total - np.logaddexp(total, against))
 
@@ -106,15 +106,15 @@ def compose(vectors: Sequence[np.ndarray] | np.ndarray, weights: Sequence[float]
     """One query of several, float32 [W]: the weighted sum of unit vectors, such as of an image and "make it green".
 
     A negative weight takes away. Vectors add up as words do in CLIP's space (Baldrati et al., "Effective Conditioned
-    and Composed Image Retrieval", CVPR 2022, take the sum for the simplest baseline). EmbeddingError for a sum of zero.
+    and Composed Image Retrieval", CVPR 2022, take the sum for the simplest baseline). RequestError for a sum of zero.
     """
     parts = np.stack([np.asarray(one, np.float32).reshape(-1) for one in vectors])
     given = np.ones(len(parts), np.float32) if weights is None else np.asarray(weights, np.float32)
     if given.shape != (len(parts),):
-        raise EmbeddingError(f"weights are one per vector; received {len(given)} for {len(parts)}.")
+        raise RequestError(f"weights are one per vector; received {len(given)} for {len(parts)}.")
     total = given @ parts
     if np.linalg.norm(total) < 1e-6:
-        raise EmbeddingError("The vectors cancel each other out: nothing is left to search with.")
+        raise RequestError("The vectors cancel each other out: nothing is left to search with.")
     return unit(total)
 
 

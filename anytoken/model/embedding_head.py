@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anytoken import moved
 from anytoken.model.attention import usable_attention
 from anytoken.token_space import TokenSpace
 from anytoken.utils.atomic import write_file
@@ -32,10 +33,6 @@ FILE = "embedding.safetensors"  # beside model.safetensors, or in an adapter fol
 CONTROL, UNKNOWN = -1, -2  # in a table of ids: not pooled; of a modality that the head has no map for
 PROBE = 64  # ids that a fingerprint is of
 MAX_SCALE = 100.0  # of similarities, as in CLIP
-
-
-class EmbeddingError(RequestError):
-    """A head that is missing, damaged or does not fit, or a prompt that it cannot embed."""
 
 
 class Pooled(NamedTuple):
@@ -66,7 +63,7 @@ class EmbeddingHead(nn.Module):
         self.widths = tuple(sorted({*map(int, widths), self.width}))
         self.old_width = int(old_width)
         if self.widths[0] < 1 or self.widths[-1] > self.width:
-            raise EmbeddingError(f"widths are from 1 to the width, {width}; received {list(widths)}.")
+            raise RequestError(f"widths are from 1 to the width, {width}; received {list(widths)}.")
         shape = len(self.modalities), self.width, self.hidden_size
         self.mean_weight = nn.Parameter(torch.randn(shape) / math.sqrt(self.hidden_size))
         self.last_weight = nn.Parameter(torch.randn(shape) / math.sqrt(self.hidden_size))
@@ -111,7 +108,7 @@ class EmbeddingHead(nn.Module):
     def to_old(self, vectors: Tensor) -> Tensor:
         """Vectors [B, W] as the older head's, [B, old_width], for an index that it made."""
         if self.old_weight is None:
-            raise EmbeddingError("This head was not trained to be compatible with an older one.")
+            raise RequestError("This head was not trained to be compatible with an older one.")
         return F.normalize(F.linear(vectors, self.old_weight), dim=-1)
 
     def table(self, space: TokenSpace) -> Tensor:
@@ -124,11 +121,11 @@ class EmbeddingHead(nn.Module):
         return table
 
     def prefix(self, vectors: Tensor, width: int | None) -> Tensor:
-        """The first `width` dimensions [..., width] as unit vectors; EmbeddingError for one that was not trained."""
+        """The first `width` dimensions [..., width] as unit vectors; RequestError for one that was not trained."""
         if width is None or width == self.width:
             return vectors
         if width not in self.widths:
-            raise EmbeddingError(
+            raise RequestError(
                 f"width is one of {', '.join(map(str, self.widths))}, which the head was trained for; received {width}."
             )
         return F.normalize(vectors[..., :width], dim=-1)
@@ -145,17 +142,17 @@ class EmbeddingHead(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> EmbeddingHead:
-        """Read FILE of a folder; EmbeddingError if it is missing or damaged."""
+        """Read FILE of a folder; RequestError if it is missing or damaged."""
         path = Path(folder) / FILE
         if not path.is_file():
-            raise EmbeddingError(f"{path} is missing: {folder} holds no embedding head.")
+            raise RequestError(f"{path} is missing: {folder} holds no embedding head.")
         try:
             with safe_open(path, "pt") as file:
                 head = cls(**json.loads(file.metadata()["config"]))
                 names = file.keys()
                 head.load_state_dict({name: file.get_tensor(name) for name in names})
         except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise EmbeddingError(f"{path} is damaged ({error}); copy it again.") from error
+            raise RequestError(f"{path} is damaged ({error}); copy it again.") from error
         return head.eval()
 
 
@@ -195,3 +192,7 @@ def pool(states: Tensor, modality: Tensor, lengths: Tensor, count: int) -> Poole
     mean = torch.einsum("btm,bth->bmh", member, states.float()) / total[:, None, None]
     last = states[torch.arange(len(states), device=states.device), lengths - 1].float()
     return Pooled(mean, member.sum(1) / total[:, None], last)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

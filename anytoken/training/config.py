@@ -239,9 +239,9 @@ class TrainConfig(Settings):
         for name in PACKED_ONLY:
             if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
                 raise ValueError(f"{name} has no effect with contrastive, which learns pairs; leave it out")
-        if self.init_from == "scratch" or self.modalities or self.replace_tokenizers or self.backbone:
+        if self.modalities or self.replace_tokenizers or self.backbone:
             raise ValueError(
-                "contrastive trains a head on a model that is there; init_from names a checkpoint"
+                "contrastive trains the modalities of init_from; leave modalities, replace_tokenizers and backbone out"
             )
         if self.distributed.engine != "ddp":
             raise ValueError("contrastive keeps whole weights in every process; leave deepspeed and mesh out")

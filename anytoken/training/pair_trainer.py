@@ -168,8 +168,8 @@ def _head(
     hidden = base_model(lm).config.get_text_config().hidden_size
     older = 0 if spec.compatible is None else EmbeddingHead.load(spec.compatible).width
     head = EmbeddingHead(hidden, mixture.kinds(), spec.width, spec.widths, spec.temperature, older)
-    folder = checkpoint_folder(stage.init_from)
-    if has_head(folder) and not older:
+    folder = None if stage.init_from == "scratch" else checkpoint_folder(stage.init_from)
+    if folder is not None and has_head(folder) and not older:
         before = EmbeddingHead.load(folder)
         if before.modalities == head.modalities and before.width == head.width and not before.old_width:
             head.load_state_dict(before.state_dict())

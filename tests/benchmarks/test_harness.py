@@ -130,3 +130,24 @@ def test_bench_score_compares_equal_scores(tmp_path):
     figures = bench_score(load("mini"), ["a fox"], ["fox", "a cat", "red panda"], repeats=1)
     once, plain = figures["rows"]
     assert figures["largest_difference"] < 1e-3 and plain["speed"] == 1 and once["answers/s"] > 0
+
+
+def test_bench_naming_compares_ways_on_the_same_images(tmp_path):
+    from anytoken import load, recipes
+    from anytoken.benchmarks.score import BASE, bench_naming
+    from anytoken.segments import Image
+
+    Image.open(recipes.assets() / "images" / "sample.png").save(tmp_path / "0.png")
+    lines = [
+        {"text": f"{name}, 3d, red background", "image": "0.png", "split": split, "style": "3d"}
+        for name, split in (("a fox", "test"), ("a cat", "test"), ("an owl", "train"))
+    ]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    rows = {row["side"]: row for row in bench_naming(load("mini"), tmp_path / "set.jsonl", 2)}
+    assert len(rows) == 6 and rows[BASE]["speed"] == 1 and rows[BASE]["difference"]["value"] == 0
+    for row in rows.values():
+        assert (row["images"], row["names"]) == (2, 3) and row["seconds per image"] > 0
+    assert rows["classify"]["accuracy"]["value"] <= 0.5  # one image has both names, and one answer is given
+    with pytest.raises(EvaluationError, match="no records of split test"):
+        (tmp_path / "set.jsonl").write_text(json.dumps(lines[2]) + "\n")
+        bench_naming(load("mini"), tmp_path / "set.jsonl", 2)

@@ -4,11 +4,15 @@ import pytest
 
 from anytoken.emoji_world import report
 from anytoken.emoji_world.directions import CODED, DIRECTIONS, ORDER
+from anytoken.emoji_world.instruct import ABOUT, DECLINED, REQUESTS, build_instruct
+from anytoken.emoji_world.phrases import DOCUMENTED, phrasings
 from anytoken.emoji_world.task_files import world_judge
-from anytoken.evaluation.suite.metrics import MetricError, Tools
+from anytoken.evaluation.suite.metrics import Tools
 from anytoken.evaluation.suite.runner import score
 from anytoken.evaluation.suite.samples import Outcome, TaskSet
 from anytoken.evaluation.suite.schema import load_tasks
+from anytoken.segments import Text
+from anytoken.utils.errors import EvaluationError
 
 TASKS = {one.name: one for one in load_tasks(["world"])}
 
@@ -41,7 +45,39 @@ def test_a_task_counts_the_answers_as_right_that_its_direction_does(world, sets)
             assert found["metrics"][part]["model"]["value"] == pytest.approx(mean, abs=1e-5), (name, part)
 
 
+def test_dialogues_as_task_files_ask_what_training_words(sets):
+    tasks = {one.name: one for one in load_tasks(["dialogue"])}
+    new, drawn, earlier = (one for name, one in tasks.items() if name.startswith("turn2"))
+    for one in (tasks["image,image->text"], tasks["turn1:image->text"], new, drawn, earlier):
+        for sample in TaskSet(one, sets).samples():
+            assert sample.record["split"] == sample.record["other"]["split"] == "test"
+            assert sample.truth_text.startswith(sample.record["text"].split(",")[0])
+    assert TaskSet(new, sets).samples()[0].messages[1]["content"] == [Text(ABOUT)]
+    assert TaskSet(earlier, sets).samples()[0].messages[1]["content"] == [Text(DECLINED)]
+    said = DOCUMENTED["look_back"][0]
+    assert TaskSet(earlier, sets).samples()[0].messages[2]["content"] == [Text(said)]
+    assert TaskSet(drawn, sets).samples()[0].messages[1]["content"][0].kind == "image"
+    requests = tasks["requests->kind"]
+    worded = [name for name in REQUESTS if phrasings(name, held_out=True)]
+    assert set(requests.where["purpose"]) >= set(worded) and set(requests.where["purpose"]) <= set(REQUESTS)
+    build_instruct(sets, sets / "conversations", count=200, progress=False)
+    data = TaskSet(requests, sets)
+    outcomes = [Outcome(one, answer=tuple(one.truth[0])) for one in data.samples()]
+    found, _ = score(requests, data, outcomes, Tools(sets), resamples=10)
+    assert len(outcomes) > 2 and found["metrics"]["kinds"]["model"]["value"] == 1
+
+
+def test_the_retrieval_tasks_find_items_of_the_test_split(sets):
+    for task in load_tasks(["retrieval"]):
+        data = TaskSet(task, sets)
+        samples = data.samples()
+        items, right = data.items(samples)
+        assert items and all(right)
+        joined = [one.record["other"] for one in samples if task.join]
+        assert all(one["split"] == "test" for one in joined)
+
+
 def test_without_the_judges_the_metric_says_what_it_needs(sets):
     data = TaskSet(TASKS["dna->text"], sets)
-    with pytest.raises(MetricError, match="judges of the emoji world"):
+    with pytest.raises(EvaluationError, match="judges of the emoji world"):
         score(TASKS["dna->text"], data, [Outcome(one) for one in data.samples()], Tools(sets), resamples=10)

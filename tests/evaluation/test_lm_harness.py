@@ -8,8 +8,9 @@ import pytest
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra harness")
 
 from anytoken import AnyToken  # noqa: E402
-from anytoken.evaluation.suite.lm_harness import AnyTokenLM, HarnessError  # noqa: E402
+from anytoken.evaluation.suite.lm_harness import AnyTokenLM  # noqa: E402
 from anytoken.segments import Text  # noqa: E402
+from anytoken.utils.errors import EvaluationError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_task_of_the_harness_runs_offline(model, tmp_path):
 
 
 def test_mistakes_are_named(model):
-    with pytest.raises(HarnessError, match="Unknown model argument 'dtype'"):
+    with pytest.raises(EvaluationError, match="Unknown model argument 'dtype'"):
         AnyTokenLM(model, dtype="float16")
-    with pytest.raises(HarnessError, match="does not fit the context of 64"):
+    with pytest.raises(EvaluationError, match="does not fit the context of 64"):
         AnyTokenLM(model).loglikelihood(requests(("a", "what is this? " * 60)))

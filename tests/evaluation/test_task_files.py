@@ -14,7 +14,7 @@ from anytoken.evaluation.suite.schema import (
     load_tasks,
     read_tasks,
 )
-from anytoken.evaluation.suite.template import TemplateError, fill, fill_each, kinds, parse
+from anytoken.evaluation.suite.template import fill, fill_each, kinds, parse
 from anytoken.inference.score import classify
 from anytoken.segments import Image, Text
 from anytoken.utils.errors import EvaluationError
@@ -195,9 +195,12 @@ def test_templates_fill_kinds_paths_and_indices():
     assert opened == [("image", "a.png"), ("image", "b.png")]
     assert [getattr(one, "text", one.kind) for one in found] == ["{see}", "image", "image", "or x, y?"]
     assert fill("{choices[n]}{choices[0]}", record, opener) == [Text("yx")]
+    assert fill("{text[0]} on {text[1]}", {"text": "a fox, red"}, opener) == [Text("a fox on red")]
+    with pytest.raises(ValueError, match="1 entries has no entry 1"):
+        fill("{text[1]}", {"text": "a fox"}, opener)
     assert fill_each("{answers.a}", record, opener) == [[Text("p")], [Text("q")]]
     assert kinds("a {image} b {n}{n}") == ["text", "image", "text"]
-    with pytest.raises(TemplateError, match="character 3"):
+    with pytest.raises(EvaluationError, match="character 3"):
         parse("a }")
     with pytest.raises(ValueError, match=r"has no 'choice' \(did you mean 'choices'"):
         fill("{choice}", record, opener)
@@ -343,6 +346,46 @@ def test_retrieval_by_embeddings_finds_all_items_that_match(write, tmp_path):
     found = figures(run(Embedder(), write(text), tmp_path / "out"), "colours")
     assert found["map"]["model"]["value"] == 1 and found["map"]["shuffled"]["value"] < 1
     assert found["recall@1"]["model"]["value"] == 1
+
+
+class Hopper(Painter):
+    """Images are near words of their colour, and these near things; images and things are not near each other."""
+
+    def embed(self, prompts):
+        rows = []
+        for one in prompts:
+            words = "".join(getattr(part, "text", "") for part in one)
+            image = any(part.kind == "image" for part in one)
+            name = self.colour(one) if image else words.removeprefix("thing ")
+            unit = [float(name == colour) for colour in ("red", "green", "blue")]
+            rows.append(
+                [*(unit if image or name == words else [0.0] * 3), *(unit if not image else [0.0] * 3)]
+            )
+        return torch.tensor(rows)
+
+
+def test_two_hops_find_what_one_cannot(write, tmp_path):
+    text = (
+        GOOD.replace("how: classify", "how: retrieve\n  item: 'thing {colour}'\n  via: '{colour}'")
+        .replace("{image} Which colour?", "{image}").replace("[accuracy, mcc]", "{name: recall, k: [1]}")
+    )  # fmt: skip
+    found = figures(run(Hopper(), write(text), tmp_path / "out"), "colours")
+    assert found["recall@1"]["model"]["value"] == 1
+    found = figures(
+        run(Hopper(), write(text.replace("  via: '{colour}'\n", "")), tmp_path / "one"), "colours"
+    )
+    assert found["recall@1"]["model"]["value"] == 0
+    with pytest.raises(EvaluationError, match="via is of by: embed"):
+        read_tasks(write(text.replace("how: retrieve", "how: retrieve\n  by: score")))
+
+
+def test_a_joined_record_is_of_the_split_that_is_asked(write, folder):
+    text = (
+        GOOD.replace('"{colour}"', '"{other.split}"') + "join: {data: set.jsonl, key: colour, split: train}\n"
+    )
+    text = text.replace("how: classify", "how: generate").replace("[accuracy, mcc]", "exact_match")
+    samples = TaskSet(read_tasks(write(text))[0], folder).samples()
+    assert len(samples) == 8 and {one.truth_text for one in samples} == {"train"}
 
 
 def test_scores_without_labels_are_judged_by_auroc(write, tmp_path):

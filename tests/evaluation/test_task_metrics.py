@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from anytoken.evaluation.suite import intervals
-from anytoken.evaluation.suite.metrics import METRICS, MetricError, Tools
+from anytoken.evaluation.suite.metrics import METRICS, Tools
 from anytoken.evaluation.suite.text_metrics import cider, token_f1, vqa_accuracy
 from anytoken.segments import DNA, Image, Speech, Text, Video
+from anytoken.utils.errors import EvaluationError
 
 TOOLS = Tools()
 
@@ -30,6 +31,13 @@ def texts(*pairs):
 def figure(name, outcomes, **options):
     metric = METRICS[name](name=name, **options)
     return {key: metric.total(rows) for key, rows in metric.measure(outcomes, TOOLS).items()}
+
+
+def test_kinds_of_a_reply_are_those_of_the_answer_in_order():
+    image = Image(np.zeros((2, 2, 3), np.uint8))
+    truth = [[Text("a"), image]]
+    given = [outcome([Text("b"), image], truth), outcome([image, Text("b")], truth), outcome([], truth)]
+    assert figure("kinds", given) == {"kinds": pytest.approx(1 / 3)}
 
 
 def test_text_figures_by_hand():
@@ -70,7 +78,7 @@ def test_error_rates_by_hand_and_the_best_reference():
     assert figure("wer", pairs) == {"wer": pytest.approx((1 + 1) / (4 + 2))}
     assert figure("wer", pairs[:1], verbatim=True) == {"wer": pytest.approx(2 / 4)}
     assert figure("cer", texts(("abc", "abd"))) == {"cer": pytest.approx(1 / 3)}
-    with pytest.raises(MetricError, match="needs references with words"):
+    with pytest.raises(EvaluationError, match="needs references with words"):
         figure("wer", texts(("a", "...")))
 
 
@@ -185,5 +193,5 @@ def test_intervals_cover_the_truth_and_pairs_cancel_what_is_hard():
 
 def test_spoken_answers_need_a_whisper_for_text_figures():
     clip = Speech(np.zeros(1600, np.float32), 16_000)
-    with pytest.raises(MetricError, match="--asr"):
+    with pytest.raises(EvaluationError, match="--asr"):
         figure("wer", [outcome([clip], [Text("a word")])])

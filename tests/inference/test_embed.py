@@ -6,8 +6,9 @@ import torch
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.embed import similar_lengths
-from anytoken.model.embedding_head import EmbeddingError, EmbeddingHead, pool
+from anytoken.model.embedding_head import EmbeddingHead, pool
 from anytoken.segments import Image, Text
+from anytoken.utils.errors import RequestError
 
 
 def picture(seed: int, side: int = 16) -> Image:
@@ -88,7 +89,7 @@ def test_widths_are_prefixes(embedding_model):
     for width in (4, 8, 12):
         cut = whole[:, :width] / np.linalg.norm(whole[:, :width], axis=1, keepdims=True)
         assert np.abs(embedding_model.embed(PROMPTS, width=width) - cut).max() < 1e-6
-    with pytest.raises(EmbeddingError, match=r"4, 8, 12.*received 5"):
+    with pytest.raises(RequestError, match=r"4, 8, 12.*received 5"):
         embedding_model.embed("a", width=5)
 
 
@@ -106,7 +107,7 @@ def test_the_language_model_keeps_every_bit(own_model):
 
 
 def test_without_a_trained_head(model):
-    with pytest.raises(EmbeddingError, match=r"stages/embed\.yaml.*untrained=True"):
+    with pytest.raises(RequestError, match=r"stages/embed\.yaml.*untrained=True"):
         model.embed("red apple")
     ids = model.encode_prompt("red apple")
     content = [n for n, token in enumerate(ids) if token < model.token_space.text_size]
@@ -115,11 +116,11 @@ def test_without_a_trained_head(model):
 
 
 def test_errors_name_what_is_wrong(embedding_model, toys):
-    with pytest.raises(EmbeddingError, match="list is empty"):
+    with pytest.raises(RequestError, match="list is empty"):
         embedding_model.embed([])
-    with pytest.raises(EmbeddingError, match=r"knows text, image.*holds tone.*stages/embed\.yaml"):
+    with pytest.raises(RequestError, match=r"knows text, image.*holds tone.*stages/embed\.yaml"):
         embedding_model.embed([toys.Tone([(1, 2), (3, 4)])])
-    with pytest.raises(EmbeddingError, match="context is 256"):
+    with pytest.raises(RequestError, match="context is 256"):
         embedding_model.embed(["a" * 400])
 
 
@@ -139,7 +140,7 @@ def test_a_head_is_saved_in_a_checkpoint_and_opens_alone_as_an_adapter(embedding
     assert np.abs(later.embed(PROMPTS) - found).max() < 1e-6
     data = (whole / "embedding.safetensors").read_bytes()
     (whole / "embedding.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(EmbeddingError, match=r"embedding\.safetensors is damaged"):
+    with pytest.raises(RequestError, match=r"embedding\.safetensors is damaged"):
         AnyToken.from_pretrained(whole)
 
 

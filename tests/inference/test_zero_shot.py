@@ -5,7 +5,7 @@ import pytest
 
 from anytoken.evaluation.metrics import auroc, false_positive_rate
 from anytoken.inference.zero_shot import ZeroShot, compose, open_set_scores, unit
-from anytoken.model.embedding_head import EmbeddingError
+from anytoken.utils.errors import RequestError
 
 
 class Words:
@@ -75,9 +75,9 @@ def test_a_composed_query_finds_what_has_both():
     )
     assert items[int((vectors @ weighted).argmax())] == "green fox"
     assert (vectors @ query)[1] > (vectors @ query)[3]
-    with pytest.raises(EmbeddingError, match="one per vector; received 1 for 2"):
+    with pytest.raises(RequestError, match="one per vector; received 1 for 2"):
         compose([query, query], [1])
-    with pytest.raises(EmbeddingError, match="cancel each other out"):
+    with pytest.raises(RequestError, match="cancel each other out"):
         compose([query, query], [1, -1])
 
 
@@ -92,15 +92,15 @@ def test_a_composed_query_finds_what_has_both():
     ],
 )
 def test_settings_that_do_not_fit(settings, said):
-    with pytest.raises(EmbeddingError, match=said):
+    with pytest.raises(RequestError, match=said):
         ZeroShot(Words(), **{"names": NAMES, **settings})
 
 
 def test_scores_that_are_not_there():
     found = ZeroShot(Words(), NAMES)
-    with pytest.raises(EmbeddingError, match="max, energy, negative; received 'mean'"):
+    with pytest.raises(RequestError, match="max, energy, negative; received 'mean'"):
         found.scores(["fox"], "mean")
-    with pytest.raises(EmbeddingError, match="needs negative labels"):
+    with pytest.raises(RequestError, match="needs negative labels"):
         found.scores(["fox"], "negative")
 
 

@@ -233,6 +233,18 @@ def test_a_head_learns_to_retrieve_on_a_frozen_model(pairs: dict[str, Any]) -> N
     assert train(TrainConfig.from_dict(pairs)) == folder  # it is finished
 
 
+def test_an_encoder_from_scratch_learns_to_retrieve(
+    pairs: dict[str, Any], world: Path, toy_recipe: Any, tmp_path: Path
+) -> None:
+    fresh = {name: toy_recipe(world, tmp_path)[name] for name in ("init_from", "tokenizers", "model")}
+    changes = {"trainable": ["*"], "steps": 60, "optimizer": {"lr": 1e-2}, "save_every": 60}
+    folder = train(TrainConfig.from_dict(pairs | fresh | changes))
+    entries = read_metrics(folder / "metrics.jsonl")
+    assert entries[-2]["loss"] < 0.5 * entries[0]["loss"]
+    assert entries[-1]["eval"]["retrieval"]["text->tile"]["R@5"] == 1.0
+    assert (folder / "model.safetensors").is_file() and (folder / "embedding.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

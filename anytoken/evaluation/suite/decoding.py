@@ -36,9 +36,10 @@ def answer(
     """Lines for the samples that are not done, block by block; media of replies are saved below `media`."""
     decoding = task.decoding
     items, right = data.items(samples) if isinstance(decoding, Retrieve) else ([], [])
-    vectors = (
-        _embed(model, task, items) if isinstance(decoding, Retrieve) and decoding.by == "embed" else None
-    )
+    vectors, between = None, None
+    if isinstance(decoding, Retrieve) and decoding.by == "embed":
+        vectors = _embed(model, task, items)
+        between = _embed(model, task, data.items(samples, decoding.via)[0]) if decoding.via else None
     for start in range(0, len(samples), BLOCK):
         places = [
             place for place in range(start, min(start + BLOCK, len(samples))) if samples[place].id not in done
@@ -54,7 +55,7 @@ def answer(
             lines = [_score(model, decoding, data, one) for one in block]
         else:
             wanted = [right[place] for place in places]
-            lines = _retrieve(model, task, block, items, vectors, wanted)
+            lines = _retrieve(model, task, block, items, vectors, between, wanted)
         yield [{"id": one.id, **line} for one, line in zip(block, lines, strict=True)]
 
 
@@ -111,11 +112,14 @@ def _retrieve(
     block: Sequence[Sample],
     items: list[Any],
     vectors: Any,
+    between: Any,
     right: list[list[int]],
 ) -> list[Line]:
     decoding = task.decoding
     assert isinstance(decoding, Retrieve)
     queries = _embed(model, task, [one.prompt for one in block]) if vectors is not None else None
+    if queries is not None and between is not None:
+        queries = between[(queries @ between.T).argmax(1)]
     lines = []
     for place, (one, wanted) in enumerate(zip(block, right, strict=True)):
         pool = _pool(decoding, task.seed, one.id, len(items), wanted)

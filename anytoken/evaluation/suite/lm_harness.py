@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from anytoken import moved
 from anytoken.inference.api import AnyToken
 from anytoken.inference.score import score_ids
 from anytoken.segments import Text
@@ -24,10 +25,6 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError as error:
     raise ImportError("The harness needs lm-eval: pip install 'anytoken[harness]'.") from error
-
-
-class HarnessError(EvaluationError):
-    """A request of the harness that cannot be served."""
 
 
 @register_model("anytoken")
@@ -43,11 +40,11 @@ class AnyTokenLM(LM):
         max_gen_toks: int = 256,
         **unused: Any,
     ) -> None:
-        """pretrained: a bundled name, folder, hub id, or a loaded model. HarnessError for an unknown argument."""
+        """pretrained: a bundled name, folder, hub id, or a loaded model. EvaluationError for an unknown argument."""
         super().__init__()
         unknown = sorted(set(unused) - {"batch_size", "max_batch_size"})
         if unknown:
-            raise HarnessError(
+            raise EvaluationError(
                 f"Unknown model argument {unknown[0]!r}; allowed: pretrained, device, adapter, plain, max_gen_toks."
             )
         if not isinstance(pretrained, AnyToken):
@@ -98,7 +95,7 @@ class AnyTokenLM(LM):
         """A prompt that is cut on the left if it does not fit the context; its first ids, which are control, stay."""
         room = self.model.engine.context - length
         if room < 4:
-            raise HarnessError(
+            raise EvaluationError(
                 f"A continuation of {length} tokens does not fit the context of {self.model.engine.context}."
             )
         head = 1 if self.plain else 2
@@ -151,3 +148,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

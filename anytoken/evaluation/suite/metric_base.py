@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-class MetricError(EvaluationError):
-    """Answers that a metric cannot score, or a package that it needs."""
-
-
 class Part(BaseModel):
     """A part of a task file: an unknown key is an error that names the nearest known one."""
 
@@ -66,11 +62,11 @@ class Tools:
 
     @cached_property
     def transcriber(self) -> Any:
-        """Writes down spoken answers; MetricError without --asr."""
+        """Writes down spoken answers; EvaluationError without --asr."""
         from anytoken.evaluation.transcriber import Transcriber
 
         if self.asr is None:
-            raise MetricError(
+            raise EvaluationError(
                 "A text metric of spoken answers needs a Whisper to write them down: give --asr base."
             )
         return Transcriber(self.asr)
@@ -121,4 +117,6 @@ def optional_package(module: str, metric: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise MetricError(f"The metric {metric} needs {package}: pip install 'anytoken[eval]'.") from error
+        raise EvaluationError(
+            f"The metric {metric} needs {package}: pip install 'anytoken[eval]'."
+        ) from error

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import Field
 
+from anytoken import moved
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
 from anytoken.evaluation.suite.metric_base import (
     Array,
     Metric,
-    MetricError,
     Tools,
     best_score,
     optional_package,
 )
 from anytoken.evaluation.suite.text_metrics import cider, plain_words, token_f1, vqa_accuracy
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
+from anytoken.utils.errors import EvaluationError
 
 if TYPE_CHECKING:
     from anytoken.evaluation.suite.samples import Outcome
@@ -130,7 +131,7 @@ class _ErrorRate(Metric):
         if not self.verbatim:
             answer, target = (" ".join(plain_words(text)) for text in (answer, target))
         if not target.strip():
-            raise MetricError(f"{self.name} needs references with words; received {target!r}.")
+            raise EvaluationError(f"{self.name} needs references with words; received {target!r}.")
         process = jiwer.process_words if self.name == "wer" else jiwer.process_characters
         found = process(target, answer)
         errors = found.substitutions + found.deletions + found.insertions
@@ -151,6 +152,17 @@ class CER(_ErrorRate):
     """Character error rate, by jiwer."""
 
     name: Literal["cer"]
+
+
+class Kinds(Metric):
+    """Whether the reply's segments are of the answer's kinds, in order."""
+
+    percent = True
+    name: Literal["kinds"]
+
+    def score(self, outcome: Outcome, tools: Tools) -> float:
+        given = [one.kind for one in outcome.answer]
+        return float(any(given == [one.kind for one in truth] for truth in outcome.sample.truth))
 
 
 class SequenceIdentity(Metric):
@@ -214,7 +226,7 @@ class STOI(Metric):
         pystoi = optional_package("pystoi", "stoi", "pystoi")
         truth = next((one for one in outcome.sample.truth[0] if isinstance(one, Speech)), None)
         if truth is None:
-            raise MetricError("stoi compares speech; the answers of this task hold none.")
+            raise EvaluationError("stoi compares speech; the answers of this task hold none.")
         answer = next((one for one in outcome.answer if isinstance(one, Speech)), None)
         if answer is None:
             return 0.0
@@ -249,7 +261,7 @@ class WorldJudge(Metric):
 
     def measure(self, outcomes: Sequence[Outcome], tools: Tools) -> dict[str, Array]:
         if tools.judge is None:
-            raise MetricError(
+            raise EvaluationError(
                 "world_judge needs the judges of the emoji world: Tools(judge=...), as the command has."
             )
         rows = tools.judge(outcomes)
@@ -417,12 +429,16 @@ class RankVariance(Metric):
 
 
 CLASSES: tuple[type[Metric], ...] = (
-    ExactMatch, TokenF1, VQAAccuracy, Cider, ChrF, WER, CER, SequenceIdentity, PSNR, STOI, NearestLabel, WorldJudge,
-    Accuracy, MacroF1, MCC, AUROC, Recall, MRR, MeanAveragePrecision, RankVariance,
+    ExactMatch, TokenF1, VQAAccuracy, Cider, ChrF, WER, CER, Kinds, SequenceIdentity, PSNR, STOI, NearestLabel,
+    WorldJudge, Accuracy, MacroF1, MCC, AUROC, Recall, MRR, MeanAveragePrecision, RankVariance,
 )  # fmt: skip
 METRICS: dict[str, type[Metric]] = {get_args(one.model_fields["name"].annotation)[0]: one for one in CLASSES}
 AnyMetric = Annotated[
-    ExactMatch | TokenF1 | VQAAccuracy | Cider | ChrF | WER | CER | SequenceIdentity | PSNR | STOI | NearestLabel
-    | WorldJudge | Accuracy | MacroF1 | MCC | AUROC | Recall | MRR | MeanAveragePrecision | RankVariance,
+    ExactMatch | TokenF1 | VQAAccuracy | Cider | ChrF | WER | CER | Kinds | SequenceIdentity | PSNR | STOI
+    | NearestLabel | WorldJudge | Accuracy | MacroF1 | MCC | AUROC | Recall | MRR | MeanAveragePrecision | RankVariance,
     Field(discriminator="name"),
 ]  # fmt: skip
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

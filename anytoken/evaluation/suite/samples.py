@@ -127,6 +127,8 @@ class TaskSet:
             return found, self.root
         path = self.find(self.task.join.data)
         for record in read_records(path):
+            if self.task.join.split not in (None, record.get("split")):
+                continue
             found[record.get(self.task.join.key)].append(record)
         return found, open_source(path).root
 
@@ -263,13 +265,16 @@ class TaskSet:
             return []
         return [written(self._answers(one)[0]) for _, one in self.everything if self.wanted(one, split)]
 
-    def items(self, samples: Sequence[Sample]) -> tuple[list[Any], list[list[int]]]:
+    def items(
+        self, samples: Sequence[Sample], template: str | None = None
+    ) -> tuple[list[Any], list[list[int]]]:
         """The different items that prompts are to find, each as segments, and of each sample the right ones.
 
+        template: of the items, by default the task's.
         Items are those of all records that could be asked about; of joined records, those of the samples.
         """
         decoding: Any = self.task.decoding
-        template = decoding.item or self.task.answer
+        template = template or decoding.item or self.task.answer
         pool = [one.record for one in samples] if self.task.join else [record for _, record in self.records]
         numbers: dict[str, int] = {}
         groups: dict[str, set[int]] = defaultdict(set)

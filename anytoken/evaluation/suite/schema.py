@@ -23,7 +23,7 @@ from pydantic import (
 
 from anytoken.evaluation.suite.metric_base import Part, mistake
 from anytoken.evaluation.suite.metrics import METRICS, AnyMetric
-from anytoken.evaluation.suite.template import MESSAGES, TemplateError, fields, kinds, segment_types
+from anytoken.evaluation.suite.template import MESSAGES, fields, kinds, segment_types
 from anytoken.inference.score import Normalize
 from anytoken.utils.errors import EvaluationError
 
@@ -91,6 +91,10 @@ class Retrieve(Part):
     how: Literal["retrieve"]
     item: str | None = Field(default=None, description="a template of the items; by default the answer")
     by: Literal["embed", "score"] = "embed"
+    via: str | None = Field(
+        default=None,
+        description="a template: the prompt finds the nearest of these, which then finds the item (two hops)",
+    )
     match: str | None = Field(
         default=None, description="a key: items of records with the same value are right, too"
     )
@@ -103,6 +107,8 @@ class Retrieve(Part):
     def _used(self) -> Retrieve:
         if self.by == "embed" and self.normalize is not None:
             raise mistake("normalize is of by: score; vectors have unit length", "normalize")
+        if self.by == "score" and self.via is not None:
+            raise mistake("via is of by: embed", "via")
         return self
 
 
@@ -129,6 +135,7 @@ class Join(Part):
 
     data: str
     key: str
+    split: str | None = Field(default=None, description="only records of this split; by default of all")
 
 
 class Task(Part):
@@ -208,13 +215,13 @@ class Task(Part):
     def _check_templates(self) -> None:
         templates: list[tuple[tuple[str | int, ...], str]] = [(("answer",), self.answer)]
         templates += [(("prompt", place, "content"), turn.content) for place, turn in enumerate(self.prompt)]
-        for name in ("of", "against", "item", "labels"):
+        for name in ("of", "against", "item", "via", "labels"):
             value = getattr(self.decoding, name, None)
             templates += [(("decoding", name), value)] if isinstance(value, str) else []
         for keys, template in templates:
             try:
                 used = fields(template)
-            except TemplateError as error:
+            except EvaluationError as error:
                 raise mistake(str(error), *keys) from None
             if any(field.name == "other" for field in used) and self.join is None:
                 raise mistake("{other...} is a field of join, which is not given", *keys)

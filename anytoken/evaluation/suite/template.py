@@ -2,7 +2,8 @@
 
 ``{image}`` is the record's image, ``{product}`` the text of any other key, ``{image:photo}`` the key ``photo`` opened
 as an image. A path goes deeper: ``{answers.answer}`` takes the key of each object of a list, ``{choices[0]}`` an entry,
-``{choices[answer]}`` the entry whose index another key of the record holds. ``{{`` and ``}}`` are braces.
+``{choices[answer]}`` the entry whose index another key of the record holds, ``{text[0]}`` a part of a text between
+commas. ``{{`` and ``}}`` are braces.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from anytoken import moved
 from anytoken.data.records import Record, RecordError
 from anytoken.segments import KINDS, Segment, Text
 from anytoken.tokenizers.base import MODALITIES
@@ -24,10 +26,6 @@ _PART = re.compile(
 )
 _STEP = re.compile(r"\.(\w+)|\[(\w+)\]")
 Opener = Callable[["Field", Any], Segment]  # opens a field's value as a medium
-
-
-class TemplateError(EvaluationError):
-    """A template that is not well-formed."""
 
 
 def segment_types() -> dict[str, type[Segment]]:
@@ -65,6 +63,7 @@ def _index(record: Record, index: str, path: str) -> Any:
 
 
 def _get(holder: Any, key: Any, path: str) -> Any:
+    holder = [part.strip() for part in holder.split(",")] if isinstance(holder, str) else holder
     if isinstance(holder, list):
         if not str(key).isdecimal() or int(key) >= len(holder):
             raise RecordError(f"{{{path}}}: a list of {len(holder)} entries has no entry {key!r:.40}")
@@ -81,14 +80,14 @@ def _get(holder: Any, key: Any, path: str) -> Any:
 
 
 def parse(template: str) -> list[str | Field]:
-    """A template as text and fields; TemplateError for a brace that belongs to no field, or an unknown kind."""
+    """A template as text and fields; EvaluationError for a brace that belongs to no field, or an unknown kind."""
     parts: list[str | Field] = []
     end, text = 0, ""
     for match in _PART.finditer(template):
         text += template[end : match.start()]
         end = match.end()
         if match["bad"]:
-            raise TemplateError(
+            raise EvaluationError(
                 f"{template!r:.120} has a brace without its field at character {match.start() + 1}; write {{name}}, "
                 "{kind:name}, or {{ for a brace"
             )
@@ -108,7 +107,7 @@ def _field(match: re.Match[str]) -> Field:
     if match["kind"] and match["kind"] not in types:
         near = get_close_matches(match["kind"], types, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise TemplateError(
+        raise EvaluationError(
             f"{match[0]} has the unknown kind {match['kind']!r}{hint}; allowed: {', '.join(types)}"
         )
     return Field(match["kind"] or (last if last in types else "text"), match["name"], steps)
@@ -176,3 +175,7 @@ def fill_each(template: str, record: Record, opener: Opener) -> list[list[Segmen
 def as_text(value: Any) -> str:
     """A value of a record in words; the entries of a list are set apart by commas."""
     return ", ".join(map(as_text, value)) if isinstance(value, list) else str(value)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

@@ -1,4 +1,7 @@
-"""Embedding the files of a folder for an index, in parts, so that a build that was killed can be resumed."""
+"""What an index is made from: the files of a folder, their segments and vectors, resumably; and an index read back.
+
+Vectors are computed here or by other processes, of this machine or of a Ray cluster (`data/parallel.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from anytoken.data import parallel
 from anytoken.inference.api import AnyToken
 from anytoken.inference.embed import ALIKE
+from anytoken.processor import Processor
 from anytoken.segments import (
     CONTAINER_SUFFIXES,
     DNA,
@@ -40,11 +46,8 @@ SUFFIXES = {
 }  # fmt: skip
 META, ITEMS, VECTORS, FAISS = "index.json", "items.jsonl", "vectors.npy", "faiss.index"
 PART = 256  # files whose vectors are kept at a time
+Key = tuple[str, int, int]  # of a file: path in the folder, size, time
 log = logging.getLogger(__name__)
-
-
-class SearchError(RequestError):
-    """An index or a folder that cannot be used, or a search that does not fit it."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class Item:
 
 
 def read_index(path: str | Path) -> tuple[dict[str, Any], list[Item]]:
-    """What made an index, and its items; SearchError if it is none, or empty."""
+    """What made an index, and its items; RequestError if it is none, or empty."""
     path = Path(path)
     if not (path / META).is_file():
-        raise SearchError(
+        raise RequestError(
             f"{path} is not an index (no {META}); make one with `anytoken index FOLDER --out {path}`."
         )
     try:
@@ -71,13 +74,13 @@ def read_index(path: str | Path) -> tuple[dict[str, Any], list[Item]]:
         items = [Item(**line) for line in read_json_lines(path / ITEMS)]
         _ = meta["root"], meta["kind"], meta["width"], meta["probe"], meta["untrained"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SearchError(f"{path} is damaged ({error!r:.120}); build it again.") from error
+        raise RequestError(f"{path} is damaged ({error!r:.120}); build it again.") from error
     if not items:
-        raise SearchError(f"{path} is empty; build it again from a folder with media.")
+        raise RequestError(f"{path} is empty; build it again from a folder with media.")
     return meta, items
 
 
-def same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two indexes are of one model."""
     probes = [np.array(meta["probe"]) for meta in (one, other)]
     return probes[0].shape == probes[1].shape and float(probes[0] @ probes[1]) >= ALIKE
@@ -86,7 +89,7 @@ def same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def list_files(root: Path, kinds: Sequence[str]) -> Iterator[Path]:
     """The files of a folder that a model of these kinds may read, sorted; hidden ones and indexes are passed over."""
     if not root.is_dir():
-        raise SearchError(f"There is no folder {root}; give one with media.")
+        raise RequestError(f"There is no folder {root}; give one with media.")
     suffixes = tuple(suffix for kind in kinds for suffix in SUFFIXES.get(kind, ()))
     for place, folders, names in os.walk(root):
         here = Path(place)
@@ -100,7 +103,7 @@ def list_files(root: Path, kinds: Sequence[str]) -> Iterator[Path]:
         )
 
 
-def segments_of(file: Path) -> list[Segment]:
+def file_segments(file: Path) -> list[Segment]:
     """What a file holds: paragraphs of a text, all sequences of a FASTA file, else one segment."""
     name = file.name.lower()
     if name.endswith(DNA_SUFFIXES):
@@ -111,20 +114,86 @@ def segments_of(file: Path) -> list[Segment]:
     return [open_segment(file)]
 
 
-class IndexBuild:
+@dataclass(frozen=True)
+class Reader:
+    """What a process needs to make vectors of files. vectors: ids of prompts, width -> float32 [N, width]."""
+
+    processor: Processor
+    context: int
+    vectors: Callable[..., np.ndarray]
+    width: int
+
+    def ids(self, segments: list[Segment]) -> list[list[int]]:
+        """Prompts of a file's segments; a text that is longer than the context is cut there."""
+        found = self.processor.encode_chats(segments)
+        for place, segment in enumerate(segments):
+            if len(found[place]) > self.context:
+                if not isinstance(segment, Text):
+                    raise SegmentError(
+                        f"{len(found[place])} tokens are more than the context of {self.context}"
+                    )
+                found[place] = [*found[place][: self.context - 2], *found[place][-2:]]
+        return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """Items and vectors [N, W] of some files, the keys of those that were read, and why others were not."""
+
+    files: int
+    items: list[Item]
+    vectors: np.ndarray
+    keys: list[Key]
+    skipped: Counter[str]
+
+
+def read_files(reader: Reader, files: list[tuple[Path, Key]]) -> Found:
+    """Vectors of some files; those that cannot be read are counted."""
+    items: list[Item] = []
+    prompts: list[list[int]] = []
+    keys: list[Key] = []
+    skipped: Counter[str] = Counter()
+    for file, key in files:
+        try:
+            segments = file_segments(file)
+            ids = reader.ids(segments)
+        except (ValueError, OSError, MemoryError) as error:
+            gone = not file.is_file()
+            skipped["has gone" if gone else f"cannot be read, such as {file.name} ({error})"[:200]] += 1
+            continue
+        keys.append(key)
+        for part, segment in enumerate(segments):
+            items.append(Item(key[0], segment.kind, part, _label(segment), key[1], key[2]))
+        prompts += ids
+    vectors = (
+        reader.vectors(prompts, width=reader.width) if prompts else np.zeros((0, reader.width), np.float32)
+    )
+    return Found(len(files), items, vectors, keys, skipped)
+
+
+class FolderEmbedder:
     """Embedding the files of a folder, resumable: parts that are done lie in a folder beside the target."""
 
-    def __init__(self, root: Path, model: AnyToken, meta: dict[str, Any], out: Path | None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        model: AnyToken,
+        meta: dict[str, Any],
+        out: Path | None,
+        engine: str = "local",
+        workers: int = 1,
+    ) -> None:
         self.root, self.model, self.meta, self.out = root, model, meta, out
+        self.engine, self.workers = engine, workers
         self.parts = None if out is None else out.with_name(f".{out.name}-parts")
         self.skipped: Counter[str] = Counter()
-        self.known: dict[tuple[str, int, int], list[tuple[Item, np.ndarray]]] = {}
+        self.known: dict[Key, list[tuple[Item, np.ndarray]]] = {}
 
     def run(self, files: list[Path], progress: bool) -> tuple[list[Item], np.ndarray]:
         """Items and vectors of all files, in order."""
         self._recall()
-        keys: list[tuple[str, int, int]] = []
-        fresh: list[tuple[Path, tuple[str, int, int]]] = []
+        keys: list[Key] = []
+        fresh: list[tuple[Path, Key]] = []
         for file in files:
             try:
                 found = file.stat()
@@ -138,15 +207,16 @@ class IndexBuild:
         with tqdm(
             total=len(keys), initial=len(keys) - len(fresh), desc="index", unit="file", disable=not progress
         ) as bar:
-            for start in range(0, len(fresh), PART):
-                self._embed(fresh[start : start + PART])
-                bar.update(len(fresh[start : start + PART]))
+            for done in self._embed_all(
+                [fresh[start : start + PART] for start in range(0, len(fresh), PART)]
+            ):
+                bar.update(done)
         for reason, number in self.skipped.items():
             log.warning("%s: %d files left out: %s", self.root, number, reason)
         pairs = [pair for key in keys for pair in self.known.get(key, [])]
         if not pairs:
             reasons = "; ".join(self.skipped) or "they are empty"
-            raise SearchError(f"None of the {len(files)} files in {self.root} could be embedded: {reasons}.")
+            raise RequestError(f"None of the {len(files)} files in {self.root} could be embedded: {reasons}.")
         return [item for item, _ in pairs], np.stack([vector for _, vector in pairs])
 
     def _recall(self) -> None:
@@ -158,7 +228,7 @@ class IndexBuild:
             try:
                 meta, items = read_index(self.out)
                 sources.append((meta, items, self.out / VECTORS))
-            except SearchError as error:
+            except RequestError as error:
                 log.warning("%s", error)
         for path in sorted(self.parts.glob("*.json")) if self.parts.is_dir() else []:
             try:
@@ -170,7 +240,7 @@ class IndexBuild:
                 path.unlink()
         same = ("root", "width", "untrained")
         for meta, items, vectors in sources:
-            if not same_model(meta, self.meta) or any(meta[key] != self.meta[key] for key in same):
+            if not alike(meta, self.meta) or any(meta[key] != self.meta[key] for key in same):
                 continue
             try:
                 pairs = list(zip(items, np.load(vectors), strict=True))
@@ -180,42 +250,39 @@ class IndexBuild:
             for item, vector in pairs:
                 self.known.setdefault((item.path, item.bytes, item.time_ns), []).append((item, vector))
 
-    def _embed(self, files: list[tuple[Path, tuple[str, int, int]]]) -> None:
-        """Embed some files and keep their vectors as a part."""
-        items: list[Item] = []
-        prompts: list[list[int]] = []
-        for file, key in files:
-            try:
-                segments = segments_of(file)
-                found = self._ids(segments)
-            except (ValueError, OSError, MemoryError) as error:
-                gone = not file.is_file()
-                self.skipped[
-                    "has gone" if gone else f"cannot be read, such as {file.name} ({error})"[:200]
-                ] += 1
-                continue
-            self.known[key] = []
-            for part, (segment, ids) in enumerate(zip(segments, found, strict=True)):
-                items.append(Item(key[0], segment.kind, part, _label(segment), key[1], key[2]))
-                prompts.append(ids)
-        if not prompts:
+    def _embed_all(self, batches: list[list[tuple[Path, Key]]]) -> Iterator[int]:
+        """Embed batches of files, here or by other processes; yields how many files of each are done."""
+        if self.engine == "local" and self.workers == 1:
+            for batch in batches:
+                self._embed(batch)
+                yield len(batch)
             return
-        vectors = self.model.embed_ids(prompts, width=self.meta["width"], untrained=self.meta["untrained"])
-        for item, vector in zip(items, vectors, strict=True):
-            self.known[(item.path, item.bytes, item.time_ns)].append((item, vector))
-        if self.parts is not None:
-            self._keep(items, vectors)
+        if self.model.lm.device.type != "cpu":
+            raise RequestError(
+                'Other processes embed on CPUs: load the model with device="cpu" (--device cpu).'
+            )
+        with self.model.embedder(self.meta["untrained"]) as embedder:
+            shared = Reader(embedder.processor, embedder.context, embedder.vectors, self.meta["width"])
+            for found in parallel.run(read_files, shared, batches, self.workers, self.engine):
+                self._take(found)
+                yield found.files
 
-    def _ids(self, segments: list[Segment]) -> list[list[int]]:
-        """Prompts of a file's segments; a text that is longer than the context is cut there."""
-        found = self.model.processor.encode_chats(segments)
-        context = self.model.engine.context
-        for place, segment in enumerate(segments):
-            if len(found[place]) > context:
-                if not isinstance(segment, Text):
-                    raise SegmentError(f"{len(found[place])} tokens are more than the context of {context}")
-                found[place] = [*found[place][: context - 2], *found[place][-2:]]
-        return found
+    def _embed(self, files: list[tuple[Path, Key]]) -> None:
+        """Embed some files and keep their vectors as a part."""
+        vectors = partial(self.model.embed_ids, untrained=self.meta["untrained"])
+        model = self.model
+        self._take(
+            read_files(Reader(model.processor, model.engine.context, vectors, self.meta["width"]), files)
+        )
+
+    def _take(self, found: Found) -> None:
+        self.skipped += found.skipped
+        for key in found.keys:
+            self.known[key] = []
+        for item, vector in zip(found.items, found.vectors, strict=True):
+            self.known[(item.path, item.bytes, item.time_ns)].append((item, vector))
+        if self.parts is not None and found.items:
+            self._keep(found.items, found.vectors)
 
     def _keep(self, items: list[Item], vectors: np.ndarray) -> None:
         assert self.parts is not None
