@@ -60,7 +60,7 @@ def _mean_weights(lm: AnyTokenForCausalLM, samples: list[Tensor]) -> list[Tensor
         def add(
             _: nn.Module, __: object, routed: tuple[Tensor, Tensor, Tensor], total: Tensor = total
         ) -> None:
-            _, weight, choice = routed
+            weight, choice = routed[1:]
             total[0].index_add_(0, choice[:, 0], weight[:, 0].float())
             total[1].index_add_(0, choice[:, 0], torch.ones_like(weight[:, 0], dtype=torch.float32))
 

@@ -6,10 +6,14 @@ import queue
 import secrets
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Unpack
 
 from anytoken.inference.api import AnyToken
+from anytoken.inference.generation import Options, Output
+from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.outputs import GenerationOutput, count_usage
-from anytoken.inference.scheduler import Token
+from anytoken.inference.request import GenerationRequest, Token
 from anytoken.inference.streaming import Event, SegmentStream
 from anytoken.serving.worker import Job, Worker
 
@@ -28,19 +32,22 @@ class SharedModel(AnyToken):
         self.worker.start()
 
     def stream_ids(
-        self, prompt: Sequence[int], output: object = None, prefixes: object = None, **options: object
+        self,
+        prompt: Sequence[int],
+        output: Output = None,
+        prefixes: PrefixCache | None = None,
+        **options: Unpack[Options],
     ) -> Generator[Event, None, GenerationOutput]:
         """As `AnyToken.stream_ids`, but what does not fit is raised by the first event."""
-        request = self.request(output, **options)  # type: ignore[arg-type]
-        request["seed"] = secrets.randbits(63) if request["seed"] is None else request["seed"]
-        return self._follow(prompt, {**request, "prefixes": prefixes, "draw": 0})
+        request = replace(self.request(prompt, output, **options), prefixes=prefixes)
+        if request.seed is None:  # the worker may decode it again, which has to give the same ids
+            request = replace(request, seed=secrets.randbits(63))
+        return self._follow(request)
 
-    def _follow(
-        self, prompt: Sequence[int], options: dict[str, object]
-    ) -> Generator[Event, None, GenerationOutput]:
+    def _follow(self, request: GenerationRequest) -> Generator[Event, None, GenerationOutput]:
         began, segments, ids = time.perf_counter(), SegmentStream(self.processor), list[int]()
         tokens: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
-        job = Job(prompt, options, tokens.put, time.monotonic() + REPLY_SECONDS, self.adapters.active)
+        job = Job(request, tokens.put, time.monotonic() + REPLY_SECONDS, self.adapters.active)
         self.worker.submit([job])
         reason: str | None = None
         try:
@@ -53,6 +60,6 @@ class SharedModel(AnyToken):
                 yield from segments.push(token.id)
         finally:  # also when the visitor stops it or leaves
             self.worker.cancel(job)
-        usage = count_usage(self.token_space, len(prompt), ids, time.perf_counter() - began)
+        usage = count_usage(self.token_space, len(request.prompt), ids, time.perf_counter() - began)
         yield usage
         return GenerationOutput(segments.segments, ids, usage, reason)
