@@ -68,9 +68,8 @@ class AnyToken(GenerationMixin):
         self._engine: Engine | None = None
         self._adapters: Adapters | None = None
         self._homes: set[Path] = set()  # folders that hold an older state of this model
-        self.embedding_heads: dict[
-            str | None, EmbeddingHead
-        ] = {}  # by the adapter that they were trained with
+        # by the adapter that they were trained with
+        self.embedding_heads: dict[str | None, EmbeddingHead] = {}
 
     @classmethod
     def from_pretrained(

@@ -131,8 +131,7 @@ class GenerationMixin:
         or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
         best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
         their ids (ids without a choice count 0), or by `rerank`, a function of the output, higher is better.
-        Options: see `Options`. RequestError says what
-        does not fit.
+        Options: see `Options`. RequestError says what does not fit.
         """
         _check_count("num_return", num_return)
         samples = num_return if best_of is None else _check_count("best_of", best_of)

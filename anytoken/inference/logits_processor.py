@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from anytoken.grammar import (
-    Grammar,
-    State,
-)
+from anytoken.grammar import Grammar, State
 from anytoken.utils.errors import TokenSpaceError
 
 

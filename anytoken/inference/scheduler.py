@@ -51,12 +51,8 @@ class Scheduler:
         self, grammar: Grammar, context: int, head: Callable[[], ModelRunner], max_rows: int | None = None
     ) -> None:
         self.grammar, self.context, self.max_rows = grammar, context, max_rows or MAX_ROWS
-        self._controls = {
-            id_
-            for one in grammar.token_space.ranges
-            if one.kind == "control"
-            for id_ in range(one.start, one.stop)
-        }
+        controls = [one for one in grammar.token_space.ranges if one.kind == "control"]
+        self._controls = {id_ for one in controls for id_ in range(one.start, one.stop)}
         self._newest_head, self._head = head, head()
         self._batch = Batch(self._head)
         self._waiting: deque[RunningRequest] = deque()

@@ -1,6 +1,9 @@
 """The flat step gives what the model's own forward gives, for every configuration that it takes."""
 
+import json
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +85,14 @@ def test_a_step_equals_the_forward(
     for lengths in ([5], [4, 9], [3, 70, 1, 9], [2] * 20):
         found, expected = step_and_forward(lm, lengths, 4)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_earns_its_lines_by_the_figures_that_it_quotes() -> None:
+    path = Path(__file__).parents[2] / "docs/bench/decode.json"
+    ratios = [row["ratio"] for row in json.loads(path.read_text())["rows"]]
+    quoted = re.findall(r"\b\d\.\d\d\b", str(flat_module.__doc__))
+    assert quoted == [f"{ratio:.2f}" for ratio in ratios]
+    assert min(ratios[:2]) >= 1.15, "the bundled model's, at batch 1 and 8"
 
 
 def test_storage_grows_without_loss() -> None:
