@@ -30,6 +30,7 @@ from anytoken.tokenizers.video import STEP_FRAMES, TUBELET, VideoTokenizer
 from anytoken.training.tokenizer.batches import BACKGROUNDS, layer_batches, training_rows
 
 ROOT = Path(__file__).parents[2]
+MINI = ROOT / "anytoken" / "pretrained" / "mini" / "tokenizers"
 EMOJI = ROOT / "tests" / "assets" / "tiny" / "emoji"
 SPRITES, ANIMATIONS = EMOJI / "sprites.npy", EMOJI / "animations.npy"
 PUBLISHED = {"image": SPRITES, "video": ANIMATIONS}
@@ -81,7 +82,7 @@ class TestLayeredImageTokenizer(TokenizerBattery):
     def test_the_training_loss_reaches_every_parameter(self):
         """An untrained matte finds no empty patch, so the vector of those has a gradient from a trained one only."""
         assert parameters_without_gradient(self.untrained().train(), self.batch()) == ["empty"]
-        trained = load_tokenizer(ROOT / "tokenizers" / "image" / "layered" / "weights").train()
+        trained = load_tokenizer(MINI / "image").train()
         assert not parameters_without_gradient(trained, self.batch())
 
 
@@ -227,7 +228,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def published(kind):
-    return load_tokenizer(ROOT / "tokenizers" / kind / "layered" / "weights")
+    return load_tokenizer(MINI / kind)
 
 
 @pytest.fixture(scope="module")

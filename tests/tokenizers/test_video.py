@@ -183,7 +183,7 @@ class TestLayeredVideoTokenizer(TestCausalVideoTokenizer):
     def test_the_training_loss_reaches_every_parameter(self):
         """An untrained matte finds no empty patch, so the vector of those has a gradient from a trained one only."""
         assert parameters_without_gradient(self.untrained().train(), self.batch()) == ["empty"]
-        trained = load_tokenizer(ROOT / "tokenizers" / "video" / "layered" / "weights").train()
+        trained = load_tokenizer(ROOT / "anytoken" / "pretrained" / "mini" / "tokenizers" / "video").train()
         assert not parameters_without_gradient(trained, self.batch())
 
     def test_every_step_of_a_stream_says_the_base_of_the_first(self, tokenizer):
