@@ -43,7 +43,9 @@ def save_tiny() -> Callable[..., Path]:
         text = TextTokenizer.train(["a red apple", "what is this?"], 280)
         space = TokenSpace(text.vocab_size)
         for kind, tokenizer in tokenizers.items():
-            space.append_modality(kind, tokenizer.eval().codebook_sizes, tokenizer.shape)
+            space.append_modality(
+                kind, tokenizer.eval().codebook_sizes, tokenizer.shape, tokenizer.global_codebook_size
+            )
         config = AnyTokenConfig.from_token_space(
             space,
             hidden_size=16,

@@ -62,7 +62,7 @@ def test_an_image_and_n_choices(client, mini):
     for choice, reply in zip(answer.choices, expected, strict=True):
         assert np.array_equal(opened(choice.message.images[0]), reply.images[0].pixels)
         assert choice.message.content is None
-    assert answer.usage.completion_tokens_details.by_modality["image"] == 2 * 64
+    assert answer.usage.completion_tokens_details.by_modality["image"] == 2 * (3 + 64)
 
 
 def test_speech_in_a_message_and_back_as_history(client, clip):

@@ -77,7 +77,9 @@ def check_chat(body, answer):
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["total_tokens"] > 0
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
-    assert deltas[0]["role"] == "assistant" and any(one.get("content") or one.get("images") for one in deltas)
+    assert deltas[0]["role"] == "assistant" and any(
+        one.get("content") or one.get("images") or one.get("audio") for one in deltas
+    )
 
 
 def check_image(body, answer):

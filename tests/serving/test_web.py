@@ -159,8 +159,8 @@ def test_tokens_show_text_grids_and_experts(mini, session):
     cells = re.findall(r"<span style='background:hsl\([^)]*\)'>(\d+)</span>", view)
     [piece] = mini.processor.grammar.parse(session.chat.turns[1].ids[1:-1])
     kind, written = piece.kind, piece.codes
-    assert kind == "image" and [int(cell) for cell in cells] == written.values[:, 0].tolist()
-    assert len(codes) == len(cells) == 64 and "image: 8 × 8" in view
+    assert kind == "image" and [int(cell) for cell in cells] == [*written.header, *written.values[:, 0]]
+    assert len(codes) == 64 and len(cells) == 3 + 64 and "image: 8 × 8" in view
     assert "&lt;|user|&gt;" in view and "␣fox" in view and f"{len(ids)} tokens" in view
     table = view[view.index("<table>") :]
     shares = [int(one) for one in re.findall(r">(\d+) %<", table[table.index("<th>image</th>") :])]

@@ -170,7 +170,7 @@ def test_a_visit(address, visit):
     # the tokens of the exchange, and of something else
     page.get_by_role("tab", name="Tokens").click()
     page.locator("#tokens figure").first.wait_for()
-    assert page.locator("#tokens .codes span").count() == 64
+    assert page.locator("#tokens .codes span").count() == 3 + 64
     assert re.search(r"image\s+\d+ %", page.locator("#tokens table").inner_text())
     shoot("tokens")
     page.locator("#tokenize textarea").fill("hello")

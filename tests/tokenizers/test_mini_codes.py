@@ -41,6 +41,7 @@ def observed(kind: str) -> dict[str, object]:
     return {
         "fingerprint": tokenizer.fingerprint(),
         "sizes": [list(one.size) for one in codes],
+        "headers": [one.header.tolist() for one in codes],
         "codes": [one.values[:, 0].tolist() for one in codes],
         "decoded": [digest(tokenizer.decode(one)) for one in codes],
     }
@@ -58,7 +59,7 @@ def digest(segment: Segment) -> list[float] | str:
 @pytest.mark.parametrize("kind", FILES)
 def test_the_bundled_tokenizers_give_the_codes_mini_was_trained_on(kind):
     golden, found = json.loads(GOLDEN.read_text())[kind], observed(kind)
-    for key in ("fingerprint", "sizes", "codes"):
+    for key in ("fingerprint", "sizes", "headers", "codes"):
         assert found[key] == golden[key], key
     for one, other in zip(found["decoded"], golden["decoded"], strict=True):
         assert one == (other if isinstance(other, str) else pytest.approx(other, abs=2e-3, rel=1e-3))

@@ -1,5 +1,6 @@
 """The speech tokenizer: the battery, other rates and channels, length limits, and its transforms."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -349,5 +350,7 @@ class TestThePublishedVoice:
             272,
             262,
         ]
-        codes = self.tokenizer.encode(self.clip("awb", "2708-100"))
+        two = copy.deepcopy(self.tokenizer)
+        two.config["candidates"] = 2  # as they were encoded then; mini's takes the nearest codes
+        codes = two.encode(self.clip("awb", "2708-100"))
         assert codes.header.tolist() == rows[:4] and codes.values[:, 0].tolist() == rows[4:]

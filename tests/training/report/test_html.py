@@ -156,7 +156,8 @@ def test_references_are_thin_and_written_between_the_marks(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech", "7_codes", "8_instruct"]
+    "name",
+    ["1_alignment", "2_interleaved", "3_speech", "4_instruct", "5_more", "6_speech", "7_codes", "8_instruct"],
 )
 def test_shipped_stages_have_their_references(name: str) -> None:
     stage = TrainConfig.load(recipes.root() / "stages" / f"{name}.yaml")
