@@ -61,7 +61,7 @@ def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str
 
 QUESTION = "What is this?"
 BASE = "generate the caption"
-TEMPLATES = 8  # about so many of the set's captions, for the names of a zero-shot classifier
+TEMPLATES = 8  # number of prompt templates per class name, taken from the set's captions
 
 
 def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list[Figures]:

@@ -59,7 +59,7 @@ class GenerationRequest:
     scored: bool = False
 
     def start(self, grammar: Grammar, context: int) -> tuple[State, int]:
-        """The state in which the reply begins, and how many ids it may have in a context of so many.
+        """The initial grammar state of the reply, and its limit in ids within a context of `context` ids.
 
         RequestError or TokenSpaceError if something does not fit.
         """

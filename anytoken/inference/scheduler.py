@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a running batch at any step, and each walks its own grammar state.
 
 The one generation loop. `Engine.stream` submits all its requests and steps until none is left; a server submits them as
-they come in. A request gets the same ids whatever runs beside it. (`generate_batch` of transformers has the
+they come in. The ids of a request do not depend on the rest of the batch. (`generate_batch` of transformers has the
 paging and scheduling, but cannot carry the grammar: its logits processors see the ids of the current step only, none
 of a request's state, custom ones take a fixed number of int32 scalars a request, and all of the vocabulary is
 computed for them to mask.)

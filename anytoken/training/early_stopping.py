@@ -38,7 +38,7 @@ def check_measured(metric: str | None, metrics: Mapping[str, float]) -> None:
 
 
 class EarlyStopping(TrainerCallback):
-    """transformers' callback, with the run's schedule told where it ends."""
+    """transformers' EarlyStoppingCallback on held-out bits; it also sets the last step of the run's schedule."""
 
     def __init__(self, stage: TrainConfig, schedule: Schedule) -> None:
         spec = stage.early_stopping

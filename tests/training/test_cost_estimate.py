@@ -224,7 +224,8 @@ def test_an_adapter_is_counted_as_peft_builds_it(settings: dict[str, Any]) -> No
     assert found.memory["optimizer"] * GIB == pytest.approx(12 * trained)
     assert found.memory["gradients"] * GIB == pytest.approx(2 * trained)
     full = TrainConfig.from_dict(recipe.model_dump() | {"lora": None})
-    assert found.flops < 0.9 * plan(full, config, 1, sharding="ddp", space=space).flops
+    bound = 0.85 if settings else 0.9  # adapters of eight narrow experts cost more
+    assert found.flops < bound * plan(full, config, 1, sharding="ddp", space=space).flops
 
 
 def test_an_adapter_of_experts_keeps_their_sum_with_it() -> None:
