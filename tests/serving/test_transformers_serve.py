@@ -20,6 +20,7 @@ from anytoken.serving.remote import RemoteWorker, open_remote
 from anytoken.serving.settings import ServerSettings
 
 TOKENS = 12
+pytestmark = pytest.mark.slow  # starts a process that loads torch
 
 
 @pytest.fixture(scope="module")
