@@ -38,6 +38,8 @@ from anytoken.tokenizers.losses.audio import (
     power,
     spectral_loss,
 )
+from anytoken.tokenizers.losses.speech_content import TERMS as CONTENT_TERMS
+from anytoken.tokenizers.losses.speech_content import SpellingHead, SpokenPairs, agreement_loss
 from anytoken.tokenizers.modules.code_search import analysis_by_synthesis, check_candidates
 from anytoken.tokenizers.modules.convnext import (
     AT_ONCE,
@@ -49,7 +51,7 @@ from anytoken.tokenizers.modules.convnext import (
     Unpatchify,
     group_by_shape,
 )
-from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
+from anytoken.tokenizers.modules.quantizer import LEARNED, Quantizer, QuantizerConfig
 
 SAMPLE_RATE_HZ, HOP, WINDOW, MELS = 16_000, 320, 1280, 80
 KERNEL = 7
@@ -260,16 +262,33 @@ class SpeechTokenizer(ModalityTokenizer):
             found = found / found.square().mean(2, keepdim=True).add(0.01).sqrt()
         return found.transpose(1, 2)
 
-    def configure_losses(self, weights: Mapping[str, float]) -> None:
-        """Train by these terms of `sound_losses`; without a word, by mel energies and spectra."""
-        self._losses = loss_weights(weights, TERMS, SPECTRA)
+    def configure_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
+        """Train by these terms, by default mel energies and spectra; those of `speech_content` need spoken pairs.
 
-    def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """batch: samples [B, T] in [-1, 1]; what is no whole code at the end is left out.
+        With `spelling`, returns the head that reads texts from codes. TokenizerError for unknown terms, or for content
+        terms without global codes and one learned codebook.
+        """
+        self._losses = loss_weights(weights, (*TERMS, *CONTENT_TERMS), SPECTRA)
+        if not any(self._losses.get(term) for term in CONTENT_TERMS):
+            return None
+        quantizer = self.quantize
+        if self.voice is None or quantizer.kind not in LEARNED or quantizer.residual * quantizer.groups != 1:
+            raise TokenizerError(
+                f"{' and '.join(CONTENT_TERMS)} need num_global_codes and one codebook of kind "
+                f"{' or '.join(LEARNED)}; config is {self.config}."
+            )
+        head = SpellingHead(self.config["width"])
+        self._spelling = head.loss  # not a submodule: it is trained along and not saved
+        return head
+
+    def training_loss(self, batch: Tensor | SpokenPairs) -> tuple[Tensor, dict[str, float]]:
+        """batch: samples [B, T] in [-1, 1], of which an incomplete code at the end is left out, or spoken pairs.
 
         With global codes the halves of each row are two clips of one voice. Some take it from themselves, as when
         encoding, and some from the other, where nothing else that it could say of its clip is to be had.
         """
+        if isinstance(batch, SpokenPairs):
+            return self._pair_loss(batch)
         halves = 2 if self.voice else 1
         batch = batch[:, : batch.shape[1] // (halves * self.hop) * halves * self.hop]
         if self.voice:
@@ -281,16 +300,39 @@ class SpeechTokenizer(ModalityTokenizer):
             told = self.voice(seen)[0]
             own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
             frames = frames + torch.where(own, told, told.roll(len(seen) // 2, 0))
-        output = self.decoder(frames)
+        losses = self._sound_losses(self.decoder(frames), batch)
+        return self._weighted(losses) + quantized.loss, {name: one.item() for name, one in losses.items()}
+
+    def _pair_loss(self, pairs: SpokenPairs) -> tuple[Tensor, dict[str, float]]:
+        """As for crops, and by what the codes say: voices are those of other clips in half of the rows."""
+        assert self.voice is not None
+        batch = pairs.samples[:, : pairs.samples.shape[1] // self.hop * self.hop]
+        seen = self._scaled_mel(batch)
+        features = self._features(seen)
+        quantized = self.quantize(features)
+        told, others = self.voice(seen)[0], self.voice(self._scaled_mel(pairs.others))[0]
+        own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
+        output = self.decoder(quantized.vectors.transpose(1, 2) + torch.where(own, told, others))
+        losses = self._sound_losses(output, batch)
+        if self._losses.get("spelling"):
+            losses["spelling"] = self._spelling(quantized.vectors, [*pairs.texts, *pairs.texts])
+        if self._losses.get("agreement"):
+            losses["agreement"] = agreement_loss(
+                self.quantize.inner.project_in(features.float()), pairs.texts
+            )
+        return self._weighted(losses) + quantized.loss, {name: one.item() for name, one in losses.items()}
+
+    def _weighted(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self._losses[name] * one for name, one in losses.items()]).sum()
+
+    def _sound_losses(self, output: Tensor, batch: Tensor) -> dict[str, Tensor]:
         terms = {
             "mel": lambda: F.l1_loss(self.mel_for_loss(output), self.mel_for_loss(batch)),
             "spectral": lambda: spectral_loss(output, batch),
             "envelope": lambda: envelope_loss(output, batch),
             "cepstral": lambda: cepstral_loss(output, batch),
         }
-        losses = {name: terms[name]() for name, weight in self._losses.items() if weight}
-        loss = torch.stack([self._losses[name] * one for name, one in losses.items()]).sum()
-        return loss + quantized.loss, {name: one.item() for name, one in losses.items()}
+        return {name: term() for name, term in terms.items() if self._losses.get(name)}
 
     def _samples(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)

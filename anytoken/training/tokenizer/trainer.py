@@ -51,7 +51,16 @@ class Recipe(Settings):
     begin_anew: list[str] = Field(
         default_factory=list, description="beginnings of the names of weights that init_from is not asked for"
     )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="beginnings of the names of weights that are not trained; codebooks among them keep their averages",
+    )
     data: str = ""
+    pairs: list[str] = Field(
+        default_factory=list,
+        description="JSON lines of recordings with text and voice, under the folder of the sets: three of four batches "
+        "hold texts by two voices, for the loss terms spelling and agreement of speech",
+    )
     loss: dict[str, float] = Field(
         default_factory=dict, description="weights of its terms, where a kind has them"
     )
@@ -151,6 +160,23 @@ def _take_part(tokenizer: ModalityTokenizer, part: str, folder: str) -> None:
     tokenizer.load_state_dict(taken, strict=False)
 
 
+def _partly_frozen(tokenizer: ModalityTokenizer, beginnings: list[str]) -> ModalityTokenizer:
+    """The tokenizer with these weights fixed; TokenizerError for a beginning that no name has, or if none is left."""
+    names = [name for name, _ in tokenizer.named_parameters()]
+    unknown = [one for one in beginnings if not any(name.startswith(one) for name in names)]
+    if unknown or (beginnings and all(name.startswith(tuple(beginnings)) for name in names)):
+        parts = sorted({name.split(".")[0] + "." for name in names})
+        raise TokenizerError(
+            f"freeze: {beginnings} must name some of the weights and not all; names begin with {', '.join(parts)}."
+        )
+    for name, module in tokenizer.named_modules():
+        if f"{name}.".startswith(tuple(beginnings)):
+            module.eval().requires_grad_(False)
+    for name, weight in tokenizer.named_parameters():
+        weight.requires_grad_(weight.requires_grad and not name.startswith(tuple(beginnings)))
+    return tokenizer
+
+
 def _finish(
     tokenizer: ModalityTokenizer, plan: Recipe, out: Path, steps: int, seconds: float, seen: dict[str, float]
 ) -> Path:
@@ -171,7 +197,7 @@ class _Loop:
     def __init__(self, tokenizer: ModalityTokenizer, plan: Recipe, data: Path, out: Path) -> None:
         from anytoken.training.tokenizer.batches import KINDS, batches_for
 
-        self.tokenizer, self.plan, self.out = tokenizer.train(), plan, out
+        self.tokenizer, self.plan, self.out = _partly_frozen(tokenizer.train(), plan.freeze), plan, out
         self.device = usable_device(plan.device)
         tokenizer.to(self.device)
         source = data / plan.data, plan.batch_size, plan.seed
@@ -180,6 +206,8 @@ class _Loop:
         else:
             own = tokenizer.training_batches(*source)
             self.batch = lambda step: own(step).to(self.device)
+        if plan.pairs:
+            self._add_pairs([data / one for one in plan.pairs])
         torch.manual_seed(plan.seed)
         self.critic = self.tokenizer.configure_losses(plan.loss)
         if self.critic is not None:
@@ -191,7 +219,7 @@ class _Loop:
         self.parts = [self.tokenizer] if self.critic is None else [self.tokenizer, self.critic]
         spec = OptimizerSpec(lr=plan.lr, weight_decay=plan.weight_decay)
         trained = {
-            "params": [one for part in self.parts for one in part.parameters()],
+            "params": [one for part in self.parts for one in part.parameters() if one.requires_grad],
             "weight_decay": plan.weight_decay,
             "fused": self.device.type == "cuda" or None,
         }
@@ -204,6 +232,18 @@ class _Loop:
         if self.state_path.is_file():
             self._resume()
         self._cut_log()
+
+    def _add_pairs(self, lists: list[Path]) -> None:
+        from anytoken.training.tokenizer.spoken_pairs import spoken_pairs
+
+        if self.plan.kind != "speech":
+            raise TokenizerError(f"`pairs` is for speech tokenizers; the recipe's kind is {self.plan.kind}.")
+        crops, pairs = self.batch, spoken_pairs(lists, self.plan.batch_size, self.plan.seed)
+
+        def in_turn(step: int) -> Any:
+            return pairs(step).to(self.device) if step % 4 else crops(step)
+
+        self.batch = in_turn
 
     def _cut_log(self) -> None:
         """Forget what was logged after the checkpoint: those steps are done again."""
