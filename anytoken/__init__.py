@@ -1,10 +1,10 @@
-"""AnyToken: any-to-any multimodal tokens. One language model reads and writes text and discrete codes alike.
+"""AnyToken: any-to-any multimodal tokens. One language model reads and writes text and discrete codes.
 
     import anytoken
     reply = anytoken.load("mini").generate("a red apple, 3d", output="image", seed=0)
 
-Names are imported on first use, so `import anytoken` is quick. transformers' Auto classes know `model_type: anytoken`
-once `anytoken.model` is imported, as `load` does.
+Names are imported on first use, so `import anytoken` is fast. Importing `anytoken.model`, as `load` does, registers
+`model_type: anytoken` with transformers' Auto classes.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@
     segment: open (a size id per axis) globals codes close   for a CodeGrid: exactly prod(size) * num_codebooks
              open globals codes close                        for a CodeSequence: whole frames, min to max length
     globals: the num_global_codes global codes of the segment, often none
-    codes of several codebooks are written frame after frame, or delayed (see `codebook_pattern`)
+    codes of several codebooks are written frame by frame, or delayed (see `codebook_pattern`)
 
-One object serves decoding (`allowed` masks, so every emitted segment is valid), the head (which rows to compute),
-the grammar-restricted loss (`loss_rows`) and training data (`validate`). `allowed` is the only place that knows
-the rules; `advance` asks it. Given a budget it offers only ids after which the rest can still be finished, so a
-segment that does not fit is not started. The state machine of Chameleon (arXiv 2405.09818) and the grid
-header of Emu3 (arXiv 2409.18869), driven by declarations.
+One object serves decoding (`allowed` masks, so every generated segment is valid), the head (which rows to compute),
+the grammar-restricted loss (`loss_rows`) and training data (`validate`). Only `allowed` implements the rules;
+`advance` calls it. With a budget, it returns only ids after which the sequence can still be completed, so a segment
+that does not fit is not started. This is the state machine of Chameleon (arXiv 2405.09818) with the grid header of
+Emu3 (arXiv 2409.18869), derived from declarations.
 
 Shapes: N targets, V vocabulary.
 """
@@ -48,7 +48,7 @@ CACHE = 1024  # tasks and masks that are kept
 
 
 class Phase(IntEnum):
-    """Where in a sequence a state is."""
+    """The position of a state in a sequence."""
 
     START = 0  # before bos
     TURNS = 1  # between turns; a conversation may end here
@@ -101,7 +101,7 @@ class Piece(NamedTuple):
 
 
 class Grammar:
-    """The state machine over a token space as it is now; make a new one after appending a modality."""
+    """The state machine of a token space; create a new one after appending a modality."""
 
     def __init__(self, token_space: TokenSpace) -> None:
         self.token_space = token_space
@@ -125,16 +125,16 @@ class Grammar:
     # ---- where to begin ----
 
     def start(self) -> State:
-        """Before a whole sequence: bos comes next."""
+        """The state before a whole sequence: bos is next."""
         return State(START)
 
     def reply(
         self, plan: Sequence[str] | None = None, sizes: Mapping[str, Sequence[int]] | None = None
     ) -> State:
-        """Inside an assistant's turn that holds exactly the planned kinds in order, or anything for None.
+        """The state inside an assistant's turn of exactly the planned kinds in order, or of anything for None.
 
-        `sizes` pins the grid size of a modality. A text of the plan has at least one id. TokenSpaceError for an
-        unknown kind, two texts in a row (one text, to the grammar), or a size that the modality cannot have.
+        `sizes` fixes the grid size of a modality. A text of the plan has at least one id. TokenSpaceError for an
+        unknown kind, two texts in a row (a single text in the grammar), or a size that the modality cannot have.
         """
         task = Task(None if plan is None else self._checked_plan(plan), self._checked_sizes(sizes or {}))
         return State(CONTENT, "assistant", task=task)
@@ -179,11 +179,11 @@ class Grammar:
         return self._tasks[task]
 
     def finished(self, state: State) -> bool:
-        """Whether the sequence may stop here: a reply after its end id, a conversation between turns."""
+        """Whether the sequence may end here: a reply after its end id, a conversation between turns."""
         return state.phase is DONE or state.phase is TURNS
 
     def min_remaining(self, state: State) -> int:
-        """The least number of ids that takes this state to a finished one; 0 if it is finished."""
+        """The smallest number of ids to a finished state; 0 if it is finished."""
         phase = state.phase
         if phase is CODES or phase is SIZE or phase is GLOBAL:
             return self._codes_left(state) + 1 + self._tail(state)
@@ -195,13 +195,13 @@ class Grammar:
         return 1 if phase is START or phase is NULL else 0
 
     def _tail(self, state: State) -> int:
-        """Ids that have to follow the close id of the open segment."""
+        """The number of ids that must follow the close id of the open segment."""
         if state.task is None or state.task.plan is None:
             return 1
         return self._table(state).tails[state.step + 1]
 
     def _codes_left(self, state: State) -> int:
-        """The least number of ids before the close id of the open segment."""
+        """The smallest number of ids before the close id of the open segment."""
         segment, read = self.segments[state.kind], state.read
         if state.phase is SIZE or state.phase is GLOBAL:
             within = state._replace(phase=CODES, read=0)
@@ -217,10 +217,10 @@ class Grammar:
         return max(shape.min_length, begun) * books - read
 
     def allowed(self, state: State, budget: int | None = None) -> Ranges:
-        """The ids that may come next, as sorted, merged, half-open ranges; never empty unless finished.
+        """The ids that may come next, as sorted, merged, half-open ranges; empty only if finished.
 
-        `budget`: how many ids may still be written, the next one included. Only ids after which the rest can
-        be finished in budget - 1 are offered; TokenSpaceError if there is none.
+        `budget`: the number of remaining ids, including the next one. Only ids after which the sequence can be
+        completed in budget - 1 are returned; TokenSpaceError if there are none.
         """
         if budget is not None:
             least = self.min_remaining(state)
@@ -288,7 +288,7 @@ class Grammar:
     # ---- walking ----
 
     def advance(self, state: State, token: int) -> State:
-        """The state after one more id; TokenSpaceError names the id, the place and what was allowed."""
+        """The state after one more id; TokenSpaceError names the id, the position and the allowed ids."""
         for start, stop in self.allowed(state):
             if start <= token < stop:
                 break
@@ -316,7 +316,7 @@ class Grammar:
 
     @staticmethod
     def _total(segment: SegmentTable, read: int, token: int) -> int:
-        """How many codes a delayed run has, once a code shows that no frame begins any more; else 0."""
+        """The number of codes of a delayed sequence, once a code shows that no further frame begins; else 0."""
         if not segment.delayed or isinstance(segment.shape, CodeGrid):
             return 0
         frame, book = segment.place(0, read)
@@ -352,7 +352,7 @@ class Grammar:
         return state._replace(phase=self._after_size(segment), size=size, total=total)
 
     def walk(self, state: State, ids: Iterable[int]) -> State:
-        """The state after all these ids; TokenSpaceError also says at which place of `ids`."""
+        """The state after all these ids; TokenSpaceError also gives the position in `ids`."""
         for place, token in enumerate(_whole_numbers(ids)):
             state = self._step(state, token, place)
         return state
@@ -366,7 +366,7 @@ class Grammar:
     # ---- whole sequences ----
 
     def validate(self, ids: Iterable[int]) -> None:
-        """Nothing if `ids` is one whole legal sequence, from bos to the end of a turn; else TokenSpaceError."""
+        """TokenSpaceError unless `ids` is a complete legal sequence, from bos to the end of a turn."""
         state = self.walk(self.start(), ids)
         if not self.finished(state):
             raise TokenSpaceError(
@@ -377,9 +377,9 @@ class Grammar:
     def parse(self, ids: Sequence[int]) -> list[Piece]:
         """Cut ids into texts and segments, in order.
 
-        Takes a whole sequence from bos, turns, or the content of one turn with or without its end id (its
-        pieces then have the role ""). It may stop anywhere in a text or between turns, but TokenSpaceError if
-        it stops inside a segment or is not legal. A null prompt gives no piece.
+        Accepts a whole sequence from bos, turns, or the content of one turn with or without its end id (its pieces
+        then have the role ""). It may end in a text or between turns; TokenSpaceError if it ends inside a segment or
+        is not legal. A null prompt has no pieces.
         """
         tokens = _whole_numbers(ids)
         state = State(CONTENT, read=1, task=self._free)
@@ -421,14 +421,14 @@ class Grammar:
     # ---- ranges as tensors, and the grammar-restricted loss ----
 
     def index(self, ranges: Ranges) -> Tensor:
-        """The ids of the ranges, int64 [K], ascending; kept, so not to be written to."""
+        """The ids of the ranges, int64 [K], ascending; cached, so do not modify it."""
         if ranges not in self._indices:
             spans = [torch.arange(start, stop) for start, stop in ranges]
             _remember(self._indices, ranges, torch.cat([torch.arange(0), *spans]))
         return self._indices[ranges]
 
     def mask(self, ranges: Ranges) -> Tensor:
-        """The ranges as bool [V], true inside; kept, so not to be written to."""
+        """The ranges as bool [V], true inside; cached, so do not modify it."""
         if ranges not in self._masks:
             mask = torch.zeros(self.vocab_size, dtype=torch.bool)
             _remember(self._masks, ranges, mask.index_fill(0, self.index(ranges), True))
@@ -491,7 +491,7 @@ def _whole_numbers(ids: Iterable[int]) -> list[int]:
 
 
 def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
-    """Keep a value; a full cache starts afresh, as a server may see any number of plans."""
+    """Cache a value; a full cache is cleared, since a server may see any number of plans."""
     if len(cache) >= CACHE:
         cache.clear()
     cache[key] = value

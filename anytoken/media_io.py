@@ -26,7 +26,7 @@ import numpy as np
 from PIL import ExifTags, ImageOps
 from PIL import Image as Picture
 
-from anytoken.utils.errors import SegmentError
+from anytoken.utils.errors import SegmentError, reason
 from anytoken.utils.limits import MediaLimitError, current_limits
 from anytoken.video_io import REPEATED_PIXELS, SoundTrack, Timing, constant_rate, sample
 
@@ -291,6 +291,23 @@ def timing(milliseconds: list[int], note: str, pixels: int) -> Timing:
     return constant_rate([start / 1000 for start in starts], total / 1000, [mean], pixels)
 
 
+def write_frames(path: Path, frames: np.ndarray, rate_hz: float, suffix: str) -> None:
+    """Frames uint8 [T, H, W, 3] as a gif or a lossless animated webp.
+
+    The writers join equal neighbours and round the rate, so the file also says in words what it was.
+    """
+    first, *rest = map(Picture.fromarray, frames)
+    note = f"{len(frames)} frames at {rate_hz!r} Hz"
+    step = 10 * round(100 / rate_hz) if suffix == ".gif" else round(1000 / rate_hz)
+    options: dict[str, Any] = {"comment": note.encode()}
+    if suffix == ".webp":
+        description = Picture.Exif()
+        description[ExifTags.Base.ImageDescription] = note
+        options = {"lossless": True, "exif": description}
+    duration = min(max(step, 10), 655_350)
+    first.save(path, save_all=True, append_images=rest, duration=duration, loop=0, **options)
+
+
 # ---- audio ----
 
 
@@ -412,9 +429,8 @@ def text_lines(source: Given) -> Iterator[str]:
                 yield line.decode(encoding).rstrip()
                 encoding = "utf-8"
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            said = getattr(error, "strerror", None) or error
             raise SegmentError(
-                f"{name} cannot be read as DNA: {said}; expected FASTA or plain bases."
+                f"{name} cannot be read as DNA: {reason(error)}; expected FASTA or plain bases."
             ) from error
 
 
@@ -426,9 +442,3 @@ def check_side(suffix: str, height: int, width: int) -> None:
             f"Cannot save {width}x{height} pixels as {suffix}, which has sides up to {limit}; "
             "resize it, or take another suffix."
         )
-
-
-def reason(error: Exception) -> str:
-    """What a library says went wrong, without error numbers and the address of the buffer it read."""
-    said = str(getattr(error, "error_string", error))
-    return re.sub(r"\[Errno -?\d+\] |:? '?<[^>]*>'?", "", said).strip(" .")

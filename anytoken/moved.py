@@ -48,6 +48,7 @@ MOVED = {
     "data.cards": "data.dataset_card",
     "data.check": "data.validate",
     "data.dna": "emoji_world.dna",
+    "data.tables": "data.sources.tables",
     "data.emoji": "emoji_world.emoji",
     "data.instruct": "emoji_world.instruct",
     "data.packages": "emoji_world.packages",

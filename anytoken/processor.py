@@ -1,8 +1,8 @@
 """Segments and messages to ids, and ids back to segments.
 
-A prompt becomes the sequence of DESIGN's format: bos, then a role id, the content and the end id for every turn.
-Text is tokenized on its own, so no text can ever smuggle in a control id. Messages follow the chat convention of
-transformers: content is a string or a list of parts such as ``{"type": "image", "image": path}``.
+A prompt becomes one sequence: bos, then a role id, the content and the end id of every turn. Text is tokenized
+separately, so no text can smuggle in a control id. Messages follow the chat convention of transformers: content is a
+string or a list of parts such as ``{"type": "image", "image": path}``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Open = Callable[[], Segment]  # media are opened only once the whole prompt is k
 
 
 class Processor:
-    """The tokenizers of all kinds over one token space, and the grammar of it."""
+    """The tokenizers of all kinds, their common token space, and its grammar."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Processor:
         text_tokenizer: TextTokenizer,
         tokenizers: Mapping[str, ModalityTokenizer],
     ) -> None:
-        """Put the parts together; TokenSpaceError if a tokenizer is missing or does not fit the space."""
+        """Combine the parts; TokenSpaceError if a tokenizer is missing or does not fit the space."""
         self.token_space = token_space
         self.text_tokenizer = text_tokenizer
         self.tokenizers = dict(tokenizers)
@@ -80,7 +80,7 @@ class Processor:
 
     @property
     def kinds(self) -> dict[str, type[Segment]]:
-        """Every kind that can be read and written, with its segment type."""
+        """Every supported kind and its segment type."""
         return {"text": Text, **{kind: one.segment_type for kind, one in self.tokenizers.items()}}
 
     def __repr__(self) -> str:
@@ -113,7 +113,7 @@ class Processor:
         return self.tokenizers[kind]
 
     def codes_to_ids(self, kind: str, codes: Codes) -> list[int]:
-        """Codes of one segment as ids, with open, size and close ids; TokenizerError if they break its shape."""
+        """Codes of one segment as ids, with open, size and close ids; TokenizerError if they do not fit its shape."""
         tokenizer, space = self.tokenizer_of(kind), self.token_space
         tokenizer.check_codes(codes)
         segment = self.grammar.segments[kind]
@@ -126,10 +126,10 @@ class Processor:
         ]
 
     def detokenize(self, ids: Sequence[int]) -> list[Segment]:
-        """Ids as segments, in order: those of a segment, a reply, a turn, or a whole conversation.
+        """Decode the ids of a segment, a reply, a turn, or a whole conversation to segments, in order.
 
-        Bytes that are no UTF-8, as at the end of a text that was cut, become U+FFFD. TokenSpaceError for ids that are
-        no legal sequence, or stop inside a medium.
+        Bytes that are not UTF-8, as at the end of a truncated text, become U+FFFD. TokenSpaceError for ids that are
+        not a legal sequence, or end inside a medium.
         """
         pieces = self.grammar.parse(ids)
         segments: dict[int, Segment] = {}
@@ -147,13 +147,13 @@ class Processor:
     # ---- prompts and messages ----
 
     def messages(self, prompt: Any) -> list[Message]:
-        """A prompt as messages {"role", "content": [Segment, ...]}, its media opened.
+        """A prompt as messages {"role", "content": [Segment, ...]}, with its media opened.
 
         prompt: a string, a segment, a list of both, or messages in the chat convention. A list may also hold
         paths (pathlib.Path), PIL images and uint8 [H, W, 3] arrays; a part of a message may give its medium as a
-        segment, a Path, bytes, a PIL image or an array. A string in a part may come from elsewhere (JSON, a
-        request), so it names a file only below `media_root`, which is none by default. RequestError says which part
-        is wrong and what is allowed; nothing is opened before all parts have been looked at.
+        segment, a Path, bytes, a PIL image or an array. A string in a part may come from an untrusted source (JSON,
+        a request), so it can only name a file below `media_root`, which is None by default. RequestError says which
+        part is wrong and what is allowed; no file is opened before all parts are checked.
         """
         parts = prompt if isinstance(prompt, list | tuple) else [prompt]
         if any(isinstance(part, Mapping) and "role" in part for part in parts):
@@ -182,7 +182,7 @@ class Processor:
         return opens
 
     def _part(self, part: Any, where: str) -> Open:
-        """How to get the segment of one part of a content."""
+        """A function that returns the segment of one content part."""
         if isinstance(part, Mapping):
             return self._typed_part(part, where)
         if isinstance(part, str):
@@ -225,7 +225,7 @@ class Processor:
         return partial(_open_medium, segment_type, value, settings, where)
 
     def _find_file(self, value: str, where: str) -> Path:
-        """The file that a string in a message names; RequestError unless it is a regular one below `media_root`."""
+        """The file that a string in a message names; RequestError unless it is a regular file below `media_root`."""
         if self.media_root is None:
             raise RequestError(
                 f"{where}: {value!r:.80} is a string, and strings in messages open no files, since messages may come "
@@ -242,7 +242,7 @@ class Processor:
     def encode_chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
         """A conversation (or anything `messages` takes) as ids, from bos; with the assistant's opening at the end.
 
-        Neighbouring texts of one message become one text, as in training.
+        Adjacent texts of a message are joined, as in training.
         """
         return self._chat_ids(self.messages(messages), add_generation_prompt)
 
@@ -281,9 +281,9 @@ class Processor:
         return [*ids, *self.text_tokenizer.encode(text), self.token_space.end]
 
     def encode_reply(self, content: Any) -> list[int]:
-        """What an assistant's turn holds after its opening id: the ids of its content, and the end id.
+        """The ids of an assistant's turn after its opening id: its content and the end id.
 
-        content: a string, a segment, or a list of both. RequestError if it is empty or not to be encoded.
+        content: a string, a segment, or a list of both. RequestError if it is empty or cannot be encoded.
         """
         opens = self._content(content, "The reply")
         return self._turn_ids({"role": "assistant", "content": [open_() for open_ in opens]})[1:]
@@ -298,7 +298,7 @@ class Processor:
         return ids, learn
 
     def null_prompt(self) -> list[int]:
-        """The prompt that says nothing, for classifier-free guidance (arXiv 2207.12598)."""
+        """The empty prompt, for classifier-free guidance (arXiv 2207.12598)."""
         space = self.token_space
         return [space.bos, space.user, space.null, space.end, space.assistant]
 
@@ -307,7 +307,7 @@ class Processor:
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write token_space.json, text_tokenizer/ and tokenizers/<kind>/; weights as `dtype` if given.
 
-        Their fingerprints are saved with them: another tokenizer of the same shape would go unnoticed otherwise.
+        Their fingerprints are saved as well, to detect another tokenizer with the same shape.
         """
         folder = Path(folder)
         self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
@@ -320,9 +320,9 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Processor:
-        """Load a folder that `save_pretrained` wrote.
+        """Load a folder written by `save_pretrained`.
 
-        ValueError (TokenSpaceError or TokenizerError) names the file that is missing, truncated or of another
+        ValueError (TokenSpaceError or TokenizerError) names a file that is missing, truncated or from another
         checkpoint.
         """
         folder = Path(folder)
@@ -341,12 +341,12 @@ class Processor:
         return processor
 
     def fingerprints(self, dtype: torch.dtype | None = None) -> dict[str, str]:
-        """Every kind with the fingerprint of its tokenizer, saved as `dtype`."""
+        """The fingerprint of each kind's tokenizer, as saved in `dtype`."""
         media = {kind: tokenizer.fingerprint(dtype) for kind, tokenizer in self.tokenizers.items()}
         return {"text": self.text_tokenizer.fingerprint(), **media}
 
     def _check_fingerprints(self, path: Path) -> None:
-        """TokenSpaceError names a tokenizer that is not the saved one; checkpoints without fingerprints pass."""
+        """TokenSpaceError names a tokenizer that differs from the saved one; checkpoints without fingerprints pass."""
         if not path.is_file():
             return
         try:

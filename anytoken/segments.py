@@ -1,8 +1,8 @@
-"""Typed content: what goes into a prompt and what comes out of a reply.
+"""Typed content: the parts of prompts and replies.
 
-A segment is a value of one kind: `Text`, `Image`, `Speech`, `Video` or `DNA`. It opens and saves the usual
-files, shows itself in a notebook, and knows nothing of tokens. A researcher's new kind subclasses `Segment`.
-Segments are immutable by convention and compare by value.
+A segment is a value of one kind: `Text`, `Image`, `Speech`, `Video` or `DNA`. It opens and saves common file formats,
+is displayed in notebooks, and is independent of tokens. A new kind subclasses `Segment`. Segments are immutable by
+convention and compare by value.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import numpy as np
-from PIL import ExifTags
 from PIL import Image as Picture
 
 from anytoken.media_io import (
@@ -36,19 +34,19 @@ from anytoken.media_io import (
     read_bytes,
     read_rest,
     read_sound,
-    reason,
     resampled,
     save_suffix,
     source_name,
     text_lines,
     timing_note,
     upright,
+    write_frames,
     write_sound,
 )
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import SegmentError
 from anytoken.utils.limits import current_limits
-from anytoken.video_io import container_frames
+from anytoken.video_io import container_frames, write_container
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SPEECH_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -65,18 +63,18 @@ Kind = TypeVar("Kind", bound="Segment")
 
 
 class Segment:
-    """Base of all kinds; a subclass sets `kind` and compares by value."""
+    """Base class of all kinds. A subclass sets `kind` and compares by value."""
 
     kind: ClassVar[str]
 
     @classmethod
     def open(cls, source: Any) -> Self:
-        """Read a file; SegmentError for one that does not hold this kind, MediaLimitError for one over a limit."""
-        raise SegmentError(f"{cls.__name__} does not say how it is opened; write {cls.__name__}.open(path).")
+        """Read a file. SegmentError if it does not contain this kind, MediaLimitError if it exceeds a limit."""
+        raise SegmentError(f"{cls.__name__} cannot be opened; implement {cls.__name__}.open(path).")
 
     def save(self, path: str | Path) -> Path:
-        """Write a file, whole or not at all; SegmentError for a suffix that is not known."""
-        raise SegmentError(f"{type(self).__name__} does not say how it is saved; write its save(path).")
+        """Write a file, completely or not at all; SegmentError for an unknown suffix."""
+        raise SegmentError(f"{type(self).__name__} cannot be saved; implement its save(path).")
 
 
 @dataclass(frozen=True)
@@ -127,20 +125,20 @@ class Image(Segment):
 
     @property
     def height(self) -> int:
-        """Rows of pixels."""
+        """Height in pixels."""
         return int(self.pixels.shape[0])
 
     @property
     def width(self) -> int:
-        """Columns of pixels."""
+        """Width in pixels."""
         return int(self.pixels.shape[1])
 
     @classmethod
     def open(cls, source: Given | Picture.Image | np.ndarray) -> Image:
         """An image from a path, encoded bytes, a binary file, a PIL image or an array.
 
-        EXIF orientation is applied, transparency is flattened on white, gray and palette images become RGB; of an
-        animation it is the first frame.
+        EXIF orientation is applied, transparency is composed on white, and gray and palette images become RGB. For an
+        animation this is the first frame.
         """
         if isinstance(source, np.ndarray):
             return cls(source)
@@ -158,7 +156,7 @@ class Image(Segment):
         return write_file(path, lambda scratch: self.to_pil().save(scratch, **options), sync=False)
 
     def resize(self, height: int, width: int) -> Image:
-        """The image at another size (Lanczos); itself if it already has it."""
+        """The image resized (Lanczos); the same object if it already has this size."""
         if (height, width) == (self.height, self.width):
             return self
         return Image(np.asarray(self.to_pil().resize((width, height), Picture.Resampling.LANCZOS)))
@@ -186,7 +184,7 @@ class Image(Segment):
 class Speech(Segment):
     """Audio: `samples` float32 [T] mono in [-1, 1] at `sample_rate_hz`.
 
-    Integer samples of 8, 16 or 32 bits, as wav files hold them, are scaled by their range.
+    Integer samples of 8, 16 or 32 bits, as in wav files, are scaled by their range.
     """
 
     samples: np.ndarray
@@ -206,23 +204,23 @@ class Speech(Segment):
 
     @property
     def seconds(self) -> float:
-        """Duration."""
+        """Duration in seconds."""
         return len(self.samples) / self.sample_rate_hz
 
     @classmethod
     def open(cls, source: Given) -> Speech:
-        """Audio from a wav, flac, ogg or mp3 file or its bytes, or of a webm, m4a or mp4, at its own rate.
+        """Audio from a wav, flac, ogg, mp3, webm, m4a or mp4 file or its bytes, at its own sample rate.
 
-        Channels are averaged; where that cancels them, as in opposite phase, the loudest one is taken. Of a wav or
-        mp3 that was cut short, what is there is read: these formats are made to be streamed.
+        Channels are averaged; if that cancels them, as with opposite phase, the loudest one is used. A truncated wav
+        or mp3 is read as far as it goes, since these formats can be streamed.
         """
         return _named(source_name(source), partial(cls, *read_sound(source)))
 
     def save(self, path: str | Path, exact: bool = False) -> Path:
         """Write wav, flac, ogg or mp3, chosen by the suffix; samples are clipped to [-1, 1].
 
-        With `exact`, a wav of 32-bit numbers that gives back every sample as it is; otherwise wav and flac have 16
-        bits. SegmentError for a sample rate that the format does not have.
+        With `exact`, a 32-bit float wav that preserves every sample; otherwise wav and flac have 16 bits. SegmentError
+        for a sample rate that the format does not support.
         """
         suffix = save_suffix(path, SPEECH_SUFFIXES[:1] if exact else SPEECH_SUFFIXES, "speech")
         samples = self.samples if exact else self.samples.clip(-1, 1)
@@ -232,11 +230,11 @@ class Speech(Segment):
         )
 
     def resample(self, sample_rate_hz: int) -> Speech:
-        """The audio at another rate (windowed sinc, torchaudio); itself if it already has it.
+        """The audio resampled (windowed sinc, torchaudio); the same object if it already has this rate.
 
-        The filter holds a row for each term of the ratio of the rates, so a ratio of large terms (44,101 to 16,000
-        Hz would be gigabytes) is rounded to terms of at most 1,000: speed and pitch change by less than 0.1 %,
-        and mostly by millionths. Ratios of smaller terms, which all common rates have, are exact.
+        The size of the filter grows with the terms of the ratio of the rates, so a ratio with large terms (44,101 to
+        16,000 Hz would need gigabytes) is rounded to terms of at most 1,000: speed and pitch change by less than
+        0.1 %, usually by millionths. Ratios of common rates are exact.
         """
         if sample_rate_hz == self.sample_rate_hz:
             return self
@@ -282,17 +280,16 @@ class Video(Segment):
 
     @property
     def seconds(self) -> float:
-        """Duration."""
+        """Duration in seconds."""
         return len(self.frames) / self.frame_rate_hz
 
     @classmethod
     def open(cls, source: Given) -> Video:
         """Frames of an mp4, webm, mov, mkv, gif or animated webp file or its bytes; a still image is one frame.
 
-        Frames are as players show them: upright, with square pixels, at one rate, for which those that are shown for
-        longer are repeated. Of a video that would take more than max_decoded_bytes, every second, third... frame is
-        kept, at that lower rate. Of a file that was cut short, the whole frames are read if its format lets them
-        be found.
+        Frames are as players show them: upright, with square pixels, at a constant rate, where longer frames are
+        repeated. If a video would exceed max_decoded_bytes, only every second, third... frame is kept, at that lower
+        rate. The complete frames of a truncated file are read if its format allows finding them.
         """
         with opened(source, "video") as (file, name):
             if is_picture(file.read(12)):
@@ -304,46 +301,14 @@ class Video(Segment):
     def save(self, path: str | Path) -> Path:
         """Write mp4 (h264), webm (vp9), gif or animated webp (lossless), chosen by the suffix.
 
-        In mp4 and webm an odd height or width grows by one: the last row or column is repeated.
+        In mp4 and webm an odd height or width is increased by one: the last row or column is repeated.
         """
         suffix = save_suffix(path, (".mp4", ".webm", ".gif", ".webp"), "a video")
         check_side(suffix, *self.frames.shape[1:3])
-        if suffix in FRAMES_SUFFIXES:
-            return write_file(path, lambda scratch: self._save_pictures(scratch, suffix), sync=False)
-        return write_file(path, lambda scratch: self._save_container(scratch, suffix), sync=False)
-
-    def _save_pictures(self, path: Path, suffix: str) -> None:
-        """The writers join equal neighbours and round the rate, so the file also says in words what it was."""
-        first, *rest = (Picture.fromarray(frame) for frame in self.frames)
-        timing = f"{len(self.frames)} frames at {self.frame_rate_hz!r} Hz"
-        step = 10 * round(100 / self.frame_rate_hz) if suffix == ".gif" else round(1000 / self.frame_rate_hz)
-        options: dict[str, Any] = {"comment": timing.encode()}
-        if suffix == ".webp":
-            description = Picture.Exif()
-            description[ExifTags.Base.ImageDescription] = timing
-            options = {"lossless": True, "exif": description}
-        duration = min(max(step, 10), 655_350)
-        first.save(path, save_all=True, append_images=rest, duration=duration, loop=0, **options)
-
-    def _save_container(self, path: Path, suffix: str) -> None:
-        import av
-
-        odd_rows, odd_columns = (n % 2 for n in self.frames.shape[1:3])  # 4:2:0 chroma needs even sides
-        margin = ((0, odd_rows), (0, odd_columns), (0, 0))
-        try:
-            with av.open(str(path), "w", format=suffix[1:]) as container:
-                rate = Fraction(self.frame_rate_hz).limit_denominator(1000)
-                stream: Any = container.add_stream("libx264" if suffix == ".mp4" else "libvpx-vp9", rate=rate)
-                stream.height = self.frames.shape[1] + odd_rows
-                stream.width = self.frames.shape[2] + odd_columns
-                stream.pix_fmt = "yuv420p"
-                stream.options = {"crf": "14"}
-                for frame in self.frames:
-                    even = np.pad(frame, margin, mode="edge")
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-                container.mux(stream.encode())
-        except av.FFmpegError as error:
-            raise SegmentError(f"Cannot save {self!r} as {suffix} ({reason(error)}).") from error
+        write = write_frames if suffix in FRAMES_SUFFIXES else write_container
+        return write_file(
+            path, lambda scratch: write(scratch, self.frames, self.frame_rate_hz, suffix), sync=False
+        )
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -375,7 +340,7 @@ class Video(Segment):
 
 @dataclass(frozen=True, repr=False)
 class DNA(Segment):
-    """A nucleotide sequence in IUPAC letters, case as read; `name` is the FASTA header, if any."""
+    """A nucleotide sequence in IUPAC letters, in upper or lower case; `name` is the FASTA header, if any."""
 
     bases: str
     name: str = ""
@@ -385,7 +350,7 @@ class DNA(Segment):
         if not isinstance(self.bases, str) or not self.bases:
             raise SegmentError("DNA holds at least one base; received an empty sequence.")
         if self.bases.isascii() and not self.bases.encode().translate(None, _IUPAC.encode()):
-            return  # several times as fast as the search, which says where it goes wrong
+            return  # several times as fast as the search, which locates the error
         if wrong := _NOT_IUPAC.search(self.bases):
             raise SegmentError(
                 f"DNA takes IUPAC letters (ACGT, U, N, RYSWKMBDHV, either case); received {wrong[0]!r} "
@@ -394,7 +359,7 @@ class DNA(Segment):
 
     @classmethod
     def open(cls, source: Given) -> DNA:
-        """The one sequence of a FASTA or plain file (gzipped too) or its bytes; SegmentError if there are several."""
+        """The only sequence of a FASTA or plain file (also gzipped) or its bytes; SegmentError if there are several."""
         records = cls.iter_records(source)
         first = next(records)
         if next(records, None) is not None:
@@ -405,7 +370,7 @@ class DNA(Segment):
 
     @classmethod
     def open_all(cls, source: Given) -> list[DNA]:
-        """Every sequence of a FASTA or plain file (gzipped too), of at most max_letters in all."""
+        """All sequences of a FASTA or plain file (also gzipped), of at most max_letters in total."""
         found, letters = [], 0
         for record in cls.iter_records(source):
             letters += len(record.bases)
@@ -415,9 +380,9 @@ class DNA(Segment):
 
     @classmethod
     def iter_records(cls, source: Given) -> Iterator[DNA]:
-        """The sequences of a FASTA or plain file one by one, holding one at a time in memory.
+        """Yield the sequences of a FASTA or plain file, with one at a time in memory.
 
-        SegmentError for a file or a record without bases: skipping a record would shift the others against labels.
+        SegmentError for a file or a record without bases: skipping a record would misalign the others with labels.
         """
         path, limits = source_name(source), current_limits()
         name, named, letters = "", False, 0
@@ -469,17 +434,17 @@ KINDS: dict[str, type[Segment]] = {cls.kind: cls for cls in (Text, Image, Speech
 
 
 def usual_suffix(kind: str) -> str:
-    """What a file of this kind ends in where nothing else is asked for: a lossless format that browsers show."""
+    """The default file suffix of a kind: a lossless format that browsers display."""
     return {"text": ".txt", "image": ".png", "speech": ".wav", "video": ".webp", "dna": ".fasta"}.get(
         kind, f".{kind}"
     )
 
 
 def open_segment(source: str | Path | BinaryIO) -> Segment:
-    """Open a file, given by path or as a binary file with a name, as the segment its suffix says.
+    """Open a path, or a binary file with a name, as the kind of segment that its suffix names.
 
-    A webp is a video if it moves or was saved as one, else an image. SegmentError for an unknown suffix, listing the
-    known ones, or for a file that does not open.
+    A webp is a video if it is animated or was saved as a video, else an image. SegmentError for an unknown suffix,
+    listing the known ones, or for a file that cannot be opened.
     """
     path = str(getattr(source, "name", source) if hasattr(source, "read") else source)
     name = path.lower()
@@ -499,11 +464,11 @@ def open_segment(source: str | Path | BinaryIO) -> Segment:
         if name.endswith(suffixes):
             return opener(source)
     known = " ".join(dict.fromkeys(suffix for suffixes, _ in openers for suffix in suffixes))
-    raise SegmentError(f"{path} has no suffix that tells its kind; known: {known}.")
+    raise SegmentError(f"{path} has no known suffix; known: {known}.")
 
 
 def _named(path: object, build: Callable[[], Kind]) -> Kind:
-    """What `build` makes of a file's content; an error then says which file."""
+    """Call `build` on a file's content, with the file's name in errors."""
     try:
         return build()
     except SegmentError as error:

@@ -1,11 +1,10 @@
-"""The one id space: text ids, control ids, then a contiguous range of ids for every codebook.
+"""The token space: text ids, control ids, then a contiguous range of ids for every codebook.
 
-Order: text ids from 0, the shared control ids, then for each modality in the order it was appended its open and
-close ids, one range per codebook and one for its global codes, if it has any. Appending never moves an id, so a
-modality can join a trained checkpoint.
-What an id means is arithmetic (`torch.bucketize` over a few boundaries); no strings such as ``<img17>`` exist
-anywhere, names are for people. One discrete stream for all modalities is the idea of Chameleon
-(arXiv 2405.09818) and Unified-IO (arXiv 2206.08916).
+Order: text ids from 0, the shared control ids, then, for each modality in the order of appending, its open and close
+ids, one range per codebook and one for its global codes, if any. Appending never moves an id, so a modality can be
+added to a trained checkpoint. The meaning of an id is arithmetic (`torch.bucketize` over a few boundaries); there are
+no strings such as ``<img17>``, and names are only for display. One discrete stream for all modalities is the idea of
+Chameleon (arXiv 2405.09818) and Unified-IO (arXiv 2206.08916).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Range:
 
 
 class TokenSpace:
-    """Which id means what.
+    """The meaning of every id.
 
     The control ids are attributes: `pad`, `bos` (begins a sequence), `user`, `assistant`, `system` (begin a
     turn), `end` (ends one), and `null` (stands for a dropped prompt in classifier-free guidance). Size tokens
@@ -65,10 +64,10 @@ class TokenSpace:
         max_size_token: int = 64,
         text_ranges: Iterable[Sequence[int]] | None = None,
     ) -> None:
-        """A space with text and controls only; TokenSpaceError unless both numbers are at least 1.
+        """A space with only text and control ids; TokenSpaceError unless both numbers are at least 1.
 
-        text_ranges: the text ids that stand for text, ascending half-open spans, where not all do: a foreign
-        backbone keeps its rows, but its own special ids and padding are never read or written.
+        text_ranges: ascending half-open spans of the text ids that stand for text, if not all do: a backbone keeps
+        its rows, but its own special ids and padding are never read or generated.
         """
         if text_size < 1 or max_size_token < 1:
             raise TokenSpaceError(
@@ -101,10 +100,10 @@ class TokenSpace:
     def append_modality(
         self, name: str, codebook_sizes: Sequence[int], shape: CodeShape, global_codebook_size: int = 0
     ) -> None:
-        """Give a modality open and close ids, a range per codebook and one for global codes, after all ids there are.
+        """Append a modality's ids at the end: open, close, a range per codebook and one for global codes.
 
-        TokenSpaceError, with nothing changed, for a name that is taken or no identifier, for sizes that do not
-        fit the shape, and for a grid that is larger than the size tokens can say.
+        TokenSpaceError, without changing anything, for a name that is taken or not an identifier, for sizes that do
+        not fit the shape, and for a grid larger than the size tokens can express.
         """
         sizes = [int(size) for size in codebook_sizes]
         self._check_new(name, sizes, shape, global_codebook_size)
@@ -158,7 +157,7 @@ class TokenSpace:
 
     @property
     def modality_names(self) -> list[str]:
-        """ "text" and the modalities: what the indices of `modality_of` stand for."""
+        """ "text" and the modalities, in the order of the indices of `modality_of`."""
         return ["text", *self.shapes]
 
     @property
@@ -169,7 +168,7 @@ class TokenSpace:
     # ---- ids ----
 
     def size_token(self, n: int) -> int:
-        """The id that says "n cells along this axis", n from 1 to `max_size_token`."""
+        """The id for n cells along an axis, n from 1 to `max_size_token`."""
         if not 1 <= n <= self.max_size_token:
             raise TokenSpaceError(f"Size tokens go from 1 to {self.max_size_token}; received {n}.")
         return self._size_zero + int(n)
@@ -196,7 +195,7 @@ class TokenSpace:
         return self._globals[modality]
 
     def global_codebook_size(self, modality: str) -> int:
-        """How many values a global code of a modality can have; 0 if it has no global codes."""
+        """The number of values of a modality's global codes; 0 without global codes."""
         span = self._globals.get(self._known(modality))
         return len(span) if span else 0
 
@@ -211,13 +210,13 @@ class TokenSpace:
         return modality
 
     def range_of(self, token: int) -> Range:
-        """The range that holds an id; TokenSpaceError outside 0 to vocab_size - 1."""
+        """The range of an id; TokenSpaceError outside 0 to vocab_size - 1."""
         if not 0 <= token < self.vocab_size:
             raise TokenSpaceError(f"Ids go from 0 to {self.vocab_size - 1}; received {token}.")
         return self.ranges[bisect_right(self.ranges, token, key=lambda span: span.start) - 1]
 
     def token_name(self, token: int) -> str:
-        """An id for people: text:5, <|bos|>, <|size:8|>, <|image|>, <|/image|>, image:17, tone[1]:3, image.global:2."""
+        """Display name: text:5, <|bos|>, <|size:8|>, <|image|>, <|/image|>, image:17, tone[1]:3, image.global:2."""
         span = self.range_of(token)
         if span.kind != "control":
             return f"{span.name}:{token - span.start}"
@@ -228,7 +227,7 @@ class TokenSpace:
         return f"<|{CONTROLS[token - self.text_size]}|>"
 
     def describe(self, spans: Iterable[tuple[int, int]]) -> str:
-        """Half-open spans of ids for people, such as "text:0 to text:299, <|end|>"; "nothing" if there is none."""
+        """A description of half-open spans of ids, such as "text:0 to text:299, <|end|>"; "nothing" for none."""
         parts = []
         for start, stop in spans:
             inner = [span.start for span in self.ranges if start < span.start < stop]
@@ -244,7 +243,7 @@ class TokenSpace:
         return [start for start, _ in self._buckets()[1:]]
 
     def bucket_modalities(self) -> list[int]:
-        """Index into `modality_names` of every bucket, one more than there are boundaries."""
+        """Index into `modality_names` of every bucket; one more than boundaries."""
         return [index for _, index in self._buckets()]
 
     def _buckets(self) -> list[tuple[int, int]]:
@@ -257,7 +256,7 @@ class TokenSpace:
         return buckets
 
     def modality_of(self, ids: Tensor) -> Tensor:
-        """Index into `modality_names` of each id, int64, same shape; controls of all kinds count as text."""
+        """Index into `modality_names` of each id, int64, same shape; all control ids count as text."""
         if ids.device not in self._tables:
             self._tables[ids.device] = (
                 torch.tensor(self.bucket_boundaries(), dtype=torch.long, device=ids.device),
@@ -290,7 +289,7 @@ class TokenSpace:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TokenSpace:
-        """Read back what `to_dict` wrote; TokenSpaceError says what does not fit."""
+        """The inverse of `to_dict`; TokenSpaceError says what is wrong."""
         try:
             if data["version"] != VERSION:
                 raise TokenSpaceError(
@@ -312,12 +311,12 @@ class TokenSpace:
         return space
 
     def save(self, path: str | Path) -> Path:
-        """Write token_space.json, whole or not at all."""
+        """Write token_space.json, completely or not at all."""
         return write_file(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TokenSpace:
-        """Read a file that `save` wrote; TokenSpaceError names a file that is missing, truncated or altered."""
+        """Read a file written by `save`; TokenSpaceError names a file that is missing, truncated or altered."""
         path = Path(path)
         if not path.is_file():
             raise TokenSpaceError(f"{path} is missing: the checkpoint folder is incomplete; copy it again.")

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from anytoken.utils.errors import SegmentError
+from anytoken.utils.errors import SegmentError, reason
 from anytoken.utils.limits import current_limits
 
 REPEATED_PIXELS = 64_000_000  # of all frames of a clip whose pictures are repeated
@@ -128,9 +128,33 @@ def container_frames(file: IO[bytes], name: object) -> tuple[np.ndarray, float]:
     except SegmentError:
         raise
     except (av.FFmpegError, LookupError, ValueError, EOFError, ArithmeticError) as error:
-        said = re.sub(r"\[Errno -?\d+\] |:? '?<[^>]*>'?", "", str(getattr(error, "strerror", None) or error))
         raise SegmentError(
-            f"{name} is not a readable video ({said.strip(' .')}); expected mp4, webm, mov, mkv, gif or animated webp."
+            f"{name} is not a readable video ({reason(error)}); expected mp4, webm, mov, mkv, gif or animated webp."
+        ) from error
+
+
+def write_container(path: Path, frames: np.ndarray, rate_hz: float, suffix: str) -> None:
+    """Frames uint8 [T, H, W, 3] as mp4 (h264) or webm (vp9)."""
+    import av
+
+    odd_rows, odd_columns = (n % 2 for n in frames.shape[1:3])  # 4:2:0 chroma needs even sides
+    margin = ((0, odd_rows), (0, odd_columns), (0, 0))
+    try:
+        with av.open(str(path), "w", format=suffix[1:]) as container:
+            rate = Fraction(rate_hz).limit_denominator(1000)
+            stream: Any = container.add_stream("libx264" if suffix == ".mp4" else "libvpx-vp9", rate=rate)
+            stream.height = frames.shape[1] + odd_rows
+            stream.width = frames.shape[2] + odd_columns
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": "14"}
+            for frame in frames:
+                even = np.pad(frame, margin, mode="edge")
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            container.mux(stream.encode())
+    except av.FFmpegError as error:
+        size = f"{frames.shape[2]}x{frames.shape[1]}"
+        raise SegmentError(
+            f"Cannot save {len(frames)} frames of {size}, {rate_hz:g} Hz, as {suffix} ({reason(error)})."
         ) from error
 
 
@@ -181,8 +205,7 @@ class SoundTrack:
         except SegmentError:
             raise
         except (av.FFmpegError, LookupError, ValueError, EOFError, ArithmeticError) as error:
-            said = getattr(error, "strerror", None) or error
-            raise SegmentError(f"{self._name} is not readable sound ({said}).") from error
+            raise SegmentError(f"{self._name} is not readable sound ({reason(error)}).") from error
 
 
 def _open(file: IO[bytes]) -> Any:

@@ -3,8 +3,8 @@
     python inference/batch.py "a fox, 3d" "a red apple, line" --output image --num-return 3
     python inference/batch.py prompts.txt --output text image --temperature image=0.9 text=0
 
-A prompt that names a .txt file stands for its lines. Prompts of unequal length share every step of the model, and the
-same seed gives a prompt the same replies in any company. OUT/replies.jsonl has a line a reply, beside its files.
+A prompt that names a .txt file stands for its lines. Prompts of different lengths share every step of the model, and
+the same seed gives a prompt the same replies in any batch. OUT/replies.jsonl has one line per reply, next to its files.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import anytoken
 from anytoken.segments import Text, usual_suffix
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("prompts", nargs="+", help="words, or a .txt file of them, one prompt a line")
+parser.add_argument("prompts", nargs="+", help="text, or a .txt file with one prompt per line")
 parser.add_argument("--output", nargs="+", help="kinds to answer with; without it the model decides")
 parser.add_argument("--num-return", type=int, default=1, help="replies for each prompt")
-parser.add_argument("--temperature", nargs="+", default=[], metavar="KIND=T", help="of some kinds")
+parser.add_argument("--temperature", nargs="+", default=[], metavar="KIND=T", help="temperature per kind")
 parser.add_argument("--model", default="mini", help="bundled name, folder or hub id")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path("out/batch"), help="folder for the files")

@@ -1,10 +1,10 @@
 """Chat with a model in the terminal; generated media are saved with the conversation.
 
     python inference/chat.py
-    python inference/chat.py --save talk          # continues there if the folder exists
+    python inference/chat.py --save talk          # continues the conversation if the folder exists
 
-A line may begin with files: `@cat.png What is this?`. `again` answers the last line anew, `undo` takes it back, and an
-empty line ends the conversation. (`anytoken chat` is this with more comfort.)
+A line may begin with files: `@cat.png What is this?`. `again` regenerates the last reply, `undo` removes the last
+exchange, and an empty line ends the conversation. `anytoken chat` is the complete version.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from anytoken.segments import open_segment
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="mini", help="bundled name, folder or hub id")
-parser.add_argument("--system", help="what the model is told before the conversation begins")
+parser.add_argument("--system", help="system text")
 parser.add_argument("--save", type=Path, default=Path("out/chat"), help="folder of the conversation")
 arguments = parser.parse_args()
 
@@ -36,7 +36,7 @@ def ask() -> str:
 
 
 def see(event: Event) -> None:
-    """Show words as they come, and what a finished medium is."""
+    """Show text as it is generated, and a description of finished media."""
     if isinstance(event, TextDelta):
         print(event.text, end="", flush=True)
     elif isinstance(event, SegmentFinished) and event.segment.kind != "text":
@@ -55,7 +55,7 @@ while line := ask():
         else:
             finish(chat.stream([open_segment(name) for name in files] + ([text] if text else [])), see)
         print()
-    except ValueError as error:  # the conversation is as it was: say why and go on
+    except ValueError as error:  # the conversation is unchanged: show the error and continue
         print(error)
         continue
     print(f"[{chat.save(arguments.save)}]")

@@ -4,7 +4,7 @@
     python inference/generate.py cat.png "What is this?" --output text
     python inference/generate.py say.wav --output text image --out answers
 
-Words that name a file are opened as a picture, speech, video or DNA, as their suffix says.
+Arguments that name a file are opened as an image, speech, video or DNA, by their suffix.
 """
 
 import argparse

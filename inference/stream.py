@@ -1,10 +1,10 @@
 """Stream a reply: text and bases as they are generated, audio in chunks, image previews from the top.
 
     python inference/stream.py "a fox, 3d, blue background" --output image
-    python inference/stream.py "fox, voice slt" --output speech        # sound is written before the clip has ended
+    python inference/stream.py "fox, voice slt" --output speech        # audio is written before the clip ends
     python inference/stream.py "a fox" --output text speech image
 
-The sound grows in OUT/speech.wav while it is made, and each preview of a picture is a file of its own.
+OUT/speech.wav grows while it is generated, and each preview of an image is a separate file.
 """
 
 import argparse
@@ -41,7 +41,7 @@ previews = 0
 
 
 def see(event: Event) -> None:
-    """Show one event as soon as it is there."""
+    """Show one event."""
     global previews, sound
     match event:
         case SegmentStarted(kind):
@@ -53,8 +53,8 @@ def see(event: Event) -> None:
         case SegmentDelta(segment=Speech() as chunk):
             if sound is None:
                 sound = soundfile.SoundFile(sound_path, "w", chunk.sample_rate_hz, channels=1)
-            sound.write(chunk.samples)  # or hand it to the loudspeaker
-            print(f"  {chunk.seconds:.2f} s of sound", flush=True)
+            sound.write(chunk.samples)  # or play it
+            print(f"  {chunk.seconds:.2f} s of audio", flush=True)
         case SegmentDelta(segment=DNA() as piece):
             print(piece.bases, end="", flush=True)
         case SegmentPreview(segment=picture):

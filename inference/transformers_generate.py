@@ -1,9 +1,9 @@
-"""Generate with transformers' own `generate`: the model is a plain causal LM, and the grammar a LogitsProcessor.
+"""Generate with transformers' own `generate`: the model is a plain causal LM, the grammar a LogitsProcessor.
 
     python inference/transformers_generate.py "a fox, 3d, blue background" --output image
     python inference/transformers_generate.py "a fox" "a red apple" --output text --num-beams 4
 
-Every reply is legal whatever the decoding method; with --greedy the ids are those of `model.generate(temperature=0)`.
+Every reply is legal with any decoding method; with --greedy the ids are those of `model.generate(temperature=0)`.
 """
 
 import argparse
@@ -13,11 +13,13 @@ import anytoken
 from anytoken.segments import Text, usual_suffix
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("prompts", nargs="+", help="words, a reply each")
+parser.add_argument("prompts", nargs="+", help="texts, with one reply each")
 parser.add_argument("--output", nargs="+", help="kinds to answer with; without it the model decides")
-parser.add_argument("--greedy", action="store_true", help="the likeliest id each time, instead of sampling")
-parser.add_argument("--num-beams", type=int, default=1, help="beam search, and no sampling, if above 1")
-parser.add_argument("--max-new-tokens", type=int, help="by default enough for the kinds")
+parser.add_argument(
+    "--greedy", action="store_true", help="always choose the most likely id instead of sampling"
+)
+parser.add_argument("--num-beams", type=int, default=1, help="beam search instead of sampling if above 1")
+parser.add_argument("--max-new-tokens", type=int, help="by default enough for the requested kinds")
 parser.add_argument("--model", default="mini", help="bundled name, folder or hub id")
 parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files")
 arguments = parser.parse_args()

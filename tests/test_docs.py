@@ -37,7 +37,9 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     text = page.read_text(encoding="utf-8")
     with ExitStack() as stack:
         if "\nanytoken serve " in text:  # on a free port, and for as long as the page is read
-            url, _ = stack.enter_context(running_server("mini", 2, 8, name="mini"))
+            url, _ = stack.enter_context(
+                running_server("mini", "--set", "max_rows=2", "--set", "max_waiting=8")
+            )
             text = text.replace("http://127.0.0.1:8000", url)
         run_blocks(BLOCK.findall(text), page.name, names)
 

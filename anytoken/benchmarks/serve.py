@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import quantiles
-from typing import Any
+from typing import IO, Any
 
 from anytoken.benchmarks.harness import (
     Figures,
@@ -28,28 +28,16 @@ START_SECONDS = 120
 
 @contextmanager
 def running_server(
-    model: str, max_rows: int, max_waiting: int, name: str = "bench"
-) -> Iterator[tuple[str, int]]:
-    """Base URL and process id of a server of its own."""
+    model: str, *options: str, log: IO[str] | None = None, log_level: str = "error"
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Base URL and process of a server with these options of `anytoken serve`; log: where stderr goes."""
     import httpx
 
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    limits = ["--set", f"max_rows={max_rows}", "--set", f"max_waiting={max_waiting}"]
-    command = [
-        sys.executable,
-        "-m",
-        "anytoken",
-        "serve",
-        model,
-        "--name",
-        name,
-        "--port",
-        str(port),
-        *limits,
-    ]
-    process = subprocess.Popen([*command, "--log-level", "error"], stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "anytoken", "serve", model, "--port", str(port), *options]
+    process = subprocess.Popen([*command, "--log-level", log_level], stdout=subprocess.DEVNULL, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + START_SECONDS
@@ -61,7 +49,7 @@ def running_server(
                     break
             except httpx.TransportError:
                 time.sleep(0.2)
-        yield url, process.pid
+        yield url, process
     finally:
         process.terminate()
         process.wait(60)
@@ -72,14 +60,15 @@ def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int)
 
     memory_mb: the server's resident memory before, halfway through and after the many clients' requests.
     """
-    with running_server(model, clients, clients) as (url, pid):
+    limits = ["--set", f"max_rows={clients}", "--set", f"max_waiting={clients}"]
+    with running_server(model, "--name", "bench", *limits) as (url, process):
         asyncio.run(_load(url, prompt, kind, clients, 2 * clients))  # warm-up
         alone = asyncio.run(_load(url, prompt, kind, 1, max(2, requests // clients)))
-        memory = [_megabytes(pid)]
+        memory = [_megabytes(process.pid)]
         together = asyncio.run(
-            _load(url, prompt, kind, clients, requests, lambda: memory.append(_megabytes(pid)))
+            _load(url, prompt, kind, clients, requests, lambda: memory.append(_megabytes(process.pid)))
         )
-        memory.append(_megabytes(pid))
+        memory.append(_megabytes(process.pid))
         overload = asyncio.run(_load(url, prompt, kind, 4 * clients, 4 * clients))
     rows = [alone, together, overload]
     for row in rows:

@@ -1,6 +1,6 @@
-"""What a built set says of itself: line files, a manifest with checksums, and a card to read.
+"""The files of a built data set: JSON lines, a manifest with checksums, and a card.
 
-All are written whole or not at all, so an interrupted build leaves nothing that looks finished.
+Each is written completely or not at all, so an interrupted build leaves nothing that looks finished.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Conversations of ShareGPT, LLaVA and LLaMA-Factory, Alpaca, prompt and completion, and OpenAI's content parts become
 ``messages``; ``<image>``, ``<video>`` and ``<audio>`` in a text are replaced by the media that the record lists, in
-order. Media may be paths or ``data:`` URLs. As many media as places for them, or the record is bad: a medium
-that is never seen, or a placeholder learnt as words, would go unnoticed.
+order. Media may be paths or ``data:`` URLs. A record is bad unless it has as many media as placeholders: otherwise an
+unused medium, or a placeholder learned as text, would go unnoticed.
 """
 
 import base64

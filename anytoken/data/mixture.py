@@ -1,8 +1,8 @@
 """A weighted, deterministic mixture of (source, view) pairs over tokenized sets.
 
-Sample ``i`` depends on nothing but the seed and ``i``, so any worker can draw any sample and resuming needs
-only a counter. A source may be joined with another at sampling time (``pair_with``): a random training
-picture of a concept with a random training utterance of its name gives speech->image from k x n combinations.
+Sample ``i`` depends only on the seed and ``i``, so any worker can draw any sample and resuming needs only a
+counter. A source may be joined with another at sampling time (``pair_with``): a random training
+image of a concept with a random training utterance of its name gives speech->image from k x n combinations.
 Weights count samples, not tokens. They may change over the steps of training, ``{0: 5, 500: 1}``, linearly between
 the steps named (a curriculum), and a temperature T multiplies each by its source's size ^ (1/T) (arXiv 1910.10683).
 """
@@ -45,7 +45,7 @@ class _Spec(BaseModel):
 
 
 class PairSpec(_Spec):
-    """A second tokenized set that joins each record: one with an equal key ``by``, any if that is null."""
+    """A second tokenized set: each record is joined with one that has an equal key ``by``, or any if null."""
 
     path: str = Field(description="tokenized set of the partners, below data_root")
     take: dict[str, str] = Field(description="new key -> key of the partner", min_length=1)
@@ -61,7 +61,7 @@ Weight = Annotated[float, Field(gt=0)] | Schedule
 
 
 class SourceSpec(_Spec):
-    """One tokenized set, the views drawn from it, and which of its records count."""
+    """A tokenized set, its views, and a selection of its records."""
 
     path: str = Field(description="tokenized set, or a file or folder of records, below data_root")
     views: dict[str, Weight] = Field(
@@ -77,10 +77,12 @@ class SourceSpec(_Spec):
 
 
 class SamplingSpec(_Spec):
-    """How samples are drawn from the sources, and what is done about those that are no use."""
+    """How samples are drawn from the sources, and how many unusable ones are tolerated."""
 
-    temperature: float | None = Field(default=None, gt=0, description="1: by size; large: all sources alike")
-    max_bad: float = Field(default=0.01, ge=0, le=1, description="share of draws that may be no use")
+    temperature: float | None = Field(
+        default=None, gt=0, description="1: by size; large values: uniform over sources"
+    )
+    max_bad: float = Field(default=0.01, ge=0, le=1, description="maximum share of unusable samples")
     workers: int = Field(default=0, ge=0, description="processes that draw ahead of the training step")
     verify: bool = Field(default=True, description="compare the checksums of the sets when they are opened")
 
@@ -316,7 +318,7 @@ class Mixture:
     def sample(self, index: int) -> TrainingSequence:
         """Draw sample ``index``; DataError if no record of the mixture fits the context.
 
-        Draws that are no use (too long, or codes that the tokenizer's shape does not have) are repeated, and told.
+        Unusable samples (too long, or with codes that the tokenizer's shape does not allow) are redrawn and counted.
         """
         rng = np.random.default_rng((self.seed, index))
         cumulated = self._cumulated[self._firsts.searchsorted(index, side="right") - 1]

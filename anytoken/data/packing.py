@@ -1,9 +1,9 @@
 """Best-fit packing of training sequences into rows of T ids, with position ids that restart at each sequence.
 
-There is no attention mask: restarting positions alone keep sequences apart (with ``use_cache=False``). A pool of
-drawn sequences waits. Each row takes the one that waited longest and, with it, those of the pool whose lengths sum
-to the most that fits: a subset sum, found as bits of one whole number. So rows are all but full, no token is lost,
-and no length waits for ever or is drawn less often. (Krell et al., arXiv 2107.02027, pack a whole set by its
+There is no attention mask: restarting positions keep sequences apart (with ``use_cache=False``). Sequences wait in a
+pool. Each row takes the one that has waited longest, and those of the pool that fill the rest of the row best: a
+subset sum, computed on the bits of one integer. So rows are nearly full, no token is lost, and no length waits forever
+or is drawn less often. (Krell et al., arXiv 2107.02027, pack a whole set by its
 histogram of lengths; Ding et al., arXiv 2404.10830, by best-fit decreasing.)
 """
 

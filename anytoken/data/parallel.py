@@ -1,8 +1,8 @@
-"""Running one function over many jobs in other processes: on this machine, or on a Ray cluster.
+"""Run a function over many jobs in other processes, on this machine or on a Ray cluster.
 
-Results come as they are finished. Only a few jobs are ahead of the workers, so that a source of any size is never
-held in memory. Every worker uses one thread for its mathematics, and so does a run without workers: sums over other
-numbers of threads differ in their last bits, and a code may hang on one.
+Results are yielded as they finish. Only a few jobs are queued ahead of the workers, so that a source of any size never
+has to fit in memory. Every worker computes with one thread, and so does a run without workers: sums over another
+number of threads differ in their last bits, which can change a code.
 """
 
 import multiprocessing

@@ -1,11 +1,10 @@
-"""What a training record is: aligned media of one thing, or a conversation; and how its media are opened.
+"""Training records: aligned media of one item, or a conversation; and how their media are opened.
 
 A *record* holds several media of one thing: ``{"text": "a red apple", "image": "a.png", "speech": "a.wav"}``.
 A *conversation* holds ``{"messages": [{"role": "user", "content": [...]}, ...]}`` in the chat convention of
 transformers; an interleaved document is one message of the assistant's, text and media in order. A medium is a
 path relative to the root of its source, or a `Blob`; DNA may also be written inline. Any other key of a record
-(``split``, ``style``, ``name``...) is metadata that views and filters can use. Where records come from is the
-business of ``sources.py``.
+(``split``, ``style``, ``name``...) is metadata that views and filters can use. ``sources/`` reads records.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Encode one part of a source: entries to records and codes, as the bytes of the files they are kept in.
+"""Encode one part of a source: entries to records and codes, as the bytes of its files.
 
-A part is what one worker does at a time, and what a killed run loses. It is a function of its entries and the
-tokenizers alone, so it does not matter which worker on which machine does it. A record that cannot be read, or whose
-media a tokenizer refuses, is left out and counted.
+A part is the unit of work of a worker, and what a killed run loses. It depends only on its entries and the tokenizers,
+so any worker on any machine can compute it. A record that cannot be read, or whose media a tokenizer rejects, is
+skipped and counted.
 """
 
 import hashlib

@@ -2,12 +2,12 @@
 
 A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each
 modality, ``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1], ``sizes`` int32 [R, axes] and, where there are
-global codes, ``headers`` int32 [R, G], beside a JSONL file with the records; a line says which row of which modality
-holds its codes. Codes are stored, not ids, so shards outlive a new text vocabulary and appended modalities; the
-manifest's fingerprints tie them to the tokenizers that wrote them, and its checksums to the bytes that were written.
+global codes, ``headers`` int32 [R, G], next to a JSONL file with the records; each line names the rows of its codes.
+Codes are stored, not ids, so shards outlive a new text vocabulary and appended modalities; the manifest's fingerprints
+tie them to the tokenizers that wrote them, and its checksums to the bytes that were written.
 
-While the work goes on there is no manifest but ``progress.jsonl``: a first line that says what is being made, then
-one for every part that is whole. A run that is killed loses the parts in progress and nothing else.
+Until the folder is complete it has no manifest but ``progress.jsonl``: a first line with the settings, then one line
+per finished part. A killed run loses only the parts in progress.
 """
 
 import hashlib
@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from anytoken.data.parallel import run
-from anytoken.data.records import Record, RecordError
+from anytoken.data.records import Record, RecordError, Source
 from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
-from anytoken.data.sources import Source, open_source
+from anytoken.data.sources import open_source
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError

@@ -1,9 +1,9 @@
-"""Look at a source before anything is spent on it: every bad record with its place and reason, and what there is.
+"""Check a source before training: every bad record with its place and reason, and a summary of the rest.
 
-Records are parsed and their media located by the code that training uses, so what is bad here is left out there, and
-the other way round. Files of media are opened on request (``decode``), or encoded by the tokenizers of a checkpoint,
-which also finds what is too long for them; without, this takes thousands of records per second. Media inside a
-record or an archive are always opened. A shard folder is a source, too: its checksums are compared.
+Records are parsed and their media located by the code that training uses, so exactly the records that are bad here are
+skipped there. Media files are opened on request (``decode``), or encoded by the tokenizers of a checkpoint, which also
+finds those that are too long; otherwise this checks thousands of records per second. Media inside a record or an
+archive are always opened. A shard folder is also a source: its checksums are compared.
 """
 
 from collections import Counter

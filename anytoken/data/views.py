@@ -1,9 +1,9 @@
 """Views: how a record becomes a training sequence, in id space.
 
-``"text->image"`` puts the text in the user's turn and the picture in the assistant's. Both sides list keys of
-the record, separated by commas, and quoted literals: ``'text,", voice ",voice->speech'``. Neighbouring
-strings are joined before they are tokenized, so that training sees the ids that a prompt has.
-``"interleaved"`` strings all text and media of a record in one assistant turn, in random order;
+``"text->image"`` puts the text in the user's turn and the image in the assistant's. Both sides list keys of
+the record, separated by commas, and quoted literals: ``'text,", voice ",voice->speech'``. Adjacent
+strings are joined before they are tokenized, so that training sees the same ids as a prompt.
+``"interleaved"`` puts all text and media of a record in one assistant turn, in random order;
 ``"messages"`` replays a conversation.
 """
 

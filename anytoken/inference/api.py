@@ -1,4 +1,4 @@
-"""The front door: a model that takes typed segments and answers with typed segments."""
+"""The public entry point: a model that reads and generates typed segments."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ from anytoken.utils.errors import CheckpointError, RequestError
 
 
 class AnyToken(GenerationMixin):
-    """A language model over all modalities, `lm`, with its `processor`: segments in, segments out."""
+    """A language model over all modalities (`lm`) and its `processor`: segments in, segments out."""
 
     def __init__(
         self, lm: PreTrainedModel, processor: Processor, sampling: Mapping[str, Sampling] | None = None
@@ -84,15 +84,15 @@ class AnyToken(GenerationMixin):
     ) -> "AnyToken":
         """Open a checkpoint: a bundled name ("mini"), a local folder, or a hub id.
 
-        `adapter` is a PEFT folder; it is merged into the weights. quantize="int8" keeps a byte a weight: less
-        memory, for inference only (model/quantize.py). `compile` compiles the decoding step now, which takes a
-        minute or so the first time and says so; later loads find it in torch's cache. attn_implementation: "sdpa",
-        "flex_attention", "flash_attention_2", "flash_attention_3" or "eager"; "auto" takes FlashAttention where its
-        package, a CUDA device and half-precision weights are there, and sdpa elsewhere (the log says which).
-        media_root: the folder whose files strings in message parts may name (`{"type": "image", "image": "a.png"}`);
-        without it they name none, since messages may come from elsewhere, and only a pathlib.Path does.
-        ValueError (CheckpointError, ConfigError and the like) names the file that is missing or damaged, the
-        unknown name, or the device that cannot be used.
+        adapter: a PEFT folder, merged into the weights. quantize="int8" stores one byte per weight: less memory, for
+        inference only (model/quantize.py). compile: compile the decoding step now, which takes about a minute the
+        first time; later loads use torch's cache. attn_implementation: "sdpa", "flex_attention",
+        "flash_attention_2", "flash_attention_3" or "eager"; "auto" uses FlashAttention if its package, a CUDA device
+        and half-precision weights are available, otherwise sdpa (the log says which). media_root: the folder whose
+        files may be named by strings in message parts (`{"type": "image", "image": "a.png"}`). By default such
+        strings name no file, since messages may come from untrusted sources; a pathlib.Path always does.
+        ValueError (CheckpointError, ConfigError and others) names a missing or damaged file, an unknown name, or a
+        device that cannot be used.
         """
         chosen = pick_device(device)
         folder = find_checkpoint(name_or_path)
@@ -116,25 +116,25 @@ class AnyToken(GenerationMixin):
         return f"AnyToken({', '.join(self.kinds)}; {millions:.1f} M parameters, {self.lm.device})"
 
     def tokenize(self, segment: Segment) -> list[int]:
-        """A segment as ids; ValueError for a kind this model has no tokenizer for."""
+        """Encode a segment as ids; ValueError for a kind that this model has no tokenizer for."""
         return self.processor.tokenize(segment)
 
     def detokenize(self, ids: Sequence[int]) -> list[Segment]:
-        """Ids as segments; ValueError for ids that are no legal sequence."""
+        """Decode ids to segments; ValueError for ids that are not a legal sequence."""
         if not isinstance(ids, Iterable):
             raise RequestError(f"detokenize takes a list of ids; received {ids!r}.")
         return self.processor.detokenize(list(ids))
 
-    # ---- comparing ----
+    # ---- scores and embeddings ----
 
     def score_details(
         self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none"
     ) -> list[Score]:
         """The log-likelihood of each answer as the whole reply to a prompt, by token and by segment.
 
-        answers: each a string, a segment, or a list of both; the prompt is read once for all of them. With
-        normalize="pmi" each also has its likelihood after an empty prompt. RequestError for no
-        answers, an empty one, a kind that the model lacks, or more than the context holds.
+        answers: each a string, a segment, or a list of both; the prompt is read only once. With normalize="pmi" each
+        also has its likelihood after an empty prompt. RequestError for no answers, an empty answer, a kind that the
+        model does not have, or more than fits the context.
         """
         if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
             raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
@@ -144,39 +144,39 @@ class AnyToken(GenerationMixin):
     def score_steps(
         self, prompt: Sequence[int], replies: Sequence[Sequence[int]], normalize: Normalize = "none"
     ) -> Steps[list[Score]]:
-        """`score_details` for ids of a prompt and of replies, in parts; others may use the model between two."""
+        """`score_details` for ids of a prompt and of replies, in parts between which the model can be used."""
         check_normalize(normalize)
         prior = self.processor.null_prompt() if normalize == "pmi" else None
         return (yield from score_steps(self.engine, prompt, replies, prior))
 
     def score(self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none") -> list[float]:
-        """How likely each answer is as the whole reply to a prompt: log-likelihoods in nats.
+        """Log-likelihoods, in nats, of each answer as the whole reply to a prompt.
 
-        normalize: "none" for the sum over tokens, "tokens" for the mean, "pmi" for the sum less that after an empty
-        prompt. Everything else as for `score_details`.
+        normalize: "none" for the sum over tokens, "tokens" for the mean, "pmi" for the sum minus the sum after an
+        empty prompt. Otherwise as `score_details`.
         """
         return [one.value(normalize) for one in self.score_details(prompt, answers, normalize)]
 
     def classify(
         self, prompt: Prompt, labels: Sequence[Any], normalize: Normalize = "none"
     ) -> Classification:
-        """Which of the labels answers a prompt best, with their probabilities among themselves.
+        """The most likely label as the reply to a prompt, and the probabilities of all labels.
 
-        labels: as `answers` of `score`.
+        labels: as `answers` in `score`.
         """
         return classify(labels, self.score(prompt, labels, normalize))
 
     def rerank(
         self, prompt: Prompt, candidates: Sequence[Any], normalize: Normalize = "tokens"
     ) -> list[tuple[int, float]]:
-        """Index and score of each candidate, best first; arguments as for `score`."""
+        """Index and score of each candidate, best first; arguments as in `score`."""
         scores = self.score(prompt, candidates, normalize)
         return sorted(enumerate(scores), key=itemgetter(1), reverse=True)
 
     def perplexity(self, segments: Any, prompt: Prompt | None = None) -> float:
-        """exp of the mean negative log-likelihood per token of segments, after an empty prompt by default.
+        """Perplexity per token of segments, after an empty prompt by default.
 
-        Tokens without an alternative, such as close ids, are not counted.
+        Tokens without an alternative, such as close ids, do not count.
         """
         ids = self.processor.encode_reply(segments)
         start = self.processor.null_prompt() if prompt is None else self.encode_prompt(prompt)
@@ -185,12 +185,13 @@ class AnyToken(GenerationMixin):
     def embed(
         self, prompts: Any, *, tokens: bool = False, width: int | None = None, untrained: bool = False
     ) -> Any:
-        """Prompts of any kinds as unit vectors, float32 [N, W]; with tokens=True a list of [T, W], one per prompt.
+        """Embed prompts of any kinds: unit vectors, float32 [N, W]; with tokens=True a list of [T, W], one per prompt.
 
-        prompts: a list, each one a string, a segment, a list of both (one vector for all of it) or messages; or a
-        single one, which is a list of one. tokens: a vector per content token instead. width: the first N
-        dimensions, one of the head's `widths`. A checkpoint without a trained head is an error, unless untrained=True:
-        then vectors are means of the last hidden states. ValueError (RequestError) says what does not fit.
+        prompts: a list in which each prompt is a string, a segment, a list of both (one vector for all of it) or
+        messages; a single prompt counts as a list of one. tokens: one vector per content token instead. width: use
+        only the first dimensions; one of the head's `widths`. A checkpoint without a trained head is an error unless
+        untrained=True: vectors are then means of the last hidden states. RequestError (a ValueError) says what is
+        wrong.
         """
         return self.embed_ids(
             self.processor.encode_chats(prompts_of(prompts)), tokens=tokens, width=width, untrained=untrained
@@ -204,12 +205,12 @@ class AnyToken(GenerationMixin):
         width: int | None = None,
         untrained: bool = False,
     ) -> Any:
-        """`embed` for prompts that are ids already, as `encode_prompt` gives them."""
+        """`embed` for prompts as ids, as returned by `encode_prompt`."""
         with self.embedder(untrained) as embedder:
             return embedder.token_vectors(prompts, width) if tokens else embedder.vectors(prompts, width)
 
     def embedding_probe(self, untrained: bool = False) -> np.ndarray:
-        """A vector that tells this model's embeddings from another's, float32 [W]."""
+        """A vector that identifies the embedding space of this model, float32 [W]."""
         with self.embedder(untrained) as embedder:
             return embedder.probe()
 
@@ -220,7 +221,7 @@ class AnyToken(GenerationMixin):
 
     @contextmanager
     def embedder(self, untrained: bool = False) -> Iterator[Embedder]:
-        """The head over the model, with the adapter that it was trained with in the weights."""
+        """The head and the model, with the adapter that it was trained with merged into the weights."""
         name, head = self._embedding_head(untrained)
         active = self.adapters.active
         if name != active:
@@ -232,7 +233,7 @@ class AnyToken(GenerationMixin):
                 self.use_adapter(active)
 
     def _embedding_head(self, untrained: bool) -> tuple[str | None, EmbeddingHead]:
-        """The head to embed with, and the adapter that it needs: the active one's, or else the model's own."""
+        """The head to embed with and the adapter that it needs: the active adapter's head, else the model's own."""
         active, heads = self.adapters.active, self.embedding_heads
         if untrained:
             return active, EmbeddingHead.untrained(self.lm.config.get_text_config().hidden_size, self.kinds)
@@ -245,21 +246,21 @@ class AnyToken(GenerationMixin):
         return name, heads[name]
 
     def hidden_states(self, prompt: Prompt) -> Tensor:
-        """Hidden states of a prompt's ids (`encode_prompt`) at every depth, float32 [L + 1, T, H] on the CPU.
+        """Hidden states of a prompt's ids (`encode_prompt`) at every layer, float32 [L + 1, T, H] on the CPU.
 
-        The first are the embeddings, the last are what the LM head reads.
+        The first are the embeddings, the last are the input of the LM head.
         """
         return hidden_states(self.lm, self.encode_prompt(prompt))
 
     def chat(self, system: str | None = None) -> Chat:
-        """A conversation that remembers, with an optional system text."""
+        """Start a conversation, with an optional system text."""
         return Chat(self, system)
 
     def add_modality(self, tokenizer: ModalityTokenizer) -> None:
-        """Append a modality: new ids at the end, new rows from the codebook; nothing old moves.
+        """Add a modality: new ids at the end, new embedding rows from the codebook; existing ids do not move.
 
-        ValueError if the model has a modality of that name. The new rows are to be trained before they mean
-        anything; what is generated is well-formed from the start.
+        ValueError if the model has a modality of that name. Generated segments are well-formed from the start, and
+        meaningful once the new rows are trained.
         """
         active = self.adapters.active
         self.use_adapter(None)
@@ -272,9 +273,9 @@ class AnyToken(GenerationMixin):
     def swap_global(self, segment: Segment, other: Segment) -> Segment:
         """`segment` with the global codes of `other`: recolours an image, converts a voice.
 
-        No language model is asked: both are encoded, and the local codes of the first decoded with the header of the
-        second. RequestError or TokenizerError for segments of different kinds, and a kind
-        without tokenizer or global codes.
+        Both are encoded, and the local codes of the first are decoded with the global codes of the second; the language
+        model is not used. RequestError or TokenizerError for segments of different kinds, and for a kind without a
+        tokenizer or global codes.
         """
         kinds = [one.kind if isinstance(one, Segment) else type(one).__name__ for one in (segment, other)]
         if kinds[0] != kinds[1]:
@@ -285,15 +286,15 @@ class AnyToken(GenerationMixin):
 
     @property
     def adapters(self) -> Adapters:
-        """The adapters that `load_adapter` read for the present weights."""
+        """The adapters that `load_adapter` read for the current weights."""
         if self._adapters is None or self._adapters.lm is not self.lm:
             self._adapters = Adapters(self.lm)
         return self._adapters
 
     def load_adapter(self, path: str | Path, name: str) -> None:
-        """Read a PEFT adapter folder under a name, for `use_adapter`; a modality it brings is added.
+        """Load a PEFT adapter folder under a name, for `use_adapter`; a modality that it contains is added.
 
-        ValueError (CheckpointError and the like) for a folder that is none or does not fit, or a name that is taken.
+        ValueError (such as CheckpointError) for a folder that is not a fitting adapter, or a name that is taken.
         """
         if has_head(path):
             bare = is_bare_head(path)  # trained on the frozen model
@@ -305,25 +306,25 @@ class AnyToken(GenerationMixin):
             tokenizer.to(self.lm.device)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; one in use is taken off first. CheckpointError for an unknown name.
+        """Unload an adapter, after switching it off if it is in use. CheckpointError for an unknown name.
 
-        Ids of a modality that it brought stay, as other adapters and replies may hold them.
+        Ids of a modality that it added remain, since other adapters and replies may contain them.
         """
         self.adapters.unload(name)
 
     def use_adapter(self, name: str | None) -> None:
-        """Answer with an adapter from now on, or with the bare model (None); CheckpointError for an unknown name."""
+        """Switch to an adapter, or to the model without one (None); CheckpointError for an unknown name."""
         self.adapters.use(name)
 
     def save_pretrained(
         self, path: str | Path, dtype: torch.dtype | None = None, overwrite: bool = False
     ) -> Path:
-        """Write a checkpoint folder that `load` opens, whole or not at all.
+        """Write a checkpoint folder that `load` opens, completely or not at all.
 
-        An older state of this model there (loaded from, or saved to the same folder before) is replaced; files there
-        that are no part of a checkpoint are kept. dtype: how weights are stored, such as torch.bfloat16 for half the
-        size; by default as they are. CheckpointError if the path holds another checkpoint or something else and
-        `overwrite` is False, or if `lm` carries an adapter or is quantised.
+        An older state of this model (loaded from, or saved to this folder before) is replaced; files that are not
+        part of a checkpoint are kept. dtype: the stored data type, such as torch.bfloat16 for half the size; by
+        default that of the weights. CheckpointError if the path contains another checkpoint or something else and
+        `overwrite` is False, or if `lm` has an adapter or is quantized.
         """
         target = Path(path)
         self._check_saveable()
@@ -341,9 +342,9 @@ class AnyToken(GenerationMixin):
         return target
 
     def push_to_hub(self, repo: str, private: bool = False, message: str | None = None) -> str:
-        """Upload this model to a hub repository ("owner/name"); the commit's address. `load(repo)` opens it again.
+        """Upload this model to a hub repository ("owner/name") and return the commit's URL; `load(repo)` opens it.
 
-        CheckpointError if the model cannot be saved as it is, or the hub refuses.
+        CheckpointError if the model cannot be saved in its current state, or the hub rejects it.
         """
         with TemporaryDirectory() as folder:
             name = repo.rpartition("/")[2] or "model"
@@ -365,7 +366,7 @@ class AnyToken(GenerationMixin):
             )
         if getattr(self.lm, "quantized", None):
             raise CheckpointError(
-                f"The weights are quantised ({self.lm.quantized}) and rounded for good: open the checkpoint without "
+                f"The weights are quantized ({self.lm.quantized}) and cannot be restored: open the checkpoint without "
                 "quantize= to save it."
             )
 

@@ -1,8 +1,8 @@
-"""A conversation that remembers: the turns as segments for people, and their exact ids for the model.
+"""A conversation: its turns as segments for people, and as exact ids for the model.
 
-Decoding a picture and encoding it again does not give the same codes, so the model's own turns are kept, and saved, as
-the ids it produced: a conversation continues the same whether or not it was saved in between. A saved chat is a
-folder, `chat.json` beside the media files, that anyone can read without this library, and without loss.
+Decoding an image and encoding it again does not give the same codes, so the model's own turns are kept, and saved, as
+the ids that it generated: a conversation continues identically whether or not it was saved in between. A saved chat is
+a folder with `chat.json` and the media files, which is lossless and readable without this library.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its segments, its ids from role to end, and the `output` that was asked for in answer to it."""
+    """One message: its segments, its ids from role to end, and the `output` that was requested for its reply."""
 
     role: str
     content: list[Segment]
@@ -48,10 +48,10 @@ class Turn:
 
 
 class Chat:
-    """Turns of a user and the model. `messages` is what was said, `ids` the same as the model reads it.
+    """A conversation of a user and the model. `messages` are its contents, `ids` the same as ids.
 
-    When the reply would no longer fit the context, the oldest exchanges are left out of what the model reads, the
-    system text never; `num_truncated` counts their messages, which stay in `messages`.
+    When a reply would no longer fit the context, the model no longer reads the oldest exchanges, but always the system
+    text; `num_truncated` counts their messages, which stay in `messages`.
     """
 
     def __init__(self, model: AnyToken, system: str | None = None) -> None:
@@ -65,7 +65,7 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """What was said, in the chat convention: {"role", "content": [Segment, ...]}."""
+        """All messages, in the chat convention: {"role", "content": [Segment, ...]}."""
         return [{"role": turn.role, "content": turn.content} for turn in self.turns]
 
     @property
@@ -84,48 +84,48 @@ class Chat:
     # ---- talking ----
 
     def send(self, prompt: Any, output: Any = None, **options: Any) -> GenerationOutput:
-        """Say something (a string, a segment, a list of both) and get the reply; options of `generate`.
+        """Send a message (a string, a segment, a list of both) and return the reply; options as in `generate`.
 
-        A failed call leaves the conversation as it was. RequestError if this turn alone does not fit the context.
+        A failed call does not change the conversation. RequestError if this turn alone does not fit the context.
         """
         return self._reply(self._said(prompt, output), options)
 
     def stream(
         self, prompt: Any, output: Any = None, **options: Any
     ) -> Generator[Event, None, GenerationOutput]:
-        """`send` as typed events; the turn is remembered when the last event has been taken."""
+        """`send` as typed events; the turn is added once the last event is consumed."""
         return self._events(self._said(prompt, output), options)
 
     def say(self, prompt: Any, output: Any = None) -> None:
-        """Say something without an answer yet: `regenerate` or `regenerate_stream` gives it.
+        """Add a message without a reply; `regenerate` or `regenerate_stream` generates it.
 
-        RequestError for what cannot be said; then the conversation is as it was.
+        RequestError for an invalid message; the conversation is then unchanged.
         """
         self.turns = self._said(prompt, output)
 
     def prompt_ids(self, output: Any = AS_BEFORE, **options: Any) -> list[int]:
-        """What the model reads to answer the last message, for who generates elsewhere; `remember` takes the reply."""
+        """The prompt for a reply to the last message, to generate it elsewhere; `remember` adds the reply."""
         return self._window(self._unanswered(output), options)
 
     def remember(self, reply: GenerationOutput) -> None:
-        """Take a reply to the last message into the conversation, in place of one it may have."""
+        """Add a reply to the last message, replacing an earlier one."""
         self._remember(self._unanswered(AS_BEFORE), reply)
 
     def regenerate(self, output: Any = AS_BEFORE, **options: Any) -> GenerationOutput:
-        """Answer the last message again, in place of its reply: `chat.regenerate(seed=1)`.
+        """Replace the reply to the last message by a new one: `chat.regenerate(seed=1)`.
 
-        It is asked for the same output unless another is given. RequestError if there is nothing to answer.
+        By default it has the same output kinds. RequestError if there is nothing to answer.
         """
         return self._reply(self._unanswered(output), options)
 
     def regenerate_stream(
         self, output: Any = AS_BEFORE, **options: Any
     ) -> Generator[Event, None, GenerationOutput]:
-        """`regenerate` as typed events; the old reply stays until the last event has been taken."""
+        """`regenerate` as typed events; the old reply is kept until the last event is consumed."""
         return self._events(self._unanswered(output), options)
 
     def edit(self, index: int, content: Any) -> None:
-        """Change what `messages[index]` says and drop what came after it; `regenerate` then answers it."""
+        """Change `messages[index]` and drop all later messages; `regenerate` then answers it."""
         if not -len(self.turns) <= index < len(self.turns):
             raise RequestError(
                 f"There is no message {index}: the chat has {len(self.turns)}, counted from 0."
@@ -135,7 +135,7 @@ class Chat:
         self.turns[index:] = [replace(turn, output=old.output)]
 
     def undo(self) -> list[Segment]:
-        """Take back the last thing the user said, and its reply; returns what was said."""
+        """Remove the user's last message and its reply; returns the message."""
         return self._cut_at(self._last_said()).content
 
     def _cut_at(self, index: int) -> Turn:
@@ -154,7 +154,7 @@ class Chat:
         return [*turns, replace(last, output=output)]
 
     def _unanswered(self, output: Any) -> list[Turn]:
-        """The turns up to the one whose reply is to be made again."""
+        """The turns up to the message whose reply is to be regenerated."""
         self._last_said()
         answered = self.turns[-1].role == "assistant"
         *turns, last = self.turns[:-1] if answered else self.turns
@@ -192,10 +192,10 @@ class Chat:
         return [self.model.token_space.bos, *(token for turn in turns for token in turn.ids)]
 
     def _window(self, turns: list[Turn], options: Mapping[str, Any]) -> list[int]:
-        """The ids the model reads, up to the assistant's opening: from the first exchange after which all fits.
+        """The ids that the model reads, up to the assistant's opening: from the first exchange from which all fits.
 
-        Once something has to go, a quarter of the context is cleared at a time: in between, each prompt goes on where
-        the last one ended, and a cache of it stays of use.
+        Truncation frees a quarter of the context at once: between truncations, each prompt extends the previous one, so
+        that its cache can be reused.
         """
         context = self.model.engine.context
         room = min(self.model.max_reply_tokens(turns[-1].output, options.get("max_new_tokens")), context // 2)
@@ -224,7 +224,7 @@ class Chat:
     # ---- looking ----
 
     def show(self) -> None:
-        """Show the conversation: in a notebook with images and players, elsewhere as lines of text."""
+        """Show the conversation: with images and players in a notebook, otherwise as lines of text."""
         ipython = sys.modules.get("IPython")
         if ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None:
             import_module("IPython.display").display(self)
@@ -247,10 +247,10 @@ class Chat:
     # ---- keeping ----
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write a folder with chat.json and one file per medium, whole or not at all.
+        """Write a folder with chat.json and one file per medium, completely or not at all.
 
-        An earlier state of this conversation there is replaced; RequestError for another conversation or something
-        else, unless `overwrite`. Files there that are not the conversation's are kept.
+        An earlier state of this conversation is replaced. RequestError if the folder contains another conversation
+        or something else, unless `overwrite`. Files that are not part of a conversation are kept.
         """
         target = Path(path).expanduser()
         before, files = _saved(target)
@@ -276,9 +276,9 @@ class Chat:
 
     @classmethod
     def load(cls, path: str | Path, model: AnyToken) -> Chat:
-        """Open a saved conversation; with another model's token space its media are tokenized again.
+        """Open a saved conversation; if the model has another token space, its media are tokenized again.
 
-        RequestError names a file that is missing or damaged.
+        RequestError names a missing or damaged file.
         """
         folder, chat = Path(path).expanduser(), cls(model)
         if not (folder / FILE).is_file():
@@ -306,9 +306,9 @@ class Chat:
 
 
 def _saved(folder: Path) -> tuple[str | None, tuple[str, ...]]:
-    """Which conversation a folder holds, and the names of its files; None if it holds none.
+    """The id of the conversation in a folder, and the names of its files; None if there is none.
 
-    Older ones have no id and are told apart by their bits.
+    Older ones have no id and are identified by their content.
     """
     try:
         content = (folder / FILE).read_bytes()
@@ -327,7 +327,7 @@ def _split_after(ids: Sequence[int], last: int) -> list[list[int]]:
 
 
 def _digest(model: AnyToken) -> str:
-    """What ids mean: the token space and every tokenizer's fingerprint."""
+    """Digest of the meaning of ids: the token space and every tokenizer's fingerprint."""
     prints = [f"{kind}:{one.fingerprint()}" for kind, one in model.processor.tokenizers.items()]
     ranges = [str(one) for one in model.token_space.ranges]
     return hashlib.sha256("\n".join(ranges + prints).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Generating with a model: prompts and options in, replies or their events out.
+"""Generation with a model: from prompts and options to replies or events.
 
-The half of `AnyToken` (`api.py`) that makes `GenerationRequest`s and turns the engine's tokens into segments.
+The part of `AnyToken` (`api.py`) that builds `GenerationRequest`s and turns the engine's tokens into segments.
 """
 
 import logging
@@ -35,13 +35,13 @@ Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages
 
 
 class Options(TypedDict, total=False):
-    """How to generate: the settings of `Sampling` for all kinds, and those below. None means the default.
+    """Generation options: the settings of `Sampling` for all kinds, and those below. None means the default.
 
-    sampling: settings of one kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they win.
-    max_new_tokens: limit of the whole reply, controls included; the reply is complete within it.
-    seed: a whole number from 0 up; the same seed and prompt give the same reply, in any batch. Without one, equal
+    sampling: settings per kind, {"image": Sampling(...)} or {"image": {"top_k": 50}}; they take precedence.
+    max_new_tokens: limit for the whole reply, control ids included; the reply is complete within it.
+    seed: an integer from 0; the same seed and prompt give the same reply in any batch. Without a seed, equal
         prompts get different replies.
-    sizes: pins the grid of a kind, {"image": (8, 8)} in codes.
+    sizes: fixes the grid of a kind, {"image": (8, 8)} in codes.
     """
 
     temperature: float | None
@@ -57,7 +57,7 @@ class Options(TypedDict, total=False):
 
 
 class GenerationMixin:
-    """What generation needs of a model, and the ways to generate."""
+    """Generation methods of a model."""
 
     lm: PreTrainedModel
     processor: Processor
@@ -67,7 +67,7 @@ class GenerationMixin:
 
     @property
     def token_space(self) -> TokenSpace:
-        """Which id means what."""
+        """The meaning of every id."""
         return self.processor.token_space
 
     @property
@@ -77,14 +77,14 @@ class GenerationMixin:
 
     @property
     def engine(self) -> Engine:
-        """The generation loop for the present weights and grammar."""
+        """The generation loop for the current weights and grammar."""
         engine, grammar = self._engine, self.processor.grammar
         if engine is None or engine.lm is not self.lm or engine.grammar is not grammar:
             engine = self._engine = Engine(self.lm, grammar, self.compiled)
         return engine
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """A prompt as ids, up to and with the assistant's opening; RequestError says what is wrong with it."""
+        """A prompt as ids, ending with the assistant's opening; RequestError says what is wrong with it."""
         return self.processor.encode_chat(self.processor.messages(prompt), add_generation_prompt=True)
 
     @overload
@@ -124,14 +124,14 @@ class GenerationMixin:
         rerank: Rerank | None = None,
         **options: Unpack[Options],
     ) -> Any:
-        """Answer a prompt with a GenerationOutput.
+        """Generate a reply to a prompt, as a GenerationOutput.
 
         prompt: a string, a Segment, a list of both, or a list of {"role", "content"} messages; with batch=True
-        a list of prompts, answered with a list of replies. output: a kind ("image"), a list of kinds in order,
-        or None to let the model decide. num_return > 1 gives a list of that many replies for each prompt.
-        best_of makes that many and returns the best `num_return` of them, best first: by the mean log-probability of
-        their ids (ids without a choice count 0), or by `rerank`, a function of the output, higher is better.
-        Options: see `Options`. RequestError says what does not fit.
+        a list of prompts, for a list of replies. output: a kind ("image"), a list of kinds in order, or None to let
+        the model decide. num_return > 1 returns a list of this number of replies for each prompt. best_of generates
+        this number and returns the best `num_return` of them, best first: by the mean log-probability of their ids
+        (0 for ids without an alternative), or by `rerank`, a function of the output where higher is better.
+        Options: see `Options`. RequestError says what is wrong.
         """
         _check_count("num_return", num_return)
         samples = num_return if best_of is None else _check_count("best_of", best_of)
@@ -161,7 +161,7 @@ class GenerationMixin:
         return found if batch else found[0]
 
     def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
-        """RequestError if several replies would be copies of one, as no kind of them has a choice."""
+        """RequestError if several replies would be identical because all kinds are greedy."""
         settings, kinds = self._sampling(options), self._plan(output) or self.kinds
         if all(settings[kind].greedy for kind in kinds):
             raise RequestError(
@@ -182,11 +182,11 @@ class GenerationMixin:
         prefixes: PrefixCache | None = None,
         **options: Unpack[Options],
     ) -> list[GenerationOutput]:
-        """`generate` for prompts that are ids already, one reply each.
+        """`generate` for prompts as ids, one reply each.
 
-        Each reply draws from (seed, its number in `rows`); by default all numbers are 0, so that a prompt gets the
-        reply that it would get alone. Without a seed every reply draws from random numbers of its own. What `prefixes`
-        holds of a prompt is not read again. RequestError for an empty prompt and for ids that are none.
+        The random numbers of a reply depend on (seed, its number in `rows`); by default all numbers are 0, so that a
+        prompt gets the same reply as on its own. Without a seed every reply has different random numbers. Parts of a
+        prompt that are in `prefixes` are not computed again. RequestError for an empty prompt and for invalid ids.
         """
         request = replace(self.request((), output, **options), prefixes=prefixes)
         numbers = [0] * len(prompts) if rows is None else rows
@@ -219,11 +219,11 @@ class GenerationMixin:
     def stream(
         self, prompt: Prompt, output: Output = None, **options: Unpack[Options]
     ) -> Generator[Event, None, GenerationOutput]:
-        """Answer one prompt as events, each as soon as it is true (see `anytoken.inference.streaming`).
+        """Generate a reply to one prompt as events, emitted as soon as available (see `anytoken.inference.streaming`).
 
-        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (audio before the clip has ended), SegmentPreview (an
-        image so far), SegmentFinished, and Usage at the end. The generator's return value is the Reply. What does
-        not fit is raised before the first event. Closing the generator ends the work and frees its memory.
+        SegmentStarted, TextDelta, SegmentProgress, SegmentDelta (audio before the clip ends), SegmentPreview (an
+        unfinished image), SegmentFinished, and Usage at the end. The generator returns the GenerationOutput. Invalid
+        requests raise an error before the first event. Closing the generator stops generation and frees its memory.
         """
         return self.stream_ids(self.encode_prompt(prompt), output, **options)
 
@@ -234,7 +234,7 @@ class GenerationMixin:
         prefixes: PrefixCache | None = None,
         **options: Unpack[Options],
     ) -> Generator[Event, None, GenerationOutput]:
-        """`stream` for a prompt that is ids already; `prefixes` as for `generate_ids`."""
+        """`stream` for a prompt as ids; `prefixes` as in `generate_ids`."""
         request = replace(self.request(prompt, output, **options), prefixes=prefixes)
         return self._events(len(prompt), self.engine.stream([request]))
 
@@ -254,7 +254,7 @@ class GenerationMixin:
     def request(
         self, prompt: Sequence[int], output: Output = None, **options: Unpack[Options]
     ) -> GenerationRequest:
-        """One reply to a prompt's ids as the scheduler takes it: output and `Options` are checked, ids are not."""
+        """A request for the scheduler: one reply to a prompt's ids. Output and `Options` are checked, ids are not."""
         unknown = sorted(set(options) - set(Options.__annotations__))
         if unknown:
             raise RequestError(
@@ -295,7 +295,7 @@ class GenerationMixin:
         return plan
 
     def _limit(self, plan: tuple[str, ...] | None) -> int | None:
-        """Room for TEXT_TOKENS a text segment and any form of each medium; None is up to the context."""
+        """Room for TEXT_TOKENS per text segment and any size of each medium; None is the rest of the context."""
         if plan is None:
             return None
         tokenizers = self.processor.tokenizers
@@ -310,11 +310,11 @@ class GenerationMixin:
         max_new_tokens: int | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> dict[str, Any]:
-        """What `model.lm.generate(**inputs)` of transformers needs to give replies as legal as those of `generate`.
+        """Inputs for transformers' `model.lm.generate(**inputs)`, whose replies then follow the grammar.
 
-        Ids padded on the left, their mask, the grammar as a LogitsProcessor, and the limits; for one call. Sampling is
-        transformers' own: add do_sample=True, top_k=50 or num_beams=4. With do_sample=False the ids are those of our
-        temperature 0. ValueError as for `generate`.
+        Left-padded ids, their mask, the grammar as a LogitsProcessor, and the limits, for a single call. Sampling is
+        transformers' own: add do_sample=True, top_k=50 or num_beams=4. With do_sample=False the ids equal those of
+        `generate` at temperature 0. ValueError as in `generate`.
         """
         prompts, plan = self._encode_prompts(prompt, batch), self._plan(output)
         room = self.engine.context - max(map(len, prompts))
@@ -323,14 +323,14 @@ class GenerationMixin:
         return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
 
     def max_reply_tokens(self, output: Output, max_new_tokens: int | None = None) -> int:
-        """How many tokens to keep free for a reply with this output; RequestError for an unknown kind."""
+        """The number of tokens to reserve for a reply with this output; RequestError for an unknown kind."""
         limit = self._limit(self._plan(output)) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 
 
 @cache
 def _warn_of_copies(samples: int) -> None:
-    """Once: what was asked for has a choice, but all replies took the same one."""
+    """Warn once that all replies are the same although sampling was requested."""
     log.warning(
         "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
         "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",

@@ -3,14 +3,14 @@
     index = anytoken.Index.build("photos", model, "my.index")
     index.search("a fox on blue", k=5); index.search(anytoken.Speech.open("said.wav"))
 
-A text file gives a vector per paragraph, a FASTA file one per sequence. Building again embeds only files that are new
-or changed. What is done is kept in small parts beside the target until the whole is written, so a build that was
-killed goes on; the target itself is replaced in one step. Vectors lie in one file that is mapped, not read, and exact
-search is a product with it. HNSW (arXiv 1603.09320) and IVF-PQ (Jégou et al., TPAMI 2011) are FAISS's (2401.08281).
-The codes of IVF-PQ only choose candidates, which are ranked by their mapped vectors (Jégou et al., ICASSP 2011).
+A text file has one vector per paragraph, a FASTA file one per sequence. Building again embeds only new and changed
+files. Finished parts are kept next to the target until the index is complete, so an interrupted build resumes; the
+target is then replaced in one step. Vectors are in one memory-mapped file, and exact search is a matrix product with
+it. HNSW (arXiv 1603.09320) and IVF-PQ (Jégou et al., TPAMI 2011) are FAISS's (2401.08281). The codes of IVF-PQ only
+select candidates, which are ranked by their mapped vectors (Jégou et al., ICASSP 2011).
 
-    index.json      what made it: the model's fingerprint, width, kind, the folder
-    items.jsonl     a line for each vector: path, kind, part, size and time of the file
+    index.json      provenance: the model's fingerprint, width, kind, the folder
+    items.jsonl     one line per vector: path, kind, part, size and time of the file
     vectors.npy     float32 [N, W], unit norm
     faiss.index     hnsw and ivfpq only
 """
@@ -55,7 +55,7 @@ INDEX = FolderKind("index", META, (META, ITEMS, VECTORS, FAISS), RequestError)
 
 @dataclass(frozen=True)
 class Hit:
-    """One result: cosine similarity, and where it lies."""
+    """One result: cosine similarity and location."""
 
     score: float
     item: Item
@@ -63,11 +63,11 @@ class Hit:
 
     @property
     def exists(self) -> bool:
-        """Whether the file is still there."""
+        """Whether the file still exists."""
         return self.file.is_file()
 
     def open(self) -> Segment:
-        """What was found; RequestError if its file has gone or changed its parts since."""
+        """The segment; RequestError if its file is missing or has changed since."""
         if not self.exists:
             raise RequestError(f"{self.file} has gone since it was indexed: run `anytoken index` again.")
         parts = file_segments(self.file)
@@ -76,14 +76,14 @@ class Hit:
         return parts[self.item.part]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """As JSON-ready data."""
         found = {"score": round(self.score, 6), "path": str(self.file), "kind": self.item.kind}
         found |= {"part": self.item.part} if self.item.part else {}
         return found | ({"text": self.item.text} if self.item.text else {}) | {"exists": self.exists}
 
 
 class Index:
-    """Vectors of items with the model that made them."""
+    """Vectors of items, and the model that computed them."""
 
     def __init__(
         self, model: AnyToken, meta: dict[str, Any], items: list[Item], vectors: np.ndarray, ann: Any = None
@@ -115,13 +115,13 @@ class Index:
         engine: str = "local",
         workers: int = 1,
     ) -> Index:
-        """Embed every file of a folder that the model reads, and write the index to `out` unless that is None.
+        """Embed every file of a folder that the model can read, and write the index to `out` unless that is None.
 
-        An index of the same model, folder and width that is there is brought up to date: only new and changed files
-        are embedded. kind: "flat" is exact; "hnsw" for a million vectors; "ivfpq" for memory. RequestError for a
-        folder without such files, and where `out` holds something else, or an index of another folder, model or width
-        unless `overwrite`; files that cannot be read are left out, and the log says how many and why. engine, workers:
-        other processes of this machine ("local"), or of a Ray cluster ("ray"), embed with a model on the CPU.
+        An existing index of the same model, folder and width is updated: only new and changed files are embedded.
+        kind: "flat" is exact; "hnsw" is for millions of vectors; "ivfpq" saves memory. engine, workers: embed with
+        other processes of this machine ("local") or of a Ray cluster ("ray"), on the CPU. Unreadable files are
+        skipped, and the log says how many and why. RequestError for a folder without readable files, and if `out`
+        contains something else, or an index of another folder, model or width unless `overwrite`.
         """
         root = Path(folder)
         if kind not in KINDS:
@@ -156,7 +156,7 @@ class Index:
     def of_vectors(
         cls, model: AnyToken, items: Sequence[Item], vectors: np.ndarray, kind: str = "flat", root: str = "."
     ) -> Index:
-        """An index in memory of vectors that are there already, float32 [N, W] of unit norm."""
+        """An index in memory from existing vectors, float32 [N, W] of unit norm."""
         meta = {"root": root, "kind": kind, "width": vectors.shape[1], "untrained": False, "probe": []}
         return cls(model, meta, list(items), vectors, _make_ann(kind, vectors))
 
@@ -170,7 +170,7 @@ class Index:
             (scratch / META).write_text(json.dumps(self.meta | {"items": len(self.items)}) + "\n")
 
     def remember_model(self, path: str | Path, model: str, adapter: str | None) -> None:
-        """Note in an index how its model is opened, for `anytoken search`."""
+        """Record in an index how to open its model, for `anytoken search`."""
         self.meta |= {"model": model, "adapter": adapter}
         write_file(Path(path) / META, json.dumps(self.meta) + "\n")
 
@@ -178,9 +178,9 @@ class Index:
 
     @classmethod
     def open(cls, path: str | Path, model: AnyToken) -> Index:
-        """An index that was written; RequestError if it is damaged, empty, or of another model.
+        """Open an index; RequestError if it is damaged, empty, or of another model.
 
-        A model whose head was trained to be compatible with the one that made the index serves it, too.
+        A model whose head was trained to be compatible with that of the index can also open it.
         """
         path = Path(path)
         meta, items = read_index(path)
@@ -201,7 +201,7 @@ class Index:
         """The k items nearest to a query, best first.
 
         query: a string, a segment, a list of both, or a vector [W]. kinds: only items of these. RequestError for a
-        k below 1, a vector of another width, and kinds that the index does not hold.
+        k below 1, a vector of another width, and kinds that are not in the index.
         """
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise RequestError(f"k is a whole number from 1 up; received {k!r}.")
@@ -219,7 +219,7 @@ class Index:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines float32 [Q, k] and rows int64 [Q, k] of the items nearest to vectors [Q, W]; -1 for none.
 
-        rerank: of ivfpq, how many candidates per result are ranked by their exact cosines; 1 trusts the codes.
+        rerank: for ivfpq, the number of candidates per result that are ranked by exact cosines; 1 for none.
         """
         k = min(k, len(self))
         if self._ann is not None:

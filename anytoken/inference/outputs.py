@@ -1,4 +1,4 @@
-"""What a generation gives back: typed segments, their ids, and what they cost."""
+"""The result of a generation: typed segments, their ids, and usage counts."""
 
 import base64
 import html
@@ -17,9 +17,9 @@ S = TypeVar("S", bound=Segment)
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts of one reply: prompt and new tokens, new tokens by modality (controls count as text), time.
+    """Counts for one reply: prompt tokens, new tokens, new tokens by modality (controls count as text), seconds.
 
-    `seconds` runs from the call to the reply's last token; `tokens_per_second` is this reply's own rate.
+    `seconds` is measured from the call to the reply's last token; `tokens_per_second` is this reply's rate.
     """
 
     prompt_tokens: int
@@ -29,7 +29,7 @@ class Usage:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of this reply over its seconds."""
+        """New tokens divided by seconds."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
 
@@ -44,7 +44,7 @@ def count_usage(space: TokenSpace, prompt_tokens: int, ids: list[int], seconds: 
 class GenerationOutput:
     """One reply: `segments` in order, the `ids` they were decoded from, `usage`, and `finish_reason`.
 
-    finish_reason is "stop", or "length" when max_new_tokens or the context ended it.
+    finish_reason is "stop", or "length" if max_new_tokens or the context limit ended it.
     """
 
     segments: list[Segment]
@@ -54,7 +54,7 @@ class GenerationOutput:
 
     @property
     def text(self) -> str:
-        """All text of the reply, joined."""
+        """The text of the reply, joined."""
         return "".join(segment.text for segment in self.of(Text))
 
     @property
@@ -78,7 +78,7 @@ class GenerationOutput:
         return self.of(DNA)
 
     def of(self, segment_type: type[S]) -> list[S]:
-        """The segments of one type, in order; for kinds that a plug-in modality adds."""
+        """The segments of one type, in order, for kinds of plug-in modalities."""
         return [segment for segment in self.segments if isinstance(segment, segment_type)]
 
     def _repr_html_(self) -> str:
@@ -86,7 +86,7 @@ class GenerationOutput:
 
 
 def segment_html(segment: Segment) -> str:
-    """A segment as a notebook shows it."""
+    """A segment as HTML for a notebook."""
     if hasattr(segment, "_repr_html_"):
         return str(segment._repr_html_())
     if hasattr(segment, "_repr_png_"):

@@ -1,8 +1,8 @@
-"""How the next id is chosen among the allowed: temperature, top-k, top-p, min-p, repetition penalty, guidance.
+"""Sample the next id among the allowed ones: temperature, top-k, top-p, min-p, repetition penalty, guidance.
 
-Sampling inverts the cumulative distribution with one uniform number per token. A draw then depends on its
-row's own numbers only, and a rounding difference between batch sizes changes an outcome with a chance of
-about its own size, where sorting or Gumbel noise would tie it to the number of candidates. Sources: nucleus
+Sampling inverts the cumulative distribution with one uniform number per token. A sample then depends only on its
+row's own numbers, and a rounding difference between batch sizes changes an outcome with a probability of about its
+own size; with sorting or Gumbel noise it would depend on the number of candidates. Sources: nucleus
 sampling (arXiv 1904.09751), min-p (2407.01082), repetition penalty (1909.05858), classifier-free guidance in
 language models (2306.17806). Shapes: N rows, K allowed ids.
 """
@@ -27,8 +27,8 @@ class Sampling:
 
     temperature >= 0 (0 is greedy); top_k >= 0 (0 is off); 0 < top_p <= 1 (1 is off); 0 <= min_p <= 1 (0 is off)
     keeps ids at least min_p times as probable as the top one; repetition_penalty > 0 (1 is off) on ids of the
-    same kind that the reply already holds; cfg_scale >= 0 (1 is off, larger follows the prompt more closely, at
-    the price of a second forward row). RequestError otherwise.
+    same kind already in the reply; cfg_scale >= 0 (1 is off, larger values follow the prompt more closely, at the
+    cost of a second row in the batch). RequestError otherwise.
     """
 
     temperature: float = 1.0
@@ -63,7 +63,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether there is nothing to draw: the most likely id is always taken."""
+        """Whether the most likely id is always chosen."""
         return self.temperature == 0 or self.top_k == 1
 
 
@@ -78,7 +78,7 @@ def merge_sampling(
 ) -> dict[str, Sampling]:
     """One Sampling per kind: defaults, then `overrides` (None keeps), then `per_kind`, which wins.
 
-    RequestError for a kind that is not in `kinds`, or settings that are no mapping.
+    RequestError for a kind that is not in `kinds`, or settings that are not a mapping.
     """
     if not isinstance(per_kind or {}, Mapping):
         raise RequestError(f'sampling is {{kind: settings}}, as {{"image": ...}}; received {per_kind!r}.')
@@ -97,7 +97,7 @@ def merge_sampling(
 
 
 def sampling_from_dict(values: Mapping[str, Any]) -> Sampling:
-    """Sampling from JSON-ready data; RequestError names a setting that does not exist."""
+    """Sampling from JSON-ready data; RequestError names an unknown setting."""
     unknown = sorted(set(values) - set(NAMES))
     if unknown:
         raise RequestError(f"Unknown sampling setting {unknown[0]!r}{choices(unknown[0], NAMES)}.")
@@ -110,7 +110,7 @@ def save_sampling(sampling: Mapping[str, Sampling], path: Path) -> None:
 
 
 def load_sampling(path: Path) -> dict[str, Sampling]:
-    """Read what `save_sampling` wrote; {} if there is no file. RequestError for a damaged one."""
+    """Read a file written by `save_sampling`; {} if there is none. RequestError for a damaged one."""
     if not path.is_file():
         return {}
     try:

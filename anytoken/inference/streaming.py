@@ -1,10 +1,9 @@
-"""Typed events while a reply is being made, each as soon as it is true.
+"""Typed events of a reply while it is generated, emitted as soon as available.
 
-Text comes in pieces that are whole characters: a token may end inside a UTF-8 sequence, so bytes wait until their
-character is complete. A medium tells how far it is, and shows what it can: a run whose tokenizer decodes spans
-(`ModalityTokenizer.lookahead`) comes piece by piece, audio before the clip has ended; a grid is previewed a few times.
-A tokenizer that can do neither delivers at the end. Joined text deltas and finished segments are what `generate`
-returns.
+Text arrives in whole characters: a token may end inside a UTF-8 sequence, so bytes wait until their character is
+complete. Media report progress and, if possible, partial results: a sequence whose tokenizer decodes spans
+(`ModalityTokenizer.lookahead`) arrives piece by piece, audio before the clip ends; a grid is previewed a few times.
+Other media arrive at the end. Joined text deltas and finished segments equal the result of `generate`.
 """
 
 import codecs
@@ -37,14 +36,14 @@ class SegmentStarted:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next characters of the running text segment."""
+    """The next characters of the current text segment."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class SegmentProgress:
-    """Of the running medium `done` codes are there, of `total` in all; None if it has no length given before."""
+    """`done` of `total` codes of the current medium are generated; `total` is None if its length is not fixed."""
 
     kind: str
     done: int
@@ -53,7 +52,7 @@ class SegmentProgress:
 
 @dataclass(frozen=True, eq=False)
 class _Partial:
-    """Part of the running medium; `segment` is decoded when first looked at, so nobody pays who does not look."""
+    """A part of the current medium; `segment` is decoded on first access only."""
 
     kind: str
     decode: Callable[[], Segment] = field(repr=False)
@@ -66,16 +65,16 @@ class _Partial:
 
 
 class SegmentDelta(_Partial):
-    """The next piece of the running medium, such as audio: all pieces joined are the finished segment."""
+    """The next piece of the current medium, such as audio; the joined pieces are the finished segment."""
 
 
 class SegmentPreview(_Partial):
-    """How the running medium, such as an image, looks so far; the next preview or the finished one replaces it."""
+    """A preview of the current medium, such as an image, until the next preview or the finished segment."""
 
 
 @dataclass(frozen=True)
 class SegmentFinished:
-    """A whole segment."""
+    """A complete segment."""
 
     segment: Segment
 
@@ -84,7 +83,7 @@ Event = SegmentStarted | TextDelta | SegmentProgress | SegmentDelta | SegmentPre
 
 
 def finish(events: Generator[Event, None, T], see: Callable[[Event], None] | None = None) -> T:
-    """Take all events of a stream, hand each to `see`, and give back what the stream returns: the reply."""
+    """Consume a stream, pass each event to `see`, and return the reply."""
     with closing(events):
         while True:
             try:
@@ -96,7 +95,7 @@ def finish(events: Generator[Event, None, T], see: Callable[[Event], None] | Non
 
 
 class SegmentStream:
-    """Turns ids into events, one id at a time, and collects the finished segments."""
+    """Converts ids to events, one id at a time, and collects the finished segments."""
 
     def __init__(self, processor: Processor) -> None:
         self.segments: list[Segment] = []
@@ -110,7 +109,7 @@ class SegmentStream:
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> list[Event]:
-        """The events that one more id brings."""
+        """The events that the next id causes."""
         if self._medium is not None:
             if token not in self._closes:
                 return list(self._medium.push(token))
@@ -150,7 +149,7 @@ class SegmentStream:
 
 
 class _Medium:
-    """A medium that is being written: its codes so far, and what of it can be shown already."""
+    """A medium in progress: its codes so far, and the part that can already be decoded."""
 
     def __init__(self, processor: Processor, kind: str) -> None:
         self.kind, self.tokenizer = kind, processor.tokenizers[kind]
@@ -167,13 +166,13 @@ class _Medium:
         self._sent = 0  # codes that went out in deltas
 
     def codes(self) -> Codes:
-        """The codes so far, in whole frames."""
+        """The codes so far, in complete frames."""
         frames = len(self._books[-1])
         values = np.array([book[:frames] for book in self._books]).T
         return Codes(values, tuple(self._size), np.array(self._header, dtype=np.int64))
 
     def push(self, token: int) -> Iterator[Event]:
-        """One more id of the size header, the global codes or the local ones."""
+        """Add an id of the size header, the global codes or the local codes."""
         if len(self._size) < self._axes:
             self._size.append(token - self._size_zero)
             return
@@ -202,7 +201,7 @@ class _Medium:
             yield self._delta_until(done - ahead)
 
     def rest(self) -> Iterator[Event]:
-        """What is left to show when the medium ends."""
+        """The remaining part when the medium ends."""
         done = len(self._books[-1])
         if not self._axes and self.tokenizer.lookahead is not None and done > self._sent:
             yield self._delta_until(done)

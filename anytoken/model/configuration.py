@@ -1,6 +1,6 @@
 """Settings of the language model: Qwen3-MoE's, and what AnyToken adds to them.
 
-The additions default to "off", so that a plain configuration is a Qwen3-MoE and its weights are too.
+The additions are off by default, so a plain configuration and its weights are a Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 class AnyTokenConfig(Qwen3MoeConfig):
     """Qwen3-MoE's settings with small defaults, and:
 
-    qk_norm: "head" normalises queries and keys a head (Qwen3), "projection" all heads together (OLMoE), "none" not
-        at all (Llama, Mistral).
-    shared_expert_intermediate_size: width of a dense expert every token passes (0: none).
-    num_null_experts: experts that compute nothing, so that a token may take fewer than num_experts_per_tok
+    qk_norm: "head" normalizes queries and keys per head (Qwen3), "projection" all heads together (OLMoE), "none"
+        not at all (Llama, Mistral).
+    shared_expert_intermediate_size: width of a dense expert that every token uses (0: none).
+    num_null_experts: experts that compute nothing, so that a token may use fewer than num_experts_per_tok
         (AdaMoE, arXiv 2406.13233).
     expert_groups: experts per group, such as {"common": 2, "image": 2}; a token may route to the common group and to
-        its own modality's. Experts lie in the order common, then `modality_names`. None or {} lets every token
+        its own modality's. The order of experts is common, then `modality_names`. With None or {} every token may
         route to every expert.
     modality_boundaries, modality_index: the token space's ranges; an id's modality is
         ``modality_index[bucketize(id, modality_boundaries, right=True)]``.
-    modality_names: names by that index; 0 is text.
-    expert_bias: choose experts by probability plus a bias that training steps by `update_expert_bias`, which keeps
-        the load even without a loss (arXiv 2408.15664).
-    router_jitter_noise: in training the router reads its input times a number from 1 - noise to 1 + noise (Switch,
-        arXiv 2101.03961).
-    router_aux_loss_coef, router_modality_aux_loss_coef: weights of the load-balance loss over all tokens, and within
-        each modality, when labels are given.
-    router_z_loss_coef, output_z_loss_coef: weights of the z-losses (ST-MoE, arXiv 2202.08906) when labels are given.
+    modality_names: the name for each index; 0 is text.
+    expert_bias: choose experts by probability plus a bias that `update_expert_bias` changes in training, to balance the
+        load without a loss (arXiv 2408.15664).
+    router_jitter_noise: in training, the router's input is multiplied by random numbers from 1 - noise to 1 + noise
+        (Switch, arXiv 2101.03961).
+    router_aux_loss_coef, router_modality_aux_loss_coef: weights of the load-balance loss over all tokens and within
+        each modality, if labels are given.
+    router_z_loss_coef, output_z_loss_coef: weights of the z-losses (ST-MoE, arXiv 2202.08906), if labels are given.
     """
 
     model_type = "anytoken"
@@ -84,7 +84,7 @@ class AnyTokenConfig(Qwen3MoeConfig):
 
     @classmethod
     def from_token_space(cls, space: TokenSpace, **settings: Any) -> AnyTokenConfig:
-        """The configuration of a model over a token space: its ids from there, the rest from `settings`."""
+        """The configuration of a model for a token space: its ids from the space, the rest from `settings`."""
         return cls(
             vocab_size=space.vocab_size,
             modality_boundaries=space.bucket_boundaries(),

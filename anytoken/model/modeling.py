@@ -1,9 +1,9 @@
-"""AnyTokenForCausalLM: one decoder-only language model over text ids and codes alike.
+"""AnyTokenForCausalLM: one decoder-only language model over text ids and codes.
 
 Qwen3-MoE (pre-norm RMSNorm, RoPE, grouped-query attention, QK-norm, SwiGLU experts; arXiv 2505.09388) with the
-layers of `moe.py`. QK-norm and the z-losses are what keeps early-fusion training from diverging (Chameleon,
-2405.09818). Packed samples are given as restarting `position_ids` without a mask; anything that would let them
-attend to each other is an error. Shapes: B batch, T tokens, H hidden, E experts.
+layers of `moe.py`. QK-norm and the z-losses prevent early-fusion training from diverging (Chameleon, 2405.09818).
+Packed samples are passed as restarting `position_ids` without a mask; anything that would let them attend to each
+other is an error. Shapes: B batch, T tokens, H hidden, E experts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ IGNORED = -100  # a label that is not learnt
 
 
 def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
-    """Which of the last `length` columns of a mask [B, C + T] are no padding, bool [B * T]; None without one."""
+    """Which of the last `length` columns of a mask [B, C + T] are not padding, bool [B * T]; None without a mask."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -length:].bool().flatten()
@@ -65,7 +65,7 @@ def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
 
 @dataclass
 class AnyTokenModelOutput(MoeModelOutputWithPast):
-    """And with `output_router_logits`: what each token chose, per layer [B * T, K], and its modality [B * T]."""
+    """With `output_router_logits`, also the experts of each token, per layer [B * T, K], and its modality [B * T]."""
 
     router_choices: tuple[Tensor, ...] | None = None
     modality: Tensor | None = None
@@ -73,7 +73,7 @@ class AnyTokenModelOutput(MoeModelOutputWithPast):
 
 @dataclass
 class AnyTokenOutput(MoeCausalLMOutputWithPast):
-    """And with `output_expert_use`: how each modality of the batch used the experts."""
+    """With `output_expert_use`, also the expert use of each modality in the batch."""
 
     expert_use: dict[str, ExpertUse] | None = None
 
@@ -82,12 +82,12 @@ class ProjectionNorm(Qwen3MoeRMSNorm):
     """RMSNorm over all heads together, as in OLMoE (arXiv 2409.02060): [..., heads, D] to the same shape."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last two dimensions as one."""
+        """Normalize the last two dimensions together."""
         return super().forward(hidden_states.flatten(-2)).view_as(hidden_states)
 
 
 class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
-    """Diff with Qwen3-MoE: QK-norm is a choice, and experts are told which of them are open to each token."""
+    """Diff with Qwen3-MoE: QK-norm is a setting, and experts may be restricted per token."""
 
     mlp: nn.Module
 
@@ -169,10 +169,10 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
     ) -> MoeModelOutputWithPast:
         """input_ids [B, T] to last_hidden_state [B, T, H].
 
-        packed: whether `position_ids` restart within a row, if the host knows it: else the device is asked.
-        real: bool [B * T], tokens that are no padding where no mask tells; the balancing bias counts only those.
-        Restarting `position_ids` mark packed samples, which never attend to each other. DataError (compiled: a
-        RuntimeError) if a mask or a cache is given with them: either would silently let them.
+        packed: whether `position_ids` restart within a row, if known; otherwise this is computed, which synchronizes
+        the device. real: bool [B * T], tokens that are not padding, without a mask; the balancing bias counts only
+        these. Restarting `position_ids` mark packed samples, which never attend to each other. DataError (compiled: a
+        RuntimeError) if a mask or a cache is given with them, since either would silently allow it.
         """
         ids = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         rows = 1 if ids is None else len(ids)
@@ -241,11 +241,11 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
     ) -> AnyTokenOutput:
         """input_ids [B, T] to logits [B, T, V]; with labels, the loss: cross-entropy, load balance, z-losses.
 
-        num_items_in_batch: targets of all micro-batches of a step, as transformers' Trainer counts them. The loss is
-        then this micro-batch's part of the mean over them, so that the parts add up to the same for any accumulation.
-        Padding (0 in a 2-D attention_mask, -100 in labels) counts in no term. output_expert_use: also how each
-        modality used the experts. Other arguments as in transformers' causal language models. ValueError for
-        inputs_embeds where modalities must be known: expert groups, router_modality_aux_loss_coef, output_expert_use.
+        num_items_in_batch: the number of targets in all micro-batches of a step, as in transformers' Trainer. The loss
+        is then this micro-batch's part of their mean, so that the parts add up to the same value for any accumulation.
+        Padding (0 in a 2-D attention_mask, -100 in labels) does not count in any term. output_expert_use: also return
+        the expert use of each modality. Other arguments as in transformers' causal language models. ValueError for
+        inputs_embeds if modalities must be known: expert groups, router_modality_aux_loss_coef, output_expert_use.
         """
         config = self.config
         # Not in the signature: transformers' Trainer takes every argument with "label" in its name for one that a
@@ -318,7 +318,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         return squares.mean() if real is None else (squares * real).sum() / real.sum().clamp(min=1)
 
     def _expert_use(self, decoded: AnyTokenModelOutput, real: Tensor | None) -> dict[str, ExpertUse]:
-        """By modality name, of tokens that are no padding; "text" is all there is without a token space."""
+        """Expert use by modality name, without padding; only "text" without a token space."""
         names = self.config.modality_names or [
             "text" if index == 0 else f"modality {index}"
             for index in range(max(self.config.modality_index or [0]) + 1)
@@ -332,21 +332,20 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
 
     @property
     def has_experts(self) -> bool:
-        """Whether any layer has experts; without, routing losses and biases have nothing to act on."""
+        """Whether any layer has experts; routing losses and biases need them."""
         return bool(self._routers())
 
     def add_expert_bias(self) -> None:
-        """Balance the experts by a bias from now on (`expert_bias` of the configuration)."""
+        """Enable the balancing bias of the experts (`expert_bias` in the configuration)."""
         self.config.expert_bias = True
         for router in self._routers():
             if router.expert_bias is None:
                 router.add_bias()
 
     def update_expert_bias(self, rate: float) -> None:
-        """Step every router's bias against the load of the training forwards since the last call.
+        """Update every router's bias against the load of the training forward passes since the last call.
 
-        To be called after an optimizer step; 0.001 is the paper's rate (arXiv 2408.15664). With several processes
-        all of them must call it.
+        Call it after each optimizer step, in all processes; 0.001 is the paper's rate (arXiv 2408.15664).
         """
         names = choice_groups(self.config)
         order = sorted(set(names))
@@ -359,9 +358,9 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
 
     @torch.no_grad()
     def extend_vocabulary(self, new_size: int, init: Tensor | None = None) -> None:
-        """Append rows to the embedding and the head; old rows stay bit-equal and a tied head stays tied.
+        """Append rows to the embedding and the head; existing rows stay bit-identical and a tied head stays tied.
 
-        init: rows [new_size - old_size, H]; by default they are drawn like any other embedding row.
+        init: rows [new_size - old_size, H]; by default initialized like any other embedding row.
         ValueError if the vocabulary would shrink or `init` has another shape.
         """
         old_size = self.config.vocab_size
@@ -379,7 +378,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         self.vocab_size = self.model.vocab_size = new_size
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes: all but the routed experts that it does not choose."""
+        """Parameters used per token: all except the routed experts that it does not choose."""
         total = sum(parameter.numel() for parameter in self.parameters())
         routed = sum(
             p.numel()

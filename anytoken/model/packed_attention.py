@@ -22,7 +22,6 @@ from anytoken.data.packing import (
 )
 from anytoken.utils.errors import DataError
 
-FLASH_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 LEAK = (
     "position_ids restart, so samples are packed, and with an attention_mask or a cache they would attend to each "
     "other: give neither, and use_cache=False."

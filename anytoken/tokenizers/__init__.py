@@ -1,4 +1,4 @@
-"""Raw input to discrete codes and back: one vector-quantised tokenizer per modality."""
+"""Raw input to discrete codes and back: tokenizers for each modality, most of them vector-quantized."""
 
 from typing import TYPE_CHECKING
 

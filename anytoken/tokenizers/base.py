@@ -1,11 +1,11 @@
-"""What a modality tokenizer is: raw input to discrete codes and back, plus the shape its codes may have.
+"""The interface of a modality tokenizer: raw input to discrete codes and back, and the shape of its codes.
 
-A language model needs very little from a tokenizer: `encode`, `decode`, how many codebooks of what size, and
-which code sequences are legal. The last is declared as data (`CodeGrid` or `CodeSequence`), and the grammar is derived
-from it, so a new modality never writes decoding rules. What an item has all along, such as a base colour or a voice,
-may be said once in a header of global codes (as the global tokens of BiCodec, arXiv 2503.01710); the local codes after
-it need not repeat it. Shapes in this room: N positions of local codes, Q codebooks, G global codes, K codebook size,
-D codebook dimension.
+A language model needs little from a tokenizer: `encode`, `decode`, the number and sizes of its codebooks, and which
+code sequences are legal. The latter is declared as data (`CodeGrid` or `CodeSequence`), and the grammar is derived
+from it, so a new modality needs no decoding rules of its own. What holds for a whole item, such as a base color or a
+voice, can be coded once in a header of global codes (like the global tokens of BiCodec, arXiv 2503.01710), so the
+local codes need not repeat it. Shapes in this package: N positions of local codes, Q codebooks, G global codes,
+K codebook size, D codebook dimension.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SUMS = ".embed_avg"  # of vector-quantize-pytorch's moving averages
 def loss_weights(
     weights: Mapping[str, float], terms: Sequence[str], default: Mapping[str, float]
 ) -> dict[str, float]:
-    """A recipe's `loss`, or what is taken without one; TokenizerError if it weighs other terms, or none above 0."""
+    """A recipe's `loss`, or the default; TokenizerError if it has unknown terms or no weight above 0."""
     weights = weights or default
     if set(weights) - set(terms) or min(weights.values()) < 0 or not any(weights.values()):
         raise TokenizerError(
@@ -67,14 +67,14 @@ def loss_weights(
 
 
 class ModalityTokenizer(nn.Module):
-    """Turns one kind of segment into codes and back. Subclass it, declare `shape`, and register it.
+    """Encodes one kind of segment to codes and decodes codes. Subclass it, declare `shape`, and register it.
 
-    A subclass sets the class variables `kind` (what it is registered as) and `segment_type`, keeps every
-    constructor argument in `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode`
-    and `decode`. Batched versions fall back to loops; override them where batching pays. A trainable tokenizer also
+    A subclass sets the class variables `kind` (its registered name) and `segment_type`, stores every constructor
+    argument in `self.config` (JSON-ready), sets `shape` and `codebook_sizes`, and implements `encode` and `decode`.
+    The batched versions are loops by default; override them if batching is faster. A trainable tokenizer also
     implements `training_loss` and, unless it is built in, `training_batches`; `held_out` and `distortion` let
-    `anytoken tokenizer eval` measure it. A shape with global codes needs their `global_codebook_size`, one codebook for
-    all of them. docs/add_a_modality.md is a whole one.
+    `anytoken tokenizer eval` measure it. A shape with global codes needs a `global_codebook_size`, shared by all of
+    them. docs/add_a_modality.md is a complete example.
     """
 
     kind: ClassVar[str]
@@ -108,15 +108,15 @@ class ModalityTokenizer(nn.Module):
 
     @property
     def name(self) -> str:
-        """The modality's name in the token space: several kinds of tokenizer may serve one modality."""
+        """The modality's name in the token space; several kinds of tokenizer may serve one modality."""
         return self.segment_type.kind
 
     def encode(self, segment: Segment) -> Codes:
-        """Segment to codes; TokenizerError for a wrong kind or an input outside the declared limits."""
+        """Encode a segment; TokenizerError for another kind or an input outside the declared limits."""
         return self.encode_batch([segment])[0]
 
     def decode(self, codes: Codes) -> Segment:
-        """Codes to segment; TokenizerError for codes outside the declared shape or range."""
+        """Decode codes; TokenizerError for codes outside the declared shape or range."""
         return self.decode_batch([codes])[0]
 
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
@@ -132,9 +132,9 @@ class ModalityTokenizer(nn.Module):
         return [self.decode(one) for one in codes]
 
     def swap_global(self, segment: Segment, other: Segment) -> Segment:
-        """`segment` with the global codes of `other`: an image in its colours, a clip in its voice.
+        """`segment` with the global codes of `other`: recolors an image, converts a voice.
 
-        Local codes are kept as they are. TokenizerError for a tokenizer without global codes, or a segment of another
+        The local codes stay the same. TokenizerError for a tokenizer without global codes, or a segment of another
         kind.
         """
         if not self.shape.num_global_codes:
@@ -145,24 +145,25 @@ class ModalityTokenizer(nn.Module):
         codes, source = self.encode_batch([segment, other])
         return self.decode(replace(codes, header=source.header))
 
-    # ---- decoding what is not whole yet, for streaming ----
+    # ---- decoding incomplete segments, for streaming ----
 
     @property
     def lookahead(self) -> int | None:
-        """How many codes after a code its decoding depends on; None where only whole segments decode."""
+        """The number of later codes that decoding a code depends on; None if only complete segments can be decoded."""
         return None
 
     def decode_span(self, codes: Codes, start: int, stop: int) -> Segment:
-        """What codes `start` to `stop` of a run are in decode(whole run), of which `codes` are the first ones.
+        """The part of the decoded sequence that codes `start` to `stop` stand for; `codes` are the codes so far.
 
-        It holds once `lookahead` codes after `stop` are there, or the run has ended. Spans joined are the whole.
+        Valid once `lookahead` codes after `stop` are available, or the sequence has ended. Joined spans are the
+        complete segment.
         """
         raise TokenizerError(f"{type(self).__name__} decodes whole segments only: its lookahead is None.")
 
     def preview(self, codes: Codes) -> Segment:
-        """How a grid may look of which only the first codes [N, Q], at least one, are there.
+        """A preview of a grid from its first codes [N, Q], at least one.
 
-        What is missing repeats the last whole slice of the grid: the latest row of an image, or step of a clip.
+        Missing codes repeat the last complete slice of the grid: the latest row of an image, or step of a clip.
         """
         if not isinstance(self.shape, CodeGrid):
             raise TokenizerError(f"Only a grid has a preview; {self.name} is a run.")
@@ -173,11 +174,11 @@ class ModalityTokenizer(nn.Module):
         return self.decode(replace(codes, values=filled[: math.prod(codes.size)]))
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one prepared batch, and metrics to log; only trainable tokenizers have one."""
+        """The loss of a prepared batch, and metrics to log. Only trainable tokenizers implement it."""
         raise TokenizerError(f"{type(self).__name__} has nothing to train.")
 
     def configure_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
-        """Take the recipe's `loss`, where a kind has terms to weigh; what has to be trained along, such as a critic."""
+        """Set the weights of a recipe's `loss`; returns a module to train as well, such as a discriminator."""
         old = getattr(self, "weigh_losses", None)  # what a plug-in of version 0.1 calls this
         if old is not None:
             message = f"{type(self).__name__}: weigh_losses is now configure_losses"
@@ -188,30 +189,31 @@ class ModalityTokenizer(nn.Module):
         return None
 
     def adapted_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of the tokenizer that a recipe's `init_from` names, as this kind of tokenizer takes them over."""
+        """Convert the weights of the tokenizer that a recipe's `init_from` names to this kind of tokenizer."""
         return state
 
     def fit(self, source: Path, seed: int) -> None:
-        """What is learned from data without gradients, before the steps of a training; by default nothing.
+        """Learn from data without gradients, before the training steps; does nothing by default.
 
-        source: the recipe's `data`, under the folder of the sets.
+        source: the recipe's `data`, in the folder of the data sets.
         """
 
     def training_batches(self, source: Path, batch_size: int, seed: int) -> Callable[[int], Tensor]:
-        """Step to the batch that `training_loss` takes; batch n depends on `seed` and n alone, so training resumes.
+        """A function from a step to the batch for `training_loss`. Batch n depends only on `seed` and n, so that an
+        interrupted run resumes exactly.
 
-        source: as for `fit`. TokenizerError if there is nothing to read.
+        source: as in `fit`. TokenizerError if there is nothing to read.
         """
         raise TokenizerError(
             f"{type(self).__name__} does not say what it is trained on; write its training_batches."
         )
 
     def held_out(self, source: Path) -> list[tuple[str, Segment]]:
-        """Group (or "") and segment of all that training never saw; `source` as for `fit`."""
+        """Group (or "") and segment of each held-out item; `source` as in `fit`."""
         raise TokenizerError(f"{type(self).__name__} does not say what is held out; write its held_out.")
 
     def distortion(self, original: Segment, decoded: Segment) -> dict[str, float]:
-        """How far the reconstruction is from the original, in measures of this modality's own."""
+        """Distortion of a reconstruction, in this modality's own metrics."""
         return {"exact": float(decoded == original)}
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
@@ -220,13 +222,13 @@ class ModalityTokenizer(nn.Module):
         return torch.randn(size, 8, generator=torch.Generator().manual_seed(codebook))
 
     def global_vectors(self) -> Tensor:
-        """As `codebook_vectors`, of the global codes: [global_codebook_size, D]."""
+        """As `codebook_vectors`, for the global codes: [global_codebook_size, D]."""
         generator = torch.Generator().manual_seed(len(self.codebook_sizes))
         return torch.randn(self.global_codebook_size, 8, generator=generator)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are (CPU for a tokenizer without weights)."""
+        """The device of the weights (CPU for a tokenizer without weights)."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     # ---- checks shared by every tokenizer ----
@@ -290,7 +292,7 @@ class ModalityTokenizer(nn.Module):
         return rebuild, (*source, self.__dict__)
 
     def drop_ema_buffers(self) -> ModalityTokenizer:
-        """Itself, from now on saved without the running sums of learned codebooks, which only training needs."""
+        """Save without the moving averages of learned codebooks, which only training needs; returns the tokenizer."""
         self._saves_sums = False
         return self
 
@@ -299,9 +301,9 @@ class ModalityTokenizer(nn.Module):
         return {key: value for key, value in state.items() if self._saves_sums or not key.endswith(SUMS)}
 
     def fingerprint(self, dtype: torch.dtype | None = None) -> str:
-        """sha256 over configuration and weights: two tokenizers with one fingerprint give the same codes.
+        """sha256 of configuration and weights: tokenizers with equal fingerprints give equal codes.
 
-        dtype: of what `save_pretrained` writes with it. It is the same before saving and after loading.
+        dtype: as in `save_pretrained`. The fingerprint is the same before saving and after loading.
         """
         digest = hashlib.sha256(json.dumps([self.kind, self.config], sort_keys=True).encode())
         for key, tensor in sorted(self._weights().items()):
@@ -313,8 +315,8 @@ class ModalityTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write config.json and model.safetensors; floating tensors are cast to `dtype` if given.
 
-        Written next to the target and renamed, so an interrupted save leaves nothing half-written. TokenizerError if
-        the folder holds the config.json of something else, such as a language model.
+        Files are written to a temporary folder and renamed, so an interrupted save leaves none incomplete.
+        TokenizerError if the folder has the config.json of something else, such as a language model.
         """
         folder = Path(folder)
         _check_replaceable(folder)
@@ -353,7 +355,7 @@ class ModalityTokenizer(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> ModalityTokenizer:
         """Load a folder written by `save_pretrained`, in float32 and evaluation mode.
 
-        Raises TokenizerError naming the file that is missing, truncated or does not fit.
+        TokenizerError names a file that is missing, truncated or does not fit.
         """
         header, weights = _read_header(Path(folder)), Path(folder) / "model.safetensors"
         if not weights.is_file():
@@ -393,9 +395,9 @@ PLUGIN = "anytoken_modality_"  # begins the name of a module that `load_modality
 
 
 def register_modality(cls: type[ModalityTokenizer]) -> type[ModalityTokenizer]:
-    """Make a tokenizer class known by its `kind`, so that recipes and checkpoints can name it.
+    """Register a tokenizer class under its `kind`, so that recipes and checkpoints can refer to it.
 
-    Works as a decorator. TokenizerError if another class already holds the name.
+    Use it as a decorator. TokenizerError if the name belongs to another class.
     """
     kind = getattr(cls, "kind", None)
     if not isinstance(kind, str) or not kind.isidentifier():
@@ -447,10 +449,10 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> ModalityTokenizer:
-    """Load whichever tokenizer a folder holds: of a class that is built in, registered, or of an installed package.
+    """Load the tokenizer in a folder. Its class is built in, registered, or provided by an installed package.
 
-    A folder cannot name code to import: one that brings its class's file is loaded after `load_modality` was
-    called on that file, and the error says so.
+    A folder cannot make this import code: if it contains the file of its class, call `load_modality` on that file
+    first, as the error says.
     """
     from anytoken.tokenizers.registry import modality_class
 

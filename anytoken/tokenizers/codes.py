@@ -1,4 +1,4 @@
-"""Codes and the shapes they may have: what a tokenizer gives to the grammar, the processor and the shards.
+"""Codes and their shapes: what a tokenizer provides to the grammar, the processor and the shards.
 
 Shapes: N positions of local codes, Q codebooks, G global codes.
 """
@@ -50,7 +50,7 @@ class CodeGrid:
 
 @dataclass(frozen=True)
 class CodeSequence:
-    """Codes in a line: between `min_length` and `max_length` frames of `num_codebooks` codes each.
+    """A sequence of codes: `min_length` to `max_length` frames of `num_codebooks` codes each.
 
     order: see `codebook_pattern`. num_global_codes: global codes before the first frame.
     """
@@ -86,7 +86,7 @@ def _check_declared(shape: CodeShape) -> None:
 
 
 def _declared(shape: CodeShape) -> dict[str, Any]:
-    """The fields of a shape; `order` and `num_global_codes` only if not the default: older files do not name them."""
+    """The fields of a shape; `order` and `num_global_codes` only if not the default, as in older files."""
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(shape).items()}
     return {
         k: v for k, v in fields.items() if (k, v) not in (("order", "interleaved"), ("num_global_codes", 0))
@@ -94,10 +94,10 @@ def _declared(shape: CodeShape) -> dict[str, Any]:
 
 
 def codebook_pattern(shape: CodeShape, frames: int) -> np.ndarray:
-    """In which order the codes of `frames` frames are written: flat indices frame * Q + codebook, int64 [frames * Q].
+    """The order of the codes of `frames` frames in a sequence: flat indices frame * Q + codebook, int64 [frames * Q].
 
-    "interleaved": frame after frame. "delayed": codebook q of a frame stands with codebook 0 of the q-th frame after
-    it (the delay pattern of MusicGen, arXiv 2306.05284, without filling): first codes are known early.
+    "interleaved": frame by frame. "delayed": codebook q of a frame is written with codebook 0 of the q-th later frame
+    (the delay pattern of MusicGen, arXiv 2306.05284, without padding), so that the first codes are known early.
     """
     books = shape.num_codebooks
     flat = np.arange(frames * books)
@@ -117,7 +117,7 @@ def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Discrete codes of one segment: `values` int64 [N, Q], the local ones; `size` is the grid size, or () for a run.
+    """Discrete codes of one segment: local codes `values` int64 [N, Q]; `size` is the grid size, or () for a sequence.
 
     header: global codes int64 [G], none by default.
     """

@@ -1,9 +1,9 @@
 """Images to a grid of codes and back: one code per 8x8 patch, any size through the size header.
 
-A VQ autoencoder (VQ-VAE, arXiv 1711.00937) on patches: convolutional trunk at patch resolution, finite scalar
-quantisation (2309.15505), a deeper trunk, and a short refining stage at a quarter of the patch size so that
-patch borders do not show. 64x64 pixels are 64 codes. With `candidates` they are chosen by what they decode to, for some
-0.8 dB more and an encoding that takes as long as a few decodings for each candidate.
+A VQ autoencoder (VQ-VAE, arXiv 1711.00937) on patches: a convolutional trunk at patch resolution, finite scalar
+quantization (2309.15505), a deeper trunk, and a short refinement stage at a quarter of the patch size that hides
+patch borders. 64x64 pixels become 64 codes. `candidates` selects codes by their reconstruction: about 0.8 dB better,
+and encoding takes as long as a few decodings per candidate.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def psnr_db(output: Tensor, target: Tensor) -> Tensor:
 
 
 def as_bytes(pixels: np.ndarray) -> Tensor:
-    """uint8 [..., H, W, 3] as [..., 3, H, W], uncopied."""
+    """uint8 [..., H, W, 3] as [..., 3, H, W], without a copy."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3)
 
 
@@ -81,7 +81,7 @@ def fit_side(height: int, width: int, side_px: int) -> tuple[int, int]:
 
 
 def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
-    """TokenizerError unless a side is whole patches, from `least` pixels: the grid is declared by it."""
+    """TokenizerError unless a side is a whole number of patches and at least `least` pixels."""
     if not isinstance(side_px, int) or side_px < least or side_px % PATCH_PX:
         raise TokenizerError(
             f"side_px is a multiple of {PATCH_PX} pixels, {least} or more; received {side_px!r}."
@@ -91,10 +91,11 @@ def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
 def best_decoded(
     choices: Tensor, decode: Callable[[Tensor, Sequence[int]], Tensor], target: Tensor
 ) -> Tensor:
-    """Of choices [B, N, C, Q] the codes [B, N, Q] that decode nearest to target [B, ..., H, W].
+    """The codes [B, N, Q] among choices [B, N, C, Q] whose reconstruction is closest to target [B, ..., H, W].
 
-    decode: codes and their grid to what is as the target, of 8x8 pixels a code. A code is judged by the squared error
-    of its patch and the eight around it. Every other row and column is tried at once: no neighbours change together.
+    decode: codes and their grid to an output shaped like the target, with 8x8 pixels per code. The error of a code is
+    the squared error of its patch and the eight around it. Every other row and column is tried at once, so that
+    neighbors never change together.
     """
     grid = [side // PATCH_PX for side in target.shape[-2:]]
 
@@ -107,10 +108,10 @@ def best_decoded(
     return analysis_by_synthesis(choices, place // grid[1] % 2 * 2 + place % grid[1] % 2, error)
 
 
-def fit_picture(picture: Image, side_px: int) -> np.ndarray:
-    """Pixels uint8 [H, W, 3] as they are encoded: whole patches, the longer side `side_px`; 0 keeps up to 128 px."""
-    side = side_px or min(KEPT_PX, max(picture.height, picture.width))
-    return picture.resize(*fit_side(picture.height, picture.width, side)).pixels
+def fit_picture(image: Image, side_px: int) -> np.ndarray:
+    """Pixels uint8 [H, W, 3] to encode: whole patches, the longer side `side_px`; 0 keeps up to 128 px."""
+    side = side_px or min(KEPT_PX, max(image.height, image.width))
+    return image.resize(*fit_side(image.height, image.width, side)).pixels
 
 
 def _patches(x: Tensor) -> Tensor:
@@ -119,12 +120,13 @@ def _patches(x: Tensor) -> Tensor:
 
 @register_modality
 class ImageTokenizer(ModalityTokenizer):
-    """8x8 pixels a code; `encode` first scales the picture so that its longer side is `side_px`.
+    """One code per 8x8 pixels; `encode` first scales the image so that its longer side is `side_px`.
 
-    Every size is welcome: 1x1 and 5000x5000 both become `side_px` on the longer side, the aspect ratio is kept
-    to whole patches. With `side_px=0` pictures keep their size (rounded to whole patches, at most 128 px a side).
-    A grid has up to 16 cells a side, or as many as `side_px` takes. `candidates`: when encoding, the nearest so many
-    codes of each patch are decoded, and the one that comes out best stays. TokenizerError for a setting that cannot be.
+    Any size is accepted: 1x1 and 5000x5000 both become `side_px` on the longer side, with the aspect ratio rounded
+    to whole patches. With `side_px=0` images keep their size (rounded to whole patches, at most 128 px per side).
+    A grid has up to 16 cells per side, or as many as `side_px` needs. `candidates`: when encoding, this number of
+    nearest codes is decoded for each patch, and the one with the best reconstruction is kept. TokenizerError for
+    invalid settings.
     """
 
     kind = "image"
@@ -152,7 +154,7 @@ class ImageTokenizer(ModalityTokenizer):
         check_side_px(side_px, least=0)
         if kernel < 1 or kernel % 2 == 0:
             raise TokenizerError(f"kernel is odd, so that a window has a middle; received {kernel}.")
-        # Files from before there was a choice do not write it.
+        # Older files do not have these keys.
         config |= {"kernel": kernel} if kernel != 7 else {}
         config |= {"candidates": candidates} if candidates != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
@@ -199,9 +201,9 @@ class ImageTokenizer(ModalityTokenizer):
         return self.encoder(_patches(x))
 
     def configure_losses(self, weights: Mapping[str, float]) -> nn.Module | None:
-        """Train by these terms of `picture_losses` instead of pixel errors alone; the critic to train along, if any.
+        """Train with these terms of `losses/image.py`; returns the discriminator to train as well, if any.
 
-        The critic is no part of the tokenizer: it is neither saved nor in the fingerprint.
+        The discriminator is not part of the tokenizer: it is neither saved nor in the fingerprint.
         """
         weights = loss_weights(weights, TERMS, PIXELS_ALONE)
         critic = PatchDiscriminator() if weights.get("adversarial") else None
@@ -213,10 +215,10 @@ class ImageTokenizer(ModalityTokenizer):
         latent = self._encode_pixels(batch)
         quantized = self.quantize(latent.flatten(2).transpose(1, 2))
         output = self._decode_vectors(quantized.vectors, latent.shape[2:]).float()
-        loss, seen = self._picture_loss(output, batch)
+        loss, seen = self._image_loss(output, batch)
         return loss + quantized.loss, {"psnr_db": psnr_db(output.detach(), batch).mean().item(), **seen}
 
-    def _picture_loss(self, output: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _image_loss(self, output: Tensor, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         weights, (critic,) = self._losses
         terms = {
             "pixel": lambda: pixel_loss(output, batch),
@@ -224,10 +226,10 @@ class ImageTokenizer(ModalityTokenizer):
             "feature": lambda: feature_loss(self.encoder, _patches, output, batch),
         }
         found = {name: term() for name, term in terms.items() if weights.get(name)}
-        told = output.new_zeros(())
+        critic_loss = output.new_zeros(())
         if critic is not None:
-            found["adversarial"], told = critic.losses(output, batch)
-        loss = torch.stack([weights[name] * value for name, value in found.items()]).sum() + told
+            found["adversarial"], critic_loss = critic.losses(output, batch)
+        loss = torch.stack([weights[name] * value for name, value in found.items()]).sum() + critic_loss
         return loss, {name: value.item() for name, value in found.items() if len(found) > 1}
 
     def _prepare(self, segment: Segment) -> np.ndarray:
@@ -237,12 +239,12 @@ class ImageTokenizer(ModalityTokenizer):
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Pictures to codes; pictures of one size share a forward pass."""
-        pictures = [self._prepare(segment) for segment in segments]
-        result: list[Codes | None] = [None] * len(pictures)
-        shapes = [p.shape for p in pictures]
+        """Images to codes; images of the same size share a forward pass."""
+        images = [self._prepare(segment) for segment in segments]
+        result: list[Codes | None] = [None] * len(images)
+        shapes = [one.shape for one in images]
         for rows in group_by_shape(shapes, [h * w // PATCH_PX**2 for h, w, _ in shapes], self.device):
-            x = _patches(as_bytes(np.stack([pictures[i] for i in rows]))).to(self.device)
+            x = _patches(as_bytes(np.stack([images[i] for i in rows]))).to(self.device)
             latent = self.encoder(from_bytes(x))
             flat = latent.flatten(2).transpose(1, 2)
             if (count := self.config.get("candidates", 1)) == 1:
@@ -256,7 +258,7 @@ class ImageTokenizer(ModalityTokenizer):
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
-        """Codes to pictures of rows*8 by cols*8 pixels."""
+        """Codes to images of rows*8 by cols*8 pixels."""
         for one in codes:
             self.check_codes(one)
         result: list[Segment | None] = [None] * len(codes)
@@ -270,5 +272,5 @@ class ImageTokenizer(ModalityTokenizer):
         return [segment for segment in result if segment is not None]
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
-        """Quantised vectors [K, width] in the decoder's input space."""
+        """Quantized vectors [K, width] in the decoder's input space."""
         return self.quantize.codebook(codebook)

@@ -1,14 +1,14 @@
-"""Images and clips as a layer over a plain base colour, coded once: local codes do not depend on the background.
+"""Images and clips as a layer over a plain base color, coded once: local codes do not depend on the background.
 
 Codes of composed pixels repeat the background in every patch and change with it, so a language model has to learn every
-drawing once per background. Here the base colour goes into global codes, and local codes describe the layer over it:
-premultiplied colour and coverage (Porter and Duff, 1984), which are the same on any background. A small network
-estimates the coverage of each pixel given the base colour (matting with a known background, arXiv 2004.00626). A patch
+drawing once per background. Here the base color goes into global codes, and local codes describe the layer over it:
+premultiplied color and alpha (coverage; Porter and Duff, 1984), which are the same on any background. A small network
+estimates the coverage of each pixel given the base color (matting with a known background, arXiv 2004.00626). A patch
 without coverage has a code of its own. An image without a plain border is one opaque layer, coded like any image.
-A clip has one base colour, that of its first step of frames, so that it can be encoded as a stream.
+A clip has one base color, that of its first step of frames, so that it can be encoded as a stream.
 
-Values are in [-1, 1], where premultiplied colour is the layer over mid-grey: image = colour + (1 - coverage) * base.
-Shapes: B items, H and W pixels, N patches, D width; `space` is H, W of images and T, H, W of clips of T frames.
+Values are in [-1, 1], where premultiplied color is the layer over mid-gray: image = color + (1 - coverage) * base.
+Shapes: B items, H and W pixels, N patches, D width; `space` is H, W for images and T, H, W for clips of T frames.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from anytoken.tokenizers.modules.convnext import (
     patchify,
     unpatchify,
 )
-from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
-from anytoken.tokenizers.video import MAX_STEPS, STEP_FRAMES, TUBELET, Past, VideoTokenizer
+from anytoken.tokenizers.modules.quantizer import Quantizer
+from anytoken.tokenizers.video import STEP_FRAMES, TUBELET, Past, VideoTokenizer
 
-BASE_LEVELS, BASE_CODES = 32, 3  # of each of red, green and blue
+BASE_LEVELS, BASE_CODES = 32, 3  # levels of red, green and blue each
 BORDER_PX = 2
-PLAIN_SHARE, PLAIN_STEP = 0.5, 16 / 127.5  # share of the border's pixels that lie within this of the base
+PLAIN_SHARE, PLAIN_STEP = 0.5, 16 / 127.5  # this share of the border's pixels is this close to the base
 MATTE_PX = 4  # pixels per side that the matte network sees as one position
-EMPTY = 0.03  # coverage below this is none
+EMPTY = 0.03  # coverage below this counts as zero
 TERMS = ("pixel", "psnr", "recolored", "matte", "consistency", "commitment")
 # Consistency and commitment are squared distances in the codebook's own space, where codes lie about 0.04 apart.
 WEIGHTS = {
@@ -70,9 +70,9 @@ WEIGHTS = {
 
 @dataclass
 class Layers:
-    """Items taken apart: `layer` [B, 4, *space], premultiplied colour and coverage, over the colour of `codes` [B, 3].
+    """Separated items: `layer` [B, 4, *space], premultiplied color and coverage, over the color of `codes` [B, 3].
 
-    plain: bool [B], whether the border is plain. logits: of the coverage, [B, 1, *space].
+    plain: bool [B], whether the border is plain. logits of the coverage: [B, 1, *space].
     """
 
     layer: Tensor
@@ -82,12 +82,12 @@ class Layers:
 
 
 def base_color(codes: Tensor) -> Tensor:
-    """Global codes int64 [B, 3] as colours [B, 3]."""
+    """The colors [B, 3] of global codes int64 [B, 3]."""
     return codes / (BASE_LEVELS - 1) * 2 - 1
 
 
 def find_base(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Global codes int64 [B, 3] of the median of the border of x [B, 3, *space]; whether that is plain, bool [B]."""
+    """Global codes int64 [B, 3] of the median border color of x [B, 3, *space]; is the border plain, bool [B]."""
     w = BORDER_PX
     sides = [x[..., :w, :], x[..., -w:, :], x[..., :w], x[..., -w:]]
     border = torch.cat([side.flatten(2) for side in sides], 2)
@@ -97,27 +97,27 @@ def find_base(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _everywhere(one: Tensor, x: Tensor) -> Tensor:
-    """Values [B, ...] of each item, to be taken together with x [B, C, *space]."""
+    """Values [B, ...] per item, reshaped to broadcast with x [B, C, *space]."""
     return one.reshape(*one.shape, *[1] * (x.ndim - one.ndim))
 
 
 def composed(layer: Tensor, base: Tensor) -> Tensor:
-    """A layer [B, 4, *space] over colours [B, 3]: pixels [B, 3, *space]."""
+    """Compose layers [B, 4, *space] over colors [B, 3]: pixels [B, 3, *space]."""
     return layer[:, :3] + (1 - layer[:, 3:]) * _everywhere(base, layer)
 
 
 def hardened(coverage: Tensor) -> Tensor:
-    """Coverage in [0, 1] where nearly nothing is nothing and nearly everything is everything."""
+    """Coverage in [0, 1], with values near 0 and 1 snapped to 0 and 1."""
     return ((coverage - EMPTY) / (1 - 2 * EMPTY)).clamp(0, 1)
 
 
 def empty_patches(layer: Tensor, patch: Sequence[int] = (PATCH_PX, PATCH_PX)) -> Tensor:
-    """Which patches of layers [B, 4, *space] hold nothing, bool [B, N]."""
+    """Which patches of layers [B, 4, *space] are empty, bool [B, N]."""
     return patchify(layer[:, 3:], patch).amax(1).flatten(1) < EMPTY
 
 
 class Matte(nn.Module):
-    """Takes images, or the frames of clips, apart into a base colour and the layer over it."""
+    """Separates images, or the frames of clips, into a base color and the layer over it."""
 
     def __init__(self, width: int, depth: int, kernel: int = 5) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Matte(nn.Module):
     def forward(self, x: Tensor, known: tuple[Tensor, Tensor] | None = None) -> Layers:
         """x [B, 3, *space] in [-1, 1], sides multiples of 4.
 
-        known: what `find_base` found where x goes on; else it is found here, in the first step of clips.
+        known: the result of `find_base` if x continues a clip; otherwise it is computed here, from a clip's first step.
         """
         codes, plain = known or find_base(x if x.ndim == 4 else x[:, :, :STEP_FRAMES])
         base = _everywhere(base_color(codes), x)
@@ -153,7 +153,7 @@ class Matte(nn.Module):
 
     @staticmethod
     def loss(found: Layers, true: Tensor) -> Tensor:
-        """Error of the coverage against that of true layers [B, 4, *space], over items with a plain border."""
+        """Error of the coverage compared with true layers [B, 4, *space], over items with a plain border."""
         target = true[:, 3:]
         each = F.binary_cross_entropy_with_logits(found.logits, target, reduction="none")
         each = each + 2 * (found.logits.sigmoid() - target).abs()
@@ -161,11 +161,11 @@ class Matte(nn.Module):
 
 
 class LayeredCodes(ModalityTokenizer):
-    """What layered images and layered clips share; the trunks come from the tokenizer that is the other base class.
+    """The common part of layered images and layered clips; the other base class provides encoder and decoder.
 
-    patch: sizes of what a code stands for. last: name of the layer whose outputs are pixels. A recoloured item keeps
-    its local codes: `swap_global` exchanges the base. It has one codebook, with one more code for empty patches, and no
-    `candidates`.
+    patch: the sizes that one code stands for. last: name of the layer that outputs pixels. A recolored item keeps its
+    local codes: `swap_global` exchanges the base. There is one codebook, with an additional code for empty patches,
+    and `candidates` are not supported.
     """
 
     patch: ClassVar[tuple[int, ...]]
@@ -176,11 +176,13 @@ class LayeredCodes(ModalityTokenizer):
     _decode_vectors: Callable[[Tensor, Sequence[int]], Tensor]
 
     def _add_layers(self, matte_width: int, matte_depth: int) -> None:
-        """Global codes, the code for empty patches, the matte, and coverage as a fourth channel at both ends."""
+        """Add global codes, the code for empty patches, the matte, and coverage as a fourth channel."""
         if self.quantize.num_codebooks != 1:
             raise TokenizerError(
                 f"A {self.kind} tokenizer has one codebook; received {self.config['quantizer']!r}."
             )
+        if "candidates" in self.config:
+            raise TokenizerError(f"A {self.kind} tokenizer takes no candidates.")
         self.config |= {"matte_width": matte_width, "matte_depth": matte_depth}
         assert isinstance(self.shape, CodeGrid)
         limits = self.shape.axes, self.shape.min_size, self.shape.max_size
@@ -190,7 +192,7 @@ class LayeredCodes(ModalityTokenizer):
         self.global_codebook_size = BASE_LEVELS
         width = self.config["width"]
         self.matte = Matte(matte_width, matte_depth)
-        self.empty = nn.Parameter(torch.zeros(width))  # what the decoder is given for an empty patch
+        self.empty = nn.Parameter(torch.zeros(width))  # decoder input for an empty patch
         self.encoder[0] = ChannelLinear(4 * math.prod(self.patch), width)
         last = self.get_submodule(self.last)
         assert isinstance(last, ChannelLinear)
@@ -198,21 +200,21 @@ class LayeredCodes(ModalityTokenizer):
         self._term_weights = WEIGHTS
 
     def _segment(self, pixels: np.ndarray) -> Segment:
-        """uint8 [*space, 3] as what was encoded."""
+        """The segment of pixels uint8 [*space, 3]."""
         raise NotImplementedError
 
-    # ---- layers to codes and back ----
+    # ---- layers and codes ----
 
     def _pixels_of(self, pixels: np.ndarray) -> Tensor:
         """uint8 [B, *space, 3] as x [B, 3, *space] in [-1, 1]."""
         return from_bytes(torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, 1).to(self.device))
 
     def _latents(self, layer: Tensor) -> Tensor:
-        """Layers [B, 4, *space] to what is quantised [B, N, D]."""
+        """Layers [B, 4, *space] to latents [B, N, D]."""
         return self.encoder(patchify(layer, self.patch)).flatten(2).transpose(1, 2)
 
     def _matched(self, latents: Tensor, empty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors [B, N, D], codes [B, N] and the codebook's loss; empty patches never meet the codebook."""
+        """Vectors [B, N, D], codes [B, N] and the codebook's loss; empty patches bypass the codebook."""
         full = ~empty
         vectors = self.empty.to(latents.dtype).expand_as(latents).clone()
         codes = torch.full(empty.shape, self.empty_code, device=empty.device)
@@ -223,7 +225,7 @@ class LayeredCodes(ModalityTokenizer):
         return vectors, codes, found.loss
 
     def _with_coverage(self, y: Tensor) -> Tensor:
-        """What the decoder gives [B, 4, *space] as a layer."""
+        """Decoder output [B, 4, *space] as a layer."""
         y = y.float()
         return torch.cat([y[:, :3], y[:, 3:].sigmoid()], 1)
 
@@ -238,7 +240,7 @@ class LayeredCodes(ModalityTokenizer):
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Segments to codes; those of one size share a forward pass."""
+        """Segments to codes; segments of the same size share a forward pass."""
         items = [self._prepare(segment) for segment in segments]
         result: dict[int, Codes] = {}
         shapes = [one.shape for one in items]
@@ -270,15 +272,15 @@ class LayeredCodes(ModalityTokenizer):
         return [result[i] for i in range(len(codes))]
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
-        """Vectors [K, width] in the decoder's input space, the one of empty patches last."""
+        """Vectors [K, width] in the decoder's input space; the last one is for empty patches."""
         return torch.cat([self.quantize.codebook(codebook), self.empty.detach()[None]])
 
     # ---- training ----
 
     def adapted_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of a plain tokenizer with those of coverage, matte and empty patches added.
+        """Weights of a plain tokenizer, extended by those of coverage, matte and empty patches.
 
-        An image over mid-grey and its premultiplied layer are the same numbers, so they are a good beginning.
+        An image over mid-gray equals its premultiplied layer, so these weights are a good initialization.
         """
         if "empty" in state:
             return state
@@ -290,16 +292,16 @@ class LayeredCodes(ModalityTokenizer):
         return {**state, **grown}
 
     def configure_losses(self, weights: Mapping[str, float]) -> None:
-        """Train by these terms.
+        """Train with these terms.
 
-        pixel, psnr: of the composed pixels. recolored: pixel, of the decoded layer over another colour. matte: of the
-        coverage. consistency: of latents of the layer as found on two bases with those of the true layer. commitment:
-        of latents with their codes.
+        pixel, psnr: error of the composed pixels. recolored: pixel error of the decoded layer over another color.
+        matte: error of the coverage. consistency: distance of the latents of the layers found on two bases from those
+        of the true layer. commitment: distance of latents from their codes.
         """
         self._term_weights = loss_weights(weights, TERMS, WEIGHTS)
 
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """batch: true layers and two base colours as planes, [B, 4 + 3 + 3, *space], whole patches."""
+        """batch: true layers and two base colors as planes, [B, 4 + 3 + 3, *space], in whole patches."""
         true, bases = batch[:, :4], batch[:, 4:].flatten(2)[..., 0].unflatten(1, (2, 3))
         x = torch.cat([composed(true, bases[:, 0]), composed(true, bases[:, 1])])
         found, both = self.matte(x), torch.cat([true, true])
@@ -327,7 +329,7 @@ class LayeredCodes(ModalityTokenizer):
     def _nearness(
         self, latents: Tensor, codes: Tensor, empty: Tensor, count: int
     ) -> dict[str, Callable[[], Tensor]]:
-        """Consistency and commitment, as squared distances in the space where the codebook lies."""
+        """Consistency and commitment, as squared distances in the codebook's space."""
         inner: Any = self.quantize.inner
         project = getattr(inner, "project_in", nn.Identity())
         points = project(latents)
@@ -349,9 +351,9 @@ class LayeredCodes(ModalityTokenizer):
 
 @register_modality
 class LayeredImageTokenizer(LayeredCodes, ImageTokenizer):
-    """Diff with ImageTokenizer: encodes the layer over a base colour, which three global codes say.
+    """Diff with ImageTokenizer: encodes the layer over a base color; the color is three global codes.
 
-    matte_width, matte_depth: of the network that estimates coverage.
+    settings: as in ImageTokenizer. matte_width, matte_depth: size of the network that estimates coverage.
     """
 
     kind = "layered_image"
@@ -359,24 +361,9 @@ class LayeredImageTokenizer(LayeredCodes, ImageTokenizer):
     last = "refine.2"
 
     def __init__(
-        self,
-        width: int = 128,
-        encoder_depth: int = 3,
-        decoder_depth: int = 6,
-        refine_width: int = 64,
-        refine_depth: int = 2,
-        quantizer: QuantizerConfig = "fsq",
-        levels: Sequence[int] = (8, 5, 5, 5),
-        codebook_size: int = 1024,
-        side_px: int = 64,
-        kernel: int = 7,
-        matte_width: int = 64,
-        matte_depth: int = 3,
+        self, width: int = 128, matte_width: int = 64, matte_depth: int = 3, **settings: Any
     ) -> None:
-        super().__init__(
-            width, encoder_depth, decoder_depth, refine_width, refine_depth, quantizer, levels, codebook_size,
-            side_px, kernel,
-        )  # fmt: skip
+        super().__init__(width, **settings)
         self._add_layers(matte_width, matte_depth)
 
     def _segment(self, pixels: np.ndarray) -> Image:
@@ -385,9 +372,9 @@ class LayeredImageTokenizer(LayeredCodes, ImageTokenizer):
 
 @register_modality
 class LayeredVideoTokenizer(LayeredCodes, VideoTokenizer):
-    """Diff with a causal VideoTokenizer: encodes the layer over a base colour, which three global codes say.
+    """Diff with a causal VideoTokenizer: encodes the layer over a base color; the color is three global codes.
 
-    matte_width, matte_depth: of the network that estimates coverage, frame by frame.
+    settings: as in VideoTokenizer. matte_width, matte_depth: size of the network that estimates coverage per frame.
     """
 
     kind = "layered_video"
@@ -395,24 +382,10 @@ class LayeredVideoTokenizer(LayeredCodes, VideoTokenizer):
     last = "decoder.2"
 
     def __init__(
-        self,
-        width: int = 128,
-        encoder_depth: int = 3,
-        decoder_depth: int = 6,
-        quantizer: QuantizerConfig = "fsq",
-        levels: Sequence[int] = (8, 5, 5, 5),
-        codebook_size: int = 1024,
-        side_px: int = 64,
-        video_frame_rate_hz: float = 4.0,
-        max_steps: int = MAX_STEPS,
-        matte_width: int = 64,
-        matte_depth: int = 3,
+        self, width: int = 128, matte_width: int = 64, matte_depth: int = 3, **settings: Any
     ) -> None:
-        super().__init__(
-            width, encoder_depth, decoder_depth, quantizer, levels, codebook_size, side_px, video_frame_rate_hz,
-            max_steps, causal=True,
-        )  # fmt: skip
-        del self.config["causal"]  # there is no other
+        super().__init__(width, causal=True, **settings)
+        del self.config["causal"]  # always true
         self._add_layers(matte_width, matte_depth)
 
     def _segment(self, pixels: np.ndarray) -> Video:
@@ -420,7 +393,7 @@ class LayeredVideoTokenizer(LayeredCodes, VideoTokenizer):
 
     @torch.inference_mode()
     def _encode_step(self, frames: np.ndarray, past: Past) -> tuple[Codes, Past]:
-        """As of a VideoTokenizer; the second of what was seen is the base of the first step."""
+        """As in VideoTokenizer; the second part of the cache is the base color of the first step."""
         into, trunk, norm = list[Any](self.encoder)
         found = self.matte(self._pixels_of(frames[None]), past[1])
         latent, seen = trunk.step(into(patchify(found.layer, TUBELET)), past[0])

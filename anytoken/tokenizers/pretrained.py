@@ -4,10 +4,10 @@
     image    Emu3 (2409.18869), Janus (2410.13848), Chameleon (2405.09818; reads only: it was published without decoder)
     video    Emu3
 
-The codecs differ in names, in the order of axes, and in how much longer or shorter than its input an output is. One
-table says how each is called; the rest is the same for all: sound is padded to whole frames, codes and samples are cut
-to them, pictures are scaled to whole cells and given as [-1, 1], and sizes go into the header. A saved tokenizer holds
-the codec's configuration and weights, so it is loaded without transformers' checkpoint.
+The codecs differ in names, in the order of axes, and in the length of their outputs. One table adapts each of them;
+the rest is common to all: audio is padded to whole frames, codes and samples are cut to them, images are scaled to
+whole cells and passed as [-1, 1], and sizes go into the header. A saved tokenizer contains the codec's configuration
+and weights, so it is loaded without transformers' checkpoint.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Codec:
-    """How one class of transformers is called; m is the model, c its configuration.
+    """How to call one class of transformers; m is the model, c its configuration.
 
-    encode(m, x, q): sound [B, 1, T] to codes [B, Q, N] of the first q codebooks (or more), pictures [B, 3, H, W] and
-    clips [B, T, 3, H, W] to codes [B, *grid] or flat. decode(m, codes) is the inverse; None where there is none.
-    vectors(m, n): the codebook's [K, D]. side(c): the one side in cells that a picture has to have; None for any.
+    encode(m, x, q): audio [B, 1, T] to codes [B, Q, N] of the first q codebooks (or more), images [B, 3, H, W] and
+    clips [B, T, 3, H, W] to codes [B, *grid] or flat. decode(m, codes) is the inverse, or None. vectors(m, n): the
+    vectors [K, D] of codebook n. side(c): the required side of an image in cells; None for any.
     """
 
     model: str
@@ -60,7 +60,7 @@ class Codec:
 
 
 def _bandwidth(m: Any, books: int) -> float:
-    """The least of the bandwidths a codec was trained for that has so many codebooks."""
+    """The smallest bandwidth that a codec was trained for and that has this number of codebooks."""
     enough = [
         one
         for one in m.config.target_bandwidths
@@ -119,7 +119,7 @@ CODECS = {  # transformers' model_type: codec
 
 
 class PretrainedTokenizer(ModalityTokenizer):
-    """What the three kinds share: the codec's model, built from its configuration, and its codebooks."""
+    """The common part of the three kinds: the codec's model, built from its configuration, and its codebooks."""
 
     def __init__(
         self, model_config: dict[str, Any], shape: CodeShape, books: int, settings: dict[str, Any]
@@ -142,14 +142,14 @@ class PretrainedTokenizer(ModalityTokenizer):
         if self.codec.decode is None:
             whole = ", ".join(name for name, one in CODECS.items() if "image" in one.kinds and one.decode)
             raise TokenizerError(
-                f"{self.codec.model} was published without its decoder: it reads pictures and cannot make them; to "
+                f"{self.codec.model} was published without its decoder: it reads images and cannot generate them; to "
                 f"make them take {whole}."
             )
         return self.codec.decode(self.model, codes.to(self.device))
 
     @torch.inference_mode()
     def _decode_grids(self, codes: Sequence[Codes]) -> list[np.ndarray]:
-        """Grids of codes to pixels; grids of one size share a forward pass."""
+        """Grids of codes to pixels; grids of the same size share a forward pass."""
         for one in codes:
             self.check_codes(one)
 
@@ -164,8 +164,8 @@ class PretrainedTokenizer(ModalityTokenizer):
 class PretrainedSpeech(PretrainedTokenizer):
     """Speech through Mimi, DAC, EnCodec or X-Codec: the first `num_codebooks` of its residual codebooks.
 
-    order: in which their codes are written, see `writing_order`.
-    Sound of other rates is resampled; it is padded to whole frames, and decoded sound has whole frames too.
+    order: of their codes in a sequence, see `codebook_pattern`. Audio is resampled to the codec's rate and padded to
+    whole frames; decoded audio has whole frames as well.
     """
 
     kind = "pretrained_speech"
@@ -207,7 +207,7 @@ class PretrainedSpeech(PretrainedTokenizer):
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Clips to codes [N, Q]; clips of one length share a forward pass."""
+        """Clips to codes [N, Q]; clips of the same length share a forward pass."""
 
         def encode(clips: list[np.ndarray]) -> Iterable[Codes]:
             frames = len(clips[0]) // self.hop
@@ -222,7 +222,7 @@ class PretrainedSpeech(PretrainedTokenizer):
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
-        """Codes to clips of whole frames: what the codec makes, cut or padded to them."""
+        """Codes to clips of whole frames: the codec's output, cut or padded to them."""
         for one in codes:
             self.check_codes(one)
 
@@ -238,7 +238,7 @@ class PretrainedSpeech(PretrainedTokenizer):
 
 @register_modality
 class PretrainedImage(PretrainedTokenizer):
-    """Pictures through Emu3 (any size: the longer side becomes `side_px`), Janus or Chameleon (squares of theirs)."""
+    """Images through Emu3 (any size: the longer side becomes `side_px`), Janus or Chameleon (fixed squares)."""
 
     kind = "pretrained_image"
     segment_type = Image
@@ -264,23 +264,23 @@ class PretrainedImage(PretrainedTokenizer):
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Pictures to grids of codes; pictures of one size share a forward pass."""
+        """Images to grids of codes; images of the same size share a forward pass."""
 
-        def encode(pictures: list[np.ndarray]) -> Iterable[Codes]:
-            rows, cols = (side // self.patch for side in pictures[0].shape[:2])
-            codes = self._model_codes(to_unit_range(np.stack(pictures))).reshape(len(pictures), -1, 1)
+        def encode(images: list[np.ndarray]) -> Iterable[Codes]:
+            rows, cols = (side // self.patch for side in images[0].shape[:2])
+            codes = self._model_codes(to_unit_range(np.stack(images))).reshape(len(images), -1, 1)
             return [Codes(one, (rows, cols)) for one in codes.cpu().numpy()]
 
         return _alike([self._pixels(one) for one in segments], lambda one: one.shape, encode)
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
-        """Codes to pictures; TokenizerError for a codec without a decoder."""
+        """Codes to images; TokenizerError for a codec without a decoder."""
         return [Image(pixels) for pixels in self._decode_grids(codes)]
 
 
 @register_modality
 class PretrainedVideo(PretrainedTokenizer):
-    """Clips through Emu3: some frames of some pixels a code; the last frame is repeated until the steps are whole."""
+    """Clips through Emu3: a block of frames and pixels per code; the last frame is repeated to fill the last step."""
 
     kind = "pretrained_video"
     segment_type = Video
@@ -315,7 +315,7 @@ class PretrainedVideo(PretrainedTokenizer):
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Clips to grids of codes; clips of one size share a forward pass."""
+        """Clips to grids of codes; clips of the same size share a forward pass."""
 
         def encode(clips: list[np.ndarray]) -> Iterable[Codes]:
             codes = self._model_codes(to_unit_range(np.stack(clips)))
@@ -329,7 +329,7 @@ class PretrainedVideo(PretrainedTokenizer):
 
 
 def _whole_cells(height: int, width: int, side_px: int, patch: int) -> tuple[int, int]:
-    """Height and width in whole cells of `patch` pixels, the longer one at `side_px` and the ratio nearly kept."""
+    """Height and width in whole cells of `patch` pixels: the longer one `side_px`, the aspect ratio nearly kept."""
     cells = [side_px * one / max(height, width) / patch for one in (height, width)]
     rows, cols = (max(1, min(side_px // patch, round(one))) * patch for one in cells)
     return rows, cols
@@ -338,7 +338,7 @@ def _whole_cells(height: int, width: int, side_px: int, patch: int) -> tuple[int
 def _alike(
     items: Sequence[Item], key: Callable[[Item], Any], work: Callable[[list[Item]], Iterable[Any]]
 ) -> list[Any]:
-    """What `work` makes of items, in their order; those with one key are given to it together."""
+    """The results of `work` on items, in order; items with equal keys are processed together."""
     rows: dict[Any, list[int]] = {}
     for row, item in enumerate(items):
         rows.setdefault(key(item), []).append(row)
@@ -356,9 +356,9 @@ KINDS = {"speech": PretrainedSpeech, "image": PretrainedImage, "video": Pretrain
 def pretrained_tokenizer(source: str | Path, kind: str | None = None, **settings: Any) -> ModalityTokenizer:
     """A codec of transformers as a tokenizer, from a checkpoint's folder or hub id.
 
-    source: a codec's own checkpoint, or that of a model which has one inside (Emu3, Janus, Chameleon), of which only
-    the codec's weights are read. kind: "video" for Emu3's clips; by default the codec's first. settings: those of
-    `PretrainedSpeech`, `PretrainedImage` or `PretrainedVideo`. TokenizerError if it is not there or no such codec.
+    source: a codec's own checkpoint, or that of a model that contains one (Emu3, Janus, Chameleon), of which only the
+    codec's weights are read. kind: "video" for Emu3's clips; by default the codec's first kind. settings: those of
+    `PretrainedSpeech`, `PretrainedImage` or `PretrainedVideo`. TokenizerError if it is missing or not such a codec.
     """
     from transformers import AutoConfig
 
@@ -387,7 +387,7 @@ def pretrained_tokenizer(source: str | Path, kind: str | None = None, **settings
 
 
 def _fill(model: Any, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load the state of a checkpoint; TokenizerError if it is not that of this model, to the last weight."""
+    """Load the state of a checkpoint; TokenizerError unless every weight matches this model."""
     try:
         found = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -403,12 +403,12 @@ def _fill(model: Any, state: dict[str, Tensor], source: str | Path) -> None:
 
 
 def _settings(cls: type[PretrainedTokenizer]) -> list[str]:
-    """What a user may set of a kind: its constructor's arguments but the codec's own configuration."""
+    """What a user may set of a kind: its constructor's arguments except the codec's own configuration."""
     return [name for name in signature(cls).parameters if name != "model_config"]
 
 
 def _own_weights(model: Any, source: str | Path) -> dict[str, Tensor]:
-    """The weights of a codec's own checkpoint, float32; those it lacks, which transformers makes up, are left out."""
+    """The weights of a codec's own checkpoint, float32; missing ones, which transformers initializes, are left out."""
     loaded, found = model.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     return {key: value for key, value in loaded.state_dict().items() if key not in found["missing_keys"]}
 
@@ -428,7 +428,7 @@ def _inner_weights(source: Path) -> dict[str, Tensor]:
 
 
 def _download(source: str) -> Path:
-    """The folder of a larger model from the hub, with only those of its files that hold weights of the codec."""
+    """The folder of a larger model from the hub, with only the files that contain the codec's weights."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(source, allow_patterns=["*.json"]))
@@ -440,7 +440,7 @@ def _download(source: str) -> Path:
 
 
 def _config(model_config: dict[str, Any], kind: str) -> Any:
-    """transformers' configuration object; TokenizerError for a model type that is no codec of this kind."""
+    """transformers' configuration object; TokenizerError for a model type that is not a codec of this kind."""
     import transformers
 
     codec = CODECS.get(model_config.get("model_type", ""))

@@ -1,13 +1,13 @@
-"""Where a tokenizer's class comes from: this package, another installed one, or a file that the user names.
+"""Find a tokenizer's class: in this package, in another installed one, or in a file that the user names.
 
-Another package offers a class through an entry point, and then only has to be installed:
+Another package provides a class through an entry point, and then only has to be installed:
 
     [project.entry-points."anytoken.modalities"]
     protein = "my_package.protein:ProteinTokenizer"
 
-A file is loaded by `load_modality("tokenizers/protein")`, which is the user's consent to run it. A checkpoint that
-holds such a tokenizer carries a copy of the file, so it can go to another machine; the copy is never run by loading
-the checkpoint, only by calling `load_modality` on it: weights are data, code is not.
+A file is loaded by `load_modality("tokenizers/protein")`, which is the user's consent to run it. A checkpoint with
+such a tokenizer contains a copy of the file, so that it works on other machines. Loading the checkpoint never runs the
+copy; only calling `load_modality` on it does: weights are data, code is not.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ GROUP = "anytoken.modalities"
 def modality_class(
     kind: str, header: Mapping[str, Any] | None = None, folder: Path | None = None
 ) -> type[ModalityTokenizer]:
-    """The class of a kind: registered, built in, or of an installed package's entry point.
+    """The class of a kind: registered, built in, or from an installed package's entry point.
 
-    header, folder: the tokenizer folder that asks, for an error that says where its class is. TokenizerError for a
-    kind that is not known.
+    header, folder: the tokenizer folder that needs it, for an error that says where its class is. TokenizerError for
+    an unknown kind.
     """
     if kind not in MODALITIES and kind in BUILTIN:
         import_module(f"anytoken.tokenizers.{BUILTIN[kind]}")
@@ -82,9 +82,9 @@ def _load_entry_point(entry: Any) -> None:
 def load_modality(path: str | Path) -> type[ModalityTokenizer]:
     """Run a file that defines one modality, register its tokenizer class and return it.
 
-    path: a .py file, or a folder that holds exactly one. Calling this is consent to run that code: read it first.
-    The same content is run once, wherever its copies lie. TokenizerError if there is no such file, if it fails, or
-    if it registers no class, or several.
+    path: a .py file, or a folder that contains exactly one. Calling this is consent to run that code: read it first.
+    Equal files are run only once. TokenizerError if there is no such file, if it fails, or if it registers no class
+    or several.
     """
     file = _one_file(Path(path))
     return _class_of(file, file.read_bytes())

@@ -1,14 +1,14 @@
 """Text to ids and back: byte-level byte-pair encoding, exact for every UTF-8 string.
 
-The 256 bytes are the first part of every vocabulary, so no text is out of vocabulary (byte-level BPE as in GPT-2; byte
-pair encoding of words: arXiv 1508.07909). The merging is Hugging Face `tokenizers`, which trains in seconds and
-writes a `tokenizer.json` that other programs read.
+Every vocabulary begins with the 256 bytes, so no text is out of vocabulary (byte-level BPE as in GPT-2; byte-pair
+encoding of words: arXiv 1508.07909). Hugging Face `tokenizers` does the merging; it trains in seconds and writes a
+`tokenizer.json` that other programs read.
 
-The tokenizer of a foreign language model is read as it is, SentencePiece's pieces too (arXiv 1808.06226); its special
-ids are no text: they are never made of a string, so no string can pose as one.
+The tokenizer of another language model is read unchanged, including SentencePiece's (arXiv 1808.06226). Its special
+ids are not text: no string is ever encoded to one.
 
-A corpus of captions learns whole words, but not necessarily the short pieces a task needs to be single tokens, such
-as one amino acid a token in "M K L V". `train(..., always=[" K", ...])` guarantees those: see there.
+A corpus of captions yields whole words, but not necessarily the short pieces that a task needs as single tokens, such
+as one amino acid per token in "M K L V". `train(..., always=[" K", ...])` guarantees those.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """Byte-level BPE writes each byte as one visible letter: itself if printable, else one from U+0100 on."""
+    """Byte-level BPE represents each byte by one visible letter: itself if printable, else one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(NUM_BYTES) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -55,7 +55,7 @@ def _byte_of_letter() -> dict[str, int]:
 
 
 def _id_pieces(bpe: Tokenizer) -> list[bytes | None]:
-    """The bytes of every id, None for special ones and gaps; TokenizerError for a vocabulary of another kind."""
+    """The bytes of every id; None for special ids and gaps. TokenizerError for another kind of vocabulary."""
     letters, added = _byte_of_letter(), bpe.get_added_tokens_decoder()
     vocabulary = {id_: token for token, id_ in bpe.get_vocab(with_added_tokens=True).items()}
     pieces: list[bytes | None] = [None] * (max(vocabulary, default=-1) + 1)
@@ -78,7 +78,7 @@ def _id_pieces(bpe: Tokenizer) -> list[bytes | None]:
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer, in its JSON form, that puts no space before a text; None if nothing is left."""
+    """A normalizer or pre-tokenizer, as JSON, without the part that adds a space before a text; None if empty."""
     if not isinstance(part, dict) or part["type"] == "Prepend":
         return None
     exact = {"add_prefix_space": False, "prepend_scheme": "never"}
@@ -88,7 +88,7 @@ def _without_prefix(part: Any) -> Any:
 
 
 class TextTokenizer:
-    """Ids 0 to `vocab_size - 1`, each standing for a few bytes. Equal files give equal ids everywhere."""
+    """Ids 0 to `vocab_size - 1`, each standing for a few bytes. Equal files give equal ids on every machine."""
 
     def __init__(self, bpe: Tokenizer) -> None:
         bpe.encode_special_tokens = True  # "<s>" in a text is four letters
@@ -117,7 +117,7 @@ class TextTokenizer:
         return len(self._bytes)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a string; empty for "". TokenizerError for what UTF-8 (lone surrogates) or the vocabulary lacks."""
+        """Ids of a string. TokenizerError for text that UTF-8 (lone surrogates) or the vocabulary lacks."""
         if not isinstance(text, str):
             raise TokenizerError(f"The text tokenizer encodes str; received {type(text).__name__}.")
         try:
@@ -134,7 +134,7 @@ class TextTokenizer:
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The string of ids; bytes that are no UTF-8, which only a model writes, become U+FFFD."""
+        """The string of ids. Bytes that are not UTF-8, which only a model generates, become U+FFFD."""
         return b"".join(self.id_bytes(id_) for id_ in ids).decode("utf-8", errors="replace")
 
     def id_bytes(self, id_: int) -> bytes:
@@ -147,13 +147,13 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, always: Sequence[str] = ()) -> TextTokenizer:
-        """Learn merges from texts until there are `vocab_size` ids, or no pair is seen twice.
+        """Learn merges from texts until there are `vocab_size` ids, or no pair occurs twice.
 
-        always: strings that must become exactly one id wherever they stand as a piece of their own (" K" in
-        "M K L"). Byte-pair encoding merges the most frequent pair first, so each of them is added once more often
-        than the most frequent pair of bytes in `texts`: some pair inside an unfinished one then always comes before
-        every other merge. Two runs on the same texts give the same file.
-        TokenizerError if vocab_size is under 256 or too small for `always`, or if one of these is not one piece
+        always: strings that become exactly one id wherever they are a separate piece (" K" in "M K L"). Byte-pair
+        encoding merges the most frequent pair first, so each of them is added once more often than the most frequent
+        pair of bytes in `texts` occurs: a pair inside an unfinished one then precedes every other merge. Two runs on
+        the same texts give the same file.
+        TokenizerError if vocab_size is below 256 or too small for `always`, or if one of these is not a single piece
         (a word or sign with at most one space before it).
         """
         if vocab_size < NUM_BYTES:
@@ -186,7 +186,7 @@ class TextTokenizer:
 
     @classmethod
     def adopt(cls, bpe: Tokenizer) -> TextTokenizer:
-        """The tokenizer of a foreign language model, made exact: no space is put before a text, nothing is cut off.
+        """The tokenizer of another language model, made exact: no space is added before a text, nothing is truncated.
 
         TokenizerError if it is neither byte-level nor falls back to bytes.
         """
@@ -196,7 +196,7 @@ class TextTokenizer:
         return cls(Tokenizer.from_str(json.dumps(spec)))
 
     def fingerprint(self) -> str:
-        """sha256 of the saved form: two tokenizers with one fingerprint give the same ids."""
+        """sha256 of the saved form: tokenizers with equal fingerprints give equal ids."""
         return hashlib.sha256(self._bpe.to_str().encode()).hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -223,7 +223,7 @@ def train_text_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
 
     recipe: `vocab_size`; `data`, the folder of the built sets; `corpus`, a list of {file, fields, weight}, the files
     being .jsonl or .json under `data` or else among the recipes; `texts`, strings given in place, which count
-    `texts_weight` times (1); `always`, as for `TextTokenizer.train`. Lines of the test split are not learnt from:
+    `texts_weight` times (1); `always`, as for `TextTokenizer.train`. Lines of the test split are not used:
     training.json says how many bytes an id covers on them. A corpus file that was not built is left out with a
     warning; TokenizerError if nothing at all is left, or for an unknown key.
     """

@@ -1,10 +1,10 @@
-"""Video to a space-time grid of codes and back: one code for 4 frames of 8x8 pixels.
+"""Video to a space-time grid of codes and back: one code per 4 frames of 8x8 pixels.
 
 The image tokenizer's autoencoder with a third axis: tubelets instead of patches (ViViT, arXiv 2103.15691),
-3-D depthwise convolutions, finite scalar quantisation (2309.15505). Eight frames of 64x64 are 128 codes, so
-still content is coded once per four frames instead of four times. With `causal` a step of four frames depends on
-nothing after it (as in MAGVIT-v2, 2310.05737): a still is a clip of one step, and streams of any length
-are encoded and decoded frame by frame (`encode_stream`, `decode_stream`).
+3-D depthwise convolutions, finite scalar quantization (2309.15505). Eight frames of 64x64 pixels become 128 codes, so
+static content is coded once per four frames. With `causal`, a step of four frames depends only on earlier frames
+(as in MAGVIT-v2, 2310.05737): a still image is a clip of one step, and streams of any length are encoded and decoded
+step by step (`encode_stream`, `decode_stream`).
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from anytoken.tokenizers.modules.quantizer import Quantizer, QuantizerConfig
 STEP_FRAMES = 4
 MAX_STEPS = 2
 TUBELET = (STEP_FRAMES, PATCH_PX, PATCH_PX)
-PATCH = 3 * math.prod(TUBELET)  # numbers a code
+PATCH = 3 * math.prod(TUBELET)  # values per code
 KERNEL = (3, 5, 5)
-Past = tuple[Any, Any]  # what encoder and decoder have seen of a stream, None at its start
+Past = tuple[Any, Any]  # cached inputs of the encoder and the decoder of a stream, None at its start
 
 
 def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarray:
-    """Frames uint8 [T, H, W, 3] as they are encoded: whole steps and patches, the longer side `side_px`."""
+    """Frames uint8 [T, H, W, 3] to encode: whole steps and patches, the longer side `side_px`."""
     count, height, width, _ = clip.frames.shape
     frames = STEP_FRAMES * min(max_steps, max(1, round(count / STEP_FRAMES)))
     rows, cols = fit_side(height, width, side_px)
@@ -59,7 +59,7 @@ def fit_clip(clip: Video, side_px: int, max_steps: int = MAX_STEPS) -> np.ndarra
 
 
 def _whole_steps(clips: Iterable[Video], side_px: int) -> Iterator[np.ndarray]:
-    """Frames uint8 [4, H, W, 3] of clips in turn, scaled as those of the first one are."""
+    """Successive frames uint8 [4, H, W, 3] of the clips, scaled like the first one."""
     waiting: list[np.ndarray] = []
     size: tuple[int, int] | None = None
     for clip in clips:
@@ -80,11 +80,11 @@ def _whole_steps(clips: Iterable[Video], side_px: int) -> Iterator[np.ndarray]:
 
 @register_modality
 class VideoTokenizer(ModalityTokenizer):
-    """4 frames of 8x8 pixels a code. `encode` scales the longer side to `side_px` and takes 4 to 4 * max_steps frames.
+    """One code per 4 frames of 8x8 pixels. `encode` scales the longer side to `side_px`, for 4 to 4 * max_steps frames.
 
-    The number of frames becomes the nearest multiple of 4, spread evenly over the clip (a single frame is repeated).
-    Decoded video runs at `frame_rate_hz` frames a second; the clip's own rate is not part of the codes. `candidates`:
-    as of a picture tokenizer, tried step by step, if causal.
+    The number of frames becomes the nearest multiple of 4, sampled evenly from the clip (a single frame is repeated).
+    Decoded video has `video_frame_rate_hz` frames per second; the clip's own rate is not coded. `candidates`: as in
+    ImageTokenizer, tried step by step; only if causal.
     """
 
     kind = "video"
@@ -110,7 +110,7 @@ class VideoTokenizer(ModalityTokenizer):
             "video_frame_rate_hz": video_frame_rate_hz,
         }  # fmt: skip
         check_side_px(side_px)
-        # Files from before there was a choice do not write it.
+        # Older files do not have these keys.
         config |= {"max_steps": max_steps} if max_steps != MAX_STEPS else {}
         config |= {"causal": True} if causal else {}
         config |= {"candidates": candidates} if candidates != 1 else {}
@@ -166,7 +166,7 @@ class VideoTokenizer(ModalityTokenizer):
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """Clips to codes; clips of one size share a forward pass."""
+        """Clips to codes; clips of the same size share a forward pass."""
         clips = [self._prepare(segment) for segment in segments]
         result: dict[int, Codes] = {}
         shapes = [clip.shape for clip in clips]
@@ -181,9 +181,9 @@ class VideoTokenizer(ModalityTokenizer):
     def _quantized(
         self, latent: Tensor, x: Tensor, past: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """Codes [B, N, 1] of latents [B, D, steps, rows, cols] of tubelets x, and what the decoder has seen with them.
+        """Codes [B, N, 1] of latents [B, D, steps, rows, cols] of tubelets x, and the decoder's cache after them.
 
-        With candidates, those of each step that decode best after the steps before.
+        With candidates, those of each step with the best reconstruction, given the steps before.
         """
         flat = latent.flatten(2).transpose(1, 2)
         if (count := self.config.get("candidates", 1)) == 1:
@@ -203,7 +203,7 @@ class VideoTokenizer(ModalityTokenizer):
     def _next_step(
         self, codes: Tensor, size: Sequence[int], past: list[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Tubelets of codes [B, N, Q] of a causal tokenizer after what the decoder has seen, and that with them."""
+        """Tubelets of the next codes [B, N, Q] of a causal tokenizer, given the decoder's cache; and the new cache."""
         trunk, norm, out = list[Any](self.decoder)
         vectors = self._lookup(codes)
         x, past = trunk.step(vectors.transpose(1, 2).unflatten(2, tuple(size)), past)
@@ -224,13 +224,13 @@ class VideoTokenizer(ModalityTokenizer):
             result.update({i: Video(clip, rate) for i, clip in zip(rows, clips, strict=True)})
         return [result[i] for i in range(len(codes))]
 
-    # ---- frames as they come ----
+    # ---- streams ----
 
     def encode_stream(self, clips: Iterable[Video]) -> Iterator[Codes]:
-        """The codes of each step of four frames once they are there: those that `encode` gives for all frames at once.
+        """Yield the codes of each step of four frames as soon as possible; they equal those of `encode` for all frames.
 
-        clips: pieces of any number of frames, of one size. A last step that is not whole repeats its last frame. There
-        is no longest stream. TokenizerError if this tokenizer is not causal, or the size changes.
+        clips: pieces of any number of frames, all of one size. An incomplete last step repeats its last frame. The
+        length is unlimited. TokenizerError if this tokenizer is not causal, or the size changes.
         """
         self._check_causal()
         past: Past = (None, None)
@@ -239,7 +239,7 @@ class VideoTokenizer(ModalityTokenizer):
             yield codes
 
     def decode_stream(self, codes: Iterable[Codes]) -> Iterator[Video]:
-        """The frames of each piece of one or more steps, as `decode` gives them for all codes at once.
+        """Yield the frames of each piece of one or more steps; they equal those of `decode` for all codes.
 
         TokenizerError if this tokenizer is not causal, or codes do not fit.
         """
@@ -253,7 +253,7 @@ class VideoTokenizer(ModalityTokenizer):
     def _check_causal(self) -> None:
         if not self.causal:
             raise TokenizerError(
-                "Only a causal video tokenizer takes frames as they come: train it with config.causal=true."
+                "Only a causal video tokenizer can stream: train it with config.causal=true."
             )
 
     @torch.inference_mode()
@@ -262,8 +262,8 @@ class VideoTokenizer(ModalityTokenizer):
         clip = as_bytes(frames)[None].transpose(1, 2)
         x = from_bytes(patchify(clip, TUBELET).to(self.device))
         latent, seen = trunk.step(into(x), past[0])
-        codes, told = self._quantized(norm(latent), x, past[1])
-        return Codes(codes[0].cpu().numpy(), tuple(latent.shape[2:])), (seen, told)
+        codes, decoded = self._quantized(norm(latent), x, past[1])
+        return Codes(codes[0].cpu().numpy(), tuple(latent.shape[2:])), (seen, decoded)
 
     @torch.inference_mode()
     def _decode_step(self, codes: Codes, past: list[Tensor] | None) -> tuple[np.ndarray, list[Tensor]]:
@@ -272,5 +272,5 @@ class VideoTokenizer(ModalityTokenizer):
         return unpatchify(to_bytes(x), TUBELET).movedim(1, -1)[0].cpu().numpy(), past
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
-        """Quantised vectors [K, width] in the decoder's input space."""
+        """Quantized vectors [K, width] in the decoder's input space."""
         return self.quantize.codebook(codebook)

@@ -1,68 +1,32 @@
 """What happens around the steps of a run: the bar, the time limit, held-out losses, samples, the page."""
 
+from __future__ import annotations
+
 import sys
 import time
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from anytoken.data.mixture import Mixture
-from anytoken.data.packing import PackedStream
 from anytoken.model.attention import usable_attention
-from anytoken.training.config import TrainConfig
-from anytoken.training.interrupts import GracefulStop
-from anytoken.training.lora import LanguageModel, base_model
+from anytoken.training.lora import base_model
 from anytoken.training.losses.balanced import CONTROL
 from anytoken.training.losses.modality_integration_rate import integration_rates
 from anytoken.training.metrics import LossMeter
-from anytoken.training.optim.lr_schedule import Schedule
-from anytoken.training.report.html import HtmlReport
-from anytoken.training.report.samples import Sampler
 from anytoken.training.step import ModelWithLoss, packed_inputs
 
-
-class Run(Protocol):
-    """What the callback asks of the run that it belongs to: a `StageTrainer`."""
-
-    stage: TrainConfig
-    args: TrainingArguments
-    model: Any
-    folder: Path
-    micro_batch: int
-    schedule: Schedule
-    meter: LossMeter
-    stop: GracefulStop
-    held_out: Mixture | None
-    page: HtmlReport
-    sampler: Sampler
-
-    @property
-    def lm(self) -> LanguageModel:
-        """The language model that is trained."""
-
-    @property
-    def weights_are_sharded(self) -> bool:
-        """Whether no process has the whole model."""
-
-    def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
-        """The packed batches of a mixture for this process."""
-
-    def is_world_process_zero(self) -> bool:
-        """Whether this process writes."""
-
-    def log_held_out(self, step: int, report: dict[str, Any]) -> dict[str, float]:
-        """Write one line of held-out metrics; returns them under flat names."""
+if TYPE_CHECKING:
+    from anytoken.training.trainer import StageTrainer
 
 
 class TrainingCallback(TrainerCallback):
     """Progress bar, time limit, samples and held-out losses."""
 
-    def __init__(self, trainer: Run) -> None:
+    def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
         self.unsaved = 0.0  # seconds since the last state
 

@@ -1,6 +1,6 @@
 """The recipe schema: a stage of training as data.
 
-A stage names where the weights come from, what data in which views, what is trained, and where the checkpoint
+A stage defines the initial weights, the data and its views, the trainable parameters, and where the checkpoint
 goes. Unknown keys are errors. Any value can be overridden from the command line as ``a.b=value``
 (``data.0.weight=2``). Relative paths start at the working directory (those of data at ``data_root``), so
 recipes can be copied anywhere.
@@ -41,8 +41,8 @@ AUTO = "auto"  # the view that stands for all that a set's records can teach
 class TrainConfig(Settings):
     """One training run.
 
-    ``tokens_per_batch`` counts all ids of one optimizer step: of all processes, and of all its
-    ``gradient_accumulation_steps`` micro-batches. It does not change with the number of processes, which share the rows
+    ``tokens_per_batch`` counts all ids of one optimizer step, over all processes and all
+    ``gradient_accumulation_steps`` micro-batches. It does not depend on the number of processes, which share the rows
     of each micro-batch.
     """
 
@@ -54,7 +54,7 @@ class TrainConfig(Settings):
     )
     model: dict[str, Any] = Field(default={}, description="for scratch: overrides of AnyTokenConfig")
     modalities: dict[str, str] = Field(
-        default={}, description="to add to a checkpoint: new modality -> tokenizer folder"
+        default={}, description="modalities to add to a checkpoint: name -> tokenizer folder"
     )
     replace_tokenizers: dict[str, str] = Field(
         default={},
@@ -95,7 +95,7 @@ class TrainConfig(Settings):
     loss: LossSpec = LossSpec()
     pcgrad: bool = Field(
         default=False,
-        description="project conflicting gradients of modalities (PCGrad); a backward pass for each",
+        description="project conflicting gradients of modalities (PCGrad); one backward pass per modality",
     )
     moe: MoeSpec = MoeSpec()
     eval: EvalSpec = EvalSpec()
@@ -121,16 +121,16 @@ class TrainConfig(Settings):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="fp32",
-        description="of matrix products (weights stay float32); auto: bf16 if it is faster on this machine",
+        description="data type of matrix products (weights stay float32); auto: bf16 if faster on this machine",
     )
     attention: Literal[
         "auto", "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"
     ] = Field(
         default="auto",
-        description="auto: FlashAttention where its package, a CUDA device and precision bf16 are there; eager on a "
+        description="auto: FlashAttention if its package, a CUDA device and precision bf16 are available; eager on a "
         "CPU with bf16 and short contexts; else sdpa",
     )
-    seed: int = Field(default=0, description="of data order, initialization and dropout")
+    seed: int = Field(default=0, description="random seed of data order, initialization and dropout")
     compile: bool | Literal["auto"] = Field(
         default=False,
         description="compile the decoder layers with torch.compile: a minute of compilation, then faster steps; auto: "
@@ -142,7 +142,7 @@ class TrainConfig(Settings):
     )
     log_every: int = Field(default=20, gt=0, description="steps between lines of metrics.jsonl")
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
-        default=[], description="experiment trackers that receive the metrics too"
+        default=[], description="experiment trackers to which metrics are also sent"
     )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; by default PyTorch's own choice"
@@ -301,7 +301,7 @@ class TrainConfig(Settings):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
-        """Read a recipe and apply ``a.b=value`` overrides; ConfigError names whatever is wrong."""
+        """Read a recipe and apply ``a.b=value`` overrides; ConfigError says what is wrong."""
         return cls.from_dict(apply_overrides(read_recipe(path), overrides), source=str(path))
 
     @classmethod

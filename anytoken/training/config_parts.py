@@ -18,10 +18,10 @@ class OptimizerSpec(Settings):
     muon_lr: float = Field(
         default=0.02,
         gt=0,
-        description="of hidden matrices [A, B]: times sqrt(max(1, A / B)); the same schedule",
+        description="learning rate of hidden matrices [A, B], scaled by sqrt(max(1, A / B)); same schedule",
     )
     weight_decay: float = Field(
-        default=0.1, ge=0, description="of matrices; norms, biases and embeddings have none"
+        default=0.1, ge=0, description="weight decay of matrices; norms, biases and embeddings have none"
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment coefficients")
     eps: float = Field(default=1e-8, description="AdamW's epsilon")
@@ -29,8 +29,8 @@ class OptimizerSpec(Settings):
 
 
 class ScheduleSpec(Settings):
-    """Learning rate over the steps, or over ``max_minutes`` where they are over first: warm-up, then cosine, WSD (flat,
-    then linear decay) or constant."""
+    """Learning rate over the steps, or over ``max_minutes`` if they end first: warm-up, then cosine, WSD (flat, then
+    linear decay) or constant."""
 
     kind: Literal["cosine", "wsd", "constant"] = Field(
         default="wsd", description="shape after warm-up: cosine, wsd (flat, then linear decay) or constant"
@@ -45,7 +45,7 @@ class ScheduleSpec(Settings):
 
 
 class LossSpec(Settings):
-    """How the losses of the modalities become one number."""
+    """How the losses of the modalities are combined."""
 
     modality_weights: Literal["equal", "tokens"] | dict[str, float] = Field(
         default="equal",
@@ -67,7 +67,7 @@ class LossSpec(Settings):
 
 
 class MoeSpec(Settings):
-    """What keeps the experts' load even: losses, over all tokens and within each modality, or a bias."""
+    """Load balancing of the experts: losses over all tokens and within each modality, or a bias."""
 
     router_aux_loss: float = Field(
         default=0.01, ge=0, description="coefficient of the load-balance loss over all tokens"
@@ -85,9 +85,10 @@ class EvalSpec(Settings):
     """Held-out loss per modality."""
 
     every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
-    first: bool = Field(default=False, description="also before the first step: what training has to beat")
+    first: bool = Field(default=False, description="also evaluate before the first step, as a baseline")
     modality_integration_rate: bool = Field(
-        default=False, description="also how far each modality's hidden states lie from text's (MIR)"
+        default=False,
+        description="also report the distance of each modality's hidden states from those of text (MIR)",
     )
     batches: int = Field(default=8, ge=1, description="batches per evaluation and source")
     data: list[SourceSpec] = Field(default=[], description="held-out sources")
@@ -99,7 +100,7 @@ class EarlyStoppingSpec(Settings):
     metric: str = Field(
         default="bits",
         pattern=r"^bits(/.+)?$",
-        description="bits: the mean over modalities; bits/KIND: of one modality; with contrastive of one view",
+        description="bits: the mean over modalities; bits/KIND: one modality, or one view with contrastive",
     )
     patience: int = Field(default=3, ge=1, description="evaluations in a row without improvement")
     min_delta: float = Field(default=0.0, ge=0, description="smallest decrease that counts, in bits")
@@ -111,10 +112,10 @@ class LossGuardSpec(Settings):
     factor: float = Field(
         default=2.0,
         gt=1,
-        description="smoothed loss over its minimum that is too much (and 0.5 nats above it)",
+        description="ratio of the smoothed loss to its minimum that counts as exploded (and 0.5 nats above it)",
     )
     steps: int = Field(
-        default=200, ge=1, description="steps in a row above it; half as many are smoothed over"
+        default=200, ge=1, description="steps in a row above that ratio; the smoothing spans half as many"
     )
 
 
@@ -128,7 +129,7 @@ class SamplePrompt(Settings):
 
 
 class SampleSpec(Settings):
-    """Replies for the report, within a share of the training time."""
+    """Sample replies for the report, within a share of the training time."""
 
     every: int = Field(default=0, ge=0, description="steps between samples; 0: only at the end")
     prompts: list[SamplePrompt] = Field(default=[], description="prompts to answer in the report")
@@ -144,7 +145,9 @@ class LoraSpec(Settings):
     alpha: int = Field(default=32, ge=1, description="scale: alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r), arXiv 2312.03732")
-    dora: bool = Field(default=False, description="magnitude apart from direction, arXiv 2402.09353")
+    dora: bool = Field(
+        default=False, description="train magnitude and direction separately, arXiv 2402.09353"
+    )
     start: str | None = Field(
         default=None, description="an adapter folder with the same settings to start from"
     )
@@ -159,10 +162,12 @@ class LoraSpec(Settings):
 class ContrastiveSpec(Settings):
     """An embedding head, trained on pairs; see ``contrastive.py`` for the terms. A view's two sides are a pair."""
 
-    batch: int = Field(default=256, ge=2, description="pairs of one step, of all processes")
-    chunk: int = Field(default=64, ge=1, description="sequences of one forward pass (GradCache)")
-    width: int = Field(default=256, ge=1, description="dimensions of the vectors")
-    widths: list[int] = Field(default=[], description="prefixes that are vectors too (Matryoshka)")
+    batch: int = Field(default=256, ge=2, description="pairs per step, over all processes")
+    chunk: int = Field(default=64, ge=1, description="sequences per forward pass (GradCache)")
+    width: int = Field(default=256, ge=1, description="dimension of the vectors")
+    widths: list[int] = Field(
+        default=[], description="prefix widths that are also trained as vectors (Matryoshka)"
+    )
     temperature: float = Field(default=0.07, gt=0, description="initial value; it is learned")
     positives: str | None = Field(default=None, description="a key: records with equal values are positives")
     graded: float = Field(default=0.0, ge=0, description="sharpness of graded targets (CWCL); 0: none")
@@ -171,21 +176,19 @@ class ContrastiveSpec(Settings):
         default=0.0, ge=0, description="weight of consistency within modalities (CyCLIP)"
     )
     hard_negatives: float = Field(
-        default=0.0, ge=0, description="how much nearer negatives count for; 0: alike"
+        default=0.0, ge=0, description="additional weight of hard negatives; 0: none"
     )
     noise: float = Field(
-        default=0.0, ge=0, description="how much unlikely pairs are distrusted; 0: not at all"
+        default=0.0, ge=0, description="how much unlikely pairs are down-weighted; 0: not at all"
     )
-    weight_by: str | None = Field(
-        default=None, description="a key: how much a record's pair counts, 0 or more"
-    )
+    weight_by: str | None = Field(default=None, description="a key: the weight of a record's pair, 0 or more")
     teacher: str | None = Field(
-        default=None, description="'momentum', or a folder with a head; its retrieval is learned too"
+        default=None, description="'momentum', or a folder with a head whose retrieval is distilled"
     )
     teacher_weight: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's loss")
-    momentum: float = Field(default=0.995, ge=0, lt=1, description="of the momentum teacher, per step")
+    momentum: float = Field(default=0.995, ge=0, lt=1, description="decay of the momentum teacher per step")
     compatible: str | None = Field(
-        default=None, description="a folder with an older head, whose indexes stay usable (XBT)"
+        default=None, description="a folder with an older head whose indexes stay usable (XBT)"
     )
     compatible_weight: float = Field(
         default=1.0, gt=0, description="weight of the backward-compatibility loss"
@@ -195,25 +198,27 @@ class ContrastiveSpec(Settings):
 class CodecSpec(Settings):
     """A codec of transformers as a tokenizer; see ``tokenizers/pretrained.py``."""
 
-    source: str = Field(description="a folder or hub id, of the codec or of a model that holds it")
+    source: str = Field(description="a folder or hub id of the codec or of a model that contains it")
     config: dict[str, Any] = Field(
-        description="its model_type and the sizes that are not transformers' own, to plan with it without a download"
+        description="its model_type and the sizes that differ from transformers' defaults, to plan without a download"
     )
-    settings: dict[str, Any] = Field(default={}, description="of the tokenizer: num_codebooks, side_px, ...")
+    settings: dict[str, Any] = Field(
+        default={}, description="settings of the tokenizer: num_codebooks, side_px, ..."
+    )
 
 
 class BackboneSpec(Settings):
     """A language model and codecs from which the checkpoint ``init_from`` is built if it does not exist."""
 
     model: str = Field(description="a causal language model: a folder or hub id")
-    config: str = Field(description="its configuration, a .json, to plan with it without a download")
+    config: str = Field(description="its configuration as .json, to plan without a download")
     codecs: dict[str, CodecSpec] = Field(min_length=1, description="codec per modality")
 
 
 class DistributedSpec(Settings):
-    """What the launcher must have started (torchrun); a different world size is an error, never ignored."""
+    """Distribution over processes, which the launcher (torchrun) starts; another world size is an error."""
 
-    world_size: int = Field(default=1, ge=1, description="processes the launcher must have started")
+    world_size: int = Field(default=1, ge=1, description="number of processes that the launcher starts")
     deepspeed: str | None = Field(default=None, description="a DeepSpeed JSON: stages/scale/deepspeed/*.json")
     mesh: str | dict[str, Any] | None = Field(
         default=None,
@@ -225,5 +230,5 @@ class DistributedSpec(Settings):
 
     @property
     def engine(self) -> Literal["deepspeed", "mesh", "ddp"]:
-        """What shares the work; the states of one are not for another."""
+        """The engine that distributes training; states cannot be resumed with another one."""
         return "deepspeed" if self.deepspeed else "ddp" if self.mesh is None else "mesh"

@@ -1,4 +1,4 @@
-"""Where a run begins: the processor and the model that a stage's ``init_from`` names."""
+"""Initialize a run: load or build the processor and the model that a stage's ``init_from`` names."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""How a run ends before its end: asked to by a signal, or because a number is none.
+"""How a run ends early: by a signal, or on a non-finite loss.
 
-Ctrl-C (or SIGTERM, which schedulers send before they take a machine away) lets the present step finish and saves it;
-a second one acts at once. A loss or gradient that is not finite stops the run before it reaches the weights, and
-leaves the batch that made it for a look.
+Ctrl-C (or SIGTERM, which schedulers send before they reclaim a machine) finishes the current step and saves it; a
+second one stops at once. A non-finite loss or gradient stops the run before it reaches the weights, and its batch is
+saved for inspection.
 """
 
 import json
@@ -78,10 +78,10 @@ class Noted:
 
 
 class FiniteCheck:
-    """Losses and norms of so many steps, looked at together, with the batches they are of.
+    """Losses and gradient norms of the last `steps` steps, checked together, with their batches.
 
-    On a CPU every number is looked at as it comes, so a bad one never reaches the weights. On a GPU looking means
-    waiting, so it is done every so many steps, before each line of the log and before each state is saved: weights may
+    On a CPU every value is checked at once, so a bad one never reaches the weights. On a GPU checking means waiting,
+    so it is done every `steps` steps, before each line of the log and before each state is saved: weights may
     be broken by then, a saved state never is.
     """
 

@@ -1,4 +1,4 @@
-"""What training reports: loss, accuracy and bits per group, tokens a second, expert load, as JSON lines."""
+"""Training metrics as JSON lines: loss, accuracy and bits per group, tokens per second, expert load."""
 
 import json
 import os

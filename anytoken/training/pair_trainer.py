@@ -36,8 +36,6 @@ from anytoken.training.initialize import checkpoint_folder
 from anytoken.training.lora import LanguageModel, base_model
 from anytoken.training.losses.balanced import LossParts
 from anytoken.training.metrics import LossMeter
-from anytoken.training.optim.muon import make_optimizer
-from anytoken.training.optim.param_groups import parameter_groups
 from anytoken.training.pairs import PairMixture, PairStream, collate
 from anytoken.training.trainer import StageTrainer
 from anytoken.utils.distributed import sum_over_processes
@@ -257,17 +255,12 @@ class PairTrainer(StageTrainer):
         """What is trained."""
         return self.accelerator.unwrap_model(self.model)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's, over the head too; its matrices have weight decay."""
-        if self.optimizer is None:
-            spec, head = self.stage.optimizer, self.encoder.head
-            groups = parameter_groups(base_model(self.lm), spec.weight_decay)
-            matrices = [one for one in head.parameters() if one.ndim == 3]
-            rest = [one for one in head.parameters() if one.ndim != 3]
-            groups += [{"params": matrices, "weight_decay": spec.weight_decay}]
-            groups += [{"params": rest, "weight_decay": 0.0}]
-            self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
-        return self.optimizer
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Those of the model and of the head, whose matrices have weight decay."""
+        decay, head = self.stage.optimizer.weight_decay, list(self.encoder.head.parameters())
+        matrices = {"params": [one for one in head if one.ndim == 3], "weight_decay": decay}
+        rest = {"params": [one for one in head if one.ndim != 3], "weight_decay": 0.0}
+        return [*super().optimizer_groups(), matrices, rest]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None

@@ -1,7 +1,7 @@
-"""A recipe's data as the mixture wants it: tokenized sets, and views that are written out.
+"""Prepare a recipe's data for the mixture: tokenized sets and explicit views.
 
-A source may be raw, as a user has it (``data.train=mine.jsonl``): it is tokenized once into the run's own folder,
-where a run that goes on finds it again. The view ``auto`` stands for all that its records can teach.
+A raw source (``data.train=mine.jsonl``) is tokenized once into the run's folder, where a resumed run finds it. The view
+``auto`` stands for all views that its records allow.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What a run is made of, for its report: the code, the machine, the model's size, and the data by their checksums."""
+"""Metadata of a run for its report: the code, the machine, the model's size, and the data with checksums."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""How every training recipe is read, a stage's and a tokenizer's: strict settings, a YAML file, and overrides."""
+"""Read training recipes of stages and tokenizers: strict settings, a YAML file, and overrides."""
 
 from collections.abc import Sequence
 from copy import deepcopy

@@ -1,7 +1,7 @@
 """One training step's forward pass: a packed batch to its loss, and what the log says of it.
 
-The host never waits for the device in here, so that it stays ahead of it: where samples begin and how targets fall into
-classes, which the host has to know, is found before the batch is sent to the device (`with_layout`).
+The host never waits for the device here: what it has to know (where samples begin, the classes of targets) is computed
+before the batch is sent to the device (`with_layout`).
 """
 
 import logging

@@ -1,9 +1,9 @@
 """The training loop: transformers' Trainer with packed data, losses on hidden states, and metrics per
 modality.
 
-``train(stage)`` runs a recipe and leaves a checkpoint folder that ``anytoken.load`` opens. A killed run goes
-on from its last saved step and meets the same losses as one that was never killed (``checkpoint.py``); Ctrl-C saves
-first, and a loss that is not finite stops the run (``interrupts.py``).
+``train(stage)`` runs a recipe and writes a checkpoint folder that ``anytoken.load`` opens. A killed run resumes from
+its last saved step with the same losses as an uninterrupted one (``checkpoint.py``); Ctrl-C saves first, and a
+non-finite loss stops the run (``interrupts.py``).
 """
 
 import dataclasses
@@ -174,11 +174,15 @@ class StageTrainer(Trainer):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """What is trained, in groups with their weight decay."""
+        return parameter_groups(base_model(self.lm), self.stage.optimizer.weight_decay)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, fused, with weight decay on matrices only; or Muon for the hidden matrices."""
         if self.optimizer is None:
             spec = self.stage.optimizer
-            groups = param_groups_by_mesh(parameter_groups(base_model(self.lm), spec.weight_decay))
+            groups = param_groups_by_mesh(self.optimizer_groups())
             self.weight_decays = [group["weight_decay"] for group in groups]
             self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
         return self.optimizer
@@ -412,9 +416,9 @@ class StageTrainer(Trainer):
 def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     """Run a stage and return its output folder; a finished run is kept, an unfinished one is resumed.
 
-    answer: answers the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
-    ConfigError if the output folder holds a run with other settings or data; Interrupted if it was asked to stop,
-    and saved; DivergenceError for a loss that explodes or is not finite; SaveError if the disk does not take a state.
+    answer: generates the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
+    ConfigError if the output folder contains a run with other settings or data; Interrupted if the run was stopped
+    and saved; DivergenceError for an exploding or non-finite loss; SaveError if a state cannot be written.
     """
     if is_finished(stage):
         return Path(stage.output)

@@ -1,1 +1,1 @@
-"""What every room needs: files written whole, JSON lines, devices, processes, error classes."""
+"""Common utilities: atomic file writing, JSON lines, devices, processes, error classes."""

@@ -1,4 +1,4 @@
-"""What is computed on: which device, how many threads, and what a device is told once."""
+"""Devices and threads: choosing a device, limiting threads, and constants cached on a device."""
 
 from __future__ import annotations
 

@@ -1,24 +1,26 @@
-"""The errors of this package. All are ValueErrors: what was received, what is allowed, what to do."""
+"""The errors of this package. All are ValueErrors that say what was received, what is allowed and what to do."""
+
+import re
 
 
 class AnyTokenError(ValueError):
-    """Whatever this package finds wrong with what it was given."""
+    """Base class of the errors that users can correct."""
 
 
 class SegmentError(AnyTokenError):
-    """A file or value that cannot become, or be saved as, a segment of the asked kind."""
+    """A file or value that cannot become, or be saved as, a segment of the requested kind."""
 
 
 class TokenizerError(AnyTokenError):
-    """A segment that cannot be encoded, codes that cannot be decoded, or a tokenizer folder that is unusable."""
+    """A segment that cannot be encoded, codes that cannot be decoded, or an unusable tokenizer folder."""
 
 
 class TokenSpaceError(AnyTokenError):
-    """Ids that are outside the token space or that its grammar does not allow, or a space that does not fit."""
+    """Ids outside the token space or not allowed by its grammar, or a token space that does not fit."""
 
 
 class DataError(AnyTokenError):
-    """Training data that cannot be read, made or used."""
+    """Training data that cannot be read, built or used."""
 
 
 class ConfigError(AnyTokenError):
@@ -26,16 +28,22 @@ class ConfigError(AnyTokenError):
 
 
 class CheckpointError(AnyTokenError):
-    """A checkpoint, adapter or backbone that is missing or damaged, or does not fit what is asked of it."""
+    """A checkpoint, adapter or backbone that is missing, damaged or incompatible."""
 
 
 class RequestError(AnyTokenError):
-    """A prompt, a chat or an option of generation that this model cannot serve."""
+    """A prompt, chat or generation option that this model does not support."""
 
 
 class EvaluationError(AnyTokenError):
-    """Scores or benchmarks that cannot be made, read or compared."""
+    """Scores or benchmarks that cannot be computed, read or compared."""
 
 
 class WriteError(AnyTokenError):
-    """A place that cannot be written to, or that holds something else."""
+    """A path that cannot be written to, or that contains something else."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library says went wrong, without error numbers and the addresses of its buffers."""
+    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+    return re.sub(r"\[Errno -?\d+\] |:? '?<[^>]*>'?", "", str(said)).strip(" .")

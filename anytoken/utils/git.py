@@ -1,4 +1,4 @@
-"""Which code made a figure: the commit of the checkout it ran from."""
+"""The commit of the checkout that the code runs from, for figures."""
 
 import subprocess
 from pathlib import Path

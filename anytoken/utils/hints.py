@@ -1,4 +1,4 @@
-"""What an error says after a name that is unknown: the nearest known one. And pydantic's errors in words."""
+"""Hints for error messages: the nearest known name to an unknown one, and pydantic's errors in words."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How much one medium may take: the one table of limits, checked while files are decoded.
+"""The size limits of media, checked while files are decoded.
 
 A few kilobytes can decode to gigabytes: a gif of equal frames, flac of silence, gzipped letters, a sparse tar. So each
-reader counts what it has decoded so far and stops with a `MediaLimitError` that names the limit. The defaults take what
-people have; `with media_limits(max_seconds=7200):` changes them for all openers called inside, a plug-in's too.
+reader counts what it has decoded and stops with a `MediaLimitError` that names the limit. The defaults accept common
+files; `with media_limits(max_seconds=7200):` changes them for everything opened inside, including plug-in modalities.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNITS = {
 
 
 class MediaLimitError(SegmentError):
-    """A medium over a limit: `limit` is its name, `found` what was counted, `allowed` the limit's value."""
+    """A medium exceeds a limit: `limit` is its name, `found` the measured value, `allowed` the limit's value."""
 
     def __init__(self, name: object, limit: str, found: float, allowed: float, *, stopped: bool) -> None:
         self.limit, self.found, self.allowed = limit, found, allowed
@@ -41,12 +41,12 @@ class MediaLimitError(SegmentError):
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """The most that one medium may hold. ValueError for a limit that is no positive number.
+    """Limits for one medium. ValueError for a limit that is not a positive number.
 
-    max_bytes: of an encoded file that is read at once, a member of an archive, a JSON line. max_pixels: of an image
-    or a frame. max_frames: of a video or animation, as stored. max_seconds: of speech or video. max_letters: of a
-    text or DNA sequence. max_video_pixels: to decode of a video, in all frames. max_decoded_bytes: of samples kept
-    in memory; a video of more is kept at a lower frame rate.
+    max_bytes: an encoded file that is read at once, a member of an archive, a JSON line. max_pixels: an image or a
+    frame. max_frames: a video or animation, as stored. max_seconds: speech or video. max_letters: a text or DNA
+    sequence. max_video_pixels: all decoded frames of a video. max_decoded_bytes: decoded data in memory; a larger
+    video is read at a lower frame rate.
     """
 
     max_bytes: int = 1 << 28
@@ -64,7 +64,7 @@ class MediaLimits:
                 raise ValueError(f"{field.name} is a positive number; received {value!r}.")
 
     def check(self, limit: str, found: float, name: object, stopped: bool = False) -> None:
-        """MediaLimitError if `found` is over a limit; stopped: there may be more, it was not counted to the end."""
+        """MediaLimitError if `found` exceeds a limit; stopped: counting ended early, and there may be more."""
         allowed = getattr(self, limit)
         if found > allowed:
             raise MediaLimitError(name, limit, found, allowed, stopped=stopped)
@@ -75,15 +75,15 @@ _CURRENT: ContextVar[MediaLimits] = ContextVar("media_limits", default=DEFAULT)
 
 
 def current_limits() -> MediaLimits:
-    """The limits in force here."""
+    """The limits that apply here."""
     return _CURRENT.get()
 
 
 @contextmanager
 def media_limits(limits: MediaLimits | None = None, /, **changes: float) -> Iterator[MediaLimits]:
-    """Other limits for all media opened inside: a whole table, or changes of the present one by name.
+    """Change the limits for all media opened inside: a new table, or changes of the current one by name.
 
-    ValueError for a name that is no limit, or a value that is no positive number.
+    ValueError for an unknown limit, or a value that is not a positive number.
     """
     if unknown := sorted(set(changes) - set(UNITS)):
         raise ValueError(f"{unknown[0]!r} is not a limit; allowed: {', '.join(UNITS)}.")

@@ -21,5 +21,5 @@ def test_every_request_is_answered_or_refused():
 
 
 def test_a_server_that_does_not_start_is_an_error():
-    with pytest.raises(EvaluationError, match="did not start"), running_server("no-such-model", 1, 1):
+    with pytest.raises(EvaluationError, match="did not start"), running_server("no-such-model"):
         pass

@@ -9,7 +9,7 @@ import pytest
 
 from anytoken.data.records import RecordError
 from anytoken.data.sources import open_source, read_records
-from anytoken.data.tables import hub
+from anytoken.data.sources.tables import hub
 from anytoken.data.validate import Census, check_source
 from anytoken.segments import Image
 

@@ -100,7 +100,7 @@ def test_whole_voices_and_some_pairs_are_held_out() -> None:
     [("slt", "train", None), ("joe", "test", "spoken"), ("rms", "test", "voice")],
 )
 def test_a_line_says_its_split_and_why(voice: str, split: str, holdout: str | None) -> None:
-    line = speech._line(Utterance("red apple", "1F34E", True, voice, 1.15), 0.98765)
+    line = Utterance("red apple", voice, 1.15, "1F34E", core=True).line(0.98765)
     assert line == {
         "text": "red apple",
         "speech": f"audio/{voice}/1F34E-115.flac",
@@ -116,7 +116,7 @@ def test_a_line_says_its_split_and_why(voice: str, split: str, holdout: str | No
 
 
 def test_paths_have_no_sign_that_shells_or_globs_read() -> None:
-    path = Utterance("owl", "1F989", False, "en-us+f3", 0.9).path
+    path = Utterance("owl", "en-us+f3", 0.9, "1F989", core=False).path
     assert path.as_posix() == "audio/en-us_f3/1F989-90.flac"
 
 

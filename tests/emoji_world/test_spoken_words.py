@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from anytoken.data.dataset_card import read_lines, write_lines
-from anytoken.emoji_world import spoken_words
+from anytoken.emoji_world import speech, spoken_words
 from anytoken.emoji_world.speech import (
     Utterance,
 )
@@ -52,9 +52,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(spoken_words, "unpack", lambda name, cache: cache / name)
     monkeypatch.setattr(spoken_words, "sources", lambda names, cache: [])
     monkeypatch.setattr(spoken_words, "engine_sources", lambda: [])
-    monkeypatch.setattr(spoken_words, "require_engines", lambda: None)
-    monkeypatch.setattr(spoken_words, "ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(spoken_words, "render", lambda folder, model, job: 0.5)
+    monkeypatch.setattr(speech, "require_engines", lambda: None)
+    monkeypatch.setattr(speech, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(speech, "render", lambda folder, model, job: 0.5)
     (tmp_path / "emoji").mkdir()
     write_lines(tmp_path / "emoji" / "concepts.jsonl", [{"name": name} for name in sorted(NAMES)])
     return cache
@@ -106,7 +106,7 @@ def test_words_are_held_out_by_whoever_and_two_voices_whole() -> None:
     for job in plan(many, 3):
         expected = "word" if word_held_out(job.text) else "voice" if job.voice in TEST_FLITE else None
         assert job.holdout == expected
-    clash = Utterance("good luck", "1F340", False, "slt", 1.0).path
+    clash = Utterance("good luck", "slt", 1.0, "1F340", core=False).path
     assert SpokenText("good luck", "slt", 1.0).path != clash
 
 

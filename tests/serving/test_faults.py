@@ -2,17 +2,15 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import httpx
 import pytest
 
+from anytoken.benchmarks.serve import running_server
 from anytoken.inference.scheduler import Scheduler
 from anytoken.serving.settings import (
     ServerSettings,
@@ -212,39 +210,22 @@ def test_metrics_count_requests_and_tokens(server):
 
 
 def test_sigterm_answers_what_runs_and_ends(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    command = [sys.executable, "-m", "anytoken", "serve", "mini", "--port", str(port)]
-    log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(command, stderr=log, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + 90
-        while time.monotonic() < until and process.poll() is None:
-            try:
-                if httpx.get(f"{url}/readyz").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        answers = []
-        thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(url + CHAT, json=LONG, timeout=120))
-        )
-        thread.start()
-        while sum(metric(url, "anytoken_running")) < 1:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        thread.join(120)
-        assert (
-            answers[0].status_code == 200 and len(answers[0].json()["choices"][0]["message"]["segments"]) == 8
-        )
-        assert process.wait(60) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-    log.seek(0)
-    lines = [json.loads(line) for line in log.read().splitlines() if line.startswith("{")]
+    with (tmp_path / "log").open("w+") as log:
+        with running_server("mini", log=log, log_level="info") as (url, process):
+            answers = []
+            thread = threading.Thread(
+                target=lambda: answers.append(httpx.post(url + CHAT, json=LONG, timeout=120))
+            )
+            thread.start()
+            while sum(metric(url, "anytoken_running")) < 1:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            thread.join(120)
+            assert process.wait(60) in (0, -signal.SIGTERM)
+        assert answers[0].status_code == 200
+        assert len(answers[0].json()["choices"][0]["message"]["segments"]) == 8
+        log.seek(0)
+        lines = [json.loads(line) for line in log.read().splitlines() if line.startswith("{")]
     access = [line["message"] for line in lines if line["logger"] == "anytoken.serving.access"]
     assert any(line.startswith(f"POST {CHAT} 200") for line in access) and not any(
         "fox" in line for line in access

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ from anytoken.data.shards import tokenize_records
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import CodeGrid, Codes, CodeSequence, ModalityTokenizer, register_modality
 from anytoken.tokenizers.text import TextTokenizer
+from anytoken.training.config import TrainConfig
+from anytoken.training.trainer import StageTrainer, train
 
 NAMES = ("ant", "bee", "cow", "dog", "elk")
 
@@ -131,3 +134,25 @@ def _recipe(world: Path, folder: Path) -> dict[str, Any]:
         "save_every": 4,
         "log_every": 1,
     }
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, dict[str, Any]], None]:
+    """Trains a recipe until the step after `step` finished ones begins, and no further."""
+
+    class Killed(Exception):
+        """Stands for a crash."""
+
+    def run(step: int, recipe: dict[str, Any]) -> None:
+        inner = StageTrainer.compute_loss
+
+        def crash(self: StageTrainer, *args: Any, **kwargs: Any) -> Tensor:
+            if self.state.global_step == step:
+                raise Killed
+            return inner(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(StageTrainer, "compute_loss", crash)
+            train(TrainConfig.from_dict(deepcopy(recipe)))
+
+    return run

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from anytoken.training.config import (
 )
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.markdown import summary
-from anytoken.training.trainer import StageTrainer, train
+from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError
 
 
@@ -42,19 +43,6 @@ def short(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"steps": 2, "save_every": 1}
 
 
-def crash_at(step: int, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any]) -> None:
-    inner = StageTrainer.compute_loss
-
-    def crash(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return inner(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StageTrainer, "compute_loss", crash)
-        train(TrainConfig.from_dict(recipe))
-
-
 def test_a_finished_run_from_scratch(short: dict[str, Any], tmp_path: Path) -> None:
     train(TrainConfig.from_dict(short))
     (tmp_path / "out_2").mkdir()  # taken already
@@ -63,18 +51,18 @@ def test_a_finished_run_from_scratch(short: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_a_run_that_was_stopped(
-    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: dict[str, Any], tmp_path: Path, killed_at: Callable[[int, dict[str, Any]], None]
 ) -> None:
-    crash_at(1, monkeypatch, short)
+    killed_at(1, short)
     [state] = saved_states(Path(short["output"]))
     stage, _ = again(short, tmp_path, "seed=1")
     assert stage.init_from == str(state)
 
 
 def test_a_run_that_has_learnt_nothing_yet(
-    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: dict[str, Any], tmp_path: Path, killed_at: Callable[[int, dict[str, Any]], None]
 ) -> None:
-    crash_at(0, monkeypatch, short)
+    killed_at(0, short)
     stage, _ = again(short, tmp_path, "seed=1")
     assert stage.init_from == "scratch" and stage.output == str(tmp_path / "out_2")
 

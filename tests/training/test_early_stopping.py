@@ -1,6 +1,6 @@
 """A run ends when its held-out loss stops improving, and exports its best weights; a resumed one does the same."""
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,6 @@ from anytoken.training.trainer import StageTrainer, train
 from anytoken.utils.errors import ConfigError
 
 BITS = {2: 3.0, 4: 1.0, 6: 2.5, 8: 2.0, 10: 1.5, 12: 0.5}  # by step
-
-
-class Killed(Exception):
-    """Stands for a crash."""
 
 
 @pytest.fixture
@@ -46,20 +42,6 @@ def known_bits(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Ten
     return seen
 
 
-def killed_before(step: int, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run until the step after ``step`` finished ones begins, and no further."""
-    inner = StageTrainer.compute_loss
-
-    def crash(self: StageTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise Killed
-        return inner(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StageTrainer, "compute_loss", crash)
-        train(TrainConfig.from_dict(copy.deepcopy(recipe)))
-
-
 def same(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
     found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     return all(torch.equal(found[name], one) for name, one in weights.items())
@@ -69,13 +51,13 @@ def same(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
 def test_the_run_ends_early_with_its_best_weights(
     evaluated: dict[str, Any],
     known_bits: dict[int, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    killed_at: Callable[[int, dict[str, Any]], None],
     capsys: pytest.CaptureFixture[str],
     killed: int | None,
 ) -> None:
     evaluated |= {"early_stopping": {"metric": "bits/tile", "patience": 3}, "keep_best": True}
     if killed is not None:
-        killed_before(killed, evaluated, monkeypatch)
+        killed_at(killed, evaluated)
         assert saved_states(Path(evaluated["output"]))[0].name == "checkpoint-4"
     folder = train(TrainConfig.from_dict(evaluated))
     lines = read_metrics(folder / "metrics.jsonl")

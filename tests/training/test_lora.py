@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,10 @@ from anytoken.training.config import (
 from anytoken.training.lora import add_lora, portable_name
 from anytoken.training.metrics import read_metrics
 from anytoken.training.optim.param_groups import modality_rows
-from anytoken.training.trainer import StageTrainer, train
+from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError
 
 STAGES = Path(__file__).parents[2] / "stages"
-
-
-class Killed(Exception):
-    """Stands for the signal that ends a run."""
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +70,10 @@ def test_adapter_trains_and_loads_back(lora_recipe: dict[str, Any], new_rows: li
 
 
 def test_resumed_adapter_equals_uninterrupted(
-    lora_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora_recipe: dict[str, Any], tmp_path: Path, killed_at: Callable[[int, dict[str, Any]], None]
 ) -> None:
     whole = train(TrainConfig.from_dict(lora_recipe | {"output": str(tmp_path / "whole")}))
-    inner = StageTrainer.compute_loss
-
-    def dying(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 6:
-            raise Killed
-        return inner(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "compute_loss", dying)
-        with pytest.raises(Killed):
-            train(TrainConfig.from_dict(lora_recipe))
+    killed_at(6, lora_recipe)
     resumed = train(TrainConfig.from_dict(lora_recipe))
     first, second = (read_metrics(folder / "metrics.jsonl") for folder in (whole, resumed))
     assert [entry["loss"] for entry in first] == [entry["loss"] for entry in second]
@@ -254,23 +241,14 @@ def check_card(folder: Path, entries: list[dict[str, Any]]) -> None:
 
 
 def test_data_that_changed_is_not_gone_on_with(
-    lora_recipe: dict[str, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora_recipe: dict[str, Any], world: Path, tmp_path: Path, killed_at: Callable[[int, dict[str, Any]], None]
 ) -> None:
     lines = (world / "things.jsonl").read_text().splitlines(keepends=True)
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(lines))
     recipe = lora_recipe | {"data_root": "", "data": {"train": str(mine)}}
 
-    def dying(self: StageTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 5:
-            raise Killed
-        return inner(self, *args, **kwargs)
-
-    inner = StageTrainer.compute_loss
-    with monkeypatch.context() as patch:
-        patch.setattr(StageTrainer, "compute_loss", dying)
-        with pytest.raises(Killed):
-            train(TrainConfig.from_dict(recipe))
+    killed_at(5, recipe)
     mine.write_text("".join(reversed(lines)))
     with pytest.raises(ConfigError, match="changed since this run was begun"):
         train(TrainConfig.from_dict(recipe))

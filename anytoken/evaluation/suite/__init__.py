@@ -1,1 +1,1 @@
-"""Tasks as data: a YAML file says what a model is asked on which records, and how its answers are scored."""
+"""Tasks as data: a YAML file defines records, prompts, decoding and metrics."""

@@ -1,4 +1,4 @@
-"""Two models on the same samples: differences of all figures that both have, with paired bootstrap intervals."""
+"""Compare two models on the same samples: differences of all common scores, with paired bootstrap intervals."""
 
 from __future__ import annotations
 

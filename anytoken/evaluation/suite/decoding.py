@@ -1,4 +1,4 @@
-"""What a model makes of questions: replies, choices, scores, or rankings, as lines that JSON takes."""
+"""Get a model's answers to questions: replies, choices, scores or rankings, as JSON lines."""
 
 from __future__ import annotations
 

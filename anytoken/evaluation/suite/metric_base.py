@@ -1,4 +1,4 @@
-"""What the metrics of `metrics.py` share: the base of all, what they are given, and the errors of task files."""
+"""The base of the metrics in `metrics.py`: their common class, their inputs, and the errors of task files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results to look at: figures beside baselines as a table, and one HTML page with samples and media in the file."""
+"""Present results: a table of scores and baselines, and a self-contained HTML page with samples and media."""
 
 from __future__ import annotations
 

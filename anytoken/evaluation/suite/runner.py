@@ -1,11 +1,11 @@
-"""Run tasks: ask the model what is not answered yet, score all answers beside baselines, and write the figures down.
+"""Run tasks: get the missing answers of the model, score all answers and baselines, and write the results.
 
-OUT/MODEL/ holds for each task its answers (TASK.jsonl, a line per sample, appended block by block, so that a run that
-was killed goes on where it stood), media of replies (TASK/), and figures with the rows that they come from (TASK.json);
-scores.json has the figures of all tasks, index.html shows them with samples.
+OUT/MODEL/ contains, for each task, its answers (TASK.jsonl, one line per sample, appended in blocks so that a killed
+run resumes), the media of replies (TASK/), and scores with the rows that they are computed from (TASK.json);
+scores.json has the scores of all tasks, and index.html shows them with samples.
 
-Two controls cost nothing: `majority` always gives the most frequent answer (of the split train, where there is one),
-and `shuffled` gives each sample another sample's answer, so that what is right without looking at the prompt is seen.
+There are two baselines: `majority` always gives the most frequent answer (of split train, if there is one), and
+`shuffled` gives each sample the answer to another one, which shows how much can be right without reading the prompt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records as questions: which records a task asks about, with prompts, examples, true answers and labels."""
+"""Records as questions: select a task's records and build prompts, examples, true answers and labels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The schema of task files. A mistake in one names the file, line and key, what is allowed, and the nearest word.
+"""The schema of task files. Errors name the file, line and key, the allowed values, and the closest match.
 
-A file holds one task, or ``tasks:``, a list of them; keys beside ``tasks`` are shared by all. Options belong to one way
-of decoding, so one without effect is an unknown key.
+A file contains one task, or a list ``tasks:``; sibling keys of ``tasks`` apply to all. Options belong to one way of
+decoding, so an option without effect is an unknown key.
 """
 
 from __future__ import annotations

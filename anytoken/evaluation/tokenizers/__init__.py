@@ -1,1 +1,1 @@
-"""How good tokenizers are: rate, distortion, learnability, thresholds, the card."""
+"""Evaluation of tokenizers: rate, distortion, learnability, thresholds, the card."""

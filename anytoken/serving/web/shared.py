@@ -12,9 +12,9 @@ from typing import Unpack
 from anytoken.inference.api import AnyToken
 from anytoken.inference.generation import Options, Output
 from anytoken.inference.kv_cache import PrefixCache
-from anytoken.inference.outputs import GenerationOutput, count_usage
+from anytoken.inference.outputs import GenerationOutput
 from anytoken.inference.request import GenerationRequest, Token
-from anytoken.inference.streaming import Event, SegmentStream
+from anytoken.inference.streaming import Event
 from anytoken.serving.worker import Job, Worker
 
 MAX_REPLIES = 8  # decoded together; further visitors wait in the page's queue
@@ -42,24 +42,19 @@ class SharedModel(AnyToken):
         request = replace(self.request(prompt, output, **options), prefixes=prefixes)
         if request.seed is None:  # the worker may decode it again, which has to give the same ids
             request = replace(request, seed=secrets.randbits(63))
-        return self._follow(request)
+        return self._events(len(prompt), self._tokens(request))
 
-    def _follow(self, request: GenerationRequest) -> Generator[Event, None, GenerationOutput]:
-        began, segments, ids = time.perf_counter(), SegmentStream(self.processor), list[int]()
+    def _tokens(self, request: GenerationRequest) -> Generator[Token, None, None]:
         tokens: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
         job = Job(request, tokens.put, time.monotonic() + REPLY_SECONDS, self.adapters.active)
         self.worker.submit([job])
-        reason: str | None = None
+        finished = False
         try:
-            while reason is None:
+            while not finished:
                 token = tokens.get()
                 if isinstance(token, Exception):
                     raise token
-                ids.append(token.id)
-                reason = token.finish_reason
-                yield from segments.push(token.id)
+                finished = token.finish_reason is not None
+                yield token
         finally:  # also when the visitor stops it or leaves
             self.worker.cancel(job)
-        usage = count_usage(self.token_space, len(request.prompt), ids, time.perf_counter() - began)
-        yield usage
-        return GenerationOutput(segments.segments, ids, usage, reason)

@@ -1,4 +1,4 @@
-"""DNA to codes and back, letter for letter: learned windows, windows with their context, k-mers, BPE."""
+"""Lossless DNA tokenizers: learned windows, windows with context, k-mers, BPE."""
 
 from anytoken.tokenizers.dna.vq import DNATokenizer
 

@@ -1,8 +1,8 @@
-"""What all DNA tokenizers share: which letters there are, sequences of any length as streams, and FASTA files.
+"""The common part of all DNA tokenizers: the alphabet, sequences of any length as streams, and FASTA files.
 
 Lower case (soft-masked) is read as upper case, U (RNA) as T, every other IUPAC letter (R, Y, S, W, K, M, B, D, H, V)
-as N. A tokenizer only says how symbols become codes, codes letters, and where a stream may be cut; segments one by one
-and in batches, streams, and whole genomes in constant memory follow from that.
+as N. A subclass only defines how symbols become codes, how codes become letters, and where a stream may be cut. Single
+segments, batches, streams, and whole genomes in constant memory follow from that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BASES = np.frombuffer(LETTERS.encode(), dtype=np.uint8)
 
 
 def to_symbols(bases: str) -> np.ndarray:
-    """IUPAC letters as uint8 [T] indices into A C G T N; TokenizerError names the first other letter."""
+    """IUPAC letters as uint8 [T] indices into A C G T N; TokenizerError names the first invalid letter."""
     symbols = _SYMBOLS[np.frombuffer(bases.encode("latin-1", errors="replace"), dtype=np.uint8)]
     if symbols.size and symbols.max() > N:
         position = int(symbols.argmax())
@@ -56,12 +56,12 @@ def to_bases(symbols: np.ndarray) -> str:
 
 
 def pieces(array: np.ndarray, lengths: Iterable[int]) -> list[np.ndarray]:
-    """An array [T, ...] cut into pieces of these lengths, which add up to T; much faster than np.split."""
+    """Split an array [T, ...] into pieces of these lengths, which add up to T; much faster than np.split."""
     return [array[stop - length : stop] for stop, length in zip(accumulate(lengths), lengths, strict=True)]
 
 
 def read_fasta(path: str | Path) -> Iterator[tuple[int, str, str]]:
-    """Number, name and a piece of every sequence of a FASTA or plain file (.gz too), in order and in constant memory.
+    """Yield number, name and pieces of every sequence of a FASTA or plain file (also .gz), in constant memory.
 
     Lines may be of any length. TokenizerError for a file that cannot be read.
     """
@@ -92,7 +92,7 @@ def read_fasta(path: str | Path) -> Iterator[tuple[int, str, str]]:
 
 
 def training_genes(source: Path) -> list[np.ndarray]:
-    """Symbols uint8 [T] of each training gene of JSON lines with `dna` and `split`; TokenizerError without the file."""
+    """Symbols uint8 [T] of each training gene in JSON lines with `dna` and `split`; TokenizerError without the file."""
     if not source.is_file():
         raise TokenizerError(f"{source} is missing: build the set with `anytoken data dna` first.")
     return [to_symbols(line["dna"]) for line in read_json_lines(source) if line["split"] == "train"]
@@ -105,12 +105,12 @@ class DNATokenizerBase(ModalityTokenizer):
     reach = 0  # letters to either side of its own that a code depends on
 
     def _lookup_all(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Codes int64 [n] of each of some sequences of symbols uint8 [T], T at least 1."""
+        """Codes int64 [n] of each sequence of symbols uint8 [T], T at least 1."""
         raise NotImplementedError
 
     def _lookup_within(self, before: np.ndarray, symbols: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """Codes int64 [n] of symbols that end a sequence or stop where `_whole` said; with a `reach`, told what stands
-        before and after, at least so many letters or as many as there are.
+        """Codes int64 [n] of symbols that end a sequence or stop where `_whole` said; with a `reach`, given the letters
+        before and after, at least that many or all there are.
         """
         return self._lookup_all([symbols])[0]
 
@@ -119,7 +119,7 @@ class DNATokenizerBase(ModalityTokenizer):
         raise NotImplementedError
 
     def _whole(self, symbols: np.ndarray) -> int:
-        """How many of these first symbols of a stream have the codes they would have if all of it were there."""
+        """How many of the first symbols of a stream already have their final codes."""
         raise NotImplementedError
 
     def _spell(self, codes: np.ndarray) -> str:
@@ -127,13 +127,13 @@ class DNATokenizerBase(ModalityTokenizer):
         return to_bases(symbols[are_letters])
 
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:
-        """DNA to codes int64 [n, 1], looked up all at once; TokenizerError for another kind, or more than 400 codes."""
+        """DNA to codes int64 [n, 1], in one lookup; TokenizerError for another kind, or more than 400 codes."""
         try:
             return self._encode_all(segments)
         except TokenizerError:
             if len(segments) > 1:
                 for one in segments:
-                    self.encode(one)  # the first that is wrong is told as it is alone
+                    self.encode(one)  # raises the error of the first invalid one
             raise
 
     def _encode_all(self, segments: Sequence[Segment]) -> list[Codes]:
@@ -151,7 +151,7 @@ class DNATokenizerBase(ModalityTokenizer):
         return [Codes(codes[:, None]) for codes in found]
 
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
-        """Codes to upper-case A C G T N, spelled all at once; every code in range decodes."""
+        """Codes to upper-case A C G T N, in one lookup; every code in range decodes."""
         lengths = [len(one) for one in codes]
         same = {(one.values.shape[1], len(one.header)) for one in codes} == {(1, 0)}
         values = np.concatenate([one.values for one in codes])[:, 0] if same else np.full(1, -1)
@@ -169,7 +169,7 @@ class DNATokenizerBase(ModalityTokenizer):
 
     @property
     def lookahead(self) -> int:
-        """A code is its letters, whatever stands beside it."""
+        """0: a code decodes to the same letters in any context."""
         return 0
 
     def decode_span(self, codes: Codes, start: int, stop: int) -> DNA:
@@ -177,9 +177,9 @@ class DNATokenizerBase(ModalityTokenizer):
         return DNA(self._spell(codes.values[start:stop, 0]))
 
     def encode_stream(self, chunks: Iterable[str]) -> Iterator[np.ndarray]:
-        """Codes int64 [n] for chunks of a sequence of any length, in memory of one chunk's size.
+        """Yield codes int64 [n] for chunks of a sequence of any length, in the memory of one chunk.
 
-        Chunks may be cut anywhere, and white space in them is skipped, so the lines of a file will do.
+        Chunks may be cut anywhere and white space is skipped, so they can be the lines of a file.
         """
         none = np.empty(0, dtype=np.uint8)
         before, rest = none, none
@@ -194,7 +194,7 @@ class DNATokenizerBase(ModalityTokenizer):
             yield self._lookup_within(before, rest, none)
 
     def decode_stream(self, chunks: Iterable[np.ndarray]) -> Iterator[str]:
-        """Bases for chunks of codes int [n]: the inverse of `encode_stream`."""
+        """Yield the bases of chunks of codes int [n]: the inverse of `encode_stream`."""
         for chunk in chunks:
             if chunk.size and not self._in_range(chunk):
                 raise TokenizerError(
@@ -204,9 +204,9 @@ class DNATokenizerBase(ModalityTokenizer):
             yield self._spell(chunk)
 
     def encode_fasta(self, path: str | Path) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-        """Name and codes, as `encode_stream` gives them, of each sequence of a file, in constant memory.
+        """Yield the name and the codes, as from `encode_stream`, of each sequence of a file, in constant memory.
 
-        As with itertools.groupby, the codes of a sequence are to be taken before the next sequence is.
+        As with itertools.groupby, consume the codes of a sequence before the next one.
         """
         for (_, name), pieces in groupby(read_fasta(path), itemgetter(0, 1)):
             yield name, self.encode_stream(map(itemgetter(2), pieces))

@@ -46,9 +46,9 @@ WITHOUT_CLASS = (
 
 @register_modality
 class DNAContextTokenizer(DNATokenizerBase):
-    """4^k windows in `classes` contexts each, window * classes + class; then one code for each of A C G T N.
+    """Codes window * classes + class for 4^k windows in `classes` contexts each, then one code for each of A C G T N.
 
-    reach: letters to either side that the class depends on, and that a stream therefore waits for.
+    reach: the number of letters on either side that the class depends on, and that a stream waits for.
     """
 
     kind = "dna_context"
@@ -77,7 +77,7 @@ class DNAContextTokenizer(DNATokenizerBase):
     def _latents(self, surroundings: Tensor) -> Tensor:
         """Latents [B, D] of windows with their surroundings, int64 [B, reach + k + reach]; float64 while not training.
 
-        In float64 no size of a batch and no number of threads makes another class the nearest.
+        In float64 the nearest class does not depend on batch size or number of threads.
         """
         seen = F.one_hot(surroundings, OUTSIDE + 1).flatten(1)
         if self.training:
@@ -90,7 +90,7 @@ class DNAContextTokenizer(DNATokenizerBase):
         return (surroundings[:, self.reach : self.reach + self.k] * places).sum(1)
 
     def _around_logits(self, surroundings: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, 2 * reach, 5] of the letters around windows, by vectors of classes [B, D]; and those letters."""
+        """Logits [B, 2 * reach, 5] of the letters around windows, given class vectors [B, D]; and those letters."""
         named = torch.cat([self.names(self._window_codes(surroundings)), classes.float()], 1)
         around = torch.cat([surroundings[:, : self.reach], surroundings[:, self.reach + self.k :]], 1)
         return self.decoder(named).unflatten(1, (2 * self.reach, len(LETTERS))), around
@@ -98,21 +98,21 @@ class DNAContextTokenizer(DNATokenizerBase):
     def training_loss(self, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
         """batch: windows of A C G T with their surroundings, int64 [B, reach + k + reach], 0 to 5 (outside)."""
         quantized = self.quantize(self._latents(batch)[None])
-        told = torch.rand(len(batch), 1, device=batch.device) >= WITHOUT_CLASS
-        logits, around = self._around_logits(batch, quantized.vectors[0] * told)
+        given = torch.rand(len(batch), 1, device=batch.device) >= WITHOUT_CLASS
+        logits, around = self._around_logits(batch, quantized.vectors[0] * given)
         bits = _bits(logits, around)
         inside = (around != OUTSIDE).sum(1).clamp_min(1)
         loss = bits.sum() / inside.sum() * math.log(2) + quantized.loss
-        each, told = bits.detach().sum(1) / inside, told[:, 0]
+        each, given = bits.detach().sum(1) / inside, given[:, 0]
         seen = {
-            "bits_with_class": each[told].mean().item(),
+            "bits_with_class": each[given].mean().item(),
             "classes_used": float(quantized.codes.unique().numel()),
         }
-        return loss, seen | ({"bits_without": each[~told].mean().item()} if not told.all() else {})  # fmt: skip
+        return loss, seen | ({"bits_without": each[~given].mean().item()} if not given.all() else {})  # fmt: skip
 
     @torch.inference_mode()
     def context_bits(self, segments: Sequence[Segment]) -> dict[str, float]:
-        """Bits that a letter around a window costs, told the window and its class, and told the window alone."""
+        """Bits per letter around a window, given the window and its class, and given the window only."""
         letters = [to_symbols(one.bases) for one in segments if isinstance(one, DNA)]
         found = np.concatenate([self._surroundings(NONE, one, NONE) for one in letters])
         around = torch.from_numpy(found.astype(np.int64)).to(self.device)
@@ -134,7 +134,7 @@ class DNAContextTokenizer(DNATokenizerBase):
         return (self._latents(surroundings)[:, None] - points).square().sum(-1).argmin(1)
 
     def _surroundings(self, before: np.ndarray, symbols: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """Windows of symbols with `reach` letters to either side, uint8 [B, reach + k + reach]."""
+        """Windows of symbols with `reach` letters on either side, uint8 [B, reach + k + reach]."""
         around = np.full(max(len(symbols), self.k) + 2 * self.reach, OUTSIDE, dtype=np.uint8)
         before, after = before[-self.reach :], after[: self.reach]
         around[self.reach - len(before) : self.reach] = before
@@ -155,7 +155,7 @@ class DNAContextTokenizer(DNATokenizerBase):
 
     @torch.inference_mode()
     def _classed(self, codes: np.ndarray, surroundings: np.ndarray) -> np.ndarray:
-        """Codes [n] of plain windows and letters, with the classes of the windows among them by their surroundings."""
+        """Codes [n] of plain windows and letters, where windows get the class of their surroundings."""
         is_window = codes < 4**self.k
         blocks = [surroundings[i : i + BLOCK] for i in range(0, max(1, len(surroundings)), BLOCK)]
         placed = (torch.from_numpy(block.astype(np.int64)).to(self.device) for block in blocks)
@@ -172,7 +172,7 @@ class DNAContextTokenizer(DNATokenizerBase):
         return self.windows._whole(symbols)
 
     def codebook_vectors(self, codebook: int = 0) -> Tensor:
-        """Vectors [K, 2 * code_dim]: of the window or the letter, and of the class (zeros for a letter)."""
+        """Vectors [K, 2 * code_dim]: that of the window or letter, then that of the class (zeros for a letter)."""
         names, classes = self.names.weight.detach(), self.quantize.codebook()
         count = 4**self.k
         windows = torch.cat([names[:count].repeat_interleave(self.classes, 0), classes.repeat(count, 1)], 1)
@@ -181,7 +181,7 @@ class DNAContextTokenizer(DNATokenizerBase):
     # ---- training ----
 
     def training_batches(self, source: Path, batch_size: int, seed: int) -> Callable[[int], Tensor]:
-        """Windows of the training genes with their surroundings, half of them of the other strand.
+        """Windows of the training genes with their surroundings, half of them from the other strand.
 
         source: JSON lines with `dna` and `split`.
         """

@@ -1,4 +1,4 @@
-"""K-mers and byte-pair encoding of DNA, with the interface of the learned tokenizer: what it is to be compared with.
+"""K-mers and byte-pair encoding of DNA, the baselines of the learned tokenizer, with its interface.
 
     dna_kmer   windows of k letters of A C G T, one code each (DNABERT, bioRxiv 2020.09.17.301879, in the form of the
                Nucleotide Transformer, whose windows do not overlap), single letters where a window does not fit
@@ -48,10 +48,10 @@ class DNAKmerTokenizer(DNATokenizerBase):
         self._places = 4 ** np.arange(k - 1, -1, -1)
 
     def fit(self, source: Path, seed: int) -> None:
-        """Nothing is learnt: all windows are there."""
+        """Nothing to learn: all windows have codes."""
 
     def _windows(self, symbols: np.ndarray) -> np.ndarray:
-        """Where windows begin: each at the first letter that is in none yet, if k letters without N follow."""
+        """Where windows begin: each at the first letter after the last window, if k letters without N follow."""
         edges = np.concatenate([[-1], np.flatnonzero(symbols == N), [len(symbols)]])
         counts = (np.diff(edges) - 1) // self.k
         runs = [
@@ -89,7 +89,7 @@ class DNAKmerTokenizer(DNATokenizerBase):
 
 @register_modality
 class DNABPETokenizer(DNATokenizerBase):
-    """Pieces of the genes that were learnt from, at most 32 letters long; the merges are in `config`."""
+    """Frequent pieces of the training genes, at most 32 letters long; the merges are in `config`."""
 
     kind = "dna_bpe"
 

@@ -1,12 +1,12 @@
 """DNA to codes and back: three bases per code, lossless, verified exhaustively.
 
-A learned vector quantiser (VQ-VAE, arXiv 1711.00937) over windows of three letters of A C G T N. Its last window may
+A learned vector quantizer (VQ-VAE, arXiv 1711.00937) over windows of three letters of A C G T N. Its last window may
 end in padding, so there are 125 + 25 + 5 = 155 windows, few enough to check all of them:
 every window is encoded, decoded and compared, and a tokenizer that fails is not saved. A table
-would do as well, but a learned codebook initializes a language model's embedding rows so that windows that share
+would work as well, but a learned codebook initializes a language model's embedding rows so that windows that share
 letters start near each other.
 
-What letters go in, and streams of any length: `base.py`.
+`base.py` defines the alphabet and streams.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def all_windows() -> Tensor:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What checking all windows found: the windows that came back different, and how sure every code is.
+    """The result of checking all windows: those that are not reconstructed exactly, and the margin of the codes.
 
     margin: over all windows, the smallest of 1 - (distance to the nearest code / distance to the second nearest).
     """
@@ -67,10 +67,10 @@ class VerificationReport:
 
 @register_modality
 class DNATokenizer(DNATokenizerBase):
-    """3 bases a code, at most 400 codes (1,200 bases) a segment; `encode_stream` takes sequences of any length.
+    """3 bases per code, at most 400 codes (1,200 bases) per segment; `encode_stream` takes sequences of any length.
 
-    Every sequence of codes decodes: codes that training left unused stand for their nearest window, and padding
-    that a model writes in the middle is left out.
+    Every sequence of codes decodes: unused codes stand for their nearest window, and padding that a model generates
+    in the middle is skipped.
     """
 
     kind = "dna"
@@ -107,10 +107,10 @@ class DNATokenizer(DNATokenizerBase):
 
     @torch.no_grad()
     def freeze_tables(self) -> None:
-        """End training: each window's code moves to the exact point the encoder gives, unused codes out of the way.
+        """End training: move each window's code to the encoder's exact output, and unused codes out of the way.
 
-        Dead codes are replaced by copies of live ones, so after training many codes lie a hair apart, and rounding
-        could turn one into the other. Weights are rounded to bfloat16 here, so that saving in that type, or on
+        Dead codes are replaced by copies of live ones, so after training many codes nearly coincide, and rounding could
+        turn one into another. Weights are rounded to bfloat16 here, so that saving in that type, or on
         another machine, changes no code.
         """
         for tensor in self.state_dict().values():
@@ -128,10 +128,10 @@ class DNATokenizer(DNATokenizerBase):
         self.quantize.inner.codebook = vectors
         self._tables = None
 
-    # ---- the tables: what the network answers, worked out once ----
+    # ---- the tables: the network's answers, computed once ----
 
     def _distances(self, latents: Tensor) -> Tensor:
-        """Distances [B, K] from latents to codes, in float64 so that no thread count changes the nearest."""
+        """Distances [B, K] from latents to codes; float64, so that the nearest is independent of the thread count."""
         return (latents.double()[:, None] - self.quantize.codebook().double()[None]).square().sum(-1).sqrt()
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class DNATokenizer(DNATokenizerBase):
 
     @torch.no_grad()
     def network_windows(self) -> Tensor:
-        """The likeliest of the 155 windows for each code, int64 [K, 3]: no code decodes to padding alone."""
+        """The most likely of the 155 windows for each code, int64 [K, 3]; no code decodes to padding only."""
         windows = all_windows()
         scores = self._decode_vectors(self.quantize.codebook()).log_softmax(-1).cpu()
         joint = sum(scores[:, place, windows[:, place]] for place in range(WINDOW))
@@ -157,7 +157,7 @@ class DNATokenizer(DNATokenizerBase):
         return self._tables
 
     def train(self, mode: bool = True) -> DNATokenizer:
-        """As nn.Module.train; the tables are worked out again after weights may have changed."""
+        """As nn.Module.train; the tables are recomputed, since weights may have changed."""
         self._tables = None
         return super().train(mode)
 
@@ -199,7 +199,7 @@ class DNATokenizer(DNATokenizerBase):
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, allow_lossy: bool = False
     ) -> Path:
-        """As the base class, after checking all windows on the weights as they will be stored.
+        """As in the base class, after checking all windows with the weights as stored.
 
         TokenizerError if a window would be lost, or if `dtype` would change a code; allow_lossy skips the check,
         for checkpoints in the middle of training.
@@ -216,7 +216,7 @@ class DNATokenizer(DNATokenizerBase):
                 )
             if not torch.equal(stored.network_codes(), self.network_codes()):
                 raise TokenizerError(
-                    f"Stored as {dtype}, some DNA windows change their code; call settle() first."
+                    f"Stored as {dtype}, some DNA windows change their code; call freeze_tables() first."
                 )
         return super().save_pretrained(folder, dtype)
 

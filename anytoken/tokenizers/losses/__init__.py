@@ -1,1 +1,1 @@
-"""Losses that tokenizers are trained by."""
+"""Training losses of tokenizers."""

@@ -1,11 +1,12 @@
-"""What a decoded sound is held against: mel energies, spectra, envelopes of bands, cepstra.
+"""Reconstruction losses of audio: mel energies, spectra, band envelopes, cepstra.
 
-The first two make it sound alike, frame by frame. Envelopes are what intelligibility hangs on: how the energy of each
-third of an octave rises and falls over syllables (the measure of Taal et al. 2011, as a loss: Fu et al. 2018, arXiv
-1709.03658). Cepstra and how they change are what recognisers listen to (Davis and Mermelstein 1980; Furui 1986). A
-recipe weighs them: `loss: {mel: 2, spectral: 1, envelope: 3}`; without a word it is mel and spectral.
+The first two compare audio frame by frame. Envelopes determine intelligibility: how the energy of each third of an
+octave rises and falls over syllables (the measure of Taal et al. 2011, as a loss: Fu et al. 2018, arXiv 1709.03658).
+Cepstra and their changes are the features of speech recognizers (Davis and Mermelstein 1980; Furui 1986). A recipe
+weights them: `loss: {mel: 2, spectral: 1, envelope: 3}`; the default is mel and spectral.
 
-Sounds are [B, samples] at 16 kHz. All are computed in float32, under autocast too: energies span more than 16 bits.
+Audio is [B, samples] at 16 kHz. All losses are computed in float32, also under autocast: energies span more than
+16 bits.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def power(spectrum: Tensor) -> Tensor:
     return torch.addcmul(real * real, imaginary, imaginary)
 
 
-def _energies(sound: Tensor, size: int, hop: int) -> Tensor:
-    window = torch.hann_window(size, device=sound.device)
-    return power(torch.stft(sound, size, hop, window=window, return_complex=True))
+def _energies(audio: Tensor, size: int, hop: int) -> Tensor:
+    window = torch.hann_window(size, device=audio.device)
+    return power(torch.stft(audio, size, hop, window=window, return_complex=True))
 
 
 @in_float32
@@ -58,56 +59,56 @@ def spectral_loss(output: Tensor, target: Tensor) -> Tensor:
 
 @in_float32
 def envelope_loss(output: Tensor, target: Tensor) -> Tensor:
-    """One less the mean correlation of both sounds' band envelopes over 384 ms; of what is not silence in the target.
+    """One minus the mean correlation of the band envelopes over 384 ms, where the target is not silent.
 
-    Sounds shorter than that have none: 0.
+    0 for shorter audio.
     """
-    heard, wanted = (_syllables(x) for x in (output, target))
-    if not heard.shape[2]:
+    found, wanted = (_syllables(x) for x in (output, target))
+    if not found.shape[2]:
         return output.new_zeros(())
     loudness = wanted.square().sum((1, 3))
     counted = (loudness > QUIET * loudness.amax().clamp_min(1e-8))[:, None]
-    a, b = (x - x.mean(-1, keepdim=True) for x in (heard, wanted))
+    a, b = (x - x.mean(-1, keepdim=True) for x in (found, wanted))
     likeness = (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1) + 1e-8).sqrt()
     return 1 - (likeness * counted).sum() / (counted.sum() * BANDS).clamp_min(1)
 
 
 @in_float32
 def cepstral_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean distance of both sounds' cepstra, as `perceptual_distance` has it; of sounds shorter than a window 0."""
+    """Mean distance of the cepstra, as in `perceptual_distance`; 0 for audio shorter than a window."""
     if output.shape[1] < CEPSTRAL_WINDOW:
         return output.new_zeros(())
     return _distance(*(_cepstra(log_mel(x)) for x in (output, target))).mean()
 
 
 @in_float32
-def log_mel(sound: Tensor) -> Tensor:
-    """Natural logarithm [B, 40, T] of the energies in mel bands, of frames 10 ms apart; the first is centred on 0."""
-    filters, _ = (x.to(sound.device) for x in _cepstral())
-    return (filters @ _energies(sound, CEPSTRAL_WINDOW, FRAME)).clamp_min(FAINT).log()
+def log_mel(audio: Tensor) -> Tensor:
+    """Natural logarithm [B, 40, T] of the energies in mel bands, in frames 10 ms apart; the first is centered on 0."""
+    filters, _ = (x.to(audio.device) for x in _cepstral())
+    return (filters @ _energies(audio, CEPSTRAL_WINDOW, FRAME)).clamp_min(FAINT).log()
 
 
 @in_float32
 def perceptual_distance(output: Tensor, target: Tensor) -> Tensor:
-    """How differently two sounds are heard at each moment [..., T], from their `log_mel` [..., 40, T].
+    """Perceptual distance of two clips at each frame [..., T], from their `log_mel` [..., 40, T].
 
-    The mean difference of amplitudes, and the distance of what recognisers of speech listen to: liftered cepstra less
-    their mean, which know no level and no pitch, and how these change.
+    The mean difference of amplitudes, plus the distance of a speech recognizer's features: liftered cepstra minus
+    their mean, which are independent of level and pitch, and their changes over time.
     """
     return 0.5 * (output - target).abs().mean(-2) + _distance(_cepstra(output), _cepstra(target))
 
 
-def _distance(heard: Tensor, wanted: Tensor) -> Tensor:
-    return (heard - wanted).square().mean((-3, -2)).add(1e-6).sqrt()
+def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+    return (found - wanted).square().mean((-3, -2)).add(1e-6).sqrt()
 
 
 def _cepstra(bands: Tensor) -> Tensor:
-    """Cepstra [..., 3, 13, T] of log bands [..., 40, T], their first and their second differences over 40 ms."""
+    """Cepstra [..., 3, 13, T] of log bands [..., 40, T] with their first and second differences over 40 ms."""
     still = _cepstral()[1].to(bands.device) @ bands
     still = still - still.mean(-1, keepdim=True)
     first, last = (still[..., one].expand(*still.shape[:-1], 3) for one in (slice(1), slice(-1, None)))
     padded = torch.cat([first, still, last], -1)
-    moving = padded[..., 4:] - padded[..., :-4]  # two frames more than sound has
+    moving = padded[..., 4:] - padded[..., :-4]  # two frames more than audio has
     turning = moving[..., 2:] - moving[..., :-2]
     return torch.stack([still, moving[..., 1:-1], turning], -3)
 
@@ -123,20 +124,20 @@ def _cepstral() -> tuple[Tensor, Tensor]:
         return filters.T, create_dct(CEPSTRA, 40, "ortho").T * lifter[:, None] / 12
 
 
-def _syllables(sound: Tensor) -> Tensor:
-    """Envelopes [B, 15, S, 30] of third-octave bands, of pieces of 30 frames every 5."""
-    if sound.shape[1] <= BAND_WINDOW:
-        return sound.new_zeros(len(sound), BANDS, 0, SYLLABLE_FRAMES)
-    energies = _bands().to(sound.device) @ _energies(sound, BAND_WINDOW, BAND_HOP)
+def _syllables(audio: Tensor) -> Tensor:
+    """Envelopes [B, 15, S, 30] of third-octave bands, in pieces of 30 frames every 5."""
+    if audio.shape[1] <= BAND_WINDOW:
+        return audio.new_zeros(len(audio), BANDS, 0, SYLLABLE_FRAMES)
+    energies = _bands().to(audio.device) @ _energies(audio, BAND_WINDOW, BAND_HOP)
     envelopes = energies.clamp_min(1e-8).sqrt()
     if envelopes.shape[2] < SYLLABLE_FRAMES:
-        return envelopes.new_zeros(len(sound), BANDS, 0, SYLLABLE_FRAMES)
+        return envelopes.new_zeros(len(audio), BANDS, 0, SYLLABLE_FRAMES)
     return envelopes.unfold(2, SYLLABLE_FRAMES, 5)
 
 
 @cache
 def _bands() -> Tensor:
-    """Which bins [15, 257] of a spectrum are in each third of an octave, from 150 Hz on."""
+    """Which bins [15, 257] of a spectrum are in each third of an octave, from 150 Hz."""
     with torch.inference_mode(False):
         bins = torch.arange(BAND_WINDOW // 2 + 1) * (RATE_HZ / BAND_WINDOW)
         centres = LOWEST_HZ * 2 ** (torch.arange(BANDS)[:, None] / 3)

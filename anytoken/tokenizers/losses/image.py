@@ -1,12 +1,12 @@
-"""What a decoded picture is held against: its pixels, the encoder's own features, and a critic of patches.
+"""Reconstruction losses of images: pixels, features of the encoder, and a patch discriminator.
 
-Pixel errors alone make blurs of what they cannot place. Features see edges and texture; a downloaded network is not
-needed for them, as the encoder in training has its own (in the manner of Larsen et al., arXiv 1512.09300). A critic of
-patches tells decoded pictures from real ones (PatchGAN, 1611.07004, in VQGAN, 2012.09841), with the hinge loss.
-A recipe weighs them: `loss: {pixel: 1, psnr: 0.1, feature: 0.1, adversarial: 0.05}`; what it leaves out is 0, and
-without a word it is pixels alone.
+Pixel errors alone blur details whose position is uncertain. Feature losses capture edges and texture; they need no
+downloaded network, since the encoder being trained provides the features (as in Larsen et al., arXiv 1512.09300). A
+patch discriminator tells decoded images from real ones (PatchGAN, 1611.07004, in VQGAN, 2012.09841), with the hinge
+loss. A recipe weights them: `loss: {pixel: 1, psnr: 0.1, feature: 0.1, adversarial: 0.05}`; terms that are not listed
+have weight 0, and the default is pixel only.
 
-Pictures are [B, 3, H, W] in [-1, 1].
+Images are [B, 3, H, W] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TERMS = ("pixel", "psnr", "feature", "adversarial")
 
 @in_float32
 def pixel_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error for PSNR, absolute error for clean flats, and absolute error of gradients for edges.
+    """Squared error for PSNR, absolute error for clean flat areas, and absolute error of gradients for edges.
 
     output, target: [..., H, W] in [-1, 1].
     """
@@ -41,16 +41,16 @@ def _edges(output: Tensor, target: Tensor) -> Tensor:
 
 @in_float32
 def psnr_loss(output: Tensor, target: Tensor) -> Tensor:
-    """The mean PSNR of pictures, in nats and negated: one that is nearly right counts as much as one that is not."""
+    """The negative mean PSNR of images, in nats: images with small errors count as much as those with large ones."""
     return (output - target).square().flatten(1).mean(1).clamp_min(1e-5).log().mean()
 
 
 def feature_loss(
     encoder: nn.Module, inputs: Callable[[Tensor], Tensor], output: Tensor, target: Tensor
 ) -> Tensor:
-    """Squared distance of the encoder's features of both pictures; it moves the output, never the encoder.
+    """Squared distance of the encoder's features of both images; the gradient reaches the output, never the encoder.
 
-    inputs: pictures to what the encoder takes.
+    inputs: maps images to the encoder's input.
     """
     weights = {name: one.detach() for name, one in [*encoder.named_parameters(), *encoder.named_buffers()]}
     with torch.no_grad():
@@ -59,7 +59,7 @@ def feature_loss(
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Scores [B, 1, H/4, W/4] of how real a picture [B, 3, H, W] is around each position, about 20 pixels wide."""
+    """Scores [B, 1, H/4, W/4] of how real an image [B, 3, H, W] is around each position, over about 20 pixels."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__(
@@ -71,11 +71,11 @@ class PatchDiscriminator(nn.Sequential):
         )
 
     def losses(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder is to lower, the critic as it is; and what the critic is to lower, the output as it is."""
+        """The decoder's loss, with the discriminator fixed; and the discriminator's loss, with the output fixed."""
         weights = {name: one.detach() for name, one in self.named_parameters()}
-        fooled = -functional_call(self, weights, (output,)).mean()
-        told = F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()
-        return fooled, told
+        generator_loss = -functional_call(self, weights, (output,)).mean()
+        critic_loss = F.relu(1 - self(target)).mean() + F.relu(1 + self(output.detach())).mean()
+        return generator_loss, critic_loss
 
 
 if not TYPE_CHECKING:

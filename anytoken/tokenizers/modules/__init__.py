@@ -1,1 +1,1 @@
-"""Parts that tokenizers are built from: ConvNeXt stacks, quantizers, the search for codes."""
+"""Building blocks of tokenizers: ConvNeXt stacks, quantizers, code search."""

@@ -1,9 +1,9 @@
-"""Codes chosen by what they decode to instead of by what is nearest: analysis by synthesis.
+"""Choose codes by their reconstruction instead of by the nearest vector: analysis by synthesis.
 
-A decoder hears, or sees, each code with its neighbours; the nearest vector is often not the one that comes out best. As
-in speech coders (Schroeder and Atal, ICASSP 1985) the encoder therefore decodes a few candidates of each position and
-keeps the best. It costs a few decodings, needs no training, and what is decoded knows nothing of it.
-Shapes: N positions, Q codebooks, C candidates of each position, the nearest first.
+A decoder sees each code in the context of its neighbors, so the nearest vector often does not give the best
+reconstruction. As in speech coders (Schroeder and Atal, ICASSP 1985), the encoder decodes a few candidates for each
+position and keeps the best one. This costs a few decodings, needs no training, and does not change the decoder.
+Shapes: N positions, Q codebooks, C candidates for each position, the nearest first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from anytoken.tokenizers.modules.quantizer import LEARNED, Quantizer
 
 
 def check_candidates(count: int, quantize: Quantizer) -> None:
-    """TokenizerError unless so many of the nearest codes can be tried when encoding."""
+    """TokenizerError unless this number of nearest codes can be tried when encoding."""
     learned = quantize.kind in LEARNED and quantize.groups == 1
     # Residual unit vectors are scaled before they are summed up.
     summed = quantize.residual == 1 or quantize.kind == "vq"
@@ -36,11 +36,11 @@ def check_candidates(count: int, quantize: Quantizer) -> None:
 def analysis_by_synthesis(
     choices: Tensor, turns: Tensor, error: Callable[[Tensor], Tensor], at_once: int = 1
 ) -> Tensor:
-    """Of choices [B, N, C, Q] codes [B, N, Q]: at each position the first, or another that has less error.
+    """Select codes [B, N, Q] among choices [B, N, C, Q]: at each position the first, or one with a smaller error.
 
-    turns [N]: positions of one number are tried together, those of the next with what these have become; those whose
-    errors hang on one another want different numbers. error: of trials [T, B, N, Q], at most `at_once` of them, the
-    error around each position [T, B, N].
+    turns [N]: positions with equal numbers are tried together, after those with smaller numbers are chosen; positions
+    whose errors depend on each other need different numbers. error: maps trials [T, B, N, Q], at most `at_once` of
+    them, to the error around each position [T, B, N].
     """
     codes = choices[:, :, 0]
     for turn in turns.unique():

@@ -1,8 +1,8 @@
-"""The convolutional trunk the image, speech and video tokenizers share: ConvNeXt blocks in 1, 2 or 3 dimensions.
+"""The convolutional trunk of the image, speech and video tokenizers: ConvNeXt blocks in 1, 2 or 3 dimensions.
 
 Depthwise convolution mixes positions, a two-layer MLP mixes channels (ConvNeXt, arXiv 2201.03545; in 1-D the
-body of Vocos, 2306.00814). Being convolutional it takes any size, and moving an object by whole patches moves
-its codes. Inputs are patchified first: convolutions at full resolution are what makes CPU training slow.
+body of Vocos, 2306.00814). As a convolution it takes any size, and moving an object by whole patches moves its
+codes. Inputs are patchified first, since convolutions at full resolution make training on CPUs slow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class Conv1dAsConv2d(nn.Conv1d):
-    """A convolution along x [B, D, T], made as one of a picture of one row: only that is fast with channels last."""
+    """A convolution along x [B, D, T], computed in 2-D with one row: only 2-D is fast with channels last."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x [B, in, T] to [B, out, T]."""
@@ -39,7 +39,7 @@ _CONV: dict[int, Any] = {1: Conv1dAsConv2d, 2: nn.Conv2d, 3: nn.Conv3d}
 class ConvNeXtBlock(nn.Module):
     """Residual block on x [B, D, *space]; same shape out.
 
-    causal: along the first axis of space, which is time, a position sees itself and what came before.
+    causal: along the first axis, which is time, a position depends only on itself and earlier ones.
     """
 
     def __init__(self, width: int, kernel: Sequence[int], expansion: int = 3, causal: bool = False) -> None:
@@ -56,7 +56,7 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), 0.2))
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, D, *space] to the same shape; past: of a causal block, the `before` positions in time before x."""
+        """x [B, D, *space] to the same shape; past: for a causal block, the `before` positions in time before x."""
         x = x.movedim(1, -1).contiguous()
         seen = x.movedim(-1, 1)
         if past is not None:
@@ -79,9 +79,9 @@ class ConvNeXtStack(nn.Sequential):
         super().__init__(*(ConvNeXtBlock(width, kernel, expansion, causal) for _ in range(depth)))
 
     def step(self, x: Tensor, past: Sequence[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The next positions in time x [B, D, *space] of a causal trunk, and what to give as `past` with those after.
+        """Apply a causal trunk to the next positions in time x [B, D, *space]; also returns `past` for the next call.
 
-        Pieces in turn give what the whole gives at once. past: None at the start.
+        Successive pieces give the same result as one call for all. past: None at the start.
         """
         kept, blocks = [], list[Any](self)
         for row, block in enumerate(blocks):
@@ -110,7 +110,7 @@ class ChannelNorm(nn.LayerNorm):
 def patchify(x: Tensor, patch: Sequence[int]) -> Tensor:
     """Fold x [B, C, *space] into [B, C * prod(patch), *space / patch]; space must divide by patch.
 
-    In memory the channels of a position stand together, as the layers here take them.
+    In memory the channels of a position are contiguous, as the layers here expect.
     """
     b, c, *space = x.shape
     n = len(patch)
@@ -161,9 +161,9 @@ def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
 def group_by_shape(
     keys: Sequence[Hashable], positions: Sequence[int], device: torch.device
 ) -> list[list[int]]:
-    """Indices of items with one key, to share a forward pass; on a CPU no more of them than pay.
+    """Yield the indices of items with equal keys, to share a forward pass; on a CPU in batches of an efficient size.
 
-    positions: how many codes, or the like, each item has.
+    positions: the size of each item, such as its number of codes.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):

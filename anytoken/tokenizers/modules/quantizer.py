@@ -1,16 +1,17 @@
-"""Vector quantisers behind one result type; the quantising itself is vector-quantize-pytorch's.
+"""Vector quantizers with a common interface, around those of vector-quantize-pytorch.
 
-The library's classes differ in what they return, in the names of their lookups and in where the codebooks stand.
-Everything here sees `Quantized(vectors, codes, loss)`, `lookup(codes)` and `codebook(n)`, so the quantiser is one line
+That library's classes differ in what they return, in the names of their lookups and in where the codebooks are.
+Here all of them have `Quantized(vectors, codes, loss)`, `lookup(codes)` and `codebook(n)`, so the quantizer is one line
 of a recipe: `quantizer: vq`, or `quantizer: {kind: vq, residual: 4, groups: 2}`.
 
-    fsq     finite scalar quantisation (arXiv 2309.15505)       simvq   a linear map of frozen vectors (2411.02038)
+    fsq     finite scalar quantization (arXiv 2309.15505)       simvq   a linear map of frozen vectors (2411.02038)
     vq      VQ-VAE (1711.00937), exponential moving averages    lfq     signs, look-up free (2310.05737)
     cosine  unit vectors (2110.04627)                           both vq pass gradients by rotation (2410.06424)
 
-Residual: each codebook quantises what the ones before left (SoundStream, 2107.03312); with `dropout` the decoder also
-learns to do with the first ones, so that one set of weights serves several rates. Groups: the channels are cut into
-so many parts, each with codebooks of its own (HiFi-Codec, 2305.02765). Shapes: N positions, Q codebooks, D width.
+Residual: each codebook quantizes the residual of the previous ones (SoundStream, 2107.03312); with `dropout` the
+decoder also learns to use only the first ones, so that one set of weights serves several rates. Groups: the channels
+are split into this number of parts, each with its own codebooks (HiFi-Codec, 2305.02765).
+Shapes: N positions, Q codebooks, D width.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ QuantizerConfig = str | Mapping[str, Any]
 
 
 def _counts(*values: Any, least: int = 1) -> bool:
-    """Whether all are whole numbers of at least so much; a recipe may hold anything."""
+    """Whether all are whole numbers and at least this large; a recipe may contain anything."""
     return all(isinstance(one, int) and one >= least for one in values)
 
 
@@ -71,14 +72,14 @@ class Quantizer(nn.Module):
     """Q codebooks of `codebook_size` codes over vectors of width `dim`; Q is 1 unless residual or groups say more.
 
     choice: a kind, or a mapping with its "kind" and any of
-        residual, groups    how many codebooks; 1 each
-        order               how a tokenizer writes the codes of several: "interleaved" or "delayed"
-        dropout, first      residual only: train at every depth; and of so trained codebooks use the first so many
+        residual, groups    number of codebooks; 1 each
+        order               pattern of several codebooks in a sequence: "interleaved" or "delayed"
+        dropout, first      residual only: train at every depth; use only this number of codebooks trained that way
         code_dim            vq, cosine: width of the codebook's own space (2110.04627); `dim`
-        decay, dead_below   vq, cosine: of the moving averages; the mean count a step below which a code is replaced
+        decay, dead_below   vq, cosine: decay of the moving averages; mean count per step below which a code is replaced
     "fsq" has `levels` per latent dimension, its codebook size is their product and it has no loss; the others have
     `codebook_size` codes ("lfq": a power of two). A learned codebook is the same on all ranks of a data-parallel run if
-    the tokenizer is built after the process group. TokenizerError for a choice that cannot be.
+    the tokenizer is built after the process group. TokenizerError for an invalid choice.
     """
 
     def __init__(
@@ -139,16 +140,16 @@ class Quantizer(nn.Module):
 
     @property
     def codebook_sizes(self) -> list[int]:
-        """One size a codebook, as a tokenizer declares them."""
+        """The size of each codebook, as a tokenizer declares them."""
         return [self.codebook_size] * self.num_codebooks
 
     def _parts(self) -> list[Any]:
         return [self.inner] if self.groups == 1 else list(self.inner)
 
     def forward(self, x: Tensor) -> Quantized:
-        """Quantise x [B, N, D], in float32: distances to near codes are lost in fewer bits.
+        """Quantize x [B, N, D], in float32: lower precision cannot resolve distances to near codes.
 
-        While training with dropout, codebooks that were dropped have the code -1.
+        When training with dropout, dropped codebooks have the code -1.
         """
         with torch.autocast(x.device.type, enabled=False):
             chunks = x.float().chunk(self.groups, -1)
@@ -166,7 +167,7 @@ class Quantizer(nn.Module):
 
     @property
     def _used(self) -> int:
-        """Codebooks of each group in the codes: all while training, so that all are trained."""
+        """Codebooks of each group in use: all during training, so that all are trained."""
         return self.residual if self.training else self.first
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -184,8 +185,8 @@ class Quantizer(nn.Module):
     def nearest(self, x: Tensor, count: int) -> Tensor:
         """The `count` choices [B, N, count, Q] whose vectors are nearest to x [B, N, D], nearest first.
 
-        Of a learned codebook, or of residual ones of "vq": there it is a beam search, which also finds better sums than
-        one code after the other does.
+        For a learned codebook, or residual ones of "vq": a beam search, which also finds better sums than choosing one
+        code after the other.
         """
         left = self.inner.project_in(x.float())
         if self.kind == "cosine":
@@ -206,7 +207,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def codebook(self, number: int = 0) -> Tensor:
-        """All vectors [K, D] of one codebook; a residual one's are in the space where they are summed up."""
+        """All vectors [K, D] of one codebook; those of a residual one are in the space in which they are summed."""
         part, depth = self._parts()[number // self.first], number % self.first
         device = next((one.device for one in [*self.parameters(), *self.buffers()]), None)
         codes = torch.arange(self.codebook_size, device=device)[None, :, None].expand(1, -1, self.residual)

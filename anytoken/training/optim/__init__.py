@@ -1,1 +1,1 @@
-"""What is trained, at which rate, by which optimizer."""
+"""Optimizers, learning-rate schedules and parameter groups."""

@@ -1,8 +1,8 @@
 """Learning-rate schedules with warm-up: cosine, WSD (warm-up, stable, decay; arXiv 2404.06395), constant.
 
-A schedule is a function of progress, and progress is that of the steps or of the minutes, whichever is further along:
-where `max_minutes` will not do for all steps, the same curve is run through in fewer of them and still ends at its
-end. The object's few numbers are saved with the optimizer.
+A schedule is a function of progress in steps or minutes, whichever is further along: if `max_minutes` do not suffice
+for all steps, the same curve is compressed to fewer steps and still reaches its end. The object's few numbers are saved
+with the optimizer.
 """
 
 import math

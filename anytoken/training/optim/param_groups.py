@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def vocabulary_parameters(model: PreTrainedModel) -> set[int]:
     return found
 
 
-def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups: matrices decay; vectors and the vocabulary (frozen rows must stay) do not."""
     vocabulary = vocabulary_parameters(model)
     decay: list[nn.Parameter] = []
@@ -94,7 +95,7 @@ def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[s
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or id(parameter) in vocabulary or "trainable_tokens" in name
             (plain if spared else decay).append(parameter)
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]

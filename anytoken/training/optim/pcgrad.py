@@ -1,8 +1,8 @@
-"""Gradients of the modalities held against each other: their conflict measured, and projected away.
+"""PCGrad: measure conflicts between the gradients of the modalities, and project them away.
 
 PCGrad (arXiv 2001.06782): where the gradients of two losses point against each other, each loses its part along the
-other. Without conflict the step is the ordinary one. The price is a backward pass for each modality of a batch and one
-more, instead of one, and a copy of the gradient for each: off by default, for runs where the log shows conflict.
+other. Without conflict the step is the ordinary one. It costs one backward pass per modality of a batch plus one,
+and a copy of the gradient for each: off by default, for runs whose log shows conflicts.
 
 Shapes: G losses, P parameters.
 """

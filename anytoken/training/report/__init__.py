@@ -1,1 +1,1 @@
-"""What a run says of itself: HTML page, Markdown, samples, the card of an adapter."""
+"""Reports of a run: HTML page, Markdown, samples, the card of an adapter."""

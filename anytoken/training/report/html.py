@@ -1,8 +1,8 @@
 """``report.html``: the page to look at while a model trains and afterwards.
 
-One file, no network, no script: curves, the experts' load, samples, what was run on what. It is written anew at every
-line of the log, so reloading it shows where the run stands. Where the recipe names a ``reference``, another run's
-metrics lie behind the curves, dashed: is this loss normal?
+One file without network or scripts: curves, expert load, samples, configuration and machine. It is rewritten at every
+line of the log, so reloading it shows the current state. If the recipe names a ``reference``, another run's metrics
+are drawn behind the curves as dashed lines.
 """
 
 import html

@@ -1,8 +1,7 @@
-"""A page about a finished run, made from its ``metrics.jsonl``: is this loss normal, and where did it stand
-when?
+"""The Markdown report of a finished run, from its ``metrics.jsonl``.
 
-The table gives each group's loss in bits at a few moments and on the held-out sources, so that anyone who
-repeats a recipe can compare.
+The table gives each group's loss in bits at a few steps and on the held-out sources, so that whoever repeats a recipe
+can compare.
 """
 
 import shlex

@@ -1,7 +1,7 @@
-"""What a model says along the way: the same prompts every so many steps, kept as pieces of the report.
+"""Sample replies during training: the same prompts every N steps, stored as parts of the report.
 
-The room that generates lies to the right of this one, so ``train`` is handed a function that does. Random numbers of
-the training are left as they were, and a run that spends too much of its time on samples skips some.
+``train`` receives the function that generates, since this package must not import ``inference``. The random state of
+training is not changed, and samples that would take too much of the run's time are skipped.
 """
 
 import html

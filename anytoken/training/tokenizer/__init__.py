@@ -1,1 +1,1 @@
-"""How tokenizers are trained: one resumable loop, and their batches."""
+"""Training of tokenizers: a resumable loop, and its batches."""

@@ -1,6 +1,6 @@
 """Sets of Hugging Face `datasets`: Parquet and Arrow files, saved folders, the hub, and objects in Python.
 
-Media stay encoded, as they are kept; a ClassLabel becomes its name, which is the text of a record that has none.
+Media stay encoded as stored; a ClassLabel becomes its name, which is the text of a record without text.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ def _load(name: str, load: Callable[[Any], Any]) -> Any:
         raise RecordError(f"{name} does not open: {' '.join(str(error).split())}", "damaged file") from error
 
 
-def tables(name: str, files: list[Path]) -> Source:
+def table_files(name: str, files: list[Path]) -> Source:
     """The rows of Parquet or Arrow files."""
     form, paths = files[0].suffix.lower()[1:], {"all": [str(file) for file in files]}
     found = _load(name, lambda datasets: datasets.load_dataset(form, data_files=paths, streaming=True))
