@@ -102,9 +102,30 @@ class PairMixture(Mixture):
             f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or fix the data"
         )
 
-    def pair(self, choice: _Choice, row: int, rng: np.random.Generator) -> Pair:
-        """The pair that a record's view makes."""
-        (_, left), (_, right) = choice.source.turns(row, choice.view, rng)
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs there are to draw, joins with every partner counted."""
+        return sum(
+            len(choice.source.partners_of(int(row))) or 1 for choice in self.choices for row in choice.rows
+        )
+
+    def all_prompts(self) -> Iterator[list[int]]:
+        """Both sides of every pair that may be drawn, in the order of the sources; some come several times."""
+        rng = np.random.default_rng(0)  # nothing is left to it
+        for choice in self.choices:
+            for row in choice.rows.tolist():
+                for partner in choice.source.partners_of(row) or [None]:
+                    try:
+                        pair = self.pair(choice, row, rng, partner)
+                    except TokenizerError:
+                        continue
+                    if max(len(pair.left), len(pair.right)) <= self.context:
+                        yield pair.left
+                        yield pair.right
+
+    def pair(self, choice: _Choice, row: int, rng: np.random.Generator, partner: int | None = None) -> Pair:
+        """The pair that a record's view makes; partner: of the record, any if it is None."""
+        (_, left), (_, right) = choice.source.turns(row, choice.view, rng, partner)
         record = choice.source.shards.records[row]
         group = row if self.positives is None else str(record[self.positives])
         weight = 1.0 if self.weight_by is None else float(record[self.weight_by])
