@@ -25,6 +25,8 @@ from anytoken.data.views import Piece
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.errors import DataError
 
+IDS_KEPT = 2_000_000  # of pairs that were made before: steps that train a head alone would spend half their time on it
+
 
 class Pair(NamedTuple):
     """Ids of both sides, what makes records positives of each other, how much the pair counts, and failed draws."""
@@ -44,6 +46,8 @@ class PairMixture(Mixture):
     ) -> None:
         super().__init__(*arguments, **settings)
         self.positives, self.weight_by = positives, weight_by
+        self._made: dict[tuple[int, int], Pair] = {}  # by choice and row, where a row makes one pair only
+        self._ids_kept = 0
         for choice in self.choices:
             if choice.view.special or not choice.view.sources:
                 raise DataError(
@@ -125,11 +129,18 @@ class PairMixture(Mixture):
 
     def pair(self, choice: _Choice, row: int, rng: np.random.Generator, partner: int | None = None) -> Pair:
         """The pair that a record's view makes; partner: of the record, any if it is None."""
+        key = id(choice), row
+        if key in self._made:
+            return self._made[key]
         (_, left), (_, right) = choice.source.turns(row, choice.view, rng, partner)
         record = choice.source.shards.records[row]
         group = row if self.positives is None else str(record[self.positives])
         weight = 1.0 if self.weight_by is None else float(record[self.weight_by])
-        return Pair(self._prompt(left), self._prompt(right), group, weight)
+        made = Pair(self._prompt(left), self._prompt(right), group, weight)
+        if choice.source.spec.pair_with is None and self._ids_kept < IDS_KEPT:
+            self._made[key] = made
+            self._ids_kept += len(made.left) + len(made.right)
+        return made
 
     def _prompt(self, pieces: Sequence[Piece]) -> list[int]:
         space: Any = self.controls
