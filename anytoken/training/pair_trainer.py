@@ -62,13 +62,10 @@ class PairEncoder(nn.Module):
         self.lm, self.head, self.tokenwise = lm, head, tokenwise
         self.register_buffer("table", table, persistent=False)
         self.cache: FeatureCache | None = None
+        # Whether the language model has nothing to train; asked often, and its parameters are many.
+        self.frozen = not any(one.requires_grad for one in lm.parameters())
 
     table: Tensor
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the language model has nothing to train."""
-        return not any(one.requires_grad for one in self.lm.parameters())
 
     def train(self, mode: bool = True) -> PairEncoder:
         """As any module; a frozen model stays as it is when it embeds."""
