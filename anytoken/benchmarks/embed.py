@@ -14,10 +14,9 @@ from anytoken.benchmarks.harness import (
     ratio_of_turns,
 )
 from anytoken.inference.api import AnyToken
-from anytoken.inference.embed import similar_lengths
 from anytoken.inference.index import KINDS, RERANK, Index, import_faiss
 from anytoken.inference.index_files import Item
-from anytoken.model.embedding_head import read_states
+from anytoken.model.embedding_head import read_states, similar_lengths
 from anytoken.utils.errors import EvaluationError
 
 QUERIES, NEAR = 200, 10

@@ -182,7 +182,16 @@ class _Source:
         by = self.spec.pair_with.by if self.spec.pair_with else None
         return record.get(by) if by else None
 
-    def turns(self, index: int, view: View, rng: np.random.Generator) -> list[Turn]:
+    def partners_of(self, index: int) -> list[int]:
+        """The records of the second set that a record may be joined with; none where there is no second set."""
+        if self.spec.pair_with is None:
+            return []
+        return self.partners[self._partner_key(self.shards.records[index])]
+
+    def turns(
+        self, index: int, view: View, rng: np.random.Generator, partner: int | None = None
+    ) -> list[Turn]:
+        """A record's turns, joined with a partner: the one given, or any."""
         record = self.shards.records[index]
         if view.special == "messages":
             return self._conversation(index)
@@ -192,8 +201,8 @@ class _Source:
         item: dict[str, Piece] = {}
         pair = self.spec.pair_with
         if pair is not None:
-            partners = self.partners[self._partner_key(record)]
-            partner = partners[int(rng.integers(len(partners)))]
+            partners = self.partners_of(index)
+            partner = partners[int(rng.integers(len(partners)))] if partner is None else partner
             item = {new: self._piece(self.partner_shards, partner, key) for new, key in pair.take.items()}
         item |= {key: self._piece(self.shards, index, key) for key in keys if key not in item}
         return view_turns(view, item, rng)

@@ -22,12 +22,12 @@ from anytoken.model.embedding_head import (
     pool,
     probe_ids,
     read_states,
+    similar_lengths,
 )
 from anytoken.processor import Processor
 from anytoken.segments import Segment
 from anytoken.utils.errors import RequestError
 
-BATCH_TOKENS = 8192  # with padding
 ALIKE = 0.999  # cosine of two fingerprints of one model, on any device and in any precision
 
 
@@ -104,19 +104,6 @@ class Embedder:
             for place, row in enumerate(rows):
                 ids[place, : lengths[row]] = torch.tensor(prompts[row])
             yield rows, ids.to(self.lm.device), torch.tensor(taken, device=self.lm.device)
-
-
-def similar_lengths(lengths: Sequence[int], most: int = BATCH_TOKENS, slack: float = 1.25) -> list[list[int]]:
-    """Rows in batches of at most `most` ids with padding, the longest at most `slack` times the shortest, or 8 more."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        first = lengths[batches[-1][0]] if batches else 0
-        close = lengths[row] <= max(slack * first, first + 8)
-        if batches and close and (len(batches[-1]) + 1) * lengths[row] <= most:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
 
 
 @torch.no_grad()

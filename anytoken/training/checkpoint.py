@@ -40,7 +40,7 @@ SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safeten
 FREE_SETTINGS = {
     "output", "save_every", "save_minutes", "log_every", "threads", "eval", "max_minutes", "samples", "reference",
     "distributed", "gradient_checkpointing", "attention", "compile", "report_to", "early_stopping", "keep_best",
-    "loss_guard",
+    "loss_guard", "contrastive.cache_states", "contrastive.cache_mb",
 }  # fmt: skip
 MARKERS = ("config.json", "adapter_config.json")  # moved last: a folder that has one is finished
 
@@ -165,8 +165,12 @@ def begin_from(stage: TrainConfig, states: Sequence[Path]) -> str:
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:
     """Every setting that differs, as ``optimizer.lr (0.01 before, 0.001 now)``."""
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = [key for key in {**before, **after} if name or key not in FREE_SETTINGS]
-        found = [_differences(before.get(key), after.get(key), f"{name}.{key}".strip(".")) for key in keys]
+        names = {key: f"{name}.{key}".strip(".") for key in {**before, **after}}
+        found = [
+            _differences(before.get(key), after.get(key), whole)
+            for key, whole in names.items()
+            if whole not in FREE_SETTINGS
+        ]
         return [one for group in found for one in group]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = enumerate(zip(before, after, strict=True))

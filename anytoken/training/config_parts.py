@@ -164,6 +164,12 @@ class ContrastiveSpec(Settings):
 
     batch: int = Field(default=256, ge=2, description="pairs per step, over all processes")
     chunk: int = Field(default=64, ge=1, description="sequences per forward pass (GradCache)")
+    cache_states: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compute a frozen model's states once, for all steps; auto: as many as fit cache_mb; true: all, "
+        "or stop with an error; false: none",
+    )
+    cache_mb: int = Field(default=1024, ge=1, description="memory that kept states may take, in MB")
     width: int = Field(default=256, ge=1, description="dimension of the vectors")
     widths: list[int] = Field(
         default=[], description="prefix widths that are also trained as vectors (Matryoshka)"

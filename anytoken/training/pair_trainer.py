@@ -3,13 +3,15 @@
     anytoken train stages/embed.yaml
 
 What steps, saves, resumes and stops is the loop of ``trainer.py``; here is what one step of pairs does. Features of
-a frozen model are computed once and kept (`FeatureCache`), those of one that learns come in chunks (``grad_cache.py``).
+a frozen model are computed once and kept (``feature_cache.py``), those of one that learns come in chunks
+(``grad_cache.py``).
 The output is an adapter folder with the head, or a checkpoint where weights of the model are trained.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from anytoken.data.mixture import SourceSpec
@@ -31,6 +34,7 @@ from anytoken.training.config import (
     TrainConfig,
 )
 from anytoken.training.contrastive import Options, Side
+from anytoken.training.feature_cache import MB, FeatureCache, plan_cache
 from anytoken.training.grad_cache import Columns, add_up_gradients, backward_in_chunks, gather_rows
 from anytoken.training.initialize import checkpoint_folder
 from anytoken.training.lora import LanguageModel, base_model
@@ -41,7 +45,6 @@ from anytoken.training.trainer import StageTrainer
 from anytoken.utils.distributed import sum_over_processes
 from anytoken.utils.errors import ConfigError
 
-CACHED_BYTES = 1 << 29  # of a frozen model's features
 MOMENTUM = "momentum.safetensors"  # the momentum teacher's weights, in a state
 HELD_OUT = 2000  # pairs of a view that retrieval is measured on
 Chunk = tuple[Tensor, Tensor]  # ids [n, T], lengths [n]
@@ -56,14 +59,11 @@ class PairEncoder(nn.Module):
         super().__init__()
         self.lm, self.head, self.tokenwise = lm, head, tokenwise
         self.register_buffer("table", table, persistent=False)
-        self.cache = FeatureCache()
+        self.cache: FeatureCache | None = None
+        # Whether the language model has nothing to train; asked often, and its parameters are many.
+        self.frozen = not any(one.requires_grad for one in lm.parameters())
 
     table: Tensor
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the language model has nothing to train."""
-        return not any(one.requires_grad for one in self.lm.parameters())
 
     def train(self, mode: bool = True) -> PairEncoder:
         """As any module; a frozen model stays as it is when it embeds."""
@@ -81,50 +81,21 @@ class PairEncoder(nn.Module):
 
     def features(self, chunk: Chunk) -> Columns:
         """`forward`, or what a frozen model gave before."""
-        if not self.frozen or self.tokenwise:
+        if not self.frozen or self.cache is None:
             return self(*chunk)
         with torch.no_grad():
-            return self.cache(self, chunk)
+            return self.cache(self, *chunk)
+
+    def feature_bytes(self, length: int) -> int:
+        """Bytes of the features of a prompt of so many ids."""
+        hidden, kinds = self.head.hidden_size, len(self.head.modalities)
+        pooled = 4 * (kinds * hidden + kinds + hidden)
+        return pooled + length * (4 * hidden + 8) if self.tokenwise else pooled
 
     def side(self, columns: Columns) -> Side:
         """Vectors of features."""
         tokens = self.head.token_vectors(columns[3], columns[4]) if self.tokenwise else None
         return Side(self.head(Pooled(*columns[:3])), tokens)
-
-
-class FeatureCache:
-    """Features of prompts that a frozen model has read, the latest up to a limit of memory, on the CPU."""
-
-    def __init__(self, limit: int = CACHED_BYTES) -> None:
-        self.limit, self.bytes = limit, 0
-        self._kept: OrderedDict[bytes, Columns] = OrderedDict()
-
-    def __call__(self, encoder: PairEncoder, chunk: Chunk) -> Columns:
-        """Features of a chunk, of which only what is new goes through the model."""
-        ids, lengths = chunk
-        sizes = lengths.tolist()
-        rows = ids.cpu().numpy().astype(np.int32)
-        keys = [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-        new = [place for place, key in enumerate(dict.fromkeys(keys)) if key not in self._kept]
-        fresh: dict[bytes, Columns] = {}
-        if new:
-            places = [keys.index(key) for key in dict.fromkeys(keys) if key not in self._kept]
-            longest = max(sizes[place] for place in places)
-            found = encoder(ids[places, :longest], lengths[places])
-            fresh = {
-                keys[place]: tuple(column[n].cpu() for column in found) for n, place in enumerate(places)
-            }
-        parts = [fresh[key] if key in fresh else self._kept[key] for key in keys]
-        self._keep(fresh)
-        return tuple(torch.stack(column).to(ids.device) for column in zip(*parts, strict=True))
-
-    def _keep(self, fresh: dict[bytes, Columns]) -> None:
-        for key, columns in fresh.items():
-            self._kept[key] = columns
-            self.bytes += sum(one.nbytes for one in columns)
-        while self.bytes > self.limit:
-            _, dropped = self._kept.popitem(last=False)
-            self.bytes -= sum(one.nbytes for one in dropped)
 
 
 def make_pair_trainer(
@@ -140,7 +111,9 @@ def make_pair_trainer(
     assert spec is not None
     mixture = _pairs(stage, data, processor)
     trained = PairEncoder(lm, *_head(stage, spec, lm, mixture, processor), tokenwise=spec.tokenwise > 0)
+    trained.cache, chosen = plan_cache(spec, trained.frozen, trained.feature_bytes, mixture, stage.steps)
     trainer = PairTrainer(stage, arguments, processor, trained, mixture)
+    trainer.cache_choice = chosen
     if spec.teacher not in (None, "momentum"):
         trainer.teacher = _reference(stage, str(spec.teacher), "teacher", trained, processor)
     if spec.compatible is not None:
@@ -203,6 +176,9 @@ def _reference(
         source = path if whole else checkpoint_folder(stage.init_from)
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).requires_grad_(False)
     found = PairEncoder(lm, head, head.table(processor.token_space)).eval()
+    spec = stage.contrastive
+    if spec is not None and spec.cache_states is not False:
+        found.cache = FeatureCache(spec.cache_mb * MB)
     return found.to(base_model(trained.lm).device)
 
 
@@ -234,6 +210,7 @@ class PairTrainer(StageTrainer):
         self.teacher: PairEncoder | None = None
         self.older: PairEncoder | None = None
         self.momentum: dict[str, Tensor] = {}
+        self.cache_choice = ""  # for the log
         super().__init__(stage, arguments, processor, model, mixture)
 
     def group_names(self, model: Any) -> list[str]:
@@ -284,6 +261,25 @@ class PairTrainer(StageTrainer):
         tokens = sum_over_processes((batch["left_lengths"].sum() + batch["right_lengths"].sum()).float())
         self.meter.add(scored[0], int(tokens))
         return value
+
+    @torch.no_grad()
+    def fill_cache(self) -> None:
+        """Compute what the steps need of a frozen model, if the recipe's limit allows; the log says what was chosen."""
+        encoder, first = self.encoder, self.is_world_process_zero()
+        if first:
+            tqdm.write(self.cache_choice, sys.stderr)
+        if encoder.cache is None:
+            return
+        encoder.train()
+        with self.compute_loss_context_manager():
+            encoder.cache.fill(
+                encoder,
+                self.args.device,
+                self.processor.token_space.pad,
+                self.spec.chunk,
+                lambda: self.stop.any_rank_requested(self.args.device, self.args.world_size),
+                show=first,
+            )
 
     def _sides(self, batch: dict[str, Tensor]) -> list[list[Chunk]]:
         """Both sides of a batch in chunks."""
@@ -398,9 +394,16 @@ class PairTrainer(StageTrainer):
 
 
 class PairLoop(TrainingCallback):
-    """Diff with `TrainingCallback`: held-out pairs also tell how often the right item is found among all of a view."""
+    """Diff with `TrainingCallback`: a frozen model's states come first, and held-out pairs also tell how often the
+    right item is found among all of a view."""
 
     trainer: PairTrainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        start = time.monotonic()
+        self.trainer.fill_cache()
+        super().on_train_begin(args, state, control, **kwargs)
+        self.last = start  # max_minutes counts the time that the states took
 
     @torch.no_grad()
     def held_out_report(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,10 @@ from anytoken.data.packing import PackedStream, PackState
 from anytoken.data.views import Piece
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.errors import DataError
+
+IDS_KEPT = (
+    2_000_000  # of pairs that are kept: making them takes as long as half a step that trains a head alone
+)
 
 
 class Pair(NamedTuple):
@@ -44,6 +49,8 @@ class PairMixture(Mixture):
     ) -> None:
         super().__init__(*arguments, **settings)
         self.positives, self.weight_by = positives, weight_by
+        self._made: dict[tuple[int, int], Pair] = {}  # by choice and row, where a row makes one pair only
+        self._ids_kept = 0
         for choice in self.choices:
             if choice.view.special or not choice.view.sources:
                 raise DataError(
@@ -102,13 +109,41 @@ class PairMixture(Mixture):
             f"nothing could be drawn in {MAX_TRIES} tries ({reasons}); raise context or fix the data"
         )
 
-    def pair(self, choice: _Choice, row: int, rng: np.random.Generator) -> Pair:
-        """The pair that a record's view makes."""
-        (_, left), (_, right) = choice.source.turns(row, choice.view, rng)
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs there are to draw, joins with every partner counted."""
+        return sum(
+            len(choice.source.partners_of(int(row))) or 1 for choice in self.choices for row in choice.rows
+        )
+
+    def all_prompts(self) -> Iterator[list[int]]:
+        """Both sides of every pair that may be drawn, in the order of the sources; some come several times."""
+        rng = np.random.default_rng(0)  # nothing is left to it
+        for choice in self.choices:
+            for row in choice.rows.tolist():
+                for partner in choice.source.partners_of(row) or [None]:
+                    try:
+                        pair = self.pair(choice, row, rng, partner)
+                    except TokenizerError:
+                        continue
+                    if max(len(pair.left), len(pair.right)) <= self.context:
+                        yield pair.left
+                        yield pair.right
+
+    def pair(self, choice: _Choice, row: int, rng: np.random.Generator, partner: int | None = None) -> Pair:
+        """The pair that a record's view makes; partner: of the record, any if it is None."""
+        key = id(choice), row
+        if key in self._made:
+            return self._made[key]
+        (_, left), (_, right) = choice.source.turns(row, choice.view, rng, partner)
         record = choice.source.shards.records[row]
         group = row if self.positives is None else str(record[self.positives])
         weight = 1.0 if self.weight_by is None else float(record[self.weight_by])
-        return Pair(self._prompt(left), self._prompt(right), group, weight)
+        made = Pair(self._prompt(left), self._prompt(right), group, weight)
+        if choice.source.spec.pair_with is None and self._ids_kept < IDS_KEPT:
+            self._made[key] = made
+            self._ids_kept += len(made.left) + len(made.right)
+        return made
 
     def _prompt(self, pieces: Sequence[Piece]) -> list[int]:
         space: Any = self.controls
@@ -148,7 +183,8 @@ def collate(pairs: Sequence[Pair], pad: int, own: slice = slice(None)) -> dict[s
     for name, sequences in (("left", [p.left for p in pairs]), ("right", [p.right for p in pairs])):
         lengths = torch.tensor([len(ids) for ids in sequences])
         ids = torch.full((len(pairs), int(lengths.max())), pad)
-        for row, one in enumerate(sequences):
-            ids[row, : len(one)] = torch.tensor(one)
+        ids[torch.arange(ids.shape[1]) < lengths[:, None]] = torch.tensor(
+            list(chain.from_iterable(sequences))
+        )
         batch |= {f"{name}_ids": ids[own], f"{name}_lengths": lengths[own]}
     return batch

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from anytoken.inference.api import AnyToken
-from anytoken.inference.embed import similar_lengths
-from anytoken.model.embedding_head import EmbeddingHead, pool
+from anytoken.model.embedding_head import EmbeddingHead, pool, similar_lengths
 from anytoken.segments import Image, Text
 from anytoken.utils.errors import RequestError
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.processor import Processor
 from anytoken.training import contrastive as losses
-from anytoken.training import pair_trainer
+from anytoken.training import feature_cache, pair_trainer
 from anytoken.training.checkpoint import saved_states
 from anytoken.training.config import (
     TrainConfig,
@@ -25,7 +26,7 @@ from anytoken.training.contrastive import Options, Side, contrastive_loss
 from anytoken.training.grad_cache import backward_in_chunks
 from anytoken.training.interrupts import Interrupted
 from anytoken.training.metrics import read_metrics
-from anytoken.training.pair_trainer import PairTrainer
+from anytoken.training.pair_trainer import PairEncoder, PairTrainer
 from anytoken.training.pairs import PairMixture
 from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError, DataError
@@ -355,6 +356,149 @@ def test_a_teacher_of_a_folder(pairs: dict[str, Any], base: Path) -> None:
     assert (
         entries[-1]["eval"]["retrieval"]["text->tile"]["R@1"] == 1.0
     )  # it has learnt from the teacher alone
+
+
+# ---- the states of a frozen model ----
+
+
+class Reads:
+    """Counts the prompts that go through the model, and how often steps were taken before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prompts, self.steps, self.in_steps = 0, 0, 0
+        forward, step = PairEncoder.forward, PairTrainer.training_step
+
+        def counted(encoder: PairEncoder, ids: torch.Tensor, lengths: torch.Tensor) -> Any:
+            self.prompts += len(ids)
+            self.in_steps += len(ids) if self.steps else 0
+            return forward(encoder, ids, lengths)
+
+        def stepping(trainer: PairTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.steps += 1
+            return step(trainer, *args, **kwargs)
+
+        monkeypatch.setattr(PairEncoder, "forward", counted)
+        monkeypatch.setattr(PairTrainer, "training_step", stepping)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(folder / "metrics.jsonl") if "loss" in entry]
+
+
+def with_cache(pairs: dict[str, Any], name: str, **contrastive: Any) -> dict[str, Any]:
+    """The recipe into a folder of its own, without evaluations."""
+    changed = {**pairs["contrastive"], **contrastive}
+    return pairs | {"output": f"{pairs['output']}-{name}", "contrastive": changed, "eval": {}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tokenwise": 0.5, "positives": "text", "intra_modal": 0.1},
+        {"graded": 4.0, "hard_negatives": 0.5, "noise": 0.5, "teacher": "momentum"},
+    ],
+    ids=["plain", "tokenwise", "graded"],
+)
+def test_kept_states_give_the_losses_of_computed_ones(
+    pairs: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    anew = train(TrainConfig.from_dict(with_cache(pairs, "anew", cache_states=False, **options)))
+    assert "computed anew in every step: contrastive.cache_states is false" in capsys.readouterr().err
+    reads = Reads(monkeypatch)
+    kept = train(TrainConfig.from_dict(with_cache(pairs, "kept", cache_states=True, **options)))
+    assert (
+        reads.steps == 6 and reads.prompts == 15 and not reads.in_steps
+    )  # five names, tiles and beeps, once
+    assert "states of 15 prompts" in capsys.readouterr().err
+    assert losses_of(kept) == pytest.approx(losses_of(anew), abs=1e-5) and len(losses_of(kept)) == 6
+    first, second = state(anew), state(kept)
+    assert all(torch.allclose(one, second[name], atol=1e-4) for name, one in first.items())
+
+
+def test_states_beyond_the_limit_are_computed_anew(
+    pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole = train(TrainConfig.from_dict(with_cache(pairs, "whole")))
+    assert "for all steps" in capsys.readouterr().err
+    monkeypatch.setattr(feature_cache, "MB", 1 << 13)
+    with pytest.raises(
+        ConfigError, match=r"true, but the states of all prompts need more than .*cache_mb, 1 MB"
+    ):
+        train(TrainConfig.from_dict(with_cache(pairs, "all", cache_states=True, cache_mb=1)))
+    reads = Reads(monkeypatch)
+    part = train(TrainConfig.from_dict(with_cache(pairs, "part", cache_mb=1)))
+    assert "kept up to 1 MB: those of all prompts need more" in capsys.readouterr().err
+    assert 15 < reads.in_steps < 6 * 8  # some are kept
+    assert losses_of(part) == pytest.approx(losses_of(whole), abs=1e-5)
+
+
+def test_a_run_that_draws_few_pairs_reads_no_others(
+    pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    reads = Reads(monkeypatch)
+    train(TrainConfig.from_dict(with_cache(pairs, "few") | {"steps": 1}))
+    assert "the run draws 4 of 10 pairs" in capsys.readouterr().err
+    assert reads.prompts == reads.in_steps == 8
+
+
+def test_states_of_a_model_that_learns_are_not_kept(pairs: dict[str, Any], capsys: Any) -> None:
+    train(TrainConfig.from_dict(with_cache(pairs, "learns") | LORA | {"steps": 1}))
+    assert "the model itself is trained" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="true, but the model itself is trained"):
+        train(TrainConfig.from_dict(with_cache(pairs, "true", cache_states=True) | LORA))
+
+
+def test_an_interrupted_reading_is_made_up_for(
+    pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is asked to stop while it reads saves its first step; the same command reads again."""
+    whole = train(TrainConfig.from_dict(with_cache(pairs, "whole")))
+    forward = PairEncoder.forward
+
+    def stopping(encoder: PairEncoder, *args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(PairEncoder, "forward", forward)
+        return forward(encoder, *args)
+
+    recipe = with_cache(pairs, "stopped")
+    monkeypatch.setattr(PairEncoder, "forward", stopping)
+    with pytest.raises(Interrupted, match="stopped at step 1 of 6"):
+        train(TrainConfig.from_dict(recipe))
+    reads = Reads(monkeypatch)
+    recipe["contrastive"]["cache_mb"] = 900  # it may change when a run goes on
+    resumed = train(TrainConfig.from_dict(recipe))
+    assert reads.steps == 5 and reads.prompts == 15 and not reads.in_steps
+    assert losses_of(resumed) == pytest.approx(losses_of(whole), abs=1e-6)
+
+
+def test_all_prompts_are_those_that_may_be_drawn(world: Path, base: Path) -> None:
+    processor = Processor.from_pretrained(base)
+    joined = {"path": str(world / "things"), "take": {"beep": "beep"}, "by": "text", "split": None}
+    data = [
+        {"path": str(world / "things"), "views": {"tile->beep": 1, "text,beep->tile": 1}, "split": None,
+         "pair_with": joined},
+        {"path": str(world / "things"), "views": {"text->tile": 1}, "split": None,
+         "pair_with": {**joined, "by": None}},
+    ]  # fmt: skip
+    recipe = {
+        "init_from": str(base),
+        "output": "o",
+        "steps": 1,
+        "trainable": [],
+        "contrastive": {},
+        "data": data,
+    }
+    stage = TrainConfig.from_dict(recipe)
+    mixture = pair_trainer._pairs(stage, stage.data, processor)
+    known = {tuple(prompt) for prompt in mixture.all_prompts()}
+    drawn = {
+        tuple(side)
+        for batch in range(40)
+        for pair in mixture.draw(batch, 5)[1]
+        for side in (pair.left, pair.right)
+    }
+    assert drawn == known and mixture.num_pairs == 5 + 5 + 25
 
 
 # ---- processes ----
