@@ -211,8 +211,8 @@ class Speech(Segment):
     def open(cls, source: Given) -> Speech:
         """Audio from a wav, flac, ogg, mp3, webm, m4a or mp4 file or its bytes, at its own sample rate.
 
-        Channels are averaged; if that cancels them, as with opposite phase, the loudest one is used. A truncated wav
-        or mp3 is read as far as it goes, since these formats can be streamed.
+        Channels are averaged; if that cancels them, as with opposite phase, the loudest one is used. The available
+        part of a truncated wav or mp3 is read, since these formats can be streamed.
         """
         return _named(source_name(source), partial(cls, *read_sound(source)))
 
