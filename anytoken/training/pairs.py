@@ -121,7 +121,8 @@ class PairMixture(Mixture):
         rng = np.random.default_rng(0)  # nothing is left to it
         for choice in self.choices:
             for row in choice.rows.tolist():
-                for partner in choice.source.partners_of(row) or [None]:
+                partners: list[int | None] = [*choice.source.partners_of(row)]
+                for partner in partners or [None]:
                     try:
                         pair = self.pair(choice, row, rng, partner)
                     except TokenizerError:
