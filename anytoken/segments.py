@@ -464,7 +464,7 @@ def open_segment(source: str | Path | BinaryIO) -> Segment:
         if name.endswith(suffixes):
             return opener(source)
     known = " ".join(dict.fromkeys(suffix for suffixes, _ in openers for suffix in suffixes))
-    raise SegmentError(f"{path} has no known suffix; known: {known}.")
+    raise SegmentError(f"{path} has no suffix of a known kind; known: {known}.")
 
 
 def _named(path: object, build: Callable[[], Kind]) -> Kind:

@@ -277,6 +277,8 @@ class SpeechTokenizer(ModalityTokenizer):
                 f"{' and '.join(CONTENT_TERMS)} need num_global_codes and one codebook of kind "
                 f"{' or '.join(LEARNED)}; config is {self.config}."
             )
+        if not self._losses.get("spelling"):
+            return None
         head = SpellingHead(self.config["width"])
         self._spelling = head.loss  # not a submodule: it is trained along and not saved
         return head

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.losses.speech_content import TERMS as CONTENT_TERMS
 from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
 from anytoken.training.config_parts import OptimizerSpec, ScheduleSpec
@@ -208,6 +209,10 @@ class _Loop:
             self.batch = lambda step: own(step).to(self.device)
         if plan.pairs:
             self._add_pairs([data / one for one in plan.pairs])
+        elif unpaired := [term for term in CONTENT_TERMS if plan.loss.get(term)]:
+            raise TokenizerError(
+                f"loss: {' and '.join(unpaired)} need `pairs`, JSON lines of recordings with speech, text and voice."
+            )
         torch.manual_seed(plan.seed)
         self.critic = self.tokenizer.configure_losses(plan.loss)
         if self.critic is not None:

@@ -121,6 +121,13 @@ def test_pairs_are_for_speech(said, tmp_path, sets):
         train_tokenizer(recipe, sets, tmp_path / "image")
 
 
+def test_terms_of_pairs_need_pairs(said, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    with pytest.raises(TokenizerError, match="spelling and agreement need `pairs`"):
+        train_tokenizer(recipe, said.parent, tmp_path / "out", ["pairs=[]"])
+
+
 def test_frozen_parts_keep_their_weights_and_codes(said, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
