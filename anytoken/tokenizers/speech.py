@@ -312,9 +312,9 @@ class SpeechTokenizer(ModalityTokenizer):
         seen = self._scaled_mel(batch)
         features = self._features(seen)
         quantized = self.quantize(features)
-        told, others = self.voice(seen)[0], self.voice(self._scaled_mel(pairs.others))[0]
-        own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
-        output = self.decoder(quantized.vectors.transpose(1, 2) + torch.where(own, told, others))
+        own_voice, other_clip = self.voice(seen)[0], self.voice(self._scaled_mel(pairs.others))[0]
+        use_own = torch.rand(len(seen), 1, 1, device=seen.device) < 0.5
+        output = self.decoder(quantized.vectors.transpose(1, 2) + torch.where(use_own, own_voice, other_clip))
         losses = self._sound_losses(output, batch)
         if self._losses.get("spelling"):
             losses["spelling"] = self._spelling(quantized.vectors, [*pairs.texts, *pairs.texts])

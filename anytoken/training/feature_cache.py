@@ -129,18 +129,18 @@ def plan_cache(
 ) -> tuple[FeatureCache | None, str]:
     """The cache of a run, and for the log what was chosen; ConfigError if `cache_states: true` cannot be had.
 
-    bytes_of: what a prompt of so many ids needs.
+    bytes_of: memory in bytes for the states of a prompt with this many ids.
     """
     wanted, limit = spec.cache_states, spec.cache_mb * MB
     if wanted is False:
-        return None, "states are computed anew in every step: contrastive.cache_states is false"
+        return None, "states are recomputed in every step: contrastive.cache_states is false"
     if not frozen:
         if wanted is True:
             raise ConfigError(
                 "contrastive.cache_states is true, but the model itself is trained, so its states change in every "
                 "step; set trainable: [] and leave lora out, or set cache_states: auto"
             )
-        return None, "states are computed anew in every step: the model itself is trained"
+        return None, "states are recomputed in every step: the model itself is trained"
     if wanted == "auto" and mixture.num_pairs > steps * spec.batch:
         few = f"the run draws {steps * spec.batch:,} of {mixture.num_pairs:,} pairs"
         return FeatureCache(

@@ -404,7 +404,7 @@ def test_kept_states_give_the_losses_of_computed_ones(
     pairs: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     anew = train(TrainConfig.from_dict(with_cache(pairs, "anew", cache_states=False, **options)))
-    assert "computed anew in every step: contrastive.cache_states is false" in capsys.readouterr().err
+    assert "recomputed in every step: contrastive.cache_states is false" in capsys.readouterr().err
     reads = Reads(monkeypatch)
     kept = train(TrainConfig.from_dict(with_cache(pairs, "kept", cache_states=True, **options)))
     assert (

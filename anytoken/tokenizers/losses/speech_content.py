@@ -1,8 +1,8 @@
-"""What makes a speech tokenizer's codes say the words and not who says them: spelling, and agreement of two voices.
+"""Losses that make speech codes depend on the words instead of the voice: spelling, and agreement of two voices.
 
-Trained on sound alone, codes keep every detail of a voice, and a language model has to learn each word anew for each
-speaker. Two terms, for batches that hold every text by two voices, take that away. `spelling`: a small head must read
-the text from the codes (CTC, Graves et al. 2006, as in supervised semantic tokens, arXiv 2407.05407). `agreement`: both
+Codes trained only to reconstruct audio keep every detail of a voice, so a language model has to learn each word once
+per speaker. Two terms prevent this, on batches with every text by two voices. `spelling`: a small head predicts the
+text from the codes (CTC, Graves et al. 2006, as in supervised semantic tokens, arXiv 2407.05407). `agreement`: both
 clips are aligned by dynamic time warping, and features of the same moment of a text have to be alike across voices and
 unlike those of other moments (InfoNCE).
 
