@@ -50,13 +50,17 @@ def emoji(
             help="Also compose images with small and large objects at the left, right, top and bottom."
         ),
     ] = False,
+    moving: Annotated[
+        bool,
+        typer.Option(help="Also compose stills and clips of all other concepts, to learn how drawings move."),
+    ] = False,
     workers: Workers = 2,
     limit: Limit = None,
 ) -> None:
     """Build the emoji world: captioned images in five styles and videos."""
     from anytoken.emoji_world.emoji import build_emoji
 
-    print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts))
+    print(build_emoji(out, cache, concepts, workers, limit, still=still, layouts=layouts, moving=moving))
 
 
 @app.command(epilog=examples("anytoken data speech --out data/sets --emoji data/sets/emoji"))

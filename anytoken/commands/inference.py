@@ -106,6 +106,13 @@ def generate(
             help="Output kinds in order: text,image or -o text -o image; by default the model decides.",
         ),
     ] = None,
+    via: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kinds to generate first, as steps towards one output kind; none for no steps; by default as the "
+            "checkpoint says."
+        ),
+    ] = None,
     out: Out = Path("out"),
     num_return: Annotated[int, typer.Option(help="Number of replies.")] = 1,
     best_of: Annotated[
@@ -132,7 +139,8 @@ def generate(
         raise typer.BadParameter('the prompt is empty: anytoken generate "a fox", or pipe text in.')
     check_out(out)
     parts = [read_part(part) for part in prompt or ["-"]]
-    kinds = [kind for one in output or [] for kind in one.replace(",", " ").split() or [""]] or None
+    kinds, steps = _kinds(output), _kinds(via)
+    sampling["via"] = [] if steps == ["none"] else steps
     opened, console = load(model, device, adapter), Console()
     if stream:
         events = opened.stream(parts, kinds, **sampling)
@@ -144,6 +152,10 @@ def generate(
     replies = opened.generate(parts, kinds, num_return=num_return, best_of=best_of, **sampling)
     for reply in replies if isinstance(replies, list) else [replies]:
         show_reply(reply, out, console, as_json)
+
+
+def _kinds(given: list[str] | None) -> list[str] | None:
+    return [kind for one in given or [] for kind in one.replace(",", " ").split() or [""]] or None
 
 
 @app.command(cls=PromptCommand, epilog=examples('anytoken tokenize "a fox" cat.png > ids.json'))

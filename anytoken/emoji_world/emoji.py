@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
+from anytoken.emoji_world.motions import compose_moving
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Image, Video
 from anytoken.utils.atomic import write_file
@@ -91,13 +92,14 @@ def build_emoji(
     progress: bool = True,
     still: bool = False,
     layouts: bool = False,
+    moving: bool = False,
 ) -> Path:
     """Build OUT/emoji from the registry packages; returns the folder.
 
     Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
     pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
-    move, which come after all that do; layouts: also images of sizes and places. DataError if it
-    cannot.
+    move, which come after all that do; layouts: also images of sizes and places; moving: also clips of concepts that
+    are not core. DataError if it cannot.
     """  # fmt: skip
     folder = Path(out) / "emoji"
     cache = Path(cache) if cache else Path(out) / "packages"
@@ -117,6 +119,9 @@ def build_emoji(
         _compose_all(folder, core, sprites, animations, pool, progress)
         if layouts:
             _lay_out_all(folder, core, sprites, pool, progress)
+        if moving:
+            rest = [one for one in known if one not in core and not splits.tokenizer_held_out(one.hexcode)]
+            _move_all(folder, rest, sprites, animations, pool, progress)
     _write_card(folder, known, core, cache)
     return folder
 
@@ -308,6 +313,22 @@ def _lay_out_all(
     write_lines(folder / "layouts.jsonl", (line for lines in made for line in lines))
 
 
+def _move_all(
+    folder: Path, concepts: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
+    pool: ProcessPoolExecutor, progress: bool,
+) -> None:  # fmt: skip
+    jobs = [
+        (one, drawn, np.array(animations[one.hexcode]) if one.animated else None)
+        for one, drawn in zip(concepts, _drawn(folder, concepts, sprites), strict=True)
+    ]
+    made = _map(pool, partial(_move_concept, folder), jobs, "moving", progress)
+    write_lines(folder / "moving.jsonl", (line for lines in made for line in lines))
+
+
+def _move_concept(folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray | None]) -> Lines:
+    return list(compose_moving(folder, *job))
+
+
 def _lay_out_concept(folder: Path, job: tuple[Concept, list[np.ndarray]]) -> Lines:
     """One concept in every style on every background, each in one size and place that a hash decides."""
     concept, drawn = job
@@ -380,7 +401,8 @@ def _compose_concept(
         text = f"{concept.article}, animated, {background} background"
         lines[1].append({"text": text, "video": video, **base, **_split(why)})
         style = "flat" if splits.style_held_out(concept.hexcode) else "3d"
-        lines[2].append({"image": images[style], "video": video, **base, "style": style, **_split(why)})
+        paired = {"image": images[style], "video": video, "caption": text}
+        lines[2].append({**paired, **base, "style": style, **_split(why)})
     return lines
 
 
@@ -424,6 +446,9 @@ drawn in 3-D too, are not: what is unseen is the still picture); `video`, the vi
         about += f"""
 layouts.jsonl: the same drawings small ({SIZES_PX["small"]} pixels) or large ({SIZES_PX["large"]}), at one of
 {len(PLACES)} places; `layout`, {splits.LAYOUT_SHARE:.0%} of (concept, size, place), is held out too."""
+    if (folder / "moving.jsonl").is_file():
+        about += """
+moving.jsonl: stills and clips of concepts that are not core, by the artist or by a simple motion."""
     facts = {
         "concepts": len(known),
         "moving": moving,

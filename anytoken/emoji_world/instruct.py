@@ -59,8 +59,8 @@ REQUESTS = {
         Request("two", 2, "images", ("text",)),
         Request("say", 3, "speech", ("speech",)),
         Request("hear", 2, "speech", ("text",)),
-        Request("draw_spoken", 2, "images", ("image",)),
-        Request("say_seen", 2, "images", ("speech",)),
+        Request("draw_spoken", 2, "images", ("text", "image")),
+        Request("say_seen", 2, "images", ("text", "speech")),
         Request("hear_and_draw", 1, "images", ("text", "image")),
         Request("animate", 2, "videos", ("video",)),
         Request("watch", 2, "videos", ("text",)),
@@ -200,26 +200,28 @@ class Maker:
         return [self.ask("hear", _media(record, "speech")), _assistant(record["text"])]
 
     def draw_spoken(self) -> list[Message]:
-        record = self.pick("images")
-        spoken = self.utterance(record["name"])
-        if spoken is None:
-            return []
-        return [self.ask("draw_spoken", _media(spoken, "speech")), _assistant(_media(record, "image"))]
-
-    def say_seen(self) -> list[Message]:
-        record = self.pick("images")
-        spoken = self.utterance(record["name"])
-        if spoken is None:
-            return []
-        return [self.ask("say_seen", _media(record, "image")), _assistant(_media(spoken, "speech"))]
+        return self._draw_what_was_said("draw_spoken")
 
     def hear_and_draw(self) -> list[Message]:
+        return self._draw_what_was_said("hear_and_draw")
+
+    def _draw_what_was_said(self, purpose: str) -> list[Message]:
+        """The reply says in text what was understood, and then draws it (chain of modality, arXiv 2305.11000)."""
         record = self.pick("images")
         spoken = self.utterance(record["name"])
         if spoken is None:
             return []
-        request = self.ask("hear_and_draw", _media(spoken, "speech"))
+        request = self.ask(purpose, _media(spoken, "speech"))
         return [request, _assistant(spoken["text"], _media(record, "image"))]
+
+    def say_seen(self) -> list[Message]:
+        """The name in text first, then aloud."""
+        record = self.pick("images")
+        spoken = self.utterance(record["name"])
+        if spoken is None:
+            return []
+        reply = _assistant(spoken["text"], _media(spoken, "speech"))
+        return [self.ask("say_seen", _media(record, "image")), reply]
 
     def animate(self) -> list[Message]:
         record = self.pick("videos")
@@ -286,9 +288,7 @@ class Maker:
 
     def look_back(self) -> list[Message]:
         """An image of the first turn is named in the second: only the image says what it is."""
-        first = self.choose(
-            {"decline": 2, "animate_this": 1 if self.records.get("joint") else 0, "draw_spoken": 1}
-        )
+        first = self.choose({"decline": 2, "animate_this": 1 if self.records.get("joint") else 0})
         before: list[Message] = getattr(self, first)()
         if first == "decline":  # asked about an image that says nothing of it
             before[0] = self.ask("decline", _media(self.pick("images"), "image"))

@@ -191,7 +191,7 @@ def is_valid(model: "AnyToken", direction: Direction, reply: "GenerationOutput")
     if reply.finish_reason != "stop" or (not kinds if direction.free else kinds != [direction.target]):
         return False
     ids = [token for token in reply.ids if token != model.token_space.end]
-    return [segment.kind for segment in model.detokenize(ids)] == kinds
+    return [segment.kind for segment in model.detokenize(ids)] == [one.kind for one in reply.steps] + kinds
 
 
 def baseline_answers(
@@ -264,6 +264,19 @@ def part_rows(report: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def holdout_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Score and concept by what is held out, as rows of text, for directions with several hold-outs."""
+    table = [["direction", "held out", "prompts", "score", "concept"]]
+    for direction, one in report["directions"].items():
+        groups = one.get("parts_by_holdout", {})
+        if len(groups) > 1 and "concept" in one["parts"]:
+            for name, parts in groups.items():
+                main = parts[one["measure"]]
+                cells = [_with_interval(main), _with_interval(parts.get("concept"))]
+                table.append([direction, name, str(main["total"]), *cells])
+    return table
+
+
 def _with_interval(found: dict[str, float] | None) -> str:
     return f"{percent(found['value'])} ({100 * found['low']:.0f}–{100 * found['high']:.0f})" if found else ""
 
@@ -283,6 +296,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = _as_table(rows(report))
     if len(by_part := part_rows(report)) > 1:
         lines += ["", *_as_table(by_part)]
+    if len(by_holdout := holdout_rows(report)) > 1:
+        lines += ["", *_as_table(by_holdout)]
     lines += [
         "",
         f"{cases} held-out prompts per direction, seed {report['seed']}, commit {report['commit']}, "

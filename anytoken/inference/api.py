@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from anytoken.inference import hub
 from anytoken.inference.adapters import Adapters
+from anytoken.inference.chains import Chains, load_chains, save_chains
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
     CHECKPOINT,
@@ -63,6 +64,7 @@ class AnyToken(GenerationMixin):
         self.lm = lm
         self.processor = processor
         self.sampling = dict(sampling or {})
+        self.chains: Chains = {}
         self.card: str | None = None
         self.compiled = False
         self._engine: Engine | None = None
@@ -99,6 +101,7 @@ class AnyToken(GenerationMixin):
         lm, processor = load_folder(folder, chosen, adapter, quantize, attn_implementation)
         processor.media_root = media_root
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
+        model.chains = load_chains(folder)
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
         for source in (folder, *([] if adapter is None else [Path(adapter)])):
@@ -334,6 +337,7 @@ class AnyToken(GenerationMixin):
             lm.save_pretrained(folder)
             self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
+            save_chains(self.chains, folder)
             if None in self.embedding_heads:
                 self.embedding_heads[None].save(folder)
             if self.card is not None:

@@ -198,7 +198,8 @@ class Chat:
         that its cache can be reused.
         """
         context = self.model.engine.context
-        room = min(self.model.max_reply_tokens(turns[-1].output, options.get("max_new_tokens")), context // 2)
+        limit, via = options.get("max_new_tokens"), options.get("via")
+        room = min(self.model.max_reply_tokens(turns[-1].output, limit, turns[-1].ids, via), context // 2)
         head = [turn for turn in turns[:1] if turn.role == "system"]
         begins = [n for n, turn in enumerate(turns) if turn.role == "user"][1:]
         windows = [turns, *([*head, *turns[begin:]] for begin in begins)]

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
+from anytoken.inference.chains import FILE as CHAINS
 from anytoken.model.attention import use_attention
 from anytoken.model.embedding_head import FILE as EMBEDDING
 from anytoken.model.embedding_head import has_head
@@ -47,7 +48,7 @@ CHECKPOINT = FolderKind(
     "token_space.json",
     (
         "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json", EMBEDDING,
+        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json", CHAINS, EMBEDDING,
         "text_tokenizer/tokenizer.json", "tokenizers/*/config.json", "tokenizers/*/model.safetensors",
         "tokenizers/*/*.py",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",  # an export's

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from transformers import PreTrainedModel
 
+from anytoken.inference.chains import Chains, prompt_kind
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.logits_processor import lm_inputs
@@ -42,6 +43,9 @@ class Options(TypedDict, total=False):
     seed: an integer from 0; the same seed and prompt give the same reply in any batch. Without a seed, equal
         prompts get different replies.
     sizes: fixes the grid of a kind, {"image": (8, 8)} in codes.
+    via: kinds that are generated first, as steps towards an `output` of one kind: "text", or a list; they are in the
+        reply's `steps`. By default as the checkpoint says for the kind of the prompt (`model.chains`); [] is the
+        direct way.
     """
 
     temperature: float | None
@@ -54,6 +58,7 @@ class Options(TypedDict, total=False):
     max_new_tokens: int | None
     seed: int | None
     sizes: Mapping[str, tuple[int, ...]] | None
+    via: Output
 
 
 class GenerationMixin:
@@ -62,6 +67,7 @@ class GenerationMixin:
     lm: PreTrainedModel
     processor: Processor
     sampling: dict[str, Sampling]
+    chains: Chains
     compiled: bool
     _engine: Engine | None
 
@@ -144,10 +150,10 @@ class GenerationMixin:
         if rerank is not None and best_of is None:
             raise RequestError("rerank chooses among several replies: say how many with best_of.")
         prompts = self._encode_prompts(prompt, batch)
-        request = replace(self.request((), output, **options), scored=best_of is not None)
-        scored = self._replies(
-            [replace(request, prompt=ids, draw=number) for ids in prompts for number in range(samples)]
-        )
+        requests = [
+            replace(self.request(ids, output, **options), scored=best_of is not None) for ids in prompts
+        ]
+        scored = self._replies([replace(one, draw=number) for one in requests for number in range(samples)])
         found = []
         for start in range(0, len(scored), samples):
             group = scored[start : start + samples]
@@ -188,9 +194,11 @@ class GenerationMixin:
         prompt gets the same reply as on its own. Without a seed every reply has different random numbers. Parts of a
         prompt that are in `prefixes` are not computed again. RequestError for an empty prompt and for invalid ids.
         """
-        request = replace(self.request((), output, **options), prefixes=prefixes)
         numbers = [0] * len(prompts) if rows is None else rows
-        asked = [replace(request, prompt=ids, draw=n) for ids, n in zip(prompts, numbers, strict=True)]
+        asked = [
+            replace(self.request(ids, output, **options), prefixes=prefixes, draw=number)
+            for ids, number in zip(prompts, numbers, strict=True)
+        ]
         return [reply for reply, _ in self._replies(asked)]
 
     def _replies(self, requests: Sequence[GenerationRequest]) -> list[tuple[GenerationOutput, float]]:
@@ -206,14 +214,13 @@ class GenerationMixin:
                 ends[token.row] = (token.finish_reason, time.perf_counter() - began)
         replies = []
         for row, (request, ids) in enumerate(zip(requests, collected, strict=True)):
-            segments = SegmentStream(self.processor)
+            segments = SegmentStream(self.processor, request.num_steps)
             for token_id in ids:
                 segments.push(token_id)
             reason, seconds = ends[row]
             usage = count_usage(self.token_space, len(request.prompt), ids, seconds)
-            replies.append(
-                (GenerationOutput(segments.segments, ids, usage, reason), likelihood[row] / len(ids))
-            )
+            reply = GenerationOutput(segments.segments, ids, usage, reason, segments.steps)
+            replies.append((reply, likelihood[row] / len(ids)))
         return replies
 
     def stream(
@@ -236,20 +243,21 @@ class GenerationMixin:
     ) -> Generator[Event, None, GenerationOutput]:
         """`stream` for a prompt as ids; `prefixes` as in `generate_ids`."""
         request = replace(self.request(prompt, output, **options), prefixes=prefixes)
-        return self._events(len(prompt), self.engine.stream([request]))
+        return self._events(request, self.engine.stream([request]))
 
     def _events(
-        self, prompt_tokens: int, tokens: Generator[Token, None, None]
+        self, request: GenerationRequest, tokens: Generator[Token, None, None]
     ) -> Generator[Event, None, GenerationOutput]:
-        began, segments, ids, reason = time.perf_counter(), SegmentStream(self.processor), [], "stop"
+        began, ids, reason = time.perf_counter(), [], "stop"
+        segments = SegmentStream(self.processor, request.num_steps)
         with closing(tokens):
             for token in tokens:
                 ids.append(token.id)
                 reason = token.finish_reason or reason
                 yield from segments.push(token.id)
-        usage = count_usage(self.token_space, prompt_tokens, ids, time.perf_counter() - began)
+        usage = count_usage(self.token_space, len(request.prompt), ids, time.perf_counter() - began)
         yield usage
-        return GenerationOutput(segments.segments, ids, usage, reason)
+        return GenerationOutput(segments.segments, ids, usage, reason, segments.steps)
 
     def request(
         self, prompt: Sequence[int], output: Output = None, **options: Unpack[Options]
@@ -265,7 +273,7 @@ class GenerationMixin:
             raise RequestError(
                 f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
             )
-        plan = self._plan(output)
+        plan, num_steps = self._chained(prompt, output, options.get("via"))
         return GenerationRequest(
             prompt,
             plan,
@@ -274,7 +282,26 @@ class GenerationMixin:
             options.get("seed"),
             null_prompt=self.processor.null_prompt(),
             sizes=sizes,
+            num_steps=num_steps,
         )
+
+    def _chained(
+        self, prompt: Sequence[int], output: Output, via: Output
+    ) -> tuple[tuple[str, ...] | None, int]:
+        """The plan of a reply with the steps before the output, and their number.
+
+        Steps are those asked for, else those of the checkpoint for the kinds of this prompt and output.
+        """
+        plan = self._plan(output)
+        if via is None or plan is None:
+            if via:
+                raise RequestError(f'via={via!r} leads to an output: say which, such as output="image".')
+            chained = plan is not None and len(plan) == 1 and any(plan[0] == end for _, end in self.chains)
+            way = (prompt_kind(prompt, self.token_space) or "", plan[0]) if plan and chained else ("", "")
+            steps = self.chains.get(way, ())
+        else:
+            steps = () if isinstance(via, list | tuple) and not via else self._plan(via) or ()
+        return (None if plan is None else (*steps, *plan)), len(steps)
 
     def _sampling(self, options: Mapping[str, Any]) -> dict[str, Sampling]:
         """The settings of each kind."""
@@ -322,9 +349,18 @@ class GenerationMixin:
         limit = room if wanted is None else min(room, wanted)
         return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
 
-    def max_reply_tokens(self, output: Output, max_new_tokens: int | None = None) -> int:
-        """The number of tokens to reserve for a reply with this output; RequestError for an unknown kind."""
-        limit = self._limit(self._plan(output)) or TEXT_TOKENS
+    def max_reply_tokens(
+        self,
+        output: Output,
+        max_new_tokens: int | None = None,
+        prompt: Sequence[int] = (),
+        via: Output = None,
+    ) -> int:
+        """The number of tokens to reserve for a reply with this output; RequestError for an unknown kind.
+
+        prompt: ids of the user's turn; with `via`, they decide on steps before the output.
+        """
+        limit = self._limit(self._chained(prompt, output, via)[0]) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 
 

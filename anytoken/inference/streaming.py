@@ -95,10 +95,15 @@ def finish(events: Generator[Event, None, T], see: Callable[[Event], None] | Non
 
 
 class SegmentStream:
-    """Converts ids to events, one id at a time, and collects the finished segments."""
+    """Converts ids to events, one id at a time, and collects the finished segments.
 
-    def __init__(self, processor: Processor) -> None:
+    The first `num_steps` segments are collected as `steps` and cause no events.
+    """
+
+    def __init__(self, processor: Processor, num_steps: int = 0) -> None:
         self.segments: list[Segment] = []
+        self.steps: list[Segment] = []
+        self._num_steps, self._hidden = num_steps, num_steps
         self._processor = processor
         space = processor.token_space
         self._opens = {space.open_token(name): name for name in space.modalities}
@@ -110,6 +115,22 @@ class SegmentStream:
 
     def push(self, token: int) -> list[Event]:
         """The events that the next id causes."""
+        return self._shown(self._events(token)) if self._hidden else self._events(token)
+
+    def _shown(self, events: list[Event]) -> list[Event]:
+        """The events without those of steps."""
+        shown = []
+        for event in events:
+            if not self._hidden:
+                shown.append(event)
+            elif isinstance(event, SegmentFinished):
+                self._hidden -= 1
+        return shown
+
+    def _collect(self, segment: Segment) -> None:
+        (self.segments if len(self.steps) == self._num_steps else self.steps).append(segment)
+
+    def _events(self, token: int) -> list[Event]:
         if self._medium is not None:
             if token not in self._closes:
                 return list(self._medium.push(token))
@@ -137,14 +158,14 @@ class SegmentStream:
         events = self._delta(self._bytes.decode(b"", final=True))
         text, self._text = Text("".join(self._text)), None
         self._bytes.reset()
-        self.segments.append(text)
+        self._collect(text)
         return [*events, SegmentFinished(text)]
 
     def _finish_medium(self, medium: "_Medium") -> list[Event]:
         with torch.no_grad():
             segment = medium.tokenizer.decode(medium.codes())
         self._medium = None
-        self.segments.append(segment)
+        self._collect(segment)
         return [*medium.rest(), SegmentFinished(segment)]
 
 

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
 from anytoken.inference.api import AnyToken
+from anytoken.inference.chains import load_chains
 from anytoken.inference.checkpoint import find_checkpoint
 from anytoken.inference.request import GenerationRequest, GrammarWalk
 from anytoken.inference.sampling import Sampling, load_sampling
@@ -62,7 +63,9 @@ def open_remote(name_or_path: str | Path) -> AnyToken:
     if guided:
         log.info("Engines have no guidance: %s is generated without", ", ".join(guided))
     plain = {kind: Sampling(**{**vars(one), "cfg_scale": 1.0}) for kind, one in defaults.items()}
-    return AnyToken(lm, processor, plain)
+    model = AnyToken(lm, processor, plain)
+    model.chains = load_chains(folder)
+    return model
 
 
 class Stretch(GrammarWalk):

@@ -45,7 +45,7 @@ class PendingReply:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        segments = SegmentStream(self._model.processor)
+        segments = SegmentStream(self._model.processor, self.job.request.num_steps)
         held = _StopText(self._stops)
         finished: list[Segment] = []
         ids: list[int] = []
@@ -73,7 +73,7 @@ class PendingReply:
         usage = count_usage(
             self._model.token_space, len(self.job.request.prompt), ids, time.perf_counter() - self._began
         )
-        self.reply = GenerationOutput(finished, ids, usage, reason or "stop")
+        self.reply = GenerationOutput(finished, ids, usage, reason or "stop", segments.steps)
 
 
 def _push(segments: SegmentStream, ids: Sequence[int]) -> list[Event]:

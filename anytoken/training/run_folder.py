@@ -77,7 +77,9 @@ def _finish(trainer: StageTrainer) -> None:
     if not trainer.is_world_process_zero():
         return
     if trainer.stage.lora is None and trainer.stage.trainable:
-        write_file(final / "sampling.json", _sampling_defaults(trainer.stage))
+        write_file(final / "sampling.json", _kept(trainer.stage, "sampling.json") or "{}")
+        if chains := _kept(trainer.stage, "chains.json"):
+            write_file(final / "chains.json", chains)
     elif trainer.stage.lora is not None:
         facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
         entries = read_metrics(trainer.folder / "metrics.jsonl")
@@ -87,10 +89,7 @@ def _finish(trainer: StageTrainer) -> None:
     move_final(trainer.folder)
 
 
-def _sampling_defaults(stage: TrainConfig) -> str:
-    """How to sample each modality: kept from the checkpoint the run began with, else left to the engine."""
-    if stage.init_from != "scratch":
-        path = checkpoint_folder(stage.init_from) / "sampling.json"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    return "{}"
+def _kept(stage: TrainConfig, name: str) -> str | None:
+    """A file of defaults of the checkpoint that the run began with."""
+    path = None if stage.init_from == "scratch" else checkpoint_folder(stage.init_from) / name
+    return path.read_text(encoding="utf-8") if path and path.is_file() else None

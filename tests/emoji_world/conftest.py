@@ -131,7 +131,11 @@ class FakeModel:
         self.memory.append(self.function(prompt, output))
         usage = SimpleNamespace(new_tokens=3)
         return SimpleNamespace(
-            segments=self.memory[-1], ids=[len(self.memory) - 1, -1], finish_reason="stop", usage=usage
+            segments=self.memory[-1],
+            steps=[],
+            ids=[len(self.memory) - 1, -1],
+            finish_reason="stop",
+            usage=usage,
         )
 
     def generate(self, prompt, output, batch=False, seed=None):

@@ -25,6 +25,7 @@ from anytoken.emoji_world.emoji import (
     compose,
     find_concepts,
 )
+from anytoken.emoji_world.motions import MOTIONS, move
 from anytoken.emoji_world.packages import PACKAGES
 from anytoken.segments import Image, Video
 from anytoken.utils.errors import DataError
@@ -511,6 +512,44 @@ def test_sizes_and_places_are_as_the_captions_say(cache: Path, tmp_path: Path) -
         free = (64 - side) / 2
         assert np.allclose(offsets, (free * across, free * down), atol=1.5), row
         assert free % 8 == 0  # shifts are of whole patches
+
+
+def test_clips_of_other_concepts_move_and_respect_what_is_held_out(cache: Path, tmp_path: Path) -> None:
+    folder = build_emoji(tmp_path, cache=cache, concepts=2, workers=1, progress=False, moving=True)
+    rows = lines(folder, "moving")
+    concepts = {row["hexcode"]: row for row in lines(folder, "concepts")}
+    assert rows and {row["motion"] for row in rows} >= {"artist"}
+    for row in rows:
+        concept = concepts[row["hexcode"]]
+        assert not (concept["core"] or concept["tokenizer_held_out"] or splits.video_held_out(row["hexcode"]))
+        assert not splits.pair_held_out(row["hexcode"], row["background"])
+        assert row["style"] == ("flat" if splits.style_held_out(row["hexcode"]) else "3d")
+        assert row["split"] == "train" and row["text"].endswith(f"animated, {row['background']} background")
+        still, clip = Image.open(folder / row["image"]), Video.open(folder / row["video"])
+        assert clip.frames.shape == (8, *still.pixels.shape)
+        assert np.abs(np.diff(clip.frames.astype(int), axis=0)).max() > 30
+        if row["motion"] != "artist":
+            assert concept["animated"] is False
+            assert np.abs(clip.frames[0].astype(int) - still.pixels).max() <= 2  # at rest
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_a_motion_is_a_loop_that_keeps_the_drawing_in_the_frame(motion: str) -> None:
+    sprite = np.zeros((96, 96, 4), np.uint8)
+    sprite[24:72, 32:64] = (200, 60, 20, 255)
+    frames = move(sprite, motion, 8)
+    assert frames.shape == (8, 96, 96, 4) and np.abs(frames[0].astype(int) - sprite).max() <= 2
+    areas = (frames[..., 3] > 127).sum((1, 2))
+    if motion == "pulse":
+        assert areas.argmin() == 4 and 0.75 < areas.min() / areas[0] < 0.8
+    else:
+        assert np.abs(areas / areas[0] - 1).max() < 0.02
+    rows, columns = (frames[..., 3] > 127).any(2), (frames[..., 3] > 127).any(1)
+    assert not rows[:, [0, -1]].any() and not columns[:, [0, -1]].any()
+    middles = [np.argwhere(frame[..., 3] > 127).mean(0) for frame in frames]
+    highest, rightmost = (int(np.argmin([y for y, _ in middles])), int(np.argmax([x for _, x in middles])))
+    assert highest == 4 or motion != "bounce"
+    assert rightmost == 2 or motion != "sway"
 
 
 def test_layouts_are_held_out_by_combination(cache: Path, tmp_path: Path) -> None:

@@ -185,6 +185,20 @@ def test_an_image_that_is_held_out_only_as_a_video_is_named_too(sets: Path, tmp_
         assert shown(messages[3], "text") == [f"a {Path(image).stem.removesuffix('-blue')}"]
 
 
+def test_between_speech_and_images_the_name_is_written_first(sets: Path, tmp_path: Path) -> None:
+    found = by_purpose(sets, tmp_path / "out")
+    for purpose, kind in (("draw_spoken", "image"), ("hear_and_draw", "image"), ("say_seen", "speech")):
+        assert len(found[purpose]) > 5
+        for asked, answered in found[purpose]:
+            assert [part["type"] for part in answered["content"]] == ["text", kind]
+            stems = {
+                Path(part[part["type"]]).stem.removesuffix("-blue")
+                for part in [*asked["content"], *answered["content"]]
+                if part["type"] != "text"
+            }
+            assert stems == set(shown(answered, "text"))
+
+
 def test_the_same_drawing_on_another_background(sets: Path, tmp_path: Path) -> None:
     for messages in by_purpose(sets, tmp_path / "out")["recolour"]:
         (before,), (after,) = shown(messages[1], "image"), shown(messages[3], "image")

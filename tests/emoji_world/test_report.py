@@ -75,6 +75,8 @@ def test_a_reply_that_is_cut_short_or_of_another_kind_is_not_valid(world, fake_m
     assert report.is_valid(model, direction, reply)
     reply.finish_reason = "length"
     assert not report.is_valid(model, direction, reply)
+    reply.finish_reason, reply.steps = "stop", [Text("a step")]
+    assert not report.is_valid(model, direction, reply)  # its ids hold no step
     wrong = fake_model(lambda prompt, output: [Text("an image")])
     assert not report.is_valid(wrong, direction, wrong.generate([Text("x")], "image"))
     assert world.judge(direction, world.cases(direction, "test", 1)[0], Text("an image")) == {"right": 0.0}
@@ -149,7 +151,10 @@ def test_parts_have_intervals_and_hold_outs_of_their_own(world, fake_model):
         "pair": 1.0,
         "style": 1.0,
     }
-    assert "| direction | background | concept |" in report.markdown(found)
+    page = report.markdown(found)
+    assert "| direction | background | concept |" in page
+    totals = {name: parts["concept"]["total"] for name, parts in one["parts_by_holdout"].items()}
+    assert f"| text->image | pair | {totals['pair']} | 100.0 % (" in page
 
 
 def test_controls_are_refused(world, ignorant):

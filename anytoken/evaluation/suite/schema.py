@@ -39,6 +39,10 @@ class Generate(Part):
         default=None,
         description="kind(s) of the reply; by default those of the answer; any: the model decides",
     )
+    via: list[str] | None = Field(
+        default=None,
+        description="kinds generated first, as steps; by default the checkpoint's; []: none",
+    )
     max_new_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
     top_k: int | None = Field(default=None, ge=1)
@@ -62,7 +66,7 @@ class Generate(Part):
     @property
     def options(self) -> dict[str, Any]:
         """What is passed on to `AnyToken.generate`."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
+        names = ("via", "max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

@@ -42,7 +42,7 @@ class SharedModel(AnyToken):
         request = replace(self.request(prompt, output, **options), prefixes=prefixes)
         if request.seed is None:  # the worker may decode it again, which has to give the same ids
             request = replace(request, seed=secrets.randbits(63))
-        return self._events(len(prompt), self._tokens(request))
+        return self._events(request, self._tokens(request))
 
     def _tokens(self, request: GenerationRequest) -> Generator[Token, None, None]:
         tokens: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()

@@ -1,0 +1,56 @@
+"""Chains of modality: a reply that is made in steps, such as speech -> text -> image.
+
+A model that writes down what it understood before it draws uses what it knows of text and images, where a direct way
+would have to be learnt anew (SpeechGPT, arXiv 2305.11000). A checkpoint says in `chains.json` which ways it takes by
+default: ``{"speech->image": ["text"]}``. The steps are part of the reply's ids, but not of its segments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from anytoken.token_space import TokenSpace
+from anytoken.utils.errors import RequestError
+
+FILE = "chains.json"
+Chains = dict[tuple[str, str], tuple[str, ...]]  # (kind of the prompt, kind of the reply): steps
+
+
+def load_chains(folder: Path) -> Chains:
+    """The default chains of a checkpoint; {} if it has none. RequestError for a damaged file."""
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = {}
+        for way, steps in json.loads(path.read_text(encoding="utf-8")).items():
+            source, arrow, target = way.partition("->")
+            if not (source and arrow and target and steps and all(isinstance(one, str) for one in steps)):
+                raise ValueError(f"{way!r}: {steps!r}")
+            found[source, target] = tuple(steps)
+        return found
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RequestError(
+            f'{path} does not hold chains, such as {{"speech->image": ["text"]}} ({error}); copy the checkpoint again.'
+        ) from error
+
+
+def save_chains(chains: Mapping[tuple[str, str], Sequence[str]], folder: Path) -> None:
+    """Write the chains of a checkpoint, if there are any."""
+    if chains:
+        data = {f"{source}->{target}": list(steps) for (source, target), steps in chains.items()}
+        (folder / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def prompt_kind(prompt: Sequence[int], space: TokenSpace) -> str | None:
+    """The kind of the last user turn of a prompt's ids: its medium, or "text"; None for several media or no turn."""
+    ids = list(prompt)
+    if space.user not in ids:
+        return None
+    turn = ids[len(ids) - 1 - ids[::-1].index(space.user) :]
+    media = {name for name in space.modalities if space.open_token(name) in turn}
+    if not media:
+        return "text"
+    return media.pop() if len(media) == 1 else None
