@@ -40,12 +40,12 @@ class Token:
 class GenerationRequest:
     """One reply to make.
 
-    prompt: ids to continue. plan: the kinds that the reply holds, in order; None: the model decides. num_steps: how many
-    of them, from the first, are steps of a chain (`chains.py`). sampling: settings by kind. max_new_tokens: limit of the
-    whole reply; None is up to the context. seed, draw: the reply draws from both and from nothing else; without a seed
-    from random numbers of its own. null_prompt: what guidance leads away from. sizes: pins the grid of a kind. prefixes:
-    keeps what is decoded for prompts that go on from it. scored: asks for log-probabilities. Nothing is checked before
-    `start`.
+    prompt: ids to continue. plan: the kinds that the reply holds, in order; None: the model decides. num_steps: how
+    many of them, from the first, are steps of a chain (`chains.py`). sampling: settings by kind. max_new_tokens: limit
+    of the whole reply; None is up to the context. seed, draw: the reply draws from both and from nothing else; without
+    a seed from random numbers of its own. null_prompt: what guidance leads away from. sizes: pins the grid of a kind.
+    prefixes: keeps what is decoded for prompts that go on from it. scored: asks for log-probabilities. Nothing is
+    checked before `start`.
     """
 
     prompt: Sequence[int]

@@ -93,7 +93,8 @@ class TrainingCallback(TrainerCallback):
             return
         due = trainer.sampler.due(step, last=step >= trainer.schedule.total)
         if due and trainer.is_world_process_zero():
-            trainer.sampler.take(step, base_model(trainer.lm))
+            with trainer.averaged():
+                trainer.sampler.take(step, base_model(trainer.lm))
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Log the losses on the held-out sources, over the same batches every time; returns them, flat."""

@@ -34,6 +34,7 @@ from anytoken.training.settings import Settings, override, read_recipe, validate
 # What a stage of pairs has no use for.
 PACKED_ONLY = (
     "tokens_per_batch", "gradient_accumulation_steps", "cfg_dropout", "loss", "moe", "pcgrad", "samples", "reference",
+    "ema_decay",
 )  # fmt: skip
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
@@ -103,6 +104,12 @@ class TrainConfig(Settings):
     keep_best: bool = Field(
         default=False,
         description="export the weights with the lowest held-out bits, of early_stopping.metric if set",
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="evaluate and export an exponential moving average of the weights, such as 0.999",
     )
     loss_guard: LossGuardSpec | None = LossGuardSpec()
     samples: SampleSpec = SampleSpec()
@@ -228,6 +235,11 @@ class TrainConfig(Settings):
         self._check_muon()
         self._check_contrastive()
         self._check_best()
+        if self.ema_decay and self.distributed.engine != "ddp":
+            raise ValueError(
+                f"ema_decay averages whole weights, which distributed.{self.distributed.engine} shares out; leave one "
+                "of them out"
+            )
         if self.lora is not None and self.trainable != ["*"]:
             raise ValueError("trainable has no effect together with lora; remove one of them")
         return self

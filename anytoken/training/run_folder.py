@@ -73,7 +73,8 @@ def export(trainer: StageTrainer) -> None:
 def _finish(trainer: StageTrainer) -> None:
     """Leave the final checkpoint and the report in the output folder; the state is no longer needed."""
     final = partial_folder(trainer.folder) / "final"
-    trainer.save_model(str(final))
+    with trainer.averaged():
+        trainer.save_model(str(final))
     if not trainer.is_world_process_zero():
         return
     if trainer.stage.lora is None and trainer.stage.trainable:

@@ -8,6 +8,7 @@ non-finite loss stops the run (``interrupts.py``).
 
 import dataclasses
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from anytoken.training.distributed.fsdp import (
     save_optimizer,
 )
 from anytoken.training.early_stopping import EarlyStopping, check_measured, check_metric
+from anytoken.training.ema import WeightAverage
 from anytoken.training.initialize import (
     build_init_checkpoint,
     build_model,
@@ -117,10 +119,13 @@ class StageTrainer(Trainer):
         context = base_model(lm).config.get_text_config().max_position_embeddings
         self.sampler = Sampler(stage.samples, self.folder, processor, answer, context)
         self.loop, self.guard = self.make_loop(), LossGuard(stage)
+        self.ema = None if stage.ema_decay is None else WeightAverage(model, stage.ema_decay)
         self.early = None if stage.early_stopping is None else EarlyStopping(stage, self.schedule)
         self.best_step: int | None = None  # of the evaluations so far
         check_metric(arguments.metric_for_best_model, self.meter.names)
-        callbacks: list[TrainerCallback] = [self.loop, self.guard, *([self.early] if self.early else [])]
+        # The average comes first: the loop evaluates it and samples from it.
+        optional = [one for one in (self.ema, self.loop, self.guard, self.early) if one is not None]
+        callbacks: list[TrainerCallback] = list(optional)
         super().__init__(model=model, args=arguments, callbacks=callbacks)
         if arguments.process_index:  # its tokens get noise of their own
             torch.manual_seed(stage.seed + arguments.process_index)
@@ -262,6 +267,10 @@ class StageTrainer(Trainer):
         self.loop.show(entry)
         super().log(scalars(entry), start_time)
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with the average of its weights, if the recipe wants one, for evaluation and export."""
+        return self.ema.applied() if self.ema else nullcontext()
+
     def log_held_out(self, step: int, report: dict[str, Any]) -> dict[str, float]:
         """Write one line of held-out metrics; returns them under flat names, as trackers get them."""
         if self.is_world_process_zero():
@@ -272,7 +281,7 @@ class StageTrainer(Trainer):
 
     def evaluate(self, *unused: Any, **ignored: Any) -> dict[str, float]:
         """Held-out losses, for the log and the callbacks; the Trainer calls it where the loop asks for it."""
-        with self.meter.clock_stopped():
+        with self.meter.clock_stopped(), self.averaged():
             metrics = self.loop.evaluate(self.state.global_step)
         check_measured(self.args.metric_for_best_model, metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -301,6 +310,8 @@ class StageTrainer(Trainer):
                 self._save_rng_state(str(written))
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
+                if self.ema is not None:
+                    self.ema.save(written)
                 write_file(written / PROGRESS, json.dumps(self._progress()))
                 commit_checkpoint(self.folder, step, self._kept_states())
         except SAVE_ERRORS as error:
@@ -355,6 +366,8 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
+        if self.ema is not None:
+            self.ema.load(folder)
         if self.stage.lora is not None:
             load_weights(self.lm, folder)
         else:
