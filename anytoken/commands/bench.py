@@ -165,6 +165,34 @@ def train(
     harness.report(bench_train(recipe, repeats), out)
 
 
+@app.command(
+    epilog=examples("anytoken bench optimizers stages/ablations/optimizers.yaml data_root=data/shards")
+)
+def optimizers(
+    stage: Annotated[str, typer.Argument(help="A stage recipe with Muon and held-out data.")],
+    overrides: Overrides = None,
+    rates: Annotated[
+        list[float], typer.Option("--rate", min=0, help="Learning rate of an AdamW run; repeatable.")
+    ] = [1e-3, 2e-3, 4e-3],  # noqa: B006
+    runs: Annotated[Path, typer.Option(help="Folder of the runs; finished ones are kept.")] = Path(
+        "runs/optimizers"
+    ),
+    out: Annotated[Path, typer.Option(help="JSON file for the results; the curve goes next to it.")] = Path(
+        "out/bench_optimizers.json"
+    ),
+) -> None:
+    """A recipe with its own optimizer and with AdamW at several rates: held-out bits at equal ids, with a curve."""
+    from anytoken import recipes
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks.optimizers import compare_optimizers, draw
+    from anytoken.training.config import TrainConfig
+
+    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
+    figures = compare_optimizers(recipe, rates, runs)
+    harness.report(figures, out)
+    print(draw(figures, out.with_suffix(".svg")))
+
+
 @app.command(epilog=examples("anytoken bench data --shards data/shards"))
 def data(
     shards: Annotated[
