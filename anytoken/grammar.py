@@ -285,6 +285,17 @@ class Grammar:
             return table.begin[step]
         return (table.or_text if budget is None or budget > table.tails[step + 1] else table.begin)[step + 1]
 
+    def exits(self, state: State) -> Ranges:
+        """Within a text that a plan has a medium follow: the other ids that would end the text.
+
+        They are not allowed, but what the model gives to them says that the text is over: their probability belongs to
+        the open id that is planned. Without this a text that is to be followed by an image may never end, where the
+        model would rather end its turn.
+        """
+        plan = state.task.plan if state.task else None
+        inside = plan and state.phase is CONTENT and state.read and state.step + 1 < len(plan)
+        return self._table(state).exits[state.step + 1] if inside else ()
+
     # ---- walking ----
 
     def advance(self, state: State, token: int) -> State:

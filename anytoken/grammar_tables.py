@@ -106,11 +106,17 @@ class TaskTable:
         self.go_on = [merge_ranges([*spans, one(space.end)]) for spans in fitting]
 
     def _compile_plan(self, space: TokenSpace) -> None:
-        """begin[i]: the ids that begin part i of the plan (the end id after the last); or_text: those and text."""
+        """begin[i]: the ids that begin part i of the plan (the end id after the last); or_text: those and text.
+
+        exits[i]: all other ids that would end a text before part i, which is a medium.
+        """
         text = space.text_ranges
         first = [text if kind == "text" else (one(space.open_token(kind)),) for kind in self.plan or ()]
         self.begin: list[Ranges] = [*first, (one(space.end),)]
         self.or_text = [merge_ranges([*text, *spans]) for spans in self.begin]
+        ends = {space.end, *map(space.open_token, space.shapes)}
+        others = [ends - {spans[0][0]} for spans in self.begin[:-1]]
+        self.exits: list[Ranges] = [*(merge_ranges(map(one, found)) for found in others), ()]
 
 
 def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ranges]:

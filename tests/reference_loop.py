@@ -25,11 +25,19 @@ def reference(
     kinds = {space.open_token(name): name for name in space.modalities}
     kinds |= {space.close_token(name): "text" for name in space.modalities}
     state, ids, kind = grammar.reply(plan), [], "text"
+
+    def read(start: Sequence[int]) -> torch.Tensor:
+        logits = lm(torch.tensor([[*start, *ids]]), use_cache=False).logits[0, -1]
+        if exits := grammar.index(grammar.exits(state)).tolist():
+            planned = grammar.allowed(state, limit - len(ids))[-1][1] - 1
+            logits[planned] = logits[[planned, *exits]].logsumexp(0)
+        return logits
+
     while not grammar.finished(state):
-        logits = lm(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, -1]
+        logits = read(prompt)
         scale = (cfg_scale or {}).get(kind, 1)
         if scale != 1:
-            free = lm(torch.tensor([[*null_prompt, *ids]]), use_cache=False).logits[0, -1]
+            free = read(null_prompt)
             logits = free + scale * (logits - free)
         allowed = grammar.mask(grammar.allowed(state, limit - len(ids)))
         masked = logits[: len(allowed)].masked_fill(~allowed, -torch.inf)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from anytoken.grammar import Grammar, State
+from anytoken.inference.sampling import add_exits
 from anytoken.utils.errors import TokenSpaceError
 
 
@@ -59,6 +60,9 @@ class GrammarLogitsProcessor(LogitsProcessor):
             budget = None if self.max_new_tokens is None else self.max_new_tokens - len(prefix)
             for start, stop in self.grammar.allowed(state, budget):
                 masked[row, start:stop] = scores[row, start:stop]
+            if exits := self.grammar.exits(state):  # the planned open id is the last one that is allowed
+                others = scores[row, self.grammar.index(exits).to(scores.device)]
+                masked[row, stop - 1] = add_exits(masked[row : row + 1, stop - 1 : stop], others[None])[0, 0]
             if masked[row].max() == -torch.inf:
                 raise TokenSpaceError(self._contradiction(state, budget))
         self._states = states

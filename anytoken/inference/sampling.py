@@ -126,6 +126,12 @@ def apply_cfg(conditional: Tensor, unconditional: Tensor, scale: float) -> Tenso
     return unconditional + scale * (conditional - unconditional)
 
 
+def add_exits(logits: Tensor, exits: Tensor) -> Tensor:
+    """Logits [N, K] whose last column, the planned open id, also gets the probability of the `exits` [N, E]."""
+    planned = torch.cat([logits[:, -1:], exits], 1).logsumexp(1, keepdim=True)
+    return torch.cat([logits[:, :-1], planned], 1)
+
+
 def apply_repetition_penalty(logits: Tensor, seen: Sequence[Tensor], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits [N, K] of each row's `seen` columns by the penalty."""
     logits = logits.clone()

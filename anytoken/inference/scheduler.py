@@ -20,7 +20,7 @@ from anytoken.grammar_tables import Ranges
 from anytoken.inference.batch import Batch, Slot
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
-from anytoken.inference.sampling import Sampling, apply_cfg, apply_repetition_penalty, sample
+from anytoken.inference.sampling import Sampling, add_exits, apply_cfg, apply_repetition_penalty, sample
 from anytoken.inference.weights import fingerprint
 from anytoken.utils.device import sent
 
@@ -135,21 +135,24 @@ class Scheduler:
         All of it stays on the model's device until the ids are known, for which the host waits once.
         """
         place = {slot: index for index, slot in enumerate(self._batch.slots)}
-        groups: dict[tuple[Ranges, Sampling], list[int]] = {}
+        groups: dict[tuple[Ranges, Ranges, Sampling], list[int]] = {}
         for index, row in enumerate(self._rows):
-            groups.setdefault((row.ranges, row.setting), []).append(index)
+            exits = self.grammar.exits(row.state)
+            groups.setdefault((row.ranges, exits, row.setting), []).append(index)
         drawn: list[
             tuple[list[int], Tensor, Tensor, Tensor | None]
         ] = []  # rows, ids, columns, log-probabilities
-        for (ranges, setting), members in groups.items():
+        for (ranges, exits, setting), members in groups.items():
             rows = [self._rows[i] for i in members]
             slots = [row.slot for row in rows]
             if setting.cfg_scale != 1:
                 slots += [row.uncond for row in rows if row.uncond is not None]
-            logits = self._head(_rows_of(features, [place[slot] for slot in slots]), ranges)
+            inputs = _rows_of(features, [place[slot] for slot in slots])
+            logits, table = self._head(inputs, ranges), self.grammar.index(ranges)
+            if exits:
+                logits = add_exits(logits, self._head(inputs, exits))
             plain, without = logits[: len(rows)], logits[len(rows) :]
             logits = plain if setting.cfg_scale == 1 else apply_cfg(plain, without, setting.cfg_scale)
-            table = self.grammar.index(ranges)
             if setting.repetition_penalty != 1:
                 seen = [_columns(table, set(row.ids) - self._controls).to(logits.device) for row in rows]
                 logits = apply_repetition_penalty(logits, seen, setting.repetition_penalty)

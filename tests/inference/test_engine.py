@@ -239,6 +239,29 @@ def test_a_model_with_its_own_logits_is_asked_for_all_of_them(
     assert [reply.ids for reply in found] == expected
 
 
+@pytest.mark.parametrize("exit_name", ["end", "tone"])
+def test_a_planned_text_ends_where_the_model_would_end_it(
+    model: AnyToken, monkeypatch: pytest.MonkeyPatch, exit_name: str
+) -> None:
+    space, original = model.token_space, type(model.lm).forward
+    exit_id = space.end if exit_name == "end" else space.open_token("tone")
+
+    def done(self: torch.nn.Module, *args: object, **inputs: object) -> object:
+        output = original(self, *args, **inputs)
+        output.logits[..., exit_id] += 100
+        return output
+
+    monkeypatch.setattr(type(model.lm), "forward", done)
+    engine = Engine(model.lm, model.processor.grammar)
+    [reply] = engine.generate(asked(prompts_of(model)[:1], [("text", "image")], GREEDY, 60))
+    assert reply.ids[1] == space.open_token("image")  # after a text of one id
+    inputs = model.lm_inputs(WORDS[0], output=["text", "image"], max_new_tokens=60)
+    ids = model.lm.generate(**inputs, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+    assert ids[: len(reply.ids)] == reply.ids
+    [free] = engine.generate(asked(prompts_of(model)[:1], [("text",)], GREEDY, 60))
+    assert free.ids[1] == space.end if exit_name == "end" else len(free.ids) > 2
+
+
 def test_what_does_not_fit_is_refused_before_the_first_token(model: AnyToken, engine: Engine) -> None:
     prompt = prompts_of(model)[0]
     with pytest.raises(RequestError, match=r"300.*context is 256"):
