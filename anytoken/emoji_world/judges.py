@@ -24,6 +24,7 @@ from anytoken.evaluation.keyword_asr import (
     RATE_HZ,
 )
 from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.training.optim.take_step import take_step
 from anytoken.utils.errors import EvaluationError
 
 PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
@@ -127,14 +128,11 @@ def fit_classifier(
         everything = torch.cat([_shrink(part) for part in np.array_split(pictures, 1 + len(pictures) // 512)])
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
             rows = torch.randint(len(targets), (batch,), generator=generator)
             pixels = _augment(everything[rows], generator)
             loss = F.cross_entropy(model(pixels), targets[rows], label_smoothing=0.05)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            lr = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            take_step(loss, optimizer, lr)
     return model.eval()
 
 
