@@ -24,14 +24,14 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, ImageOps
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from anytoken.utils.errors import SegmentError, reason
 from anytoken.utils.limits import MediaLimitError, current_limits
-from anytoken.video_io import REPEATED_PIXELS, SoundTrack, Timing, constant_rate, sample
+from anytoken.video_io import REPEATED_PIXELS, AudioTrack, Timing, constant_rate, sample
 
 MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say
-SOUND_BLOCK = 1 << 20  # samples read at once: a header that lies about the length cannot ask for all memory
+AUDIO_BLOCK = 1 << 20  # samples read at once: a header that lies about the length cannot ask for all memory
 CANCELLED = 0.01  # of the loudest channel's energy: below, averaging has cancelled channels of opposite phase
 MAX_RATIO = 1000  # the largest term of a ratio of sample rates
 MIN_STEP_MS = 20  # no player shows the frames of a gif faster
@@ -39,16 +39,16 @@ MIN_STEP_MS = 20  # no player shows the frames of a gif faster
 FORMATS = (
     "PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX",
 )  # fmt: skip
-PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+IMAGE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 PNG_ORIENTATION = (
     b"XML:com.adobe.xmp\0",
     b"Raw profile type exif\0",
-)  # texts that say how a picture is turned
+)  # texts that say how an image is turned
 RANGES = {"I;16": 65_535, "I;16L": 65_535, "I;16B": 65_535, "I;16N": 65_535, "I": None, "F": None}
-_PICTURE_ERRORS = (
+_IMAGE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, ArithmeticError, struct.error,
-    zlib.error, Picture.DecompressionBombError,
+    zlib.error, PILImage.DecompressionBombError,
 )  # fmt: skip
 TIMING = re.compile(r"(\d{1,9}) frames at (\d[\d.e+-]*) Hz")
 Given = str | Path | bytes | BinaryIO  # what openers take: a path, encoded bytes, a file opened with "rb"
@@ -151,33 +151,33 @@ def save_suffix(path: str | Path, allowed: tuple[str, ...], what: str) -> str:
 # ---- images and animations ----
 
 
-def is_picture(data: bytes) -> bool:
+def is_image(data: bytes) -> bool:
     """Whether bytes begin like an image or animation, and not like a video container."""
-    return data.startswith(PICTURE_HEADS) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+    return data.startswith(IMAGE_HEADS) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
-def decode_picture(data: bytes, name: object, kind: str) -> Picture.Image:
+def decode_image(data: bytes, name: object, kind: str) -> PILImage.Image:
     """An image or animation whose first frame is fully read; SegmentError for damage, or more than max_pixels."""
     try:
-        picture = Picture.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
-        current_limits().check("max_pixels", picture.width * picture.height, name)
-        picture.load()
-    except Picture.DecompressionBombError as error:
+        image = PILImage.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
+        current_limits().check("max_pixels", image.width * image.height, name)
+        image.load()
+    except PILImage.DecompressionBombError as error:
         raise SegmentError(
             f"{name}: {error} For pixels beyond max_pixels and PIL.Image.MAX_IMAGE_PIXELS, raise both."
         ) from error
-    except _PICTURE_ERRORS as error:
+    except _IMAGE_ERRORS as error:
         if isinstance(error, SegmentError):
             raise
         expected = "gif or animated webp" if kind == "video" else "png, jpg or webp"
         raise SegmentError(
             f"{name} is not a readable {kind} ({reason(error)}); expected {expected}."
         ) from error
-    return picture
+    return image
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without texts and colour profiles, which Pillow would unpack, and refuse the picture if they are large."""
+    """A PNG without texts and colour profiles, which Pillow would unpack, and refuse the image if they are large."""
     if not data.startswith(b"\x89PNG"):
         return data
     kept, place = [data[:8]], 8
@@ -190,48 +190,48 @@ def _without_texts(data: bytes) -> bytes:
     return b"".join([*kept, data[place:]])
 
 
-def upright(picture: Picture.Image, name: object) -> np.ndarray:
+def upright(image: PILImage.Image, name: object) -> np.ndarray:
     """RGB pixels uint8 [H, W, 3], turned as EXIF says."""
     try:
-        current_limits().check("max_pixels", picture.width * picture.height, name)
-        return flatten(ImageOps.exif_transpose(picture))
-    except _PICTURE_ERRORS as error:
+        current_limits().check("max_pixels", image.width * image.height, name)
+        return flatten(ImageOps.exif_transpose(image))
+    except _IMAGE_ERRORS as error:
         if isinstance(error, SegmentError):
             raise
         raise SegmentError(f"{name} is not a readable image ({reason(error)}).") from error
 
 
-def flatten(picture: Picture.Image) -> np.ndarray:
+def flatten(image: PILImage.Image) -> np.ndarray:
     """RGB pixels uint8 [H, W, 3] of any mode: transparency on white, deep grey scaled from its range to 8 bits."""
-    if picture.mode in RANGES:
-        return _flatten_deep_grey(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
-        canvas = Picture.new("RGB", rgba.size, (255, 255, 255))
+    if image.mode in RANGES:
+        return _flatten_deep_grey(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = PILImage.new("RGB", rgba.size, (255, 255, 255))
         canvas.paste(rgba, (0, 0), rgba)
         return np.array(canvas)
-    return np.array(picture.convert("RGB"))
+    return np.array(image.convert("RGB"))
 
 
-def _flatten_deep_grey(picture: Picture.Image) -> np.ndarray:
-    """16-bit modes have one range, however dark the picture is; of "I" and "F" it is the smallest usual one."""
-    grey = np.nan_to_num(np.asarray(picture).astype(np.float32), posinf=0, neginf=0)
-    usual = (1.0, 255.0, 65_535.0, 2.0**31) if picture.mode == "F" else (255.0, 65_535.0, 2.0**31)
-    top = RANGES[picture.mode] or next((one for one in usual if grey.max() <= one), float(grey.max()))
+def _flatten_deep_grey(image: PILImage.Image) -> np.ndarray:
+    """16-bit modes have one range, however dark the image is; of "I" and "F" it is the smallest usual one."""
+    grey = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+    usual = (1.0, 255.0, 65_535.0, 2.0**31) if image.mode == "F" else (255.0, 65_535.0, 2.0**31)
+    top = RANGES[image.mode] or next((one for one in usual if grey.max() <= one), float(grey.max()))
     scaled = (grey * np.float32(255 / top)).clip(0, 255).astype(np.uint8)
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if isinstance(clear, int):
         scaled[grey == clear] = 255
     return np.repeat(scaled[..., None], 3, axis=2)
 
 
-def picture_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
+def image_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
     """Frames uint8 [T, H, W, 3] of a gif or animated webp at a constant rate, and that rate in Hz.
 
     Two passes: the first reads the times, so that the second keeps no more frames than are returned.
     """
     limits = current_limits()
-    with decode_picture(data, name, "video") as clip:
+    with decode_image(data, name, "video") as clip:
         size = clip.size
         try:
             note = timing_note(clip)
@@ -247,11 +247,11 @@ def picture_frames(data: bytes, name: object) -> tuple[np.ndarray, float]:
             return sample(shown, times, lambda frame: _of_size(frame, size), name)
         except MediaLimitError:
             raise
-        except _PICTURE_ERRORS as error:
+        except _IMAGE_ERRORS as error:
             raise SegmentError(f"{name} is not a readable video ({reason(error)}).") from error
 
 
-def _each_frame(clip: Picture.Image, name: object) -> Iterator[Picture.Image]:
+def _each_frame(clip: PILImage.Image, name: object) -> Iterator[PILImage.Image]:
     """The frames of an animation, each decoded in place."""
     for index in range(int(current_limits().max_frames) + 1):
         try:
@@ -263,19 +263,19 @@ def _each_frame(clip: Picture.Image, name: object) -> Iterator[Picture.Image]:
         yield clip
 
 
-def _of_size(frame: Picture.Image, size: tuple[int, int]) -> np.ndarray:
+def _of_size(frame: PILImage.Image, size: tuple[int, int]) -> np.ndarray:
     pixels = flatten(frame.copy())
-    return pixels if frame.size == size else np.array(Picture.fromarray(pixels).resize(size))
+    return pixels if frame.size == size else np.array(PILImage.fromarray(pixels).resize(size))
 
 
-def timing_note(clip: Picture.Image) -> str:
+def timing_note(clip: PILImage.Image) -> str:
     """What `Video.save` wrote into a gif or webp; another program's words, or none, otherwise."""
     note = clip.info.get("comment") or clip.getexif().get(ExifTags.Base.ImageDescription, "")
     return note.decode("latin-1") if isinstance(note, bytes) else str(note)
 
 
 def timing(milliseconds: list[int], note: str, pixels: int) -> Timing:
-    """How pictures of so many pixels that are shown for these times are spread at a constant rate."""
+    """How images of so many pixels that are shown for these times are spread at a constant rate."""
     total, ours = sum(milliseconds), TIMING.fullmatch(note)
     most = max(len(milliseconds), REPEATED_PIXELS // pixels)
     starts = [0, *accumulate(milliseconds[:-1])]
@@ -296,12 +296,12 @@ def write_frames(path: Path, frames: np.ndarray, rate_hz: float, suffix: str) ->
 
     The writers join equal neighbours and round the rate, so the file also says in words what it was.
     """
-    first, *rest = map(Picture.fromarray, frames)
+    first, *rest = map(PILImage.fromarray, frames)
     note = f"{len(frames)} frames at {rate_hz!r} Hz"
     step = 10 * round(100 / rate_hz) if suffix == ".gif" else round(1000 / rate_hz)
     options: dict[str, Any] = {"comment": note.encode()}
     if suffix == ".webp":
-        description = Picture.Exif()
+        description = PILImage.Exif()
         description[ExifTags.Base.ImageDescription] = note
         options = {"lossless": True, "exif": description}
     duration = min(max(step, 10), 655_350)
@@ -311,8 +311,8 @@ def write_frames(path: Path, frames: np.ndarray, rate_hz: float, suffix: str) ->
 # ---- audio ----
 
 
-def read_sound(source: Given) -> tuple[np.ndarray, int]:
-    """Samples float32 [T] and the rate in Hz of a wav, flac, ogg or mp3 file, or of the sound of a webm, m4a or mp4.
+def read_audio(source: Given) -> tuple[np.ndarray, int]:
+    """Samples float32 [T] and the rate in Hz of a wav, flac, ogg or mp3 file, or of the audio of a webm, m4a or mp4.
 
     Channels are averaged. Where that cancels them, as of a pair in opposite phase, the loudest one is taken.
     """
@@ -323,29 +323,29 @@ def read_sound(source: Given) -> tuple[np.ndarray, int]:
             head = file.read(8)
             file.seek(0)
             contained = head[:4] == b"\x1aE\xdf\xa3" or head[4:] == b"ftyp"  # matroska and webm; mp4 and m4a
-            with SoundTrack(file, name) if contained else soundfile.SoundFile(file) as sound:
-                samples, energies = _read_channels(sound, None, name)
+            with AudioTrack(file, name) if contained else soundfile.SoundFile(file) as audio:
+                samples, energies = _read_channels(audio, None, name)
                 if energies[0] < CANCELLED * energies[1:].max(initial=0):
-                    sound.seek(0)
-                    samples, _ = _read_channels(sound, int(energies[1:].argmax()), name)
-                rate = int(sound.samplerate)
+                    audio.seek(0)
+                    samples, _ = _read_channels(audio, int(energies[1:].argmax()), name)
+                rate = int(audio.samplerate)
         except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
             raise SegmentError(
-                f"{name} is not readable sound ({reason(error)}); expected wav, flac, ogg, mp3, webm or m4a."
+                f"{name} is not readable audio ({reason(error)}); expected wav, flac, ogg, mp3, webm or m4a."
             ) from error
     if not len(samples):
-        raise SegmentError(f"{name} holds no sound: its length is zero.")
+        raise SegmentError(f"{name} holds no audio: its length is zero.")
     return samples, rate
 
 
-def _read_channels(sound: Any, channel: int | None, name: object) -> tuple[np.ndarray, np.ndarray]:
+def _read_channels(audio: Any, channel: int | None, name: object) -> tuple[np.ndarray, np.ndarray]:
     """One channel, or their mean if None, float32 [T]; and the energy of the mean and of each channel."""
     limits, blocks, count = current_limits(), [], 0
-    energies = np.zeros(1 + sound.channels)
-    size = max(1, SOUND_BLOCK // sound.channels)
-    while len(block := sound.read(size, dtype="float32", always_2d=True)):
+    energies = np.zeros(1 + audio.channels)
+    size = max(1, AUDIO_BLOCK // audio.channels)
+    while len(block := audio.read(size, dtype="float32", always_2d=True)):
         count += len(block)
-        limits.check("max_seconds", count / sound.samplerate, name, stopped=True)
+        limits.check("max_seconds", count / audio.samplerate, name, stopped=True)
         limits.check("max_decoded_bytes", 4 * count, name, stopped=True)
         mean = block.mean(axis=1)
         energies += [np.square(mean).sum(), *np.square(block).sum(axis=0)]
@@ -376,8 +376,8 @@ def in_unit_range(samples: np.ndarray) -> np.ndarray:
     )
 
 
-def write_sound(path: Path, samples: np.ndarray, rate_hz: int, suffix: str, exact: bool) -> None:
-    """Samples [T] as a sound file of the suffix's format, or as 32-bit numbers if `exact`."""
+def write_audio(path: Path, samples: np.ndarray, rate_hz: int, suffix: str, exact: bool) -> None:
+    """Samples [T] as an audio file of the suffix's format, or as 32-bit numbers if `exact`."""
     import soundfile
 
     block, subtype = 1 << 16, "FLOAT" if exact else None
@@ -385,9 +385,9 @@ def write_sound(path: Path, samples: np.ndarray, rate_hz: int, suffix: str, exac
     if suffix == ".ogg" and rate_hz > 200_000:  # libsndfile would end the process
         raise SegmentError(f"Cannot save speech of {rate_hz} Hz as .ogg, which ends at 200000 Hz; {advice}.")
     try:
-        with soundfile.SoundFile(path, "w", rate_hz, 1, subtype, format=suffix[1:].upper()) as sound:
+        with soundfile.SoundFile(path, "w", rate_hz, 1, subtype, format=suffix[1:].upper()) as audio:
             for start in range(0, len(samples), block):  # a minute of ogg at once ends the process, too
-                sound.write(samples[start : start + block])
+                audio.write(samples[start : start + block])
     except soundfile.LibsndfileError as error:
         raise SegmentError(
             f"Cannot save speech of {rate_hz} Hz as {suffix} ({reason(error)}); {advice}."
@@ -435,7 +435,7 @@ def text_lines(source: Given) -> Iterator[str]:
 
 
 def check_side(suffix: str, height: int, width: int) -> None:
-    """SegmentError if a format cannot hold pictures of this size."""
+    """SegmentError if a format cannot hold images of this size."""
     limit = MAX_SIDE_PX.get(suffix, max(height, width))
     if max(height, width) > limit:
         raise SegmentError(

@@ -145,6 +145,7 @@ RECIPE_KEYS = {  # of a stage's recipe, old -> new; a recipe, a saved stage or a
     "loss.learn": "loss.loss_on",
     "eval.integration": "eval.modality_integration_rate",
 }
+TOKENIZER_RECIPE_KEYS = {"begin_anew": "reinit_prefixes"}  # the same of a tokenizer's recipe
 
 
 def old_names(module: str) -> Callable[[str], Any]:

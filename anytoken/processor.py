@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image as Picture
+from PIL.Image import Image as PILImage
 
 from anytoken.grammar import (
     ROLES,
@@ -195,7 +195,7 @@ class Processor:
             return lambda: part
         if isinstance(part, os.PathLike):
             return partial(open_segment, Path(part))
-        if isinstance(part, Picture | np.ndarray):
+        if isinstance(part, PILImage | np.ndarray):
             return partial(Image.open, part)
         raise RequestError(
             f"{where} holds {part!r:.80} ({type(part).__name__}); allowed: a string, a segment, a path, a PIL image, "

@@ -20,28 +20,28 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from anytoken.media_io import (
     TIMING,
     Given,
     check_side,
-    decode_picture,
+    decode_image,
+    image_frames,
     in_unit_range,
-    is_picture,
+    is_image,
     opened,
-    picture_frames,
+    read_audio,
     read_bytes,
     read_rest,
-    read_sound,
     resampled,
     save_suffix,
     source_name,
     text_lines,
     timing_note,
     upright,
+    write_audio,
     write_frames,
-    write_sound,
 )
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import SegmentError
@@ -134,7 +134,7 @@ class Image(Segment):
         return int(self.pixels.shape[1])
 
     @classmethod
-    def open(cls, source: Given | Picture.Image | np.ndarray) -> Image:
+    def open(cls, source: Given | PILImage.Image | np.ndarray) -> Image:
         """An image from a path, encoded bytes, a binary file, a PIL image or an array.
 
         EXIF orientation is applied, transparency is composed on white, and gray and palette images become RGB. For an
@@ -142,11 +142,11 @@ class Image(Segment):
         """
         if isinstance(source, np.ndarray):
             return cls(source)
-        if isinstance(source, Picture.Image):
+        if isinstance(source, PILImage.Image):
             return cls(upright(source, "the given image"))
         data, name = read_bytes(source, "image")
-        with decode_picture(data, name, "image") as picture:
-            return cls(upright(picture, name))
+        with decode_image(data, name, "image") as image:
+            return cls(upright(image, name))
 
     def save(self, path: str | Path) -> Path:
         """Write png, jpg, webp (lossless) or bmp, chosen by the suffix."""
@@ -159,11 +159,11 @@ class Image(Segment):
         """The image resized (Lanczos); the same object if it already has this size."""
         if (height, width) == (self.height, self.width):
             return self
-        return Image(np.asarray(self.to_pil().resize((width, height), Picture.Resampling.LANCZOS)))
+        return Image(np.asarray(self.to_pil().resize((width, height), PILImage.Resampling.LANCZOS)))
 
-    def to_pil(self) -> Picture.Image:
+    def to_pil(self) -> PILImage.Image:
         """As a PIL image."""
-        return Picture.fromarray(self.pixels)
+        return PILImage.fromarray(self.pixels)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Image) and np.array_equal(self.pixels, other.pixels)
@@ -214,7 +214,7 @@ class Speech(Segment):
         Channels are averaged; if that cancels them, as with opposite phase, the loudest one is used. The available
         part of a truncated wav or mp3 is read, since these formats can be streamed.
         """
-        return _named(source_name(source), partial(cls, *read_sound(source)))
+        return _named(source_name(source), partial(cls, *read_audio(source)))
 
     def save(self, path: str | Path, exact: bool = False) -> Path:
         """Write wav, flac, ogg or mp3, chosen by the suffix; samples are clipped to [-1, 1].
@@ -226,7 +226,7 @@ class Speech(Segment):
         samples = self.samples if exact else self.samples.clip(-1, 1)
         rate = self.sample_rate_hz
         return write_file(
-            path, lambda scratch: write_sound(scratch, samples, rate, suffix, exact), sync=False
+            path, lambda scratch: write_audio(scratch, samples, rate, suffix, exact), sync=False
         )
 
     def resample(self, sample_rate_hz: int) -> Speech:
@@ -292,9 +292,9 @@ class Video(Segment):
         rate. The complete frames of a truncated file are read if its format allows finding them.
         """
         with opened(source, "video") as (file, name):
-            if is_picture(file.read(12)):
+            if is_image(file.read(12)):
                 file.seek(0)
-                return cls(*picture_frames(read_rest(file, name), name))
+                return cls(*image_frames(read_rest(file, name), name))
             file.seek(0)
             return cls(*container_frames(file, name))
 
@@ -326,7 +326,7 @@ class Video(Segment):
 
     def _repr_html_(self) -> str:
         buffer = io.BytesIO()
-        first, *rest = (Picture.fromarray(frame) for frame in self.frames)
+        first, *rest = (PILImage.fromarray(frame) for frame in self.frames)
         first.save(
             buffer,
             "WEBP",
@@ -450,12 +450,12 @@ def open_segment(source: str | Path | BinaryIO) -> Segment:
     name = path.lower()
     if name.endswith(".webp"):
         data, _ = read_bytes(source, "image or video")
-        with decode_picture(data, path, "image") as picture:
-            moving = getattr(picture, "n_frames", 1) > 1 or TIMING.fullmatch(timing_note(picture))
+        with decode_image(data, path, "image") as image:
+            moving = getattr(image, "n_frames", 1) > 1 or TIMING.fullmatch(timing_note(image))
         if moving:
-            return Video(*picture_frames(data, path))
-        with decode_picture(data, path, "image") as picture:
-            return Image(upright(picture, path))
+            return Video(*image_frames(data, path))
+        with decode_image(data, path, "image") as image:
+            return Image(upright(image, path))
     openers: list[tuple[tuple[str, ...], Callable[[Any], Segment]]] = [
         (IMAGE_SUFFIXES, Image.open), (SPEECH_SUFFIXES, Speech.open), (VIDEO_SUFFIXES, Video.open),
         (DNA_SUFFIXES, DNA.open), (TEXT_SUFFIXES, Text.open),

@@ -1,4 +1,4 @@
-"""Video containers to frames and sound, as a stream.
+"""Video containers to frames and audio, as a stream.
 
 The packets' times are read first, then only the frames needed are kept.
 Players show a frame from its own time until the next one's, turned by the display matrix, with square pixels. So do we:
@@ -21,7 +21,7 @@ import numpy as np
 from anytoken.utils.errors import SegmentError, reason
 from anytoken.utils.limits import current_limits
 
-REPEATED_PIXELS = 64_000_000  # of all frames of a clip whose pictures are repeated
+REPEATED_PIXELS = 64_000_000  # of all frames of a clip whose images are repeated
 # Containers alone: playlists and the like would open further files and addresses.
 CONTAINERS = "mov,mp4,matroska,webm,mpegts,mpeg,avi,flv,ogg,asf,mjpeg,h264,hevc,ivf,mpegvideo"
 MAX_ASPECT = 8  # of a pixel; more is damage
@@ -110,7 +110,7 @@ def container_frames(file: IO[bytes], name: object) -> tuple[np.ndarray, float]:
     """Frames uint8 [T, H, W, 3] of an mp4, webm, mov or mkv file at a constant rate, and that rate in Hz.
 
     They are turned as the display matrix says, and scaled where pixels are not square or the size changes midway. A
-    cover picture is no film: SegmentError for a file that holds no other video stream.
+    cover image is no film: SegmentError for a file that holds no other video stream.
     """
     import av
 
@@ -158,8 +158,8 @@ def write_container(path: Path, frames: np.ndarray, rate_hz: float, suffix: str)
         ) from error
 
 
-class SoundTrack:
-    """The sound of a webm, m4a or mp4 file, as browsers record it, through what is used of `soundfile.SoundFile`.
+class AudioTrack:
+    """The audio of a webm, m4a or mp4 file, as browsers record it, through what is used of `soundfile.SoundFile`.
 
     SegmentError if the file holds none, or it cannot be decoded.
     """
@@ -168,7 +168,7 @@ class SoundTrack:
         self._file, self._name = file, name
         self.seek(0)
 
-    def __enter__(self) -> SoundTrack:
+    def __enter__(self) -> AudioTrack:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,7 +183,7 @@ class SoundTrack:
             self._container = _open(self._file)
             tracks = self._container.streams.audio
             if not tracks or tracks[0].codec_context is None:
-                raise SegmentError(f"{self._name} holds no sound in a codec that is known.")
+                raise SegmentError(f"{self._name} holds no audio in a codec that is known.")
             self.channels, self.samplerate = tracks[0].codec_context.channels, tracks[0].codec_context.rate
             self._frames = self._container.decode(tracks[0])
             self._planes = av.AudioResampler(format="fltp")
@@ -205,7 +205,7 @@ class SoundTrack:
         except SegmentError:
             raise
         except (av.FFmpegError, LookupError, ValueError, EOFError, ArithmeticError) as error:
-            raise SegmentError(f"{self._name} is not readable sound ({reason(error)}).") from error
+            raise SegmentError(f"{self._name} is not readable audio ({reason(error)}).") from error
 
 
 def _open(file: IO[bytes]) -> Any:
@@ -216,7 +216,7 @@ def _open(file: IO[bytes]) -> Any:
 
 
 def _film(container: Any, name: object) -> Any:
-    """The stream that players show: no cover picture, the default one if there are several."""
+    """The stream that players show: no cover image, the default one if there are several."""
     from av.stream import Disposition
 
     films = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from anytoken.segments import DNA, Speech
 
@@ -116,7 +117,9 @@ def sets(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dna_folder(tmp_path_factory) -> Path:
     """A DNA tokenizer trained until it is lossless, in seconds."""
-    from anytoken.tokenizers.dna.vq import train_dna_tokenizer
+    from anytoken.training.tokenizer.trainer import train_tokenizer
 
-    recipe = {"config": {"width": 64, "code_dim": 16}, "steps": 100, "batch_size": 310, "lr": 0.01}
-    return train_dna_tokenizer(recipe, tmp_path_factory.mktemp("dna") / "tokenizer")
+    folder = tmp_path_factory.mktemp("dna")
+    sizes = {"config": {"width": 64, "code_dim": 16}, "steps": 100, "batch_size": 310, "lr": 0.01}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"kind": "dna", "threads": 1, **sizes}))
+    return train_tokenizer(folder / "recipe.yaml", folder, folder / "tokenizer")

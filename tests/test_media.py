@@ -325,7 +325,7 @@ def test_recordings_of_browsers_are_speech(suffix: str, codec: str) -> None:
 
 
 def test_a_film_without_sound_is_no_speech(tmp_path: Path) -> None:
-    with pytest.raises(SegmentError, match="holds no sound"):
+    with pytest.raises(SegmentError, match="holds no audio"):
         Speech.open(Video(np.stack([corner()] * 2)).save(tmp_path / "silent.mp4"))
 
 

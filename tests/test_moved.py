@@ -12,8 +12,8 @@ import anytoken
 from anytoken.moved import MOVED, RECIPE_KEYS, RENAMED, OldNames
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.dna import DNATokenizer
-from anytoken.training import config
 from anytoken.training.config import TrainConfig
+from anytoken.training.tokenizer.recipe import TokenizerRecipe
 from anytoken.utils.errors import ConfigError
 
 PLUGIN = """
@@ -117,7 +117,7 @@ def test_an_override_by_an_old_key_wins_over_the_new_key_of_a_recipe():
     recipe = RECIPE | {"cfg_dropout": 0.3, "replace": {"image": "here"}}
     words = ["prompt_drop=0", "replace.speech=there", "loss.learn=everything"]
     with pytest.warns(FutureWarning, match="prompt_drop is now cfg_dropout"):
-        stage = TrainConfig.from_dict(config.apply_overrides(recipe, words))
+        stage = TrainConfig.from_dict(TrainConfig.overridden(recipe, words))
     assert stage.cfg_dropout == 0 and stage.loss.loss_on == "all"
     assert stage.replace_tokenizers == {"image": "here", "speech": "there"}
 
@@ -125,3 +125,9 @@ def test_an_override_by_an_old_key_wins_over_the_new_key_of_a_recipe():
 def test_both_names_of_a_key_are_an_error():
     with pytest.raises(ConfigError, match="prompt_drop is now cfg_dropout, and the recipe has both"):
         TrainConfig.from_dict(RECIPE | {"cfg_dropout": 0.3, "prompt_drop": 0.1})
+
+
+def test_a_recipe_of_a_tokenizer_with_an_old_key_is_read_with_a_warning():
+    with pytest.warns(FutureWarning, match="begin_anew is now reinit_prefixes"):
+        recipe = TokenizerRecipe.from_dict({"kind": "image", "begin_anew": ["decoder."]})
+    assert recipe.reinit_prefixes == ["decoder."]

@@ -25,6 +25,7 @@ from anytoken.tokenizers.base import MODALITIES
 from anytoken.training import trainer as stage_trainer
 from anytoken.training.config import TrainConfig
 from anytoken.training.tokenizer import trainer as tokenizer_trainer
+from anytoken.training.tokenizer.recipe import TokenizerRecipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, TINY = ROOT / "stages" / "run_all.sh", ROOT / "tests" / "assets" / "tiny"
@@ -82,7 +83,7 @@ def follow(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[list[str]]], Done]
         kind = recipe.parent.name
         done.tokenizers[kind] = out
         if kind != "text":
-            done.plans[kind] = tokenizer_trainer.load_recipe(recipe, overrides)
+            done.plans[kind] = TokenizerRecipe.load(recipe, overrides)
         return out
 
     def tokenize(records: str, tokenizers: Path, out: Path, workers: int, **options: object) -> Path:

@@ -332,7 +332,7 @@ def test_sound_of_one_sample_and_of_a_minute(suffix: str, tmp_path: Path) -> Non
 
 def test_sound_is_read_whole_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Speech.open(TONE.save(tmp_path / "a.flac"))
-    monkeypatch.setattr("anytoken.media_io.SOUND_BLOCK", 999)
+    monkeypatch.setattr("anytoken.media_io.AUDIO_BLOCK", 999)
     assert Speech.open(tmp_path / "a.flac") == whole
 
 

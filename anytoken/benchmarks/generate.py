@@ -1,7 +1,7 @@
 """Decoding beside `generate` of transformers, and beside its own limits.
 
 Both sides have the same weights and the same grammar, both are greedy, and their ids must agree; each takes turns
-with the other. The models are the given one, the same with a large vocabulary (a picture's next token then is one of
+with the other. The models are the given one, the same with a large vocabulary (an image's next token then is one of
 few among many), and a random one of a size where weights come from memory and not from a core's cache.
 """
 
@@ -48,7 +48,7 @@ class Sizes:
 
 
 class Subject:
-    """One model under test: the same pictures by our engine and by transformers."""
+    """One model under test: the same images by our engine and by transformers."""
 
     def __init__(self, model: AnyToken, kind: str, prompt: str) -> None:
         self.model, self.kind, self.prompt = model, kind, prompt

@@ -54,7 +54,7 @@ def clips(count: int, seconds: float, rate_hz: int) -> list[Segment]:
     return [Speech(rng.uniform(-0.5, 0.5, length).astype(np.float32), rate_hz) for _ in range(count)]
 
 
-def pictures(count: int, side: int) -> list[Segment]:
+def images(count: int, side: int) -> list[Segment]:
     """Noise."""
     rng = np.random.default_rng(0)
     return [Image(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
@@ -63,7 +63,7 @@ def pictures(count: int, side: int) -> list[Segment]:
 def inputs(tokenizer: ModalityTokenizer, count: int, tiny: bool) -> list[Segment]:
     """What a tokenizer is timed on: its own sample rate and size, so that nothing is resampled."""
     if isinstance(tokenizer, PretrainedImage):
-        return pictures(count, tokenizer.side_px)
+        return images(count, tokenizer.side_px)
     rate = getattr(tokenizer, "sample_rate_hz", None)
     if tokenizer.name == "speech" and isinstance(rate, int):
         most = getattr(tokenizer.shape, "max_length", 1) / (tokenizer.frame_rate_hz or 1)

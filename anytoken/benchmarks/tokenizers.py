@@ -1,7 +1,7 @@
 """Tokenizers: many items at once beside one after the other, and speech beside codecs of transformers.
 
 All on one thread, or on a GPU. The codecs have random weights, which are as fast as trained ones: EnCodec (arXiv
-2210.13438) and DAC (2306.06546), made small, at the same 50 frames a second of 16 kHz sound with one codebook.
+2210.13438) and DAC (2306.06546), made small, at the same 50 frames a second of 16 kHz audio with one codebook.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CODECS: dict[str, dict[str, Any]] = {
 
 
 def items(kind: str, count: int, seed: int = 0) -> list[Segment]:
-    """Random segments of one size: 64x64 pictures, 8 frames of them, a second of sound, 300 bases."""
+    """Random segments of one size: 64x64 images, 8 frames of them, a second of audio, 300 bases."""
     rng = np.random.default_rng(seed)
 
     def pixels(*shape: int) -> np.ndarray:

@@ -24,7 +24,7 @@ Genomes = Annotated[
         help="FASTA file for the streaming test of DNA tokenizers, instead of the set's own; repeatable.",
     ),
 ]
-PictureTokenizer = Annotated[
+ImageTokenizer = Annotated[
     Path | None,
     typer.Option(
         "--image",
@@ -82,7 +82,7 @@ def tokenizer_eval(
         Path | None, typer.Option(help="Folder for a card: figures.json, README.md and samples.")
     ] = None,
     genome: Genomes = None,
-    image: PictureTokenizer = None,
+    image: ImageTokenizer = None,
     files: Files = None,
     count: Count = None,
     learnability: Learnability = False,
@@ -125,7 +125,7 @@ def tokenizer_compare(
     data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     genome: Genomes = None,
-    image: PictureTokenizer = None,
+    image: ImageTokenizer = None,
     files: Files = None,
     count: Count = None,
     learnability: Learnability = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,9 +144,8 @@ def plan(
     sharding: Annotated[
         str | None, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp; by default the recipe's.")
     ] = None,
-    share_of_peak: Annotated[
-        float, typer.Option(help="Assumed MFU (fraction of the GPUs' peak FLOP/s).")
-    ] = 0.4,
+    mfu: Annotated[float, typer.Option(help="Assumed MFU (fraction of the GPUs' peak FLOP/s).")] = 0.4,
+    share_of_peak: Annotated[float | None, typer.Option(hidden=True)] = None,
     measured: Annotated[
         Path | None,
         typer.Option(help="A file of `anytoken bench gpu`; its measured MFU replaces the assumed one."),
@@ -168,8 +168,10 @@ def plan(
         config, space = planning.read_config(model, new_ids), None
     else:
         config, space = planning.planned_start(recipe)
-    share = share_of_peak if measured is None else measured
-    found = planning.plan(recipe, config, gpus, gpu, sharding, share, space)
+    if share_of_peak is not None:
+        mfu = share_of_peak
+        print("--share-of-peak is now --mfu; the old name goes in the next version", file=sys.stderr)
+    found = planning.plan(recipe, config, gpus, gpu, sharding, measured or mfu, space)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
         return

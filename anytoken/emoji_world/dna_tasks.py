@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
@@ -176,7 +176,7 @@ def needles() -> Iterator[Line]:
 
 def draw_digit(digit: int) -> Image:
     """A black digit on white, 64x64."""
-    canvas = Picture.new("RGB", (SIDE_PX, SIDE_PX), "white")
+    canvas = PILImage.new("RGB", (SIDE_PX, SIDE_PX), "white")
     font = ImageFont.load_default(size=48)
     ImageDraw.Draw(canvas).text((SIDE_PX / 2, SIDE_PX / 2), str(digit), fill="black", font=font, anchor="mm")
     return Image(np.array(canvas))

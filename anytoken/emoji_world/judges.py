@@ -1,4 +1,4 @@
-"""Judges of generated media: what a picture shows, which words a clip says, and in whose voice.
+"""Judges of generated media: what an image shows, which words a clip says, and in whose voice.
 
 A judge never sees a generator's output before it judges one. What an image shows is named by the identity judge, which
 knows the real drawings (`anytoken.emoji_world.identity`), and, independently, by a small classifier that was trained on
@@ -6,7 +6,7 @@ knows the real drawings (`anytoken.emoji_world.identity`), and, independently, b
 (`anytoken.evaluation.keyword_asr`); a voice by a linear classifier of spectra of real clips. (What DNA codes for is no
 judgement: `anytoken.emoji_world.dna.translate`.) No judge is perfect: scores stand beside the judge's ceiling, its
 score on real held-out media.
-Shapes: B pictures, C classes, F frames.
+Shapes: B images, C classes, F frames.
 """
 
 import math
@@ -24,6 +24,7 @@ from anytoken.evaluation.keyword_asr import (
     RATE_HZ,
 )
 from anytoken.segments import Image, Segment, Speech, Video
+from anytoken.training.optim.take_step import take_step
 from anytoken.utils.errors import EvaluationError
 
 PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
@@ -68,8 +69,8 @@ class SpeakerClassifier:
         return torch.cat([loud.mean(0), loud.std(0, unbiased=False)])
 
 
-class PictureClassifier(nn.Module):
-    """A small convolutional classifier of pictures at 32x32."""
+class ImageClassifier(nn.Module):
+    """A small convolutional classifier of images at 32x32."""
 
     def __init__(self, labels: Sequence[str], width: int = 32) -> None:
         super().__init__()
@@ -82,18 +83,18 @@ class PictureClassifier(nn.Module):
         self.head = nn.Linear(sizes[-1] * 16, len(self.labels))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits [B, C] of pictures [B, 3, 32, 32] in [-1, 1]."""
+        """Logits [B, C] of images [B, 3, 32, 32] in [-1, 1]."""
         return self.head(F.dropout(self.trunk(pixels).flatten(1), 0.3, self.training))
 
     @torch.no_grad()
     def predict(self, segment: Segment) -> str:
-        """The label of a picture, or of a video by the mean over its frames."""
+        """The label of an image, or of a video by the mean over its frames."""
         logits = self.eval()(pixels_of(segment)).log_softmax(-1).mean(0)
         return self.labels[int(logits.argmax())]
 
 
 def pixels_of(segment: Segment) -> Tensor:
-    """A picture [1, 3, 32, 32], or a video's frames [F, 3, 32, 32], in [-1, 1]."""
+    """An image [1, 3, 32, 32], or a video's frames [F, 3, 32, 32], in [-1, 1]."""
     if isinstance(segment, Image):
         return _shrink(segment.pixels[None])
     if isinstance(segment, Video):
@@ -101,40 +102,37 @@ def pixels_of(segment: Segment) -> Tensor:
     raise EvaluationError(f"An image judge accepts Image and Video; received {type(segment).__name__}.")
 
 
-def _shrink(pictures: np.ndarray) -> Tensor:
-    """Pictures uint8 [B, H, W, 3] as [B, 3, 32, 32] in [-1, 1]."""
-    pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _shrink(images: np.ndarray) -> Tensor:
+    """Images uint8 [B, H, W, 3] as [B, 3, 32, 32] in [-1, 1]."""
+    pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return F.interpolate(pixels, (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False)
 
 
 def fit_classifier(
-    pictures: np.ndarray,
+    images: np.ndarray,
     labels: Sequence[str],
     steps: int = 1500,
     seed: int = 0,
     batch: int = 64,
     width: int = 32,
-) -> PictureClassifier:
-    """Train on pictures uint8 [B, H, W, 3] with random shifts, scales, blur and noise; EvaluationError without any."""
+) -> ImageClassifier:
+    """Train on images uint8 [B, H, W, 3] with random shifts, scales, blur and noise; EvaluationError without any."""
     if not len(labels):
         raise EvaluationError("An image judge needs labelled images; received none.")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = PictureClassifier(sorted(set(labels)), width).train()
+        model = ImageClassifier(sorted(set(labels)), width).train()
         index = {label: number for number, label in enumerate(model.labels)}
         targets = torch.tensor([index[label] for label in labels])
-        everything = torch.cat([_shrink(part) for part in np.array_split(pictures, 1 + len(pictures) // 512)])
+        everything = torch.cat([_shrink(part) for part in np.array_split(images, 1 + len(images) // 512)])
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
         for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
             rows = torch.randint(len(targets), (batch,), generator=generator)
             pixels = _augment(everything[rows], generator)
             loss = F.cross_entropy(model(pixels), targets[rows], label_smoothing=0.05)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            lr = 2e-3 * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            take_step(loss, optimizer, lr)
     return model.eval()
 
 
@@ -162,16 +160,16 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class BackgroundJudge:
-    """Tells a background by the nearest of the mean border colours of real pictures."""
+    """Tells a background by the nearest of the mean border colours of real images."""
 
-    def __init__(self, pictures: np.ndarray, labels: Sequence[str]) -> None:
+    def __init__(self, images: np.ndarray, labels: Sequence[str]) -> None:
         self.labels = sorted(set(labels))
-        borders = np.stack([self._border(picture) for picture in pictures])
+        borders = np.stack([self._border(image) for image in images])
         names = np.array(labels)
         self._colours = np.stack([np.median(borders[names == label], 0) for label in self.labels])
 
     def predict(self, segment: Segment) -> str:
-        """The background of a picture, or of a video by its middle frame."""
+        """The background of an image, or of a video by its middle frame."""
         frames: Any = segment.pixels[None] if isinstance(segment, Image) else getattr(segment, "frames", None)
         if frames is None:
             raise EvaluationError(
@@ -181,8 +179,8 @@ class BackgroundJudge:
         return self.labels[int(distance.argmin())]
 
     @staticmethod
-    def _border(picture: np.ndarray) -> np.ndarray:
-        edges = [picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]]
+    def _border(image: np.ndarray) -> np.ndarray:
+        edges = [image[:2], image[-2:], image[:, :2], image[:, -2:]]
         return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]).astype(np.float32), 0)
 
 

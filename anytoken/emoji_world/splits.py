@@ -50,7 +50,7 @@ def tokenizer_held_out(hexcode: str) -> bool:
 
 
 def image_holdout(hexcode: str, style: str, background: str) -> str | None:
-    """Why a composed picture is of the test split, or None if it is of the training split."""
+    """Why a composed image is of the test split, or None if it is of the training split."""
     if style == "3d" and style_held_out(hexcode):
         return "style"
     return "pair" if pair_held_out(hexcode, background) else None

@@ -17,7 +17,7 @@ from anytoken.emoji_world.dna import translate
 from anytoken.emoji_world.identity import Drawing, Identity, IdentityJudge
 from anytoken.emoji_world.judges import (
     BackgroundJudge,
-    PictureClassifier,
+    ImageClassifier,
     SpeakerClassifier,
     fit_classifier,
     mel_frames,
@@ -49,7 +49,7 @@ class EvalDatasets:
         self.judge_steps = judge_steps
         self.seed = seed
         self._records: dict[str, list[Record]] = {}
-        self._classifiers: dict[str, PictureClassifier] = {}
+        self._classifiers: dict[str, ImageClassifier] = {}
 
     def records(self, file: str) -> list[Record]:
         """The records of one file of the sets; EvaluationError where it is not there."""
@@ -133,10 +133,10 @@ class EvalDatasets:
         return EvalExample(prompt, answer, {"name": record["name"], "holdout": record.get("holdout")})
 
     def _two(self, direction: Direction, record: Record, other: Record) -> EvalExample:
-        pictures = [self.media(direction.file, one, "image") for one in (record, other)]
+        images = [self.media(direction.file, one, "image") for one in (record, other)]
         answer = " and ".join(str(one["text"]).split(",")[0] for one in (record, other))
         return EvalExample(
-            [*pictures, Text(direction.words)], Text(answer), {"name": record["name"], "text": answer}
+            [*images, Text(direction.words)], Text(answer), {"name": record["name"], "text": answer}
         )
 
     @cached_property
@@ -170,16 +170,16 @@ class EvalDatasets:
             [one for one in heard if isinstance(one, Speech)], [one["voice"] for one in chosen]
         )
 
-    def concepts(self, style: str) -> PictureClassifier:
+    def concepts(self, style: str) -> ImageClassifier:
         """Names a concept in a style, trained on drawings of other styles only."""
         unseen = RELATIVES.get(style, (style,))
         key = "-".join(unseen)
         if key not in self._classifiers:
             records = [one for one in self.records(IMAGES) if one["style"] not in unseen]
-            images = [self.picture(one) for one in records]
-            pictures = np.stack(images) if images else np.zeros((0, 64, 64, 3), np.uint8)
+            drawn = [self.pixels(one) for one in records]
+            images = np.stack(drawn) if drawn else np.zeros((0, 64, 64, 3), np.uint8)
             names = [one["name"] for one in records]
-            self._classifiers[key] = fit_classifier(pictures, names, self.judge_steps, self.seed)
+            self._classifiers[key] = fit_classifier(images, names, self.judge_steps, self.seed)
         return self._classifiers[key]
 
     @cached_property
@@ -214,10 +214,8 @@ class EvalDatasets:
     def backgrounds(self) -> BackgroundJudge:
         """Names a background colour."""
         records = [one for one in self.records(IMAGES) if one["split"] == "train"]
-        pictures = np.stack([self.picture(one) for one in records[:: max(1, len(records) // 800)]])
-        return BackgroundJudge(
-            pictures, [one["background"] for one in records[:: max(1, len(records) // 800)]]
-        )
+        images = np.stack([self.pixels(one) for one in records[:: max(1, len(records) // 800)]])
+        return BackgroundJudge(images, [one["background"] for one in records[:: max(1, len(records) // 800)]])
 
     @cached_property
     def least_motion(self) -> float:
@@ -226,7 +224,7 @@ class EvalDatasets:
         videos = [self.media(VIDEOS, one, "video") for one in records]
         return float(np.percentile([motion(one) for one in videos if isinstance(one, Video)], 5))
 
-    def picture(self, record: Record) -> np.ndarray:
+    def pixels(self, record: Record) -> np.ndarray:
         """The pixels of an image record."""
         image = self.media(IMAGES, record, "image")
         assert isinstance(image, Image)

@@ -1,4 +1,4 @@
-"""A page of search results: one file to open in a browser, with small pictures inside and no script."""
+"""A page of search results: one file to open in a browser, with small images inside and no script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anytoken.inference.index import Hit
 from anytoken.segments import Image, Segment, SegmentError, Video
 from anytoken.utils.atomic import write_file
 
-SIDE_PX = 160  # of a picture on the page
+SIDE_PX = 160  # of an image on the page
 STYLE = """
 :root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
 main{display:grid;grid-template-columns:repeat(auto-fill,minmax(11rem,1fr));gap:1rem}

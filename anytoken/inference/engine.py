@@ -7,7 +7,7 @@ and any budget. Classifier-free guidance gives a row a second sequence, the repl
 its own cache row in the same forward; it joins when the first guided kind begins.
 
 Drafts by prompt lookup (arXiv 2304.04487 and transformers' prompt_lookup_num_tokens) are left out: texts, speech and
-DNA repeat nothing of what came before; pictures and videos repeat their plain areas, so that a step would decide
+DNA repeat nothing of what came before; images and videos repeat their plain areas, so that a step would decide
 nearly two ids when greedy and one and a half as sampled by default, but on a CPU a step of four ids costs about two
 of one id.
 """

@@ -1,6 +1,6 @@
 """The model as the engine sees it: ids in, logits of the allowed ids out.
 
-A picture's next token needs 4 k rows of the output matrix, not all of the vocabulary. Slices of it are kept for each
+An image's next token needs 4 k rows of the output matrix, not all of the vocabulary. Slices of it are kept for each
 set of ranges, as views: no weight is copied. Shapes: S sequences, W tokens of each, N rows, D model dimension, V
 vocabulary, K allowed ids.
 """

@@ -1,1 +1,1 @@
-"""What the commands do at a terminal: read prompt parts, show and keep replies, show pictures, and talk."""
+"""What the commands do at a terminal: read prompt parts, show and keep replies, show images, and talk."""

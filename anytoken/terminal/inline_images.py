@@ -1,4 +1,4 @@
-"""Pictures in a terminal: its own protocol where it has one, else half-block characters in true colour.
+"""Images in a terminal: its own protocol where it has one, else half-block characters in true colour.
 
 Kitty's graphics protocol (also Ghostty): https://sw.kovidgoyal.net/kitty/graphics-protocol/. iTerm2's inline images
 (also WezTerm): https://iterm2.com/documentation-images.html. Both are known by what they set in the environment;
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from anytoken.segments import Image, Segment
 
 COLUMNS = 32
-STRIP = 4  # pictures of a video, side by side
+STRIP = 4  # images of a video, side by side
 CHUNK = 4096  # characters of one kitty escape sequence
 
 
-def picture_of(segment: Segment) -> Image | None:
-    """What can be seen of a segment: a picture, or some frames of a video side by side; None for other kinds."""
+def image_of(segment: Segment) -> Image | None:
+    """What can be seen of a segment: an image, or some frames of a video side by side; None for other kinds."""
     import numpy as np
 
     from anytoken.segments import Image, Video
@@ -39,7 +39,7 @@ def picture_of(segment: Segment) -> Image | None:
 
 
 def protocol(console: Console, environ: Mapping[str, str] = os.environ) -> str | None:
-    """How this console shows pictures: "kitty", "iterm2", "blocks", or None if it cannot."""
+    """How this console shows images: "kitty", "iterm2", "blocks", or None if it cannot."""
     if not console.is_terminal or console.is_dumb_terminal:
         return None
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
@@ -52,15 +52,15 @@ def protocol(console: Console, environ: Mapping[str, str] = os.environ) -> str |
     return "blocks" if rich_colors and not console.options.ascii_only else None
 
 
-def show_picture(console: Console, segment: Segment, environ: Mapping[str, str] = os.environ) -> None:
+def show_image(console: Console, segment: Segment, environ: Mapping[str, str] = os.environ) -> None:
     """Show what can be seen of a segment, if the console can."""
-    picture, how = picture_of(segment), protocol(console, environ)
-    if picture is None or how is None:
+    image, how = image_of(segment), protocol(console, environ)
+    if image is None or how is None:
         return
     if how == "blocks":
-        console.print(HalfBlockImage(picture))
+        console.print(HalfBlockImage(image))
         return
-    png = picture._repr_png_()
+    png = image._repr_png_()
     console.file.write((kitty if how == "kitty" else iterm2)(png) + "\n")
     console.file.flush()
 
@@ -83,15 +83,15 @@ def iterm2(png: bytes) -> str:
 
 
 class HalfBlockImage:
-    """A picture as half-block characters, for rich to print."""
+    """An image as half-block characters, for rich to print."""
 
-    def __init__(self, picture: Image) -> None:
-        self.picture = picture
+    def __init__(self, image: Image) -> None:
+        self.image = image
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Cell]:
         columns = min(COLUMNS, options.max_width)
-        lines = max(1, round(columns * self.picture.height / self.picture.width / 2))
-        pixels = self.picture.resize(2 * lines, columns).pixels.tolist()
+        lines = max(1, round(columns * self.image.height / self.image.width / 2))
+        pixels = self.image.resize(2 * lines, columns).pixels.tolist()
         for upper, lower in zip(pixels[::2], pixels[1::2], strict=True):
             for above, below in zip(upper, lower, strict=True):
                 yield Cell("▀", Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)))

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from anytoken.terminal.inline_images import COLUMNS, HalfBlockImage, picture_of, protocol, show_picture
+from anytoken.terminal.inline_images import COLUMNS, HalfBlockImage, image_of, protocol, show_image
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken
@@ -42,10 +42,10 @@ def write_segments(segments: Iterable[Segment], out: Path) -> list[dict[str, str
 
 
 def show_segments(segments: Iterable[Segment], out: Path, console: Console) -> None:
-    """Print text as it is, show pictures where the console can, write media and print each file's path."""
+    """Print text as it is, show images where the console can, write media and print each file's path."""
     for segment in segments:
         [part] = write_segments([segment], out)
-        show_picture(console, segment)
+        show_image(console, segment)
         console.out(_harmless(part[part["type"]]), highlight=False)
 
 
@@ -113,8 +113,8 @@ class _Screen:
             return
         if isinstance(event, SegmentProgress):
             self._bar = ProgressBar(total=event.total, completed=event.done, width=COLUMNS)
-        elif protocol(self.console) is not None and (picture := picture_of(event.segment)) is not None:
-            self._preview = HalfBlockImage(picture)
+        elif protocol(self.console) is not None and (image := image_of(event.segment)) is not None:
+            self._preview = HalfBlockImage(image)
         self._live.update(Group(self._preview, self._bar) if self._preview else self._bar)
 
     def stop_waiting(self) -> None:

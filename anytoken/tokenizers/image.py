@@ -108,7 +108,7 @@ def best_decoded(
     return analysis_by_synthesis(choices, place // grid[1] % 2 * 2 + place % grid[1] % 2, error)
 
 
-def fit_picture(image: Image, side_px: int) -> np.ndarray:
+def fit_image(image: Image, side_px: int) -> np.ndarray:
     """Pixels uint8 [H, W, 3] to encode: whole patches, the longer side `side_px`; 0 keeps up to 128 px."""
     side = side_px or min(KEPT_PX, max(image.height, image.width))
     return image.resize(*fit_side(image.height, image.width, side)).pixels
@@ -235,7 +235,7 @@ class ImageTokenizer(ModalityTokenizer):
     def _prepare(self, segment: Segment) -> np.ndarray:
         self.check_segment(segment)
         assert isinstance(segment, Image)
-        return fit_picture(segment, self.config["side_px"])
+        return fit_image(segment, self.config["side_px"])
 
     @torch.inference_mode()
     def encode_batch(self, segments: Sequence[Segment]) -> list[Codes]:

@@ -83,7 +83,7 @@ class LogMel(nn.Module):
         spectrum = torch.stft(
             padded, self.window_size, self.hop, window=self.window, center=False, return_complex=True
         )
-        with torch.autocast(samples.device.type, enabled=False):  # soft sounds are lost in fewer bits
+        with torch.autocast(samples.device.type, enabled=False):  # soft audio is lost in fewer bits
             energy = power(spectrum).clamp_min(1e-14).sqrt().transpose(1, 2) @ self.filters
         return energy.clamp_min(1e-5).log().transpose(1, 2)
 
@@ -302,7 +302,7 @@ class SpeechTokenizer(ModalityTokenizer):
             told = self.voice(seen)[0]
             own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
             frames = frames + torch.where(own, told, told.roll(len(seen) // 2, 0))
-        losses = self._sound_losses(self.decoder(frames), batch)
+        losses = self._audio_losses(self.decoder(frames), batch)
         return self._weighted(losses) + quantized.loss, {name: one.item() for name, one in losses.items()}
 
     def _pair_loss(self, pairs: SpokenPairs) -> tuple[Tensor, dict[str, float]]:
@@ -315,7 +315,7 @@ class SpeechTokenizer(ModalityTokenizer):
         own_voice, other_clip = self.voice(seen)[0], self.voice(self._scaled_mel(pairs.others))[0]
         use_own = torch.rand(len(seen), 1, 1, device=seen.device) < 0.5
         output = self.decoder(quantized.vectors.transpose(1, 2) + torch.where(use_own, own_voice, other_clip))
-        losses = self._sound_losses(output, batch)
+        losses = self._audio_losses(output, batch)
         if self._losses.get("spelling"):
             losses["spelling"] = self._spelling(quantized.vectors, [*pairs.texts, *pairs.texts])
         if self._losses.get("agreement"):
@@ -327,7 +327,7 @@ class SpeechTokenizer(ModalityTokenizer):
     def _weighted(self, losses: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._losses[name] * one for name, one in losses.items()]).sum()
 
-    def _sound_losses(self, output: Tensor, batch: Tensor) -> dict[str, Tensor]:
+    def _audio_losses(self, output: Tensor, batch: Tensor) -> dict[str, Tensor]:
         terms = {
             "mel": lambda: F.l1_loss(self.mel_for_loss(output), self.mel_for_loss(batch)),
             "spectral": lambda: spectral_loss(output, batch),
@@ -366,7 +366,7 @@ class SpeechTokenizer(ModalityTokenizer):
         return [codes[i] for i in range(len(clips))]
 
     def _chosen(self, features: Tensor, told: Tensor | None, target: Tensor) -> Tensor:
-        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `candidates` those whose sound is heard as target.
+        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `candidates` those whose audio is heard as target.
 
         told: codes of the voice [B, count]. Every other code is tried at once, and judged by its own time and that of
         the codes beside it.
@@ -378,8 +378,8 @@ class SpeechTokenizer(ModalityTokenizer):
         def error(trials: Tensor) -> Tensor:
             kinds = len(trials)
             voice = None if told is None else told.repeat(kinds, 1)
-            sounds = self._sounds(trials.flatten(0, 1), voice)
-            apart = perceptual_distance(log_mel(sounds).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
+            audio = self._audio(trials.flatten(0, 1), voice)
+            apart = perceptual_distance(log_mel(audio).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
             each = F.avg_pool1d(apart, frames)
             return F.avg_pool1d(F.pad(each, (1, 1), mode="replicate"), 3, 1).unflatten(0, (kinds, -1))
 
@@ -403,9 +403,9 @@ class SpeechTokenizer(ModalityTokenizer):
     def _decode_values(self, values: np.ndarray, headers: np.ndarray) -> np.ndarray:
         """Codes [B, T, Q] and global codes [B, G] to samples [B, T * hop] in [-1, 1]."""
         local, told = (torch.from_numpy(one).to(self.device) for one in (values, headers))
-        return self._sounds(local, told if self.voice else None).cpu().numpy()
+        return self._audio(local, told if self.voice else None).cpu().numpy()
 
-    def _sounds(self, codes: Tensor, told: Tensor | None) -> Tensor:
+    def _audio(self, codes: Tensor, told: Tensor | None) -> Tensor:
         """Codes [B, N, Q] of frames and [B, count] of the voice to samples [B, N * hop] in [-1, 1]."""
         frames = self.quantize.lookup(codes).transpose(1, 2)
         if self.voice and told is not None:
@@ -420,7 +420,7 @@ class SpeechTokenizer(ModalityTokenizer):
 
     @torch.inference_mode()
     def decode_span(self, codes: Codes, start: int, stop: int) -> Speech:
-        """Codes `start` to `stop` as sound, decoded with the decoder's whole reach around them.
+        """Codes `start` to `stop` as audio, decoded with the decoder's whole reach around them.
 
         What lies further away has no part in them, so they are the samples of the whole clip, to the bit where the
         sums of both lengths are taken in one order, else within float32 rounding.

@@ -15,21 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from anytoken import recipes
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.atomic import write_file
-from anytoken.utils.errors import ConfigError
-from anytoken.utils.json_lines import load_json, read_json_lines
 
 NUM_BYTES = 256
 FILE = "tokenizer.json"
@@ -41,8 +37,6 @@ STEPS = ("normalizers", "pretokenizers")  # where a tokenizer.json lists the ste
 # What UTF-8 of people's texts is made of: without the bytes of control codes and of planes nobody writes in, which
 # the vocabularies of some language models lack.
 IN_TEXT = {ord("\t"), ord("\n"), *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}
-RECIPE_KEYS = {"kind", "data", "vocab_size", "corpus", "texts", "texts_weight", "always"}
-log = logging.getLogger(__name__)
 
 
 def _byte_of_letter() -> dict[str, int]:
@@ -216,75 +210,3 @@ class TextTokenizer:
         except Exception as error:  # the package raises nothing more specific for a damaged file
             raise TokenizerError(f"{path} is not a tokenizer ({error}); copy the folder again.") from error
         return cls(bpe)
-
-
-def train_text_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
-    """Train by a recipe such as tokenizers/text/recipe.yaml and save to `out`; returns that folder.
-
-    recipe: `vocab_size`; `data`, the folder of the built sets; `corpus`, a list of {file, fields, weight}, the files
-    being .jsonl or .json under `data` or else among the recipes; `texts`, strings given in place, which count
-    `texts_weight` times (1); `always`, as for `TextTokenizer.train`. Lines of the test split are not used:
-    training.json says how many bytes an id covers on them. A corpus file that was not built is left out with a
-    warning; TokenizerError if nothing at all is left, or for an unknown key.
-    """
-    unknown = sorted(set(recipe) - RECIPE_KEYS)
-    if unknown or "vocab_size" not in recipe:
-        raise TokenizerError(
-            f"A text recipe has vocab_size and the keys {', '.join(sorted(RECIPE_KEYS))}; "
-            f"received {', '.join(unknown) or 'no vocab_size'}."
-        )
-    data = Path(recipe.get("data", "data/sets"))
-    texts: list[str] = list(recipe.get("texts", ())) * recipe.get("texts_weight", 1)
-    held_out: list[str] = []
-    missing: list[str] = []
-    for source in recipe.get("corpus", ()):
-        path = _find_corpus(source["file"], data)
-        if path is None:
-            log.warning("%s is neither under %s nor a recipe: left out of the corpus", source["file"], data)
-            missing.append(source["file"])
-            continue
-        for text, is_test in _read_fields(path, source["fields"]):
-            if is_test:
-                held_out.append(text)
-            else:
-                texts += [text] * source.get("weight", 1)
-    if not texts:
-        raise TokenizerError(
-            f"No text to train on: {data} has none of the recipe's files; build the sets first."
-        )
-    tokenizer = TextTokenizer.train(texts, recipe["vocab_size"], recipe.get("always", ()))
-    folder = tokenizer.save_pretrained(out)
-    report = {
-        "vocab_size": tokenizer.vocab_size, "texts": len(texts), "missing": missing, "held_out_texts": len(held_out),
-        "held_out_bytes_per_token": _bytes_per_token(tokenizer, held_out),
-        "held_out_exact": all(tokenizer.decode(tokenizer.encode(text)) == text for text in held_out),
-    }  # fmt: skip
-    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return folder
-
-
-def _find_corpus(name: str, data: Path) -> Path | None:
-    if (data / name).is_file():
-        return data / name
-    try:
-        return recipes.find(name)
-    except ConfigError:
-        return None
-
-
-def _read_fields(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """The strings, or lists of strings, in these fields, and whether their line is of the test split."""
-    try:
-        records = list(read_json_lines(path)) if path.suffix == ".jsonl" else [load_json(path.read_bytes())]
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON ({error}); build it again.") from error
-    for record in records:
-        for field in fields:
-            value = record.get(field) or []
-            for text in [value] if isinstance(value, str) else value:
-                yield text, record.get("split") == "test"
-
-
-def _bytes_per_token(tokenizer: TextTokenizer, texts: Sequence[str]) -> float | None:
-    ids = sum(len(tokenizer.encode(text)) for text in texts)
-    return sum(len(text.encode()) for text in texts) / ids if ids else None

@@ -6,10 +6,9 @@ goes. Unknown keys are errors. Any value can be overridden from the command line
 recipes can be copied anywhere.
 """
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,7 +28,7 @@ from anytoken.training.config_parts import (
     SampleSpec,
     ScheduleSpec,
 )
-from anytoken.training.settings import Settings, override, read_recipe, validated
+from anytoken.training.settings import Recipe
 
 # What a stage of pairs has no use for.
 PACKED_ONLY = (
@@ -39,13 +38,15 @@ PACKED_ONLY = (
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
 
-class TrainConfig(Settings):
+class TrainConfig(Recipe):
     """One training run.
 
     ``tokens_per_batch`` counts all ids of one optimizer step, over all processes and all
     ``gradient_accumulation_steps`` micro-batches. It does not depend on the number of processes, which share the rows
     of each micro-batch.
     """
+
+    old_keys: ClassVar[Mapping[str, str]] = moved.RECIPE_KEYS
 
     init_from: str = Field(description="'scratch', 'mini', or a checkpoint folder")
     output: str = Field(description="folder of the run: states, metrics, report and the final checkpoint")
@@ -154,11 +155,6 @@ class TrainConfig(Settings):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads; by default PyTorch's own choice"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_keys(cls, recipe: Any) -> Any:
-        return with_todays_keys(recipe) if isinstance(recipe, dict) else recipe
 
     @model_validator(mode="before")
     @classmethod
@@ -311,16 +307,6 @@ class TrainConfig(Settings):
             resolved.append(spec.model_copy(update={"path": path, "pair_with": pair}))
         return resolved
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> "TrainConfig":
-        """Read a recipe and apply ``a.b=value`` overrides; ConfigError says what is wrong."""
-        return cls.from_dict(apply_overrides(read_recipe(path), overrides), source=str(path))
-
-    @classmethod
-    def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> "TrainConfig":
-        """Validate a mapping; ConfigError lists every offending key with the value received."""
-        return validated(cls, recipe, source)
-
 
 def _replayed(old: Any, share: Any) -> list[Any]:
     """Sources of old data that together are this share of all samples, if the new weighs 1."""
@@ -335,42 +321,6 @@ def _replayed(old: Any, share: Any) -> list[Any]:
             )
     total = sum(one.get("weight", 1) for one in sources) * (1 - share) / share
     return [{"views": {AUTO: 1}, **one, "weight": one.get("weight", 1) / total} for one in sources]
-
-
-def with_todays_keys(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with the keys of `moved.RECIPE_KEYS` under their names of today, and a FutureWarning for each."""
-    for old, new in moved.RECIPE_KEYS.items():
-        group, _, key = old.rpartition(".")
-        part = recipe.get(group) if group else recipe
-        if not isinstance(part, dict) or key not in part:
-            continue
-        today = new.rpartition(".")[2]
-        if today in part:
-            raise ValueError(f"{old} is now {new}, and the recipe has both; remove {old}")
-        _warn_of(old)
-        part = {today if name == key else name: value for name, value in part.items()}
-        recipe = {**recipe, group: part} if group else part
-    return recipe
-
-
-def _warn_of(old: str) -> None:
-    message = f"the recipe key {old} is now {moved.RECIPE_KEYS[old]}; the old name goes in the next version"
-    warnings.warn(message, FutureWarning, stacklevel=2)
-
-
-def apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of a recipe with ``a.b.0.c=value`` entries set, of which old keys get their names of today."""
-    named = [_named_today(one) for one in overrides]
-    return override(recipe if named == list(overrides) else with_todays_keys(recipe), named)
-
-
-def _named_today(entry: str) -> str:
-    name, equals, value = entry.partition("=")
-    old = next((one for one in moved.RECIPE_KEYS if f"{name}.".startswith(f"{one}.")), None)
-    if old is None:
-        return entry
-    _warn_of(old)
-    return moved.RECIPE_KEYS[old] + name.removeprefix(old) + equals + value
 
 
 if not TYPE_CHECKING:

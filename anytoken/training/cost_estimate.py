@@ -79,7 +79,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Share:
-    """The share of a GPU's peak that training is taken to reach, and where that comes from."""
+    """The MFU (share of a GPU's peak) that training is taken to reach, and where that comes from."""
 
     value: float = 0.4
     source: str = "assumed"
@@ -105,12 +105,12 @@ def plan(
     gpus: int,
     gpu: str = "h100",
     sharding: str = "zero3",
-    share_of_peak: float | Path = Share.value,
+    mfu: float | Path = Share.value,
     space: TokenSpace | None = None,
 ) -> CostEstimate:
     """Cost of a stage with a model of this configuration.
 
-    share_of_peak: assumed, or the file of `anytoken bench gpu` that it was measured in (see `measured_share`). space:
+    mfu: assumed, or the file of `anytoken bench gpu` that it was measured in (see `measured_share`). space:
     of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding, a file
     without what is needed, a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
     """
@@ -118,8 +118,8 @@ def plan(
         raise ConfigError(f"gpu is {gpu!r}{choices(gpu, GPUS)}")
     if sharding not in SHARDING:
         raise ConfigError(f"sharding is {sharding!r}{choices(sharding, SHARDING)}")
-    if not isinstance(share_of_peak, Path) and not 0 < share_of_peak <= 1:
-        raise ConfigError(f"share_of_peak is {share_of_peak}; give a share above 0 and at most 1")
+    if not isinstance(mfu, Path) and not 0 < mfu <= 1:
+        raise ConfigError(f"mfu is {mfu}; give a share above 0 and at most 1")
     rows = stage.context * stage.gradient_accumulation_steps * gpus
     if gpus < 1 or stage.tokens_per_batch % rows:
         raise ConfigError(
@@ -130,10 +130,10 @@ def plan(
     parameters = (
         count(model, stage.trainable) if stage.lora is None else count_adapted(model, stage.lora, space)
     )
-    if isinstance(share_of_peak, Path):
-        share = measured_share(share_of_peak, parameters, gpu)
+    if isinstance(mfu, Path):
+        share = measured_share(mfu, parameters, gpu)
     else:
-        share = Share(share_of_peak)
+        share = Share(mfu)
     memory = _memory(stage, model, parameters, gpus, sharding)
     tokens = stage.steps * stage.tokens_per_batch
     flops = tokens * flops_per_token(config, parameters, stage.context)
@@ -171,7 +171,7 @@ def measured_share(path: Path, parameters: Parameters, gpu: str) -> Share:
     if not alike:
         raise ConfigError(
             f"{path} holds no measured step of a model {'with' if sparse else 'without'} experts; run "
-            f"`anytoken bench gpu --part train --out {path}` again, or give --share-of-peak"
+            f"`anytoken bench gpu --part train --out {path}` again, or give --mfu"
         )
     nearest = min(alike, key=lambda row: abs(math.log(row["M active"] * 1e6 / parameters.active)))
     best = max((row for row in alike if row["shape"] == nearest["shape"]), key=lambda row: row["plan_share"])
@@ -359,7 +359,7 @@ def as_rows(one: CostEstimate, gpus: int, gpu: str) -> list[tuple[str, str]]:
         ),
         ("tokens", _count(one.tokens)),
         ("FLOPs", f"{one.flops:.2e}"),
-        ("share of peak", f"{one.share.value:.3g}, {one.share.source}"),
+        ("MFU", f"{one.share.value:.3g}, {one.share.source}"),
         ("hours", f"{one.hours:.2f} on {gpus} {gpu} ({one.gpu_hours:.1f} GPU hours)"),
     ]
 

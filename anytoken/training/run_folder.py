@@ -52,7 +52,7 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
         check_same_data(json.loads((folder / FACTS).read_text()), facts)
     write_file(folder / FACTS, json.dumps(facts, indent=1) + "\n")
     if stage.contrastive is None:  # a frozen model's features are computed once and kept
-        trainer.flops_share = facts["flops_per_token"] / facts["measured_peak_flops"]
+        trainer.mfu_per_rate = facts["flops_per_token"] / facts["measured_peak_flops"]
 
 
 def export(trainer: StageTrainer) -> None:

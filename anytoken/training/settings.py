@@ -1,12 +1,13 @@
-"""Read training recipes of stages and tokenizers: strict settings, a YAML file, and overrides."""
+"""Recipes of stages and tokenizers: strict settings in a YAML file, overrides, and keys of the version before."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from anytoken.utils.errors import AnyTokenError, ConfigError
 from anytoken.utils.hints import explain
@@ -18,8 +19,68 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
 Error = type[AnyTokenError]
+
+
+class Recipe(Settings):
+    """Settings of a run. A recipe, an override or what a run saved may have the ``old_keys``, with a FutureWarning."""
+
+    error: ClassVar[Error] = ConfigError
+    old_keys: ClassVar[Mapping[str, str]] = {}  # old -> new, dots lead into groups
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_keys(cls, recipe: Any) -> Any:
+        return cls.renamed(recipe) if isinstance(recipe, dict) else recipe
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a recipe and apply ``a.b=value`` overrides; ``error`` says what is wrong."""
+        return cls.from_dict(cls.overridden(read_recipe(path, cls.error), overrides), source=str(path))
+
+    @classmethod
+    def from_dict(cls, recipe: dict[str, Any], source: str = "stage") -> Self:
+        """Validate a mapping; ``error`` names each wrong key, the value received and what is allowed."""
+        try:
+            return cls.model_validate(recipe)
+        except ValidationError as wrong:
+            raise cls.error(f"{source}: {explain(wrong, cls)}") from wrong
+
+    @classmethod
+    def overridden(cls, recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+        """A copy of a recipe with ``a.b.0.c=value`` entries set, of which old keys get their names of today."""
+        named = [cls._named_today(one) for one in overrides]
+        return override(recipe if named == list(overrides) else cls.renamed(recipe), named, cls.error)
+
+    @classmethod
+    def renamed(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        """A recipe with the keys of today, and a FutureWarning for each that is an old one."""
+        for old, new in cls.old_keys.items():
+            group, _, key = old.rpartition(".")
+            part = recipe.get(group) if group else recipe
+            if not isinstance(part, dict) or key not in part:
+                continue
+            today = new.rpartition(".")[2]
+            if today in part:
+                raise ValueError(f"{old} is now {new}, and the recipe has both; remove {old}")
+            cls._warn_of(old)
+            part = {today if name == key else name: value for name, value in part.items()}
+            recipe = {**recipe, group: part} if group else part
+        return recipe
+
+    @classmethod
+    def _named_today(cls, entry: str) -> str:
+        name, equals, value = entry.partition("=")
+        old = next((one for one in cls.old_keys if f"{name}.".startswith(f"{one}.")), None)
+        if old is None:
+            return entry
+        cls._warn_of(old)
+        return cls.old_keys[old] + name.removeprefix(old) + equals + value
+
+    @classmethod
+    def _warn_of(cls, old: str) -> None:
+        message = f"the recipe key {old} is now {cls.old_keys[old]}; the old name goes in the next version"
+        warnings.warn(message, FutureWarning, stacklevel=2)
 
 
 def read_recipe(path: str | Path, error: Error = ConfigError) -> dict[str, Any]:
@@ -31,16 +92,6 @@ def read_recipe(path: str | Path, error: Error = ConfigError) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise error(f"{path} holds {type(recipe).__name__}, which is no mapping of settings to values")
     return recipe
-
-
-def validated(
-    model: type[SettingsT], recipe: dict[str, Any], source: str, error: Error = ConfigError
-) -> SettingsT:
-    """The settings of a recipe; ``error`` names each wrong key, the value received and what is allowed."""
-    try:
-        return model.model_validate(recipe)
-    except ValidationError as wrong:
-        raise error(f"{source}: {explain(wrong, model)}") from wrong
 
 
 def override(recipe: dict[str, Any], overrides: Sequence[str], error: Error = ConfigError) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class StageTrainer(Trainer):
         self.metrics_log = MetricsLog(self.folder / "metrics.jsonl")
         self.held_out: Mixture | None = None
         self.shares: list[Tensor] = []  # of the last loss, by modality
-        self.flops_share = 0.0  # of the measured peak, that one token a second takes
+        self.mfu_per_rate = 0.0  # of the measured peak, that one token a second takes
         self.page = HtmlReport(stage)
         lm: LanguageModel = model.lm
         context = base_model(lm).config.get_text_config().max_position_embeddings
@@ -259,8 +259,8 @@ class StageTrainer(Trainer):
         entry = {**logs, **self.meter.report()}
         if self.stream.skipped:
             entry["skipped"] = {"drawn": self.stream.drawn, **self.stream.skipped}
-        if self.flops_share:
-            entry["share_of_peak"] = entry["tokens_per_second"] * self.flops_share
+        if self.mfu_per_rate:
+            entry["mfu"] = entry["tokens_per_second"] * self.mfu_per_rate
         self.meter.reset()
         if self.is_world_process_zero():
             self.metrics_log.write({"step": self.state.global_step, **entry})

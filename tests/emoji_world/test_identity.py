@@ -26,7 +26,7 @@ def recoloured(image: Image, color: tuple[int, int, int]) -> Image:
 def test_every_drawing_is_named_with_its_style(world, change):
     rng = np.random.default_rng(0)
     for record in world.records("emoji/images.jsonl"):
-        image = Image(world.picture(record))
+        image = Image(world.pixels(record))
         if change == "blur":
             image = blurred(image, 1.5)
         if change == "noise":
@@ -62,7 +62,7 @@ def test_videos_are_named_by_their_frames_whatever_the_order(world):
 
 def test_concepts_are_ranked_and_each_stands_once(world):
     record = world.records("emoji/images.jsonl")[0]
-    seen = world.stills.identify(Image(world.picture(record)))
+    seen = world.stills.identify(Image(world.pixels(record)))
     assert sorted(seen.concepts) == ["bar", "cross", "disc"] and seen.concepts[0] == record["name"]
 
 

@@ -49,10 +49,10 @@ def test_a_voice_is_told_by_its_spectrum():
 def test_a_shape_is_named_in_a_style_never_seen(world):
     judge = world.concepts("3d")
     pictures = [one for one in world.records("emoji/images.jsonl") if one["style"] == "3d"]
-    right = [judge.predict(Image(world.picture(one))) == one["name"] for one in pictures]
+    right = [judge.predict(Image(world.pixels(one))) == one["name"] for one in pictures]
     assert np.mean(right) >= 0.8
     shuffled = [
-        judge.predict(Image(world.picture(one))) == other["name"]
+        judge.predict(Image(world.pixels(one))) == other["name"]
         for one, other in zip(pictures, pictures[3:], strict=False)
     ]
     assert np.mean(shuffled) < 0.5
@@ -72,7 +72,7 @@ def test_training_a_judge_is_deterministic_and_leaves_the_global_seed_alone():
 
 def test_background_and_motion(world):
     for record in world.records("emoji/images.jsonl"):
-        assert world.backgrounds.predict(Image(world.picture(record))) == record["background"]
+        assert world.backgrounds.predict(Image(world.pixels(record))) == record["background"]
     still = Video(np.full((4, 64, 64, 3), 9, np.uint8), 4.0)
     moving = Video(np.stack([still.frames[0], still.frames[0] + 90]), 4.0)
     assert judges.motion(still) == 0 and judges.motion(moving) == pytest.approx(90 / 255)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from anytoken.segments import DNA, Image, Video
 from anytoken.terminal import inline_images
-from anytoken.terminal.inline_images import picture_of, protocol, show_picture
+from anytoken.terminal.inline_images import image_of, protocol, show_image
 
 NOISE = Image(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
@@ -40,8 +40,8 @@ def test_what_cannot_show_pictures_gets_none():
     assert protocol(console(no_color=True), environ) is None
     assert protocol(console(color_system=None), environ) is None
     screen = console(force_terminal=False)
-    show_picture(screen, NOISE, environ)
-    show_picture(console(), DNA("ACGT"), environ)
+    show_image(screen, NOISE, environ)
+    show_image(console(), DNA("ACGT"), environ)
     assert screen.file.getvalue() == ""
 
 
@@ -54,7 +54,7 @@ def test_what_cannot_show_pictures_gets_none():
 )
 def test_protocols_send_the_picture_itself(environ, pattern):
     screen = console()
-    show_picture(screen, NOISE, environ)
+    show_image(screen, NOISE, environ)
     sent = re.findall(pattern, screen.file.getvalue())
     assert Image.open(base64.b64decode("".join(sent))) == NOISE
     if "TERM" in environ:
@@ -78,6 +78,6 @@ def test_blocks_are_two_pixels_each():
 
 def test_of_a_video_some_frames_are_seen():
     frames = np.stack([np.full((4, 4, 3), 10 * step, np.uint8) for step in range(8)])
-    strip = picture_of(Video(frames))
+    strip = image_of(Video(frames))
     assert strip.pixels.shape == (4, 16, 3) and strip.pixels[0, ::4, 0].tolist() == [0, 20, 40, 60]
-    assert picture_of(Video(frames[:1])).pixels.shape == (4, 4, 3) and picture_of(DNA("A")) is None
+    assert image_of(Video(frames[:1])).pixels.shape == (4, 4, 3) and image_of(DNA("A")) is None

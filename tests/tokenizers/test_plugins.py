@@ -12,7 +12,8 @@ from anytoken.evaluation.tokenizers.card import make_card
 from anytoken.segments import SegmentError
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.registry import load_modality
-from anytoken.training.tokenizer.trainer import load_recipe, train_tokenizer
+from anytoken.training.tokenizer.recipe import TokenizerRecipe
+from anytoken.training.tokenizer.trainer import train_tokenizer
 
 ROOT = Path(__file__).parents[2] / "tokenizers"
 Protein, Motion, Palette = (
@@ -177,4 +178,4 @@ def test_a_class_is_short_and_its_recipe_names_it(kind):
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Tokenizer")
     ]
     assert cls.end_lineno - cls.lineno + 1 < 80
-    assert load_recipe(ROOT / kind / "recipe.yaml").code == f"{kind}.py"
+    assert TokenizerRecipe.load(ROOT / kind / "recipe.yaml").code == f"{kind}.py"

@@ -8,7 +8,6 @@ import yaml
 
 from anytoken.training.config import (
     TrainConfig,
-    apply_overrides,
 )
 from anytoken.utils.errors import ConfigError
 
@@ -101,14 +100,14 @@ def test_bad_recipes_say_what_is_wrong(changes: dict[str, Any], said: str) -> No
 
 def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
     before = recipe()
-    changed = apply_overrides(
+    changed = TrainConfig.overridden(
         before, ["steps=9", "data.0.weight=2.5", "optimizer.lr=1e-4", "trainable=['*.gate.*']"]
     )
     stage = TrainConfig.from_dict(changed)
     assert (stage.steps, stage.data[0].weight, stage.optimizer.lr) == (9, 2.5, 1e-4)
     assert stage.trainable == ["*.gate.*"] and before == recipe()
     tokenizers = {kind: kind for kind in ("text", "image", "dna")}
-    kept = apply_overrides(recipe(tokenizers=tokenizers), ["steps=9"])["tokenizers"]
+    kept = TrainConfig.overridden(recipe(tokenizers=tokenizers), ["steps=9"])["tokenizers"]
     assert list(kept) == list(tokenizers)  # ids are laid out in this order
 
 
@@ -123,7 +122,7 @@ def test_overrides_reach_everywhere_and_leave_the_recipe_alone() -> None:
 )
 def test_bad_overrides(override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        apply_overrides(recipe(), [override])
+        TrainConfig.overridden(recipe(), [override])
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:

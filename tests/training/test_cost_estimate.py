@@ -144,7 +144,7 @@ def test_sharding_divides_what_it_shards() -> None:
 
 
 def test_hours_follow_from_flops() -> None:
-    one = plan(stage(), QWEN3_06B, 16, "a100", share_of_peak=0.5)
+    one = plan(stage(), QWEN3_06B, 16, "a100", mfu=0.5)
     assert one.tokens == 1000 * 2**20
     assert one.hours == pytest.approx(one.flops / (16 * 312e12 * 0.5 * 3600))
     assert one.gpu_hours == pytest.approx(16 * one.hours)
@@ -157,7 +157,7 @@ def test_hours_follow_from_flops() -> None:
         ({"gpus": 8, "sharding": "zero4"}, r"sharding is 'zero4' .did you mean 'zero3'..; allowed: ddp"),
         ({"gpus": 3}, "not a multiple of 24576"),
         ({"gpus": 0}, "not a multiple"),
-        ({"gpus": 8, "share_of_peak": 1.5}, "share_of_peak is 1.5"),
+        ({"gpus": 8, "mfu": 1.5}, "mfu is 1.5"),
     ],
 )
 def test_bad_requests(options: dict[str, Any], said: str) -> None:
@@ -297,7 +297,7 @@ def test_a_measured_share_replaces_the_assumption(tmp_path: Path) -> None:
         (QWEN3_06B, 0.36, "350M dense, 0.36"),  # the nearest shape in its fastest setting
         (QWEN3_30B_A3B, 0.21, "MoE, 0.21"),
     ):
-        one = plan(stage(), config, 8, "h200", share_of_peak=file)
+        one = plan(stage(), config, 8, "h200", mfu=file)
         assert one.share.value == share
         assert one.share.source == f"measured on h200: {case}, rows of 8192"
         assert one.gpu_hours == pytest.approx(one.flops / (989e12 * share * 3600))
@@ -319,9 +319,9 @@ def test_a_measurement_that_says_nothing_of_this_is_an_error(
     tmp_path: Path, facts: dict[str, Any], gpu: str, said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        plan(stage(), QWEN3_06B, 8, gpu, share_of_peak=measured_file(tmp_path / "gpu.json", **facts))
+        plan(stage(), QWEN3_06B, 8, gpu, mfu=measured_file(tmp_path / "gpu.json", **facts))
     with pytest.raises(ConfigError, match="does not exist; `anytoken bench gpu"):
-        plan(stage(), QWEN3_06B, 8, gpu, share_of_peak=tmp_path / "nothing.json")
+        plan(stage(), QWEN3_06B, 8, gpu, mfu=tmp_path / "nothing.json")
 
 
 def test_the_command_takes_the_file(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def numbers(value: Any, name: str = "") -> dict[str, float]:
     elif isinstance(value, list):
         found = [numbers(each, f"{name}.{place}") for place, each in enumerate(value)]
     else:
-        clock = name.endswith(("tokens_per_second", "share_of_peak"))
+        clock = name.endswith(("tokens_per_second", "mfu"))
         return {} if clock else {name: float(value)}
     return {key: number for each in found for key, number in each.items()}
 

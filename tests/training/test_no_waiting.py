@@ -170,7 +170,7 @@ def test_numbers_are_looked_at_together_and_the_first_bad_one_is_named() -> None
 
 
 def losses(folder: Path) -> list[Any]:
-    clock = {"tokens_per_second", "share_of_peak", "train_runtime"}
+    clock = {"tokens_per_second", "mfu", "train_runtime"}
     return [
         {key: value for key, value in entry.items() if key not in clock}
         for entry in read_metrics(folder / "metrics.jsonl")

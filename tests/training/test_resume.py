@@ -32,7 +32,7 @@ from anytoken.training.interrupts import DivergenceError, Interrupted
 from anytoken.training.metrics import read_metrics
 from anytoken.training.trainer import StageTrainer, train
 
-CLOCK = {"tokens_per_second", "share_of_peak"}
+CLOCK = {"tokens_per_second", "mfu"}
 Step = torch.Tensor
 
 

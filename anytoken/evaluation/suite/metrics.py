@@ -199,8 +199,8 @@ class PSNR(Metric):
     name: Literal["psnr"]
 
     def score(self, outcome: Outcome, tools: Tools) -> float:
-        truth = _pictures(outcome.sample.truth[0])
-        answer = _pictures(outcome.answer, truth.shape[1:3]) if outcome.answer else None
+        truth = _images(outcome.sample.truth[0])
+        answer = _images(outcome.answer, truth.shape[1:3]) if outcome.answer else None
         if answer is None or not len(answer):
             return 0.0
         frames = min(len(answer), len(truth))
@@ -208,7 +208,7 @@ class PSNR(Metric):
         return min(MOST_DB, 10 * float(np.log10(255**2 / error))) if error else MOST_DB
 
 
-def _pictures(segments: Sequence[Segment], size: tuple[int, ...] | None = None) -> Array:
+def _images(segments: Sequence[Segment], size: tuple[int, ...] | None = None) -> Array:
     """The first image or video of some segments as frames float64 [T, H, W, 3]; none of another kind."""
     first = next((one for one in segments if isinstance(one, Image | Video)), None)
     if first is None:
@@ -243,11 +243,11 @@ class NearestLabel(Metric):
     label: str
 
     def measure(self, outcomes: Sequence[Outcome], tools: Tools) -> dict[str, Array]:
-        known = np.stack([_pictures(one.sample.truth[0], (SIDE, SIDE))[0].ravel() for one in outcomes])
+        known = np.stack([_images(one.sample.truth[0], (SIDE, SIDE))[0].ravel() for one in outcomes])
         labels = [str(one.sample.record.get(self.label)) for one in outcomes]
         scores = []
         for one, label in zip(outcomes, labels, strict=True):
-            made = _pictures(one.answer, (SIDE, SIDE))
+            made = _images(one.answer, (SIDE, SIDE))
             near = int(((known - made[0].ravel()) ** 2).sum(1).argmin()) if len(made) else None
             scores.append(float(near is not None and labels[near] == label))
         return {self.name: np.array(scores)}

@@ -175,7 +175,7 @@ def _overview_row(figures: dict[str, Any]) -> Row:
 
 
 def unit_name(figures: dict[str, Any]) -> str:
-    """What rates count per: image, second, base, ...; older figures say picture."""
+    """What rates count per: image, second, base, ...; older figures say `picture`."""
     unit = str(figures["unit"])
     return "image" if unit == "picture" else unit
 
@@ -238,7 +238,7 @@ def _kept_intro(figures: dict[str, Any]) -> str:
     return f"Measured on {figures['items']:,} held-out items: {what}."
 
 
-def _kept_pictures(figures: dict[str, Any]) -> list[Row]:
+def _kept_images(figures: dict[str, Any]) -> list[Row]:
     peers = {
         "": "this tokenizer",
         "thumbnail_": "thumbnail with the same bits",
@@ -326,7 +326,7 @@ def metric_rows(figures: dict[str, Any]) -> list[Row]:
 
 
 _KEPT: dict[str, Callable[[dict[str, Any]], list[Row]]] = {
-    "image": _kept_pictures, "video": _kept_pictures, "speech": _kept_speech, "dna": _kept_dna, "text": _kept_text,
+    "image": _kept_images, "video": _kept_images, "speech": _kept_speech, "dna": _kept_dna, "text": _kept_text,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 from anytoken.evaluation.tokenizers.evaluate import EvalResult
 from anytoken.evaluation.tokenizers.image_metrics import frames_of
@@ -27,7 +27,7 @@ SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = (
 )  # wider ones are shown too small
 SHOWN_PX = 200  # the longer side of an image on a sheet, at most
 CLIP_FRAMES = 4  # of each clip on a sheet
-SOUND_SECONDS = 1.2  # 16-bit samples at 16 kHz are then at most 38 kB, and FLAC halves that
+AUDIO_SECONDS = 1.2  # 16-bit samples at 16 kHz are then at most 38 kB, and FLAC halves that
 LETTERS, TEXTS, VOICES = 60, 3, 2
 Row = tuple[str, ...]
 
@@ -90,7 +90,7 @@ def _shown_size(height: int, width: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _grid(pairs: np.ndarray) -> Picture.Image:
+def _grid(pairs: np.ndarray) -> PILImage.Image:
     """Images uint8 [N, 2, H, W, 3] as one: N columns, two rows, on white."""
     count, rows, height, width, _ = pairs.shape
     sheet = np.full((rows * (height + GAP_PX) - GAP_PX, count * (width + GAP_PX) - GAP_PX, 3), 255, np.uint8)
@@ -98,12 +98,12 @@ def _grid(pairs: np.ndarray) -> Picture.Image:
         for row in range(rows):
             top, left = row * (height + GAP_PX), column * (width + GAP_PX)
             sheet[top : top + height, left : left + width] = pairs[column, row]
-    return Picture.fromarray(sheet)
+    return PILImage.fromarray(sheet)
 
 
-def _sounds(found: EvalResult, card: Path) -> list[dict[str, Any]]:
+def _audio(found: EvalResult, card: Path) -> list[dict[str, Any]]:
     """A clip of each of two voices, the first that is short: sample_1.flac, sample_1_decoded.flac, ..."""
-    order = sorted(_one_of_each(found.items), key=lambda index: _seconds(found.items[index]) > SOUND_SECONDS)
+    order = sorted(_one_of_each(found.items), key=lambda index: _seconds(found.items[index]) > AUDIO_SECONDS)
     chosen = {found.items[index].group: index for index in reversed(order)}
     samples = []
     for number, (voice, index) in enumerate(sorted(chosen.items())[:VOICES], 1):
@@ -155,7 +155,7 @@ def _others(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 _WRITE: dict[str, Callable[[EvalResult, Path], list[dict[str, Any]]]] = {
-    "image": _sheet, "video": _sheet, "speech": _sounds, "dna": _bases, "text": _pieces,
+    "image": _sheet, "video": _sheet, "speech": _audio, "dna": _bases, "text": _pieces,
 }  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _show_sheet(samples: list[dict[str, Any]]) -> str:
     return f"![Originals above reconstructions]({sheet['file']})\n\nOriginals above, reconstructions below: {names}."
 
 
-def _show_sounds(samples: list[dict[str, Any]]) -> str:
+def _show_audio(samples: list[dict[str, Any]]) -> str:
     rows: list[Row] = [("text", "voice", "original", "reconstruction")]
     for one in samples:
         links = (f"[{one[key]}]({one[key]})" for key in ("original", "decoded"))
@@ -200,7 +200,7 @@ def _show_pieces(samples: list[dict[str, Any]]) -> str:
 
 def show_samples(samples: list[dict[str, Any]]) -> str:
     """Markdown of what `write_samples` returned: its keys tell what kind of sample it is."""
-    for key, show in (("file", _show_sheet), ("voice", _show_sounds), ("pieces", _show_pieces)):
+    for key, show in (("file", _show_sheet), ("voice", _show_audio), ("pieces", _show_pieces)):
         if key in samples[0]:
             return show(samples)
     return _show_codes(samples)

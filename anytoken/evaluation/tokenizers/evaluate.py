@@ -1,6 +1,6 @@
 """How good a trained tokenizer is on what it never saw: `anytoken tokenizer eval FOLDER --data data/sets`.
 
-Every figure comes with what it is to be read against: pictures and clips with other coders (`image_metrics.py`),
+Every figure comes with what it is to be read against: images and clips with other coders (`image_metrics.py`),
 speech with what is heard of the originals and of random codes (`speech_metrics.py`), DNA with every letter
 (`dna_metrics.py`), text with one token a byte. All held-out items count unless fewer are asked for, and speeds are
 those of one thread. `thresholds.py` holds the figures against what is expected; `card.py` writes a page of them.
@@ -73,7 +73,7 @@ def measure(
     many there are, how fast on one thread.
 
     genomes: FASTA files that a DNA tokenizer streams besides, in the place of those of `untrained_genomes`. image: the
-    picture tokenizer that a video tokenizer is compared with; by default the folder `image` beside it. files: a folder
+    image tokenizer that a video tokenizer is compared with; by default the folder `image` beside it. files: a folder
     or glob under `data`, whose files are measured in the place of the sets' items. learnable: whether two small
     language models are trained on the codes besides, which takes minutes (see `learnability`).
     Raises TokenizerError for a folder that holds no tokenizer, or a set that is not there.
@@ -94,7 +94,7 @@ def measure(
                 items = file_items(loaded, data / files, count, seed)
             else:
                 items = own_held_out(loaded, data, data / _trained_on(folder), count, seed)
-            peer = _picture_tokenizer(loaded, folder, image)
+            peer = _image_tokenizer(loaded, folder, image)
             found = measure_codes(loaded, items, seed, genomes or untrained_genomes(data), peer)
         found.figures |= {"seed": seed, "date": date.today().isoformat(), **_circumstances()}
     if learnable and isinstance(found.tokenizer, ModalityTokenizer):
@@ -104,7 +104,7 @@ def measure(
     return found
 
 
-def _picture_tokenizer(
+def _image_tokenizer(
     loaded: ModalityTokenizer, folder: Path, image: str | Path | None
 ) -> ModalityTokenizer | None:
     """What a video tokenizer is compared with; None for other kinds, or where there is none."""

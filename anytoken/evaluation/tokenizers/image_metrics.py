@@ -1,7 +1,7 @@
-"""What is left of pictures and clips: PSNR and SSIM, beside coders that have as many bits or more.
+"""What is left of images and clips: PSNR and SSIM, beside coders that have as many bits or more.
 
-Pictures stand beside their mean colour, a thumbnail of as many bits, and WebP at twice the bytes; clips besides beside
-the picture tokenizer with as many codes: applied to every frame, made small, and to a few frames, held.
+Images stand beside their mean colour, a thumbnail of as many bits, and WebP at twice the bytes; clips besides beside
+the image tokenizer with as many codes: applied to every frame, made small, and to a few frames, held.
 Structural similarity: Wang et al. 2004.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,10 +29,10 @@ Frames = np.ndarray  # uint8 [T, H, W, 3]
 
 
 def frames_of(segment: Segment) -> Frames:
-    """Pixels uint8 [T, H, W, 3] of a picture (T = 1), a clip, or a segment that has `to_image`."""
-    picture = segment.to_image() if hasattr(segment, "to_image") else segment
-    assert isinstance(picture, (Image, Video))
-    return picture.pixels[None] if isinstance(picture, Image) else picture.frames
+    """Pixels uint8 [T, H, W, 3] of an image (T = 1), a clip, or a segment that has `to_image`."""
+    image = segment.to_image() if hasattr(segment, "to_image") else segment
+    assert isinstance(image, (Image, Video))
+    return image.pixels[None] if isinstance(image, Image) else image.frames
 
 
 def image_metrics(
@@ -44,7 +44,7 @@ def image_metrics(
 ) -> dict[str, Any]:
     """PSNR and SSIM at the size of the originals, of what came back and of what it stands beside.
 
-    bits, codes: of one item. image: the picture tokenizer that clips are compared with.
+    bits, codes: of one item. image: the image tokenizer that clips are compared with.
     """
     originals = [frames_of(item.segment) for item in items]
     own = [at_size(frames_of(one), a.shape) for one, a in zip(outputs, originals, strict=True)]
@@ -111,9 +111,9 @@ def _brightness(frames: Frames) -> Tensor:
 def _thumbnail(frames: Frames, bits: float) -> Frames:
     """The frames' mean scaled down to as many bits of 8-bit colour as the codes have, and up again."""
     side = max(1, math.isqrt(int(bits // 24)))
-    mean = Picture.fromarray(frames.mean(0).round().astype(np.uint8))
-    small = mean.resize((side, side), Picture.Resampling.BOX)
-    back = np.asarray(small.resize(mean.size, Picture.Resampling.BICUBIC))
+    mean = PILImage.fromarray(frames.mean(0).round().astype(np.uint8))
+    small = mean.resize((side, side), PILImage.Resampling.BOX)
+    back = np.asarray(small.resize(mean.size, PILImage.Resampling.BICUBIC))
     return np.broadcast_to(back, frames.shape)
 
 
@@ -121,7 +121,7 @@ def _thumbnail(frames: Frames, bits: float) -> Frames:
 
 
 def webp(originals: Sequence[Frames], target: float) -> dict[str, float]:
-    """WebP's figures at `target` bytes a picture in the mean, one quality for all: between the two nearest qualities.
+    """WebP's figures at `target` bytes an image in the mean, one quality for all: between the two nearest qualities.
 
     Where the lowest quality takes more bytes than that, or the highest fewer, its own figures and bytes are given.
     """
@@ -143,7 +143,7 @@ def webp(originals: Sequence[Frames], target: float) -> dict[str, float]:
 
 def _webp_file(frames: Frames, quality: int) -> io.BytesIO:
     buffer = io.BytesIO()
-    Picture.fromarray(frames[0]).save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
+    PILImage.fromarray(frames[0]).save(buffer, "WEBP", quality=quality, method=WEBP_METHOD)
     return buffer
 
 
@@ -152,14 +152,14 @@ def _mean_bytes(originals: Sequence[Frames], quality: int) -> float:
 
 
 def _webp_back(frames: Frames, quality: int) -> Frames:
-    return np.asarray(Picture.open(_webp_file(frames, quality)).convert("RGB"))[None]
+    return np.asarray(PILImage.open(_webp_file(frames, quality)).convert("RGB"))[None]
 
 
-# ---- clips, by the picture tokenizer ----
+# ---- clips, by the image tokenizer ----
 
 
 def every_frame(image: ModalityTokenizer, frames: Frames, codes: float) -> tuple[Frames, int]:
-    """Each frame through the picture tokenizer, scaled so that all have nearest to `codes` codes; and their number."""
+    """Each frame through the image tokenizer, scaled so that all have nearest to `codes` codes; and their number."""
     height, width = frames.shape[1:3]
     best: tuple[float, ModalityTokenizer] | None = None
     for side in range(SIDE_STEP_PX, max(height, width) + 1, SIDE_STEP_PX):
@@ -174,7 +174,7 @@ def every_frame(image: ModalityTokenizer, frames: Frames, codes: float) -> tuple
 
 
 def held_frames(image: ModalityTokenizer, frames: Frames, codes: float) -> tuple[Frames, int]:
-    """As many frames as `codes` codes allow through the picture tokenizer, each held for its share of the clip."""
+    """As many frames as `codes` codes allow through the image tokenizer, each held for its share of the clip."""
     one = _count(image.encode_batch([Image(frames[0])]))
     count = min(len(frames), max(1, int(codes // one)))
     shown = np.arange(len(frames)) * count // len(frames)
@@ -184,7 +184,7 @@ def held_frames(image: ModalityTokenizer, frames: Frames, codes: float) -> tuple
 
 
 def _with_side(image: ModalityTokenizer, side: int) -> ModalityTokenizer:
-    """The same tokenizer, which scales its pictures to another side; the weights are shared."""
+    """The same tokenizer, which scales its images to another side; the weights are shared."""
     make: Callable[..., ModalityTokenizer] = type(image)
     sized = make(**{**image.config, "side_px": side})
     sized.load_state_dict(image.state_dict(), assign=True)

@@ -31,6 +31,8 @@ from anytoken.evaluation.tokenizers.speech_metrics import OPTIONAL, stoi
 from anytoken.evaluation.tokenizers.test_sets import on_backgrounds, read_lines, said_by_two_voices
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer, TokenizerError
+from anytoken.training.config_parts import ScheduleSpec
+from anytoken.training.optim.lr_schedule import Schedule
 
 CAPTIONED = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}
 WIDTH, LAYERS, HEADS, HIDDEN = 192, 4, 4, 512
@@ -286,10 +288,7 @@ def trained(layout: Layout, items: Sequences, phrases: int, seed: int, steps: in
         torch.optim.Muon(matrices, MUON_LR, weight_decay=0.0),
         torch.optim.AdamW(rest, ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-
-    def factor(step: int) -> float:
-        return min(1, (step + 1) / WARMUP_STEPS) * min(1, (steps - step) / (DECAY_SHARE * steps))
-
+    factor = Schedule(ScheduleSpec(kind="wsd", warmup_steps=WARMUP_STEPS, decay_fraction=DECAY_SHARE), steps)
     schedules = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in optimizers]
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)

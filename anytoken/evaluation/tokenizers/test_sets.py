@@ -75,7 +75,7 @@ def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[
     TokenizerError for a kind that has no held-out set, or a set that is not there.
     """
     readers: dict[str, Callable[[Path, int | None, np.random.Generator], list[TestExample]]] = {
-        "image": _pictures, "video": _clips, "speech": _voices, "dna": _genes, "text": _texts,
+        "image": _images, "video": _clips, "speech": _voices, "dna": _genes, "text": _texts,
     }  # fmt: skip
     if kind not in readers:
         raise TokenizerError(f"There is no held-out set for {kind!r}; there is one for {', '.join(readers)}.")
@@ -105,7 +105,7 @@ def own_held_out(
 def file_items(tokenizer: ModalityTokenizer, source: Path, count: int | None, seed: int) -> list[TestExample]:
     """At most `count` (None: all) items from a user's own files: those in the folder `source`, or of a glob.
 
-    Whether a training saw them is not known here. Pictures and clips are measured with at most MOST_PX a side: other
+    Whether a training saw them is not known here. Images and clips are measured with at most MOST_PX a side: other
     coders take minutes for a photograph. TokenizerError if there are none.
     """
     suffixes = SUFFIXES.get(tokenizer.name, ("",))
@@ -126,9 +126,9 @@ def _smaller(segment: Segment) -> Segment:
     return _at_most(segment) if isinstance(segment, Image) else segment
 
 
-def _at_most(picture: Image) -> Image:
-    scale = min(1.0, MOST_PX / max(picture.height, picture.width))
-    return picture.resize(*(max(1, round(side * scale)) for side in (picture.height, picture.width)))
+def _at_most(image: Image) -> Image:
+    scale = min(1.0, MOST_PX / max(image.height, image.width))
+    return image.resize(*(max(1, round(side * scale)) for side in (image.height, image.width)))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def _drawn(
     return lines, array[[line["row"] for line in lines]]
 
 
-def _pictures(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
+def _images(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
     lines, sprites = _drawn(data / "emoji" / "sprites.jsonl", count, rng)
     if not lines:
         return []

@@ -18,7 +18,7 @@ Bar = dict[str, Any]
 
 def bars(figures: dict[str, Any]) -> list[Bar]:
     """The thresholds of a kind, checked against the figures of `measure`."""
-    own = {"image": _pictures, "video": _clips, "speech": _speech, "dna": _dna}.get(figures["kind"])
+    own = {"image": _images, "video": _clips, "speech": _speech, "dna": _dna}.get(figures["kind"])
     usage = _bar("codebook usage", figures["codebook_usage"], USAGE)
     return [*(own(figures) if own else []), usage]
 
@@ -27,7 +27,7 @@ def _bar(what: str, ours: float, bar: float) -> Bar:
     return {"what": what, "ours": ours, "bar": bar, "met": ours >= bar}
 
 
-def _pictures(figures: dict[str, Any]) -> list[Bar]:
+def _images(figures: dict[str, Any]) -> list[Bar]:
     own, webp = figures["bytes_per_item"], figures["webp_bytes"]
     return [_bar(f"PSNR in dB at {own:.0f} bytes; threshold: WebP at {webp:.0f} bytes", figures["psnr_db"],
                  figures["webp_psnr_db"])]  # fmt: skip

@@ -95,16 +95,16 @@ def examples(model: AnyToken) -> list[Example]:
     """What to try first, of the kinds that the model has; with files that come along."""
     assets = recipes.assets()
     clip = str(sorted((assets / "audio").rglob("*.flac"))[0])
-    picture, video = str(assets / "images" / "sample.png"), str(sorted((assets / "videos").glob("*.webp"))[0])
+    image, video = str(assets / "images" / "sample.png"), str(sorted((assets / "videos").glob("*.webp"))[0])
     every = [
         Example("Draw a fox", "a fox, 3d, blue background", (), ("image",)),
-        Example("What is in this image?", "What is this?", (picture,), ("text",)),
+        Example("What is in this image?", "What is this?", (image,), ("text",)),
         Example("Say “fox” and draw it", "fox, voice slt", (), ("speech", "image")),
         Example("What does this recording say?", "", (clip,), ("text",)),
-        Example("Animate this image", "", (picture,), ("video",)),
+        Example("Animate this image", "", (image,), ("video",)),
         Example("Name this video", "", (video,), ("text",)),
     ]
-    needs = {picture: "image", clip: "speech", video: "video"}
+    needs = {image: "image", clip: "speech", video: "video"}
     return [one for one in every if {*one.kinds, *(needs[file] for file in one.files)} <= set(model.kinds)]
 
 
@@ -373,9 +373,9 @@ def _content(part: Part) -> Any:
 
 
 def _clickable(one: Example) -> dict[str, Any]:
-    picture = next((file for file in one.files if file.endswith(".png")), None)
+    image = next((file for file in one.files if file.endswith(".png")), None)
     found: dict[str, Any] = {"text": one.words or one.label, "display_text": one.label}
-    return {**found, "icon": picture} if picture else found
+    return {**found, "icon": image} if image else found
 
 
 def _close(session: Session | None) -> None:

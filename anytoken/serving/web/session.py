@@ -226,7 +226,7 @@ def describe(segment: Segment) -> str:
 
 
 def enlarged(segment: Segment) -> Segment:
-    """A small picture or video at a size that is easy to see, each pixel a square; others as they are."""
+    """A small image or video at a size that is easy to see, each pixel a square; others as they are."""
     if not isinstance(segment, Image | Video):
         return segment
     pixels = segment.pixels if isinstance(segment, Image) else segment.frames

@@ -113,7 +113,7 @@ def _figure(processor: Processor, ids: Sequence[int]) -> str:
 
 
 def _grids(codes: Codes) -> Iterator[str]:
-    """A grid for each codebook and each picture of a video; a run of codes for what has no grid."""
+    """A grid for each codebook and each image of a video; a run of codes for what has no grid."""
     for book in codes.values.T:
         if len(codes.size) < 2:
             yield _run(book)

@@ -12,14 +12,10 @@ letters start near each other.
 from __future__ import annotations
 
 import copy
-import json
-import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +30,6 @@ from anytoken.tokenizers.modules.quantizer import Quantizer
 PAD = len(LETTERS)
 NUM_SYMBOLS = len(LETTERS) + 1
 WINDOW = 3
-MAX_ROUNDS = 10
 _PADDING = [
     np.full(-rest % WINDOW, PAD, dtype=np.uint8) for rest in range(WINDOW)
 ]  # after a last window of `rest`
@@ -219,62 +214,3 @@ class DNATokenizer(DNATokenizerBase):
                     f"Stored as {dtype}, some DNA windows change their code; call freeze_tables() first."
                 )
         return super().save_pretrained(folder, dtype)
-
-
-# ---- training ----
-
-
-def train_dna_tokenizer(recipe: Mapping[str, Any], out: str | Path) -> Path:
-    """Train until no window is lost, and save to `out` with training.json; returns that folder.
-
-    recipe: `config` (the constructor's arguments), `steps`, `batch_size` (rounded up to whole sets of the 155
-    windows, which are all the data there is), `lr`, `weight_decay`, `warmup_steps`, `seed`, `threads`. Training goes in
-    rounds of `steps` and ends with the first round that `verify` accepts. TokenizerError after ten rounds.
-    """
-    plan: dict[str, Any] = {
-        "config": {}, "steps": 200, "batch_size": 2480, "lr": 3e-3, "weight_decay": 0.01, "warmup_steps": 20, "seed": 0,
-    } | dict(recipe)  # fmt: skip
-    if "threads" in plan:
-        torch.set_num_threads(plan["threads"])
-    torch.manual_seed(plan["seed"])
-    tokenizer = DNATokenizer(**plan["config"])
-    start = time.perf_counter()
-    steps = 0
-    while steps < MAX_ROUNDS * plan["steps"]:
-        seen = _train_round(tokenizer.train(), plan)
-        steps += plan["steps"]
-        if tokenizer.eval().verify():
-            tokenizer.freeze_tables()
-        report = tokenizer.verify()
-        if report:
-            break
-    else:
-        raise TokenizerError(
-            f"After {MAX_ROUNDS} rounds of {plan['steps']} steps, {len(report.wrong)} of {len(all_windows())} windows "
-            "are still lost: give it more steps, or a learning rate nearer 0.003."
-        )
-    folder = tokenizer.save_pretrained(out)
-    training = {
-        "recipe": plan, "steps": steps, "seconds": round(time.perf_counter() - start, 1),
-        "last": seen, "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "windows": len(all_windows()), "windows_lost": len(report.wrong), "margin": report.margin,
-        "torch": torch.__version__,
-    }  # fmt: skip
-    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
-    return folder
-
-
-def _train_round(tokenizer: DNATokenizer, plan: Mapping[str, Any]) -> dict[str, float]:
-    """One warm-up and cosine decay over `steps` steps; returns the last step's loss and metrics."""
-    steps, warm = plan["steps"], min(plan["warmup_steps"], plan["steps"] // 5)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=plan["lr"], weight_decay=plan["weight_decay"])
-    windows = all_windows().repeat(math.ceil(plan["batch_size"] / len(all_windows())), 1)
-    for step in range(steps):
-        share = (step + 1) / (warm + 1) if step < warm else 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = plan["lr"] * share
-        loss, seen = tokenizer.training_loss(windows)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    return {"loss": loss.item(), **seen}

@@ -104,7 +104,8 @@ def _status(stage: TrainConfig, train: Entries, finished: bool) -> str:
     last = train[-1]
     state = "finished" if finished else f"at {time.strftime('%Y-%m-%d %H:%M:%S')}"
     rates = sorted(entry["tokens_per_second"] for entry in train)
-    share = f", {100 * last['share_of_peak']:.0f} % of the measured peak" if "share_of_peak" in last else ""
+    mfu = last.get("mfu", last.get("share_of_peak"))  # as version 0.1 had it
+    share = "" if mfu is None else f", MFU {100 * mfu:.0f} % (of the measured peak)"
     return (
         f"Step {last['step']:,} of {stage.steps:,}, {state}. Loss {last['loss']:.3f}. "
         f"Median speed {rates[len(rates) // 2]:,.0f} tokens/s{share}."

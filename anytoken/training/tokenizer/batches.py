@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.base import TokenizerError
-from anytoken.tokenizers.image import PATCH_PX, fit_picture, to_unit_range
+from anytoken.tokenizers.image import PATCH_PX, fit_image, to_unit_range
 from anytoken.tokenizers.speech import HOP, SAMPLE_RATE_HZ
 from anytoken.tokenizers.video import MAX_STEPS, fit_clip
 from anytoken.utils.json_lines import read_json_lines
@@ -70,7 +70,7 @@ def batches_for(
 
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
-    """How long a crop of sound is at most: twice as long where the voice is heard in another clip than what is said."""
+    """How long a crop of audio is at most: twice as long where the voice is heard in another clip than what is said."""
     return CROP_SECONDS * (2 if config.get("num_global_codes") or config.get("voice_codes") else 1)
 
 
@@ -80,7 +80,7 @@ def training_rows(index: Path) -> np.ndarray:
 
 
 def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
-    """Pictures [B, 3, H, W] in [-1, 1]: sprites on a colour, half of them as the composed set has them."""
+    """Images [B, 3, H, W] in [-1, 1]: sprites on a colour, half of them as the composed set has them."""
     sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
@@ -218,7 +218,7 @@ def audio_batches(
 
     Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others shorter ones and so many more. Where
     an index beside the recording says where its clips lie, a third of the crops begin with a clip and a third end with
-    one: a sound's first and last moment have nothing beside them, and a random crop hardly ever has either.
+    one: an audio's first and last moment have nothing beside them, and a random crop hardly ever has either.
     """
     from torchaudio.functional import resample
 
@@ -254,7 +254,7 @@ def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tuple[int, int]:
-    """How long the crops of a batch are, in samples, and how many there are: the same sound in all, or nearly."""
+    """How long the crops of a batch are, in samples, and how many there are: the same audio in all, or nearly."""
     share = float(rng.choice(CROP_SHARES))
     return int(share * seconds * SAMPLE_RATE_HZ), int(batch_size / share)
 
@@ -281,19 +281,19 @@ def list_media_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
 def file_batches(
     kind: str, source: Path, batch_size: int, seed: int, config: Mapping[str, Any] | None = None
 ) -> Batches:
-    """Batches from a user's own pictures, clips or recordings, in a folder or of a glob.
+    """Batches from a user's own images, clips or recordings, in a folder or of a glob.
 
-    Pictures and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
+    Images and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
     one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn anew each time.
     """
     files, config = list_media_files(source, SUFFIXES[kind]), config or {}
     if not files:
         raise TokenizerError(f"{source} holds no {kind} files; expected {', '.join(SUFFIXES[kind])}.")
     if kind == "speech":
-        return _sound_batches([_sound(path) for path in files], batch_size, seed, crop_seconds(config))
+        return _own_audio_batches([_audio(path) for path in files], batch_size, seed, crop_seconds(config))
     side_px, most = config.get("side_px", 64), config.get("max_steps", MAX_STEPS)
     if kind == "image":
-        items = [fit_picture(Image.open(path), side_px) for path in files]
+        items = [fit_image(Image.open(path), side_px) for path in files]
     else:
         items = [fit_clip(Video.open(path), side_px, most) for path in files]
 
@@ -307,7 +307,7 @@ def file_batches(
     return batch
 
 
-def _sound_batches(items: Sequence[Tensor], batch_size: int, seed: int, seconds: float) -> Batches:
+def _own_audio_batches(items: Sequence[Tensor], batch_size: int, seed: int, seconds: float) -> Batches:
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
         length, count = _crop_size(batch_size, seconds, rng)
@@ -317,7 +317,7 @@ def _sound_batches(items: Sequence[Tensor], batch_size: int, seed: int, seconds:
     return batch
 
 
-def _sound(path: Path) -> Tensor:
+def _audio(path: Path) -> Tensor:
     return torch.from_numpy(Speech.open(path).resample(SAMPLE_RATE_HZ).samples)
 
 

@@ -64,7 +64,7 @@ class SpokenClips:
 
 
 def spoken_pairs(lists: Sequence[Path], batch_size: int, seed: int) -> Callable[[int], SpokenPairs]:
-    """Step to pairs of about as much sound as a batch of `batch_size` crops; TokenizerError without any pair."""
+    """Step to pairs of about as much audio as a batch of `batch_size` crops; TokenizerError without any pair."""
     clips = SpokenClips(lists)
     by_voice: dict[str, list[int]] = defaultdict(list)
     for row, voice in enumerate(clips.voices):

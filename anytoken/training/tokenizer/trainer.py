@@ -11,14 +11,14 @@ import time
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError, load_tokenizer
+from anytoken.tokenizers.dna import DNATokenizer
 from anytoken.tokenizers.losses.speech_content import TERMS as CONTENT_TERMS
 from anytoken.tokenizers.modules.convnext import ConvNeXtStack
 from anytoken.tokenizers.registry import load_modality, modality_class
@@ -26,69 +26,16 @@ from anytoken.training.config_parts import OptimizerSpec, ScheduleSpec
 from anytoken.training.metrics import MetricsLog
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
+from anytoken.training.optim.take_step import take_step
 from anytoken.training.report.trackers import summary_writer
-from anytoken.training.settings import Settings, override, read_recipe, validated
+from anytoken.training.settings import read_recipe
+from anytoken.training.tokenizer.dna import train_dna
+from anytoken.training.tokenizer.recipe import TextRecipe, TokenizerRecipe, write_report
+from anytoken.training.tokenizer.text import train_text
 from anytoken.utils.atomic import write_file
-from anytoken.utils.device import device_name, math_threads, usable_device
+from anytoken.utils.device import math_threads, usable_device
 
 FINAL_FRACTION = 0.02  # of the learning rate, at the end
-
-
-class Recipe(Settings):
-    """How a tokenizer is trained; an unknown key is an error."""
-
-    kind: str
-    code: str = Field(
-        "", description="a .py file next to the recipe with the modality's class; training runs it"
-    )
-    config: dict[str, Any] = Field(default_factory=dict)
-    init_from: str = Field(
-        "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
-    )
-    init_parts: dict[str, str] = Field(
-        default_factory=dict,
-        description="beginning of the names of weights: the tokenizer folder to take these from",
-    )
-    begin_anew: list[str] = Field(
-        default_factory=list, description="beginnings of the names of weights that init_from is not asked for"
-    )
-    freeze: list[str] = Field(
-        default_factory=list,
-        description="beginnings of the names of weights that are not trained; codebooks among them keep their averages",
-    )
-    data: str = ""
-    pairs: list[str] = Field(
-        default_factory=list,
-        description="JSON lines of recordings with text and voice, under the folder of the sets: three of four batches "
-        "hold texts by two voices, for the loss terms spelling and agreement of speech",
-    )
-    loss: dict[str, float] = Field(
-        default_factory=dict, description="weights of its terms, where a kind has them"
-    )
-    steps: int = Field(2000, ge=1)
-    batch_size: int = Field(32, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(100, ge=0)
-    seed: int = 0
-    threads: int = Field(2, ge=1)
-    device: str = Field("auto", description="auto: a GPU where there is one; or cpu, cuda, cuda:1")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products; weights are float32")
-    compile: bool = Field(
-        False,
-        description="compile the trunks: a minute's wait, then faster where a GPU waits for its next kernel",
-    )
-    save_every: int = Field(500, ge=1)
-    log_every: int = Field(50, ge=1)
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `key=value` overrides (values as YAML, dots go into `config`).
-
-    TokenizerError for a file that is missing or not a mapping in YAML, an unknown key, or a value out of range.
-    """
-    raw = override(read_recipe(path, TokenizerError), overrides or [], TokenizerError)
-    return validated(Recipe, raw, str(path), TokenizerError)
 
 
 def train_tokenizer(
@@ -103,22 +50,25 @@ def train_tokenizer(
     recipe_path, data, out = Path(recipe), Path(data), Path(out)
     raw = read_recipe(recipe_path, TokenizerError)
     if raw.get("kind") == "text":
-        return _train_text(raw, data, out, overrides or [])
-    plan = load_recipe(recipe_path, overrides)
+        # A pipeline hands every recipe the same overrides; text has no steps.
+        shared = TokenizerRecipe.model_fields.keys() - TextRecipe.model_fields
+        own = [one for one in overrides or [] if one.split("=")[0] not in shared]
+        return train_text(TextRecipe.load(recipe_path, own), data, out)
+    plan = TokenizerRecipe.load(recipe_path, overrides or [])
     report = out / "training.json"
-    if report.is_file() and Recipe(**json.loads(report.read_text())["recipe"]) == plan:
+    if report.is_file() and TokenizerRecipe(**json.loads(report.read_text())["recipe"]) == plan:
         return out
     with math_threads(plan.threads):
         return _train(plan, recipe_path, data, out)
 
 
-def _train(plan: Recipe, recipe_path: Path, data: Path, out: Path) -> Path:
-    if plan.kind == "dna":
-        return _train_dna(plan, out)
+def _train(plan: TokenizerRecipe, recipe_path: Path, data: Path, out: Path) -> Path:
     if plan.code:
         load_modality(recipe_path.parent / plan.code)
     torch.manual_seed(plan.seed)
     tokenizer, start = _build(plan), time.perf_counter()
+    if isinstance(tokenizer, DNATokenizer):
+        return train_dna(tokenizer, plan, out)
     tokenizer.fit(data / plan.data, plan.seed)
     loss, fit = (getattr(type(tokenizer), name) for name in ("training_loss", "fit"))
     if loss is ModalityTokenizer.training_loss and fit is not ModalityTokenizer.fit:
@@ -126,13 +76,13 @@ def _train(plan: Recipe, recipe_path: Path, data: Path, out: Path) -> Path:
     return _Loop(tokenizer, plan, data, out).run()
 
 
-def _build(plan: Recipe) -> ModalityTokenizer:
+def _build(plan: TokenizerRecipe) -> ModalityTokenizer:
     try:
         tokenizer = modality_class(plan.kind)(**plan.config)
     except TypeError as error:
         raise TokenizerError(f"config of a {plan.kind} tokenizer: {error}.") from error
     if plan.init_from:
-        begun, anew = load_tokenizer(plan.init_from), tuple(plan.begin_anew)
+        begun, anew = load_tokenizer(plan.init_from), tuple(plan.reinit_prefixes)
         state = tokenizer.adapted_state(begun.state_dict())
         taken = {name: one for name, one in state.items() if not name.startswith(anew)}
         kept = {name: one for name, one in tokenizer.state_dict().items() if name.startswith(anew)}
@@ -141,7 +91,7 @@ def _build(plan: Recipe) -> ModalityTokenizer:
         except RuntimeError as error:
             raise TokenizerError(
                 f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
-                f"theirs is {begun.config}. `begin_anew` names weights that are not to be taken over. {error}"
+                f"theirs is {begun.config}. `reinit_prefixes` names weights that are not to be taken over. {error}"
             ) from error
     for part, folder in plan.init_parts.items():
         _take_part(tokenizer, part, folder)
@@ -179,23 +129,23 @@ def _partly_frozen(tokenizer: ModalityTokenizer, beginnings: list[str]) -> Modal
 
 
 def _finish(
-    tokenizer: ModalityTokenizer, plan: Recipe, out: Path, steps: int, seconds: float, seen: dict[str, float]
+    tokenizer: ModalityTokenizer,
+    plan: TokenizerRecipe,
+    out: Path,
+    steps: int,
+    seconds: float,
+    seen: dict[str, float],
 ) -> Path:
     # bfloat16 once and for all: shards and a bundled checkpoint then hold the very same weights, and codes.
     tokenizer.eval().drop_ema_buffers().save_pretrained(out, torch.bfloat16)
-    report = {
-        "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": seen,
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "threads": plan.threads, "machine": device_name(tokenizer.device), "torch": torch.__version__,
-    }  # fmt: skip
-    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_report(out, plan, tokenizer, steps, seconds, seen)
     return out
 
 
 class _Loop:
     """One training run: everything that a checkpoint must hold."""
 
-    def __init__(self, tokenizer: ModalityTokenizer, plan: Recipe, data: Path, out: Path) -> None:
+    def __init__(self, tokenizer: ModalityTokenizer, plan: TokenizerRecipe, data: Path, out: Path) -> None:
         from anytoken.training.tokenizer.batches import KINDS, batches_for
 
         self.tokenizer, self.plan, self.out = _partly_frozen(tokenizer.train(), plan.freeze), plan, out
@@ -281,8 +231,6 @@ class _Loop:
         return self.out
 
     def _train_step(self) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * self.schedule(self.step)
         # What is random in a step (k-means, dead codes replaced) depends on it alone, as its batch does.
         torch.manual_seed(self.plan.seed + self.step)
         batch = self.batch(self.step)
@@ -292,10 +240,7 @@ class _Loop:
             raise TokenizerError(
                 f"The loss is {loss.item()} at step {self.step}: lower lr (now {self.plan.lr})."
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
-        self.optimizer.step()
+        take_step(loss, self.optimizer, self.plan.lr * self.schedule(self.step), self.tokenizer.parameters())
         return {"loss": loss.item(), **seen}
 
     def _checkpoint(self) -> None:
@@ -307,23 +252,9 @@ class _Loop:
 
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True, map_location=self.device)
-        if Recipe(**state["recipe"]) != self.plan:
+        if TokenizerRecipe(**state["recipe"]) != self.plan:
             raise TokenizerError(f"{self.state_path} is of another recipe: name another --out, or delete it.")
         for part, weights in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-
-
-def _train_text(raw: dict[str, Any], data: Path, out: Path, overrides: list[str]) -> Path:
-    from anytoken.tokenizers.text import train_text_tokenizer
-
-    # A pipeline hands every recipe the same overrides; text has no steps.
-    own = [one for one in overrides if (key := one.split("=")[0]) in raw or key not in Recipe.model_fields]
-    return Path(train_text_tokenizer({**override(raw, own, TokenizerError), "data": str(data)}, out))
-
-
-def _train_dna(plan: Recipe, out: Path) -> Path:
-    from anytoken.tokenizers.dna.vq import train_dna_tokenizer
-
-    return Path(train_dna_tokenizer(plan.model_dump(), out))

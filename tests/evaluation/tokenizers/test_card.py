@@ -22,7 +22,7 @@ from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.speech import SpeechTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.tokenizers.video import VideoTokenizer
-from anytoken.training.tokenizer.trainer import load_recipe
+from anytoken.training.tokenizer.recipe import TokenizerRecipe
 
 ROOT = Path(__file__).parents[3]
 TINY = {"width": 16, "encoder_depth": 1, "decoder_depth": 1, "levels": [4, 3]}
@@ -264,7 +264,7 @@ CARDS |= {path: path.parent.relative_to(ROOT / "tokenizers") for path in ROOT.gl
 def test_published_weights_are_those_of_their_card_and_recipe(weights, card):
     tokenizer, card = load_tokenizer(weights), ROOT / "tokenizers" / card
     figures = json.loads((card / "figures.json").read_text(encoding="utf-8"))
-    recipe = load_recipe(card / "recipe.yaml")
+    recipe = TokenizerRecipe.load(card / "recipe.yaml")
     assert tokenizer.fingerprint() == figures["fingerprint"]
     assert (recipe.kind, figures["training"]["recipe"]["steps"]) == (tokenizer.kind, recipe.steps)
     assert tokenizer.config.items() >= recipe.config.items()

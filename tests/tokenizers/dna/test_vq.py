@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from batteries import TokenizerBattery
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from anytoken.segments import DNA
 from anytoken.tokenizers.base import TokenizerError, load_tokenizer
 from anytoken.tokenizers.dna.base import to_symbols
-from anytoken.tokenizers.dna.vq import DNATokenizer, all_windows, train_dna_tokenizer
+from anytoken.tokenizers.dna.vq import DNATokenizer, all_windows
+from anytoken.training.tokenizer.trainer import train_tokenizer
 
 
 def bases(length: int, seed: int = 0) -> str:
@@ -155,10 +157,17 @@ def test_stored_in_bfloat16_no_code_changes(trained, tmp_path):
 
 
 def test_training_that_never_gets_there_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("anytoken.tokenizers.dna.vq.MAX_ROUNDS", 2)
-    recipe = {"config": {"width": 16, "code_dim": 4}, "steps": 1, "batch_size": 155}
+    monkeypatch.setattr("anytoken.training.tokenizer.dna.MAX_ROUNDS", 2)
+    recipe = {
+        "kind": "dna",
+        "config": {"width": 16, "code_dim": 4},
+        "steps": 1,
+        "batch_size": 155,
+        "lr": 3e-3,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(TokenizerError, match=r"After 2 rounds of 1 steps, \d+ of 155 windows are still lost"):
-        train_dna_tokenizer(recipe, tmp_path / "out")
+        train_tokenizer(tmp_path / "recipe.yaml", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
