@@ -24,6 +24,7 @@ from anytoken.data.sources import read_records
 from anytoken.evaluation.metrics import same_text
 from anytoken.evaluation.suite.intervals import difference, figure
 from anytoken.inference.api import AnyToken
+from anytoken.inference.best_answers import best_answers
 from anytoken.inference.score import score_ids
 from anytoken.inference.zero_shot import ZeroShot
 from anytoken.segments import KINDS
@@ -60,7 +61,7 @@ def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str
 
 
 QUESTION = "What is this?"
-BASE = "generate the caption"
+BASE, READ = "generate the caption", "read the image alone"
 TEMPLATES = 8  # number of prompt templates per class name, taken from the set's captions
 
 
@@ -70,7 +71,8 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
     file: records with `image`, a caption `text` that begins with the name and a comma, and `split`. The names of all
     records are the choice. Images come one at a time, and all ways take turns on each. Seconds are of the CPU, so other
     work on the machine counts little. speed: how many times as fast as generating the caption; difference: of accuracy
-    to it, paired. EvaluationError for a set without a test split.
+    to it, paired. The row "read the image alone" has no answers: every way that asks the model reads the image, so none
+    is faster. EvaluationError for a set without a test split.
     """
     records = list(read_records(file))
     held_out = [one for one in records if one.get("split") == "test"]
@@ -90,14 +92,19 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
     beginnings = [model.processor.encode_reply(f"{one},")[:-1] for one in labels]
 
     def begin(image: Any) -> list[str]:
-        scores = [one.total for one in score_ids(model.engine, model.encode_prompt([image]), beginnings)]
-        return [labels[int(np.argmax(scores))]]
+        return [labels[best_answers(model.engine, model.encode_prompt([image]), beginnings, 1)[0][0]]]
+
+    def read(image: Any) -> list[str]:
+        score_ids(model.engine, model.encode_prompt([image]), [beginnings[0][:1]])
+        return []
 
     ways: dict[tuple[str, ...], Callable[[Any], list[str]]] = {
         (BASE,): lambda image: generate([image]),
         ("generate the name",): lambda image: generate([image, QUESTION]),
-        ("classify", "classify, pmi"): classify,
-        ("classify by the caption's beginning",): begin,
+        ("score all names", "score all names, pmi"): classify,
+        ("best name",): lambda image: [labels[model.rerank([image, QUESTION], labels, "none", top=1)[0][0]]],
+        ("best name, as the caption's beginning",): begin,
+        (READ,): read,
     }
     if model.embedding_heads:
         rests = sorted({one["text"].removeprefix(_name(one["text"])) for one in records})
@@ -107,8 +114,8 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
     right: dict[str, list[float]] = {name: [] for names in ways for name in names}
     seconds = dict.fromkeys(right, 0.0)
     rows = np.random.default_rng(seed).permutation(len(held_out))[:count]
-    for place, row in enumerate(tqdm(rows, desc="naming")):
-        record = held_out[row]
+    for place, number in enumerate(tqdm(rows, desc="naming")):
+        record = held_out[number]
         image = open_media(record["image"], KINDS["image"], file.parent)
         for names, way in ways.items():
             if place == 0:
@@ -116,18 +123,21 @@ def bench_naming(model: AnyToken, file: Path, count: int, seed: int = 0) -> list
             start = time.process_time()
             answers = way(image)
             taken = time.process_time() - start
-            for name, answer in zip(names, answers, strict=True):
+            for name in names:
                 seconds[name] += taken
+            for name, answer in zip(names, answers, strict=bool(answers)):
                 right[name].append(float(same_text(answer, _name(record["text"]))))
-    found = {name: np.array(scores) for name, scores in right.items()}
-    return [
-        {
-            "side": name, "images": len(scores), "names": len(labels), "accuracy": figure(_mean, scores, is_mean=True),
-            "difference": difference(_mean, scores, found[BASE], is_mean=True),
-            "seconds per image": seconds[name] / len(scores), "speed": seconds[BASE] / seconds[name],
-        }
-        for name, scores in found.items()
-    ]  # fmt: skip
+    found = {name: np.array(scores) for name, scores in right.items() if scores}
+
+    def row(name: str) -> Figures:
+        figures: Figures = {"side": name, "images": len(rows), "names": len(labels)}
+        if name in found:
+            figures["accuracy"] = figure(_mean, found[name], is_mean=True)
+            figures["difference"] = difference(_mean, found[name], found[BASE], is_mean=True)
+        times = {"seconds per image": seconds[name] / len(rows), "speed": seconds[BASE] / seconds[name]}
+        return figures | times
+
+    return [row(name) for name in seconds]
 
 
 def _mean(rows: np.ndarray) -> float:

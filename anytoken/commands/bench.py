@@ -91,7 +91,11 @@ def score(
     figures = bench_score(opened, [image, "What is this?"], labels, repeats)
     figures |= {"naming": bench_naming(opened, naming, count)} if naming else {}
     harness.report(figures, out)
-    harness.show([{**row, "accuracy": row["accuracy"]["value"]} for row in figures.get("naming", [])])
+    naming_rows = [
+        {key: one["value"] if isinstance(one, dict) else one for key, one in row.items()}
+        for row in figures.get("naming", [])
+    ]
+    harness.show(naming_rows)
 
 
 @app.command(epilog=examples("anytoken bench embed mini --size 1000 --size 10000"))
@@ -124,6 +128,46 @@ def embed(
     sizes = sizes or [1_000, 10_000, 100_000]
     chosen = [kind.value for kind in kinds or IndexKind]
     harness.report(bench_embed(load(model), prompts, sizes, width, repeats, chosen), out)
+
+
+@app.command(epilog=examples("anytoken bench retrieval mini --scratch-steps 0"))
+def retrieval(
+    model: ModelArgument = "mini",
+    data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
+    shards: Annotated[
+        Path, typer.Option(help="Those sets, tokenized with the model's tokenizers: images, videos, speech.")
+    ] = Path("data/shards"),
+    runs: Annotated[
+        Path, typer.Option(help="Where the heads are trained; rerun the command to resume.")
+    ] = Path("runs/retrieval"),
+    scratch_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps of the dual encoder from scratch; by default its recipe's, 0: none."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Held-out prompts per task; all by default.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override KEY=VALUE of all three recipes; repeatable.")
+    ] = None,
+    fill: Annotated[Path | None, typer.Option(help="Markdown file whose retrieval table to update.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_retrieval.json"),
+) -> None:
+    """Embedding heads trained by the recipes, against untrained states and a dual encoder from scratch."""
+    import torch
+
+    from anytoken.benchmarks import harness
+    from anytoken.benchmarks import retrieval as bench
+    from anytoken.emoji_world.report import fill_between
+
+    torch.set_num_threads(threads)
+    figures = bench.bench_retrieval(
+        load(model, "cpu"), data, shards, runs, scratch_steps, threads, overrides or [], count
+    )
+    if fill:
+        fill_between(fill, "retrieval", bench.markdown(harness.environment() | figures))
+    harness.report(figures, out)
 
 
 @app.command(epilog=examples("anytoken bench serve mini --clients 16 --requests 64"))

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from anytoken.inference import hub
 from anytoken.inference.adapters import Adapters
+from anytoken.inference.best_answers import best_answers
 from anytoken.inference.chains import Chains, load_chains, save_chains
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import (
@@ -139,18 +140,24 @@ class AnyToken(GenerationMixin):
         also has its likelihood after an empty prompt. RequestError for no answers, an empty answer, a kind that the
         model does not have, or more than fits the context.
         """
-        if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
-            raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
-        replies = [self.processor.encode_reply(answer) for answer in answers]
+        replies = self._answer_ids(answers)
         return drain(self.score_steps(self.encode_prompt(prompt), replies, normalize))
 
     def score_steps(
         self, prompt: Sequence[int], replies: Sequence[Sequence[int]], normalize: Normalize = "none"
     ) -> Steps[list[Score]]:
         """`score_details` for ids of a prompt and of replies, in parts between which the model can be used."""
+        return (yield from score_steps(self.engine, prompt, replies, self._prior_prompt(normalize)))
+
+    def _answer_ids(self, answers: Any) -> list[list[int]]:
+        if isinstance(answers, str | Segment) or not isinstance(answers, Sequence) or not answers:
+            raise RequestError(f"score takes a list of answers, at least one; received {answers!r:.80}.")
+        return [self.processor.encode_reply(answer) for answer in answers]
+
+    def _prior_prompt(self, normalize: Normalize) -> list[int] | None:
+        """The empty prompt, if scores are compared with those after it; RequestError for an unknown `normalize`."""
         check_normalize(normalize)
-        prior = self.processor.null_prompt() if normalize == "pmi" else None
-        return (yield from score_steps(self.engine, prompt, replies, prior))
+        return self.processor.null_prompt() if normalize == "pmi" else None
 
     def score(self, prompt: Prompt, answers: Sequence[Any], normalize: Normalize = "none") -> list[float]:
         """Log-likelihoods, in nats, of each answer as the whole reply to a prompt.
@@ -170,11 +177,23 @@ class AnyToken(GenerationMixin):
         return classify(labels, self.score(prompt, labels, normalize))
 
     def rerank(
-        self, prompt: Prompt, candidates: Sequence[Any], normalize: Normalize = "tokens"
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Any],
+        normalize: Normalize = "tokens",
+        top: int | None = None,
     ) -> list[tuple[int, float]]:
-        """Index and score of each candidate, best first; arguments as in `score`."""
-        scores = self.score(prompt, candidates, normalize)
-        return sorted(enumerate(scores), key=itemgetter(1), reverse=True)
+        """Index and score of each candidate, best first; arguments as in `score`.
+
+        top: only the best so many, mostly found without scoring the rest. Scores are equal up to rounding.
+        """
+        if top is None:
+            scores = self.score(prompt, candidates, normalize)
+            return sorted(enumerate(scores), key=itemgetter(1), reverse=True)
+        if not isinstance(top, int) or top < 1:
+            raise RequestError(f"top is at least 1, or None for all candidates; received {top!r}.")
+        replies, prior = self._answer_ids(candidates), self._prior_prompt(normalize)
+        return best_answers(self.engine, self.encode_prompt(prompt), replies, top, normalize, prior)
 
     def perplexity(self, segments: Any, prompt: Prompt | None = None) -> float:
         """Perplexity per token of segments, after an empty prompt by default.

@@ -263,7 +263,7 @@ class PrefixCache:
         best: tuple[int, ...] = ()
         length = 0
         for stored in self._stored:
-            agreed = _agreement(stored, ids)
+            agreed = agreement(stored, ids)
             if agreed > length:
                 best, length = stored, agreed
         if not length:
@@ -274,14 +274,14 @@ class PrefixCache:
     def keep(self, ids: Sequence[int], stored: KeyValues) -> None:
         """Remember a sequence, in place of those it begins with."""
         key = tuple(ids)
-        for old in [old for old in self._stored if _agreement(old, key) == len(old)]:
+        for old in [old for old in self._stored if agreement(old, key) == len(old)]:
             del self._stored[old]
         self._stored[key] = stored
         while len(self._stored) > self.max_sequences:
             self._stored.popitem(last=False)
 
 
-def _agreement(left: Sequence[int], right: Sequence[int]) -> int:
+def agreement(left: Sequence[int], right: Sequence[int]) -> int:
     """How many ids two sequences have in common at their beginning."""
     shortest = min(len(left), len(right))
     return next((place for place in range(shortest) if left[place] != right[place]), shortest)

@@ -11,9 +11,8 @@ Shapes: N answers, T ids of the longest, P prompt ids, D model width.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, TypeVar, get_args
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from anytoken.grammar import Grammar
+from anytoken.inference.answer_tree import ROOT, AnswerTree, BranchedCache, branch_mask, similar_answers
 from anytoken.inference.engine import Engine
 from anytoken.model.attention import usable_attention
 from anytoken.training.losses.balanced import grammar_groups
@@ -34,7 +34,6 @@ Normalize = Literal["none", "tokens", "pmi"]
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # work in parts; what it returns is the result
 PART = 512  # ids of one forward, unless a single answer is longer
-CACHE_ELEMENTS = 2**26  # of keys and values that the copies of a prompt may take in one batch
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,16 @@ def check_normalize(normalize: str) -> None:
         raise RequestError(f"normalize is one of {', '.join(get_args(Normalize))}; received {normalize!r}.")
 
 
+def check_length(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
+    """RequestError unless the prompt and the longest answer fit the context."""
+    longest = max(map(len, answers))
+    if len(prompt) + longest > engine.context:
+        raise RequestError(
+            f"The prompt has {len(prompt)} tokens and the longest answer {longest}, but the context is "
+            f"{engine.context} tokens: shorten one of them."
+        )
+
+
 def score_ids(
     engine: Engine,
     prompt: Sequence[int],
@@ -143,12 +152,7 @@ def score_steps(
     prior: Sequence[int] | None = None,
 ) -> Steps[list[Score]]:
     """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between."""
-    longest = max(map(len, answers))
-    if len(prompt) + longest > engine.context:
-        raise RequestError(
-            f"The prompt has {len(prompt)} tokens and the longest answer {longest}, but the context is "
-            f"{engine.context} tokens: shorten one of them."
-        )
+    check_length(engine, prompt, answers)
     found = yield from _logprobs(engine, prompt, answers)
     priors: list[float | None] = [None] * len(answers)
     if prior is not None:
@@ -164,33 +168,47 @@ def _logprobs(
     engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> Steps[list[np.ndarray]]:
     """Log-probability of every id of every answer, each float32 [T]."""
-    device = engine.lm.device
-    cache = DynamicCache(config=engine.lm.config)
+    device, cache = engine.lm.device, BranchedCache()
     for start in torch.tensor([list(prompt)], device=device).split(PART, 1):
         first = _features(engine, start, cache)[:, -1:]  # [1, 1, D]: predicts the first id of every answer
         yield
     result: dict[int, np.ndarray] = {}
-    for rows in _batches([len(ids) for ids in answers], _most_rows(cache, len(prompt))):
-        lengths = [len(answers[row]) for row in rows]
-        ids = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
-        for place, row in enumerate(rows):
-            ids[place, : lengths[place]] = torch.tensor(answers[row], device=device)
-        features = first.expand(len(rows), -1, -1)
-        if ids.shape[1] > 1:  # what stands after an answer's end is read by none of its ids
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(rows))
-            features = torch.cat([features, _features(engine, ids[:, :-1], own)], 1)
-        real = torch.arange(ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
-        scored = _target_logprobs(engine, features[real], ids[real]).float().cpu()
-        result |= {row: one.numpy() for row, one in zip(rows, scored.split(lengths), strict=True)}
+    for rows in similar_answers(answers, PART):
+        tree = AnswerTree.of([answers[row] for row in rows])
+        inner, features = tree.inner, first
+        if inner:
+            features = torch.cat([first, _branch_features(engine, tree, inner, cache, len(prompt))], 1)
+            cache.crop(-len(inner))
+        place = {node: number for number, node in enumerate([ROOT, *inner])}
+        parents = torch.tensor([place[parent] for parent in tree.parents], device=device)
+        scored = _target_logprobs(engine, features[0, parents], torch.tensor(tree.ids, device=device))
+        found = scored.float().cpu().numpy()
+        result |= {row: found[path] for row, path in zip(rows, tree.paths, strict=True)}
         yield
     return [result[row] for row in range(len(answers))]
 
 
-def _features(engine: Engine, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """What the head reads of ids [N, T] after the cache: [N, T, D], or logits [N, T, V] of a head of its own kind."""
-    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-    with usable_attention(engine.lm, cached=True):
+def _branch_features(
+    engine: Engine, tree: AnswerTree, nodes: Sequence[int], cache: DynamicCache, prompt: int
+) -> Tensor:
+    """`_features` of nodes of a tree, which read the cached prompt and the nodes before them on their branch."""
+    device, mask = engine.lm.device, tree.mask(nodes)
+    ids = torch.tensor([[tree.ids[node] for node in nodes]], device=device)
+    if mask is None:
+        return _features(engine, ids, cache)
+    positions = prompt + torch.tensor([tree.depths[node] for node in nodes], device=device)
+    config, dtype = engine.lm.config.get_text_config(), engine.lm.get_input_embeddings().weight.dtype
+    added = branch_mask(config, mask, positions, prompt, dtype)
+    return _features(engine, ids, cache, attention_mask=added, position_ids=positions[None])
+
+
+def _features(engine: Engine, ids: Tensor, cache: DynamicCache, **given: Any) -> Tensor:
+    """What the head reads of ids [1, T] after the cache: [1, T, D], or logits [1, T, V] of a head of its own kind.
+
+    given: a mask of branches, which FlashAttention cannot take, and their positions.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True, **given}
+    with usable_attention(engine.lm, cached=True, masked=bool(given)):
         if engine.head().sliced:
             return engine.lm.base_model(**inputs).last_hidden_state
         return engine.lm(**inputs).logits
@@ -211,28 +229,6 @@ def _target_logprobs(engine: Engine, features: Tensor, targets: Tensor) -> Tenso
         spans = torch.cat([logits[:, start:stop] for start, stop in ranges], 1)
         found[where] = logits.gather(1, targets[where, None]).squeeze(1) - spans.logsumexp(1)
     return found
-
-
-def _most_rows(cache: DynamicCache, prompt_length: int) -> int:
-    """How many copies of a prompt's keys and values may exist at once."""
-    each = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    return max(1, CACHE_ELEMENTS // max(1, each))
-
-
-def _batches(lengths: Sequence[int], most: int, slack: float = 1.25) -> Iterator[list[int]]:
-    """Rows in batches of at most `most` and PART ids, the longest within `slack` times, or 8 ids, of the shortest."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batch: list[int] = []
-    for row in order:
-        if batch and (
-            len(batch) == most
-            or (len(batch) + 1) * lengths[row] > PART
-            or lengths[row] > max(slack * lengths[batch[0]], lengths[batch[0]] + 8)
-        ):
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
 
 
 def segment_sums(grammar: Grammar, ids: Sequence[int], logprobs: np.ndarray) -> tuple[tuple[str, float], ...]:

@@ -88,14 +88,15 @@ def runs_flash(lm: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def usable_attention(lm: PreTrainedModel, cached: bool = False) -> Iterator[None]:
+def usable_attention(lm: PreTrainedModel, cached: bool = False, masked: bool = False) -> Iterator[None]:
     """Inside, sdpa stands in for an implementation that cannot do what is asked.
 
-    That is FlashAttention where weights are float32 and no autocast is on, as between steps of training; and with a
-    key-value cache (cached) flex_attention, whose block masks are made for whole sequences.
+    That is FlashAttention where weights are float32 and no autocast is on, as between steps of training, or with a
+    mask of its own (masked); and with a key-value cache (cached) flex_attention, whose block masks are made for whole
+    sequences.
     """
     before = lm.config._attn_implementation
-    flash = is_flash_attention_requested(lm.config) and not runs_flash(lm)
+    flash = is_flash_attention_requested(lm.config) and (masked or not runs_flash(lm))
     swap = flash or (cached and before == "flex_attention")
     if swap:
         lm.config._attn_implementation = "sdpa"

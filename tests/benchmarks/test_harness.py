@@ -134,7 +134,7 @@ def test_bench_score_compares_equal_scores(tmp_path):
 
 def test_bench_naming_compares_ways_on_the_same_images(tmp_path):
     from anytoken import load, recipes
-    from anytoken.benchmarks.score import BASE, bench_naming
+    from anytoken.benchmarks.score import BASE, READ, bench_naming
     from anytoken.segments import Image
 
     Image.open(recipes.assets() / "images" / "sample.png").save(tmp_path / "0.png")
@@ -144,10 +144,15 @@ def test_bench_naming_compares_ways_on_the_same_images(tmp_path):
     ]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
     rows = {row["side"]: row for row in bench_naming(load("mini"), tmp_path / "set.jsonl", 2)}
-    assert len(rows) == 6 and rows[BASE]["speed"] == 1 and rows[BASE]["difference"]["value"] == 0
+    assert len(rows) == 8 and rows[BASE]["speed"] == 1 and rows[BASE]["difference"]["value"] == 0
     for row in rows.values():
         assert (row["images"], row["names"]) == (2, 3) and row["seconds per image"] > 0
-    assert rows["classify"]["accuracy"]["value"] <= 0.5  # one image has both names, and one answer is given
+    assert (
+        rows["best name"]["accuracy"] == rows["score all names"]["accuracy"] and "accuracy" not in rows[READ]
+    )
+    assert (
+        rows["score all names"]["accuracy"]["value"] <= 0.5
+    )  # one image has both names, and one answer is given
     with pytest.raises(EvaluationError, match="no records of split test"):
         (tmp_path / "set.jsonl").write_text(json.dumps(lines[2]) + "\n")
         bench_naming(load("mini"), tmp_path / "set.jsonl", 2)

@@ -144,7 +144,7 @@ def test_scores_come_in_parts_between_the_steps_of_others(mini):
     log = []
     prompt = mini.encode_prompt("a fox")
     asked = mini.request(prompt, "image", seed=0, max_new_tokens=100)
-    replies = [mini.processor.encode_reply("a fox " * 40) for _ in range(30)]
+    replies = [mini.processor.encode_reply(f"{n} " + "a fox " * 40) for n in range(30)]
 
     def parts():
         steps = mini.score_steps(prompt, replies)
