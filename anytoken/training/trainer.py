@@ -71,6 +71,7 @@ from anytoken.training.optim import pcgrad
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
 from anytoken.training.optim.param_groups import parameter_groups, select_trainable
+from anytoken.training.portable_state import read_portable, write_portable
 from anytoken.training.prepare_data import prepare_sources
 from anytoken.training.report.html import HtmlReport
 from anytoken.training.report.samples import Answer, Sampler
@@ -303,6 +304,8 @@ class StageTrainer(Trainer):
             if self.is_world_process_zero():
                 write_file(written / PROGRESS, json.dumps(self._progress()))
                 commit_checkpoint(self.folder, step, self._kept_states())
+                if self.stage.weights_folder is not None:
+                    write_portable(self.folder, Path(self.stage.weights_folder))
         except SAVE_ERRORS as error:
             raise save_error(self.folder, f"the state of step {step}", error) from error
         self.accelerator.wait_for_everyone()
@@ -420,6 +423,8 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     ConfigError if the output folder contains a run with other settings or data; Interrupted if the run was stopped
     and saved; DivergenceError for an exploding or non-finite loss; SaveError if a state cannot be written.
     """
+    if stage.weights_folder is not None:
+        read_portable(Path(stage.weights_folder), Path(stage.output))
     if is_finished(stage):
         return Path(stage.output)
     check_trackers(stage.report_to)

@@ -77,6 +77,30 @@ def test_many_clients_get_what_one_gets(mini, server):
         assert a["choices"][0]["message"]["images"] == b["choices"][0]["message"]["images"]
 
 
+def test_a_short_reply_waits_for_no_segment_of_a_long_one(mini, start):
+    """A text and a score come while the first of eight videos is being made."""
+    short = {**SHORT, "modalities": ["text"], "max_tokens": 4}
+    score = {"model": "mini", "messages": short["messages"], "answers": ["fox", "owl"]}
+    videos = []
+    with start(mini) as (url, app):
+
+        def watch():
+            with httpx.stream(
+                "POST", url + CHAT, json={**LONG, "stream": True, "seed": 0}, timeout=120
+            ) as answer:
+                videos.extend(line for line in answer.iter_lines() if "segments" in line)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        while app.state.service.worker.load != (1, 0):
+            time.sleep(0.005)
+        assert httpx.post(url + CHAT, json=short, timeout=60).status_code == 200
+        assert httpx.post(f"{url}/v1/score", json=score, timeout=60).status_code == 200
+        assert len(videos) <= 1 and app.state.service.worker.load == (1, 0)
+        thread.join(120)
+    assert len(videos) == 8
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(mini, start, stream):
     with start(mini, max_rows=1, max_waiting=0) as (url, app):
