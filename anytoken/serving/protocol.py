@@ -17,7 +17,7 @@ Base: Any = AutoHTTPProtocol
 def impatient(seconds: float) -> type[asyncio.Protocol]:
     """A protocol that closes connections whose next headers take longer than this."""
 
-    class ImpatientProtocol(Base):  # type: ignore[misc]
+    class ImpatientProtocol(Base):
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:

@@ -142,8 +142,8 @@ class TrainConfig(Settings):
     )
     weights_folder: str | None = Field(
         default=None,
-        description="with every state, also write it without the optimizer to this folder: bfloat16 matrices, files of "
-        "at most 15 MiB; a run that has no state yet goes on from there",
+        description="folder that also receives every state, without the optimizer: bfloat16 matrices, files of at most "
+        "15 MiB; a run without a state resumes from them",
     )
     log_every: int = Field(default=20, gt=0, description="steps between lines of metrics.jsonl")
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(

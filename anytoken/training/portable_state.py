@@ -5,9 +5,9 @@ bfloat16, everything else as it is, in files of at most FILE_BYTES.
 
     step-1200-1-of-2.safetensors    tensors "weights/FILE/NAME" (long ones in pieces), files as bytes "file/PATH"
 
-Where the output folder holds no run, one begins from there: same recipe, place in the data, schedule, minutes and
-log. Optimizers begin anew, so its losses are not those of a run that was never moved. The tokenizers are not among the
-files: a recipe names them, or the checkpoint it begins from has them.
+A run whose output folder is empty resumes from these files: same recipe, place in the data, schedule, minutes and log.
+The optimizer starts fresh, so the losses differ from those of a run that was never moved. Tokenizers are not included:
+the recipe names them, or the checkpoint that it starts from has them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
+from transformers.trainer import SCHEDULER_NAME
 
 from anytoken.training.checkpoint import STATE_FOLDER, partial_folder, saved_states, step_of
 from anytoken.training.report.html import FACTS
@@ -90,6 +92,19 @@ def read_portable(source: Path, folder: Path) -> bool:
         if name in run_files:
             write_file(folder / name, run_files[name])
     return True
+
+
+def load_schedule_alone(state: Path, optimizer: Any, scheduler: Any) -> None:
+    """Bring the schedule to where it was if a state has no optimizer: transformers reads both or neither."""
+    if (
+        not (state / SCHEDULER_NAME).is_file()
+        or any(state.glob("optimizer*"))
+        or any(state.glob("global_step*"))
+    ):
+        return
+    scheduler.load_state_dict(torch.load(state / SCHEDULER_NAME, weights_only=True))
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def _newest(source: Path) -> list[Path]:

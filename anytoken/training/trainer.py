@@ -71,7 +71,7 @@ from anytoken.training.optim import pcgrad
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
 from anytoken.training.optim.param_groups import parameter_groups, select_trainable
-from anytoken.training.portable_state import read_portable, write_portable
+from anytoken.training.portable_state import load_schedule_alone, read_portable, write_portable
 from anytoken.training.prepare_data import prepare_sources
 from anytoken.training.report.html import HtmlReport
 from anytoken.training.report.samples import Answer, Sampler
@@ -378,6 +378,7 @@ class StageTrainer(Trainer):
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            load_schedule_alone(Path(checkpoint), inner, self.lr_scheduler)
             if self.is_deepspeed_enabled:
                 load_buffers(base_model(self.lm), Path(checkpoint))
                 restore_adamw_groups(inner.optimizer.optimizer, self.weight_decays)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastapi import WebSocket
+from starlette.websockets import WebSocket
 
 from anytoken.serving.middleware import Metrics, may_connect
 from anytoken.serving.realtime_api import realtime
