@@ -1,4 +1,4 @@
-"""Training steps on one GPU: tokens per second, MFU and peak memory beside stock Qwen3 and Qwen3-MoE.
+"""Training steps on one GPU: tokens per second, MFU and peak memory beside stock Qwen3, Qwen3-MoE and plain torch.
 
 A step is forward, backward and fused AdamW over packed rows, float32 weights under bf16 autocast, as in
 `training/trainer.py`. The stock models of transformers have the same shape, ids and sample borders, and take the
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from anytoken.benchmarks.gpu_part import Part, Shape, Sizes, Skip
+from anytoken.benchmarks.gpu_plain import PlainModel
 from anytoken.benchmarks.harness import Figures
 from anytoken.grammar import Grammar
 from anytoken.model.attention import FLASH, flash_obstacle
@@ -128,6 +129,21 @@ def stock_step(
     return lm, loss
 
 
+def plain_step(
+    part: Part, sizes: Sizes, shape: Shape, compiled: bool
+) -> tuple[PlainModel, Callable[[Batch], Tensor]]:
+    """The same shape in plain torch, and its loss over the same batch."""
+    if "num_experts" in shape:
+        raise Skip("plain torch is dense")
+    torch.manual_seed(0)
+    with part.device:
+        lm = PlainModel(Qwen3Config(**shape, vocab_size=sizes.space().vocab_size)).train()
+    if compiled:
+        for layer in lm.layers:
+            layer.compile(**({"backend": "eager"} if sizes.is_tiny else {}))
+    return lm, lambda batch: lm(batch["input_ids"], batch["loss_index"], batch["targets"])
+
+
 def step(part: Part, lm: nn.Module, loss: Callable[[Batch], Tensor], batch: Batch) -> Callable[[], Tensor]:
     """One optimizer step as the trainer takes it; the loss stays on the device."""
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-4, fused=True)
@@ -223,6 +239,20 @@ def bench_train(part: Part, sizes: Sizes) -> None:
         looped = ", experts in a loop" if experts == "eager" else ""
         part.case(f"{name}, stock, {attention}{looped}", 0.0 if sizes.is_tiny else PLAIN, measure, **facts)
 
+    def plain(name: str, compiled: bool) -> None:
+        make = partial(plain_step, part, sizes, sizes.shapes[name], compiled)
+        every = partial(logits_per_token, grammar=None, vocabulary=vocabulary)
+        measure = partial(measured, part, sizes, make, every)
+        facts = {
+            "side": "plain torch",
+            "shape": name,
+            "attention": "sdpa",
+            "compiled": compiled,
+            "loss": "full",
+        }
+        needs = 0.0 if sizes.is_tiny else COMPILED if compiled else PLAIN
+        part.case(f"{name}, plain torch{', compiled' if compiled else ''}", needs, measure, **facts)
+
     for name in sizes.shapes:
         for attention in ATTENTION:
             ours(name, attention, compiled=False)
@@ -232,12 +262,16 @@ def bench_train(part: Part, sizes: Sizes) -> None:
             "num_experts" in sizes.shapes[name]
         ):  # a loop follows autocast, grouped products of float32 weights do not
             stock(name, "sdpa", experts="eager")
+        if "num_experts" not in sizes.shapes[name]:
+            plain(name, compiled=False)
         ours(name, "sdpa", compiled=False, restricted=False)
     if sizes.is_tiny:  # a compiler takes longer than all else
+        plain(next(iter(sizes.shapes)), compiled=True)
         return ours(next(reversed(sizes.shapes)), "sdpa", compiled=True)
     for name in sizes.shapes:  # what is fastest is what will be trained with
         if name in fastest:
             ours(name, fastest[name][1], compiled=True)
+    plain(next(iter(sizes.shapes)), compiled=True)
     for name in sizes.shapes:
         for attention in ATTENTION:
             if attention != fastest.get(name, (0.0, ""))[1]:

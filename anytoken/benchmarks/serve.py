@@ -1,8 +1,8 @@
 """A server on this machine under load: throughput and latency of one client and of many, and more than it can take.
 
 The server is a process of its own (`anytoken serve`), reached through its loopback address only. Requests are fixed in
-number: first one client, then many clients in parallel, then twice as many as may run and wait at once, of which some
-must be refused with 429 and none may be lost.
+number: first one client, then many clients in parallel, then for a while twice as many a second as the many got
+answered, so that the queue fills up: the rest is refused with 429, and none may be lost.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from anytoken.benchmarks.harness import (
 from anytoken.utils.errors import EvaluationError
 
 START_SECONDS = 120
+OVERLOAD = 16  # requests for each place, sent at twice the sustainable rate: half of them are more than can be answered
 
 
 @contextmanager
@@ -69,7 +70,8 @@ def bench_serve(model: str, prompt: str, kind: str, clients: int, requests: int)
             _load(url, prompt, kind, clients, requests, lambda: memory.append(_megabytes(process.pid)))
         )
         memory.append(_megabytes(process.pid))
-        overload = asyncio.run(_load(url, prompt, kind, 4 * clients, 4 * clients))
+        rate = 2 * together["requests/s"]
+        overload = asyncio.run(_load(url, prompt, kind, None, OVERLOAD * clients, rate=rate))
     rows = [alone, together, overload]
     for row in rows:
         row["speed"] = row["requests/s"] / alone["requests/s"]
@@ -85,19 +87,24 @@ async def _load(
     url: str,
     prompt: str,
     kind: str,
-    clients: int,
+    clients: int | None,
     requests: int,
     halfway: Callable[[], None] = lambda: None,
+    rate: float = 0.0,
 ) -> dict[str, Any]:
-    """Send `requests` requests from `clients` clients at once and time each; `halfway` is called in the middle."""
+    """Send `requests` requests from `clients` clients at once and time each; `halfway` is called in the middle.
+
+    clients None: a client for each request, which come `rate` a second whatever becomes of those before.
+    """
     import httpx
 
     numbers = iter(range(requests))
     seconds: list[float] = []
     refused = 0
 
-    async def client(http: httpx.AsyncClient) -> None:
+    async def client(http: httpx.AsyncClient, wait: float) -> None:
         nonlocal refused
+        await asyncio.sleep(wait)
         for number in numbers:
             if number == requests // 2:
                 halfway()
@@ -111,15 +118,18 @@ async def _load(
                 refused += 1
             elif answer.status_code == 200:
                 seconds.append(time.perf_counter() - began)
+            if clients is None:
+                return
 
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
         began = time.perf_counter()
-        await asyncio.gather(*(client(http) for _ in range(clients)))
+        waits = [number / rate for number in range(requests)] if clients is None else [0.0] * clients
+        await asyncio.gather(*(client(http, wait) for wait in waits))
         taken = time.perf_counter() - began
     cuts = quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
     return {
-        "clients": clients, "requests": requests, "answered": len(seconds), "refused": refused,
+        "clients": clients, "sent/s": rate or None, "requests": requests, "answered": len(seconds), "refused": refused,
         "requests/s": len(seconds) / taken, "p50_s": cuts[49], "p99_s": cuts[98],
     }  # fmt: skip
 

@@ -165,8 +165,9 @@ def _encode_opened(
 
 def _pack_codes(codes: Sequence[Any]) -> dict[str, np.ndarray]:
     headers = np.stack([item.header for item in codes]).astype(np.int32)
+    values = np.concatenate([item.values for item in codes]).astype(np.int32)
     return {
-        "values": np.concatenate([item.values for item in codes]).astype(np.int32),
+        "values": values.astype(np.uint16) if values.max(initial=0) < 2**16 else values,
         "offsets": np.cumsum([0, *(len(item.values) for item in codes)]).astype(np.int64),
         "sizes": np.array([item.size for item in codes], dtype=np.int32).reshape(len(codes), -1),
         **({"headers": headers} if headers.size else {}),

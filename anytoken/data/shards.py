@@ -1,8 +1,9 @@
 """Tokenize media once: records of any source to folders of codes, resumable, with many workers or on a cluster.
 
 A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each
-modality, ``values`` int32 [sum of N, Q], ``offsets`` int64 [R + 1], ``sizes`` int32 [R, axes] and, where there are
-global codes, ``headers`` int32 [R, G], next to a JSONL file with the records; each line names the rows of its codes.
+modality, ``values`` uint16 [sum of N, Q] (int32 in parts with a code over 65,535), ``offsets`` int64 [R + 1], ``sizes``
+int32 [R, axes] and, where there are global codes, ``headers`` int32 [R, G], next to a JSONL file with the records; each
+line names the rows of its codes.
 Codes are stored, not ids, so shards outlive a new text vocabulary and appended modalities; the manifest's fingerprints
 tie them to the tokenizers that wrote them, and its checksums to the bytes that were written.
 
@@ -387,4 +388,5 @@ class Shards:
         """The codes of one medium of record ``index``; ``row`` picks a content part of a conversation."""
         values, offsets, sizes, headers = self._arrays[self._part_of[index]][kind]
         row = self._rows[index][kind] if row is None else row
-        return Codes(values[offsets.item(row) : offsets.item(row + 1)], sizes[row].tolist(), headers[row])
+        own = values[offsets.item(row) : offsets.item(row + 1)].astype(np.int32)
+        return Codes(own, sizes[row].tolist(), headers[row])

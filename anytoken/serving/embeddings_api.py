@@ -7,12 +7,16 @@ An input may also be a list of content parts, such as [{"type": "image_url", "im
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
 
+from anytoken.inference.api import AnyToken
+from anytoken.inference.score import PART, Steps
 from anytoken.serving.content import read_part
 from anytoken.serving.errors import FAILURES, BadRequest
 from anytoken.serving.schemas import EmbeddingsBody
@@ -29,15 +33,15 @@ async def embeddings(body: EmbeddingsBody, request: Request) -> dict[str, Any]:
     service.check_model(body.model)
     inputs = _inputs(body.input)
 
-    def run() -> tuple[np.ndarray, int]:
-        ids = [_ids(one, number, service) for number, one in enumerate(inputs)]
-        found = service.model.embed_ids(ids, width=body.dimensions, untrained=body.untrained)
-        return found, sum(map(len, ids))
+    def read() -> list[list[int]]:
+        return [_ids(one, number, service) for number, one in enumerate(inputs)]
 
     try:
-        vectors, tokens = await service.worker.call(run)
+        ids = await asyncio.to_thread(read)
     except ValueError as error:
         raise BadRequest(str(error), "input") from error
+    vectors = await service.run(_steps(service.model, ids, body), body.model, request)
+    tokens = sum(map(len, ids))
     service.metrics.tokens.labels("in", "all").inc(tokens)
     packed = body.encoding_format == "base64"
     data = [
@@ -46,6 +50,20 @@ async def embeddings(body: EmbeddingsBody, request: Request) -> dict[str, Any]:
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "model": body.model, "data": data, "usage": usage}
+
+
+def _steps(model: AnyToken, ids: Sequence[list[int]], body: EmbeddingsBody) -> Steps[list[np.ndarray]]:
+    """The vectors, a part of about PART ids at a time, so that decoding steps of others run between."""
+    vectors: list[np.ndarray] = []
+    while len(vectors) < len(ids):
+        start = stop = len(vectors)
+        length = 0
+        while stop < len(ids) and (stop == start or length + len(ids[stop]) <= PART):
+            length += len(ids[stop])
+            stop += 1
+        vectors += list(model.embed_ids(ids[start:stop], width=body.dimensions, untrained=body.untrained))
+        yield
+    return vectors
 
 
 def _inputs(given: Any) -> list[Any]:
@@ -63,7 +81,7 @@ def _ids(one: Any, number: int, service: Service) -> list[int]:
     """One input as a prompt's ids; BadRequest says what is wrong with it."""
     where, model = f"input[{number}]", service.model
     if isinstance(one, str):
-        return model.encode_prompt(one)
+        return model.encode_prompt([read_part(one, where, service.settings)])
     if isinstance(one, list) and one and all(type(token) is int for token in one):
         if not all(0 <= token < model.token_space.text_size for token in one):
             raise BadRequest(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -81,11 +82,9 @@ class Gate:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Browsers send no key with a WebSocket and let pages of any origin open one: both are checked here."""
-        headers = dict(scope["headers"])
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        own = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
         try:
-            if origin and not own and origin not in self.settings.cors_origins:
+            if not may_connect(scope, self.settings.cors_origins):
                 raise Unauthorized(
                     f"Pages of {origin} may not connect: start the server with --cors {origin}."
                 )
@@ -110,6 +109,14 @@ class Gate:
             scheme, key = "bearer", keys[0] if keys else ""
         if scheme.lower() != "bearer" or not self.settings.knows_key(key.strip()):
             raise Unauthorized("A valid API key is needed: send it as 'Authorization: Bearer KEY'.")
+
+
+def may_connect(scope: Scope, origins: Sequence[str]) -> bool:
+    """Whether the page that opens a WebSocket, if it is a page, is the server's own or of an allowed origin."""
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    own = origin.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+    return not origin or own or origin in origins
 
 
 class _Body:

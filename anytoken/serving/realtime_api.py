@@ -81,6 +81,7 @@ class RealtimeSession:
         self._voice: VoiceActivity | None = None
         self._dropped = 0  # samples before the buffer's first
         self._response: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None  # begins a response once the running one has ended
         self._handlers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
             "session.update": self._update,
             "input_audio_buffer.append": self._append,
@@ -140,6 +141,8 @@ class RealtimeSession:
 
     async def close(self) -> None:
         """Stop what runs."""
+        if self._next is not None:
+            self._next.cancel()
         if self._response is not None:
             self._response.cancel()
             await asyncio.wait([self._response])
@@ -194,8 +197,22 @@ class RealtimeSession:
             return
         await self.send("input_audio_buffer.speech_stopped", audio_end_ms=place)
         await self._commit()
-        if self.settings.respond:
+        if not self.settings.respond:
+            return
+        if self._response is None or self._response.done() or self._response.cancelling():
             await self._create_response({})
+        else:
+            self._next = asyncio.create_task(self._respond_after(self._response))
+
+    async def _respond_after(self, running: asyncio.Task[None]) -> None:
+        """Answer what was said while a response was running, once that has ended."""
+        await asyncio.wait([running])
+        if self._response is not running:  # another one answers it
+            return
+        try:
+            await self._create_response({})
+        except ApiError as error:
+            await self.send("error", error=error.body()["error"])
 
     async def _commit(self) -> None:
         samples = _samples(self._audio)
@@ -266,6 +283,8 @@ class RealtimeSession:
     # ---- responses ----
 
     async def _create_response(self, event: Mapping[str, Any]) -> None:
+        if self._response is not None and self._response.cancelling():
+            await asyncio.wait([self._response])  # it was stopped and is about to say so
         if self._response is not None and not self._response.done():
             raise BadRequest(
                 "A response is being made already.", code="conversation_already_has_active_response"

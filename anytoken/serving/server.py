@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from anytoken.inference.api import AnyToken
 from anytoken.serving.app import create_app
+from anytoken.serving.protocol import impatient
 from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.settings import (
     ServerSettings,
@@ -68,7 +69,9 @@ def run(
         create_app(model, name, settings, worker),
         host=address.host,
         port=address.port,
+        http=impatient(settings.body_timeout),
         log_level=log_level,
+        log_config=None,
         access_log=False,  # the application writes its own, without content
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
@@ -95,7 +98,8 @@ class _JsonLines(logging.Formatter):
 def _log_lines(log_level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
-    logger = logging.getLogger("anytoken")
-    logger.handlers[:] = [handler]
-    logger.setLevel(log_level.upper())
-    logger.propagate = False
+    for name in ("anytoken", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(log_level.upper())
+        logger.propagate = False

@@ -20,7 +20,7 @@ from anytoken.serving.middleware import Metrics
 from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.replies import PendingReply, gather
 from anytoken.serving.schemas import Message, SamplingBody
-from anytoken.serving.settings import ServerSettings
+from anytoken.serving.settings import REQUEST_LIMITS, ServerSettings
 from anytoken.serving.worker import QueueFull, Steps, Stopped, Worker
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class Service:
             "id": name, "object": "model", "created": self.created, "owned_by": "anytoken",
             "parent": self.name if name != self.name else None, "modalities": self.model.kinds,
             "context": self.model.engine.context,
+            "limits": self.settings.model_dump(include=REQUEST_LIMITS),
         }  # fmt: skip
 
     @property

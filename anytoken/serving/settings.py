@@ -14,6 +14,10 @@ from anytoken.utils.limits import MediaLimits
 KEY_VARIABLE = "ANYTOKEN_API_KEYS"
 VIDEO_PIXELS = 5_000_000_000  # of a request's video, in all frames: some ten seconds of decoding
 DECODED_BYTES = 1 << 28  # of one medium of a request
+REQUEST_LIMITS = {  # settings that a client has to know to send what is taken
+    "max_new_tokens", "max_choices", "max_body_bytes", "max_parts", "max_text", "max_bases", "max_pixels",
+    "max_seconds", "max_frames",
+}  # fmt: skip
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

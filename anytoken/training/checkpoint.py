@@ -38,9 +38,9 @@ PROGRESS = "progress.json"  # the place in the data, in the meter and in the log
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
 # Settings that may differ when a run goes on: they do not change what is learnt at a step.
 FREE_SETTINGS = {
-    "output", "save_every", "save_minutes", "log_every", "threads", "eval", "max_minutes", "samples", "reference",
-    "distributed", "gradient_checkpointing", "attention", "compile", "report_to", "early_stopping", "keep_best",
-    "loss_guard", "contrastive.cache_states", "contrastive.cache_mb",
+    "output", "save_every", "save_minutes", "weights_folder", "log_every", "threads", "eval", "max_minutes", "samples",
+    "reference", "distributed", "gradient_checkpointing", "attention", "compile", "report_to", "early_stopping",
+    "keep_best", "loss_guard", "contrastive.cache_states", "contrastive.cache_mb",
 }  # fmt: skip
 MARKERS = ("config.json", "adapter_config.json")  # moved last: a folder that has one is finished
 

@@ -148,6 +148,11 @@ class TrainConfig(Recipe):
     save_minutes: float | None = Field(
         default=None, gt=0, description="also save every N minutes of training"
     )
+    weights_folder: str | None = Field(
+        default=None,
+        description="folder that also receives every state, without the optimizer: bfloat16 matrices, files of at most "
+        "15 MiB; a run without a state resumes from them",
+    )
     log_every: int = Field(default=20, gt=0, description="steps between lines of metrics.jsonl")
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         default=[], description="experiment trackers to which metrics are also sent"
@@ -228,6 +233,10 @@ class TrainConfig(Recipe):
             raise ValueError(
                 "eval.modality_integration_rate needs whole weights; set it to false, or leave distributed.mesh out"
             )
+        if self.weights_folder is not None and (
+            spread or share != self.context * self.gradient_accumulation_steps
+        ):
+            raise ValueError("weights_folder is for runs of one process; leave it out, or distributed")
         self._check_muon()
         self._check_contrastive()
         self._check_best()

@@ -106,7 +106,7 @@ def _tiny_of_own(stage: TrainConfig, output: Path) -> TrainConfig:
         "output": str(output), "data_root": "", "steps": OWN_STEPS, "max_minutes": None, "save_every": OWN_STEPS,
         "log_every": 1, "context": OWN_CONTEXT, "precision": "fp32", "compile": False, "modalities": {},
         "tokens_per_batch": OWN_CONTEXT * stage.gradient_accumulation_steps, "replace_tokenizers": {}, "samples": {},
-        "report_to": [],
+        "report_to": [], "weights_folder": stage.weights_folder and f"{stage.weights_folder}-tiny",
         "reference": None, "data": [_own_pairs(one, made) for one in stage.data],
         "eval": stage.eval.model_dump() | {"batches": 1, "data": [_own_pairs(one, made) for one in stage.eval.data]},
         "schedule": stage.schedule.model_dump() | {"warmup_steps": 1},

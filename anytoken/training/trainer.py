@@ -73,6 +73,7 @@ from anytoken.training.optim import pcgrad
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
 from anytoken.training.optim.param_groups import parameter_groups, select_trainable
+from anytoken.training.portable_state import load_schedule_alone, read_portable, write_portable
 from anytoken.training.prepare_data import prepare_sources
 from anytoken.training.report.html import HtmlReport
 from anytoken.training.report.samples import Answer, Sampler
@@ -314,6 +315,8 @@ class StageTrainer(Trainer):
                     self.ema.save(written)
                 write_file(written / PROGRESS, json.dumps(self._progress()))
                 commit_checkpoint(self.folder, step, self._kept_states())
+                if self.stage.weights_folder is not None:
+                    write_portable(self.folder, Path(self.stage.weights_folder))
         except SAVE_ERRORS as error:
             raise save_error(self.folder, f"the state of step {step}", error) from error
         self.accelerator.wait_for_everyone()
@@ -388,6 +391,7 @@ class StageTrainer(Trainer):
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            load_schedule_alone(Path(checkpoint), inner, self.lr_scheduler)
             if self.is_deepspeed_enabled:
                 load_buffers(base_model(self.lm), Path(checkpoint))
                 restore_adamw_groups(inner.optimizer.optimizer, self.weight_decays)
@@ -433,6 +437,8 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
     ConfigError if the output folder contains a run with other settings or data; Interrupted if the run was stopped
     and saved; DivergenceError for an exploding or non-finite loss; SaveError if a state cannot be written.
     """
+    if stage.weights_folder is not None:
+        read_portable(Path(stage.weights_folder), Path(stage.output))
     if is_finished(stage):
         return Path(stage.output)
     check_trackers(stage.report_to)

@@ -43,7 +43,9 @@ def test_everything_runs_in_miniature(tmp_path: Path) -> None:
     train = [row for row in measured if row["part"] == "train"]
     assert {(row["shape"], row["side"]) for row in train} == {
         (shape, side) for shape in ("350M dense", "1B-A0.3B MoE") for side in ("ours", "stock")
-    }
+    } | {("350M dense", "plain torch")}
+    sizes = {(row["shape"], row["M parameters"]) for row in train}
+    assert len(sizes) == 2, "every side has as many weights"
     assert {row["compiled"] for row in train} == {True, False}
     assert all(row["last loss"] < row["first loss"] and row["mfu"] > 0 for row in train)
     decode = {(row["side"], row["batch"]): row for row in measured if row["part"] == "decode"}

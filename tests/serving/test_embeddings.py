@@ -2,15 +2,19 @@
 
 import base64
 import io
+import threading
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import torch
 
 import anytoken
+from anytoken.inference.score import PART
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.segments import Image
+from anytoken.serving import embeddings_api
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,37 @@ def test_a_model_without_a_head_says_how_to_get_one(embedding_model, client):
         assert len(found.data[0].embedding) == embedding_model.lm.config.hidden_size
     finally:
         embedding_model.embedding_heads[None] = head
+
+
+def test_many_inputs_hold_up_nobody(embedding_model, start, monkeypatch):
+    """They are embedded in parts, between which a reply goes on; media are decoded away from the model's thread."""
+    parts, threads = [], set()
+    real_ids, real_read = embedding_model.embed_ids, embeddings_api.read_part
+
+    def embed_ids(prompts, **options):
+        parts.append(sum(map(len, prompts)))
+        return real_ids(prompts, **options)
+
+    def read(*given):
+        threads.add(threading.current_thread().name)
+        return real_read(*given)
+
+    monkeypatch.setattr(embedding_model, "embed_ids", embed_ids)
+    monkeypatch.setattr(embeddings_api, "read_part", read)
+    inputs = [f"a fox and {n} owls" for n in range(200)]
+    with start(embedding_model) as (url, _):
+        body = {"model": "mini", "input": inputs}
+        found = httpx.post(f"{url}/v1/embeddings", json=body, timeout=60).json()
+    assert len(parts) > 2 and max(parts) <= PART and threads and "anytoken-worker" not in threads
+    vectors = np.array([one["embedding"] for one in found["data"]])
+    assert np.abs(vectors - embedding_model.embed(inputs)).max() < 1e-5
+
+
+def test_embeddings_have_a_deadline_and_a_longest_text(embedding_model, start):
+    with start(embedding_model, deadline=0.01, max_text=50) as (url, _):
+        late = httpx.post(
+            f"{url}/v1/embeddings", json={"model": "mini", "input": ["a fox"] * 500}, timeout=60
+        )
+        long = httpx.post(f"{url}/v1/embeddings", json={"model": "mini", "input": "x" * 51}, timeout=60)
+    assert late.status_code == 504
+    assert long.status_code == 400 and "at most 50 are taken" in long.text

@@ -9,6 +9,7 @@ import time
 
 import httpx
 import pytest
+import websockets.sync.client as websocket
 
 from anytoken.benchmarks.serve import running_server
 from anytoken.inference.scheduler import Scheduler
@@ -74,6 +75,30 @@ def test_many_clients_get_what_one_gets(mini, server):
     together = [one.json() for one in asyncio.run(run())]
     for a, b in zip(alone, together, strict=True):
         assert a["choices"][0]["message"]["images"] == b["choices"][0]["message"]["images"]
+
+
+def test_a_short_reply_waits_for_no_segment_of_a_long_one(mini, start):
+    """A text and a score come while the first of eight videos is being made."""
+    short = {**SHORT, "modalities": ["text"], "max_tokens": 4}
+    score = {"model": "mini", "messages": short["messages"], "answers": ["fox", "owl"]}
+    videos = []
+    with start(mini) as (url, app):
+
+        def watch():
+            with httpx.stream(
+                "POST", url + CHAT, json={**LONG, "stream": True, "seed": 0}, timeout=120
+            ) as answer:
+                videos.extend(line for line in answer.iter_lines() if "segments" in line)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        while app.state.service.worker.load != (1, 0):
+            time.sleep(0.005)
+        assert httpx.post(url + CHAT, json=short, timeout=60).status_code == 200
+        assert httpx.post(f"{url}/v1/score", json=score, timeout=60).status_code == 200
+        assert len(videos) <= 1 and app.state.service.worker.load == (1, 0)
+        thread.join(120)
+    assert len(videos) == 8
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -159,6 +184,39 @@ def test_slow_clients_do_not_hold_up_others(mini, start):
             one.close()
 
 
+def test_headers_have_to_arrive_in_time():
+    """Clients that never end their headers lose the connection, also on one that served a request; others keep it."""
+    with running_server("mini", "--set", "body_timeout=1") as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        request = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+
+        def connect():
+            one = socket.create_connection((host, int(port)))
+            one.settimeout(20)
+            return one
+
+        def served(one):
+            one.sendall(request + b"\r\n")
+            found = b""
+            while b"ok" not in found.partition(b"\r\n\r\n")[2]:
+                found += one.recv(4096)
+            return found.startswith(b"HTTP/1.1 200")
+
+        silent, dripping, second, steady = (connect() for _ in range(4))
+        dripping.sendall(request)
+        assert served(second) and served(steady)
+        second.sendall(request)
+        for _ in range(3):
+            time.sleep(0.5)
+            assert served(steady)
+        assert all(one.recv(4096) == b"" for one in (silent, dripping, second))
+        with websocket.connect(f"ws://{host}:{port}/v1/realtime") as line:
+            line.recv()
+            time.sleep(1.5)
+            line.send("{}")
+            assert "error" in line.recv()
+
+
 def test_keys(mini, start):
     with start(mini, api_keys=("first", "second")) as (url, _):
         assert httpx.get(f"{url}/v1/models").status_code == 401
@@ -225,7 +283,7 @@ def test_sigterm_answers_what_runs_and_ends(tmp_path):
         assert answers[0].status_code == 200
         assert len(answers[0].json()["choices"][0]["message"]["segments"]) == 8
         log.seek(0)
-        lines = [json.loads(line) for line in log.read().splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in log.read().splitlines()]
     access = [line["message"] for line in lines if line["logger"] == "anytoken.serving.access"]
     assert any(line.startswith(f"POST {CHAT} 200") for line in access) and not any(
         "fox" in line for line in access

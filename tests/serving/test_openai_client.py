@@ -39,6 +39,7 @@ def test_models(client):
     (model,) = client.models.list().data
     assert model.id == "mini" and {"text", "image", "speech"} <= set(model.modalities)
     assert client.models.retrieve("mini").id == "mini"
+    assert model.limits["max_seconds"] == 600 and "api_keys" not in model.limits
 
 
 def test_text_about_an_image(client, mini):

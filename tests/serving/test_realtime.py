@@ -179,6 +179,46 @@ def test_an_interruption_stops_generation_within_200_ms(mini, start, by):
         assert min(asyncio.run(run(url, app))) < 0.2
 
 
+def test_a_response_may_follow_a_stopped_one_at_once(server):
+    async def run():
+        async with connected(server) as line:
+            item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a fox"}]}
+            await line.send("conversation.item.create", item=item)
+            await line.send("response.create", response={"output_modalities": ["video"] * 8})
+            await line.until("response.content_part.added")
+            await line.send("response.cancel")
+            await line.send("response.create", response={"output_modalities": ["text"]})
+            done = [await line.until("response.done") for _ in range(2)]
+            return [one["response"]["status"] for one in done], line.seen
+
+    states, seen = asyncio.run(run())
+    assert states == ["cancelled", "completed"] and not [one for one in seen if one["type"] == "error"]
+
+
+def test_what_is_said_while_a_reply_is_spoken_is_the_next_turn(server, clip):
+    """Without interruption the reply goes on, and the answer to what was said comes after it."""
+    quiet = np.zeros(RATE, dtype=np.float32)
+
+    async def run():
+        async with connected(server) as line:
+            turns = {"type": "server_vad", "threshold": 0.2, "interrupt_response": False}
+            settings = {"turn_detection": turns, "output_modalities": ["video"] * 3, "seed": 0}
+            await line.send("session.update", session=settings)
+            item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a fox"}]}
+            await line.send("conversation.item.create", item=item)
+            await line.send("response.create")
+            await line.until("response.content_part.added")
+            for piece in pieces(np.concatenate([clip.samples, quiet]), 8):
+                await line.send("input_audio_buffer.append", audio=piece)
+            return [(await line.until("response.done"))["response"] for _ in range(2)], line.seen
+
+    (first, second), seen = asyncio.run(run())
+    kinds = [one["type"] for one in seen]
+    assert first["status"] == second["status"] == "completed" and "error" not in kinds
+    assert kinds.index("input_audio_buffer.committed") < kinds.index("response.done"), "heard while it spoke"
+    assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+
+
 def test_turns_are_taken_by_listening(server, clip):
     """With server_vad a client sends sound and nothing else."""
     quiet = np.zeros(RATE, dtype=np.float32)

@@ -3,15 +3,20 @@
 Skipped without Chromium (Debian: chromium) or playwright. ANYTOKEN_SCREENSHOTS=FOLDER keeps the screenshots there.
 """
 
+import json
 import os
 import re
 import shutil
 from itertools import product
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
+import websockets
+from websockets.sync import client
 
-from anytoken import recipes
+from anytoken import Speech, recipes
 from anytoken.serving.settings import ServerSettings
 from anytoken.training.metrics import MetricsLog
 
@@ -61,8 +66,16 @@ def visit(address, tmp_path_factory):
     """An open page, and a function that takes screenshots."""
     shots = Path(os.environ.get("ANYTOKEN_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
     shots.mkdir(parents=True, exist_ok=True)
+    spoken = tmp_path_factory.mktemp("microphone") / "spoken.wav"
+    clip = Speech.open(next((recipes.assets() / "audio").rglob("*.flac"))).resample(48_000)
+    quiet = np.zeros(clip.sample_rate_hz, np.float32)
+    Speech(np.concatenate([quiet, clip.samples, quiet, quiet]), clip.sample_rate_hz).save(spoken)
+    microphone = [
+        "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-audio-capture={spoken}",
+    ]  # fmt: skip
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *microphone])
         page = browser.new_page(viewport=DESKTOP)
         page.set_default_timeout(WAIT)
         page.outside = []
@@ -74,7 +87,8 @@ def visit(address, tmp_path_factory):
             for size, scheme in product((PHONE, DESKTOP), ("dark", "light")):
                 page.set_viewport_size(size)
                 page.emulate_media(color_scheme=scheme)
-                page.screenshot(path=shots / f"{name}-{'phone' if size is PHONE else 'desktop'}-{scheme}.png")
+                device = "phone" if size is PHONE else "desktop"
+                page.screenshot(path=shots / f"{name}-{device}-{scheme}.png", animations="disabled")
 
         yield page, shoot
         browser.close()
@@ -217,6 +231,55 @@ def test_two_tabs_at_once(address, visit):
     second.close()
 
 
+def test_talking(address, visit):
+    """What the microphone hears is answered by sound that plays, then by what is ticked; a second press ends it."""
+    page, shoot = visit
+    page.goto(address[0])
+    talk = page.locator("#talk")
+    talk.get_by_role("button", name="Talk").click()
+    talk.get_by_text("Listening …").wait_for()
+    replies = talk.locator("li")
+    replies.first.wait_for()
+    assert re.fullmatch(r"speech, \d+\.\d s", replies.first.inner_text())
+    assert float(replies.first.inner_text().split()[1]) > 0.1
+    shoot("talk")
+    talk.get_by_role("button", name="Stop talking").click()
+    talk.get_by_role("button", name="Talk", exact=True).wait_for()
+
+    kind(page, "text")
+    before = replies.count()
+    talk.get_by_role("button", name="Talk", exact=True).press("Enter")
+    replies.nth(before).wait_for()
+    assert not replies.nth(before).inner_text().startswith("speech,")
+    talk.get_by_role("button", name="Stop talking").click()
+    assert page.outside == []
+
+
+def test_strangers_cannot_talk(mini, tmp_path):
+    """Neither without the login of a page that has one, nor from a page of another site."""
+    from anytoken.serving.web.page import build_page, launch
+
+    def connect(url, **options):
+        with client.connect(f"{url.replace('http', 'ws', 1)}v1/realtime", **options) as socket:
+            return json.loads(socket.recv())["type"]
+
+    for keys, origin in (((), "https://evil.example"), (("key",), None)):
+        page = build_page(mini, "mini", tmp_path)
+        url = launch(page, tmp_path, "127.0.0.1", 0, ServerSettings(api_keys=keys))
+        try:
+            with pytest.raises(websockets.InvalidStatus):
+                connect(url, origin=origin)
+            if keys:
+                login = httpx.post(f"{url}login", data={"username": "me", "password": "key"})
+                cookies = "; ".join(f"{name}={value}" for name, value in login.cookies.items())
+                headers = {"Cookie": cookies}
+                assert connect(url, additional_headers=headers) == "session.created"
+            else:
+                assert connect(url, origin=url.rstrip("/")) == "session.created"
+        finally:
+            page.close()
+
+
 def test_by_keyboard_alone(address, visit):
     """From the message field, Tab reaches what else there is, and each control that has the focus shows it."""
     page, _ = visit
@@ -234,7 +297,7 @@ def test_by_keyboard_alone(address, visit):
         if name == "image":
             page.keyboard.press("Space")
     assert page.locator("#kinds").get_by_label("image", exact=True).is_checked()
-    assert {"text", "image", "speech", "Settings"} <= set(reached), reached
+    assert {"Talk", "text", "image", "speech", "Settings"} <= set(reached), reached
     page.locator("#box textarea").focus()
     page.keyboard.type("a fox, 3d")
     page.keyboard.press("Enter")

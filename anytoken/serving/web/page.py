@@ -37,10 +37,11 @@ from anytoken.segments import (
     Video,
 )
 from anytoken.serving.settings import ServerSettings
-from anytoken.serving.web import runs, tokens
+from anytoken.serving.web import runs, talk, tokens
 from anytoken.serving.web.runs import find_runs, run_view
 from anytoken.serving.web.session import PageError, Part, Session, read_file, settings_of
 from anytoken.serving.web.shared import MAX_REPLIES, SharedModel
+from anytoken.serving.web.talk import add_realtime
 from anytoken.serving.web.tokens import token_view
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ NOTE_SECONDS = 20
 REFRESH_SECONDS = 3  # of a training run's view
 CSS = f"""
 .gradio-container{{width:100%;max-width:960px !important;margin:auto}}
-#chat{{height:max(300px,calc(100dvh - 490px)) !important}}
+#chat{{height:max(300px,calc(100dvh - 530px)) !important}}
 #bar{{flex-wrap:nowrap;align-items:end;gap:.5rem}}#head h1{{font-size:1.3rem;margin:0}}#head p{{margin:.1rem 0}}
 #bar input{{padding-right:1.6rem;text-overflow:ellipsis}}
 :focus-visible,label:has(:focus-visible){{outline:2px solid var(--color-accent) !important;outline-offset:1px}}
@@ -66,11 +67,12 @@ CSS = f"""
 #chat .edit-textarea{{width:min(480px,60vw) !important}}
 #chat .dna{{font:13px/1.5 ui-monospace,monospace;overflow-wrap:anywhere}}
 @media(max-width:640px){{.gradio-container main{{padding:.5rem !important}}#bar{{flex-wrap:wrap}}
-#chat{{height:max(280px,calc(100dvh - 480px)) !important}}}}
-{tokens.STYLE}{runs.STYLE}
+#chat{{height:max(280px,calc(100dvh - 520px)) !important}}}}
+{tokens.STYLE}{runs.STYLE}{talk.STYLE}
 """
 # Gradio labels every button, but no text area of a chat.
-HEAD = """<script>
+HEAD = f"""<script>{talk.SCRIPT}</script>"""
+HEAD += """<script>
 new MutationObserver(() =>
   document.querySelectorAll("#box textarea, #tokenize textarea, .edit-textarea").forEach(
     one => one.ariaLabel ||= one.placeholder || "Message"
@@ -108,20 +110,26 @@ def examples(model: AnyToken) -> list[Example]:
     return [one for one in every if {*one.kinds, *(needs[file] for file in one.files)} <= set(model.kinds)]
 
 
-def build_page(model: AnyToken, name: str, files: Path, run: Path | None = None) -> gr.Blocks:
+class Page(gr.Blocks):
+    """The page; `model` is what its visitors share, under its name."""
+
+    model: SharedModel
+    model_name: str
+
+
+def build_page(model: AnyToken, name: str, files: Path, run: Path | None = None) -> Page:
     """The page for a model. `files`: a folder for what visitors send and get, which `launch` serves.
 
     `run`: a training run, or a folder of runs, to watch; RunError if it holds none.
     """
     if run is not None:
         find_runs(run)
-    with gr.Blocks(
-        title=f"AnyToken: {name}", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)
-    ) as page:
+    with Page(title=f"AnyToken: {name}", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as page:
         gr.Markdown(f"# AnyToken: {name}\nReads and writes {_listed(model.kinds)}.", elem_id="head")
         with gr.Tabs():
             with gr.Tab("Chat", id="chat"):
-                session = _Chat(model, files).session
+                chat = _Chat(model, files)
+                page.model, page.model_name, session = chat.model, name, chat.session
             with gr.Tab("Tokens", id="tokens") as tab:
                 _build_tokens(model, session, tab)
             if run is not None:
@@ -131,7 +139,7 @@ def build_page(model: AnyToken, name: str, files: Path, run: Path | None = None)
     return page
 
 
-def launch(page: gr.Blocks, files: Path, host: str, port: int, settings: ServerSettings) -> str:
+def launch(page: Page, files: Path, host: str, port: int, settings: ServerSettings) -> str:
     """Serve the page from a thread; its address. With API keys, visitors log in with any name and a key as password."""
     _, url, _ = page.launch(
         server_name=host,
@@ -151,6 +159,7 @@ def launch(page: gr.Blocks, files: Path, host: str, port: int, settings: ServerS
         css=CSS,
         head=HEAD,
     )
+    add_realtime(page.app, page.model, page.model_name, settings)
     return url
 
 
@@ -206,6 +215,7 @@ class _Chat:
             label="Your message", show_label=False, placeholder="Type, drop a file or record …",
             elem_id="box",
         )  # fmt: skip
+        gr.HTML(talk.PANEL, elem_id="talk", visible="speech" in self.model.kinds)
         self.kinds = gr.CheckboxGroup(
             self.model.kinds,
             label="Reply with",
