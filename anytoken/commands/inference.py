@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -118,6 +118,12 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(help="Sample N replies and return the --num-return most likely.")
     ] = None,
+    rerank: Annotated[
+        Literal["prompt"] | None,
+        typer.Option(
+            help="prompt: the best replies are those from which the prompt's text can be read back."
+        ),
+    ] = None,
     *,
     sampling: dict[str, Any],
     as_json: Annotated[
@@ -149,7 +155,7 @@ def generate(
         else:
             show_events(events, out, console)
         return
-    replies = opened.generate(parts, kinds, num_return=num_return, best_of=best_of, **sampling)
+    replies = opened.generate(parts, kinds, num_return=num_return, best_of=best_of, rerank=rerank, **sampling)
     for reply in replies if isinstance(replies, list) else [replies]:
         show_reply(reply, out, console, as_json)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from anytoken.inference.chains import Chains, prompt_kind
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import PrefixCache
+from anytoken.inference.likeliest_prompt import prompt_likelihood
 from anytoken.inference.logits_processor import lm_inputs
 from anytoken.inference.outputs import GenerationOutput, count_usage
 from anytoken.inference.request import GenerationRequest, Token
@@ -31,7 +32,7 @@ from anytoken.utils.hints import choices
 log = logging.getLogger(__name__)
 TEXT_TOKENS = 256  # how long the text of a reply may get unless the caller says otherwise
 Output = str | Sequence[str] | None
-Rerank = Callable[[GenerationOutput], float]
+Rerank = Callable[[GenerationOutput], float] | Literal["prompt"]
 Prompt = Any  # str | Segment | list of both | chat messages; Processor.messages refuses anything else
 
 
@@ -136,7 +137,8 @@ class GenerationMixin:
         a list of prompts, for a list of replies. output: a kind ("image"), a list of kinds in order, or None to let
         the model decide. num_return > 1 returns a list of this number of replies for each prompt. best_of generates
         this number and returns the best `num_return` of them, best first: by the mean log-probability of their ids
-        (0 for ids without an alternative), or by `rerank`, a function of the output where higher is better.
+        (0 for ids without an alternative), or by `rerank`: a function of the output where higher is better, or
+        "prompt" for how well this model reads the text of the prompt back from the generated media.
         Options: see `Options`. RequestError says what is wrong.
         """
         _check_count("num_return", num_return)
@@ -147,6 +149,8 @@ class GenerationMixin:
             raise RequestError(
                 f"best_of={best_of} is less than num_return={num_return}: make at least as many."
             )
+        if isinstance(rerank, str) and rerank != "prompt":
+            raise RequestError(f'rerank is "prompt" or a function of the reply; received {rerank!r}.')
         if rerank is not None and best_of is None:
             raise RequestError("rerank chooses among several replies: say how many with best_of.")
         prompts = self._encode_prompts(prompt, batch)
@@ -158,13 +162,20 @@ class GenerationMixin:
         for start in range(0, len(scored), samples):
             group = scored[start : start + samples]
             if best_of is not None:
-                score = (lambda one: rerank(one[0])) if rerank is not None else itemgetter(1)
-                group = sorted(group, key=score, reverse=True)
+                if rerank is not None:
+                    group = [(one, self._rank(rerank, requests[start // samples], one)) for one, _ in group]
+                group = sorted(group, key=itemgetter(1), reverse=True)
             replies = [reply for reply, _ in group[:num_return]]
             if len({tuple(reply.ids) for reply, _ in group}) == 1 < samples:
                 _warn_of_copies(samples)
             found.append(replies if num_return > 1 else replies[0])
         return found if batch else found[0]
+
+    def _rank(self, rerank: Rerank, request: GenerationRequest, reply: GenerationOutput) -> float:
+        if rerank != "prompt":
+            return rerank(reply)
+        ids, steps = reply.ids, request.num_steps
+        return prompt_likelihood(self.engine, self.processor, request.prompt, ids, steps)
 
     def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
         """RequestError if several replies would be identical because all kinds are greedy."""
