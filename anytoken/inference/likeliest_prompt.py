@@ -1,8 +1,8 @@
 """Choose among several replies by the model itself: from which of them can the text of the prompt best be read back?
 
 ``generate("a fox", output="image", best_of=8, rerank="prompt")`` keeps the image with the highest log p(text | image).
-Noisy-channel translation (arXiv 1908.05731) ranks with a reverse model and DALL-E (2102.12092) with CLIP; here one model
-knows both directions.
+Noisy-channel translation (arXiv 1908.05731) ranks with a reverse model and DALL-E (2102.12092) with CLIP; here one
+model knows both directions.
 """
 
 from __future__ import annotations
