@@ -246,9 +246,9 @@ def _read_table(table: Any) -> Iterator[Sample]:
             yield dict(zip(keys, values, strict=True)), codes
 
 
-def _read_rows(table: Any, order: Sequence[int], batch: int = 64) -> Iterator[Sample]:
-    for start in range(0, len(order), batch):
-        for row in table.__getitems__(order[start : start + batch]):
+def _read_rows(table: Any, order: Sequence[int]) -> Iterator[Sample]:
+    for start in range(0, len(order), 64):
+        for row in table.__getitems__(order[start : start + 64]):
             yield row, np.array(row.pop("codes"), dtype=np.int32)
 
 

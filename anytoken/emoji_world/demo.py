@@ -29,6 +29,7 @@ from anytoken.evaluation.keyword_asr import (
     KeywordRecognizer,
 )
 from anytoken.evaluation.metrics import same_text, sequence_identity
+from anytoken.evaluation.suite.page import table
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
 from anytoken.utils.errors import EvaluationError
 
@@ -219,10 +220,7 @@ def _page(sections: dict[str, list[str]], report: dict[str, Any] | None, seconds
             "<p class='note'>This checkpoint has no scores; write them with <code>anytoken eval</code>.</p>"
         )
     else:
-        head, *body = rows(report)
-        lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
-        scores = "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+        scores = table(rows(report))
         scores += (
             f"<p class='note'>Written by anytoken eval, seed {report['seed']}, commit {report['commit']}.</p>"
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, TypeVar, get_args
@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from anytoken.grammar import Grammar
 from anytoken.inference.engine import Engine
 from anytoken.model.attention import usable_attention
+from anytoken.model.embedding_head import similar_lengths
 from anytoken.training.losses.balanced import grammar_groups
 from anytoken.training.losses.linear_cross_entropy import linear_cross_entropy
 from anytoken.utils.errors import RequestError
@@ -170,7 +171,7 @@ def _logprobs(
         first = _features(engine, start, cache)[:, -1:]  # [1, 1, D]: predicts the first id of every answer
         yield
     result: dict[int, np.ndarray] = {}
-    for rows in _batches([len(ids) for ids in answers], _most_rows(cache, len(prompt))):
+    for rows in similar_lengths([len(ids) for ids in answers], PART, _most_rows(cache, len(prompt))):
         lengths = [len(answers[row]) for row in rows]
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long, device=device)
         for place, row in enumerate(rows):
@@ -217,22 +218,6 @@ def _most_rows(cache: DynamicCache, prompt_length: int) -> int:
     """How many copies of a prompt's keys and values may exist at once."""
     each = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     return max(1, CACHE_ELEMENTS // max(1, each))
-
-
-def _batches(lengths: Sequence[int], most: int, slack: float = 1.25) -> Iterator[list[int]]:
-    """Rows in batches of at most `most` and PART ids, the longest within `slack` times, or 8 ids, of the shortest."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batch: list[int] = []
-    for row in order:
-        if batch and (
-            len(batch) == most
-            or (len(batch) + 1) * lengths[row] > PART
-            or lengths[row] > max(slack * lengths[batch[0]], lengths[batch[0]] + 8)
-        ):
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
 
 
 def segment_sums(grammar: Grammar, ids: Sequence[int], logprobs: np.ndarray) -> tuple[tuple[str, float], ...]:

@@ -32,6 +32,7 @@ from anytoken.utils.errors import RequestError
 FILE = "embedding.safetensors"  # beside model.safetensors, or in an adapter folder
 CONTROL, UNKNOWN = -1, -2  # in a table of ids: not pooled; of a modality that the head has no map for
 BATCH_TOKENS = 8192  # of one forward pass, with padding
+SLACK = 1.25  # of the lengths in a batch
 PROBE = 64  # ids that a fingerprint is of
 MAX_SCALE = 100.0  # of similarities, as in CLIP
 
@@ -184,13 +185,16 @@ def read_states(lm: nn.Module, ids: Tensor) -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def similar_lengths(lengths: Sequence[int], most: int = BATCH_TOKENS, slack: float = 1.25) -> list[list[int]]:
-    """Rows in batches of at most `most` ids with padding, the longest at most `slack` times the shortest, or 8 more."""
+def similar_lengths(
+    lengths: Sequence[int], most: int = BATCH_TOKENS, rows: int | None = None
+) -> list[list[int]]:
+    """Rows in batches of at most `most` ids with padding, and `rows` rows, the longest at most SLACK times the shortest,
+    or 8 more."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         first = lengths[batches[-1][0]] if batches else 0
-        close = lengths[row] <= max(slack * first, first + 8)
-        if batches and close and (len(batches[-1]) + 1) * lengths[row] <= most:
+        close = lengths[row] <= max(SLACK * first, first + 8)
+        if batches and close and len(batches[-1]) != rows and (len(batches[-1]) + 1) * lengths[row] <= most:
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from anytoken.inference.api import AnyToken
@@ -58,7 +58,6 @@ class Job:
     delivered: int = 0
     number: int | None = None
     over: bool = False
-    submitted: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -72,7 +71,6 @@ class Work:
     settle: Callable[[Exception | None, Any], None]
     adapter: str | None = None
     alone: bool = False
-    submitted: float = field(default_factory=time.monotonic)
 
 
 class Worker:

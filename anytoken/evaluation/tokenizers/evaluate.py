@@ -280,8 +280,8 @@ def _measure_text(tokenizer: TextTokenizer, data: Path, count: int | None, seed:
     return EvalResult(tokenizer, figures, items, ids, [Text(one) for one in back])
 
 
-def _any_unicode(rng: np.random.Generator, count: int = 500, length: int = 40) -> list[str]:
+def _any_unicode(rng: np.random.Generator) -> list[str]:
     """Strings of characters drawn evenly from all of Unicode but the surrogates, which are no characters."""
-    points = rng.integers(0, 0x110000 - 0x800, (count, length))
+    points = rng.integers(0, 0x110000 - 0x800, (500, 40))
     points = np.where(points >= 0xD800, points + 0x800, points)
     return ["".join(map(chr, row)) for row in points.tolist()]
