@@ -23,10 +23,7 @@ import numpy as np
 import torch
 
 from anytoken import recipes
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.data.records import Record

@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-    ratio_of_turns,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing, ratio_of_turns
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import KVCache

@@ -35,10 +35,7 @@ from anytoken.benchmarks.gpu_decode import bench_decode
 from anytoken.benchmarks.gpu_equality import bench_equality
 from anytoken.benchmarks.gpu_part import Part, Sizes, peak_flops
 from anytoken.benchmarks.gpu_train import bench_train
-from anytoken.benchmarks.harness import (
-    Figures,
-    environment,
-)
+from anytoken.benchmarks.harness import Figures, environment
 from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name, usable_device
 from anytoken.utils.errors import EvaluationError

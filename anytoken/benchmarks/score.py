@@ -15,10 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.evaluation.metrics import same_text

@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.segments import DNA, Image, Segment, Speech, Video
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import PretrainedSpeech

@@ -17,10 +17,7 @@ from itertools import cycle
 import torch
 from transformers import PreTrainedModel
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.processor import Processor

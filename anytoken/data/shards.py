@@ -32,9 +32,7 @@ from anytoken.data.sources import open_source
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
-from anytoken.utils.json_lines import (
-    read_json_lines,
-)
+from anytoken.utils.json_lines import read_json_lines
 from anytoken.utils.limits import current_limits
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"

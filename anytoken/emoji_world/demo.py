@@ -20,14 +20,8 @@ from tqdm import tqdm
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.emoji_world.dna import translate
-from anytoken.emoji_world.report import (
-    percent,
-    read,
-    rows,
-)
-from anytoken.evaluation.keyword_asr import (
-    KeywordRecognizer,
-)
+from anytoken.emoji_world.report import percent, read, rows
+from anytoken.evaluation.keyword_asr import KeywordRecognizer
 from anytoken.evaluation.metrics import same_text, sequence_identity
 from anytoken.evaluation.suite.page import table
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix

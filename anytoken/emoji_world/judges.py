@@ -20,9 +20,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from anytoken.evaluation.keyword_asr import (
-    RATE_HZ,
-)
+from anytoken.evaluation.keyword_asr import RATE_HZ
 from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.training.optim.take_step import take_step
 from anytoken.utils.errors import EvaluationError

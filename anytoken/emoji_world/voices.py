@@ -20,11 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
-from anytoken.emoji_world.speech import (
-    RATE_HZ,
-    engine_says,
-    trim,
-)
+from anytoken.emoji_world.speech import RATE_HZ, engine_says, trim
 from anytoken.segments import Speech
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError

@@ -10,9 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anytoken.evaluation.keyword_asr import (
-    RATE_HZ,
-)
+from anytoken.evaluation.keyword_asr import RATE_HZ
 from anytoken.segments import Speech
 from anytoken.utils.errors import EvaluationError
 

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anytoken.inference.checkpoint import (
-    merge_adapter,
-)
+from anytoken.inference.checkpoint import merge_adapter
 from anytoken.inference.weights import checksum
 from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.processor import Processor

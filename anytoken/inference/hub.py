@@ -7,12 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anytoken.inference.checkpoint import (
-    CHECKPOINT,
-    HUB_ID,
-    check_folder,
-    find_checkpoint,
-)
+from anytoken.inference.checkpoint import CHECKPOINT, HUB_ID, check_folder, find_checkpoint
 from anytoken.utils.atomic import check_target, write_folder
 from anytoken.utils.errors import CheckpointError
 

@@ -188,8 +188,8 @@ def read_states(lm: nn.Module, ids: Tensor) -> Tensor:
 def similar_lengths(
     lengths: Sequence[int], most: int = BATCH_TOKENS, rows: int | None = None
 ) -> list[list[int]]:
-    """Rows in batches of at most `most` ids with padding, and `rows` rows, the longest at most SLACK times the shortest,
-    or 8 more."""
+    """Rows in batches of at most `most` ids with padding and `rows` rows; the longest is at most SLACK times, or 8 ids
+    more than, the shortest."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         first = lengths[batches[-1][0]] if batches else 0

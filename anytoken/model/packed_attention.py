@@ -16,10 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from anytoken.data.packing import (
-    flash_lengths,
-    sample_starts,
-)
+from anytoken.data.packing import flash_lengths, sample_starts
 from anytoken.utils.errors import DataError
 
 LEAK = (

@@ -26,9 +26,7 @@ import yaml
 from safetensors import SafetensorError
 
 from anytoken.model.embedding_head import FILE as HEAD_FILE
-from anytoken.training.config import (
-    TrainConfig,
-)
+from anytoken.training.config import TrainConfig
 from anytoken.utils.atomic import flush
 from anytoken.utils.errors import ConfigError
 

@@ -27,10 +27,7 @@ from anytoken.processor import SPACE_FILE
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.pretrained import KINDS
-from anytoken.training.config import (
-    LoraSpec,
-    TrainConfig,
-)
+from anytoken.training.config import LoraSpec, TrainConfig
 from anytoken.training.initialize import MINI, build_processor, checkpoint_folder
 from anytoken.training.lora import add_lora
 from anytoken.utils.errors import ConfigError

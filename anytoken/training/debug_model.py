@@ -22,11 +22,7 @@ from anytoken.data.mixture import SourceSpec
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.pretrained import CODECS as KNOWN
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import (
-    BackboneSpec,
-    DistributedSpec,
-    TrainConfig,
-)
+from anytoken.training.config import BackboneSpec, DistributedSpec, TrainConfig
 from anytoken.training.distributed.fsdp import mesh_settings
 from anytoken.training.initialize import checkpoint_folder
 from anytoken.utils.errors import ConfigError

@@ -29,10 +29,7 @@ from anytoken.model.embedding_head import EmbeddingHead, Pooled, has_head, probe
 from anytoken.processor import FINGERPRINTS, Processor
 from anytoken.training import contrastive as losses
 from anytoken.training.callbacks import TrainingCallback
-from anytoken.training.config import (
-    ContrastiveSpec,
-    TrainConfig,
-)
+from anytoken.training.config import ContrastiveSpec, TrainConfig
 from anytoken.training.contrastive import Options, Side
 from anytoken.training.feature_cache import MB, FeatureCache, plan_cache
 from anytoken.training.grad_cache import Columns, add_up_gradients, backward_in_chunks, gather_rows

@@ -16,10 +16,7 @@ import numpy as np
 from anytoken.data.forms import to_record
 from anytoken.data.records import Record, RecordError, open_media
 from anytoken.data.sources import open_source, read_records
-from anytoken.evaluation.suite.schema import (
-    Classify,
-    Task,
-)
+from anytoken.evaluation.suite.schema import Classify, Task
 from anytoken.evaluation.suite.template import MESSAGES, Field, fields, fill, fill_each, segment_types
 from anytoken.segments import Segment, Text
 from anytoken.utils.errors import EvaluationError

@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from anytoken.evaluation.keyword_asr import (
-    KeywordRecognizer,
-)
+from anytoken.evaluation.keyword_asr import KeywordRecognizer
 from anytoken.evaluation.tokenizers.test_sets import TestExample, by_group
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import Codes, ModalityTokenizer

@@ -26,9 +26,7 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
 from anytoken import recipes
-from anytoken.training.config import (
-    TrainConfig,
-)
+from anytoken.training.config import TrainConfig
 from anytoken.training.lora import base_model
 from anytoken.training.step import ModelWithLoss
 from anytoken.utils.errors import ConfigError

@@ -17,9 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
-from anytoken.training.config import (
-    SampleSpec,
-)
+from anytoken.training.config import SampleSpec
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import nearest
