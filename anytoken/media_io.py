@@ -36,9 +36,7 @@ CANCELLED = 0.01  # of the loudest channel's energy: below, averaging has cancel
 MAX_RATIO = 1000  # the largest term of a ratio of sample rates
 MIN_STEP_MS = 20  # no player shows the frames of a gif faster
 # Formats of pixels alone: others that Pillow opens start programs (EPS) or read further files.
-FORMATS = (
-    "PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX",
-)  # fmt: skip
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX"
 IMAGE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 PNG_ORIENTATION = (

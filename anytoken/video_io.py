@@ -34,9 +34,8 @@ log = logging.getLogger(__name__)
 class Timing:
     """How frames are spread in time."""
 
-    starts: (
-        list[float] | None
-    )  # when each begins to be shown, in seconds; None: each for one step of the rate
+    # When each begins to be shown, in seconds; None: each for one step of the rate.
+    starts: list[float] | None
     rate_hz: float
     count: int  # steps in all
 

@@ -147,9 +147,8 @@ def useful_flops(lm: PreTrainedModel, batch: Batch, head_rows: float) -> float:
     """FLOPs per token of a training step by the formula of `benchmarks/gpu.py`; head_rows: logits per token."""
     counted, config = count(lm), lm.config
     body = counted.active - lm.get_output_embeddings().weight.numel() - counted.lookup
-    context = float(
-        2 * batch["position_ids"].double().mean() + 1
-    )  # of a sample of n ids, whose mean is (n - 1) / 2
+    # Of a sample of n ids, whose mean is (n - 1) / 2.
+    context = float(2 * batch["position_ids"].double().mean() + 1)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     return 6.0 * body + attention + 6.0 * config.hidden_size * head_rows
 
@@ -228,9 +227,8 @@ def bench_train(part: Part, sizes: Sizes) -> None:
             ours(name, attention, compiled=False)
         for attention in ATTENTION:
             stock(name, attention)
-        if (
-            "num_experts" in sizes.shapes[name]
-        ):  # a loop follows autocast, grouped products of float32 weights do not
+        # A loop follows autocast, grouped products of float32 weights do not.
+        if "num_experts" in sizes.shapes[name]:
             stock(name, "sdpa", experts="eager")
         ours(name, "sdpa", compiled=False, restricted=False)
     if sizes.is_tiny:  # a compiler takes longer than all else

@@ -113,9 +113,8 @@ def read_proteins(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"{path.name} is missing: the package is not what was pinned.")
     found: dict[str, str] = {}
-    for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[
-        1:
-    ]:  # products hold ">", too
+    # Products hold ">", too.
+    for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         header, *lines = record.splitlines()
         product = header.split("~~~")[-1].strip()
         if product:

@@ -92,9 +92,8 @@ class Adapters:
         if name is None:
             return
         bare, changed = _parameters(self.lm), self._merged[name]
-        shown = {
-            key: bare[key][: len(value)] for key, value in changed.items()
-        }  # the vocabulary may have grown
+        # The vocabulary may have grown.
+        shown = {key: bare[key][: len(value)] for key, value in changed.items()}
         if checksum(shown.values()) != self._made_from[name]:
             if before is not None and before != name:
                 self.use(before)

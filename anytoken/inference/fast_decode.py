@@ -45,9 +45,8 @@ LARGE = 1 << 18  # elements; below, one call is faster than a batch of calls
 FEW = 16  # rows for which chosen experts are indexed one by one; more go through the model's own experts
 
 
-Inputs = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None
-]  # ids, positions, rows, cos, sin, open experts
+# Ids, positions, rows, cos, sin, open experts.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Layer(NamedTuple):

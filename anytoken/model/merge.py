@@ -68,9 +68,8 @@ def merge_weights(lms: Sequence[PreTrainedModel], weights: Sequence[float]) -> P
     states = [lm.state_dict() for lm in lms]
     done: set[int] = set()
     for name, target in states[0].items():
-        if (
-            target.is_floating_point() and target.data_ptr() not in done
-        ):  # a tied head is one tensor, two names
+        # A tied head is one tensor, two names.
+        if target.is_floating_point() and target.data_ptr() not in done:
             done.add(target.data_ptr())
             mean = torch.zeros_like(target, dtype=torch.float32)
             for share, state in zip(shares, states, strict=True):

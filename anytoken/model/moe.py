@@ -75,9 +75,8 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         if self.num_choices > self.num_experts:
             weights = weights * (choices < self.num_experts)
         if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(
-                min=1e-6
-            )  # all null: nothing to share out
+            # All null: nothing to share out.
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
         return logits, weights.to(hidden_states.dtype), choices
 
     @torch.no_grad()

@@ -134,9 +134,8 @@ def _begins(positions: Tensor, real: Tensor) -> Tensor:
     """
     columns = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     last = columns.where(real, -1).cummax(1).values
-    before = torch.cat(
-        [last.new_full((len(last), 1), -1), last[:, :-1]], 1
-    )  # the column of the real token before
+    # The column of the real token before.
+    before = torch.cat([last.new_full((len(last), 1), -1), last[:, :-1]], 1)
     step = positions - positions.gather(1, before.clamp(min=0))
     return real & (before >= 0) & (step != 1) & (step != columns - before)
 

@@ -136,9 +136,8 @@ def is_finished(stage: TrainConfig) -> bool:
             f"({folder / 'stage.yaml'}), or begin another run{begin_from(stage, states)}"
         )
     if done:
-        shutil.rmtree(
-            folder / STATE_FOLDER, ignore_errors=True
-        )  # a kill between the last two steps of its end
+        # A kill between the last two steps of its end.
+        shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     return done
 
 

@@ -281,9 +281,8 @@ def flops_per_token(config: PretrainedConfig, parameters: Parameters, context: i
     """Training FLOPs of one token."""
     multiplied = parameters.active - parameters.lookup
     width = config.num_attention_heads * _head_dim(config)
-    attention = (
-        6 * config.num_hidden_layers * width * context
-    )  # scores and values, causal, forward and backward
+    # Scores and values, causal, forward and backward.
+    attention = 6 * config.num_hidden_layers * width * context
     return 4 * multiplied + 2 * min(parameters.trained_active, multiplied) + attention
 
 
@@ -332,9 +331,8 @@ def _activations(config: PretrainedConfig, tokens: int, checkpointing: bool) -> 
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     inner = chosen * inner + (getattr(config, "shared_expert_intermediate_size", None) or 0)
-    attention = 2 * hidden + dim * (
-        3 * config.num_attention_heads + 4 * kv
-    )  # norm, q k v before and after RoPE, out
+    # Norm, q k v before and after RoPE, out.
+    attention = 2 * hidden + dim * (3 * config.num_attention_heads + 4 * kv)
     feedforward = 3 * hidden + 4 * inner  # norm, gate, up, activation, product
     layer = 2.0 * tokens * (attention + feedforward)
     layers = config.num_hidden_layers

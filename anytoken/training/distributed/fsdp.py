@@ -85,9 +85,8 @@ def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
         parts = meshes.get_mesh("ep"), meshes.get_mesh("tp")
         apply_expert_parallelism(lm, *parts, ep_plan, ep_implementation=config.ep_implementation)
     lm.config.distributed_config = config  # saving gathers
-    vars(model)["config"] = SimpleNamespace(
-        distributed_config=config
-    )  # the engine and the Trainer ask for it
+    # The engine and the Trainer ask for it.
+    vars(model)["config"] = SimpleNamespace(distributed_config=config)
     model.is_distributed_loading_by_transformers = True
     layers = {f"lm.{name}": style for name, style in fsdp_plan.items() if name.split(".")[-1].isdigit()}
     experts = {f"lm.{name}": style for name, style in ep_plan.items()}

@@ -26,9 +26,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
-CHUNK = {
-    "cpu": 2**19
-}  # elements of matrices that are orthogonalised together: those that stay in a core's cache
+# Elements of matrices that are orthogonalised together: those that stay in a core's cache.
+CHUNK = {"cpu": 2**19}
 LARGE_CHUNK = 2**26  # on other devices
 ROUTERS = ("gate", "router")  # names of the modules that hold a router's weight
 

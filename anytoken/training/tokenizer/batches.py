@@ -227,9 +227,8 @@ def audio_batches(
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        ratio = int(
-            rng.choice([8, 9, 10, 10, 11, 12])
-        )  # ten in `ratio` out: pitch and speed of other speakers
+        # Ten in `ratio` out: pitch and speed of other speakers.
+        ratio = int(rng.choice([8, 9, 10, 10, 11, 12]))
         length, count = _crop_size(batch_size, seconds, rng)
         need = length * 10 // ratio + 10
         starts = rng.integers(0, max(1, len(audio) - need), count)
