@@ -273,7 +273,7 @@ def timing_note(clip: PILImage.Image) -> str:
 
 
 def timing(milliseconds: list[int], note: str, pixels: int) -> Timing:
-    """How images of so many pixels that are shown for these times are spread at a constant rate."""
+    """How images of this many pixels that are shown for these times are spread at a constant rate."""
     total, ours = sum(milliseconds), TIMING.fullmatch(note)
     most = max(len(milliseconds), REPEATED_PIXELS // pixels)
     starts = [0, *accumulate(milliseconds[:-1])]

@@ -48,7 +48,7 @@ class Timing:
 
 
 def constant_rate(starts: Sequence[float], end: float, rates: Sequence[float], pixels: int) -> Timing:
-    """A constant rate for frames of so many pixels that begin at `starts`, in seconds; the last is shown until `end`.
+    """A constant rate for frames of this many pixels that begin at `starts`, in seconds; the last is shown until `end`.
 
     If every frame is within half a frame of its place at one of `rates`, that is the rate, and each comes once.
     Otherwise it is that of the short frames, and longer ones are repeated, up to REPEATED_PIXELS in all.

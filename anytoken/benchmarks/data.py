@@ -1,6 +1,6 @@
-"""Data: how full the packed rows are, what loading costs beside a training step, and reading beside the usual peers.
+"""Data: how full the packed rows are, what loading costs against a training step, and reading against the usual peers.
 
-The bars: 98 % of all ids real, 5 % of a step's time spent on loading, and at least as many tokens a second out of our
+The bars: 98 % of all ids real, 5 % of a step's time spent on loading, and at least as many tokens per second out of our
 shards as `webdataset` and `datasets` read of the very same codes, in turns, in one run.
 """
 
@@ -87,7 +87,7 @@ def _mixture(stage: TrainConfig, processor: Processor) -> Mixture:
 
 
 def _packing(stage: TrainConfig, processor: Processor, batches: int) -> Figures:
-    """The share of real ids in batches of a stage, beside best-fit decreasing on its sequences as a whole."""
+    """The share of real ids in batches of a stage, against best-fit decreasing on its sequences as a whole."""
     pad = processor.token_space.pad
     mixture = _mixture(stage, processor)
     stream = PackedStream(mixture.sample, stage.batch_size, stage.context, pad)

@@ -1,4 +1,4 @@
-"""Embedding beside a bare forward pass; an index at growing sizes: build time, memory, queries per second, recall."""
+"""Embedding against a bare forward pass; an index at growing sizes: build time, memory, queries per second, recall."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps on one GPU: tokens per second, MFU and peak memory beside stock Qwen3 and Qwen3-MoE.
+"""Training steps on one GPU: tokens per second, MFU and peak memory against stock Qwen3 and Qwen3-MoE.
 
 A step is forward, backward and fused AdamW over packed rows, float32 weights under bf16 autocast, as in
 `training/trainer.py`. The stock models of transformers have the same shape, ids and sample borders, and take the

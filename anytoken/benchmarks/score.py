@@ -1,6 +1,6 @@
 """Scoring many answers to one prompt: the prompt read once, against a plain forward for every answer.
 
-And naming images: the likeliest of given names against a generated one, in accuracy and time.
+And naming images: the most likely of given names against a generated one, in accuracy and time.
 """
 
 from __future__ import annotations

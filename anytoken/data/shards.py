@@ -146,7 +146,7 @@ class _Tally:
         return total
 
     def add(self, entry: Entry) -> None:
-        """Count a part; RecordError if so many records are bad that the share is passed for certain."""
+        """Count a part; RecordError once the bad records are certain to pass the allowed share."""
         self.parts[entry["part"]] = entry
         self.read += entry["read"]
         self.records += entry["records"]

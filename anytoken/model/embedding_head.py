@@ -1,4 +1,4 @@
-"""The embedding head: hidden states of a prompt to one unit vector, beside the LM head, which it leaves alone.
+"""The embedding head: hidden states of a prompt to one unit vector, next to the LM head, which it leaves alone.
 
 A prompt's content tokens are averaged by modality, and the state that would predict the reply joins them: it has read
 the whole prompt (PromptEOL, arXiv 2307.16645; E5-V embeds images so, 2407.12580). Each modality has a linear map of
@@ -47,7 +47,7 @@ class Pooled(NamedTuple):
 
 
 class EmbeddingHead(nn.Module):
-    """A linear map per modality from pooled states to a unit vector; the temperature is learnt."""
+    """A linear map per modality from pooled states to a unit vector; the temperature is learned."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """One model of several fine-tunes: their weights, averaged.
 
-Fine-tunes of one checkpoint mostly lie in one basin of the loss, where an average loses little of what each learnt
+Fine-tunes of one checkpoint mostly lie in one basin of the loss, where an average loses little of what each learned
 and costs nothing at inference (model soups, arXiv 2203.05482); UnIVAL does so across modalities (2307.16184).
 """
 

@@ -33,7 +33,7 @@ def keep_samples_apart(
     use_cache: bool | None,
     kwargs: dict[str, Any],
 ) -> bool | None:
-    """The `use_cache` to go on with; adds to `kwargs` the lengths that flash attention needs.
+    """The `use_cache` to continue with; adds to `kwargs` the lengths that flash attention needs.
 
     rows: B. position_ids: [B, T] or [1, T]. attention_mask: [B, C + T], [B, 1, T, C + T], or None. Raises DataError
     if samples would attend to each other.

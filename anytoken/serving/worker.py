@@ -3,7 +3,7 @@
 Web handlers run elsewhere and never touch the model. They submit a job and get tokens through a callback. All
 endpoints share one continuous batch (`inference/scheduler.py`), so a request waits for a free row, never for another
 one's reply. If a decoding step fails, every running job is decoded again on its own: the one that fails alone is
-answered with an error, the others go on where they were, since a reply depends on its own seed only.
+answered with an error, the others continue, since a reply depends on its own seed only.
 
 Work that is no generation (scores) comes as an iterator and is done in parts, one after each decoding step, so that it
 never holds up the replies of others for longer than a part takes. An adapter is a state of the weights, so jobs and

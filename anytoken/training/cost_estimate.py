@@ -1,7 +1,7 @@
 """What a stage would cost on many GPUs: parameters, memory, FLOPs and hours, without allocating one weight.
 
 Parameters are counted on the very model, built on PyTorch's meta device, not from a formula. Memory follows mixed
-precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes a weight, 2 a gradient, 12 of optimizer state (a
+precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes per weight, 2 per gradient, 12 of optimizer state (a
 float32 copy and two moments). Activations are what a decoder layer keeps for its backward pass (arXiv 2205.05198)
 with an attention kernel that keeps no score matrix, or one hidden state a layer with gradient checkpointing. With
 LoRA gradients and optimizer are the adapter's alone, counted on PEFT's own model. FLOPs

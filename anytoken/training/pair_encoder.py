@@ -51,7 +51,7 @@ class PairEncoder(nn.Module):
             return self.cache(self, *chunk)
 
     def feature_bytes(self, length: int) -> int:
-        """Bytes of the features of a prompt of so many ids."""
+        """Bytes of the features of a prompt of this many ids."""
         hidden, kinds = self.head.hidden_size, len(self.head.modalities)
         pooled = 4 * (kinds * hidden + kinds + hidden)
         return pooled + length * (4 * hidden + 8) if self.tokenwise else pooled

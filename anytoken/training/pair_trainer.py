@@ -99,7 +99,7 @@ def _head(
 def _reference(
     stage: TrainConfig, folder: str, key: str, trained: PairEncoder, processor: Processor
 ) -> PairEncoder:
-    """A frozen model with a head, from a checkpoint or from a head alone, which goes on ``init_from``'s weights."""
+    """A frozen model with a head, from a checkpoint or from a head alone, which is put on ``init_from``'s weights."""
     path = Path(folder)
     if not has_head(path):
         raise ConfigError(f"contrastive.{key}: {folder} holds no embedding head")

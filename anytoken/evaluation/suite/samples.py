@@ -97,7 +97,7 @@ class TaskSet:
         self.partners, self.partner_root = self._partners()
 
     def find(self, data: str) -> str | Path:
-        """The place of a set: a hub name as it is; a path beside the task file, or in the folder of the sets."""
+        """The place of a set: a hub name as it is; a path next to the task file, or in the folder of the sets."""
         if data.startswith("hf:"):
             return data
         places = [self.task.folder / data, self.sets / data]

@@ -61,7 +61,7 @@ class Generate(Part):
 
 
 class Classify(Part):
-    """The likeliest of some labels is the answer; `labels`: a list, or a field that holds each record's own."""
+    """The most likely of some labels is the answer; `labels`: a list, or a field that holds each record's own."""
 
     how: Literal["classify"]
     labels: list[str] | str | None = Field(

@@ -37,7 +37,7 @@ def speech_metrics(
     outputs: Sequence[Segment],
     seed: int,
 ) -> dict[str, Any]:
-    """Log-mel error, STOI and PESQ by voice, beside what random codes of the same lengths get; and words.
+    """Log-mel error, STOI and PESQ by voice, against what random codes of the same lengths get; and words.
 
     Clips too short for a measure are not scored by it.
     """

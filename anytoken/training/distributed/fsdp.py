@@ -2,7 +2,7 @@
 
 Each process computes its own rows of a batch. The weights of a layer, their gradients and optimizer states are shared
 out, and gathered while the layer is at work (FSDP, arXiv 2304.11277). With ``ep_size`` the experts are not gathered:
-each of so many processes keeps whole experts, and tokens travel to theirs and back (GShard, arXiv 2006.16668).
+each of ``ep_size`` processes keeps whole experts, and tokens travel to theirs and back (GShard, arXiv 2006.16668).
 accelerate's FSDP does the first only, and on CPUs it leaves itself out without a word.
 """
 

@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
 
     A Muon group has parameters [A, B] or [E, A, B]. parts: sizes of the matrices that lie one after the other in A.
     transposed: parameters are [B, A] (transformers' ``Conv1D``). dtype: name of the Newton-Schulz products' dtype; it
-    is saved with the state, so that a run goes on with the same numbers on another machine.
+    is saved with the state, so that a run resumes with the same numbers on another machine.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions
 vary without end, so the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on
-the seed and `n` alone, so an interrupted training goes on as if it had not been.
+the seed and `n` alone, so an interrupted training continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -217,9 +217,9 @@ def audio_batches(
 ) -> Batches:
     """Crops [B, samples] of one long int16 recording, at varied level, speed and timbre.
 
-    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others shorter ones and so many more. Where
-    an index beside the recording says where its clips lie, a third of the crops begin with a clip and a third end with
-    one: an audio's first and last moment have nothing beside them, and a random crop hardly ever has either.
+    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others more, shorter ones. Where
+    an index next to the recording says where its clips lie, a third of the crops begin with a clip and a third end with
+    one: an audio's first and last moment have nothing next to them, and a random crop hardly ever has either.
     """
     from torchaudio.functional import resample
 
@@ -286,7 +286,7 @@ def file_batches(
     """Batches from a user's own images, clips or recordings, in a folder or of a glob.
 
     Images and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
-    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn anew each time.
+    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn again each time.
     """
     files, config = list_media_files(source, SUFFIXES[kind]), config or {}
     if not files:
