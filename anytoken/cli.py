@@ -52,9 +52,8 @@ class OneLineErrors(TyperGroup):
         try:
             code = super().main(words, **{**extra, "standalone_mode": False})
         except BrokenPipeError:  # `anytoken ... | head`: whoever read has seen enough
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # the last flush has to go somewhere
+            # The last flush has to go somewhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1
         except (ValueError, OSError, TyperException) as error:
             if debug:

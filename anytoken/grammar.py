@@ -266,9 +266,8 @@ class Grammar:
         lows, highs = self._table(state).limits[state.kind]
         axis = len(state.size)
         high = highs[axis]
-        if (
-            budget is not None
-        ):  # codes that each further cell along this axis brings, the later axes at their least
+        # Codes that each further cell along this axis brings, the later axes at their least.
+        if budget is not None:
             segment = self.segments[state.kind]
             each = math.prod(state.size) * math.prod(lows[axis + 1 :]) * segment.num_codebooks
             rest = len(lows) - axis + segment.num_global_codes + 1 + self._tail(state)

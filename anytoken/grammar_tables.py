@@ -51,7 +51,7 @@ class SegmentTable:
         self._orders: dict[int, np.ndarray] = {}
 
     def order(self, frames: int) -> np.ndarray:
-        """`codebook_pattern` of so many frames; kept."""
+        """`codebook_pattern` of this many frames; kept."""
         if frames not in self._orders:
             self._orders[frames] = codebook_pattern(self.shape, frames)
         return self._orders[frames]
@@ -59,7 +59,7 @@ class SegmentTable:
     def place(self, total: int, read: int) -> tuple[int, int]:
         """Frame and codebook of the local code after `read` ones; total: all of the segment, 0 if not yet known.
 
-        While a run goes on its codes stand as in the longest one.
+        While a run continues, its codes stand as in the longest one.
         """
         if not self.delayed:
             return divmod(read, self.num_codebooks)
@@ -155,7 +155,7 @@ def role_ranges(space: TokenSpace) -> Ranges:
 
 
 def segment_length(shape: CodeShape, frames: int) -> int:
-    """Ids of one segment of so many frames with its open, size and close ids and its global codes."""
+    """Ids of one segment of this many frames with its open, size and close ids and its global codes."""
     axes = len(shape.axes) if isinstance(shape, CodeGrid) else 0
     return 2 + axes + shape.num_global_codes + frames * shape.num_codebooks
 

@@ -36,9 +36,7 @@ CANCELLED = 0.01  # of the loudest channel's energy: below, averaging has cancel
 MAX_RATIO = 1000  # the largest term of a ratio of sample rates
 MIN_STEP_MS = 20  # no player shows the frames of a gif faster
 # Formats of pixels alone: others that Pillow opens start programs (EPS) or read further files.
-FORMATS = (
-    "PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX",
-)  # fmt: skip
+FORMATS = "PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "ICO", "JPEG2000", "AVIF", "PCX"
 IMAGE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 PNG_ORIENTATION = (
@@ -275,7 +273,7 @@ def timing_note(clip: PILImage.Image) -> str:
 
 
 def timing(milliseconds: list[int], note: str, pixels: int) -> Timing:
-    """How images of so many pixels that are shown for these times are spread at a constant rate."""
+    """How images of this many pixels that are shown for these times are spread at a constant rate."""
     total, ours = sum(milliseconds), TIMING.fullmatch(note)
     most = max(len(milliseconds), REPEATED_PIXELS // pixels)
     starts = [0, *accumulate(milliseconds[:-1])]

@@ -18,16 +18,10 @@ import numpy as np
 import torch
 from PIL.Image import Image as PILImage
 
-from anytoken.grammar import (
-    ROLES,
-    Grammar,
-    Piece,
-)
+from anytoken.grammar import ROLES, Grammar, Piece
 from anytoken.media_io import is_below
 from anytoken.segments import Image, Segment, Text, open_segment
-from anytoken.token_space import (
-    TokenSpace,
-)
+from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.utils.atomic import write_file

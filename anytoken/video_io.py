@@ -34,9 +34,8 @@ log = logging.getLogger(__name__)
 class Timing:
     """How frames are spread in time."""
 
-    starts: (
-        list[float] | None
-    )  # when each begins to be shown, in seconds; None: each for one step of the rate
+    # When each begins to be shown, in seconds; None: each for one step of the rate.
+    starts: list[float] | None
     rate_hz: float
     count: int  # steps in all
 
@@ -49,7 +48,7 @@ class Timing:
 
 
 def constant_rate(starts: Sequence[float], end: float, rates: Sequence[float], pixels: int) -> Timing:
-    """A constant rate for frames of so many pixels that begin at `starts`, in seconds; the last is shown until `end`.
+    """A constant rate for frames of this many pixels that begin at `starts`, in seconds; the last is shown until `end`.
 
     If every frame is within half a frame of its place at one of `rates`, that is the rate, and each comes once.
     Otherwise it is that of the short frames, and longer ones are repeated, up to REPEATED_PIXELS in all.

@@ -1,6 +1,6 @@
-"""Data: how full the packed rows are, what loading costs beside a training step, and reading beside the usual peers.
+"""Data: how full the packed rows are, what loading costs against a training step, and reading against the usual peers.
 
-The bars: 98 % of all ids real, 5 % of a step's time spent on loading, and at least as many tokens a second out of our
+The bars: 98 % of all ids real, 5 % of a step's time spent on loading, and at least as many tokens per second out of our
 shards as `webdataset` and `datasets` read of the very same codes, in turns, in one run.
 """
 
@@ -23,10 +23,7 @@ import numpy as np
 import torch
 
 from anytoken import recipes
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.data.records import Record
@@ -90,7 +87,7 @@ def _mixture(stage: TrainConfig, processor: Processor) -> Mixture:
 
 
 def _packing(stage: TrainConfig, processor: Processor, batches: int) -> Figures:
-    """The share of real ids in batches of a stage, beside best-fit decreasing on its sequences as a whole."""
+    """The share of real ids in batches of a stage, against best-fit decreasing on its sequences as a whole."""
     pad = processor.token_space.pad
     mixture = _mixture(stage, processor)
     stream = PackedStream(mixture.sample, stage.batch_size, stage.context, pad)
@@ -246,9 +243,9 @@ def _read_table(table: Any) -> Iterator[Sample]:
             yield dict(zip(keys, values, strict=True)), codes
 
 
-def _read_rows(table: Any, order: Sequence[int], batch: int = 64) -> Iterator[Sample]:
-    for start in range(0, len(order), batch):
-        for row in table.__getitems__(order[start : start + batch]):
+def _read_rows(table: Any, order: Sequence[int]) -> Iterator[Sample]:
+    for start in range(0, len(order), 64):
+        for row in table.__getitems__(order[start : start + 64]):
             yield row, np.array(row.pop("codes"), dtype=np.int32)
 
 

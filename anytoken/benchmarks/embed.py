@@ -1,4 +1,4 @@
-"""Embedding beside a bare forward pass; an index at growing sizes: build time, memory, queries per second, recall."""
+"""Embedding against a bare forward pass; an index at growing sizes: build time, memory, queries per second, recall."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-    ratio_of_turns,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing, ratio_of_turns
 from anytoken.inference.api import AnyToken
 from anytoken.inference.index import KINDS, RERANK, Index, import_faiss
 from anytoken.inference.index_files import Item

@@ -1,4 +1,4 @@
-"""What experts cost in training, beside a dense decoder and beside what the machine's matrix product can do.
+"""What experts cost in training, against a dense decoder and against what the machine's matrix product can do.
 
 Both decoders have the same width, depth and attention, and the same active parameters: the dense feed-forward layer
 is as wide as the experts a token passes. The share of the peak counts useful arithmetic only: 6 operations per

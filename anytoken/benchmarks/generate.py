@@ -1,4 +1,4 @@
-"""Decoding beside `generate` of transformers, and beside its own limits.
+"""Decoding against `generate` of transformers, and against its own limits.
 
 Both sides have the same weights and the same grammar, both are greedy, and their ids must agree; each takes turns
 with the other. The models are the given one, the same with a large vocabulary (an image's next token then is one of
@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-    ratio_of_turns,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing, ratio_of_turns
 from anytoken.inference.api import AnyToken
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import KVCache
@@ -57,7 +53,7 @@ class Subject:
         self.tokens = len(self.ours()[0])
 
     def ours(self, rows: int = 1, cfg_scale: float = 1.0, engine: Engine | None = None) -> list[list[int]]:
-        """Ids of so many replies."""
+        """Ids of this many replies."""
         sampling, null = {self.kind: replace(GREEDY, cfg_scale=cfg_scale)}, self.model.processor.null_prompt()
         request = GenerationRequest(self.ids, (self.kind,), sampling, LIMIT, null_prompt=null)
         return [one.ids for one in (engine or self.engine).generate([request] * rows)]
@@ -197,7 +193,7 @@ def _bandwidth(name: str, subject: Subject, engine: Engine, repeats: int) -> Fig
 
 @torch.inference_mode()
 def _context_curve(lm: Any, engine: Engine, contexts: Iterable[int]) -> list[Figures]:
-    """Milliseconds of one step, and of its attention alone, after so many tokens."""
+    """Milliseconds of one step, and of its attention alone, after this many tokens."""
     decoder, config = engine.head().decoder, lm.config
     assert decoder is not None
     cache = KVCache(lm.device, lm.dtype)

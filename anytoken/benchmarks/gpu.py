@@ -3,7 +3,7 @@
 The parts are cheap to lose: each has a budget and runs in a process of its own, so that one that hangs, or breaks the
 CUDA context, is ended and the next begins. Within a part every case is written to the JSON file as soon as it is
 measured; a case that would not fit into what is left is skipped with the reason, and one that fails (out of memory, a
-package that is missing) is recorded and the rest goes on. A killed run leaves all that it had measured.
+package that is missing) is recorded and the rest continues. A killed run leaves all that it had measured.
 
 MFU, the share of the peak (PaLM, arXiv 2204.02311), is FLOPs per token x tokens per second / peak. FLOPs per token
 are those of products, each counted once (recomputation is no work):
@@ -35,10 +35,7 @@ from anytoken.benchmarks.gpu_decode import bench_decode
 from anytoken.benchmarks.gpu_equality import bench_equality
 from anytoken.benchmarks.gpu_part import Part, Sizes, peak_flops
 from anytoken.benchmarks.gpu_train import bench_train
-from anytoken.benchmarks.harness import (
-    Figures,
-    environment,
-)
+from anytoken.benchmarks.harness import Figures, environment
 from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name, usable_device
 from anytoken.utils.errors import EvaluationError

@@ -1,4 +1,4 @@
-"""Tokenizers on one GPU: encoding and decoding by the bundled model's, beside codecs of transformers at real sizes.
+"""Tokenizers on one GPU: encoding and decoding by the bundled model's, against codecs of transformers at real sizes.
 
 Mimi (arXiv 2410.00037), DAC (2306.06546) and Emu3's VQ (2409.18869) have random weights, which are as fast as trained
 ones. Speeds are of whole calls, from segments in memory to codes in memory and back.

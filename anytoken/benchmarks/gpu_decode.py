@@ -1,4 +1,4 @@
-"""Decoding on one GPU: images by our engine at several batch sizes, beside `generate` of transformers.
+"""Decoding on one GPU: images by our engine at several batch sizes, against `generate` of transformers.
 
 Both sides have the same random weights in bf16 and make as many ids; ours walks the grammar and computes the allowed
 logits alone, theirs draws from the whole vocabulary with no grammar. Where vLLM is installed, it serves the stock model

@@ -106,7 +106,7 @@ def experts_errors(part: Part, sizes: Sizes, name: str) -> Figures:
 
 
 def loss_errors(part: Part, sizes: Sizes) -> Figures:
-    """The chunked cross-entropy in bf16, beside the plain softmax over all logits."""
+    """The chunked cross-entropy in bf16, against the plain softmax over all logits."""
     tokens, width, vocabulary = (32, 16, 64) if sizes.is_tiny else (2048, 256, 20_000)
     torch.manual_seed(0)
     states = torch.randn(tokens, width, device=part.device)

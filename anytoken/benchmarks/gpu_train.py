@@ -1,4 +1,4 @@
-"""Training steps on one GPU: tokens per second, MFU and peak memory beside stock Qwen3, Qwen3-MoE and plain torch.
+"""Training steps on one GPU: tokens per second, MFU and peak memory against stock Qwen3, Qwen3-MoE and plain torch.
 
 A step is forward, backward and fused AdamW over packed rows, float32 weights under bf16 autocast, as in
 `training/trainer.py`. The stock models of transformers have the same shape, ids and sample borders, and take the
@@ -163,9 +163,8 @@ def useful_flops(lm: PreTrainedModel, batch: Batch, head_rows: float) -> float:
     """FLOPs per token of a training step by the formula of `benchmarks/gpu.py`; head_rows: logits per token."""
     counted, config = count(lm), lm.config
     body = counted.active - lm.get_output_embeddings().weight.numel() - counted.lookup
-    context = float(
-        2 * batch["position_ids"].double().mean() + 1
-    )  # of a sample of n ids, whose mean is (n - 1) / 2
+    # Of a sample of n ids, whose mean is (n - 1) / 2.
+    context = float(2 * batch["position_ids"].double().mean() + 1)
     attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     return 6.0 * body + attention + 6.0 * config.hidden_size * head_rows
 
@@ -258,9 +257,8 @@ def bench_train(part: Part, sizes: Sizes) -> None:
             ours(name, attention, compiled=False)
         for attention in ATTENTION:
             stock(name, attention)
-        if (
-            "num_experts" in sizes.shapes[name]
-        ):  # a loop follows autocast, grouped products of float32 weights do not
+        # A loop follows autocast, grouped products of float32 weights do not.
+        if "num_experts" in sizes.shapes[name]:
             stock(name, "sdpa", experts="eager")
         if "num_experts" not in sizes.shapes[name]:
             plain(name, compiled=False)

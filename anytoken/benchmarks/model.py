@@ -1,4 +1,4 @@
-"""A training step beside stock Qwen3-MoE of the same shape, and the head beside computing every logit.
+"""A training step against stock Qwen3-MoE of the same shape, and the head against computing every logit.
 
 Both sides see the same ids, learn every next id and take an AdamW step; the stock model runs the fastest of its
 expert implementations. Half of the ids are text, half are codes. Peak memory is the high-water mark of a process

@@ -1,4 +1,4 @@
-"""Weights in int8 beside the same weights in float32, on the CPU: memory, decoding speed, quality on held-out files."""
+"""Weights in int8 against the same in float32, on the CPU: memory, decoding speed, quality on held-out files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT, OUTPUT = "a fox, 3d, blue background", "image"
 
 
 def bench_quantize(name: str, repeats: int, each: int) -> Figures:
-    """One row a side: megabytes of parameters, tokens/s of one reply, bits a token of `each` answers a direction."""
+    """One row per side: megabytes of parameters, tokens/s of one reply, bits per token of `each` answers a kind."""
     models = {"float32": load(name, "cpu"), **{kind: load(name, "cpu", quantize=kind) for kind in KINDS}}
     sequences = held_out(models["float32"], each)
     taken = interleaved_timing({side: partial(_reply, model) for side, model in models.items()}, repeats)

@@ -1,6 +1,6 @@
 """Scoring many answers to one prompt: the prompt read once, against a plain forward for every answer.
 
-And naming images: the likeliest of given names against a generated one, in accuracy and time.
+And naming images: the most likely of given names against a generated one, in accuracy and time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.evaluation.metrics import same_text

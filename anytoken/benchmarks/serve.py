@@ -18,9 +18,7 @@ from contextlib import contextmanager
 from statistics import quantiles
 from typing import IO, Any
 
-from anytoken.benchmarks.harness import (
-    Figures,
-)
+from anytoken.benchmarks.harness import Figures
 from anytoken.utils.errors import EvaluationError
 
 START_SECONDS = 120

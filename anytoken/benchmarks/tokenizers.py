@@ -1,7 +1,7 @@
-"""Tokenizers: many items at once beside one after the other, and speech beside codecs of transformers.
+"""Tokenizers: many items at once against one after the other, and speech against codecs of transformers.
 
 All on one thread, or on a GPU. The codecs have random weights, which are as fast as trained ones: EnCodec (arXiv
-2210.13438) and DAC (2306.06546), made small, at the same 50 frames a second of 16 kHz audio with one codebook.
+2210.13438) and DAC (2306.06546), made small, at the same 50 frames per second of 16 kHz audio with one codebook.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.segments import DNA, Image, Segment, Speech, Video
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import PretrainedSpeech

@@ -1,7 +1,7 @@
-"""A training step beside transformers' own: same weights, same packed batches; and what of a step is loading data.
+"""A training step against transformers' own: same weights, same packed batches; and what of a step is loading data.
 
 Theirs is the model's `forward(labels=...)`: the softmax over the whole vocabulary at every position. Ours meets the
-head only where something is learnt and, within the grammar, only its rows. The losses differ by design; that both are
+head only where something is learned and, within the grammar, only its rows. The losses differ by design; that both are
 finite is checked, and the time of forward and backward is compared. "recipe" is ours in the precision, with the
 attention and compiled as the recipe says; "ours" and "transformers" are in float32 and not compiled. Every
 repeat has another batch, as training does: for new shapes of products some libraries generate code.
@@ -17,10 +17,7 @@ from itertools import cycle
 import torch
 from transformers import PreTrainedModel
 
-from anytoken.benchmarks.harness import (
-    Figures,
-    interleaved_timing,
-)
+from anytoken.benchmarks.harness import Figures, interleaved_timing
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream
 from anytoken.processor import Processor

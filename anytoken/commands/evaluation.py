@@ -115,9 +115,7 @@ def _run_tasks(
     from anytoken.evaluation.suite import compare as pairs
     from anytoken.evaluation.suite import page, runner
     from anytoken.evaluation.suite.metric_base import Tools
-    from anytoken.evaluation.suite.schema import (
-        load_tasks,
-    )
+    from anytoken.evaluation.suite.schema import load_tasks
     from anytoken.utils.errors import EvaluationError
 
     changes = {name: value for name, value in (("count", count), ("seed", seed)) if value is not None}

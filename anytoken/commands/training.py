@@ -34,9 +34,8 @@ def train(
     """Run a training stage; rerun the command to resume."""
     from anytoken.training.config import TrainConfig
 
-    recipe = TrainConfig.load(
-        recipes.find(stage), overrides or []
-    )  # report a wrong recipe before the slow import
+    # Report a wrong recipe before the slow import.
+    recipe = TrainConfig.load(recipes.find(stage), overrides or [])
     from anytoken.training.debug_model import tiny as shrink
     from anytoken.training.interrupts import Interrupted
     from anytoken.training.report.markdown import summary

@@ -81,7 +81,7 @@ def pack(bins: list[list[TrainingSequence]], context: int, pad: int) -> dict[str
     """Lay bins of sequences out as one batch of B rows of T ids.
 
     Returns ``input_ids`` and ``position_ids`` int64 [B, T]; ``loss_index`` int64 [N], the flat positions
-    whose next id is learnt; ``targets`` int64 [N], those ids. Padding is a sequence of its own, never learnt.
+    whose next id is learned; ``targets`` int64 [N], those ids. Padding is a sequence of its own, never learned.
     """
     ids = np.full((len(bins), context), pad, dtype=np.int64)
     positions = np.zeros((len(bins), context), dtype=np.int64)
@@ -157,7 +157,7 @@ class PackedStream(IterableDataset):
         return self._states[batch_index]
 
     def restore(self, batch_index: int, state: PackState) -> None:
-        """Go on from a state that ``state(batch_index)`` gave."""
+        """Resume from a state that ``state(batch_index)`` gave."""
         self.batch_index, self._states = batch_index, {batch_index: state}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -58,9 +58,8 @@ class Blob:
 
 
 Medium = str | Blob
-MediaPart = tuple[
-    str, Medium, dict[str, Any] | None
-]  # kind, value, and in a conversation the part that holds it
+# Kind, value, and in a conversation the part that holds it.
+MediaPart = tuple[str, Medium, dict[str, Any] | None]
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ from anytoken.data.sources import open_source
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
-from anytoken.utils.json_lines import (
-    read_json_lines,
-)
+from anytoken.utils.json_lines import read_json_lines
 from anytoken.utils.limits import current_limits
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
@@ -149,7 +147,7 @@ class _Tally:
         return total
 
     def add(self, entry: Entry) -> None:
-        """Count a part; RecordError if so many records are bad that the share is passed for certain."""
+        """Count a part; RecordError once the bad records are certain to pass the allowed share."""
         self.parts[entry["part"]] = entry
         self.read += entry["read"]
         self.records += entry["records"]

@@ -47,9 +47,8 @@ class Census:
     bad: Counter[str] = field(default_factory=Counter)
     files: tuple[str, ...] = ()  # that no record holds
 
-    held: dict[frozenset[str], tuple[int, str]] = field(
-        default_factory=dict
-    )  # kinds -> records, the first one's place
+    # Kinds -> records, the first one's place.
+    held: dict[frozenset[str], tuple[int, str]] = field(default_factory=dict)
 
     def hints(self) -> list[str]:
         """Keys that look like a modality and are none, with what to do."""

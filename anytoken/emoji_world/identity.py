@@ -40,7 +40,7 @@ class Identity:
 
     @property
     def concept(self) -> str:
-        """The likeliest concept."""
+        """The most likely concept."""
         return self.concepts[0]
 
 

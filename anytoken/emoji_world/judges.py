@@ -4,7 +4,7 @@ A judge never sees a generator's output before it judges one. What an image show
 knows the real drawings (`anytoken.emoji_world.identity`), and, independently, by a small classifier that was trained on
 *other* drawing styles than the one it judges; words by pocketsphinx under a closed grammar of the known names
 (`anytoken.evaluation.keyword_asr`); a voice by a linear classifier of spectra of real clips. (What DNA codes for is no
-judgement: `anytoken.emoji_world.dna.translate`.) No judge is perfect: scores stand beside the judge's ceiling, its
+judgement: `anytoken.emoji_world.dna.translate`.) No judge is perfect: scores stand next to the judge's ceiling, its
 score on real held-out media.
 Shapes: B images, C classes, F frames.
 """
@@ -20,9 +20,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-from anytoken.evaluation.keyword_asr import (
-    RATE_HZ,
-)
+from anytoken.evaluation.keyword_asr import RATE_HZ
 from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.training.optim.take_step import take_step
 from anytoken.utils.errors import EvaluationError
@@ -31,7 +29,7 @@ PIXELS = 32  # a concept is as easily told at this size, for a quarter of the wo
 
 
 def mel_frames(clip: Speech) -> Tensor:
-    """Log-mel spectrum [F, 40] of a clip at 16 kHz, 100 frames a second; a clip shorter than a frame is padded."""
+    """Log-mel spectrum [F, 40] of a clip at 16 kHz, 100 frames per second; a clip shorter than a frame is padded."""
     samples = torch.from_numpy(np.ascontiguousarray(clip.resample(RATE_HZ).samples))
     samples = F.pad(samples, (0, max(0, 512 - len(samples))))
     mel = torchaudio.transforms.MelSpectrogram(RATE_HZ, n_fft=512, hop_length=160, n_mels=40)(samples)

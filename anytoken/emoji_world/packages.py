@@ -143,7 +143,7 @@ def fetch_package(name: str, cache: Path) -> Path:
 
 
 def unpack(name: str, cache: Path) -> Path:
-    """Fetch a package and unpack it beside its archive, once; returns the folder."""
+    """Fetch a package and unpack it next to its archive, once; returns the folder."""
     archive = fetch_package(name, cache.absolute())  # the clients run in other folders
     folder = archive.with_name(archive.stem + ".unpacked")
     if folder.is_dir():

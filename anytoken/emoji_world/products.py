@@ -1,4 +1,4 @@
-"""Gene to product: is the right product text among the five likeliest of fifty?
+"""Gene to product: is the right product text among the five most likely of fifty?
 
 Products of the test split are worded as no training product is, so nothing is generated: fifty real product texts are
 ranked by how much likelier the gene makes each, log p(product | gene) - log p(product), which takes away that short

@@ -3,7 +3,7 @@
 flite and espeak-ng (Debian packages) and Piper (`piper-tts`) with the voice joe. The speech is synthetic, and the
 card says so. Every usable concept is said once by the main voices, for the codec; the core concepts also at other
 rates and in other accents, for the language model. Two whole voices (awb, rms) and some (concept, voice) pairs
-are held out. `varied.jsonl` holds more throats: other accents of espeak-ng, and, to learn hearing from and nothing to
+are held out. `varied.jsonl` holds more voices: other accents of espeak-ng, and, to learn hearing from and nothing to
 learn saying from, training clips played slower and faster, pitch and all (speed perturbation, Ko et al., Interspeech
 2015): those with a `speed`.
 """
@@ -118,7 +118,7 @@ def build_speech(
 ) -> Path:
     """Build OUT/speech from the concepts of a built emoji set; returns the folder.
 
-    Finished clips are kept, so an interrupted build goes on. `limit` renders only so many clips; `cache` holds the
+    Finished clips are kept, so an interrupted build resumes. `limit` renders only this many clips; `cache` holds the
     fetched Piper voice. DataError if an engine or the emoji set is missing, or the voice cannot be fetched.
     """  # fmt: skip
     folder = Path(out) / "speech"
@@ -157,7 +157,7 @@ def accents(lines: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
 
 
 def vary(folder: Path, lines: Iterable[dict[str, Any]], progress: bool = False) -> list[dict[str, Any]]:
-    """Core training clips of plain rate at other speeds, written beside theirs; returns their lines.
+    """Core training clips of plain rate at other speeds, written next to theirs; returns their lines.
 
     Playing a clip at `speed` times its rate moves pitch and formants by as much, which is another speaker.
     """

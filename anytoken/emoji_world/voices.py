@@ -1,4 +1,4 @@
-"""More voices for a speech tokenizer than the spoken names have: people, and throats of all kinds.
+"""More voices for a speech tokenizer than the spoken names have: people, and synthetic voices of all kinds.
 
 A codec trained on few voices keeps those and not others. Recordings of people, telephone prompts in five languages
 (Debian's asterisk-core-sounds-*-g722: 16 kHz), and emoji names said through the variants of espeak-ng's
@@ -20,11 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
-from anytoken.emoji_world.speech import (
-    RATE_HZ,
-    engine_says,
-    trim,
-)
+from anytoken.emoji_world.speech import RATE_HZ, engine_says, trim
 from anytoken.segments import Speech
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError
@@ -57,7 +53,7 @@ def build_voices(
 ) -> Path:
     """Write OUT/voices: audio.npy, int16 at 16 kHz, audio.jsonl, what lies where, and a card; returns the array's path.
 
-    The spoken names of OUT/speech come first, as in its train_audio.npy. limit: at most so many prompts and so many
+    The spoken names of OUT/speech come first, as in its train_audio.npy. limit: at most this many prompts and so many
     said names. DataError if the spoken names, espeak-ng or the prompts are not there.
     """
     spoken, folder, prompts = Path(out) / "speech", Path(out) / "voices", Path(prompts)

@@ -1,7 +1,7 @@
 """A second opinion on speech with an open vocabulary: Whisper (arXiv 2212.04356) through faster-whisper.
 
 The judge with a closed grammar (`anytoken.evaluation.keyword_asr`) chooses the nearest name of a list; Whisper writes
-down whatever it hears. It spells isolated synthetic words badly, so its score is read beside that on the originals.
+down whatever it hears. It spells isolated synthetic words badly, so its score is read next to that on the originals.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from anytoken.evaluation.keyword_asr import (
-    RATE_HZ,
-)
+from anytoken.evaluation.keyword_asr import RATE_HZ
 from anytoken.segments import Speech
 from anytoken.utils.errors import EvaluationError
 

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from anytoken.inference.checkpoint import (
-    merge_adapter,
-)
+from anytoken.inference.checkpoint import merge_adapter
 from anytoken.inference.weights import checksum
 from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.processor import Processor
@@ -94,9 +92,8 @@ class Adapters:
         if name is None:
             return
         bare, changed = _parameters(self.lm), self._merged[name]
-        shown = {
-            key: bare[key][: len(value)] for key, value in changed.items()
-        }  # the vocabulary may have grown
+        # The vocabulary may have grown.
+        shown = {key: bare[key][: len(value)] for key, value in changed.items()}
         if checksum(shown.values()) != self._made_from[name]:
             if before is not None and before != name:
                 self.use(before)

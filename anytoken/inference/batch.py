@@ -87,7 +87,7 @@ class Batch:
         return self._feed(0, len(self.slots), 1)
 
     def _admit(self) -> None:
-        """Let newcomers read all but the last chunk of their prompts; beside others, all but the last id."""
+        """Let newcomers read all but the last chunk of their prompts; among others, all but the last id."""
         old, new = self.slots[: self._known], self.slots[self._known :]
         if not new:
             return

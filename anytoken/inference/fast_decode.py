@@ -15,7 +15,7 @@ differ from the modules, all up to rounding only. Query heads that share a key-v
 are never repeated. A chosen expert's weights are indexed directly. Products of a few rows with a large matrix go by
 blocks of the matrix, because MKL runs such a product on one thread but spreads a batch of them.
 
-Shapes: S sequences, H hidden, G key-value heads, A query heads of each, E head dimension, K experts a token, T columns.
+Shapes: S sequences, H hidden, G key-value heads, A query heads of each, E head size, K experts per token, T columns.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ LARGE = 1 << 18  # elements; below, one call is faster than a batch of calls
 FEW = 16  # rows for which chosen experts are indexed one by one; more go through the model's own experts
 
 
-Inputs = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None
-]  # ids, positions, rows, cos, sin, open experts
+# Ids, positions, rows, cos, sin, open experts.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Layer(NamedTuple):
@@ -128,7 +127,7 @@ class FlatDecoder:
         self._compiled = compiled
 
     def reach(self, length: int) -> None:
-        """Have the rotary table hold so many positions."""
+        """Have the rotary table hold this many positions."""
         if length > len(self.cos):
             self.cos, self.sin = _rotary_table(self._model, 2 * length)
 

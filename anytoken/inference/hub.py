@@ -7,12 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from anytoken.inference.checkpoint import (
-    CHECKPOINT,
-    HUB_ID,
-    check_folder,
-    find_checkpoint,
-)
+from anytoken.inference.checkpoint import CHECKPOINT, HUB_ID, check_folder, find_checkpoint
 from anytoken.utils.atomic import check_target, write_folder
 from anytoken.utils.errors import CheckpointError
 
@@ -29,8 +24,7 @@ def push(name_or_path: str | Path, repo: str, private: bool = False, message: st
 
     folder = find_checkpoint(name_or_path)
     check_folder(folder)
-    if not HUB_ID.fullmatch(repo):
-        raise CheckpointError(f"A hub repository is written owner/name; received {repo!r}.")
+    _check_id(repo)
     files = [path.as_posix() for path in CHECKPOINT.own_files(folder)]
     files += [CARD] if (folder / CARD).is_file() else []
     api = HfApi()
@@ -59,8 +53,7 @@ def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = Fa
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if not HUB_ID.fullmatch(repo):
-        raise CheckpointError(f"A hub repository is written owner/name; received {repo!r}.")
+    _check_id(repo)
     check_target(out, CHECKPOINT, overwrite)
     with write_folder(out, CHECKPOINT, overwrite) as scratch:
         try:
@@ -72,6 +65,11 @@ def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = Fa
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
             (scratch / path).write_bytes((found / path).read_bytes())
     return out
+
+
+def _check_id(repo: str) -> None:
+    if not HUB_ID.fullmatch(repo):
+        raise CheckpointError(f"A hub repository is written owner/name; received {repo!r}.")
 
 
 def _reason(error: Exception) -> str:

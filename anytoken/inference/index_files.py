@@ -172,7 +172,7 @@ def read_files(reader: Reader, files: list[tuple[Path, Key]]) -> Found:
 
 
 class FolderEmbedder:
-    """Embedding the files of a folder, resumable: parts that are done lie in a folder beside the target."""
+    """Embedding the files of a folder, resumable: parts that are done lie in a folder next to the target."""
 
     def __init__(
         self,

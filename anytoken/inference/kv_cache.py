@@ -44,7 +44,7 @@ class KVCache(Cache):
     # ---- storage ----
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Make room for so many rows and columns; what is stored keeps its place."""
+        """Make room for this many rows and columns; what is stored keeps its place."""
         columns += SIGHT  # what is in sight is then never all there is, which compiled code would take for a new case
         have_rows, have_columns = self.seen.shape[0], self.seen.shape[-1]
         if rows <= have_rows and columns <= have_columns:

@@ -26,7 +26,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
     reply is complete within it; TokenSpaceError (a ValueError) if the shortest reply is longer. `prompt_length` is the
     number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first call.
     States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`:
-    TokenSpaceError says so where rows do not go on as replies, or where other settings leave nothing to follow. The
+    TokenSpaceError says so where rows do not continue as replies, or where other settings leave nothing to follow. The
     former is also what assisted decoding meets, which writes ahead of the grammar.
     """
 

@@ -61,7 +61,7 @@ def adopt_backbone(
 ) -> tuple[PreTrainedModel, Processor]:
     """A backbone with ids for every tokenizer's codes appended, and the processor of the new vocabulary.
 
-    Logits of the old ids are the backbone's (float32: to 1e-5 of their size). upcycle: make so many experts of
+    Logits of the old ids are the backbone's (float32: to 1e-5 of their size). upcycle: make this many experts of
     every dense feed-forward layer, of which a token passes `top_k`; 0 leaves the layers. CheckpointError says what does
     not fit.
     """

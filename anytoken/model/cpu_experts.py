@@ -31,9 +31,8 @@ def cpu_experts(
     counts = flat.bincount(minlength=len(down))[: len(down)]
     order = flat.argsort(stable=True)[: int(counts.sum())]
     padded = (counts + ROWS - 1) // ROWS * ROWS
-    shift = (padded.cumsum(0) - padded) - (
-        counts.cumsum(0) - counts
-    )  # of each expert's rows, by the padding before
+    # Of each expert's rows, by the padding before.
+    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     slots = torch.arange(len(order), device=order.device) + shift[flat[order]]
     with torch.autocast(hidden.device.type, enabled=False):
         result: Tensor = _Experts.apply(hidden, gate_up, down, weights, order, slots, padded.tolist(), dtype)

@@ -1,4 +1,4 @@
-"""The embedding head: hidden states of a prompt to one unit vector, beside the LM head, which it leaves alone.
+"""The embedding head: hidden states of a prompt to one unit vector, next to the LM head, which it leaves alone.
 
 A prompt's content tokens are averaged by modality, and the state that would predict the reply joins them: it has read
 the whole prompt (PromptEOL, arXiv 2307.16645; E5-V embeds images so, 2407.12580). Each modality has a linear map of
@@ -32,6 +32,7 @@ from anytoken.utils.errors import RequestError
 FILE = "embedding.safetensors"  # beside model.safetensors, or in an adapter folder
 CONTROL, UNKNOWN = -1, -2  # in a table of ids: not pooled; of a modality that the head has no map for
 BATCH_TOKENS = 8192  # of one forward pass, with padding
+SLACK = 1.25  # of the lengths in a batch
 PROBE = 64  # ids that a fingerprint is of
 MAX_SCALE = 100.0  # of similarities, as in CLIP
 
@@ -46,7 +47,7 @@ class Pooled(NamedTuple):
 
 
 class EmbeddingHead(nn.Module):
-    """A linear map per modality from pooled states to a unit vector; the temperature is learnt."""
+    """A linear map per modality from pooled states to a unit vector; the temperature is learned."""
 
     def __init__(
         self,
@@ -184,13 +185,16 @@ def read_states(lm: nn.Module, ids: Tensor) -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def similar_lengths(lengths: Sequence[int], most: int = BATCH_TOKENS, slack: float = 1.25) -> list[list[int]]:
-    """Rows in batches of at most `most` ids with padding, the longest at most `slack` times the shortest, or 8 more."""
+def similar_lengths(
+    lengths: Sequence[int], most: int = BATCH_TOKENS, rows: int | None = None
+) -> list[list[int]]:
+    """Rows in batches of at most `most` ids with padding and `rows` rows; the longest is at most SLACK times, or 8 ids
+    more than, the shortest."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         first = lengths[batches[-1][0]] if batches else 0
-        close = lengths[row] <= max(slack * first, first + 8)
-        if batches and close and (len(batches[-1]) + 1) * lengths[row] <= most:
+        close = lengths[row] <= max(SLACK * first, first + 8)
+        if batches and close and len(batches[-1]) != rows and (len(batches[-1]) + 1) * lengths[row] <= most:
             batches[-1].append(row)
         else:
             batches.append([row])

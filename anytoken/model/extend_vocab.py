@@ -1,6 +1,6 @@
 """A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved.
 
-And another tokenizer for one that it has: its codes begin anew, the rows of everything else keep their bits.
+And another tokenizer for one that it has: its codes start over, the rows of everything else keep their bits.
 """
 
 import copy
@@ -80,7 +80,7 @@ def _grown(
 
 
 def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) -> None:
-    """Put the tokenizers of modalities that its base model lacks beside an adapter's weights."""
+    """Put the tokenizers of modalities that its base model lacks next to an adapter's weights."""
     for name in names:
         processor.tokenizers[name].save_pretrained(folder / "tokenizers" / name)
     firsts = {name: processor.token_space.open_token(name) for name in names}
@@ -88,7 +88,7 @@ def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) ->
 
 
 def add_saved_modalities(lm: PreTrainedModel, processor: Processor, folder: Path) -> Processor:
-    """Grow a model by what `save_modalities` put beside an adapter, if anything; the processor that knows it.
+    """Grow a model by what `save_modalities` put next to an adapter, if anything; the processor that knows it.
 
     CheckpointError if the ids would not be those that the adapter was trained with.
     """

@@ -1,6 +1,6 @@
 """One model of several fine-tunes: their weights, averaged.
 
-Fine-tunes of one checkpoint mostly lie in one basin of the loss, where an average loses little of what each learnt
+Fine-tunes of one checkpoint mostly lie in one basin of the loss, where an average loses little of what each learned
 and costs nothing at inference (model soups, arXiv 2203.05482); UnIVAL does so across modalities (2307.16184).
 """
 
@@ -68,9 +68,8 @@ def merge_weights(lms: Sequence[PreTrainedModel], weights: Sequence[float]) -> P
     states = [lm.state_dict() for lm in lms]
     done: set[int] = set()
     for name, target in states[0].items():
-        if (
-            target.is_floating_point() and target.data_ptr() not in done
-        ):  # a tied head is one tensor, two names
+        # A tied head is one tensor, two names.
+        if target.is_floating_point() and target.data_ptr() not in done:
             done.add(target.data_ptr())
             mean = torch.zeros_like(target, dtype=torch.float32)
             for share, state in zip(shares, states, strict=True):

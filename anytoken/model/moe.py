@@ -75,9 +75,8 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         if self.num_choices > self.num_experts:
             weights = weights * (choices < self.num_experts)
         if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True).clamp(
-                min=1e-6
-            )  # all null: nothing to share out
+            # All null: nothing to share out.
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
         return logits, weights.to(hidden_states.dtype), choices
 
     @torch.no_grad()
@@ -100,7 +99,7 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         """Raise the bias of the less and lower that of the more loaded experts by `rate`, within each group.
 
         groups: int64 [C]; num_groups: how many there are, so that the device need not be asked. Counts of all processes
-        are summed; then counting starts anew.
+        are summed; then counting starts over.
         """
         assert self.expert_bias is not None and self.load is not None
         load, member = (
@@ -114,7 +113,7 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
 
 @use_experts_implementation
 class _Experts(Qwen3MoeExperts):
-    """Qwen3-MoE's experts; decorated anew because transformers looks for the decorator beside the model.
+    """Qwen3-MoE's experts; decorated again because transformers looks for the decorator next to the model.
 
     Diff with Qwen3-MoE: `load_state_dict` also takes the one-by-one names experts are saved under. transformers'
     Trainer loads a checkpoint that way when it resumes or takes the best model, and would leave the experts out.
@@ -298,7 +297,7 @@ def _one_hot(index: Tensor, count: int | None) -> Tensor:
 
 
 def _balance(sums: Tensor, count: Tensor) -> Tensor:
-    """Sums of probability and of share per layer [L, 2, M, C], over so many tokens [M], to the mean balance.
+    """Sums of probability and of share per layer [L, 2, M, C], over this many tokens [M], to the mean balance.
 
     The mean is over layers and the groups that have tokens.
     """

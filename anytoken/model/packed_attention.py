@@ -16,10 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
-from anytoken.data.packing import (
-    flash_lengths,
-    sample_starts,
-)
+from anytoken.data.packing import flash_lengths, sample_starts
 from anytoken.utils.errors import DataError
 
 LEAK = (
@@ -36,7 +33,7 @@ def keep_samples_apart(
     use_cache: bool | None,
     kwargs: dict[str, Any],
 ) -> bool | None:
-    """The `use_cache` to go on with; adds to `kwargs` the lengths that flash attention needs.
+    """The `use_cache` to continue with; adds to `kwargs` the lengths that flash attention needs.
 
     rows: B. position_ids: [B, T] or [1, T]. attention_mask: [B, C + T], [B, 1, T, C + T], or None. Raises DataError
     if samples would attend to each other.
@@ -137,9 +134,8 @@ def _begins(positions: Tensor, real: Tensor) -> Tensor:
     """
     columns = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     last = columns.where(real, -1).cummax(1).values
-    before = torch.cat(
-        [last.new_full((len(last), 1), -1), last[:, :-1]], 1
-    )  # the column of the real token before
+    # The column of the real token before.
+    before = torch.cat([last.new_full((len(last), 1), -1), last[:, :-1]], 1)
     step = positions - positions.gather(1, before.clamp(min=0))
     return real & (before >= 0) & (step != 1) & (step != columns - before)
 

@@ -90,9 +90,8 @@ def _split(before: AnyTokenMoE, after: AnyTokenMoE, weights: Tensor) -> None:
             place = 2 * expert + half
             rows = [_half(shared.gate_proj.weight, gate, half, 0), _half(shared.up_proj.weight, up, half, 0)]
             after.experts.gate_up_proj[place] = torch.cat(rows)
-            after.experts.down_proj[place] = 2 * _half(
-                shared.down_proj.weight, down, half, 1
-            )  # each weighs 1 / 2
+            # Each weighs 1 / 2.
+            after.experts.down_proj[place] = 2 * _half(shared.down_proj.weight, down, half, 1)
 
 
 def _half(shared: Tensor, own: Tensor, half: int, dim: int) -> Tensor:

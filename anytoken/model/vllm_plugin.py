@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import AutoModel
 
-from anytoken.model.configuration import (
-    AnyTokenConfig,
-)
+from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenModel
 from anytoken.model.moe import AnyTokenRouter
 from anytoken.utils.errors import ConfigError

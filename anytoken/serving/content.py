@@ -32,9 +32,7 @@ from anytoken.utils.limits import media_limits
 _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL
 )
-_VIDEO_TYPES = (
-    "video/mp4", "video/webm", "video/quicktime", "video/x-matroska", "image/gif", "image/webp",
-)  # fmt: skip
+_VIDEO_TYPES = "video/mp4", "video/webm", "video/quicktime", "video/x-matroska", "image/gif", "image/webp"
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 AUDIO_TYPES = {
     "wav": "audio/wav",

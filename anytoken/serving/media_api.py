@@ -71,9 +71,8 @@ def _grid(service: Service, pixels: tuple[int, int] | None) -> dict[str, tuple[i
     if pixels is None:
         return None
     assert isinstance(tokenizer.shape, CodeGrid)
-    patch = getattr(
-        tokenizer, "patch", PATCH_PX
-    )  # pretrained codecs have their own; (rows, columns) of layered ones
+    # Pretrained codecs have their own; (rows, columns) of layered ones.
+    patch = getattr(tokenizer, "patch", PATCH_PX)
     patch = patch if isinstance(patch, int) else patch[-1]
     width, height = pixels
     grid = (height // patch, width // patch)

@@ -53,9 +53,8 @@ async def realtime(socket: WebSocket, model: str = "") -> None:
     await socket.accept("realtime" if "realtime" in offered else None)
     beta = socket.headers.get("openai-beta", "") == "realtime=v1"
     session = RealtimeSession(service, model or service.name, beta, lambda event: socket.send_text(event))
-    with suppress(
-        WebSocketDisconnect, RuntimeError
-    ):  # the client has gone, perhaps while it was sent something
+    # The client has gone, perhaps while it was sent something.
+    with suppress(WebSocketDisconnect, RuntimeError):
         try:
             async with asyncio.timeout(SESSION_SECONDS):
                 await session.open()

@@ -85,7 +85,7 @@ class RealtimeSettings:
 
 
 def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `audio.input` and `audio.output` beside the others."""
+    """Settings of `audio.input` and `audio.output` next to the others."""
     found = {key: value for key, value in given.items() if key != "audio"}
     audio = given.get("audio") or {}
     for side in ("input", "output"):

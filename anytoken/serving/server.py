@@ -16,9 +16,7 @@ from anytoken.inference.api import AnyToken
 from anytoken.serving.app import create_app
 from anytoken.serving.protocol import impatient
 from anytoken.serving.remote import RemoteWorker
-from anytoken.serving.settings import (
-    ServerSettings,
-)
+from anytoken.serving.settings import ServerSettings
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import choices, explain
 

@@ -3,7 +3,7 @@
 Web handlers run elsewhere and never touch the model. They submit a job and get tokens through a callback. All
 endpoints share one continuous batch (`inference/scheduler.py`), so a request waits for a free row, never for another
 one's reply. If a decoding step fails, every running job is decoded again on its own: the one that fails alone is
-answered with an error, the others go on where they were, since a reply depends on its own seed only.
+answered with an error, the others continue, since a reply depends on its own seed only.
 
 Work that is no generation (scores) comes as an iterator and is done in parts, one after each decoding step, so that it
 never holds up the replies of others for longer than a part takes. An adapter is a state of the weights, so jobs and
@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from anytoken.inference.api import AnyToken
@@ -58,7 +58,6 @@ class Job:
     delivered: int = 0
     number: int | None = None
     over: bool = False
-    submitted: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -72,7 +71,6 @@ class Work:
     settle: Callable[[Exception | None, Any], None]
     adapter: str | None = None
     alone: bool = False
-    submitted: float = field(default_factory=time.monotonic)
 
 
 class Worker:

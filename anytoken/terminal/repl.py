@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from anytoken.terminal.prompt_args import (
-    PART_KINDS,
-    read_typed,
-)
+from anytoken.terminal.prompt_args import PART_KINDS, read_typed
 from anytoken.terminal.render import show_events
 from anytoken.utils.errors import RequestError
 

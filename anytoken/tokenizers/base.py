@@ -377,7 +377,7 @@ class ModalityTokenizer(nn.Module):
 
 
 def _with_sums(state: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The state with the sums it was saved without, nearly as they were: training goes on as if it had not stopped."""
+    """The state with the sums it was saved without, nearly as they were, so that training can continue."""
     for name in names:
         mean, count = (state.get(name.replace(SUMS, one)) for one in (".embed", ".cluster_size"))
         if mean is not None and count is not None:

@@ -32,13 +32,7 @@ from anytoken.tokenizers.base import (
     loss_weights,
     register_modality,
 )
-from anytoken.tokenizers.image import (
-    PATCH_PX,
-    ImageTokenizer,
-    from_bytes,
-    psnr_db,
-    to_bytes,
-)
+from anytoken.tokenizers.image import PATCH_PX, ImageTokenizer, from_bytes, psnr_db, to_bytes
 from anytoken.tokenizers.losses.image import pixel_loss, psnr_loss
 from anytoken.tokenizers.modules.convnext import (
     ChannelLinear,

@@ -212,9 +212,8 @@ class PretrainedSpeech(PretrainedTokenizer):
         def encode(clips: list[np.ndarray]) -> Iterable[Codes]:
             frames = len(clips[0]) // self.hop
             x = torch.from_numpy(np.stack(clips))[:, None]
-            x = torch.nn.functional.pad(
-                x, (0, max(0, 4 - frames) * self.hop)
-            )  # under that some encoders fail
+            # Under that some encoders fail.
+            x = torch.nn.functional.pad(x, (0, max(0, 4 - frames) * self.hop))
             codes = self._model_codes(x)[:, : self.shape.num_codebooks, :frames]
             return map(Codes, codes.transpose(1, 2).cpu().numpy())
 

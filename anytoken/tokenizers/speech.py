@@ -168,8 +168,8 @@ class SpeechTokenizer(ModalityTokenizer):
     the name that older files and recipes have for it.
     spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
     moments of consonants apart.
-    candidates: when encoding, so many of the nearest codes of each position are decoded and the one that is heard
-    nearest stays: more is understood, for an encoding that takes as long as twice so many decodings.
+    candidates: when encoding, this many of the nearest codes of each position are decoded and the one that is heard
+    nearest stays: more is understood, for an encoding that takes as long as twice as many decodings.
     """
 
     kind = "speech"
@@ -369,7 +369,7 @@ class SpeechTokenizer(ModalityTokenizer):
         """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `candidates` those whose audio is heard as target.
 
         told: codes of the voice [B, count]. Every other code is tried at once, and judged by its own time and that of
-        the codes beside it.
+        the codes next to it.
         """
         if (count := self.config.get("candidates", 1)) == 1:
             return self.quantize(features).codes
@@ -389,7 +389,7 @@ class SpeechTokenizer(ModalityTokenizer):
 
     @torch.inference_mode()
     def decode_batch(self, codes: Sequence[Codes]) -> list[Segment]:
-        """Codes to 16 kHz clips of 320 samples a frame."""
+        """Codes to 16 kHz clips of 320 samples per frame."""
         result: dict[int, Segment] = {}
         for one in codes:
             self.check_codes(one)
@@ -430,7 +430,7 @@ class SpeechTokenizer(ModalityTokenizer):
         return Speech(samples[(start - first) * self.hop : (stop - first) * self.hop], SAMPLE_RATE_HZ)
 
     def first_codebooks(self, count: int) -> SpeechTokenizer:
-        """The same weights with only the first `count` residual codebooks, trained with dropout: fewer codes a second.
+        """The same weights with the first `count` residual codebooks, if trained with dropout: fewer codes per second.
 
         TokenizerError if the quantiser was not trained for it.
         """

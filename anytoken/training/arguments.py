@@ -55,7 +55,7 @@ def training_arguments(stage: TrainConfig) -> TrainingArguments:
 
 
 def settled(stage: TrainConfig) -> TrainConfig:
-    """The stage with a precision instead of auto: that of the state it goes on from, or the quicker one here."""
+    """The stage with a precision instead of auto: that of the state it resumes from, or the quicker one here."""
     if stage.precision != "auto":
         return stage
     states = saved_states(Path(stage.output))
@@ -68,7 +68,7 @@ def settled(stage: TrainConfig) -> TrainConfig:
 
 
 def make_resumable(stage: TrainConfig, state: Path) -> None:
-    """Make a state one that the recipe's engine and number of processes can go on from; ConfigError if it cannot be."""
+    """Let the recipe's engine and number of processes resume from a state; ConfigError if they cannot."""
     before, engine = read_progress(state), stage.distributed.engine
     if before["engine"] != engine:
         raise ConfigError(
@@ -80,7 +80,7 @@ def make_resumable(stage: TrainConfig, state: Path) -> None:
 
 
 def _is_converted(stage: TrainConfig) -> bool:
-    """Whether the run goes on from a state of DeepSpeed's that another number of processes saved."""
+    """Whether the run resumes from a state of DeepSpeed's that another number of processes saved."""
     states = saved_states(Path(stage.output))
     if stage.distributed.engine != "deepspeed" or not states:
         return False

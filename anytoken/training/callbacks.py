@@ -47,9 +47,8 @@ class TrainingCallback(TrainerCallback):
         now, schedule, stage = time.monotonic(), self.trainer.schedule, self.trainer.stage
         seconds = now - self.last
         timed = stage.max_minutes is not None or stage.save_minutes is not None
-        if (
-            timed and args.world_size > 1
-        ):  # all must stop and save at the same step: the first one's clock counts
+        # All must stop and save at the same step: the first one's clock counts.
+        if timed and args.world_size > 1:
             seconds = float(broadcast(torch.tensor(seconds, device=args.device)))
         if stage.moe.expert_bias_rate:
             base_model(self.trainer.lm).update_expert_bias(stage.moe.expert_bias_rate)

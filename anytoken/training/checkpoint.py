@@ -1,16 +1,16 @@
 """The folder of a run, written so that a kill at any moment leaves its last whole state.
 
-    stage.yaml           the resolved recipe; a run goes on under no other
+    stage.yaml           the resolved recipe; a run resumes under no other
     run.json             what was run on what: code, machine, sizes, checksums of the data
-    metrics.jsonl        cut back to the length it had at the state a run goes on from
+    metrics.jsonl        cut back to the length it had at the state a run resumes from
     tensorboard/         event files, if report_to names it
-    report.html          the page to look at, written anew with the log
+    report.html          the page to look at, updated with the log
     samples/step-N.json  replies to the recipe's prompts
     diverged/            the batches of a step whose loss or gradient was not finite
     state/checkpoint-N   weights, optimizer, schedule, random numbers, place in the data and in the meter
     state/partial        what is being written: never read, emptied when a run begins
 
-A finished run has training.md, and the model in the place of the states: a checkpoint, or an adapter and its card.
+A finished run has training.md, and the model instead of the states: a checkpoint, or an adapter and its card.
 A state is written under ``partial``, flushed to the disk and renamed, so it is whole or not there. One that is
 dropped is renamed first too: half of it is never taken for a state. While the run is unfinished, a state of full
 training is a checkpoint folder of its own, which ``init_from`` may name.
@@ -26,9 +26,7 @@ import yaml
 from safetensors import SafetensorError
 
 from anytoken.model.embedding_head import FILE as HEAD_FILE
-from anytoken.training.config import (
-    TrainConfig,
-)
+from anytoken.training.config import TrainConfig
 from anytoken.utils.atomic import flush
 from anytoken.utils.errors import ConfigError
 
@@ -50,7 +48,7 @@ class SaveError(OSError):
 
 
 def saved_states(folder: Path) -> list[Path]:
-    """The states a run can go on from, oldest first."""
+    """The states a run can resume from, oldest first."""
     return sorted((folder / STATE_FOLDER).glob("checkpoint-*"), key=step_of)
 
 
@@ -60,7 +58,7 @@ def step_of(state: Path) -> int:
 
 
 def read_progress(state: Path) -> dict[str, Any]:
-    """What was noted beside a state."""
+    """What was noted next to a state."""
     return json.loads((state / PROGRESS).read_text())
 
 
@@ -70,7 +68,7 @@ def partial_folder(folder: Path) -> Path:
 
 
 def commit_checkpoint(folder: Path, step: int, kept: Collection[int | None] = ()) -> None:
-    """Make the written state of a step one that a run can go on from, and drop the oldest but for those of ``kept``."""
+    """Commit the written state of a step, from which a run can resume; drop the oldest but those of ``kept``."""
     written = partial_folder(folder) / f"checkpoint-{step}"
     for path in [*written.rglob("*"), written]:
         flush(path)
@@ -138,9 +136,8 @@ def is_finished(stage: TrainConfig) -> bool:
             f"({folder / 'stage.yaml'}), or begin another run{begin_from(stage, states)}"
         )
     if done:
-        shutil.rmtree(
-            folder / STATE_FOLDER, ignore_errors=True
-        )  # a kill between the last two steps of its end
+        # A kill between the last two steps of its end.
+        shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)
     return done
 
 

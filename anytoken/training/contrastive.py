@@ -1,6 +1,6 @@
 """Contrastive losses over a batch of pairs: which right item belongs to which left one, and the other way round.
 
-The base is InfoNCE (arXiv 1807.03748) in both directions with a learnt temperature (CLIP, 2103.00020). Options of a
+The base is InfoNCE (arXiv 1807.03748) in both directions with a learned temperature (CLIP, 2103.00020). Options of a
 recipe's ``contrastive`` change the targets, the weights or the similarities, and add terms; each names its source
 where it is computed. All work on the vectors of the global batch, which every process computes alike.
 
@@ -145,7 +145,7 @@ def distilled(targets: Tensor, teacher: Tensor, options: Options) -> Tensor:
 def noise_weights(logits: Tensor, sharpness: float) -> Tensor:
     """Weights [N] that trust pairs the model finds likely: the probability of the pair to the power of `sharpness`.
 
-    Pairs that do not belong together keep a high loss while true ones are learnt first (Huang et al., "Learning with
+    Pairs that do not belong together keep a high loss while true ones are learned first (Huang et al., "Learning with
     Noisy Correspondence", NeurIPS 2021; NLIP, arXiv 2212.07086, weighs pairs by an estimate from their losses).
     """
     forward, backward = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
@@ -190,7 +190,7 @@ def compatibility_loss(
 ) -> Tensor:
     """How well projected new vectors (left, right) retrieve an older model's: the mean over its left and right ones.
 
-    Backward-compatible training for two modalities (XBT, arXiv 2405.14715): an index of old vectors goes on serving
+    Backward-compatible training for two modalities (XBT, arXiv 2405.14715): an index of old vectors keeps serving
     queries of the new model.
     """
     left, right = ((wanted > 0) for wanted in targets)

@@ -1,7 +1,7 @@
 """What a stage would cost on many GPUs: parameters, memory, FLOPs and hours, without allocating one weight.
 
 Parameters are counted on the very model, built on PyTorch's meta device, not from a formula. Memory follows mixed
-precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes a weight, 2 a gradient, 12 of optimizer state (a
+precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes per weight, 2 per gradient, 12 of optimizer state (a
 float32 copy and two moments). Activations are what a decoder layer keeps for its backward pass (arXiv 2205.05198)
 with an attention kernel that keeps no score matrix, or one hidden state a layer with gradient checkpointing. With
 LoRA gradients and optimizer are the adapter's alone, counted on PEFT's own model. FLOPs
@@ -27,10 +27,7 @@ from anytoken.processor import SPACE_FILE
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.tokenizers.pretrained import KINDS
-from anytoken.training.config import (
-    LoraSpec,
-    TrainConfig,
-)
+from anytoken.training.config import LoraSpec, TrainConfig
 from anytoken.training.initialize import MINI, build_processor, checkpoint_folder
 from anytoken.training.lora import add_lora
 from anytoken.utils.errors import ConfigError
@@ -284,9 +281,8 @@ def flops_per_token(config: PretrainedConfig, parameters: Parameters, context: i
     """Training FLOPs of one token."""
     multiplied = parameters.active - parameters.lookup
     width = config.num_attention_heads * _head_dim(config)
-    attention = (
-        6 * config.num_hidden_layers * width * context
-    )  # scores and values, causal, forward and backward
+    # Scores and values, causal, forward and backward.
+    attention = 6 * config.num_hidden_layers * width * context
     return 4 * multiplied + 2 * min(parameters.trained_active, multiplied) + attention
 
 
@@ -335,9 +331,8 @@ def _activations(config: PretrainedConfig, tokens: int, checkpointing: bool) -> 
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     inner = chosen * inner + (getattr(config, "shared_expert_intermediate_size", None) or 0)
-    attention = 2 * hidden + dim * (
-        3 * config.num_attention_heads + 4 * kv
-    )  # norm, q k v before and after RoPE, out
+    # Norm, q k v before and after RoPE, out.
+    attention = 2 * hidden + dim * (3 * config.num_attention_heads + 4 * kv)
     feedforward = 3 * hidden + 4 * inner  # norm, gate, up, activation, product
     layer = 2.0 * tokens * (attention + feedforward)
     layers = config.num_hidden_layers

@@ -3,7 +3,7 @@
 What runs is the recipe's own path: language model and codecs are read from checkpoints as they are from the hub, the
 vocabulary grows, raw records are tokenized, packed, trained on and saved, by the recipe's engine. Only sizes, paths
 and numbers of steps are others. Nothing is downloaded. A recipe without a backbone takes the bundled model's
-tokenizers; where it goes on from another run, the bundled model stands in for that.
+tokenizers; where it resumes from another run, the bundled model stands in for that.
 """
 
 import json
@@ -22,11 +22,7 @@ from anytoken.data.mixture import SourceSpec
 from anytoken.segments import Image, Speech, Video
 from anytoken.tokenizers.pretrained import CODECS as KNOWN
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import (
-    BackboneSpec,
-    DistributedSpec,
-    TrainConfig,
-)
+from anytoken.training.config import BackboneSpec, DistributedSpec, TrainConfig
 from anytoken.training.distributed.fsdp import mesh_settings
 from anytoken.training.initialize import checkpoint_folder
 from anytoken.utils.errors import ConfigError
@@ -161,7 +157,7 @@ def _own(source: SourceSpec, made: Path) -> dict[str, Any]:
 
 
 def _engine(distributed: DistributedSpec, processes: int) -> dict[str, Any]:
-    """The recipe's engine for so many processes; a lone one, which nothing launched, needs none."""
+    """The recipe's engine for this many processes; a lone one, which nothing launched, needs none."""
     if "WORLD_SIZE" not in os.environ:
         return {}
     engine = distributed.model_dump() | {"world_size": processes}

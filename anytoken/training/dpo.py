@@ -21,9 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from anytoken.data.forms import to_record
 from anytoken.data.records import bad_record, media_parts, open_media, validate_message
 from anytoken.processor import Processor
-from anytoken.training.config import (
-    LoraSpec,
-)
+from anytoken.training.config import LoraSpec
 from anytoken.training.initialize import checkpoint_folder
 from anytoken.training.lora import lora_config
 from anytoken.training.metrics import MetricsLog

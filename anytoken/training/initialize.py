@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from anytoken.model.attention import (
-    use_attention,
-)
+from anytoken.model.attention import use_attention
 from anytoken.model.backbone import adopt_backbone
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.embedding_init import initialise_code_rows
@@ -19,9 +17,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
-from anytoken.training.config import (
-    TrainConfig,
-)
+from anytoken.training.config import TrainConfig
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import choices, nearest

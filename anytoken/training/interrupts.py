@@ -130,7 +130,7 @@ def dump_divergence(
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
 
-    what: "loss" or "gradient norm". facts: for the JSON beside the batches; ``step``, ``micro_batch`` (how many of the
+    what: "loss" or "gradient norm". facts: for the JSON next to the batches; ``step``, ``micro_batch`` (how many of the
     step there have been, the last of them the one with the loss), ``process`` and ``what``.
     """
     suffix = f"-{facts['process']}" if facts["process"] else ""

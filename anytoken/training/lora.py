@@ -6,21 +6,13 @@ rows are trained in full through ``trainable_token_indices``, which stays small 
 
 from pathlib import Path
 
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from anytoken.token_space import TokenSpace
-from anytoken.training.config import (
-    LoraSpec,
-)
+from anytoken.training.config import LoraSpec
 from anytoken.training.optim.param_groups import modality_rows
 from anytoken.utils.errors import ConfigError
 

@@ -35,7 +35,7 @@ class LossGuard(TrainerCallback):
         return {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Resume from ``state``."""
         for name, value in state.items():
             setattr(self, name, value)
 

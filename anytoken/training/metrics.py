@@ -77,7 +77,7 @@ class LossMeter:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on in the interval that ``state`` gave."""
+        """Continue the interval that ``state`` gave."""
         self.sums = torch.tensor(state["sums"], dtype=torch.float64)
         self.counts = torch.tensor(state["counts"], dtype=torch.float64)
         self.terms, self.seconds = dict(state["terms"]), state["seconds"]
@@ -127,7 +127,7 @@ def _expert_report(load: Tensor, names: list[str]) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: append-only, and cut back to where it stood when the state that a run goes on from was saved.
+    """``metrics.jsonl``: append-only, and cut back to where it stood when the state that a run resumes from was saved.
 
     So no step has two lines, and half a line, which a kill may leave, is not read.
     """

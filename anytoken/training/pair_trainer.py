@@ -25,14 +25,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from anytoken.data.mixture import SourceSpec
-from anytoken.model.embedding_head import EmbeddingHead, Pooled, has_head, pool, probe_ids, read_states
+from anytoken.model.embedding_head import EmbeddingHead, Pooled, has_head, probe_ids
 from anytoken.processor import FINGERPRINTS, Processor
 from anytoken.training import contrastive as losses
 from anytoken.training.callbacks import TrainingCallback
-from anytoken.training.config import (
-    ContrastiveSpec,
-    TrainConfig,
-)
+from anytoken.training.config import ContrastiveSpec, TrainConfig
 from anytoken.training.contrastive import Options, Side
 from anytoken.training.feature_cache import MB, FeatureCache, plan_cache
 from anytoken.training.grad_cache import Columns, add_up_gradients, backward_in_chunks, gather_rows
@@ -40,6 +37,7 @@ from anytoken.training.initialize import checkpoint_folder
 from anytoken.training.lora import LanguageModel, base_model
 from anytoken.training.losses.balanced import LossParts
 from anytoken.training.metrics import LossMeter
+from anytoken.training.pair_encoder import Chunk, PairEncoder
 from anytoken.training.pairs import PairMixture, PairStream, collate
 from anytoken.training.trainer import StageTrainer
 from anytoken.utils.distributed import sum_over_processes
@@ -47,55 +45,6 @@ from anytoken.utils.errors import ConfigError
 
 MOMENTUM = "momentum.safetensors"  # the momentum teacher's weights, in a state
 HELD_OUT = 2000  # pairs of a view that retrieval is measured on
-Chunk = tuple[Tensor, Tensor]  # ids [n, T], lengths [n]
-
-
-class PairEncoder(nn.Module):
-    """A language model and an embedding head: prompts to features, and features to vectors."""
-
-    def __init__(
-        self, lm: LanguageModel, head: EmbeddingHead, table: Tensor, tokenwise: bool = False
-    ) -> None:
-        super().__init__()
-        self.lm, self.head, self.tokenwise = lm, head, tokenwise
-        self.register_buffer("table", table, persistent=False)
-        self.cache: FeatureCache | None = None
-        # Whether the language model has nothing to train; asked often, and its parameters are many.
-        self.frozen = not any(one.requires_grad for one in lm.parameters())
-
-    table: Tensor
-
-    def train(self, mode: bool = True) -> PairEncoder:
-        """As any module; a frozen model stays as it is when it embeds."""
-        super().train(mode)
-        if self.frozen:
-            self.lm.eval()
-        return self
-
-    def forward(self, ids: Tensor, lengths: Tensor) -> Columns:
-        """Features of ids [n, T]: `Pooled`, and for token-wise similarity states [n, T, H] and modality [n, T]."""
-        states, modality = read_states(self.lm, ids), self.table[ids]
-        inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        pooled = pool(states, modality, lengths, len(self.head.modalities))
-        return (*pooled, states, modality.where(inside, -1)) if self.tokenwise else tuple(pooled)
-
-    def features(self, chunk: Chunk) -> Columns:
-        """`forward`, or what a frozen model gave before."""
-        if not self.frozen or self.cache is None:
-            return self(*chunk)
-        with torch.no_grad():
-            return self.cache(self, *chunk)
-
-    def feature_bytes(self, length: int) -> int:
-        """Bytes of the features of a prompt of so many ids."""
-        hidden, kinds = self.head.hidden_size, len(self.head.modalities)
-        pooled = 4 * (kinds * hidden + kinds + hidden)
-        return pooled + length * (4 * hidden + 8) if self.tokenwise else pooled
-
-    def side(self, columns: Columns) -> Side:
-        """Vectors of features."""
-        tokens = self.head.token_vectors(columns[3], columns[4]) if self.tokenwise else None
-        return Side(self.head(Pooled(*columns[:3])), tokens)
 
 
 def make_pair_trainer(
@@ -150,7 +99,7 @@ def _head(
 def _reference(
     stage: TrainConfig, folder: str, key: str, trained: PairEncoder, processor: Processor
 ) -> PairEncoder:
-    """A frozen model with a head, from a checkpoint or from a head alone, which goes on ``init_from``'s weights."""
+    """A frozen model with a head, from a checkpoint or from a head alone, which is put on ``init_from``'s weights."""
     path = Path(folder)
     if not has_head(path):
         raise ConfigError(f"contrastive.{key}: {folder} holds no embedding head")

@@ -16,11 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anytoken.data.mixture import (
-    MAX_TRIES,
-    Mixture,
-    _Choice,
-)
+from anytoken.data.mixture import MAX_TRIES, Mixture, _Choice
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.data.views import Piece
 from anytoken.tokenizers.base import TokenizerError

@@ -16,10 +16,7 @@ from anytoken.data.shards import MANIFEST, Shards, tokenize_records
 from anytoken.data.validate import near_names
 from anytoken.data.views import auto_views, held_kinds, is_used
 from anytoken.processor import Processor
-from anytoken.training.config import (
-    AUTO,
-    TrainConfig,
-)
+from anytoken.training.config import AUTO, TrainConfig
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.limits import media_limits
 

@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 
 def begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]) -> None:
-    """Write the recipe and the facts of the run, by one process; ConfigError if it would go on with other data."""
+    """Write the recipe and the facts of the run, by one process; ConfigError if it would resume with other data."""
     if trainer.is_world_process_zero():
         _begin(trainer, recipe, sources)
     trainer.accelerator.wait_for_everyone()
 
 
 def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]) -> None:
-    """Write the recipe and the facts of the run; ConfigError if it would go on with other data."""
+    """Write the recipe and the facts of the run; ConfigError if it would resume with other data."""
     stage, folder = trainer.stage, trainer.folder
     clear_partial(folder)
     write_file(folder / "stage.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))

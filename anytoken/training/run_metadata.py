@@ -54,7 +54,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, side: int = 102
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """ConfigError if a set of the run that is to go on was made anew: its samples would come in another order."""
+    """ConfigError if a set of the run to be resumed was made again: its samples would come in another order."""
     known = {row["set"]: row for row in before["data"]}
     changed = [row["set"] for row in now["data"] if known.get(row["set"], row) != row]
     if changed:

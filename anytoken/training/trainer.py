@@ -143,9 +143,8 @@ class StageTrainer(Trainer):
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
-        kept = (
-            64 + stage.gradient_accumulation_steps
-        )  # the Trainer draws all batches of a step before the first is used
+        # The Trainer draws all batches of a step before the first is used.
+        kept = 64 + stage.gradient_accumulation_steps
         return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling, kept)
 
     def group_names(self, model: Any) -> list[str]:

@@ -35,7 +35,7 @@ def constant(
 ) -> torch.Tensor:
     """Values that the host knows as a tensor on a device, made once and not to be written to.
 
-    Copying them there anew would make the host wait for all that the device has still to do.
+    Copying them there again would make the host wait for all that the device has still to do.
     """
     if torch.compiler.is_compiling():
         return torch.tensor(values, device=device, dtype=dtype)
@@ -61,7 +61,7 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def math_threads(count: int) -> Iterator[None]:
-    """Inside, torch computes on so many threads; after, on as many as before."""
+    """Inside, torch computes on this many threads; after, on as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -26,7 +26,8 @@ from anytoken.training.contrastive import Options, Side, contrastive_loss
 from anytoken.training.grad_cache import backward_in_chunks
 from anytoken.training.interrupts import Interrupted
 from anytoken.training.metrics import read_metrics
-from anytoken.training.pair_trainer import PairEncoder, PairTrainer
+from anytoken.training.pair_encoder import PairEncoder
+from anytoken.training.pair_trainer import PairTrainer
 from anytoken.training.pairs import PairMixture
 from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError, DataError

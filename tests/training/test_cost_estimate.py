@@ -301,9 +301,9 @@ def test_a_measured_share_replaces_the_assumption(tmp_path: Path) -> None:
         assert one.share.value == share
         assert one.share.source == f"measured on h200: {case}, rows of 8192"
         assert one.gpu_hours == pytest.approx(one.flops / (989e12 * share * 3600))
-        assert dict(as_rows(one, 8, "h200"))["share of peak"] == f"{share}, {one.share.source}"
+        assert dict(as_rows(one, 8, "h200"))["MFU"] == f"{share}, {one.share.source}"
     assumed = dict(as_rows(plan(stage(), QWEN3_06B, 8), 8, "h100"))
-    assert assumed["share of peak"] == "0.4, assumed"
+    assert assumed["MFU"] == "0.4, assumed"
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,7 @@ from typing import Any
 
 from anytoken.data.records import UNREAD_SUFFIXES, Blob, Medium, Record, RecordError, unread
 from anytoken.data.sources.json_files import parse_json
-from anytoken.segments import (
-    CONTAINER_SUFFIXES,
-    DNA_SUFFIXES,
-    IMAGE_SUFFIXES,
-    SPEECH_SUFFIXES,
-    TEXT_SUFFIXES,
-)
+from anytoken.segments import CONTAINER_SUFFIXES, DNA_SUFFIXES, IMAGE_SUFFIXES, SPEECH_SUFFIXES, TEXT_SUFFIXES
 from anytoken.tokenizers.base import MODALITIES
 
 SUFFIXES: dict[str, tuple[str, ...]] = {

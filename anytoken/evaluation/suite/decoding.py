@@ -11,13 +11,7 @@ import numpy as np
 import torch
 
 from anytoken.evaluation.suite.samples import Outcome, Sample, TaskSet
-from anytoken.evaluation.suite.schema import (
-    Classify,
-    Generate,
-    Retrieve,
-    Score,
-    Task,
-)
+from anytoken.evaluation.suite.schema import Classify, Generate, Retrieve, Score, Task
 from anytoken.evaluation.suite.template import fill, segment_types
 from anytoken.inference.score import score_ids
 from anytoken.segments import Segment, Text, usual_suffix

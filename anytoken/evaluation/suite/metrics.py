@@ -18,13 +18,7 @@ from pydantic import Field
 
 from anytoken import moved
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
-from anytoken.evaluation.suite.metric_base import (
-    Array,
-    Metric,
-    Tools,
-    best_score,
-    optional_package,
-)
+from anytoken.evaluation.suite.metric_base import Array, Metric, Tools, best_score, optional_package
 from anytoken.evaluation.suite.text_metrics import cider, plain_words, token_f1, vqa_accuracy
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.utils.errors import EvaluationError

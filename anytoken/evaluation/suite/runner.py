@@ -26,15 +26,11 @@ from anytoken.evaluation.suite.intervals import RESAMPLES, figure
 from anytoken.evaluation.suite.metric_base import Tools
 from anytoken.evaluation.suite.page import write_page
 from anytoken.evaluation.suite.samples import Outcome, Sample, TaskSet, written
-from anytoken.evaluation.suite.schema import (
-    Task,
-)
+from anytoken.evaluation.suite.schema import Task
 from anytoken.segments import Text
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import DataError, EvaluationError
-from anytoken.utils.json_lines import (
-    read_json_lines,
-)
+from anytoken.utils.json_lines import read_json_lines
 
 if TYPE_CHECKING:
     from anytoken.inference.api import AnyToken

@@ -16,10 +16,7 @@ import numpy as np
 from anytoken.data.forms import to_record
 from anytoken.data.records import Record, RecordError, open_media
 from anytoken.data.sources import open_source, read_records
-from anytoken.evaluation.suite.schema import (
-    Classify,
-    Task,
-)
+from anytoken.evaluation.suite.schema import Classify, Task
 from anytoken.evaluation.suite.template import MESSAGES, Field, fields, fill, fill_each, segment_types
 from anytoken.segments import Segment, Text
 from anytoken.utils.errors import EvaluationError
@@ -100,7 +97,7 @@ class TaskSet:
         self.partners, self.partner_root = self._partners()
 
     def find(self, data: str) -> str | Path:
-        """The place of a set: a hub name as it is; a path beside the task file, or in the folder of the sets."""
+        """The place of a set: a hub name as it is; a path next to the task file, or in the folder of the sets."""
         if data.startswith("hf:"):
             return data
         places = [self.task.folder / data, self.sets / data]

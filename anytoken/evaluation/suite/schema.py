@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from anytoken.evaluation.suite.metric_base import Part, mistake
 from anytoken.evaluation.suite.metrics import METRICS, AnyMetric
@@ -71,7 +65,7 @@ class Generate(Part):
 
 
 class Classify(Part):
-    """The likeliest of some labels is the answer; `labels`: a list, or a field that holds each record's own."""
+    """The most likely of some labels is the answer; `labels`: a list, or a field that holds each record's own."""
 
     how: Literal["classify"]
     labels: list[str] | str | None = Field(

@@ -131,7 +131,7 @@ def kinds(template: str) -> list[str]:
 def fill(template: str, record: Record, opener: Opener) -> list[Segment]:
     """The segments of a template for a record.
 
-    Neighbouring texts become one; white space beside a medium only sets it apart, and is no part of the text.
+    Neighbouring texts become one; white space next to a medium only sets it apart, and is no part of the text.
     """
     found: list[Segment] = []
     for part in parse(template):

@@ -1,6 +1,6 @@
 """What is left of DNA: everything, and that is checked letter by letter, on genes and on whole genomes.
 
-The genomes are of genera that nothing was trained on: those beside the training genome in the package the set was
+The genomes are of genera that nothing was trained on: those next to the training genome in the package the set was
 built from, or the million bases that the set holds.
 """
 
@@ -27,7 +27,7 @@ REFERENCES = "*/references/*.fasta.gz"
 
 def untrained_genomes(data: Path) -> list[Path]:
     """Genomes of other genera than the training genes', from the package that the set in `data` was built from where
-    it is still beside the set; else the piece of one that the set holds, or none.
+    it is still next to the set; else the piece of one that the set holds, or none.
     """
     found = [
         path
@@ -38,7 +38,7 @@ def untrained_genomes(data: Path) -> list[Path]:
 
 
 def exact(segments: Sequence[Segment], outputs: Sequence[Segment]) -> float:
-    """Share of items that came back letter for letter."""
+    """Share of items that came back exactly."""
     pairs = zip(segments, outputs, strict=True)
     return float(
         np.mean([isinstance(a, DNA) and isinstance(b, DNA) and a.bases == b.bases for a, b in pairs])

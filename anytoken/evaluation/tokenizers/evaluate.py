@@ -72,9 +72,9 @@ def measure(
     """Encode and decode the held-out items of the built sets in `data` (at most `count`): what the codes keep, how
     many there are, how fast on one thread.
 
-    genomes: FASTA files that a DNA tokenizer streams besides, in the place of those of `untrained_genomes`. image: the
-    image tokenizer that a video tokenizer is compared with; by default the folder `image` beside it. files: a folder
-    or glob under `data`, whose files are measured in the place of the sets' items. learnable: whether two small
+    genomes: FASTA files that a DNA tokenizer streams besides, instead of those of `untrained_genomes`. image: the
+    image tokenizer that a video tokenizer is compared with; by default the folder `image` next to it. files: a folder
+    or glob under `data`, whose files are measured instead of the sets' items. learnable: whether two small
     language models are trained on the codes besides, which takes minutes (see `learnability`).
     Raises TokenizerError for a folder that holds no tokenizer, or a set that is not there.
     """
@@ -280,8 +280,8 @@ def _measure_text(tokenizer: TextTokenizer, data: Path, count: int | None, seed:
     return EvalResult(tokenizer, figures, items, ids, [Text(one) for one in back])
 
 
-def _any_unicode(rng: np.random.Generator, count: int = 500, length: int = 40) -> list[str]:
+def _any_unicode(rng: np.random.Generator) -> list[str]:
     """Strings of characters drawn evenly from all of Unicode but the surrogates, which are no characters."""
-    points = rng.integers(0, 0x110000 - 0x800, (count, length))
+    points = rng.integers(0, 0x110000 - 0x800, (500, 40))
     points = np.where(points >= 0xD800, points + 0x800, points)
     return ["".join(map(chr, row)) for row in points.tolist()]

@@ -1,6 +1,6 @@
-"""What is left of images and clips: PSNR and SSIM, beside coders that have as many bits or more.
+"""What is left of images and clips: PSNR and SSIM, against coders that have as many bits or more.
 
-Images stand beside their mean colour, a thumbnail of as many bits, and WebP at twice the bytes; clips besides beside
+Images stand against their mean colour, a thumbnail of as many bits, and WebP at twice the bytes; clips also against
 the image tokenizer with as many codes: applied to every frame, made small, and to a few frames, held.
 Structural similarity: Wang et al. 2004.
 """
@@ -42,7 +42,7 @@ def image_metrics(
     image: ModalityTokenizer | None = None,
     codes: float = 0,
 ) -> dict[str, Any]:
-    """PSNR and SSIM at the size of the originals, of what came back and of what it stands beside.
+    """PSNR and SSIM at the size of the originals, of what came back and of what it stands against.
 
     bits, codes: of one item. image: the image tokenizer that clips are compared with.
     """
@@ -121,7 +121,7 @@ def _thumbnail(frames: Frames, bits: float) -> Frames:
 
 
 def webp(originals: Sequence[Frames], target: float) -> dict[str, float]:
-    """WebP's figures at `target` bytes an image in the mean, one quality for all: between the two nearest qualities.
+    """WebP's figures at `target` bytes per image in the mean, one quality for all: between the two nearest qualities.
 
     Where the lowest quality takes more bytes than that, or the highest fewer, its own figures and bytes are given.
     """

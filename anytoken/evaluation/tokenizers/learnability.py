@@ -1,6 +1,6 @@
 """How well a language model learns a tokenizer's codes: `anytoken tokenizer eval --learnability`.
 
-Two tokenizers of one rate and distortion may differ by bits a code once a model has to write them. So a small decoder
+Two tokenizers of one rate and distortion may differ by bits per code once a model has to write them. So a small decoder
 of fixed size is trained on the codes of a captioned set for a fixed number of steps, once given the captions and once
 without, and measured: bits of items it saw and of held-out ones, how near what it generates from held-out captions is
 to the true items, and how many local codes stay as they are when only the global changes. The decoder is that of a
@@ -101,7 +101,7 @@ class Layout:
         return self.globals + codes.values.size + self.ends
 
     def form(self, size: Sequence[int], frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """Kinds [T] and places [T, A + 1] of the targets of an item of this grid size or so many frames."""
+        """Kinds [T] and places [T, A + 1] of the targets of an item of this grid size or this many frames."""
         frame, book = np.divmod(np.arange(frames * self.books + self.ends), self.books)
         cells = [axis.ravel()[frame] for axis in np.indices(size)] if size else []
         local = np.stack([*cells, book], 1)
@@ -309,7 +309,7 @@ def trained(layout: Layout, items: Sequences, phrases: int, seed: int, steps: in
 
 @torch.inference_mode()
 def mean_bits(model: Decoder, layout: Layout, items: Sequences) -> tuple[float, float]:
-    """Bits a code and bits an item; the end of a run counts with its codes."""
+    """Bits per code and per item; the end of a run counts with its codes."""
     total = sum(bits(model, items.rows(slice(i, i + 64))).sum().item() for i in range(0, len(items), 64))
     codes = int(((items.targets >= 0) & (items.targets != layout.end)).sum())
     return total / codes, total / len(items)
@@ -319,7 +319,7 @@ def mean_bits(model: Decoder, layout: Layout, items: Sequences) -> tuple[float, 
 def generated(
     model: Decoder, layout: Layout, items: Sequences, sizes: Sequence[tuple[int, ...]]
 ) -> list[Codes]:
-    """The likeliest next code again and again, for the captions of items, on grids of their sizes."""
+    """The most likely next code again and again, for the captions of items, on grids of their sizes."""
     longest = items.targets.shape[1]
     kinds, places = items.kinds, items.places
     if layout.ends:

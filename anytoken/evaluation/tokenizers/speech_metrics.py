@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from anytoken.evaluation.keyword_asr import (
-    KeywordRecognizer,
-)
+from anytoken.evaluation.keyword_asr import KeywordRecognizer
 from anytoken.evaluation.tokenizers.test_sets import TestExample, by_group
 from anytoken.segments import Segment, Speech
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
@@ -39,7 +37,7 @@ def speech_metrics(
     outputs: Sequence[Segment],
     seed: int,
 ) -> dict[str, Any]:
-    """Log-mel error, STOI and PESQ by voice, beside what random codes of the same lengths get; and words.
+    """Log-mel error, STOI and PESQ by voice, against what random codes of the same lengths get; and words.
 
     Clips too short for a measure are not scored by it.
     """

@@ -151,7 +151,7 @@ def _test_lines(path: Path) -> list[dict[str, Any]]:
 def _drawn(
     index: Path, count: int | None, rng: np.random.Generator
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Lines of held-out concepts, and their rows uint8 [B, ..., S, S, 4] of the array beside the index."""
+    """Lines of held-out concepts, and their rows uint8 [B, ..., S, S, 4] of the array next to the index."""
     lines = [line for line in read_lines(index) if line["tokenizer_held_out"]]
     lines = list(_chosen(lines, count, rng))
     path = index.with_suffix(".npy")

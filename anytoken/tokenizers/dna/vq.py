@@ -30,9 +30,8 @@ from anytoken.tokenizers.modules.quantizer import Quantizer
 PAD = len(LETTERS)
 NUM_SYMBOLS = len(LETTERS) + 1
 WINDOW = 3
-_PADDING = [
-    np.full(-rest % WINDOW, PAD, dtype=np.uint8) for rest in range(WINDOW)
-]  # after a last window of `rest`
+# After a last window of `rest`.
+_PADDING = [np.full(-rest % WINDOW, PAD, dtype=np.uint8) for rest in range(WINDOW)]
 _PLACES = np.array([NUM_SYMBOLS**2, NUM_SYMBOLS, 1])
 
 

@@ -2,7 +2,7 @@
 
 Each process computes its own rows of a batch. The weights of a layer, their gradients and optimizer states are shared
 out, and gathered while the layer is at work (FSDP, arXiv 2304.11277). With ``ep_size`` the experts are not gathered:
-each of so many processes keeps whole experts, and tokens travel to theirs and back (GShard, arXiv 2006.16668).
+each of ``ep_size`` processes keeps whole experts, and tokens travel to theirs and back (GShard, arXiv 2006.16668).
 accelerate's FSDP does the first only, and on CPUs it leaves itself out without a word.
 """
 
@@ -26,9 +26,7 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
 from anytoken import recipes
-from anytoken.training.config import (
-    TrainConfig,
-)
+from anytoken.training.config import TrainConfig
 from anytoken.training.lora import base_model
 from anytoken.training.step import ModelWithLoss
 from anytoken.utils.errors import ConfigError
@@ -87,9 +85,8 @@ def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
         parts = meshes.get_mesh("ep"), meshes.get_mesh("tp")
         apply_expert_parallelism(lm, *parts, ep_plan, ep_implementation=config.ep_implementation)
     lm.config.distributed_config = config  # saving gathers
-    vars(model)["config"] = SimpleNamespace(
-        distributed_config=config
-    )  # the engine and the Trainer ask for it
+    # The engine and the Trainer ask for it.
+    vars(model)["config"] = SimpleNamespace(distributed_config=config)
     model.is_distributed_loading_by_transformers = True
     layers = {f"lm.{name}": style for name, style in fsdp_plan.items() if name.split(".")[-1].isdigit()}
     experts = {f"lm.{name}": style for name, style in ep_plan.items()}

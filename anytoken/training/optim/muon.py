@@ -26,9 +26,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
-CHUNK = {
-    "cpu": 2**19
-}  # elements of matrices that are orthogonalised together: those that stay in a core's cache
+# Elements of matrices that are orthogonalised together: those that stay in a core's cache.
+CHUNK = {"cpu": 2**19}
 LARGE_CHUNK = 2**26  # on other devices
 ROUTERS = ("gate", "router")  # names of the modules that hold a router's weight
 
@@ -53,7 +52,7 @@ class Muon(torch.optim.AdamW):
 
     A Muon group has parameters [A, B] or [E, A, B]. parts: sizes of the matrices that lie one after the other in A.
     transposed: parameters are [B, A] (transformers' ``Conv1D``). dtype: name of the Newton-Schulz products' dtype; it
-    is saved with the state, so that a run goes on with the same numbers on another machine.
+    is saved with the state, so that a run resumes with the same numbers on another machine.
     """
 
     def __init__(

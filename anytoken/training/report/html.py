@@ -15,9 +15,7 @@ from typing import Any
 import yaml
 
 from anytoken import recipes
-from anytoken.training.config import (
-    TrainConfig,
-)
+from anytoken.training.config import TrainConfig
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.markdown import REPORT
 from anytoken.training.report.samples import read_samples

@@ -17,9 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anytoken.processor import Processor
-from anytoken.training.config import (
-    SampleSpec,
-)
+from anytoken.training.config import SampleSpec
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import nearest
@@ -35,7 +33,7 @@ class Sampler:
     def __init__(
         self, spec: SampleSpec, folder: Path, processor: Processor, answer: Answer | None, context: int
     ) -> None:
-        """ConfigError for prompts that the model's context of so many ids cannot hold, or that nothing can answer.
+        """ConfigError for prompts that the model's context of this many ids cannot hold, or that nothing can answer.
 
         ValueError (RequestError, TokenizerError) for those that the processor cannot take.
         """

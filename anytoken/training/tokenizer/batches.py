@@ -2,7 +2,7 @@
 
 Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions
 vary without end, so the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on
-the seed and `n` alone, so an interrupted training goes on as if it had not been.
+the seed and `n` alone, so an interrupted training continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ BACKGROUNDS = [
 ]  # fmt: skip
 OBJECT_SHARE = 56 / 64  # of the side, in the composed set
 CROP_SECONDS = 1.0
+EQ_SPREAD_DB, EQ_POINTS = 5.0, 9  # of a random filter
 CROP_SHARES = 1.0, 1.0, 1.0, 0.8, 0.6, 0.4  # of that: down to a word of one syllable
 SUFFIXES = {  # of a user's own files, for each kind that has batches here
     "image": (".png", ".jpg", ".jpeg", ".webp"),
@@ -113,7 +114,7 @@ def animation_batches(path: Path, batch_size: int, seed: int, device: str | torc
     return batch
 
 
-def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
+def layer_batches(path: Path, batch_size: int, seed: int) -> Batches:
     """Layers and two plain colours to compose them on, as planes: [B, 4 + 3 + 3, 64, 64], or [.., T, 64, 64] of clips.
 
     A layer is premultiplied colour in [-1, 1] and coverage in [0, 1] (see `layered.py`). One batch in ten holds items
@@ -121,11 +122,11 @@ def layer_batches(path: Path, batch_size: int, seed: int, device: str | torch.de
     """
     if path.suffix != ".npy" or not path.is_file():
         raise TokenizerError(f"{path} is not an array of drawings with coverage, such as emoji/sprites.npy.")
-    sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
+    sprites, rows = _on("cpu", path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        picked = sprites[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
+        picked = sprites[torch.from_numpy(rng.choice(rows, batch_size))]
         count = picked.shape[1] if picked.ndim == 5 else 1  # frames of a clip stand alike
         drawn = draw(picked.reshape(-1, *picked.shape[-3:]), *_places(batch_size, 64, 64, rng), 64, 64, count)
         colors = [torch.from_numpy(_plain_colors(batch_size, rng) / 255).to(drawn) for _ in range(2)]
@@ -216,9 +217,9 @@ def audio_batches(
 ) -> Batches:
     """Crops [B, samples] of one long int16 recording, at varied level, speed and timbre.
 
-    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others shorter ones and so many more. Where
-    an index beside the recording says where its clips lie, a third of the crops begin with a clip and a third end with
-    one: an audio's first and last moment have nothing beside them, and a random crop hardly ever has either.
+    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others more, shorter ones. Where
+    an index next to the recording says where its clips lie, a third of the crops begin with a clip and a third end with
+    one: an audio's first and last moment have nothing next to them, and a random crop hardly ever has either.
     """
     from torchaudio.functional import resample
 
@@ -226,9 +227,8 @@ def audio_batches(
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
-        ratio = int(
-            rng.choice([8, 9, 10, 10, 11, 12])
-        )  # ten in `ratio` out: pitch and speed of other speakers
+        # Ten in `ratio` out: pitch and speed of other speakers.
+        ratio = int(rng.choice([8, 9, 10, 10, 11, 12]))
         length, count = _crop_size(batch_size, seconds, rng)
         need = length * 10 // ratio + 10
         starts = rng.integers(0, max(1, len(audio) - need), count)
@@ -259,9 +259,11 @@ def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tup
     return int(share * seconds * SAMPLE_RATE_HZ), int(batch_size / share)
 
 
-def random_eq(crops: Tensor, rng: np.random.Generator, spread_db: float = 5.0, points: int = 9) -> Tensor:
+def random_eq(crops: Tensor, rng: np.random.Generator) -> Tensor:
     """Half of the crops [B, samples] through a smooth random filter: other throats, rooms and microphones."""
-    decibels = rng.normal(0, spread_db, (len(crops), 1, points)) * (rng.random((len(crops), 1, 1)) < 0.5)
+    decibels = rng.normal(0, EQ_SPREAD_DB, (len(crops), 1, EQ_POINTS)) * (
+        rng.random((len(crops), 1, 1)) < 0.5
+    )
     bins = crops.shape[1] // 2 + 1
     curve = F.interpolate(
         torch.from_numpy(decibels).float().to(crops.device), bins, mode="linear", align_corners=True
@@ -284,7 +286,7 @@ def file_batches(
     """Batches from a user's own images, clips or recordings, in a folder or of a glob.
 
     Images and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
-    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn anew each time.
+    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn again each time.
     """
     files, config = list_media_files(source, SUFFIXES[kind]), config or {}
     if not files:

@@ -2,7 +2,7 @@
 
 A line has `speech` (a file, relative to the lines), `text` and `voice`; of lines with a `split`, only "train" is read.
 Both clips of a text are brought to one length by playing them faster or slower (at most 20 %), and the rest is
-silence. Beside each clip is a part of another one by the same voice, at the same speed and level. Batch `n` depends on
+silence. Next to each clip is a part of another one by the same voice, at the same speed and level. Batch `n` depends on
 the seed and `n` alone.
 """
 

@@ -44,7 +44,7 @@ def train_tokenizer(
     """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`, and
     tensorboard/ if that package is installed.
 
-    Run again after an interruption it goes on from its last checkpoint, and ends as if there had been none; a
+    Run again after an interruption it resumes from its last checkpoint, and ends as if there had been none; a
     finished one is left as it is. TokenizerError for a recipe or data that will not do.
     """
     recipe_path, data, out = Path(recipe), Path(data), Path(out)

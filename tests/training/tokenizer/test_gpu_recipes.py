@@ -6,7 +6,8 @@ import pytest
 
 from anytoken.tokenizers.base import load_tokenizer
 from anytoken.training.tokenizer import trainer
-from anytoken.training.tokenizer.trainer import load_recipe, train_tokenizer
+from anytoken.training.tokenizer.recipe import TokenizerRecipe
+from anytoken.training.tokenizer.trainer import train_tokenizer
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "tests" / "assets" / "tiny"
@@ -17,7 +18,10 @@ def test_there_is_one_for_each_kind_and_the_page_names_its_command() -> None:
     assert [path.stem for path in RECIPES] == ["image", "speech", "video"]
     page = (ROOT / "stages" / "gpu" / "README.md").read_text()
     for path in RECIPES:
-        plan, small = load_recipe(path), load_recipe(ROOT / "tokenizers" / path.stem / "recipe.yaml")
+        plan, small = (
+            TokenizerRecipe.load(path),
+            TokenizerRecipe.load(ROOT / "tokenizers" / path.stem / "recipe.yaml"),
+        )
         assert plan.precision == "bf16" and plan.compile and plan.device == "auto" and plan.save_every <= 200
         assert (plan.kind, plan.config, plan.data) == (small.kind, small.config, small.data)
         command = path.read_text().splitlines()[1].removeprefix("# ")
