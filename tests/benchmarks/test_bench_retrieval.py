@@ -29,7 +29,9 @@ def test_heads_are_compared_on_the_same_items_and_trained_once(tmp_path, monkeyp
     for row in found["rows"]:
         assert row["prompts"] == 2 and 0 <= row["recall@1"]["value"] <= row["recall@5"]["value"] <= 1
     folder = tmp_path / "runs" / found["model"]
-    assert not has_head(folder / "model") and has_head(folder / "embed") and has_head(folder / "embed_scratch_1")
+    assert (
+        not has_head(folder / "model") and has_head(folder / "embed") and has_head(folder / "embed_scratch_1")
+    )
     written = (folder / "embed" / "embedding.safetensors").stat().st_mtime_ns
     again = run()
     assert (folder / "embed" / "embedding.safetensors").stat().st_mtime_ns == written
