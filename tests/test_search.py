@@ -103,7 +103,18 @@ def test_a_mistake_is_one_line(checkpoint, words, said, tmp_path, monkeypatch):
 
 def test_the_benchmark_measures_what_it_says(checkpoint, head):
     model = AnyToken.from_pretrained(checkpoint, adapter=head)
-    found = bench_embed(model, ["a red apple", "what is this?"] * 4, [1000], 16, 1)
+    saved = []
+    found = bench_embed(
+        model,
+        ["a red apple", "what is this?"] * 4,
+        [1000, 100],
+        16,
+        1,
+        save=lambda f: saved.append(len(f["rows"])),
+    )
+    assert saved == [1, 2, 3, 4] and [row["vectors"] for row in found["rows"]] == [100, 100, 1000, 1000]
+    found["rows"] = found["rows"][2:]
+    assert found["rows"][0]["memory_mb"] == 0 and found["rows"][1]["memory_mb"] > 1000 * 16 * 4 / 1e6
     assert found["embedding"]["embed_over_forward"] > 0 and found["embedding"]["prompts"] == 8
     assert [row["kind"] for row in found["rows"]] == ["flat", "hnsw"]
     assert found["rows"][0]["recall@10"] == 1.0 and found["rows"][1]["recall@10"] > 0.8

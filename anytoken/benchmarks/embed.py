@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from anytoken.model.embedding_head import read_states, similar_lengths
 from anytoken.utils.errors import EvaluationError
 
 QUERIES, NEAR = 200, 10
+DRAWN = 1 << 16  # vectors drawn at once
 RERANKS = (
     1,
     2,
@@ -32,11 +36,12 @@ def bench_embed(
     width: int,
     repeats: int,
     kinds: Sequence[str] = KINDS,
+    save: Callable[[Figures], None] = lambda figures: None,
 ) -> Figures:
     """Rows of an index by kind and size, and how many times as long embedding takes as its forward passes alone.
 
-    sizes: vectors of an index; they are drawn around centres as a model's lie. EvaluationError if
-    two ways of batching give other vectors.
+    sizes: vectors of an index; they are drawn around centres as a model's lie. save: called with all figures so far
+    after each row, as a million vectors take a while. EvaluationError if two ways of batching give other vectors.
     """
     ids = model.processor.encode_chats(list(prompts))
     untrained = not model.embedding_heads
@@ -58,8 +63,13 @@ def bench_embed(
         "embed_tokens_per_second": tokens / taken["embed"], "prompts_per_second": len(ids) / taken["embed"],
         "embed_over_forward": ratio_of_turns(sides["embed"], sides["bare forward"], repeats),
     }  # fmt: skip
-    rows = [row for size in sizes for row in bench_index(model, size, width, kinds)]
-    return {"embedding": speeds, "width": width, "queries": QUERIES, "repeats": repeats, "rows": rows}
+    rows: list[Figures] = []
+    figures = {"embedding": speeds, "width": width, "queries": QUERIES, "repeats": repeats, "rows": rows}
+    for size in sorted(sizes):
+        for row in bench_index(model, size, width, kinds):
+            rows.append(row)
+            save(figures)
+    return figures
 
 
 @torch.inference_mode()
@@ -72,7 +82,7 @@ def bare_forward(model: AnyToken, ids: Sequence[Sequence[int]]) -> None:
         read_states(model.lm, batch.to(model.lm.device))
 
 
-def bench_index(model: AnyToken, size: int, width: int, kinds: Sequence[str] = KINDS) -> list[Figures]:
+def bench_index(model: AnyToken, size: int, width: int, kinds: Sequence[str] = KINDS) -> Iterator[Figures]:
     """Rows of figures for one size: a row per kind, of IVF-PQ one for each trade-off of speed and recall.
 
     Seconds are CPU seconds of one core, so other work on the machine counts little. memory_mb is what a search keeps in
@@ -82,7 +92,7 @@ def bench_index(model: AnyToken, size: int, width: int, kinds: Sequence[str] = K
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        return list(_index_rows(model, size, width, kinds))
+        yield from _index_rows(model, size, width, kinds)
     finally:
         faiss.omp_set_num_threads(threads)
 
@@ -92,9 +102,13 @@ def _index_rows(model: AnyToken, size: int, width: int, kinds: Sequence[str]) ->
     centres = rng.normal(size=(max(10, size // 100), width)).astype(np.float32)
 
     def draw(count: int) -> np.ndarray:
-        points = rng.normal(size=(count, width)).astype(np.float32) * 0.7
-        points += centres[rng.integers(len(centres), size=count)]
-        return points / np.linalg.norm(points, axis=1, keepdims=True)
+        points = np.empty((count, width), np.float32)
+        for part in np.array_split(points, -(-count // DRAWN)):  # views: a million vectors exist once
+            rng.standard_normal(out=part, dtype=np.float32)
+            part *= 0.7
+            part += centres[rng.integers(len(centres), size=len(part))]
+            part /= np.linalg.norm(part, axis=1, keepdims=True)
+        return points
 
     vectors, queries = draw(size), draw(QUERIES)
     items = [Item(str(number), "image") for number in range(size)]
@@ -106,7 +120,7 @@ def _index_rows(model: AnyToken, size: int, width: int, kinds: Sequence[str]) ->
         index = Index.of_vectors(model, items, vectors, kind)
         built = time.process_time() - start
         ann = index._ann
-        held = 0 if ann is None else import_faiss().serialize_index(ann).nbytes / 1e6
+        held = 0 if ann is None else _bytes_of(ann) / 1e6
         probes = [ann.nprobe // 4, ann.nprobe] if kind == "ivfpq" else [None]
         for probe, rerank in [(n, r) for n in probes for r in (RERANKS if n else (1,))]:
             settings = {"lists": ann.nlist, "nprobe": probe, "rerank": rerank} if probe else {}
@@ -120,3 +134,11 @@ def _index_rows(model: AnyToken, size: int, width: int, kinds: Sequence[str]) ->
                 "kind": kind, "vectors": size, "build_s": built, "memory_mb": held, **settings,
                 "queries/s": QUERIES / seconds, "recall@10": float(recall),
             }  # fmt: skip
+
+
+def _bytes_of(ann: Any) -> int:
+    """Bytes of a FAISS structure as it is stored, on disk: serializing a large one would hold it twice in memory."""
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "ann"
+        import_faiss().write_index(ann, str(path))
+        return path.stat().st_size

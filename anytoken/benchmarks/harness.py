@@ -66,10 +66,15 @@ def environment() -> Figures:
 
 def report(figures: Figures, out: Path) -> None:
     """Write the figures with their environment to `out` and print `figures["rows"]`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(environment() | figures, indent=1) + "\n", encoding="utf-8")
+    save(figures, out)
     show(figures["rows"])
     print(out)
+
+
+def save(figures: Figures, out: Path) -> None:
+    """Write the figures with their environment to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(environment() | figures, indent=1) + "\n", encoding="utf-8")
 
 
 def show(rows: list[Figures]) -> None:

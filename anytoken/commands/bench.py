@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +105,9 @@ def embed(
     sizes: Annotated[
         list[int] | None,
         typer.Option(
-            "--size", min=100, help="Vectors in the index; repeatable; 1k, 10k and 100k by default."
+            "--size",
+            min=100,
+            help="Vectors in the index; repeatable; 1k, 10k and 100k by default. 1000000 needs 4 GB of memory.",
         ),
     ] = None,
     kinds: Annotated[
@@ -127,7 +130,8 @@ def embed(
     prompts = [image if n % 4 == 0 else names[n % len(names)] for n in range(count)]
     sizes = sizes or [1_000, 10_000, 100_000]
     chosen = [kind.value for kind in kinds or IndexKind]
-    harness.report(bench_embed(load(model), prompts, sizes, width, repeats, chosen), out)
+    save = partial(harness.save, out=out)  # after each row
+    harness.report(bench_embed(load(model), prompts, sizes, width, repeats, chosen, save), out)
 
 
 @app.command(epilog=examples("anytoken bench retrieval mini --scratch-steps 0"))

@@ -16,6 +16,7 @@ from anytoken.evaluation.suite.schema import (
 )
 from anytoken.evaluation.suite.template import fill, fill_each, kinds, parse
 from anytoken.inference.score import classify
+from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.segments import Image, Text
 from anytoken.utils.errors import EvaluationError
 
@@ -346,6 +347,18 @@ def test_retrieval_by_embeddings_finds_all_items_that_match(write, tmp_path):
     found = figures(run(Embedder(), write(text), tmp_path / "out"), "colours")
     assert found["map"]["model"]["value"] == 1 and found["map"]["shuffled"]["value"] < 1
     assert found["recall@1"]["model"]["value"] == 1
+
+
+def test_rankings_by_another_head_are_not_kept(write, tmp_path):
+    text = GOOD.replace("how: classify", "how: retrieve\n  item: '{image}'\n  match: colour")
+    text = text.replace("{image} Which colour?", "{colour}").replace("[accuracy, mcc]", "map")
+    model = Embedder()
+    model.embedding_heads = {None: EmbeddingHead(4, ["text"], 3)}
+    run(model, write(text), tmp_path / "out")
+    run(model, write(text), tmp_path / "out")
+    model.embedding_heads = {None: EmbeddingHead(4, ["text"], 3)}  # other weights
+    with pytest.raises(EvaluationError, match="answers of another model"):
+        run(model, write(text), tmp_path / "out")
 
 
 class Hopper(Painter):

@@ -15,6 +15,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +64,9 @@ def run_tasks(
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, list[Outcome]] = {}
     reports: dict[str, Report] = {}
-    fingerprint = model_fingerprint(model)
     for task in tasks:
         data = TaskSet(task, tools.sets)
+        fingerprint = model_fingerprint(model, embeds=getattr(task.decoding, "by", None) == "embed")
         outcomes[task.name] = _answers(model, task, data, folder, fingerprint, overwrite, progress)
         report, rows = score(task, data, outcomes[task.name], tools, resamples)
         ids = [one.sample.id for one in outcomes[task.name]]
@@ -96,10 +97,14 @@ def read_scores(folder: Path) -> dict[str, Report]:
 # ---- answers ----
 
 
-def model_fingerprint(model: AnyToken) -> str:
-    """Tells models apart: sha256 over names, shapes and first elements of all parameters."""
+def model_fingerprint(model: AnyToken, embeds: bool = False) -> str:
+    """Tells models apart: sha256 over names, shapes and first elements of all parameters.
+
+    embeds: also those of its embedding heads, for answers that depend on them.
+    """
     digest = hashlib.sha256()
-    for name, tensor in model.lm.named_parameters():
+    heads = getattr(model, "embedding_heads", {}).values() if embeds else ()
+    for name, tensor in chain(model.lm.named_parameters(), *(head.named_parameters() for head in heads)):
         head = tensor.detach().flatten()[:HELD].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + head.numpy().tobytes())
     return digest.hexdigest()

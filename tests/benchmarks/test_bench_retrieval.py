@@ -1,0 +1,41 @@
+"""The retrieval benchmark: heads are trained from the model without its own, once, and compared on the same items."""
+
+import anytoken
+from anytoken import recipes
+from anytoken.benchmarks import retrieval
+from anytoken.benchmarks.data import tiny_shards
+from anytoken.evaluation.suite.schema import load_tasks
+from anytoken.model.embedding_head import has_head
+
+TINY = recipes.assets() / "tiny"
+SHORT = ["steps=2", "eval.every=0", "contrastive.batch=4", "schedule.warmup_steps=1"]
+
+
+def test_heads_are_compared_on_the_same_items_and_trained_once(tmp_path, monkeypatch):
+    tasks = load_tasks(["retrieval"])[:2]
+    monkeypatch.setattr(retrieval, "load_tasks", lambda names: tasks)
+    monkeypatch.setattr(retrieval, "HEADS", {"stages/embed.yaml": retrieval.HEADS["stages/embed.yaml"]})
+    shards = tiny_shards(tmp_path / "shards")
+
+    def run():
+        model = anytoken.load("mini", device="cpu")
+        return retrieval.bench_retrieval(model, TINY, shards, tmp_path / "runs", 1, overrides=SHORT)
+
+    found = run()
+    heads = ["untrained", "embed", "embed_scratch_1"]
+    assert [(row["head"], row["task"]) for row in found["rows"]] == [
+        (head, task) for head in heads for task in ("text->image", "image->text")
+    ]
+    for row in found["rows"]:
+        assert row["prompts"] == 2 and 0 <= row["recall@1"]["value"] <= row["recall@5"]["value"] <= 1
+    folder = tmp_path / "runs" / found["model"]
+    assert (
+        not has_head(folder / "model") and has_head(folder / "embed") and has_head(folder / "embed_scratch_1")
+    )
+    written = (folder / "embed" / "embedding.safetensors").stat().st_mtime_ns
+    again = run()
+    assert (folder / "embed" / "embedding.safetensors").stat().st_mtime_ns == written
+    assert again["rows"] == found["rows"]
+    table = retrieval.markdown({"commit": "abc", **found})
+    assert "| R@1 / R@5, % | untrained | embed | embed_scratch_1 |" in table and table.count("\n| ") == 2
+    assert "embed 2 of 4 pairs" in table and "commit abc" in table
