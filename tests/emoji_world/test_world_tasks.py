@@ -45,6 +45,14 @@ def test_a_task_counts_the_answers_as_right_that_its_direction_does(world, sets)
             assert found["metrics"][part]["model"]["value"] == pytest.approx(mean, abs=1e-5), (name, part)
 
 
+def test_the_best_of_several_are_other_replies_to_the_same_questions():
+    for task in load_tasks(["best_of"]):
+        plain = TASKS[task.name.removesuffix(", best of 8")]
+        for name in ("data", "split", "count", "prompt", "answer", "metrics", "join", "where"):
+            assert getattr(task, name) == getattr(plain, name)
+        assert task.decoding.options == {"best_of": 8, "rerank": "prompt", "temperature": 0.5}
+
+
 def test_dialogues_as_task_files_ask_what_training_words(sets):
     tasks = {one.name: one for one in load_tasks(["dialogue"])}
     new, drawn, earlier = (one for name, one in tasks.items() if name.startswith("turn2"))

@@ -37,6 +37,10 @@ class Generate(Part):
         default=None,
         description="kinds generated first, as steps; by default the checkpoint's; []: none",
     )
+    best_of: int | None = Field(default=None, ge=2, description="replies per prompt, of which one is scored")
+    rerank: Literal["prompt"] | None = Field(
+        default=None, description="prompt: the reply from which the prompt's text can best be read back"
+    )
     max_new_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0)
     top_k: int | None = Field(default=None, ge=1)
@@ -60,7 +64,7 @@ class Generate(Part):
     @property
     def options(self) -> dict[str, Any]:
         """What is passed on to `AnyToken.generate`."""
-        names = ("via", "max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
+        names = ("via", "best_of", "rerank", "max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
