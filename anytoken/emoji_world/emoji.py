@@ -305,6 +305,17 @@ def _drawn(folder: Path, core: list[Concept], sprites: np.ndarray) -> list[list[
     return [[np.array(sprites[row[one.hexcode, style]]) for style in STYLES] for one in core]
 
 
+def _jobs(
+    folder: Path, concepts: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray]
+) -> list[tuple[Concept, list[np.ndarray], np.ndarray | None]]:
+    """Each concept with its sprites and the frames of its animation, if it has one."""
+    drawn = _drawn(folder, concepts, sprites)
+    return [
+        (one, found, np.array(animations[one.hexcode]) if one.animated else None)
+        for one, found in zip(concepts, drawn, strict=True)
+    ]
+
+
 def _lay_out_all(
     folder: Path, core: list[Concept], sprites: np.ndarray, pool: ProcessPoolExecutor, progress: bool
 ) -> None:
@@ -317,10 +328,7 @@ def _move_all(
     folder: Path, concepts: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
     pool: ProcessPoolExecutor, progress: bool,
 ) -> None:  # fmt: skip
-    jobs = [
-        (one, drawn, np.array(animations[one.hexcode]) if one.animated else None)
-        for one, drawn in zip(concepts, _drawn(folder, concepts, sprites), strict=True)
-    ]
+    jobs = _jobs(folder, concepts, sprites, animations)
     made = _map(pool, partial(_move_concept, folder), jobs, "moving", progress)
     write_lines(folder / "moving.jsonl", (line for lines in made for line in lines))
 
@@ -368,10 +376,7 @@ def _compose_all(
     folder: Path, core: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
     pool: ProcessPoolExecutor, progress: bool,
 ) -> None:  # fmt: skip
-    jobs = [
-        (one, drawn, np.array(animations[one.hexcode]) if one.animated else None)
-        for one, drawn in zip(core, _drawn(folder, core, sprites), strict=True)
-    ]
+    jobs = _jobs(folder, core, sprites, animations)
     made = _map(pool, partial(_compose_concept, folder), jobs, "compositions", progress)
     for index, name in enumerate(("images", "videos", "joint")):
         write_lines(folder / f"{name}.jsonl", (line for concept in made for line in concept[index]))
