@@ -19,6 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from anytoken.utils.atomic import write_file
 from anytoken.utils.git import commit
 
 Figures = dict[str, Any]
@@ -73,8 +74,7 @@ def report(figures: Figures, out: Path) -> None:
 
 def save(figures: Figures, out: Path) -> None:
     """Write the figures with their environment to `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(environment() | figures, indent=1) + "\n", encoding="utf-8")
+    write_file(out, json.dumps(environment() | figures, indent=1) + "\n")
 
 
 def show(rows: list[Figures]) -> None:

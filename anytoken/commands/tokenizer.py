@@ -135,11 +135,11 @@ def tokenizer_compare(
     import json
 
     from anytoken.evaluation.tokenizers.compare import compare, comparison
+    from anytoken.utils.atomic import write_file
 
     found = compare(tokenizers, data, count, seed, genome or [], image, files, learnability)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(comparison(found))
 
 

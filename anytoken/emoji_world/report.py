@@ -371,4 +371,4 @@ def fill_between(page: str | Path, name: str, table: str) -> None:
         raise EvaluationError(
             f"{path} has no place for the table: write {opening} and {closing} on lines of their own."
         )
-    path.write_text(f"{before}{opening}\n{table}\n{closing}{after}", encoding="utf-8")
+    write_file(path, f"{before}{opening}\n{table}\n{closing}{after}")

@@ -22,6 +22,7 @@ from anytoken.evaluation.tokenizers.card_samples import Row, number, share, show
 from anytoken.evaluation.tokenizers.evaluate import EvalResult, measure
 from anytoken.evaluation.tokenizers.test_sets import data_provenance
 from anytoken.tokenizers.base import TokenizerError, class_source
+from anytoken.utils.atomic import write_file
 from anytoken.utils.json_lines import read_json_lines
 
 
@@ -67,11 +68,8 @@ def make_card(
     }
     if figures["curve"]:
         _plot(figures["curve"], card / "curve.png")
-    (card / "figures.json").write_text(
-        json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (card / "README.md").write_text(render(figures), encoding="utf-8")
-    return card / "README.md"
+    write_file(card / "figures.json", json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    return write_file(card / "README.md", render(figures))
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from anytoken.training.config import TrainConfig
 from anytoken.training.metrics import read_metrics
+from anytoken.utils.atomic import write_file
 
 MOMENTS = 6
 REPORT = "report.html"
@@ -30,9 +31,7 @@ def write_report(folder: str | Path) -> Path:
     ]
     if any("eval" in entry for entry in entries):
         parts += ["Held-out bits per target:", held_out_table(entries)]
-    path = folder / "training.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_file(folder / "training.md", "\n\n".join(parts) + "\n")
 
 
 def summary(stage: TrainConfig) -> list[str]:

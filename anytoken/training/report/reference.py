@@ -12,6 +12,7 @@ from anytoken.training.metrics import read_metrics
 from anytoken.training.report.html import bits_of, held_out
 from anytoken.training.report.markdown import held_out_table, moments_table
 from anytoken.training.report.svg import Line, board, line_chart
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 
 KEPT = 25  # log lines of a run
@@ -28,21 +29,18 @@ def publish_references(runs: Sequence[Path], stages: Path) -> Path:
         )
     parts = [_publish(run, stages / "reference") for run in runs]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    page.write_text("\n\n".join([before + BEGIN, *parts, END + after]), encoding="utf-8")
-    return page
+    return write_file(page, "\n\n".join([before + BEGIN, *parts, END + after]))
 
 
 def _publish(run: Path, folder: Path) -> str:
     entries = thin_metrics(read_metrics(run / "metrics.jsonl"))
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (folder / f"{run.name}.jsonl").write_text(lines, encoding="utf-8")
+    write_file(folder / f"{run.name}.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
     names = dict.fromkeys(name for entry in entries for name in entry.get("groups", {}))
     charts = [
         line_chart(name, [Line(bits_of(entries, name)), Line(bits_of(held_out(entries), name), "dots")])
         for name in names
     ]
-    (folder / f"{run.name}.svg").write_text(board(charts) + "\n", encoding="utf-8")
+    write_file(folder / f"{run.name}.svg", board(charts) + "\n")
     return "\n\n".join(
         [
             f"### {run.name}",

@@ -10,6 +10,7 @@ from pydantic import Field
 from anytoken import moved
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
 from anytoken.training.settings import Recipe, Settings
+from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name
 
 
@@ -100,4 +101,4 @@ def write_report(
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **more,
         "threads": plan.threads, "machine": device_name(tokenizer.device), "torch": torch.__version__,
     }  # fmt: skip
-    (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_file(out / "training.json", json.dumps(report, indent=2) + "\n")

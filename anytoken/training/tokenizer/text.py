@@ -9,6 +9,7 @@ from anytoken import recipes
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.tokenizer.recipe import TextRecipe
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.json_lines import load_json, read_json_lines
 
@@ -46,7 +47,7 @@ def train_text(recipe: TextRecipe, data: Path, out: Path) -> Path:
         "held_out_bytes_per_token": _bytes_per_token(tokenizer, held_out),
         "held_out_exact": all(tokenizer.decode(tokenizer.encode(text)) == text for text in held_out),
     }  # fmt: skip
-    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / "training.json", json.dumps(report, indent=2) + "\n")
     return folder
 
 
