@@ -88,7 +88,7 @@ class Embedder:
             kind = self.processor.token_space.range_of(token).modality
             raise RequestError(
                 f"The embedding head knows {', '.join(self.head.modalities)}, and the prompt holds {kind}: train a "
-                "head on pairs with it (stages/embed.yaml)."
+                "head on pairs with it (stages/embed_all.yaml)."
             )
         if bool((places == CONTROL).all()):
             raise RequestError("The prompt holds nothing to embed.")

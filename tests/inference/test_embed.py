@@ -117,7 +117,7 @@ def test_without_a_trained_head(model):
 def test_errors_name_what_is_wrong(embedding_model, toys):
     with pytest.raises(RequestError, match="list is empty"):
         embedding_model.embed([])
-    with pytest.raises(RequestError, match=r"knows text, image.*holds tone.*stages/embed\.yaml"):
+    with pytest.raises(RequestError, match=r"knows text, image.*holds tone.*stages/embed_all\.yaml"):
         embedding_model.embed([toys.Tone([(1, 2), (3, 4)])])
     with pytest.raises(RequestError, match="context is 256"):
         embedding_model.embed(["a" * 400])
