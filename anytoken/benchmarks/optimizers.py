@@ -14,6 +14,7 @@ from anytoken.training.metrics import read_metrics
 from anytoken.training.report.html import held_out
 from anytoken.training.report.svg import Line, Point, board, line_chart
 from anytoken.training.trainer import train
+from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import EvaluationError
 
 
@@ -59,8 +60,7 @@ def draw(figures: Figures, path: Path) -> Path:
     """The held-out curves as SVG: the recipe's optimizer, and AdamW dashed."""
     own, *others = figures["curves"].values()
     lines = [Line(own, "dots"), *(Line(points, "reference") for points in others)]
-    path.write_text(board([line_chart("held-out bits over steps", lines)]) + "\n", encoding="utf-8")
-    return path
+    return write_file(path, board([line_chart("held-out bits over steps", lines)]) + "\n")
 
 
 def _bits(entry: Figures) -> Point:
