@@ -287,9 +287,8 @@ class Grammar:
     def exits(self, state: State) -> Ranges:
         """Within a text that a plan has a medium follow: the other ids that would end the text.
 
-        They are not allowed, but what the model gives to them says that the text is over: their probability belongs to
-        the open id that is planned. Without this a text that is to be followed by an image may never end, where the
-        model would rather end its turn.
+        They are not allowed, but where the model prefers one of them the text is over: the planned open id takes its
+        place. Otherwise a text before an image may never end, where the model would rather end its turn.
         """
         plan = state.task.plan if state.task else None
         inside = plan and state.phase is CONTENT and state.read and state.step + 1 < len(plan)

@@ -30,7 +30,7 @@ def reference(
         logits = lm(torch.tensor([[*start, *ids]]), use_cache=False).logits[0, -1]
         if exits := grammar.index(grammar.exits(state)).tolist():
             planned = grammar.allowed(state, limit - len(ids))[-1][1] - 1
-            logits[planned] = logits[[planned, *exits]].logsumexp(0)
+            logits[planned] = logits[[planned, *exits]].max()
         return logits
 
     while not grammar.finished(state):

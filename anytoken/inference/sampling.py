@@ -127,8 +127,8 @@ def apply_cfg(conditional: Tensor, unconditional: Tensor, scale: float) -> Tenso
 
 
 def add_exits(logits: Tensor, exits: Tensor) -> Tensor:
-    """Logits [N, K] whose last column, the planned open id, also gets the probability of the `exits` [N, E]."""
-    planned = torch.cat([logits[:, -1:], exits], 1).logsumexp(1, keepdim=True)
+    """Logits [N, K] whose last column, the planned open id, is at least the highest of the `exits` [N, E]."""
+    planned = torch.cat([logits[:, -1:], exits], 1).amax(1, keepdim=True)
     return torch.cat([logits[:, :-1], planned], 1)
 
 

@@ -30,7 +30,7 @@ from anytoken.grammar_tables import Ranges
 from anytoken.inference.api import AnyToken
 from anytoken.inference.chains import load_chains
 from anytoken.inference.checkpoint import find_checkpoint
-from anytoken.inference.request import GenerationRequest, GrammarWalk
+from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
 from anytoken.inference.sampling import Sampling, load_sampling
 from anytoken.inference.score import Steps
 from anytoken.processor import Processor
@@ -85,7 +85,8 @@ class Stretch(GrammarWalk):
 
     def body(self) -> dict[str, Any]:
         """What to ask for: ids up to a control id, or as many as the same ones are allowed for."""
-        ids = [token for start, stop in self.ranges for token in range(start, stop)]
+        ranges = (*self.ranges, *self.grammar.exits(self.state))
+        ids = [token for start, stop in ranges for token in range(start, stop)]
         inside, one = set(ids), self.setting
         stops = [token for token in self._controls if token in inside]
         return {
@@ -94,6 +95,12 @@ class Stretch(GrammarWalk):
             "top_p": one.top_p, "top_k": one.top_k or -1, "min_p": one.min_p,
             "repetition_penalty": one.repetition_penalty,
         }  # fmt: skip
+
+    def append(self, token: int, logprob: float = 0.0) -> Token:
+        """Add an id; one that would end a text in another way than planned stands for the planned one."""
+        if any(start <= token < stop for start, stop in self.grammar.exits(self.state)):
+            token = self.grammar.allowed(self.state)[-1][1] - 1
+        return super().append(token, logprob)
 
     def _length(self, ranges: Ranges, controls: set[int]) -> int:
         """How many ids in a row may be chosen among `ranges`, if none of them is a control."""
