@@ -185,7 +185,7 @@ class AnyToken(GenerationMixin):
     ) -> list[tuple[int, float]]:
         """Index and score of each candidate, best first; arguments as in `score`.
 
-        top: only the best so many, mostly found without scoring the rest. Scores are equal up to rounding.
+        top: return only the best N, mostly found without scoring the rest. Scores are equal up to rounding.
         """
         if top is None:
             scores = self.score(prompt, candidates, normalize)

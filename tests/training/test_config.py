@@ -12,7 +12,7 @@ from anytoken.training.config import (
 from anytoken.utils.errors import ConfigError
 
 STAGES = Path(__file__).parents[2] / "stages"
-RECIPES = sorted(STAGES.rglob("*.yaml"))
+RECIPES = sorted(set(STAGES.rglob("*.yaml")) - set((STAGES / "gpu" / "tokenizers").glob("*.yaml")))
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
