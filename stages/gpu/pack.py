@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from anytoken.data.shards import read_manifest
 from anytoken.training.config import TrainConfig
+from anytoken.utils.errors import DataError
 
 LIMIT = 60_000_000  # bytes of all shards
 
@@ -34,7 +35,10 @@ def named_sets() -> list[str]:
 
 def checked_size(folder: Path) -> int:
     """Bytes of a shard folder; an error for one that is missing, unfinished or stored wider than uint16."""
-    read_manifest(folder)
+    try:
+        read_manifest(folder)
+    except DataError as error:
+        raise SystemExit(str(error)) from None
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "np") as part:
             for name in part.keys():  # noqa: SIM118

@@ -128,6 +128,9 @@ def test_shards_for_one_gpu_are_packed_within_their_limit(tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match=r"dna\.values is not uint16; tokenize images again"):
         pack["pack"](*given)
     assert pack["LIMIT"] == 60_000_000
+    (given[0] / pack["named_sets"]()[0] / "manifest.json").unlink()
+    with pytest.raises(SystemExit, match="is not a shard folder"):
+        pack["pack"](*given)
 
 
 def test_the_stages_for_one_gpu_follow_each_other_and_have_the_editions_data() -> None:
