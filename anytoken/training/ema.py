@@ -52,10 +52,9 @@ class WeightAverage(TrainerCallback):
         save_file({name: one.contiguous() for name, one in self.average.items()}, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
-        device = next(iter(self.parameters.values())).device
-        saved = load_file(folder / FILE, device=str(device))
-        self.average = {name: saved[name] for name in self.parameters}  # in the order of the parameters
+        """Read what `save` wrote, or a copy of it in a shorter data type (`portable_state.py`)."""
+        saved = load_file(folder / FILE)
+        self.average = {name: saved[name].to(one) for name, one in self.parameters.items()}
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from anytoken.training.config import TrainConfig
-from anytoken.training.ema import WeightAverage
+from anytoken.training.ema import FILE, WeightAverage
 from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError
 from tests.training.test_resume import log_of
@@ -40,6 +40,10 @@ def test_the_average_follows_its_formula_and_is_exchanged_with_the_weights(tmp_p
     other = WeightAverage(nn.Linear(3, 2, bias=False), 0.5)
     other.load(tmp_path)
     assert torch.equal(other.average["weight"], average.average["weight"])
+    save_file({"weight": average.average["weight"].bfloat16()}, tmp_path / FILE)
+    other.load(tmp_path)
+    assert other.average["weight"].dtype == torch.float32
+    assert torch.allclose(other.average["weight"], average.average["weight"], rtol=1e-2)
 
 
 def test_the_average_is_exported_and_evaluated_and_does_not_change_training(
