@@ -53,8 +53,8 @@ def build_voices(
 ) -> Path:
     """Write OUT/voices: audio.npy, int16 at 16 kHz, audio.jsonl, what lies where, and a card; returns the array's path.
 
-    The spoken names of OUT/speech come first, as in its train_audio.npy. limit: at most this many prompts and so many
-    said names. DataError if the spoken names, espeak-ng or the prompts are not there.
+    The spoken names of OUT/speech come first, as in its train_audio.npy. limit: maximum number of prompts, and of
+    spoken names. DataError if the spoken names, espeak-ng or the prompts are not there.
     """
     spoken, folder, prompts = Path(out) / "speech", Path(out) / "voices", Path(prompts)
     names = spoken / "train_audio.npy"

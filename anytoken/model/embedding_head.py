@@ -185,16 +185,14 @@ def read_states(lm: nn.Module, ids: Tensor) -> Tensor:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def similar_lengths(
-    lengths: Sequence[int], most: int = BATCH_TOKENS, rows: int | None = None
-) -> list[list[int]]:
-    """Rows in batches of at most `most` ids with padding and `rows` rows; the longest is at most SLACK times, or 8 ids
-    more than, the shortest."""
+def similar_lengths(lengths: Sequence[int], most: int = BATCH_TOKENS) -> list[list[int]]:
+    """Rows in batches of at most `most` ids with padding; the longest is at most SLACK times, or 8 ids more than, the
+    shortest."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         first = lengths[batches[-1][0]] if batches else 0
         close = lengths[row] <= max(SLACK * first, first + 8)
-        if batches and close and len(batches[-1]) != rows and (len(batches[-1]) + 1) * lengths[row] <= most:
+        if batches and close and (len(batches[-1]) + 1) * lengths[row] <= most:
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -168,8 +168,8 @@ class SpeechTokenizer(ModalityTokenizer):
     the name that older files and recipes have for it.
     spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
     moments of consonants apart.
-    candidates: when encoding, this many of the nearest codes of each position are decoded and the one that is heard
-    nearest stays: more is understood, for an encoding that takes as long as twice as many decodings.
+    candidates: when encoding, decode this many of the nearest codes of each position and keep the one that sounds
+    closest: more words are understood, and encoding takes as long as twice as many decodings.
     """
 
     kind = "speech"

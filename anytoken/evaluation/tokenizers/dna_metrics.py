@@ -38,7 +38,7 @@ def untrained_genomes(data: Path) -> list[Path]:
 
 
 def exact(segments: Sequence[Segment], outputs: Sequence[Segment]) -> float:
-    """Share of items that came back exactly."""
+    """Share of items that are reconstructed exactly."""
     pairs = zip(segments, outputs, strict=True)
     return float(
         np.mean([isinstance(a, DNA) and isinstance(b, DNA) and a.bases == b.bases for a, b in pairs])

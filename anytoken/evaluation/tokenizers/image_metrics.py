@@ -42,7 +42,7 @@ def image_metrics(
     image: ModalityTokenizer | None = None,
     codes: float = 0,
 ) -> dict[str, Any]:
-    """PSNR and SSIM at the size of the originals, of what came back and of what it stands against.
+    """PSNR and SSIM of the reconstructions and of the baseline, at the size of the originals.
 
     bits, codes: of one item. image: the image tokenizer that clips are compared with.
     """
