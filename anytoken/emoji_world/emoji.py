@@ -98,8 +98,8 @@ def build_emoji(
 
     Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
     pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
-    move, which come after all that do; layouts: also images of sizes and places; moving: also clips of concepts that
-    are not core. DataError if it cannot.
+    move, which come after all that do; layouts: also images of sizes and places; moving: also clips in
+    every style, of the other concepts too. DataError if it cannot.
     """  # fmt: skip
     folder = Path(out) / "emoji"
     cache = Path(cache) if cache else Path(out) / "packages"
@@ -120,8 +120,8 @@ def build_emoji(
         if layouts:
             _lay_out_all(folder, core, sprites, pool, progress)
         if moving:
-            rest = [one for one in known if one not in core and not splits.tokenizer_held_out(one.hexcode)]
-            _move_all(folder, rest, sprites, animations, pool, progress)
+            seen = [one for one in known if one in core or not splits.tokenizer_held_out(one.hexcode)]
+            _move_all(folder, seen, codes, sprites, animations, pool, progress)
     _write_card(folder, known, core, cache)
     return folder
 
@@ -325,16 +325,18 @@ def _lay_out_all(
 
 
 def _move_all(
-    folder: Path, concepts: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
+    folder: Path, concepts: list[Concept], core: set[str], sprites: np.ndarray, animations: dict[str, np.ndarray],
     pool: ProcessPoolExecutor, progress: bool,
 ) -> None:  # fmt: skip
     jobs = _jobs(folder, concepts, sprites, animations)
-    made = _map(pool, partial(_move_concept, folder), jobs, "moving", progress)
+    made = _map(pool, partial(_move_concept, folder, core), jobs, "moving", progress)
     write_lines(folder / "moving.jsonl", (line for lines in made for line in lines))
 
 
-def _move_concept(folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray | None]) -> Lines:
-    return list(compose_moving(folder, *job))
+def _move_concept(
+    folder: Path, core: set[str], job: tuple[Concept, list[np.ndarray], np.ndarray | None]
+) -> Lines:
+    return list(compose_moving(folder, *job, core=job[0].hexcode in core))
 
 
 def _lay_out_concept(folder: Path, job: tuple[Concept, list[np.ndarray]]) -> Lines:
@@ -453,7 +455,7 @@ layouts.jsonl: the same drawings small ({SIZES_PX["small"]} pixels) or large ({S
 {len(PLACES)} places; `layout`, {splits.LAYOUT_SHARE:.0%} of (concept, size, place), is held out too."""
     if (folder / "moving.jsonl").is_file():
         about += """
-moving.jsonl: stills and clips of concepts that are not core, by the artist or by a simple motion."""
+moving.jsonl: stills and clips of drawings in every style, by the artist or by a simple motion."""
     facts = {
         "concepts": len(known),
         "moving": moving,
