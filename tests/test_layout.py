@@ -80,6 +80,18 @@ def test_a_room_imports_only_rooms_to_its_left(room, path):
     assert not imported_rooms(path) & set(ROOMS[ROOMS.index(room) + 1 :])
 
 
+@pytest.mark.parametrize(
+    "room", ["tokenizers", "data", "model", "training", "inference", "evaluation", "serving"]
+)
+def test_generic_rooms_know_nothing_of_the_bundled_models_world(room):
+    files = [
+        path
+        for path in (ROOT / "anytoken" / room).rglob("*")
+        if path.suffix in (".py", ".yaml", ".json", ".md")
+    ]
+    assert files and not [path for path in files if "emoji" in path.read_text(encoding="utf-8").lower()]
+
+
 def test_every_module_is_in_a_room():
     found = (ROOT / "anytoken").iterdir()
     names = {path.stem for path in found if path.name != "py.typed" and not path.name.startswith("__")}

@@ -92,6 +92,7 @@ def tokenizer_eval(
     """Measure a tokenizer on held-out data against baselines: reconstruction, codebook usage, rate, speed."""
     import json
 
+    import anytoken.emoji_world.test_sets  # noqa: F401 (registers the built sets)
     from anytoken.evaluation.tokenizers.card import make_card
     from anytoken.evaluation.tokenizers.compare import summary
     from anytoken.evaluation.tokenizers.evaluate import measure
@@ -134,6 +135,7 @@ def tokenizer_compare(
     """Measure several tokenizers on the same held-out items: rate, reconstruction, codebook usage, speed."""
     import json
 
+    import anytoken.emoji_world.test_sets  # noqa: F401 (registers the built sets)
     from anytoken.evaluation.tokenizers.compare import compare, comparison
     from anytoken.utils.atomic import write_file
 

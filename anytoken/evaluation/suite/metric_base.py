@@ -50,9 +50,10 @@ Judge = Callable[[Sequence["Outcome"]], list[dict[str, float] | None]]
 
 @dataclass
 class Tools:
-    """What some metrics need besides answers: a Whisper for spoken ones, the judges of the emoji world.
+    """What some metrics need besides answers.
 
-    sets: the folder of the built sets.
+    sets: the folder of the built sets. asr: a Whisper that writes down spoken answers. judge: scores answers part by
+    part, for `world_judge`.
     """
 
     sets: Path = Path("data/sets")

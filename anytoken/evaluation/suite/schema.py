@@ -21,7 +21,7 @@ from anytoken.evaluation.suite.template import MESSAGES, fields, kinds, segment_
 from anytoken.inference.score import Normalize
 from anytoken.utils.errors import EvaluationError
 
-TASKS = Path(__file__).parent / "tasks"  # the task files that come along
+TASKS = list(Path(__file__).parents[2].glob("*/task_files"))  # of each room, the task files that come along
 Scalar = str | int | float | bool | None
 
 
@@ -250,7 +250,7 @@ class Task(Part):
 def find_task_files(name: str | Path) -> list[Path]:
     """The files of a name: a file, a folder of .yaml files, or a task that comes along such as "dna/promoter"."""
     path = Path(name)
-    for place in (path, TASKS / path, TASKS / f"{name}.yaml"):
+    for place in (path, *(one / end for one in TASKS for end in (path, f"{name}.yaml"))):
         if place.is_file():
             return [place]
         if place.is_dir():
@@ -258,7 +258,11 @@ def find_task_files(name: str | Path) -> list[Path]:
             if not found:
                 raise EvaluationError(f"{place} holds no .yaml file.")
             return found
-    known = sorted(one.relative_to(TASKS).with_suffix("").as_posix() for one in TASKS.rglob("*.yaml"))
+    known = sorted(
+        one.relative_to(folder).with_suffix("").as_posix()
+        for folder in TASKS
+        for one in folder.rglob("*.yaml")
+    )
     near = get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise EvaluationError(
