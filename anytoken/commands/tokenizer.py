@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anytoken import recipes
-from anytoken.commands.options import Out, Overrides, examples
+from anytoken.commands.options import Out, Overrides, Sets, examples
 
 Count = Annotated[
     int | None,
@@ -53,7 +53,7 @@ app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's t
 )
 def tokenizer_train(
     recipe: Annotated[str, typer.Argument(help="tokenizers/KIND/recipe.yaml, or your own.")],
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    data: Sets,
     out: Out,
     overrides: Overrides = None,
 ) -> None:
@@ -77,7 +77,7 @@ def tokenizer_train(
 )
 def tokenizer_eval(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    data: Sets,
     card: Annotated[
         Path | None, typer.Option(help="Folder for a card: figures.json, README.md and samples.")
     ] = None,
@@ -123,7 +123,7 @@ def tokenizer_eval(
 )
 def tokenizer_compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    data: Sets,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     genome: Genomes = None,
     image: ImageTokenizer = None,
