@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from anytoken.utils.limits import MediaLimitError
+from anytoken.utils.errors import MediaLimitError
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}

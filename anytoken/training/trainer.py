@@ -299,7 +299,7 @@ class StageTrainer(Trainer):
         return str(partial_folder(self.folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save everything to a temporary folder, then rename it and drop the oldest; SaveError if that fails."""
+        """Save everything to a temporary folder, then rename it and drop the oldest; WriteError if that fails."""
         step = self.state.global_step
         self.check_finite()  # no state is saved that is broken
         try:
@@ -434,7 +434,7 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
 
     answer: generates the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
     ConfigError if the output folder contains a run with other settings or data; Interrupted if the run was stopped
-    and saved; DivergenceError for an exploding or non-finite loss; SaveError if a state cannot be written.
+    and saved; DivergenceError for an exploding or non-finite loss; WriteError if a state cannot be written.
     """
     if stage.weights_folder is not None:
         read_portable(Path(stage.weights_folder), Path(stage.output))

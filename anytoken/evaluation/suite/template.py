@@ -15,10 +15,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from anytoken import moved
-from anytoken.data.records import Record, RecordError
+from anytoken.data.records import Record
 from anytoken.segments import KINDS, Segment, Text
 from anytoken.tokenizers.base import MODALITIES
-from anytoken.utils.errors import EvaluationError
+from anytoken.utils.errors import EvaluationError, RecordError
 
 MESSAGES = "messages"  # the field that stands for a conversation
 _PART = re.compile(
