@@ -107,9 +107,9 @@ MORE: dict[str, tuple[str, ...]] = {
         "I want to see what was said.", "I want a picture of what you hear.", "Let me see what I said.",
         "Give me a picture of this.", "Give me an image of what is spoken.", "What does this look like? Draw it.",
         "Paint what the speaker says.", "Paint what I said.", "Illustrate this recording.", "Illustrate what was said.",
-        "Draw the word that you hear.", "Draw the spoken word.", "Please draw what you heard.",
+        "Draw the word that you hear.", "Draw the spoken word.",
         "Speech to image, please.",
-        "Could I see what was said?", "Can you show me what I said?", "Can you paint what you hear?",
+        "Could I see what was said?", "Can you show me what I said?", 
         "Put what you hear on the canvas.", "Draw me what this says.", "Hear this and show it as a picture.",
     ),
     "say_seen": (
