@@ -71,7 +71,9 @@ def compose_moving(
             if not (folder / image).is_file():
                 Image(compose(sprite, color)).save(folder / image)
             if not (folder / video).is_file():
-                Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(folder / video)
+                Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(
+                    folder / video
+                )
             kind = "animated" if style == "3d" or by_artist else f"animated, {style}"
             yield {
                 "text": f"{concept.article}, {kind}, {background} background",
