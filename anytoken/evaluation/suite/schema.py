@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from anytoken.evaluation.suite.metrics import METRICS, AnyMetric
 from anytoken.evaluation.suite.template import MESSAGES, fields, kinds, segment_types
 from anytoken.inference.score import Normalize
 from anytoken.utils.errors import EvaluationError
+from anytoken.utils.hints import choices, nearest
 
 TASKS = list(Path(__file__).parents[2].glob("*/task_files"))  # of each room, the task files that come along
 Scalar = str | int | float | bool | None
@@ -263,10 +263,9 @@ def find_task_files(name: str | Path) -> list[Path]:
         for folder in TASKS
         for one in folder.rglob("*.yaml")
     )
-    near = get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise EvaluationError(
-        f"{name} is neither a task file nor a folder of them{hint}; these come along: {', '.join(known)}."
+        f"{name} is neither a task file nor a folder of them{nearest(name, known)}; these come along: "
+        f"{', '.join(known)}."
     )
 
 
@@ -377,9 +376,7 @@ def _words(error: Any, context: Mapping[str, Any]) -> str:
 
 
 def _choice(received: object, allowed: Sequence[str]) -> str:
-    near = get_close_matches(str(received), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"received {received!r:.80}{hint}; allowed: {', '.join(allowed)}"
+    return f"received {received!r:.80}{choices(received, allowed)}"
 
 
 def _locate(root: yaml.Node, loc: Sequence[str | int]) -> tuple[int, list[str | int]]:
