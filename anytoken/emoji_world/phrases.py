@@ -109,7 +109,7 @@ MORE: dict[str, tuple[str, ...]] = {
         "Paint what the speaker says.", "Paint what I said.", "Illustrate this recording.", "Illustrate what was said.",
         "Draw the word that you hear.", "Draw the spoken word.",
         "Speech to image, please.",
-        "Could I see what was said?", "Can you show me what I said?", 
+        "Could I see what was said?", "Can you show me what I said?",
         "Put what you hear on the canvas.", "Draw me what this says.", "Hear this and show it as a picture.",
     ),
     "say_seen": (

@@ -122,18 +122,12 @@ def check_length(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequen
         )
 
 
-def score_ids(
-    engine: Engine,
-    prompt: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    prior: Sequence[int] | None = None,
-) -> list[Score]:
+def score_ids(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[Score]:
     """Score answers, each the ids of a reply with its end id, after the ids of a prompt.
 
-    prior: ids of the empty prompt, to score the answers after it, too. RequestError if prompt and answer do not fit the
-    context.
+    RequestError if prompt and answer do not fit the context.
     """
-    return drain(score_steps(engine, prompt, answers, prior))
+    return drain(score_steps(engine, prompt, answers))
 
 
 def drain(steps: Steps[T]) -> T:
@@ -151,7 +145,10 @@ def score_steps(
     answers: Sequence[Sequence[int]],
     prior: Sequence[int] | None = None,
 ) -> Steps[list[Score]]:
-    """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between."""
+    """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between.
+
+    prior: ids of the empty prompt, to score the answers after it, too.
+    """
     check_length(engine, prompt, answers)
     found = yield from _logprobs(engine, prompt, answers)
     priors: list[float | None] = [None] * len(answers)

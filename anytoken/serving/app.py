@@ -119,7 +119,7 @@ def _add_error_handlers(app: FastAPI) -> None:
             return JSONResponse(found.body(), error.status_code, headers=error.headers)
         elif not isinstance(error, ApiError):
             log.error("A request failed", exc_info=error)
-            error = ApiError("The server failed to answer this request.")
+            error = ApiError()
         headers = {"Retry-After": "1"} if error.status in (429, 503) else None
         return JSONResponse(error.body(), error.status, headers=headers)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from anytoken.utils.limits import MediaLimitError
+from anytoken.utils.errors import MediaLimitError
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -19,14 +19,15 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 
 
 class ApiError(HTTPException):
-    """An answer other than success: `status`, and what OpenAI's clients show of it."""
+    """An answer other than success: `status`, and what OpenAI's clients show of it; `default`: its usual message."""
 
     status = 500
     kind = "server_error"
+    default = "The server failed to answer this request."
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(self.status, message)
-        self.message, self.param, self.code = message, param, code
+    def __init__(self, message: str = "", param: str | None = None, code: str | None = None) -> None:
+        self.message, self.param, self.code = message or self.default, param, code
+        super().__init__(self.status, self.message)
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
@@ -77,13 +78,22 @@ class TooManyRequests(ApiError):
     status, kind = 429, "rate_limit_error"
 
 
+def busy(requests: int) -> TooManyRequests:
+    """The error where this many requests run or wait already."""
+    return TooManyRequests(
+        f"The server is busy: {requests} requests are running or waiting. Try again later."
+    )
+
+
 class Unavailable(ApiError):
     """A server that is shutting down."""
 
     status, kind = 503, "server_error"
+    default = "The server is shutting down."
 
 
 class DeadlinePassed(ApiError):
     """A request that took longer than the server allows."""
 
     status, kind = 504, "timeout_error"
+    default = "The request took too long."

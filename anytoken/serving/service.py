@@ -15,13 +15,13 @@ from starlette.requests import Request
 from anytoken.inference.api import AnyToken
 from anytoken.inference.outputs import GenerationOutput
 from anytoken.serving.content import read_messages
-from anytoken.serving.errors import BadRequest, DeadlinePassed, NotFound, TooManyRequests, Unavailable
+from anytoken.serving.errors import BadRequest, DeadlinePassed, NotFound, Unavailable
 from anytoken.serving.middleware import Metrics
 from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.replies import PendingReply, gather
 from anytoken.serving.schemas import Message, SamplingBody
 from anytoken.serving.settings import REQUEST_LIMITS, ServerSettings
-from anytoken.serving.worker import QueueFull, Steps, Stopped, Worker
+from anytoken.serving.worker import Steps, Worker
 
 T = TypeVar("T")
 
@@ -109,11 +109,8 @@ class Service:
             for number in range(count)
         ]
         if not self.worker.alive:
-            raise Unavailable("The server is shutting down.")
-        try:
-            self.worker.submit([one.job for one in pending])
-        except QueueFull as error:
-            raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
+            raise Unavailable()
+        self.worker.submit([one.job for one in pending])
         return pending
 
     async def run(self, steps: Steps[T], name: str, request: Request) -> T:
@@ -129,7 +126,7 @@ class Service:
                     return work.result()
             if gone.done():
                 raise asyncio.CancelledError
-            raise DeadlinePassed("The request took too long.")
+            raise DeadlinePassed()
         finally:
             work.cancel()
             gone.cancel()
@@ -157,10 +154,6 @@ class Service:
 def _as_answers() -> Iterator[None]:
     try:
         yield
-    except QueueFull as error:
-        raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
-    except Stopped as error:
-        raise Unavailable(str(error)) from error
     except ValueError as error:
         raise BadRequest(str(error)) from error
 
