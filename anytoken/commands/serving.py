@@ -96,6 +96,10 @@ def serve(
     if engine is not None:
         if adapter or adapter_folder:
             raise typer.BadParameter("with --engine, adapters are the engine's: leave out --adapter.")
+        if "max_prefill_tokens" in settings.model_fields_set:
+            raise typer.BadParameter(
+                "with --engine, the engine reads the prompts: leave out max_prefill_tokens."
+            )
         from anytoken.serving.remote import RemoteWorker, open_remote
 
         remote = open_remote(model)

@@ -4,7 +4,8 @@ A step of a small model is hundreds of kernels of a few microseconds each, and t
 is what takes the time. A CUDA graph starts all of them at once. It needs tensors that stay where they are: a step here
 reads ids and positions from one buffer, writes into the key-value cache as it lies, and reads all columns of its
 storage through the mask. When the storage grows, which doubles it, graphs are recorded again. The number of rows is
-rounded up to a power of two; the rows beyond write to rows of the cache that no sequence has yet.
+rounded up to a power of two; the rows beyond write to rows of the cache that no sequence has yet, or after the end of
+one that is still reading its prompt, which overwrites it.
 
 Off by default: `Engine(lm, grammar, cuda_graphs=True)`.
 """
@@ -70,7 +71,8 @@ class StepGraphs:
             self._graphs.clear()
             self._storage = storage
         fill = [0] * (rows - len(ids))
-        given = sent([ids + fill, positions + fill], self.decoder.embedding.device, torch.long)
+        ends = (cache.beyond + fill)[: len(fill)]
+        given = sent([ids + fill, positions + ends], self.decoder.embedding.device, torch.long)
         if rows not in self._graphs:
             try:
                 self._graphs[rows] = given, self._record(lambda: self._work(given, cache))

@@ -37,6 +37,7 @@ class KVCache(Cache):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.seen = torch.full((ROWS, 1, 1, COLUMNS), -torch.inf, device=device, dtype=dtype)
+        self.beyond: list[int] = []  # lengths of the rows after those of the current step
         self._columns = torch.arange(COLUMNS, device=device)
         self._flat: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._views: tuple[tuple[int, int, int], KeyValues, Tensor] | None = None
@@ -103,6 +104,13 @@ class KVCache(Cache):
             layer[target, :, :length] = layer[source, :, :length]
         self.clear_row(target)
         self.show(target, 0, length)
+
+    def swap_rows(self, one: int, other: int, length: int) -> None:
+        """Exchange two rows, of which neither holds more than `length` columns."""
+        there, back = [one, other], [other, one]
+        for layer in (*self.keys, *self.values):
+            layer[there, :, :length] = layer[back, :, :length]
+        self.seen[there] = self.seen[back]
 
     def clear_row(self, row: int) -> None:
         """Let a row read nothing."""

@@ -68,12 +68,12 @@ def create_app(
         app.include_router(adapters_router)
     _add_operations(app, service)
     _add_error_handlers(app)
-    if settings.cors_origins:
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    if settings.cors_origins:  # around the gate, so that a page can read its answers, too
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"], expose_headers=["Retry-After"],  # OpenAI's client sends headers of its own
         )  # fmt: skip
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
     return app
 
 
@@ -120,8 +120,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         elif not isinstance(error, ApiError):
             log.error("A request failed", exc_info=error)
             error = ApiError()
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body(), error.status, headers=headers)
+        return JSONResponse(error.body(), error.status, headers=error.extra)
 
     for kind in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

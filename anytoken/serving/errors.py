@@ -7,6 +7,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from anytoken.utils.errors import MediaLimitError
+from anytoken.utils.limits import MediaLimits
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -16,6 +17,9 @@ FAILURES: dict[int | str, dict[str, Any]] = {
         503: "The server is shutting down.", 504: "The reply took too long.",
     }.items()
 }  # fmt: skip
+
+
+RETRY = {"Retry-After": "1"}  # seconds
 
 
 class ApiError(HTTPException):
@@ -29,6 +33,11 @@ class ApiError(HTTPException):
         self.message, self.param, self.code = message or self.default, param, code
         super().__init__(self.status, self.message)
 
+    @property
+    def extra(self) -> dict[str, str] | None:
+        """Headers of the answer that tell a client what to do."""
+        return {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(self.status)
+
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
@@ -41,10 +50,17 @@ class BadRequest(ApiError):
     status, kind = 400, "invalid_request_error"
 
 
-def media_error(where: str, error: ValueError) -> BadRequest:
-    """What is wrong with a medium of a request; of one over a limit, which limit of the server that is."""
+def media_error(where: str, error: ValueError, limits: MediaLimits) -> BadRequest:
+    """What is wrong with a medium of a request; of one over a limit, which limit it is and who set it.
+
+    limits: those of the server.
+    """
     if isinstance(error, MediaLimitError):
-        return BadRequest(f"{where} {error.fact} by this server ({error.limit}).", where, "media_too_large")
+        most = getattr(limits, error.limit)
+        by = f"this server ({error.limit})"
+        if error.allowed < most:
+            by = f"this request (media_limits.{error.limit}), {most:,.12g} by this server"
+        return BadRequest(f"{where} {error.fact} by {by}.", where, "media_too_large")
     return BadRequest(f"{where}: {error}", where)
 
 

@@ -71,7 +71,7 @@ class Gate:
             self._check_key(scope)
             await self.app(scope, _Body(scope, receive, self.settings), watched)
         except ApiError as error:
-            await JSONResponse(error.body(), error.status)(scope, receive, watched)
+            await JSONResponse(error.body(), error.status, headers=error.extra)(scope, receive, watched)
         finally:
             seconds = time.perf_counter() - began
             route = scope.get("route")

@@ -14,12 +14,12 @@ from starlette.requests import Request
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.outputs import GenerationOutput
-from anytoken.serving.content import read_messages
+from anytoken.serving.content import checked_limits, read_messages
 from anytoken.serving.errors import BadRequest, DeadlinePassed, NotFound, Unavailable
 from anytoken.serving.middleware import Metrics
 from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.replies import PendingReply, gather
-from anytoken.serving.schemas import Message, SamplingBody
+from anytoken.serving.schemas import Message, RequestMediaLimits, SamplingBody
 from anytoken.serving.settings import REQUEST_LIMITS, ServerSettings
 from anytoken.serving.worker import Steps, Worker
 
@@ -38,7 +38,9 @@ class Service:
         worker: Worker | RemoteWorker | None = None,
     ) -> None:
         self.model, self.name, self.settings, self.metrics = model, name, settings, metrics
-        self.worker = worker or Worker(model, settings.max_rows, settings.max_waiting)
+        self.worker = worker or Worker(
+            model, settings.max_rows, settings.max_waiting, settings.max_prefill_tokens
+        )
         self.created = int(time.time())
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -64,12 +66,18 @@ class Service:
             )  # fmt: skip
         return name[len(self.name) + 1 :] or None
 
-    async def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's ids; BadRequest says which part cannot be read. Media are decoded off the event loop."""
+    async def encode(
+        self, messages: Sequence[Message], limits: RequestMediaLimits | None = None
+    ) -> list[int]:
+        """The prompt's ids; BadRequest says which part cannot be read. Media are decoded off the event loop.
+
+        limits: those of the request.
+        """
+        own = checked_limits(limits, self.settings)
         plain = [message.model_dump() for message in messages]
 
         def read() -> list[int]:
-            return self.model.encode_prompt(read_messages(plain, self.settings))
+            return self.model.encode_prompt(read_messages(plain, self.settings, own))
 
         try:
             return await asyncio.to_thread(read)

@@ -5,6 +5,7 @@ endpoints share one continuous batch (`inference/scheduler.py`), so a request wa
 one's reply. If a decoding step fails, every running job is decoded again on its own: the one that fails alone is
 answered with an error, the others continue, since a reply depends on its own seed only.
 
+A long prompt is read in pieces, one before each decoding step of the others.
 Work that is no generation (scores) comes as an iterator and is done in parts, one after each decoding step, so that it
 never holds up the replies of others for longer than a part takes. An adapter is a state of the weights, so jobs and
 work of different adapters never run together: requests start in the order they came, those of the adapter in use may
@@ -65,9 +66,12 @@ class Work:
 class Worker:
     """Runs the scheduler of one model on a thread of its own."""
 
-    def __init__(self, model: AnyToken, max_rows: int, max_waiting: int) -> None:
+    def __init__(
+        self, model: AnyToken, max_rows: int, max_waiting: int, max_prefill_tokens: int | None = None
+    ) -> None:
         self.model = model
         self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.max_prefill_tokens = max_prefill_tokens
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = 0  # jobs and works that are not over
@@ -224,7 +228,7 @@ class Worker:
         try:
             self._use(job.adapter)
             if self._scheduler is None or self._scheduler.grammar is not self.model.processor.grammar:
-                self._scheduler = self.model.engine.scheduler(self.max_rows)
+                self._scheduler = self.model.engine.scheduler(self.max_rows, self.max_prefill_tokens)
             job.number = self._scheduler.submit(job.request)
             self._jobs[job.number] = job
         except Exception as error:  # a prompt that does not fit is the request's own fault

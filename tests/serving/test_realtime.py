@@ -278,6 +278,28 @@ def test_mistakes_are_error_events_and_the_session_goes_on(server):
     asyncio.run(run())
 
 
+def test_audio_has_the_length_of_other_media(mini, start):
+    clip = base64.b64encode(bytes(2 * RATE)).decode()
+    said = "holds 2 seconds; at most 1.5 are taken by this server (max_seconds)."
+
+    async def run(url):
+        async with connected(url) as line:
+            await line.send("input_audio_buffer.append", audio=clip)
+            await line.send("input_audio_buffer.append", audio=clip)
+            assert (await line.until("error"))["error"]["message"] == f"The audio buffer {said}"
+            await line.send("input_audio_buffer.commit")
+            await line.until("input_audio_buffer.committed")
+            part = {"type": "input_audio", "audio": base64.b64encode(bytes(4 * RATE)).decode()}
+            await line.send(
+                "conversation.item.create", item={"type": "message", "role": "user", "content": [part]}
+            )
+            error = (await line.until("error"))["error"]
+            assert error["message"] == f"item.content[0] {said}" and error["code"] == "media_too_large"
+
+    with start(mini, max_seconds=1.5) as (url, _):
+        asyncio.run(run(url))
+
+
 def test_keys_origins_and_unknown_models(mini, start):
     async def refused(url, **options):
         with pytest.raises(websockets.InvalidStatus) as failed:
