@@ -93,13 +93,14 @@ class Batch:
         """Feed what is waiting, at least one id of each sequence; the head's features [S, ...] after each.
 
         limit: newcomers read at most this many ids, together, while others are decoded, and else one chunk each; those
-        that have more to read have no features yet (`decoded`), and if none has, the result is None. A sequence without
-        a waiting id gets the features of its last one again. limit None: all read to the end.
+        that have more to read have no features yet (`decoded`). A sequence without a waiting id, as one of a guided
+        pair that waits for the other to be read, gets the features of its last one again, and if all are such or being
+        read, the result is None. limit None: all read to the end.
         """
         self._admit(limit)
-        if not self._read:
+        width = max((slot.waiting for slot in self.decoded), default=0)
+        if not width:
             return None
-        width = max(1, *(slot.waiting for slot in self.decoded))
         if self.head.decoder is None or width > SHORT:
             return self._feed(0, self._read, width)
         while late := [row for row, slot in enumerate(self.decoded) if slot.waiting > 1]:
@@ -118,7 +119,7 @@ class Batch:
         start, followers = self._read, self.slots[self._known :]
         readers = self.slots[start : self._known]
         width, keep = CHUNK, 1 if start or followers else CHUNK
-        if start and limit is not None:
+        if limit is not None and any(slot.waiting for slot in self.decoded):
             readers = readers[:limit]
             width = min(CHUNK, limit // len(readers))
         while (longest := max(slot.waiting for slot in readers)) > keep:

@@ -110,6 +110,21 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(
     ].slot
 
 
+def test_a_guided_request_alone_reads_whole_chunks(
+    model: AnyToken, fed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sequence without the prompt is read first, and only waits then: nothing is decoded that could be held up."""
+    monkeypatch.setattr(batch_module, "CHUNK", 32)
+    scheduler = Engine(model.lm, model.processor.grammar).scheduler(max_prefill_tokens=4)
+    scheduler.submit(request(model, 5))
+    scheduler.step()  # its first id needs no model
+    assert not fed
+    while not scheduler.step():
+        pass
+    chunks = -(-len(scheduler._rows[0].slot.ids) // 32)
+    assert chunks > 3 and len(fed) == chunks + 2, "the last id of the empty prompt, then that of both"
+
+
 def test_equal_prompts_are_read_once_and_known_prefixes_not_at_all(model: AnyToken, fed: list[int]) -> None:
     prompt, prefixes = model.encode_prompt(LONG), PrefixCache(4)
     scheduler = Engine(model.lm, model.processor.grammar).scheduler(max_prefill_tokens=16)

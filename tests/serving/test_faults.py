@@ -14,6 +14,7 @@ import websockets.sync.client as websocket
 from anytoken.benchmarks.serve import running_server
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.scheduler import Scheduler
+from anytoken.serving.service import Service
 from anytoken.serving.settings import (
     ServerSettings,
     check_exposure,
@@ -302,6 +303,21 @@ def test_cors_is_off_unless_configured(mini, start):
         refused = httpx.get(f"{url}/v1/models", headers=origin)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_a_page_can_read_an_error_that_nobody_foresaw(mini, start, monkeypatch):
+    async def fails(*_):
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(Service, "encode", fails)
+    with start(mini, cors_origins=("https://page.example",)) as (url, _):
+        answer = httpx.post(url + CHAT, json=SHORT, headers={"Origin": "https://page.example"})
+        assert (
+            'anytoken_requests_total{path="/v1/chat/completions",status="500"} 1.0'
+            in httpx.get(f"{url}/metrics").text
+        )
+    assert answer.status_code == 500 and answer.json()["error"]["message"] and "secret" not in answer.text
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
 
 
 def test_metrics_count_requests_and_tokens(server):
