@@ -114,7 +114,7 @@ class Muon(torch.optim.AdamW):
 
     def _chunks(self, group: dict[str, Any]) -> Iterator[Chunk]:
         """Update the momenta of a group and decay its weights; its matrices, by shape, in chunks."""
-        matrices = defaultdict(list)
+        matrices: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -126,8 +126,8 @@ class Muon(torch.optim.AdamW):
             momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             views = (_matrices(one, group) for one in (parameter, parameter.grad, momentum))
-            for found in zip(*views, strict=True):
-                matrices[found[0].shape].append(found)
+            for weight, gradient, own in zip(*views, strict=True):
+                matrices[weight.shape].append((weight, gradient, own))
         for (outputs, inputs), found in matrices.items():
             scale = group["lr"] * max(1.0, outputs / inputs) ** 0.5
             elements = CHUNK.get(found[0][0].device.type, LARGE_CHUNK)
@@ -145,6 +145,7 @@ class Muon(torch.optim.AdamW):
             else:
                 found = torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.matrices[0][0].device)
             work = dist.broadcast(found, group=processes, group_src=owner, async_op=True)
+            assert work is not None  # as for those that are not in the group
             sent.append((chunk, found, work))
         for chunk, found, work in sent:
             work.wait()
