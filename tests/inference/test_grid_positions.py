@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_loop import asked, reference
-from test_cuda_graphs import Recorder
+from reference_loop import Recorder, asked, reference
 
 from anytoken.inference import batch as batch_module
 from anytoken.inference import best_answers as best_module
@@ -47,29 +46,58 @@ def prompts(grid: AnyToken, toys: Any) -> list[list[int]]:
     return [grid.encode_prompt(one) for one in some]
 
 
-@pytest.mark.parametrize("decoder", ["flat", "graphs", "own forward", "small chunks"])
-def test_the_engine_decodes_what_a_plain_loop_decodes(
-    grid: AnyToken, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, decoder: str
-) -> None:
-    expected = [
-        reference(grid.lm, grid.processor.grammar, prompt, plan, 60)
-        for prompt, plan in zip(prompts, PLANS, strict=True)
+@pytest.fixture(scope="module")
+def expected(grid: AnyToken, prompts: list[list[int]]) -> list[list[int]]:
+    """What a plain loop replies."""
+    grammar = grid.processor.grammar
+    return [
+        reference(grid.lm, grammar, prompt, plan, 60) for prompt, plan in zip(prompts, PLANS, strict=True)
     ]
-    engine = Engine(grid.lm, grid.processor.grammar)
+
+
+def engine_of(model: AnyToken, decoder: str) -> Engine:
+    """An engine that decodes in this way."""
+    engine = Engine(model.lm, model.processor.grammar)
     head = engine.head()
     assert head.decoder is not None
     if decoder == "graphs":
         head.decoder.graphs = StepGraphs(head.decoder, Recorder())
     elif decoder == "own forward":
         head.decoder = None
-    elif decoder == "small chunks":
-        monkeypatch.setattr(batch_module, "CHUNK", 3)
-    found = engine.generate(asked(prompts, PLANS, GREEDY, 60))
-    assert [one.ids for one in found] == expected
-    prefixes = PrefixCache(4)
-    for _ in range(2):  # the second time, prompts are in the cache
-        again = engine.generate(asked(prompts, PLANS, GREEDY, 60, prefixes=prefixes))
-        assert [one.ids for one in again] == expected
+    return engine
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize("decoder", ["flat", "graphs", "own forward"])
+def test_the_engine_decodes_what_a_plain_loop_decodes(
+    grid: AnyToken, prompts: list[list[int]], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch,
+    decoder: str, chunk: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(batch_module, "CHUNK", chunk)
+    engine, prefixes = engine_of(grid, decoder), PrefixCache(4)
+    for options in ({}, {"prefixes": prefixes}, {"prefixes": prefixes}):  # at last, prompts are in the cache
+        found = engine.generate(asked(prompts, PLANS, GREEDY, 60, **options))
+        assert [one.ids for one in found] == expected
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+@pytest.mark.parametrize("decoder", ["flat", "graphs", "own forward"])
+def test_prompts_that_are_read_in_pieces_get_the_same_replies(
+    grid: AnyToken, prompts: list[list[int]], expected: list[list[int]], decoder: str, limit: int
+) -> None:
+    """Pieces end within an image; one prompt comes twice, and is read once."""
+    scheduler = engine_of(grid, decoder).scheduler(max_prefill_tokens=limit)
+    jobs, found, reading = [0, 1, 1, 3, 2], dict[int, list[int]](), 0
+    requests = asked(prompts, PLANS, GREEDY, 60)
+    waiting, numbers = list(jobs), []
+    while waiting or len(scheduler):
+        if waiting:
+            numbers.append(scheduler.submit(requests[waiting.pop(0)]))
+        for token in scheduler.step():
+            found.setdefault(token.row, []).append(token.id)
+        reading += len(scheduler._batch.slots) > len(scheduler._batch.decoded) > 0
+    assert [found[number] for number in numbers] == [expected[job] for job in jobs]
+    assert reading > len(prompts[1]) // limit, "a prompt was read while others were decoded"
 
 
 def test_positions_have_a_say_in_what_is_decoded(grid: AnyToken, prompts: list[list[int]], toys: Any) -> None:
