@@ -285,7 +285,6 @@ def test_what_row_and_column_decide_is_learnt_with_right_places_only(
     none = loss_after_training(make_whole_model())
     monkeypatch.setattr("anytoken.model.modeling.code_places", transposed)
     wrong = loss_after_training(make_whole_model(grid_positions=SIZES))
-    print(right, none, wrong)
     assert right < 0.2 * min(none, wrong)
 
 
