@@ -278,6 +278,7 @@ def transposed(config: AnyTokenConfig, ids: Tensor, positions: Tensor | None = N
     return code_places(config, swapped, positions)[..., [1, 0, 2, 3]]
 
 
+@pytest.mark.slow
 def test_what_row_and_column_decide_is_learnt_with_right_places_only(
     make_whole_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
