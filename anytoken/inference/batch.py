@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anytoken.inference.kv_cache import KVCache, PrefixCache
 from anytoken.inference.model_runner import ModelRunner
+from anytoken.model.grid_positions import CodeWalk, Place
 
 CHUNK = 512  # ids of a prompt that are read at once: bounds the memory of a long one
 SHORT = 3  # so many waiting ids (some had no choice) cost less one by one through the flat decoder
@@ -28,11 +29,19 @@ class Slot:
         self.ids = list(ids)
         self.fed = 0
         self.prefixes = prefixes
+        self._walk: CodeWalk | None = None
+        self._places: list[Place] = []
 
     @property
     def waiting(self) -> int:
         """How many ids are still to be fed."""
         return len(self.ids) - self.fed
+
+    def places(self, start: CodeWalk) -> list[Place]:
+        """Of each id where the next code lies; start: the model's walk before any id."""
+        self._walk = self._walk or start.copy()
+        self._places += map(self._walk.step, self.ids[len(self._places) :])
+        return self._places
 
 
 class Batch:
@@ -177,14 +186,17 @@ class Batch:
 
         A sequence that has fewer repeats its last one, at its place, where it writes again what is there.
         """
-        ids, positions = [], []
+        ids, positions, code_places = [], [], []
         for slot in self.slots[start:stop]:
             take = min(width, slot.waiting - keep)
             last = max(slot.fed + take - 1, 0)
             places = [min(slot.fed + step, last) for step in range(width)]
             ids.append([slot.ids[place] for place in places])
             positions.append(places)
+            if self.head.walk is not None:
+                known = slot.places(self.head.walk)
+                code_places.append([known[place] for place in places])
             slot.fed += take
         self.cache.reserve(len(self.slots), max(places[-1] for places in positions) + 1)
         self.cache.beyond = [slot.fed for slot in self.slots[stop : self._known]]
-        return self.head.features(ids, positions, self.cache, start)
+        return self.head.features(ids, positions, self.cache, start, code_places or None)

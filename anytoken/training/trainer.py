@@ -79,6 +79,7 @@ from anytoken.training.report.trackers import check_trackers, scalars, summary_w
 from anytoken.training.run_folder import begin, export
 from anytoken.training.step import ModelWithLoss, build_loss, with_layout
 from anytoken.utils.atomic import write_file
+from anytoken.utils.distributed import all_processes
 
 CHECKED_STEPS = 20  # of a GPU, whose losses are looked at together: looking makes the host wait
 
@@ -187,7 +188,7 @@ class StageTrainer(Trainer):
             spec = self.stage.optimizer
             groups = param_groups_by_mesh(self.optimizer_groups())
             self.weight_decays = [group["weight_decay"] for group in groups]
-            self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
+            self.optimizer = make_optimizer(spec, base_model(self.lm), groups, all_processes())
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_loop import asked
+from reference_loop import Recorder, asked
 from torch import Tensor
 
 import anytoken
@@ -21,23 +21,6 @@ from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 
 SEEDED = {"image": Sampling(temperature=1.0), "text": Sampling(temperature=1.0)}
-
-
-class Recorder:
-    """Records as CUDA does, as far as its user can tell: the result stays where it is, and replaying fills it anew."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
-        self.recorded += 1
-        result = work().clone()
-
-        def replay() -> None:
-            self.replayed += 1
-            result.copy_(work())
-
-        return replay, result
 
 
 def engines(model: AnyToken, record: Any) -> tuple[Engine, Engine]:
