@@ -306,9 +306,7 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
             output.expert_use = self._expert_use(decoded, real)
         return output
 
-    @wraps(
-        Qwen3MoeForCausalLM.prepare_inputs_for_generation, assigned=()
-    )  # its signature says what generate may pass
+    @wraps(Qwen3MoeForCausalLM.prepare_inputs_for_generation, assigned=())  # generate checks the signature
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, with the places of the new ids' next codes where the model has grid positions."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
