@@ -53,13 +53,13 @@ def bench_retrieval(
     rows = list(_rows(model, UNTRAINED, tasks, data, results))
     trained: Figures = {}
     common = [f"threads={threads}", *overrides]
-    jobs = [(recipe, Path(recipe).stem, places, ()) for recipe, places in HEADS.items()]
+    jobs = [(recipe, Path(recipe).stem, places, list[str]()) for recipe, places in HEADS.items()]
     changed = [f"steps={scratch_steps}"] if scratch_steps else []
     pairs = HEADS["stages/embed.yaml"]
     if scratch_steps != 0:  # and a head that sees as many pairs as the dual encoder does
         stage = TrainConfig.load(recipes.find(SCRATCH), changed)
         assert stage.contrastive is not None
-        equal = (f"steps={stage.steps}", f"contrastive.batch={stage.contrastive.batch}")
+        equal = [f"steps={stage.steps}", f"contrastive.batch={stage.contrastive.batch}"]
         jobs.append(("stages/embed.yaml", "embed_equal", pairs, equal))
     for recipe, name, places, extra in jobs:
         given = [f"init_from={base}", *(place.format(shards=shards) for place in places), *extra]
