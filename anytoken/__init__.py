@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
     from anytoken.tokenizers.base import ModalityTokenizer, register_modality
     from anytoken.tokenizers.registry import load_modality
-    from anytoken.utils.limits import MediaLimitError, MediaLimits, media_limits
+    from anytoken.utils.errors import MediaLimitError
+    from anytoken.utils.limits import MediaLimits, media_limits
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ _HOME = {
     "GenerationOutput": "inference.outputs",
     "Image": "segments",
     "Index": "inference.index",
-    "MediaLimitError": "utils.limits",
+    "MediaLimitError": "utils.errors",
     "MediaLimits": "utils.limits",
     "ModalityTokenizer": "tokenizers.base",
     "Sampling": "inference.sampling",

@@ -36,6 +36,7 @@ from anytoken.grammar_tables import (
     Size,
     Task,
     TaskTable,
+    checked_task,
     loss_classes,
     one,
     role_ranges,
@@ -136,39 +137,7 @@ class Grammar:
         `sizes` fixes the grid size of a modality. A text of the plan has at least one id. TokenSpaceError for an
         unknown kind, two texts in a row (a single text in the grammar), or a size that the modality cannot have.
         """
-        task = Task(None if plan is None else self._checked_plan(plan), self._checked_sizes(sizes or {}))
-        return State(CONTENT, "assistant", task=task)
-
-    def _checked_plan(self, plan: Sequence[str]) -> tuple[str, ...]:
-        kinds = (plan,) if isinstance(plan, str) else tuple(plan)
-        choices = self.token_space.modality_names
-        if not kinds:
-            raise TokenSpaceError(
-                f"The plan is empty; name at least one of {', '.join(choices)}, or pass None."
-            )
-        for before, kind in zip(("", *kinds), kinds, strict=False):
-            if kind not in choices:
-                raise TokenSpaceError(f"Unknown kind {kind!r} in the plan; allowed: {', '.join(choices)}.")
-            if kind == before == "text":
-                raise TokenSpaceError(
-                    f"The plan {list(kinds)} has two texts in a row, which are one text; merge them."
-                )
-        return kinds
-
-    def _checked_sizes(self, sizes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, Size], ...]:
-        grids = {name: one.shape for name, one in self.segments.items() if isinstance(one.shape, CodeGrid)}
-        pinned = {name: tuple(int(n) for n in size) for name, size in sizes.items()}
-        for name, size in pinned.items():
-            if name not in grids:
-                known = ", ".join(grids) or "none"
-                raise TokenSpaceError(
-                    f"sizes pins {name!r}, which has no grid; modalities with one: {known}."
-                )
-            shape = grids[name]
-            bounds = list(zip(size, shape.min_size, shape.max_size, strict=False))
-            if len(size) != len(shape.axes) or not all(low <= n <= high for n, low, high in bounds):
-                raise TokenSpaceError(f"{name} cannot have the size {size}; allowed: {_extent(shape)}.")
-        return tuple(sorted(pinned.items()))
+        return State(CONTENT, "assistant", task=checked_task(self.token_space, plan, sizes or {}))
 
     # ---- the rules ----
 
@@ -484,11 +453,6 @@ class Grammar:
         return TokenSpaceError(
             f"Id {token} ({name}) is not allowed {self._where(state)}; allowed: {allowed}."
         )
-
-
-def _extent(shape: CodeGrid) -> str:
-    limits = zip(shape.axes, shape.min_size, shape.max_size, strict=True)
-    return ", ".join(f"{axis} {low} to {high}" for axis, low, high in limits)
 
 
 def _whole_numbers(ids: Iterable[int]) -> list[int]:

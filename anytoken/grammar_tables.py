@@ -7,13 +7,14 @@ its steps; `loss_classes` the coarse allowed sets of the grammar-restricted loss
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import CodeGrid, CodeShape, codebook_pattern
+from anytoken.utils.errors import TokenSpaceError
 
 Span = tuple[int, int]
 Ranges = tuple[Span, ...]
@@ -26,6 +27,41 @@ class Task(NamedTuple):
 
     plan: tuple[str, ...] | None = None
     sizes: tuple[tuple[str, Size], ...] = ()
+
+
+def checked_task(space: TokenSpace, plan: Sequence[str] | None, sizes: Mapping[str, Sequence[int]]) -> Task:
+    """A task that can be done; TokenSpaceError for an unknown kind, two texts in a row, or an impossible size."""
+    return Task(None if plan is None else _checked_plan(space, plan), _checked_sizes(space, sizes))
+
+
+def _checked_plan(space: TokenSpace, plan: Sequence[str]) -> tuple[str, ...]:
+    kinds = (plan,) if isinstance(plan, str) else tuple(plan)
+    choices = ", ".join(space.modality_names)
+    if not kinds:
+        raise TokenSpaceError(f"The plan is empty; name at least one of {choices}, or pass None.")
+    for before, kind in zip(("", *kinds), kinds, strict=False):
+        if kind not in space.modality_names:
+            raise TokenSpaceError(f"Unknown kind {kind!r} in the plan; allowed: {choices}.")
+        if kind == before == "text":
+            raise TokenSpaceError(
+                f"The plan {list(kinds)} has two texts in a row, which are one text; merge them."
+            )
+    return kinds
+
+
+def _checked_sizes(space: TokenSpace, sizes: Mapping[str, Sequence[int]]) -> tuple[tuple[str, Size], ...]:
+    grids = {name: shape for name, shape in space.shapes.items() if isinstance(shape, CodeGrid)}
+    pinned = {name: tuple(int(n) for n in size) for name, size in sizes.items()}
+    for name, size in pinned.items():
+        if name not in grids:
+            known = ", ".join(grids) or "none"
+            raise TokenSpaceError(f"sizes pins {name!r}, which has no grid; modalities with one: {known}.")
+        limits = list(zip(grids[name].axes, grids[name].min_size, grids[name].max_size, strict=True))
+        fits = (low <= n <= high for n, (_, low, high) in zip(size, limits, strict=False))
+        if len(size) != len(limits) or not all(fits):
+            extent = ", ".join(f"{axis} {low} to {high}" for axis, low, high in limits)
+            raise TokenSpaceError(f"{name} cannot have the size {size}; allowed: {extent}.")
+    return tuple(sorted(pinned.items()))
 
 
 class SegmentTable:

@@ -26,8 +26,8 @@ import numpy as np
 from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
-from anytoken.utils.errors import SegmentError, reason
-from anytoken.utils.limits import MediaLimitError, current_limits
+from anytoken.utils.errors import MediaLimitError, SegmentError, reason
+from anytoken.utils.limits import current_limits
 from anytoken.video_io import REPEATED_PIXELS, AudioTrack, Timing, constant_rate, sample
 
 MAX_SIDE_PX = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500, ".gif": 65_535}  # what the formats can say

@@ -135,6 +135,7 @@ RENAMED = {  # a module by its name of today: what in it had another name
         "Unfold": "Unpatchify",
         "alike": "group_by_shape",
     },
+    "training.checkpoint": {"SaveError": "WriteError"},
     "training.config": {"Stage": "TrainConfig"},
 }
 RECIPE_KEYS = {  # of a stage's recipe, old -> new; a recipe, a saved stage or an override may still have the old ones

@@ -106,6 +106,8 @@ def colors() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory) -> Path:
     """The folder of all the sets; tests only read it."""
+    import anytoken.emoji_world.test_sets  # noqa: F401 (registers them)
+
     folder = tmp_path_factory.mktemp("data") / "sets"
     write_pictures(folder / "emoji")
     write_speech(folder / "speech")

@@ -1,11 +1,14 @@
-"""The plain loop that every way of decoding is compared with, and what an engine is asked in the same words."""
+"""The plain loop that every way of decoding is compared with, what an engine is asked in the same words, and a stand-in
+for CUDA's recorder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anytoken.grammar import Grammar
+from anytoken.inference.cuda_graphs import Recorded
 from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 
@@ -63,3 +66,20 @@ def asked(
         GenerationRequest(prompt, plan, sampling or {}, max_new_tokens, seed, row, **options)
         for prompt, plan, row in zip(prompts, plans, rows, strict=True)
     ]
+
+
+class Recorder:
+    """Records as CUDA does, as far as its user can tell: the result stays where it is, and replaying fills it anew."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
+        self.recorded += 1
+        result = work().clone()
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(work())
+
+        return replay, result

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from anytoken.benchmarks.serve import running_server
@@ -58,7 +59,7 @@ def run_blocks(blocks, name, names):
                 if not line.startswith(("pip install", "anytoken serve", "anytoken web")):
                     run_line(line)
         elif language != "mermaid":  # diagrams are drawn when the site is built
-            assert language == "toml" and tomllib.loads(text)
+            assert (tomllib.loads if language == "toml" else yaml.safe_load)(text), language
 
 
 def test_links_of_the_pages_lead_somewhere():

@@ -80,6 +80,30 @@ def test_a_room_imports_only_rooms_to_its_left(room, path):
     assert not imported_rooms(path) & set(ROOMS[ROOMS.index(room) + 1 :])
 
 
+@pytest.mark.parametrize(
+    "room", ["tokenizers", "data", "model", "training", "inference", "evaluation", "serving"]
+)
+def test_generic_rooms_know_nothing_of_the_bundled_models_world(room):
+    files = [
+        path
+        for path in (ROOT / "anytoken" / room).rglob("*")
+        if path.suffix in (".py", ".yaml", ".json", ".md")
+    ]
+    assert files and not [path for path in files if "emoji" in path.read_text(encoding="utf-8").lower()]
+
+
+def test_error_classes_are_in_one_file():
+    found = set()
+    for path in (ROOT / "anytoken").rglob("*.py"):
+        classes = [
+            one for one in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(one, ast.ClassDef)
+        ]
+        bases = [ast.unparse(base) for one in classes for base in one.bases]
+        found |= {path for base in bases if base.endswith("Error")}
+    # those of the HTTP server carry a status
+    assert found == {ROOT / "anytoken" / name for name in ("utils/errors.py", "serving/errors.py")}
+
+
 def test_every_module_is_in_a_room():
     found = (ROOT / "anytoken").iterdir()
     names = {path.stem for path in found if path.name != "py.typed" and not path.name.startswith("__")}

@@ -18,7 +18,8 @@ from PIL import PngImagePlugin
 from anytoken.media_io import _read_channels
 from anytoken.segments import DNA, Image, SegmentError, Speech, Text, Video, open_segment
 from anytoken.tokenizers.video import fit_clip
-from anytoken.utils.limits import MediaLimitError, media_limits
+from anytoken.utils.errors import MediaLimitError
+from anytoken.utils.limits import media_limits
 
 RED, GREY = (250, 0, 0), (120, 120, 120)
 

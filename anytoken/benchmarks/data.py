@@ -32,8 +32,7 @@ from anytoken.emoji_world.instruct import build_instruct
 from anytoken.processor import Processor
 from anytoken.training.config import TrainConfig
 from anytoken.training.initialize import build_model
-from anytoken.training.step import ModelWithLoss
-from anytoken.training.trainer import build_loss
+from anytoken.training.step import ModelWithLoss, build_loss
 from anytoken.utils.errors import EvaluationError
 
 STAGES = ("1_alignment", "2_interleaved", "3_speech", "4_instruct")

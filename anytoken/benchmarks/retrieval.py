@@ -1,5 +1,5 @@
 """Retrieval by embeddings: the heads of stages/embed*.yaml, trained here, beside untrained states and a dual encoder
-from scratch, on the held-out items of the bundled `retrieval` tasks.
+from scratch (beside a head trained on as many pairs), on the held-out items of the bundled `retrieval` tasks.
 """
 
 from __future__ import annotations
@@ -53,18 +53,24 @@ def bench_retrieval(
     rows = list(_rows(model, UNTRAINED, tasks, data, results))
     trained: Figures = {}
     common = [f"threads={threads}", *overrides]
-    for recipe, places in HEADS.items():
-        name = Path(recipe).stem
-        given = [f"init_from={base}", *(place.format(shards=shards) for place in places)]
+    jobs = [(recipe, Path(recipe).stem, places, list[str]()) for recipe, places in HEADS.items()]
+    changed = [f"steps={scratch_steps}"] if scratch_steps else []
+    pairs = HEADS["stages/embed.yaml"]
+    if scratch_steps != 0:  # and a head that sees as many pairs as the dual encoder does
+        stage = TrainConfig.load(recipes.find(SCRATCH), changed)
+        assert stage.contrastive is not None
+        equal = [f"steps={stage.steps}", f"contrastive.batch={stage.contrastive.batch}"]
+        jobs.append(("stages/embed.yaml", "embed_equal", pairs, equal))
+    for recipe, name, places, extra in jobs:
+        given = [f"init_from={base}", *(place.format(shards=shards) for place in places), *extra]
         trained[name] = _train(recipe, [*given, *common], folder / name)
         model.embedding_heads[None] = EmbeddingHead.load(folder / name)
         rows += _rows(model, name, tasks, data, results)
     if scratch_steps != 0:
         name = Path(SCRATCH).stem if scratch_steps is None else f"{Path(SCRATCH).stem}_{scratch_steps}"
-        given = [place.format(shards=shards) for place in HEADS["stages/embed.yaml"]]
+        given = [place.format(shards=shards) for place in pairs]
         given += [f"tokenizers.text={base}/text_tokenizer", f"tokenizers.image={base}/tokenizers/image"]
-        given += [f"steps={scratch_steps}"] if scratch_steps else []
-        trained[name] = _train(SCRATCH, [*given, *common], folder / name)
+        trained[name] = _train(SCRATCH, [*given, *changed, *common], folder / name)
         rows += _rows(AnyToken.from_pretrained(folder / name), name, tasks, data, results)
     return {"model": folder.name, "trained": trained, "rows": rows}
 

@@ -27,8 +27,7 @@ from anytoken.training.initialize import build_model, choose_attention
 from anytoken.training.precision import choose_precision
 from anytoken.training.prepare_data import prepare_sources
 from anytoken.training.run_metadata import measure_peak_flops
-from anytoken.training.step import ModelWithLoss, compile_layers, with_layout, worth_compiling
-from anytoken.training.trainer import build_loss
+from anytoken.training.step import ModelWithLoss, build_loss, compile_layers, with_layout, worth_compiling
 from anytoken.utils.errors import EvaluationError
 
 WARM_UP = 3  # batches

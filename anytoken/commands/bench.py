@@ -8,28 +8,34 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import ModelArgument, Overrides, examples, load
+from anytoken.commands.options import ModelArgument, Overrides, Sets, Stage, examples, load
 from anytoken.commands.search import IndexKind
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed against a named peer in the same run.")
 CONTEXTS = [128, 512, 1024, 2048, 4096]
 Repeats = Annotated[int, typer.Option(min=1, help="Repetitions per side; the median is reported.")]
+Results = Annotated[Path, typer.Option(help="JSON file for the results.")]
+Kind = Annotated[str, typer.Option(help="Modality to generate.")]
+Prompt = Annotated[str, typer.Option(help="Prompt.")]
+Hidden = Annotated[int, typer.Option(help="Hidden size of the large random model.")]
+Layers = Annotated[int, typer.Option(help="Layers of the large random model.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 
 @app.command(epilog=examples("anytoken bench generate mini --kind image --repeats 3"))
 def generate(
     model: ModelArgument = "mini",
-    kind: Annotated[str, typer.Option(help="Modality to generate.")] = "image",
-    prompt: Annotated[str, typer.Option(help="Prompt.")] = "a fox, 3d, blue background",
+    kind: Kind = "image",
+    prompt: Prompt = "a fox, 3d, blue background",
     repeats: Repeats = 3,
     vocabulary: Annotated[int, typer.Option(help="Size of the large vocabulary.")] = 150_000,
-    width: Annotated[int, typer.Option(help="Hidden size of the large random model.")] = 768,
-    layers: Annotated[int, typer.Option(help="Layers of the large random model.")] = 12,
+    width: Hidden = 768,
+    layers: Layers = 12,
     contexts: Annotated[
         list[int],
         typer.Option("--context", min=1, help="Context length at which to time a decoding step; repeatable."),
     ] = CONTEXTS,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_generate.json"),
+    out: Results = Path("out/bench_generate.json"),
 ) -> None:
     """Decoding against transformers' `generate` (same weights, grammar and ids) and against its own limits."""
     from anytoken.benchmarks import harness
@@ -42,13 +48,13 @@ def generate(
 @app.command(epilog=examples("anytoken bench decode mini --repeats 9"))
 def decode(
     model: ModelArgument = "mini",
-    kind: Annotated[str, typer.Option(help="Modality to generate.")] = "image",
-    prompt: Annotated[str, typer.Option(help="Prompt.")] = "a fox, 3d, blue background",
+    kind: Kind = "image",
+    prompt: Prompt = "a fox, 3d, blue background",
     repeats: Repeats = 9,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    width: Annotated[int, typer.Option(help="Hidden size of the large random model.")] = 768,
-    layers: Annotated[int, typer.Option(help="Layers of the large random model.")] = 12,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_decode.json"),
+    threads: Threads = 1,
+    width: Hidden = 768,
+    layers: Layers = 12,
+    out: Results = Path("out/bench_decode.json"),
 ) -> None:
     """The engine's decoding step against the model's own layers: same weights, same ids."""
     import torch
@@ -77,7 +83,7 @@ def score(
     ] = None,
     count: Annotated[int, typer.Option(min=2, help="Held-out images, with --naming.")] = 200,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_score.json"),
+    out: Results = Path("out/bench_score.json"),
 ) -> None:
     """Scoring many answers to one image with a single prompt pass, against one forward pass per answer."""
     from anytoken import recipes
@@ -116,7 +122,7 @@ def embed(
     width: Annotated[int, typer.Option(min=4, help="Dimensions of the vectors.")] = 256,
     count: Annotated[int, typer.Option(min=8, help="Prompts to embed, a mix of names and images.")] = 128,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_embed.json"),
+    out: Results = Path("out/bench_embed.json"),
 ) -> None:
     """Embedding against a plain forward pass; an index's build time, queries per second and recall@10."""
     from anytoken import recipes
@@ -137,7 +143,7 @@ def embed(
 @app.command(epilog=examples("anytoken bench retrieval mini --scratch-steps 0"))
 def retrieval(
     model: ModelArgument = "mini",
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
+    data: Sets = Path("data/sets"),
     shards: Annotated[
         Path, typer.Option(help="Those sets, tokenized with the model's tokenizers: images, videos, speech.")
     ] = Path("data/shards"),
@@ -151,12 +157,12 @@ def retrieval(
     count: Annotated[
         int | None, typer.Option(min=1, help="Held-out prompts per task; all by default.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Threads = 1,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override KEY=VALUE of all three recipes; repeatable.")
     ] = None,
     fill: Annotated[Path | None, typer.Option(help="Markdown file whose retrieval table to update.")] = None,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_retrieval.json"),
+    out: Results = Path("out/bench_retrieval.json"),
 ) -> None:
     """Embedding heads trained by the recipes, against untrained states and a dual encoder from scratch."""
     import torch
@@ -177,11 +183,11 @@ def retrieval(
 @app.command(epilog=examples("anytoken bench serve mini --clients 16 --requests 64"))
 def serve(
     model: ModelArgument = "mini",
-    prompt: Annotated[str, typer.Option(help="Prompt.")] = "a fox, 3d, blue background",
+    prompt: Prompt = "a fox, 3d, blue background",
     kind: Annotated[str, typer.Option(help="Kind of reply.")] = "image",
     clients: Annotated[int, typer.Option(min=2, help="Concurrent clients.")] = 16,
     requests: Annotated[int, typer.Option(min=2, help="Total requests of all clients.")] = 64,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_serve.json"),
+    out: Results = Path("out/bench_serve.json"),
 ) -> None:
     """A server on this machine: throughput and latency with one client, with many, and beyond its limits.
 
@@ -195,10 +201,10 @@ def serve(
 
 @app.command(epilog=examples("anytoken bench train stages/1_alignment.yaml data_root=data/shards"))
 def train(
-    stage: Annotated[str, typer.Argument(help="A stage recipe.")] = "stages/1_alignment.yaml",
+    stage: Stage = "stages/1_alignment.yaml",
     overrides: Overrides = None,
     repeats: Repeats = 5,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_train.json"),
+    out: Results = Path("out/bench_train.json"),
 ) -> None:
     """A training step against transformers' own loss: same weights, same packed batch."""
     import torch
@@ -248,7 +254,7 @@ def data(
         typer.Option(help="Folder of tokenized sets; if missing, the tiny sets are tokenized."),
     ] = Path("data/shards"),
     repeats: Repeats = 5,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_data.json"),
+    out: Results = Path("out/bench_data.json"),
 ) -> None:
     """Packing efficiency, data loading against a training step, and reading against webdataset and datasets."""
     from tempfile import TemporaryDirectory
@@ -265,7 +271,7 @@ def quantize(
     model: ModelArgument = "mini",
     repeats: Repeats = 5,
     each: Annotated[int, typer.Option(min=1, help="Held-out prompts per direction.")] = 4,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_quantize.json"),
+    out: Results = Path("out/bench_quantize.json"),
 ) -> None:
     """int8 against float32 weights: memory, decoding speed, and bits per token on the held-out files."""
     from anytoken.benchmarks import harness
@@ -280,7 +286,7 @@ def experts(
     experts: Annotated[int, typer.Option(min=2, help="Experts per layer.")] = 8,
     top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")] = 2,
     repeats: Repeats = 5,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_experts.json"),
+    out: Results = Path("out/bench_experts.json"),
 ) -> None:
     """A mixture-of-experts training step against a dense one of equal active parameters, each with its MFU."""
     from anytoken.benchmarks import harness
@@ -299,7 +305,7 @@ def model(
     text_size: Annotated[int, typer.Option(min=1, help="Text ids in the large vocabulary.")] = 150_000,
     context: Annotated[int, typer.Option(min=16, help="Sequence length in ids.")] = 256,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_model.json"),
+    out: Results = Path("out/bench_model.json"),
 ) -> None:
     """A training step against stock Qwen3-MoE of the same shape; the chunked loss against full logits."""
     from anytoken.benchmarks import harness
@@ -320,7 +326,7 @@ def tokenizers(
         list[int] | None, typer.Option("--batch", min=1, help="Batch size; repeatable.")
     ] = None,
     repeats: Repeats = 3,
-    out: Annotated[Path, typer.Option(help="JSON file for the results.")] = Path("out/bench_tokenizers.json"),
+    out: Results = Path("out/bench_tokenizers.json"),
     device: Annotated[str, typer.Option(help="cpu (one thread), cuda or auto.")] = "cpu",
 ) -> None:
     """Encoding and decoding: batches against single items, speech against EnCodec and DAC, on one thread."""

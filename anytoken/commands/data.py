@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Limits, Out, Workers, examples
+from anytoken.commands.options import Engine, Limits, Out, Sets, Workers, examples
 
 app = typer.Typer(
     no_args_is_help=True, help="Build the data sets, check records, and tokenize them into shards."
@@ -52,7 +52,7 @@ def emoji(
     ] = False,
     moving: Annotated[
         bool,
-        typer.Option(help="Also compose stills and clips of all other concepts, to learn how drawings move."),
+        typer.Option(help="Also compose stills and clips in all styles, to learn how drawings move."),
     ] = False,
     workers: Workers = 2,
     limit: Limit = None,
@@ -147,7 +147,7 @@ def label_fasta(
 
 @app.command(epilog=examples("anytoken data instruct --sets data/sets --out data/sets/instruct"))
 def instruct(
-    sets: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    sets: Sets,
     out: Out,
     count: Annotated[int, typer.Option(min=1, help="Number of conversations.")] = 12_000,
     seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same set.")] = 0,
@@ -176,9 +176,9 @@ def data_check(
     limits: Limits = None,
 ) -> None:
     """List every bad record with its location and reason; exit code 2 if there is one. Shards: verify checksums."""
-    from anytoken.data.records import RecordError
     from anytoken.data.shards import is_shards, load_tokenizers, verify_shards
     from anytoken.data.validate import Census, check_source
+    from anytoken.utils.errors import RecordError
 
     if is_shards(source):
         manifest = verify_shards(source)
@@ -216,9 +216,7 @@ def data_tokenize(
     tokenizers: Annotated[Path, typer.Option(help="A folder of tokenizers, such as a checkpoint's.")],
     out: Out,
     workers: Workers = 2,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, else one on this machine).")
-    ] = "local",
+    engine: Engine = "local",
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="Fraction of records that may be bad.")] = 0.01,
     rename: Rename = None,
     data_root: DataRoot = None,

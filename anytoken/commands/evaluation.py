@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from anytoken.commands.options import Adapter, Device, ModelArgument, examples, load
+from anytoken.commands.options import Adapter, AsJson, Device, ModelArgument, Sets, examples, load
 
 app = typer.Typer()
 COUNT = 200  # held-out prompts per built-in direction
@@ -32,7 +32,7 @@ def evaluate(
             help="A task file, a folder of them, or a bundled name such as dna/promoter; repeatable."
         ),
     ] = None,
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")] = Path("data/sets"),
+    data: Sets = Path("data/sets"),
     out: Annotated[
         Path | None,
         typer.Option(help="JSON file for the scores (out/scores.json); with --task a folder (out/eval)."),
@@ -147,7 +147,7 @@ def _name(model: str, adapter: Path | None) -> str:
 def compare(
     ours: Annotated[Path, typer.Argument(help="A result file TASK.json, or a model's result folder.")],
     theirs: Annotated[Path, typer.Argument(help="Another one, with the same tasks.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two results of `eval --task` on their common samples, with paired bootstrap intervals."""
     import json

@@ -30,6 +30,20 @@ ModelArgument = Annotated[str, typer.Argument(help="A bundled name, a checkpoint
 Adapter = Annotated[Path | None, typer.Option(help="A PEFT adapter folder to load with the model.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Out = Annotated[Path, typer.Option(help="The folder to write to.")]
+Sets = Annotated[Path, typer.Option(help="The folder of the built sets.")]
+Stage = Annotated[str, typer.Argument(help="A stage recipe.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Engine = Annotated[
+    str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, else one on this machine).")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine only.")]
+ApiKeys = Annotated[
+    Path | None,
+    typer.Option(help="File with one API key per line; by default the variable ANYTOKEN_API_KEYS."),
+]
+AllowOpen = Annotated[
+    bool, typer.Option("--allow-open", help="Listen on other addresses without an API key.")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing checkpoint in --out; other files are kept.")
 ]

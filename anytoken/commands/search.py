@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from anytoken.commands.inference import PROMPT_HELP, PromptCommand
-from anytoken.commands.options import Adapter, Device, Model, examples, load
+from anytoken.commands.options import Adapter, Device, Engine, Model, examples, load
 from anytoken.terminal.prompt_args import read_part
 
 app = typer.Typer()
@@ -71,9 +71,7 @@ def index(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index of another folder, model or width.")
     ] = False,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray (the cluster at RAY_ADDRESS, else one on this machine).")
-    ] = "local",
+    engine: Engine = "local",
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that embed on CPUs; 1 with the local engine: this one.")
     ] = 1,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Device, ModelArgument, examples, load
+from anytoken.commands.options import AllowOpen, ApiKeys, Device, Host, ModelArgument, examples, load
 
 app = typer.Typer()
 
@@ -22,22 +22,15 @@ app = typer.Typer()
 )
 def serve(
     model: ModelArgument = "mini",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine only.")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
     name: Annotated[
         str | None, typer.Option(help="Model name for clients; by default that of the folder.")
     ] = None,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(help="File with one API key per line; by default the variable ANYTOKEN_API_KEYS."),
-    ] = None,
-    allow_open: Annotated[
-        bool, typer.Option("--allow-open", help="Listen on other addresses without an API key.")
-    ] = False,
+    api_keys: ApiKeys = None,
+    allow_open: AllowOpen = False,
     limits: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a server setting: --set max_waiting=16."),
@@ -103,6 +96,10 @@ def serve(
     if engine is not None:
         if adapter or adapter_folder:
             raise typer.BadParameter("with --engine, adapters are the engine's: leave out --adapter.")
+        if "max_prefill_tokens" in settings.model_fields_set:
+            raise typer.BadParameter(
+                "with --engine, the engine reads the prompts: leave out max_prefill_tokens."
+            )
         from anytoken.serving.remote import RemoteWorker, open_remote
 
         remote = open_remote(model)

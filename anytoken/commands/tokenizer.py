@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anytoken import recipes
-from anytoken.commands.options import Out, Overrides, examples
+from anytoken.commands.options import Out, Overrides, Sets, examples
 
 Count = Annotated[
     int | None,
@@ -53,7 +53,7 @@ app = typer.Typer(no_args_is_help=True, help="Train and measure one modality's t
 )
 def tokenizer_train(
     recipe: Annotated[str, typer.Argument(help="tokenizers/KIND/recipe.yaml, or your own.")],
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    data: Sets,
     out: Out,
     overrides: Overrides = None,
 ) -> None:
@@ -77,7 +77,7 @@ def tokenizer_train(
 )
 def tokenizer_eval(
     tokenizer: Annotated[Path, typer.Argument(help="A tokenizer folder.")],
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    data: Sets,
     card: Annotated[
         Path | None, typer.Option(help="Folder for a card: figures.json, README.md and samples.")
     ] = None,
@@ -92,6 +92,7 @@ def tokenizer_eval(
     """Measure a tokenizer on held-out data against baselines: reconstruction, codebook usage, rate, speed."""
     import json
 
+    import anytoken.emoji_world.test_sets  # noqa: F401 (registers the built sets)
     from anytoken.evaluation.tokenizers.card import make_card
     from anytoken.evaluation.tokenizers.compare import summary
     from anytoken.evaluation.tokenizers.evaluate import measure
@@ -122,7 +123,7 @@ def tokenizer_eval(
 )
 def tokenizer_compare(
     tokenizers: Annotated[list[Path], typer.Argument(help="Tokenizer folders of one modality.")],
-    data: Annotated[Path, typer.Option(help="The folder of the built sets.")],
+    data: Sets,
     out: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
     genome: Genomes = None,
     image: ImageTokenizer = None,
@@ -134,6 +135,7 @@ def tokenizer_compare(
     """Measure several tokenizers on the same held-out items: rate, reconstruction, codebook usage, speed."""
     import json
 
+    import anytoken.emoji_world.test_sets  # noqa: F401 (registers the built sets)
     from anytoken.evaluation.tokenizers.compare import compare, comparison
     from anytoken.utils.atomic import write_file
 

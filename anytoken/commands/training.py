@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from anytoken import recipes
-from anytoken.commands.options import ModelArgument, Overrides, Overwrite, examples, load
+from anytoken.commands.options import AsJson, ModelArgument, Overrides, Overwrite, Stage, examples, load
 
 app = typer.Typer()
 
@@ -24,7 +24,7 @@ app = typer.Typer()
     )
 )
 def train(
-    stage: Annotated[str, typer.Argument(help="A stage recipe.")],
+    stage: Stage,
     overrides: Overrides = None,
     tiny: Annotated[
         bool,
@@ -127,7 +127,7 @@ def merge_adapter(
     )
 )
 def plan(
-    stage: Annotated[str, typer.Argument(help="A stage recipe.")],
+    stage: Stage,
     overrides: Overrides = None,
     model: Annotated[
         str | None,
@@ -149,7 +149,7 @@ def plan(
         Path | None,
         typer.Option(help="A file of `anytoken bench gpu`; its measured MFU replaces the assumed one."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate parameters, memory, FLOPs and hours of a stage on many GPUs, without allocating weights."""
     import dataclasses

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from anytoken.commands.options import Adapter, Device, ModelArgument, examples, load
+from anytoken.commands.options import Adapter, AllowOpen, ApiKeys, Device, Host, ModelArgument, examples, load
 
 app = typer.Typer()
 
@@ -20,19 +20,12 @@ def web(
     run: Annotated[
         Path | None, typer.Option(help="Output folder of a training run to watch, or a folder of several.")
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 127.0.0.1 is this machine only.")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one from 7860 up.")
     ] = 0,
-    api_keys: Annotated[
-        Path | None,
-        typer.Option(help="File with one API key per line; by default the variable ANYTOKEN_API_KEYS."),
-    ] = None,
-    allow_open: Annotated[
-        bool, typer.Option("--allow-open", help="Listen on other addresses without an API key.")
-    ] = False,
+    api_keys: ApiKeys = None,
+    allow_open: AllowOpen = False,
     device: Device = "auto",
     adapter: Adapter = None,
 ) -> None:

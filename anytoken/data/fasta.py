@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.data.dataset_card import write_lines
-from anytoken.data.records import RecordError
 from anytoken.data.sources import read_records
 from anytoken.segments import DNA
+from anytoken.utils.errors import RecordError
 
 
 def label_fasta(fasta: str | Path, labels: str | Path, out: str | Path) -> Path:

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from anytoken.data.records import Blob, Record, RecordError
+from anytoken.data.records import Blob, Record
 from anytoken.segments import KINDS
+from anytoken.utils.errors import RecordError
 
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",

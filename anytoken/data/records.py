@@ -18,22 +18,13 @@ from typing import Any
 
 from anytoken.media_io import is_below
 from anytoken.segments import KINDS, Segment
-from anytoken.utils.errors import DataError
+from anytoken.utils.errors import MediaLimitError, RecordError
 from anytoken.utils.hints import choices, nearest
-from anytoken.utils.limits import MediaLimitError
 
 LONGEST = 300  # letters of a message about a bad record
 UNREAD_SUFFIXES = (".m4a", ".aac", ".wma", ".amr", ".heic", ".heif", ".svg", ".psd")
 ROLES = ("system", "user", "assistant")
 Record = dict[str, Any]
-
-
-class RecordError(DataError):
-    """A training record that cannot be used; ``reason`` names the kind of fault, for counting."""
-
-    def __init__(self, message: str, reason: str = "wrong shape") -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def bad_record(error: Exception) -> RecordError:

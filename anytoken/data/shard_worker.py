@@ -18,7 +18,6 @@ from anytoken.data.records import (
     MediaPart,
     Medium,
     Record,
-    RecordError,
     bad_record,
     media_parts,
     open_media,
@@ -26,6 +25,7 @@ from anytoken.data.records import (
 )
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
+from anytoken.utils.errors import RecordError
 from anytoken.utils.limits import MediaLimits, media_limits
 
 Tokenizers = Mapping[str, ModalityTokenizer]

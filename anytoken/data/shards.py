@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from anytoken.data.parallel import run
-from anytoken.data.records import Record, RecordError, Source
+from anytoken.data.records import Record, Source
 from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
 from anytoken.data.sources import open_source
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.atomic import write_file
-from anytoken.utils.errors import DataError
+from anytoken.utils.errors import DataError, RecordError
 from anytoken.utils.json_lines import read_json_lines
 from anytoken.utils.limits import current_limits
 

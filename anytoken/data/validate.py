@@ -18,7 +18,6 @@ from anytoken.data.records import (
     Blob,
     MediaPart,
     Record,
-    RecordError,
     bad_record,
     check_place,
     is_inline,
@@ -30,6 +29,7 @@ from anytoken.data.sources import open_source
 from anytoken.data.views import auto_views, held_kinds, is_used
 from anytoken.segments import KINDS, Segment
 from anytoken.tokenizers.base import MODALITIES
+from anytoken.utils.errors import RecordError
 from anytoken.utils.limits import current_limits
 
 CHUNK = 64  # records that tokenizers encode together

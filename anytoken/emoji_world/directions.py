@@ -7,9 +7,10 @@ through one judge.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from anytoken.evaluation.suite.schema import TASKS, read_tasks
+from anytoken.evaluation.suite.schema import read_tasks
 from anytoken.evaluation.suite.template import fields
 from anytoken.segments import KINDS, Segment
 
@@ -42,7 +43,7 @@ class Direction:
 def _from_file() -> dict[str, Direction]:
     """The directions of the task file world.yaml, which `anytoken eval --task world` asks, too."""
     found = {}
-    for task in read_tasks(TASKS / "world.yaml"):
+    for task in read_tasks(Path(__file__).parent / "task_files" / "world.yaml"):
         sources = [field.kind for field in fields(task.prompt[0].content) if field.name in KINDS]
         pair = task.join.data if task.join else None
         assert isinstance(task.output, str)

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache as memoize
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,9 @@ class Concept:
         return f"{'an' if vowel else 'a'} {self.name}"
 
 
+Job = tuple[Concept, list[np.ndarray], np.ndarray | None]  # a concept, its sprites and its animation
+
+
 def build_emoji(
     out: Path,
     cache: Path | None = None,
@@ -98,8 +101,8 @@ def build_emoji(
 
     Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
     pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
-    move, which come after all that do; layouts: also images of sizes and places; moving: also clips of concepts that
-    are not core. DataError if it cannot.
+    move, which come after all that do; layouts: also images of sizes and places; moving: also clips in
+    every style, of the other concepts too. DataError if it cannot.
     """  # fmt: skip
     folder = Path(out) / "emoji"
     cache = Path(cache) if cache else Path(out) / "packages"
@@ -116,12 +119,14 @@ def build_emoji(
     with ProcessPoolExecutor(workers) as pool:
         sprites = _sprites(folder, known, roots, pool, progress)
         animations = _animations(folder, [one for one in known if one.animated], pool, progress)
-        _compose_all(folder, core, sprites, animations, pool, progress)
+        jobs = partial(_jobs, folder, sprites, animations)
+        compose_all = partial(_compose_all, folder, pool, progress)
+        compose_all(_compose_concept, jobs(core), "images", "videos", "joint")
         if layouts:
-            _lay_out_all(folder, core, sprites, pool, progress)
+            compose_all(_lay_out_concept, jobs(core), "layouts")
         if moving:
-            rest = [one for one in known if one not in core and not splits.tokenizer_held_out(one.hexcode)]
-            _move_all(folder, rest, sprites, animations, pool, progress)
+            seen = [one for one in known if one in core or not splits.tokenizer_held_out(one.hexcode)]
+            compose_all(partial(_move_concept, core=codes), jobs(seen), "moving")
     _write_card(folder, known, core, cache)
     return folder
 
@@ -299,47 +304,38 @@ def _animations(
     return {one.hexcode: frames for one, frames in zip(known, np.load(path, mmap_mode="r"), strict=True)}
 
 
-def _drawn(folder: Path, core: list[Concept], sprites: np.ndarray) -> list[list[np.ndarray]]:
-    """Of each concept its sprites, in the order of the styles."""
-    row = {(line["hexcode"], line["style"]): line["row"] for line in read_lines(folder / "sprites.jsonl")}
-    return [[np.array(sprites[row[one.hexcode, style]]) for style in STYLES] for one in core]
-
-
 def _jobs(
-    folder: Path, concepts: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray]
-) -> list[tuple[Concept, list[np.ndarray], np.ndarray | None]]:
-    """Each concept with its sprites and the frames of its animation, if it has one."""
-    drawn = _drawn(folder, concepts, sprites)
+    folder: Path, sprites: np.ndarray, animations: dict[str, np.ndarray], concepts: list[Concept]
+) -> list[Job]:
+    """Each concept with its sprites in the order of the styles, and the frames of its animation, if it has one."""
+    row = {(line["hexcode"], line["style"]): line["row"] for line in read_lines(folder / "sprites.jsonl")}
     return [
-        (one, found, np.array(animations[one.hexcode]) if one.animated else None)
-        for one, found in zip(concepts, drawn, strict=True)
+        (
+            one,
+            [np.array(sprites[row[one.hexcode, style]]) for style in STYLES],
+            np.array(animations[one.hexcode]) if one.animated else None,
+        )
+        for one in concepts
     ]
 
 
-def _lay_out_all(
-    folder: Path, core: list[Concept], sprites: np.ndarray, pool: ProcessPoolExecutor, progress: bool
-) -> None:
-    jobs = list(zip(core, _drawn(folder, core, sprites), strict=True))
-    made = _map(pool, partial(_lay_out_concept, folder), jobs, "layouts", progress)
-    write_lines(folder / "layouts.jsonl", (line for lines in made for line in lines))
-
-
-def _move_all(
-    folder: Path, concepts: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
-    pool: ProcessPoolExecutor, progress: bool,
+def _compose_all(
+    folder: Path, pool: ProcessPoolExecutor, progress: bool, work: Callable[..., tuple[Lines, ...]], jobs: list[Job],
+    *names: str,
 ) -> None:  # fmt: skip
-    jobs = _jobs(folder, concepts, sprites, animations)
-    made = _map(pool, partial(_move_concept, folder), jobs, "moving", progress)
-    write_lines(folder / "moving.jsonl", (line for lines in made for line in lines))
+    """Compose concepts by `work`, and write the lines that it returns of each to `names`.jsonl."""
+    made = _map(pool, partial(work, folder), jobs, names[0], progress)
+    for name, found in zip(names, zip(*made, strict=True), strict=True):
+        write_lines(folder / f"{name}.jsonl", chain.from_iterable(found))
 
 
-def _move_concept(folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray | None]) -> Lines:
-    return list(compose_moving(folder, *job))
+def _move_concept(folder: Path, job: Job, core: set[str]) -> tuple[Lines]:
+    return (list(compose_moving(folder, *job, core=job[0].hexcode in core)),)
 
 
-def _lay_out_concept(folder: Path, job: tuple[Concept, list[np.ndarray]]) -> Lines:
+def _lay_out_concept(folder: Path, job: Job) -> tuple[Lines]:
     """One concept in every style on every background, each in one size and place that a hash decides."""
-    concept, drawn = job
+    concept, drawn, _ = job
     lines: Lines = []
     for background, color in BACKGROUNDS.items():
         for style, sprite in zip(STYLES, drawn, strict=True):
@@ -358,33 +354,12 @@ def _lay_out_concept(folder: Path, job: tuple[Concept, list[np.ndarray]]) -> Lin
             text = f"{named}, {place}, {style}, {background} background"
             why = splits.image_holdout(concept.hexcode, style, background)
             why = why or ("layout" if splits.layout_held_out(concept.hexcode, size, place) else None)
-            lines.append(
-                {
-                    "text": text,
-                    "image": image,
-                    **base,
-                    "style": style,
-                    "size": size,
-                    "place": place,
-                    **_split(why),
-                }
-            )
-    return lines
+            laid_out = {"style": style, "size": size, "place": place}
+            lines.append({"text": text, "image": image, **base, **laid_out, **_split(why)})
+    return (lines,)
 
 
-def _compose_all(
-    folder: Path, core: list[Concept], sprites: np.ndarray, animations: dict[str, np.ndarray],
-    pool: ProcessPoolExecutor, progress: bool,
-) -> None:  # fmt: skip
-    jobs = _jobs(folder, core, sprites, animations)
-    made = _map(pool, partial(_compose_concept, folder), jobs, "compositions", progress)
-    for index, name in enumerate(("images", "videos", "joint")):
-        write_lines(folder / f"{name}.jsonl", (line for concept in made for line in concept[index]))
-
-
-def _compose_concept(
-    folder: Path, job: tuple[Concept, list[np.ndarray], np.ndarray | None]
-) -> tuple[Lines, Lines, Lines]:
+def _compose_concept(folder: Path, job: Job) -> tuple[Lines, Lines, Lines]:
     """One concept on every background, where that is not there yet; the lines of images, videos and joint."""
     concept, drawn, frames = job
     lines: tuple[Lines, Lines, Lines] = ([], [], [])
@@ -453,7 +428,7 @@ layouts.jsonl: the same drawings small ({SIZES_PX["small"]} pixels) or large ({S
 {len(PLACES)} places; `layout`, {splits.LAYOUT_SHARE:.0%} of (concept, size, place), is held out too."""
     if (folder / "moving.jsonl").is_file():
         about += """
-moving.jsonl: stills and clips of concepts that are not core, by the artist or by a simple motion."""
+moving.jsonl: stills and clips of drawings in every style, by the artist or by a simple motion."""
     facts = {
         "concepts": len(known),
         "moving": moving,

@@ -19,6 +19,7 @@ from anytoken.inference.answer_tree import ROOT, AnswerTree
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import KVCache, agreement
 from anytoken.inference.score import Normalize, check_length, score_ids
+from anytoken.model.grid_positions import CodeWalk
 from anytoken.training.losses.balanced import grammar_groups
 
 MOST_STEPS = 16  # as many as take about the time of scoring 160 names
@@ -93,7 +94,8 @@ class _Walk:
         weight = engine.lm.get_input_embeddings().weight
         self._cache = KVCache(weight.device, weight.dtype)
         self._cache.reserve(1, self._length + max(map(len, tree.paths)))
-        self._root = engine.head().features([list(prompt)], [list(range(self._length))], self._cache, 0)
+        self._walk = CodeWalk.of(engine.lm)
+        self._root = self._read(self._walk, list(prompt), 0)
         self._path: list[int] = []
         self._children: dict[int, list[int]] = {}
         for node, parent in enumerate(tree.parents):
@@ -117,9 +119,19 @@ class _Walk:
         while (parent := self._tree.parents[path[0]]) != ROOT:
             path.insert(0, parent)
         shared = agreement(path, self._path)
-        start, stop = self._length + shared, self._length + len(path)
+        start = self._length + shared
         self._cache.clear_row(0)
         self._cache.show(0, 0, start)
         self._path = path
-        ids = [self._tree.ids[one] for one in path[shared:]]
-        return self._engine.head().features([ids], [list(range(start, stop))], self._cache, 0)
+        ids, walk = [self._tree.ids[one] for one in path], self._walk
+        if walk is not None:
+            walk = walk.copy()
+            for one in ids[:shared]:
+                walk.step(one)
+        return self._read(walk, ids[shared:], start)
+
+    def _read(self, walk: CodeWalk | None, ids: list[int], start: int) -> torch.Tensor:
+        """Feed ids at positions from `start` on; walk: where they begin, it goes to their end."""
+        places = None if walk is None else [[walk.step(one) for one in ids]]
+        positions = [list(range(start, start + len(ids)))]
+        return self._engine.head().features([ids], positions, self._cache, 0, places)

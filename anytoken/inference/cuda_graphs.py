@@ -4,7 +4,8 @@ A step of a small model is hundreds of kernels of a few microseconds each, and t
 is what takes the time. A CUDA graph starts all of them at once. It needs tensors that stay where they are: a step here
 reads ids and positions from one buffer, writes into the key-value cache as it lies, and reads all columns of its
 storage through the mask. When the storage grows, which doubles it, graphs are recorded again. The number of rows is
-rounded up to a power of two; the rows beyond write to rows of the cache that no sequence has yet.
+rounded up to a power of two; the rows beyond write to rows of the cache that no sequence has yet, or after the end of
+one that is still reading its prompt, which overwrites it.
 
 Off by default: `Engine(lm, grammar, cuda_graphs=True)`.
 """
@@ -12,13 +13,14 @@ Off by default: `Engine(lm, grammar, cuda_graphs=True)`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anytoken.inference.kv_cache import KVCache
+from anytoken.model.grid_positions import NOWHERE, Place
 from anytoken.utils.device import sent
 
 if TYPE_CHECKING:
@@ -55,7 +57,13 @@ class StepGraphs:
         self._storage: tuple[int, ...] = ()
         self.broken = False  # what could not be recorded once is not tried again
 
-    def step(self, ids: list[int], positions: list[int], cache: KVCache) -> Tensor | None:
+    def step(
+        self,
+        ids: list[int],
+        positions: list[int],
+        cache: KVCache,
+        code_places: Sequence[Place] | None = None,
+    ) -> Tensor | None:
         """Feed one id to each of the first rows; hidden states [S, H], valid until the next step.
 
         None if the step cannot be recorded.
@@ -69,8 +77,12 @@ class StepGraphs:
         if storage != self._storage:
             self._graphs.clear()
             self._storage = storage
-        fill = [0] * (rows - len(ids))
-        given = sent([ids + fill, positions + fill], self.decoder.embedding.device, torch.long)
+        fill = rows - len(ids)
+        ends = (cache.beyond + [0] * fill)[:fill]
+        places = code_places or [NOWHERE] * len(ids)
+        columns = [(token, where, *place) for token, where, place in zip(ids, positions, places, strict=True)]
+        columns += [(0, end, *NOWHERE) for end in ends]
+        given = sent(columns, self.decoder.embedding.device, torch.long).T.contiguous()
         if rows not in self._graphs:
             try:
                 self._graphs[rows] = given, self._record(lambda: self._work(given, cache))
@@ -84,7 +96,7 @@ class StepGraphs:
         return result[: len(ids)]
 
     def _work(self, given: Tensor, cache: KVCache) -> Tensor:
-        decoder, (ids, positions) = self.decoder, given
+        decoder, (ids, positions, *places) = self.decoder, given
         rows = torch.arange(len(ids), device=given.device)
         cache.seen[rows, 0, 0, positions] = 0
         open_ = None if decoder.open is None else decoder.open[ids]
@@ -92,4 +104,8 @@ class StepGraphs:
         read = [(keys[: len(ids)], values[: len(ids)]) for keys, values in layers]
         cos, sin = decoder.cos[positions], decoder.sin[positions]
         mask = cache.seen[: len(ids)]
-        return decoder.forward(ids, positions, rows, cos, sin, open_, cache.keys, cache.values, read, mask)
+        grid = decoder.grid_positions
+        placed = None if grid is None else grid(torch.stack(places, -1))
+        return decoder.forward(
+            ids, positions, rows, cos, sin, open_, placed, cache.keys, cache.values, read, mask
+        )

@@ -59,9 +59,13 @@ class Engine:
         assert self._head is not None
         return self._head
 
-    def scheduler(self, max_rows: int | None = None) -> Scheduler:
-        """A running batch of this model, without requests yet."""
-        return Scheduler(self.grammar, self.context, self.head, max_rows)
+    def scheduler(self, max_rows: int | None = None, max_prefill_tokens: int | None = None) -> Scheduler:
+        """A running batch of this model, without requests yet.
+
+        max_rows: replies decoded together. max_prefill_tokens: prompt tokens of newcomers that are read between two
+        decoding steps of the others; None reads their prompts whole before anything else is decoded.
+        """
+        return Scheduler(self.grammar, self.context, self.head, max_rows, max_prefill_tokens)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedIds]:
         """The replies to some requests, in order; errors as for `stream`."""

@@ -20,7 +20,7 @@ Shapes: S sequences, H hidden, G key-value heads, A query heads of each, E head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +32,14 @@ from transformers.activations import ACT2FN
 from anytoken.inference.cuda_graphs import StepGraphs
 from anytoken.inference.kv_cache import COLUMNS, KeyValues, KVCache, forward_inputs
 from anytoken.inference.weights import has_hooks
+from anytoken.model.grid_positions import NOWHERE, Place
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, group_mask, run_experts
 from anytoken.utils.device import sent
 
 KNOWN = {  # where the types of modules that this file does the work of are defined
-    "anytoken.model.modeling", "anytoken.model.moe", "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "anytoken.model.modeling", "anytoken.model.moe", "anytoken.model.grid_positions",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "torch.nn.modules.container", "torch.nn.modules.linear", "torch.nn.modules.sparse",
 }  # fmt: skip
 BLOCKS = 4  # of a large matrix
@@ -45,8 +47,8 @@ LARGE = 1 << 18  # elements; below, one call is faster than a batch of calls
 FEW = 16  # rows for which chosen experts are indexed one by one; more go through the model's own experts
 
 
-# Ids, positions, rows, cos, sin, open experts.
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+# Ids, positions, rows, cos, sin, open experts, embeddings of places.
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class Layer(NamedTuple):
@@ -85,20 +87,31 @@ class FlatDecoder:
         self._compiled: Callable[..., Tensor] | None = None
         self.graphs: StepGraphs | None = None  # takes the steps that it can
         self._model = model
+        self.grid_positions = model.grid_positions
         self.cos, self.sin = _rotary_table(model, COLUMNS)
         groups, device = group_mask(config), self.embedding.device
         everything = torch.arange(config.vocab_size, device=device)
         self.open = None if groups is None else groups.to(device)[model.modality_of(everything)]
 
-    def step(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Tensor:
-        """Feed one id to each of the rows from `start` on; the last hidden state [S, H], normed, of each."""
+    def step(
+        self,
+        ids: list[int],
+        positions: list[int],
+        cache: KVCache,
+        start: int,
+        code_places: Sequence[Place] | None = None,
+    ) -> Tensor:
+        """Feed one id to each of the rows from `start` on; the last hidden state [S, H], normed, of each.
+
+        code_places: [S, 4], needed for a model with grid positions.
+        """
         if (
             self.graphs is not None
             and not start
-            and (found := self.graphs.step(ids, positions, cache)) is not None
+            and (found := self.graphs.step(ids, positions, cache, code_places)) is not None
         ):
             return found
-        inputs, length = self._inputs(ids, positions, cache, start), max(positions) + 1
+        inputs, length = self._inputs(ids, positions, cache, start, code_places), max(positions) + 1
         if self._compiled is None or start:
             read, mask = cache.views(start, start + len(ids), length)
             return self.forward(*inputs, cache.keys, cache.values, read, mask)
@@ -122,7 +135,7 @@ class FlatDecoder:
                 for stored in (*cache.keys, *cache.values):
                     torch._dynamo.mark_static(stored, [1, 3])
                 for position in (0, COLUMNS):
-                    inputs = self._inputs([0] * rows, [position] * rows, cache, 0)
+                    inputs = self._inputs([0] * rows, [position] * rows, cache, 0, [NOWHERE] * rows)
                     compiled(*inputs, cache.keys, cache.values, cache.seen, cache.sight(position + 1))
         self._compiled = compiled
 
@@ -131,34 +144,48 @@ class FlatDecoder:
         if length > len(self.cos):
             self.cos, self.sin = _rotary_table(self._model, 2 * length)
 
-    def _inputs(self, ids: list[int], positions: list[int], cache: KVCache, start: int) -> Inputs:
+    def _inputs(
+        self,
+        ids: list[int],
+        positions: list[int],
+        cache: KVCache,
+        start: int,
+        code_places: Sequence[Place] | None = None,
+    ) -> Inputs:
         device, length = self.embedding.device, max(positions) + 1
         self.reach(length)
         tokens, where = sent(ids, device, torch.long), sent(positions, device, torch.long)
         rows = torch.arange(start, start + len(ids), device=device)
         cache.seen[rows, 0, 0, where] = 0
         open_ = None if self.open is None else self.open[tokens]
-        return tokens, where, rows, self.cos[where], self.sin[where], open_
+        placed = None
+        if self.grid_positions is not None:
+            assert code_places is not None, "the model has grid positions: give code_places"
+            placed = self.grid_positions(sent(code_places, device, torch.long))
+        return tokens, where, rows, self.cos[where], self.sin[where], open_, placed
 
     def _first_rows(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, open_: Tensor | None,
-        keys: list[Tensor], values: list[Tensor], seen: Tensor, sight: int,
+        placed: Tensor | None, keys: list[Tensor], values: list[Tensor], seen: Tensor, sight: int,
     ) -> Tensor:  # fmt: skip
         """`forward` for the compiler, which writes in place to a whole tensor only and copies what is a view."""
         many = len(ids)
         read = [(k[:many, :, :sight], v[:many, :, :sight]) for k, v in zip(keys, values, strict=True)]
         mask = seen[:many, ..., :sight]
-        return self.forward(ids, positions, rows, cos, sin, open_, keys, values, read, mask)
+        return self.forward(ids, positions, rows, cos, sin, open_, placed, keys, values, read, mask)
 
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, open_: Tensor | None,
-        keys: list[Tensor], values: list[Tensor], read: KeyValues, mask: Tensor,
+        placed: Tensor | None, keys: list[Tensor], values: list[Tensor], read: KeyValues, mask: Tensor,
     ) -> Tensor:  # fmt: skip
         """Hidden states [S, H] of ids [S]; writes to the cache's `keys` and `values`, and reads its views `read`.
 
-        positions and rows int64 [S], cos and sin [S, 1, E], open experts bool [S, choices], mask [S, 1, 1, T].
+        positions and rows int64 [S], cos and sin [S, 1, E], open experts bool [S, choices], mask [S, 1, 1, T],
+        placed [S, H], the embeddings of places.
         """
         hidden = F.embedding(ids, self.embedding)
+        if placed is not None:
+            hidden = hidden + placed
         for layer, to_keys, to_values, (k, v) in zip(self.layers, keys, values, read, strict=True):
             normed = self._norm(hidden, layer.norm)
             query = self._turned(self._heads(product(normed, layer.q)), layer.q_norm, cos, sin)
@@ -270,11 +297,12 @@ def _agrees(decoder: FlatDecoder, lm: PreTrainedModel) -> bool:
     weight = decoder.embedding
     caches = [KVCache(weight.device, weight.dtype) for _ in range(2)]
     for position, token in enumerate(ids):
-        inputs, _ = forward_inputs(lm, [[token]], [[position]], caches[0], 0)
+        place = (1, 1, 1, 1) if decoder.grid_positions is not None else None
+        inputs, _ = forward_inputs(lm, [[token]], [[position]], caches[0], 0, place and [[place]])
         expected = lm.model(**inputs).last_hidden_state[:, -1]
         if not position:  # the storage of the other cache is made by a first write
             caches[1].write_row(0, caches[0].read_row(0, 1), 1)
-        found = decoder.step([token], [position], caches[1], 0)
+        found = decoder.step([token], [position], caches[1], 0, place and [place])
     tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
     return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 

@@ -13,18 +13,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from anytoken.model.attention import runs_flash
+from anytoken.model.grid_positions import Place
 
 COLUMNS = 256  # the least storage of a row
 ROWS = 2  # the least storage: one row alone would be another case for compiled code
 SIGHT = 64  # columns in sight grow by so many, so that views of the storage serve as many steps
 KeyValues = list[tuple[Tensor, Tensor]]
+T = TypeVar("T")
 
 
 class KVCache(Cache):
@@ -37,6 +39,7 @@ class KVCache(Cache):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.seen = torch.full((ROWS, 1, 1, COLUMNS), -torch.inf, device=device, dtype=dtype)
+        self.beyond: list[int] = []  # lengths of the rows after those of the current step
         self._columns = torch.arange(COLUMNS, device=device)
         self._flat: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._views: tuple[tuple[int, int, int], KeyValues, Tensor] | None = None
@@ -103,6 +106,13 @@ class KVCache(Cache):
             layer[target, :, :length] = layer[source, :, :length]
         self.clear_row(target)
         self.show(target, 0, length)
+
+    def swap_rows(self, one: int, other: int, length: int) -> None:
+        """Exchange two rows, of which neither holds more than `length` columns."""
+        there, back = [one, other], [other, one]
+        for layer in (*self.keys, *self.values):
+            layer[there, :, :length] = layer[back, :, :length]
+        self.seen[there] = self.seen[back]
 
     def clear_row(self, row: int) -> None:
         """Let a row read nothing."""
@@ -196,10 +206,16 @@ class KVCache(Cache):
 
 
 def forward_inputs(
-    lm: PreTrainedModel, ids: list[list[int]], positions: list[list[int]], cache: KVCache, start: int
+    lm: PreTrainedModel,
+    ids: list[list[int]],
+    positions: list[list[int]],
+    cache: KVCache,
+    start: int,
+    code_places: list[list[Place]] | None = None,
 ) -> tuple[dict[str, Any], Tensor | None]:
     """What a model's own forward pass is given to feed ids at positions [S, W] to the cache's rows from `start` on.
 
+    code_places: [S, W, 4], for a model with grid positions.
     A row with fewer ids repeats its last one. For FlashAttention, which takes no mask, the rows are laid end to end
     without repetitions; then also where in the output the last id of each row is, [S].
     """
@@ -207,10 +223,8 @@ def forward_inputs(
     if flash:
         extra = cache.aim_flat(start, positions)
         counts = [row[-1] - row[0] + 1 for row in positions]
-        ids, positions = (
-            [[one for row, n in zip(rows, counts, strict=True) for one in row[:n]]]
-            for rows in (ids, positions)
-        )
+        ids, positions = _end_to_end(ids, counts), _end_to_end(positions, counts)
+        code_places = code_places and _end_to_end(code_places, counts)
     where = torch.tensor(positions, device=lm.device)
     if not flash:
         cache.aim(start, where)
@@ -222,7 +236,14 @@ def forward_inputs(
         "use_cache": True,
         **extra,
     }
+    if code_places is not None:
+        inputs["code_places"] = torch.tensor(code_places, device=lm.device)
     return inputs, extra["cu_seq_lens_q"][1:].long() - 1 if flash else None
+
+
+def _end_to_end(rows: list[list[T]], counts: list[int]) -> list[list[T]]:
+    """The first elements of each row, so many of it, as one row."""
+    return [[one for row, count in zip(rows, counts, strict=True) for one in row[:count]]]
 
 
 def _masks(config: PretrainedConfig, cache: KVCache) -> Tensor | dict[str, Tensor]:

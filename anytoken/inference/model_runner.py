@@ -21,6 +21,7 @@ from anytoken.inference.cuda_graphs import StepGraphs
 from anytoken.inference.fast_decode import blocked, flat_decoder, product
 from anytoken.inference.kv_cache import KVCache, forward_inputs
 from anytoken.model.attention import usable_attention
+from anytoken.model.grid_positions import CodeWalk, Place
 
 SLICES = 1024  # sets of ranges whose rows are kept
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class ModelRunner:
     def __init__(self, lm: PreTrainedModel, compiled: bool = False, cuda_graphs: bool = False) -> None:
         self.lm = lm
         self.layer = lm.get_output_embeddings()
+        self.walk = CodeWalk.of(lm)  # before any id; None where places are of no use
         self._slices: dict[Ranges, list[Tensor]] = {}
         with usable_attention(lm, cached=True):
             self.sliced = self._slicing_is_exact()
@@ -79,16 +81,25 @@ class ModelRunner:
         return torch.allclose(self.layer(hidden).float(), expected.float(), rtol=1e-3, atol=1e-4)
 
     def features(
-        self, ids: list[list[int]], positions: list[list[int]], cache: KVCache, start: int
+        self,
+        ids: list[list[int]],
+        positions: list[list[int]],
+        cache: KVCache,
+        start: int,
+        code_places: list[list[Place]] | None = None,
     ) -> Tensor:
         """Feed ids at positions [S, W] to the cache's rows from `start` on.
 
+        code_places: [S, W, 4], needed for a model with grid positions, see `model/grid_positions.py`.
         What `__call__` needs of the last position of each: [S, D], or [S, V] when unsliced.
         """
         if self.decoder is not None and cache.keys and len(ids[0]) == 1:
-            return self.decoder.step([one for (one,) in ids], [one for (one,) in positions], cache, start)
+            places = None if code_places is None else [one for (one,) in code_places]
+            return self.decoder.step(
+                [one for (one,) in ids], [one for (one,) in positions], cache, start, places
+            )
         with usable_attention(self.lm, cached=True):
-            inputs, ends = forward_inputs(self.lm, ids, positions, cache, start)
+            inputs, ends = forward_inputs(self.lm, ids, positions, cache, start, code_places)
             if self.sliced:
                 hidden = self.lm.base_model(**inputs).last_hidden_state
                 return hidden[:, -1] if ends is None else hidden[0, ends]

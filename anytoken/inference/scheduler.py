@@ -45,12 +45,21 @@ class RunningRequest(GrammarWalk):
 
 
 class Scheduler:
-    """A running batch. `head` gives the model as it is now; context: the longest sequence that it can read."""
+    """A running batch. `head` gives the model as it is now; context: the longest sequence that it can read.
+
+    max_prefill_tokens: as for `Engine.scheduler`.
+    """
 
     def __init__(
-        self, grammar: Grammar, context: int, head: Callable[[], ModelRunner], max_rows: int | None = None
+        self,
+        grammar: Grammar,
+        context: int,
+        head: Callable[[], ModelRunner],
+        max_rows: int | None = None,
+        max_prefill_tokens: int | None = None,
     ) -> None:
         self.grammar, self.context, self.max_rows = grammar, context, max_rows or MAX_ROWS
+        self.max_prefill_tokens = max_prefill_tokens
         controls = [one for one in grammar.token_space.ranges if one.kind == "control"]
         self._controls = {id_ for one in controls for id_ in range(one.start, one.stop)}
         self._newest_head, self._head = head, head()
@@ -96,7 +105,8 @@ class Scheduler:
     def step(self) -> list[Token]:
         """The next id of every running request, with those that follow without a choice.
 
-        What newcomers begin with if there is no choice comes alone, before the model has read anything.
+        What newcomers begin with if there is no choice comes alone, before the model has read anything. With
+        `max_prefill_tokens`, requests whose prompts are not read yet bring none.
         """
         tokens: list[Token] = []
         if self._waiting and not self._rows:
@@ -111,7 +121,10 @@ class Scheduler:
             for row in self._rows:
                 if row.uncond is None and row.setting.cfg_scale != 1:
                     row.uncond = self._batch.add([*(row.request.null_prompt or ()), *row.ids])
-            for row, (token, logprob) in zip(self._rows, self._choose(self._batch.forward()), strict=True):
+            features = self._batch.forward(self.max_prefill_tokens)
+            read = set(self._batch.decoded)
+            ready = [row for row in self._rows if {row.slot, row.uncond or row.slot} <= read]
+            for row, (token, logprob) in zip(ready, self._choose(ready, features), strict=True):
                 tokens.append(row.append(token, logprob))
                 tokens += row.settle()
         self._leave([row for row in self._rows if row.finished])
@@ -129,21 +142,23 @@ class Scheduler:
             slots = [slot for row in rows for slot in (row.slot, row.uncond) if slot in self._batch.slots]
             self._batch.drop([slot for slot in slots if slot is not None])
 
-    def _choose(self, features: Tensor) -> list[tuple[int, float]]:
-        """The next id of every row; rows with the same choices and settings are drawn together.
+    def _choose(self, chosen: list[RunningRequest], features: Tensor | None) -> list[tuple[int, float]]:
+        """The next ids of some rows; those with the same choices and settings are drawn together.
 
         All of it stays on the model's device until the ids are known, for which the host waits once.
         """
-        place = {slot: index for index, slot in enumerate(self._batch.slots)}
+        if not chosen or features is None:
+            return []
+        place = {slot: index for index, slot in enumerate(self._batch.decoded)}
         groups: dict[tuple[Ranges, Ranges, Sampling], list[int]] = {}
-        for index, row in enumerate(self._rows):
+        for index, row in enumerate(chosen):
             exits = self.grammar.exits(row.state)
             groups.setdefault((row.ranges, exits, row.setting), []).append(index)
         drawn: list[
             tuple[list[int], Tensor, Tensor, Tensor | None]
         ] = []  # rows, ids, columns, log-probabilities
         for (ranges, exits, setting), members in groups.items():
-            rows = [self._rows[i] for i in members]
+            rows = [chosen[i] for i in members]
             slots = [row.slot for row in rows]
             if setting.cfg_scale != 1:
                 slots += [row.uncond for row in rows if row.uncond is not None]
@@ -165,8 +180,8 @@ class Scheduler:
     def _read(self, drawn: list[tuple[list[int], Tensor, Tensor, Tensor | None]]) -> list[tuple[int, float]]:
         """The ids [rows] that were drawn, and their log-probabilities: here the host waits for the device."""
         columns = torch.cat([one for _, _, one, _ in drawn]).cpu()
-        chosen = [(0, 0.0)] * len(self._rows)
         sizes = [len(members) for members, *_ in drawn]
+        chosen = [(0, 0.0)] * sum(sizes)
         for (members, table, _, logprobs), own in zip(drawn, columns.split(sizes), strict=True):
             scores = [0.0] * len(members) if logprobs is None else logprobs.tolist()
             for i, token, logprob in zip(members, table[own].tolist(), scores, strict=True):

@@ -12,7 +12,7 @@ Shapes: N answers, T ids of the longest, P prompt ids, D model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal, TypeVar, get_args
@@ -20,18 +20,20 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from anytoken.grammar import Grammar
 from anytoken.inference.answer_tree import ROOT, AnswerTree, BranchedCache, branch_mask, similar_answers
 from anytoken.inference.engine import Engine
 from anytoken.model.attention import usable_attention
+from anytoken.model.grid_positions import CodeWalk, Place
 from anytoken.training.losses.balanced import grammar_groups
 from anytoken.training.losses.linear_cross_entropy import linear_cross_entropy
 from anytoken.utils.errors import RequestError
 
 Normalize = Literal["none", "tokens", "pmi"]
 T = TypeVar("T")
+Given = dict[str, Any]
 Steps = Generator[None, None, T]  # work in parts; what it returns is the result
 PART = 512  # ids of one forward, unless a single answer is longer
 
@@ -122,18 +124,12 @@ def check_length(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequen
         )
 
 
-def score_ids(
-    engine: Engine,
-    prompt: Sequence[int],
-    answers: Sequence[Sequence[int]],
-    prior: Sequence[int] | None = None,
-) -> list[Score]:
+def score_ids(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> list[Score]:
     """Score answers, each the ids of a reply with its end id, after the ids of a prompt.
 
-    prior: ids of the empty prompt, to score the answers after it, too. RequestError if prompt and answer do not fit the
-    context.
+    RequestError if prompt and answer do not fit the context.
     """
-    return drain(score_steps(engine, prompt, answers, prior))
+    return drain(score_steps(engine, prompt, answers))
 
 
 def drain(steps: Steps[T]) -> T:
@@ -151,7 +147,10 @@ def score_steps(
     answers: Sequence[Sequence[int]],
     prior: Sequence[int] | None = None,
 ) -> Steps[list[Score]]:
-    """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between."""
+    """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between.
+
+    prior: ids of the empty prompt, to score the answers after it, too.
+    """
     check_length(engine, prompt, answers)
     found = yield from _logprobs(engine, prompt, answers)
     priors: list[float | None] = [None] * len(answers)
@@ -168,16 +167,20 @@ def _logprobs(
     engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> Steps[list[np.ndarray]]:
     """Log-probability of every id of every answer, each float32 [T]."""
-    device, cache = engine.lm.device, BranchedCache()
-    for start in torch.tensor([list(prompt)], device=device).split(PART, 1):
-        first = _features(engine, start, cache)[:, -1:]  # [1, 1, D]: predicts the first id of every answer
+    device, cache, places = engine.lm.device, BranchedCache(), _Places(engine.lm)
+    for start in range(0, len(prompt), PART):
+        part = prompt[start : start + PART]
+        ids, where = torch.tensor([list(part)], device=device), places.walked(part)
+        # [1, 1, D]: predicts the first id of every answer
+        first = _features(engine, ids, cache, **where)[:, -1:]
         yield
     result: dict[int, np.ndarray] = {}
     for rows in similar_answers(answers, PART):
         tree = AnswerTree.of([answers[row] for row in rows])
         inner, features = tree.inner, first
         if inner:
-            features = torch.cat([first, _branch_features(engine, tree, inner, cache, len(prompt))], 1)
+            where = places.branched(tree, inner)
+            features = torch.cat([first, _branch_features(engine, tree, inner, cache, len(prompt), where)], 1)
             cache.crop(-len(inner))
         place = {node: number for number, node in enumerate([ROOT, *inner])}
         parents = torch.tensor([place[parent] for parent in tree.parents], device=device)
@@ -189,26 +192,58 @@ def _logprobs(
 
 
 def _branch_features(
-    engine: Engine, tree: AnswerTree, nodes: Sequence[int], cache: DynamicCache, prompt: int
+    engine: Engine, tree: AnswerTree, nodes: Sequence[int], cache: DynamicCache, prompt: int, places: Given
 ) -> Tensor:
     """`_features` of nodes of a tree, which read the cached prompt and the nodes before them on their branch."""
     device, mask = engine.lm.device, tree.mask(nodes)
     ids = torch.tensor([[tree.ids[node] for node in nodes]], device=device)
     if mask is None:
-        return _features(engine, ids, cache)
+        return _features(engine, ids, cache, **places)
     positions = prompt + torch.tensor([tree.depths[node] for node in nodes], device=device)
     config, dtype = engine.lm.config.get_text_config(), engine.lm.get_input_embeddings().weight.dtype
     added = branch_mask(config, mask, positions, prompt, dtype)
-    return _features(engine, ids, cache, attention_mask=added, position_ids=positions[None])
+    return _features(engine, ids, cache, attention_mask=added, position_ids=positions[None], **places)
+
+
+class _Places:
+    """Where the next codes lie, `code_places` for a model with grid positions; nothing for others."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self._walk = CodeWalk.of(lm)
+        self._device = lm.device
+
+    def walked(self, ids: Sequence[int]) -> Given:
+        """Of further ids of the prompt."""
+        return self._given([] if self._walk is None else map(self._walk.step, ids))
+
+    def branched(self, tree: AnswerTree, nodes: Sequence[int]) -> Given:
+        """Of nodes of a tree after the prompt; parents come first."""
+        if self._walk is None:
+            return {}
+        walks, found = {ROOT: self._walk}, []
+        for node in nodes:
+            walks[node] = walks[tree.parents[node]].copy()
+            found.append(walks[node].step(tree.ids[node]))
+        return self._given(found)
+
+    def _given(self, places: Iterable[Place]) -> Given:
+        return (
+            {} if self._walk is None else {"code_places": torch.tensor([list(places)], device=self._device)}
+        )
 
 
 def _features(engine: Engine, ids: Tensor, cache: DynamicCache, **given: Any) -> Tensor:
     """What the head reads of ids [1, T] after the cache: [1, T, D], or logits [1, T, V] of a head of its own kind.
 
-    given: a mask of branches, which FlashAttention cannot take, and their positions.
+    given: a mask of branches, which FlashAttention cannot take, and their positions; what `_Places` gives.
     """
-    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True, **given}
-    with usable_attention(engine.lm, cached=True, masked=bool(given)):
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "past_key_values": cache,
+        "use_cache": True,
+        **given,
+    }
+    with usable_attention(engine.lm, cached=True, masked="attention_mask" in given):
         if engine.head().sliced:
             return engine.lm.base_model(**inputs).last_hidden_state
         return engine.lm(**inputs).logits

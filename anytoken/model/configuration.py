@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
+from anytoken.model.grid_positions import AXES, code_layout
 from anytoken.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ class AnyTokenConfig(Qwen3MoeConfig):
         load without a loss (arXiv 2408.15664).
     router_jitter_noise: in training, the router's input is multiplied by random numbers from 1 - noise to 1 + noise
         (Switch, arXiv 2101.03961).
+    grid_positions: rows of the embeddings that say where the next code lies, such as {"row": 32, "column": 32, "step":
+        256, "codebook": 8}, or some of these axes; None for none. No stock architecture has them, so a model with them
+        cannot be exported.
+    code_layout: how codes are written, from the token space; for grid_positions (see `model/grid_positions.py`).
     router_aux_loss_coef, router_modality_aux_loss_coef: weights of the load-balance loss over all tokens and within
         each modality, if labels are given.
     router_z_loss_coef, output_z_loss_coef: weights of the z-losses (ST-MoE, arXiv 2202.08906), if labels are given.
@@ -64,6 +69,8 @@ class AnyTokenConfig(Qwen3MoeConfig):
     modality_boundaries: list[int] | None = None
     modality_index: list[int] | None = None
     modality_names: list[str] | None = None
+    grid_positions: dict[str, int] | None = None
+    code_layout: dict[str, Any] | None = None
     router_modality_aux_loss_coef: float = 0.0
     router_z_loss_coef: float = 1e-3
     output_z_loss_coef: float = 1e-4
@@ -81,10 +88,14 @@ class AnyTokenConfig(Qwen3MoeConfig):
             )
         if self.expert_groups:
             self._check_groups(self.expert_groups)
+        if self.grid_positions is not None:
+            self._check_grid(self.grid_positions)
 
     @classmethod
     def from_token_space(cls, space: TokenSpace, **settings: Any) -> AnyTokenConfig:
         """The configuration of a model for a token space: its ids from the space, the rest from `settings`."""
+        if settings.get("grid_positions") is not None:
+            settings = {"code_layout": code_layout(space), **settings}
         return cls(
             vocab_size=space.vocab_size,
             modality_boundaries=space.bucket_boundaries(),
@@ -95,6 +106,18 @@ class AnyTokenConfig(Qwen3MoeConfig):
             pad_token_id=space.pad,
             **settings,
         )
+
+    def _check_grid(self, sizes: dict[str, int]) -> None:
+        if not sizes or set(sizes) - set(AXES) or min(sizes.values()) < 1:
+            raise ConfigError(
+                f"grid_positions has a size of at least 1 for some of {', '.join(AXES)}; got {sizes}. None switches "
+                "them off."
+            )
+        if not self.code_layout or not self.code_layout.get("modalities"):
+            raise ConfigError(
+                "grid_positions needs the code_layout of a token space with modalities: make the configuration with "
+                "AnyTokenConfig.from_token_space."
+            )
 
     def _check_groups(self, groups: dict[str, int]) -> None:
         if sum(groups.values()) != self.num_experts or min(groups.values()) < 1:

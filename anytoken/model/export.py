@@ -31,8 +31,8 @@ from anytoken.utils.errors import CheckpointError
 
 # Ours, and without a say in the logits: they act in training, or tell expert groups (which block the export) apart.
 NO_EFFECT = {
-    "modality_boundaries", "modality_index", "modality_names", "output_z_loss_coef", "router_jitter_noise",
-    "router_modality_aux_loss_coef", "router_z_loss_coef",
+    "code_layout", "modality_boundaries", "modality_index", "modality_names", "output_z_loss_coef",
+    "router_jitter_noise", "router_modality_aux_loss_coef", "router_z_loss_coef",
 }  # fmt: skip
 # The sequence format of `Processor.encode_chat`, for texts; media go in as ids.
 CHAT_TEMPLATE = (
@@ -83,9 +83,12 @@ def plain_config(config: AnyTokenConfig) -> Qwen3MoeConfig:
     on = {name: value for name in sorted(ours - NO_EFFECT) if (value := getattr(config, name))}
     blocking = [f"{name}={value!r}" for name, value in on.items() if value != getattr(default, name)]
     if blocking:
+        way = "Serve this one with vLLM and the plugin that comes with anytoken"
+        if config.grid_positions:  # the embeddings depend on all earlier ids
+            way = "No other engine can carry grid positions: serve this one with anytoken serve, or train without them"
         raise CheckpointError(
             f"Qwen3-MoE has no {', '.join(blocking)}; it can express a model with these at their defaults "
-            "only. Serve this one with vLLM and the plugin that comes with anytoken: see docs/serving.md."
+            f"only. {way}: see docs/serving.md."
         )
     drop = ours | {"model_type", "architectures", "transformers_version"}
     return Qwen3MoeConfig(**{key: value for key, value in config.to_dict().items() if key not in drop})

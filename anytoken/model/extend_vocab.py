@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from anytoken.grammar_tables import longest, segment_length
 from anytoken.model.embedding_init import appended_rows, replaced_rows
+from anytoken.model.grid_positions import code_layout
 from anytoken.processor import Processor
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
@@ -76,6 +77,8 @@ def _grown(
         lm.config.modality_boundaries = space.bucket_boundaries()
         lm.config.modality_index = space.bucket_modalities()
         lm.config.modality_names = space.modality_names
+    if getattr(lm.config, "grid_positions", None):
+        lm.config.code_layout = code_layout(space)
     return Processor(space, processor.text_tokenizer, {**processor.tokenizers, tokenizer.name: tokenizer})
 
 

@@ -9,6 +9,7 @@ other is an error. Shapes: B batch, T tokens, H hidden, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.grid_positions import GridPositions, PlaceEmbedding, code_places
 from anytoken.model.moe import (
     AnyTokenExperts,
     AnyTokenMoE,
@@ -147,6 +149,8 @@ class AnyTokenPreTrainedModel(Qwen3MoePreTrainedModel):
             if module.expert_bias is not None:
                 zeros_(module.expert_bias)
                 zeros_(module.load)
+        elif isinstance(module, PlaceEmbedding):
+            zeros_(module.weight)
 
 
 class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
@@ -155,6 +159,7 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
     def __init__(self, config: AnyTokenConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(AnyTokenDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.grid_positions = GridPositions(config) if config.grid_positions else None
         self.post_init()
 
     def forward(
@@ -171,8 +176,10 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
 
         packed: whether `position_ids` restart within a row, if known; otherwise this is computed, which synchronizes
         the device. real: bool [B * T], tokens that are not padding, without a mask; the balancing bias counts only
-        these. Restarting `position_ids` mark packed samples, which never attend to each other. DataError (compiled: a
-        RuntimeError) if a mask or a cache is given with them, since either would silently allow it.
+        these. code_places: int64 [B, T, 4], where next codes lie (see `grid_positions.py`); needed with grid positions
+        and a cache that holds earlier ids, otherwise found. Restarting `position_ids` mark packed samples, which never
+        attend to each other. DataError (compiled: a RuntimeError) if a mask or a cache is given with them, since either
+        would silently allow it.
         """
         ids = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         rows = 1 if ids is None else len(ids)
@@ -198,6 +205,9 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
         mask = None if modality is None else group_mask(self.config, modality.device)
         if mask is not None:
             kwargs["open_experts"] = mask[modality]
+        if self.grid_positions is not None:
+            kwargs["inputs_embeds"] = self._placed(input_ids, position_ids, kwargs)
+            input_ids = None
         real = kwargs.pop("real", None)
         if self.training and self.config.expert_bias and ids is not None:
             kwargs["real"] = real_tokens(attention_mask, ids.shape[1]) if real is None else real
@@ -211,6 +221,23 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
             **kwargs,
         )
         return AnyTokenModelOutput(**output, modality=modality) if output_router_logits else output
+
+    def _placed(
+        self, input_ids: Tensor | None, position_ids: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Embeddings [B, T, H] of ids with those of where the next codes lie; takes `code_places` out of `kwargs`."""
+        places, past = kwargs.pop("code_places", None), kwargs.get("past_key_values")
+        if input_ids is None:
+            raise ValueError("Grid positions are found by token id: give input_ids, not inputs_embeds.")
+        if places is None:
+            if past is not None and past.get_seq_length() > 0:
+                raise ValueError(
+                    "Grid positions depend on all earlier ids, and a cache does not hold them: give code_places, those "
+                    "of the new ids (model.grid_positions.code_places of the whole sequence), or decode with generate."
+                )
+            places = code_places(self.config, input_ids, position_ids)
+        assert self.grid_positions is not None
+        return self.embed_tokens(input_ids) + self.grid_positions(places)
 
     def modality_of(self, input_ids: Tensor) -> Tensor:
         """Index of each id's modality, same shape as `input_ids`; 0 is text and control ids."""
@@ -278,6 +305,15 @@ class AnyTokenForCausalLM(AnyTokenPreTrainedModel, Qwen3MoeForCausalLM):
         if output_expert_use:
             output.expert_use = self._expert_use(decoded, real)
         return output
+
+    @wraps(Qwen3MoeForCausalLM.prepare_inputs_for_generation, assigned=())  # generate checks the signature
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, with the places of the new ids' next codes where the model has grid positions."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if self.config.grid_positions and inputs.get("input_ids") is not None:
+            places = code_places(self.config, input_ids)
+            inputs["code_places"] = places[:, -inputs["input_ids"].shape[1] :]
+        return inputs
 
     def _add_loss(
         self,

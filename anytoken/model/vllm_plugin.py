@@ -70,6 +70,10 @@ def check_servable(config: AnyTokenConfig) -> None:
     """ConfigError naming the settings that cannot be served through vLLM's backend."""
     reasons = {
         "num_null_experts": (config.num_null_experts, "its expert kernels take no choice of none"),
+        "grid_positions": (
+            config.grid_positions,
+            "they depend on all earlier ids, and it hands over new ones",
+        ),
         "qk_norm": (
             config.qk_norm == "projection",
             "tensor parallelism splits the heads it normalises together",

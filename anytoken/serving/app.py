@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,8 +31,6 @@ from anytoken.serving.realtime_api import router as realtime_router
 from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.service import Service
 from anytoken.serving.settings import ServerSettings
-
-log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -68,12 +65,12 @@ def create_app(
         app.include_router(adapters_router)
     _add_operations(app, service)
     _add_error_handlers(app)
-    if settings.cors_origins:
+    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    if settings.cors_origins:  # around the gate, so that a page can read its answers, too
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"], expose_headers=["Retry-After"],  # OpenAI's client sends headers of its own
         )  # fmt: skip
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
     return app
 
 
@@ -113,17 +110,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
             error = _invalid(error)
-        elif isinstance(error, HTTPException) and not isinstance(error, ApiError):
-            kind = NotFound if error.status_code == 404 else BadRequest
-            found = kind(f"{request.method} {request.url.path}: {error.detail}")
-            return JSONResponse(found.body(), error.status_code, headers=error.headers)
-        elif not isinstance(error, ApiError):
-            log.error("A request failed", exc_info=error)
-            error = ApiError("The server failed to answer this request.")
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body(), error.status, headers=headers)
+        if isinstance(error, ApiError):
+            return JSONResponse(error.body(), error.status, headers=error.extra)
+        assert isinstance(error, HTTPException)
+        kind = NotFound if error.status_code == 404 else BadRequest
+        found = kind(f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(found.body(), error.status_code, headers=error.headers)
 
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
 
 

@@ -24,6 +24,7 @@ from anytoken.serving.content import (
     PCM_RATE_HZ,
     audio_bytes,
     b64,
+    checked_limits,
     pcm16,
     read_messages,
     read_part,
@@ -45,7 +46,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     service = service_of(request)
     service.check_model(body.model)
     audio_format = _audio_format(body)
-    prompt = await service.encode(body.messages)
+    prompt = await service.encode(body.messages, body.media_limits)
     sizes = {kind: tuple(size) for kind, size in body.sizes.items()} if body.sizes else None
     pending = await service.submit(body, prompt, body.output, body.n, body.limit, body.stops, sizes)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
@@ -209,15 +210,19 @@ async def score(body: ScoreBody, request: Request) -> dict[str, Any]:
     """Log-likelihoods of answers to a conversation, in nats; each answer is a string or a list of content parts."""
     service = service_of(request)
     service.check_model(body.model)
-    messages = [one.model_dump() for one in body.messages]
+    settings, messages = service.settings, [one.model_dump() for one in body.messages]
+    own = checked_limits(body.media_limits, settings)
+
+    def parts(answer: str | list[Any], where: str) -> list[Any]:
+        if len(answer) > settings.max_parts and not isinstance(answer, str):
+            raise BadRequest(f"{where} has more than {settings.max_parts} content parts.", "answers")
+        return [answer] if isinstance(answer, str) else answer
 
     def read() -> tuple[list[int], list[list[int]]]:
-        prompt = read_messages(messages, service.settings)
+        prompt = read_messages(messages, settings, own)
         answers = [
-            one
-            if isinstance(one, str)
-            else [read_part(part, f"answers[{number}]", service.settings) for part in one]
-            for number, one in enumerate(body.answers)
+            [read_part(part, where, settings, own) for part in parts(one, where)]
+            for where, one in ((f"answers[{number}]", one) for number, one in enumerate(body.answers))
         ]
         return service.model.encode_prompt(prompt), [
             service.model.processor.encode_reply(one) for one in answers

@@ -20,14 +20,16 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.serving.errors import BadRequest, media_error
+from anytoken.serving.schemas import RequestMediaLimits
 from anytoken.serving.settings import ServerSettings
-from anytoken.utils.limits import media_limits
+from anytoken.utils.limits import current_limits, media_limits
 
 _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL
@@ -43,13 +45,28 @@ AUDIO_TYPES = {
 }
 PCM_RATE_HZ = 24_000  # of OpenAI's pcm16
 Messages = list[dict[str, Any]]
+Limits = Mapping[str, float]
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]], settings: ServerSettings) -> Messages:
+def checked_limits(limits: RequestMediaLimits | None, settings: ServerSettings) -> Limits:
+    """The limits that a request sets for its media; BadRequest for one above the server's."""
+    own = {} if limits is None else limits.model_dump(exclude_none=True)
+    for name, value in own.items():
+        if value > (most := getattr(settings.media_limits, name)):
+            where = f"media_limits.{name}"
+            raise BadRequest(
+                f"{where} is at most {most:,.12g}, this server's limit; received {value:,.12g}.", where
+            )
+    return own
+
+
+def read_messages(
+    messages: Sequence[Mapping[str, Any]], settings: ServerSettings, limits: Limits = MappingProxyType({})
+) -> Messages:
     """Messages of a request as the processor takes them: {"role", "content": [Segment, ...]}.
 
-    BadRequest names the message and part that is wrong. "developer" is another word for "system". An assistant's
-    message without content is left out.
+    limits: of the request, from `checked_limits`. BadRequest names the message and part that is wrong. "developer" is
+    another word for "system". An assistant's message without content is left out.
     """
     if not messages:
         raise BadRequest("messages is empty: send at least one message.", "messages")
@@ -63,9 +80,12 @@ def read_messages(messages: Sequence[Mapping[str, Any]], settings: ServerSetting
         if parts > settings.max_parts:
             raise BadRequest(f"The request has more than {settings.max_parts} content parts.", "messages")
         segments = [
-            read_part(part, f"{where}.content[{place}]", settings) for place, part in enumerate(given)
+            read_part(part, f"{where}.content[{place}]", settings, limits) for place, part in enumerate(given)
         ]
-        segments += _answered_media(message, where, settings)
+        images = message.get("images") or ()  # of a reply of this server, sent back as history
+        segments += [
+            read_part(part, f"{where}.images[{place}]", settings, limits) for place, part in enumerate(images)
+        ]
         segments = [one for one in segments if not (isinstance(one, Text) and not one.text)]
         if not segments and message["role"] == "assistant":
             continue  # chat pages keep only the text of a reply, and of an image there is none
@@ -76,16 +96,12 @@ def read_messages(messages: Sequence[Mapping[str, Any]], settings: ServerSetting
     return found
 
 
-def _answered_media(message: Mapping[str, Any], where: str, settings: ServerSettings) -> list[Segment]:
-    """The images of an assistant's message as this server returned it, sent back as history."""
-    images = message.get("images") or ()
-    return [read_part(part, f"{where}.images[{place}]", settings) for place, part in enumerate(images)]
-
-
-def read_part(part: Any, where: str, settings: ServerSettings) -> Segment:
-    """One content part as a segment."""
+def read_part(
+    part: Any, where: str, settings: ServerSettings, limits: Limits = MappingProxyType({})
+) -> Segment:
+    """One content part as a segment; limits: of the request, from `checked_limits`."""
     if isinstance(part, str):
-        return _text(part, where, settings)
+        part = {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
     readers: dict[Any, Callable[[], Segment]] = {
         "text": lambda: _text(part.get("text"), where, settings),
@@ -97,10 +113,10 @@ def read_part(part: Any, where: str, settings: ServerSettings) -> Segment:
     if kind not in readers:
         raise BadRequest(f"{where} has the type {kind!r}; allowed: {', '.join(readers)}.", where)
     try:
-        with media_limits(settings.media_limits):
+        with media_limits(settings.media_limits, **limits):
             return readers[kind]()
     except ValueError as error:
-        raise media_error(where, error) from error
+        raise media_error(where, error, settings.media_limits) from error
 
 
 def _text(text: Any, where: str, settings: ServerSettings) -> Text:
@@ -108,12 +124,14 @@ def _text(text: Any, where: str, settings: ServerSettings) -> Text:
         raise BadRequest(f"{where}.text is a string; received {type(text).__name__}.", where)
     if len(text) > settings.max_text:
         raise BadRequest(f"{where} has {len(text)} characters; at most {settings.max_text} are taken.", where)
+    current_limits().check("max_letters", len(text), where)
     return Text(text)
 
 
 def _dna(bases: Any, where: str, settings: ServerSettings) -> DNA:
     if not isinstance(bases, str) or len(bases) > settings.max_bases:
         raise BadRequest(f"{where}.dna is a string of at most {settings.max_bases} letters.", where)
+    current_limits().check("max_letters", len(bases), where)
     return DNA(bases)
 
 

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.score import PART, Steps
-from anytoken.serving.content import read_part
+from anytoken.serving.content import Limits, checked_limits, read_part
 from anytoken.serving.errors import FAILURES, BadRequest
 from anytoken.serving.schemas import EmbeddingsBody
 from anytoken.serving.service import Service, service_of
@@ -31,10 +31,10 @@ async def embeddings(body: EmbeddingsBody, request: Request) -> dict[str, Any]:
     """A unit vector for each input: floats, or base64 of little-endian float32 numbers."""
     service = service_of(request)
     service.check_model(body.model)
-    inputs = _inputs(body.input)
+    inputs, own = _inputs(body.input), checked_limits(body.media_limits, service.settings)
 
     def read() -> list[list[int]]:
-        return [_ids(one, number, service) for number, one in enumerate(inputs)]
+        return [_ids(one, number, service, own) for number, one in enumerate(inputs)]
 
     try:
         ids = await asyncio.to_thread(read)
@@ -77,11 +77,11 @@ def _inputs(given: Any) -> list[Any]:
     return inputs
 
 
-def _ids(one: Any, number: int, service: Service) -> list[int]:
+def _ids(one: Any, number: int, service: Service, own: Limits) -> list[int]:
     """One input as a prompt's ids; BadRequest says what is wrong with it."""
     where, model = f"input[{number}]", service.model
     if isinstance(one, str):
-        return model.encode_prompt([read_part(one, where, service.settings)])
+        return model.encode_prompt([read_part(one, where, service.settings, own)])
     if isinstance(one, list) and one and all(type(token) is int for token in one):
         if not all(0 <= token < model.token_space.text_size for token in one):
             raise BadRequest(
@@ -92,7 +92,7 @@ def _ids(one: Any, number: int, service: Service) -> list[int]:
     if isinstance(one, list) and one:
         if len(one) > service.settings.max_parts:
             raise BadRequest(f"{where} has more than {service.settings.max_parts} content parts.", "input")
-        return model.encode_prompt([read_part(part, where, service.settings) for part in one])
+        return model.encode_prompt([read_part(part, where, service.settings, own) for part in one])
     raise BadRequest(f"{where} is not a string, list of token ids or list of content parts.", "input")
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from anytoken.utils.limits import MediaLimitError
+from anytoken.utils.errors import MediaLimitError
+from anytoken.utils.limits import MediaLimits
 
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -18,15 +19,24 @@ FAILURES: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+RETRY = {"Retry-After": "1"}  # seconds
+
+
 class ApiError(HTTPException):
-    """An answer other than success: `status`, and what OpenAI's clients show of it."""
+    """An answer other than success: `status`, and what OpenAI's clients show of it; `default`: its usual message."""
 
     status = 500
     kind = "server_error"
+    default = "The server failed to answer this request."
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(self.status, message)
-        self.message, self.param, self.code = message, param, code
+    def __init__(self, message: str = "", param: str | None = None, code: str | None = None) -> None:
+        self.message, self.param, self.code = message or self.default, param, code
+        super().__init__(self.status, self.message)
+
+    @property
+    def extra(self) -> dict[str, str] | None:
+        """Headers of the answer that tell a client what to do."""
+        return {401: {"WWW-Authenticate": "Bearer"}, 429: RETRY, 503: RETRY}.get(self.status)
 
     def body(self) -> dict[str, Any]:
         """The JSON body."""
@@ -40,10 +50,17 @@ class BadRequest(ApiError):
     status, kind = 400, "invalid_request_error"
 
 
-def media_error(where: str, error: ValueError) -> BadRequest:
-    """What is wrong with a medium of a request; of one over a limit, which limit of the server that is."""
+def media_error(where: str, error: ValueError, limits: MediaLimits) -> BadRequest:
+    """What is wrong with a medium of a request; of one over a limit, which limit it is and who set it.
+
+    limits: those of the server.
+    """
     if isinstance(error, MediaLimitError):
-        return BadRequest(f"{where} {error.fact} by this server ({error.limit}).", where, "media_too_large")
+        most = getattr(limits, error.limit)
+        by = f"this server ({error.limit})"
+        if error.allowed < most:
+            by = f"this request (media_limits.{error.limit}), {most:,.12g} by this server"
+        return BadRequest(f"{where} {error.fact} by {by}.", where, "media_too_large")
     return BadRequest(f"{where}: {error}", where)
 
 
@@ -77,13 +94,22 @@ class TooManyRequests(ApiError):
     status, kind = 429, "rate_limit_error"
 
 
+def busy(requests: int) -> TooManyRequests:
+    """The error where this many requests run or wait already."""
+    return TooManyRequests(
+        f"The server is busy: {requests} requests are running or waiting. Try again later."
+    )
+
+
 class Unavailable(ApiError):
     """A server that is shutting down."""
 
     status, kind = 503, "server_error"
+    default = "The server is shutting down."
 
 
 class DeadlinePassed(ApiError):
     """A request that took longer than the server allows."""
 
     status, kind = 504, "timeout_error"
+    default = "The request took too long."

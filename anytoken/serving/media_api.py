@@ -13,9 +13,9 @@ from PIL.Image import Resampling
 
 from anytoken.segments import Image, Speech, Text
 from anytoken.serving.chat_api import usage
-from anytoken.serving.content import AUDIO_TYPES, audio_bytes, png
+from anytoken.serving.content import AUDIO_TYPES, audio_bytes, checked_limits, png
 from anytoken.serving.errors import FAILURES, BadRequest, media_error
-from anytoken.serving.schemas import ImageBody, Message, SamplingBody, SpeechBody
+from anytoken.serving.schemas import ImageBody, Message, RequestMediaLimits, SamplingBody, SpeechBody
 from anytoken.serving.service import Service, service_of
 from anytoken.tokenizers.base import CodeGrid
 from anytoken.tokenizers.image import PATCH_PX
@@ -23,6 +23,10 @@ from anytoken.utils.limits import media_limits
 
 router = APIRouter(prefix="/v1", tags=["media"])
 MAX_SIDE = 2048  # pixels of an image that is scaled for a client
+TRANSCRIPTION_FIELDS = {
+    "file", "model", "response_format", "prompt", "language", "temperature", "media_limits[max_seconds]", "stream",
+    "timestamp_granularities[]", "timestamp_granularities", "chunking_strategy", "user",
+}  # fmt: skip
 
 
 @router.post("/images/generations", responses=FAILURES)
@@ -113,14 +117,21 @@ async def transcriptions(
     prompt: Annotated[str | None, Form()] = None,
     language: Annotated[str | None, Form()] = None,
     temperature: Annotated[float | None, Form(ge=0, le=2)] = None,
+    max_seconds: Annotated[float | None, Form(alias="media_limits[max_seconds]", gt=0)] = None,
+    stream: Annotated[bool, Form()] = False,
 ) -> Response:
-    """What a recording says, as text. `language` is a hint that the model does not need."""
+    """What a recording says, as text. `language` is a hint that the model does not need; there are no time stamps."""
     service = service_of(request)
     service.check_model(model)
-    data = await file.read()
+    if unknown := sorted(set(await request.form()) - TRANSCRIPTION_FIELDS):
+        raise BadRequest(f"Unknown parameter {unknown[0]!r:.80}.", unknown[0][:80], "unknown_parameter")
+    if stream:
+        raise BadRequest("stream is not supported: leave it out.", "stream")
+    data, allowed = await file.read(), service.settings.media_limits
+    own = checked_limits(RequestMediaLimits(max_seconds=max_seconds), service.settings)
 
     def read() -> tuple[list[int], float]:
-        with media_limits(service.settings.media_limits):
+        with media_limits(allowed, **own):
             clip = Speech.open(data)
         parts = [clip] if not prompt else [Text(prompt), clip]
         return service.model.encode_prompt([{"role": "user", "content": parts}]), clip.seconds
@@ -128,7 +139,7 @@ async def transcriptions(
     try:
         ids, seconds = await asyncio.to_thread(read)
     except ValueError as error:
-        raise media_error("file", error) from error
+        raise media_error("file", error, allowed) from error
     body = SamplingBody(model=model, temperature=temperature)
     (reply,) = await service.replies(await service.submit(body, ids, ["text"]), request)
     if response_format == "text":

@@ -59,19 +59,24 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status, started = time.perf_counter(), 500, False
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
             await send(message)
 
         try:
             self._check_key(scope)
             await self.app(scope, _Body(scope, receive, self.settings), watched)
         except ApiError as error:
-            await JSONResponse(error.body(), error.status)(scope, receive, watched)
+            await JSONResponse(error.body(), error.status, headers=error.extra)(scope, receive, watched)
+        except Exception:
+            if started:
+                raise
+            log.exception("A request failed")
+            await JSONResponse(ApiError().body(), ApiError.status)(scope, receive, watched)
         finally:
             seconds = time.perf_counter() - began
             route = scope.get("route")

@@ -168,7 +168,9 @@ class RealtimeSession:
         data = decoded(event.get("audio"), "audio")
         if len(data) % 2:
             raise BadRequest("audio is 16-bit PCM: an even number of bytes.", "audio")
-        if len(self._audio) + len(data) > self.service.settings.max_body_bytes:
+        size = len(self._audio) + len(data)
+        self._check_length(size, "The audio buffer", "audio")
+        if size > self.service.settings.max_body_bytes:
             raise BadRequest("The audio buffer is full: commit or clear it.", "audio")
         self._audio += data
         if self._voice is None:
@@ -178,6 +180,15 @@ class RealtimeSession:
         quiet = self._voice.start is None
         if quiet:  # only what may be the beginning of speech is kept
             self._forget(len(self._audio) // 2 - int(self._voice.settings.prefix_padding * PCM_RATE_HZ))
+
+    def _check_length(self, size: int, what: str, param: str) -> None:
+        """BadRequest for more bytes of 16-bit audio than one medium may have seconds."""
+        seconds, most = size / (2 * PCM_RATE_HZ), self.service.settings.max_seconds
+        if seconds > most:
+            raise BadRequest(
+                f"{what} holds {seconds:,.12g} seconds; at most {most:,.12g} are taken by this server (max_seconds).",
+                param, "media_too_large",
+            )  # fmt: skip
 
     def _forget(self, samples: int) -> None:
         """Drop the first samples of the buffer."""
@@ -246,7 +257,9 @@ class RealtimeSession:
         where = f"item.content[{number}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "input_audio":
-            return Speech(_samples(decoded(part.get("audio"), where)), PCM_RATE_HZ)
+            data = decoded(part.get("audio"), where)
+            self._check_length(len(data), where, where)
+            return Speech(_samples(data), PCM_RATE_HZ)
         if kind == "input_image":
             part = {"type": "image_url", "image_url": part.get("image_url")}
         elif kind in PARTS:

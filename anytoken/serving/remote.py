@@ -34,7 +34,8 @@ from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
 from anytoken.inference.sampling import Sampling, load_sampling
 from anytoken.inference.score import Steps
 from anytoken.processor import Processor
-from anytoken.serving.worker import DeadlineExceeded, Job, QueueFull, Stopped
+from anytoken.serving.errors import DeadlinePassed, Unavailable, busy
+from anytoken.serving.worker import Job
 from anytoken.utils.errors import TokenSpaceError
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ NO_MODEL = "Tokens come from an engine here, and nothing but generation is asked
 SEEDS = 2**31  # engines take 32-bit seeds
 
 
-class EngineFailure(Stopped):
+class EngineFailure(Unavailable):
     """The token engine failed: it does not answer, or answers with what was not asked for."""
 
 
@@ -143,7 +144,7 @@ class RemoteWorker:
         self._client = httpx.AsyncClient(headers=self._headers, timeout=timeout, trust_env=False)
 
     def stop(self, timeout: float | None = None) -> None:
-        """End; jobs that are not over get `Stopped`. Called from another thread than the loop's."""
+        """End; jobs that are not over get `Unavailable`. Called from another thread than the loop's."""
         loop, self._loop = self._loop, None
         if loop is not None:
             asyncio.run_coroutine_threadsafe(self._close(), loop).result(timeout)
@@ -151,7 +152,7 @@ class RemoteWorker:
     async def _close(self) -> None:
         for job, task in list(self._tasks.items()):
             task.cancel()
-            job.deliver(Stopped("The server is shutting down."))
+            job.deliver(Unavailable())
         await self._client.aclose()
 
     @property
@@ -165,9 +166,9 @@ class RemoteWorker:
         return min(len(self._tasks), self.max_rows), max(0, len(self._tasks) - self.max_rows)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Take jobs, all or none; QueueFull if they are more than may wait."""
+        """Take jobs, all or none; TooManyRequests if they are more than may wait."""
         if len(self._tasks) + len(jobs) > self.max_rows + self.max_waiting:
-            raise QueueFull(f"{len(self._tasks)} requests are running or waiting.")
+            raise busy(len(self._tasks))
         for job in jobs:
             task = self._tasks[job] = asyncio.ensure_future(self._run(job))
             task.add_done_callback(lambda _, job=job: self._tasks.pop(job, None))  # type: ignore[misc]
@@ -193,7 +194,7 @@ class RemoteWorker:
             async with asyncio.timeout(job.deadline - time.monotonic()), self._rows:
                 await self._reply(job)
         except TimeoutError:
-            job.deliver(DeadlineExceeded("The request took too long."))
+            job.deliver(DeadlinePassed())
         except Exception as error:  # also a prompt that does not fit: the request's own fault
             job.deliver(error)
         finally:

@@ -13,9 +13,9 @@ from anytoken.inference.outputs import GenerationOutput, count_usage
 from anytoken.inference.request import GenerationRequest, Token
 from anytoken.inference.streaming import Event, SegmentFinished, SegmentStream, TextDelta
 from anytoken.segments import Segment, Text
-from anytoken.serving.errors import ApiError, BadRequest, DeadlinePassed, Unavailable
+from anytoken.serving.errors import ApiError, BadRequest
 from anytoken.serving.remote import RemoteWorker
-from anytoken.serving.worker import DeadlineExceeded, Job, Stopped, Worker
+from anytoken.serving.worker import Job, Worker
 
 
 class PendingReply:
@@ -131,10 +131,8 @@ class _StopText:
 
 
 def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, DeadlineExceeded):
-        return DeadlinePassed(str(error))
-    if isinstance(error, Stopped):
-        return Unavailable(str(error))
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, ValueError):  # a prompt or a setting that does not fit the model
         return BadRequest(str(error))
     return ApiError("The reply could not be generated.")

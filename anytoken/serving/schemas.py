@@ -89,6 +89,16 @@ class Message(BaseModel):
     images: list[Any] | None = None
 
 
+class RequestMediaLimits(Body):
+    """Limits for each medium of one request, up to those of the server; a larger medium returns status 400."""
+
+    max_bytes: int | None = Field(default=None, ge=1, description="encoded file")
+    max_pixels: int | None = Field(default=None, ge=1, description="image or frame of a video")
+    max_frames: int | None = Field(default=None, ge=1, description="frames of a video")
+    max_seconds: float | None = Field(default=None, gt=0, description="length of speech or video")
+    max_letters: int | None = Field(default=None, ge=1, description="characters of a text or DNA sequence")
+
+
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
@@ -106,6 +116,7 @@ class ChatBody(SamplingBody):
     sizes: dict[str, list[int]] | None = Field(
         default=None, description='grid of a kind in codes, {"image": [8, 8]}'
     )
+    media_limits: RequestMediaLimits | None = None
 
     @property
     def output(self) -> list[str] | None:
@@ -156,6 +167,7 @@ class ScoreBody(Body):
     messages: list[Message] = Field(min_length=1, max_length=1000)
     answers: list[str | list[Any]] = Field(min_length=1, max_length=1000)
     normalize: Literal["none", "tokens", "pmi"] = "none"
+    media_limits: RequestMediaLimits | None = None
 
 
 class EmbeddingsBody(Body):
@@ -170,3 +182,4 @@ class EmbeddingsBody(Body):
     untrained: bool = Field(
         default=False, description="means of hidden states where there is no trained head"
     )
+    media_limits: RequestMediaLimits | None = None

@@ -14,14 +14,14 @@ from starlette.requests import Request
 
 from anytoken.inference.api import AnyToken
 from anytoken.inference.outputs import GenerationOutput
-from anytoken.serving.content import read_messages
-from anytoken.serving.errors import BadRequest, DeadlinePassed, NotFound, TooManyRequests, Unavailable
+from anytoken.serving.content import checked_limits, read_messages
+from anytoken.serving.errors import BadRequest, DeadlinePassed, NotFound, Unavailable
 from anytoken.serving.middleware import Metrics
 from anytoken.serving.remote import RemoteWorker
 from anytoken.serving.replies import PendingReply, gather
-from anytoken.serving.schemas import Message, SamplingBody
+from anytoken.serving.schemas import Message, RequestMediaLimits, SamplingBody
 from anytoken.serving.settings import REQUEST_LIMITS, ServerSettings
-from anytoken.serving.worker import QueueFull, Steps, Stopped, Worker
+from anytoken.serving.worker import Steps, Worker
 
 T = TypeVar("T")
 
@@ -38,7 +38,9 @@ class Service:
         worker: Worker | RemoteWorker | None = None,
     ) -> None:
         self.model, self.name, self.settings, self.metrics = model, name, settings, metrics
-        self.worker = worker or Worker(model, settings.max_rows, settings.max_waiting)
+        self.worker = worker or Worker(
+            model, settings.max_rows, settings.max_waiting, settings.max_prefill_tokens
+        )
         self.created = int(time.time())
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -64,12 +66,18 @@ class Service:
             )  # fmt: skip
         return name[len(self.name) + 1 :] or None
 
-    async def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's ids; BadRequest says which part cannot be read. Media are decoded off the event loop."""
+    async def encode(
+        self, messages: Sequence[Message], limits: RequestMediaLimits | None = None
+    ) -> list[int]:
+        """The prompt's ids; BadRequest says which part cannot be read. Media are decoded off the event loop.
+
+        limits: those of the request.
+        """
+        own = checked_limits(limits, self.settings)
         plain = [message.model_dump() for message in messages]
 
         def read() -> list[int]:
-            return self.model.encode_prompt(read_messages(plain, self.settings))
+            return self.model.encode_prompt(read_messages(plain, self.settings, own))
 
         try:
             return await asyncio.to_thread(read)
@@ -109,11 +117,8 @@ class Service:
             for number in range(count)
         ]
         if not self.worker.alive:
-            raise Unavailable("The server is shutting down.")
-        try:
-            self.worker.submit([one.job for one in pending])
-        except QueueFull as error:
-            raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
+            raise Unavailable()
+        self.worker.submit([one.job for one in pending])
         return pending
 
     async def run(self, steps: Steps[T], name: str, request: Request) -> T:
@@ -129,7 +134,7 @@ class Service:
                     return work.result()
             if gone.done():
                 raise asyncio.CancelledError
-            raise DeadlinePassed("The request took too long.")
+            raise DeadlinePassed()
         finally:
             work.cancel()
             gone.cancel()
@@ -157,10 +162,6 @@ class Service:
 def _as_answers() -> Iterator[None]:
     try:
         yield
-    except QueueFull as error:
-        raise TooManyRequests(f"The server is busy: {error} Try again later.") from error
-    except Stopped as error:
-        raise Unavailable(str(error)) from error
     except ValueError as error:
         raise BadRequest(str(error)) from error
 

@@ -30,6 +30,11 @@ class ServerSettings(BaseModel):
     max_waiting: int = Field(
         default=64, ge=0, description="requests that may wait for a place; more are refused with 429"
     )
+    max_prefill_tokens: int = Field(
+        default=128,
+        ge=1,
+        description="prompt tokens of new requests that are read between two decoding steps",
+    )
     max_new_tokens: int = Field(default=4096, ge=1, description="longest reply of a request, in tokens")
     max_choices: int = Field(default=8, ge=1, description="largest n of a request")
     deadline: float = Field(default=120, gt=0, description="time a request may take in all")

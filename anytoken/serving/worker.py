@@ -5,6 +5,7 @@ endpoints share one continuous batch (`inference/scheduler.py`), so a request wa
 one's reply. If a decoding step fails, every running job is decoded again on its own: the one that fails alone is
 answered with an error, the others continue, since a reply depends on its own seed only.
 
+A long prompt is read in pieces, one before each decoding step of the others.
 Work that is no generation (scores) comes as an iterator and is done in parts, one after each decoding step, so that it
 never holds up the replies of others for longer than a part takes. An adapter is a state of the weights, so jobs and
 work of different adapters never run together: requests start in the order they came, those of the adapter in use may
@@ -28,23 +29,12 @@ from anytoken.inference.api import AnyToken
 from anytoken.inference.request import GenerationRequest, Token
 from anytoken.inference.scheduler import Scheduler
 from anytoken.inference.score import Steps
+from anytoken.serving.errors import DeadlinePassed, Unavailable, busy
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Deliver = Callable[[Token | Exception], None]
 TURN = 1.0  # seconds that requests of the adapter in use may overtake those of another
-
-
-class QueueFull(RuntimeError):
-    """More requests wait than the server allows."""
-
-
-class DeadlineExceeded(RuntimeError):
-    """A request took longer than the server allows."""
-
-
-class Stopped(RuntimeError):
-    """The server is shutting down."""
 
 
 @dataclass(eq=False)
@@ -76,9 +66,12 @@ class Work:
 class Worker:
     """Runs the scheduler of one model on a thread of its own."""
 
-    def __init__(self, model: AnyToken, max_rows: int, max_waiting: int) -> None:
+    def __init__(
+        self, model: AnyToken, max_rows: int, max_waiting: int, max_prefill_tokens: int | None = None
+    ) -> None:
         self.model = model
         self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.max_prefill_tokens = max_prefill_tokens
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = 0  # jobs and works that are not over
@@ -99,7 +92,7 @@ class Worker:
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> None:
-        """End the thread; jobs that are not over get `Stopped`."""
+        """End the thread; jobs that are not over get `Unavailable`."""
         self._stopping = True
         self._inbox.put(None)
         if self._thread is not None:
@@ -116,7 +109,7 @@ class Worker:
         return min(self._open, self.max_rows), max(0, self._open - self.max_rows)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Take jobs, all or none; QueueFull if they are more than may wait."""
+        """Take jobs, all or none; TooManyRequests if they are more than may wait."""
         self._count(len(jobs))
         for job in jobs:
             self._inbox.put(lambda job=job: self._admit(job))  # type: ignore[misc]
@@ -124,7 +117,7 @@ class Worker:
     def _count(self, number: int) -> None:
         with self._lock:
             if number > 0 and self._open + number > self.max_rows + self.max_waiting:
-                raise QueueFull(f"{self._open} requests are running or waiting.")
+                raise busy(self._open)
             self._open += number
 
     async def call(self, function: Callable[[], T], alone: bool = False) -> T:
@@ -142,10 +135,10 @@ class Worker:
     async def work(self, steps: Steps[T], adapter: str | None = None, alone: bool = False) -> T:
         """What a generator that uses the model returns; a decoding step of others runs between any two of its parts.
 
-        Cancelling the call drops what is left of it. QueueFull and Stopped as for jobs.
+        Cancelling the call drops what is left of it. TooManyRequests and Unavailable as for jobs.
         """
         if not self.alive:
-            raise Stopped("The server is shutting down.")
+            raise Unavailable()
         self._count(1)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -186,7 +179,7 @@ class Worker:
         while not self._inbox.empty():  # jobs that came in meanwhile
             if (command := self._inbox.get()) is not None:
                 command()
-        stopped = Stopped("The server is shutting down.")
+        stopped = Unavailable()
         for one in [*self._jobs.values(), *self._works, *self._waiting]:
             if isinstance(one, Job):
                 self._fail(one, stopped)
@@ -235,7 +228,7 @@ class Worker:
         try:
             self._use(job.adapter)
             if self._scheduler is None or self._scheduler.grammar is not self.model.processor.grammar:
-                self._scheduler = self.model.engine.scheduler(self.max_rows)
+                self._scheduler = self.model.engine.scheduler(self.max_rows, self.max_prefill_tokens)
             job.number = self._scheduler.submit(job.request)
             self._jobs[job.number] = job
         except Exception as error:  # a prompt that does not fit is the request's own fault
@@ -301,7 +294,7 @@ class Worker:
             try:
                 for token in self.model.engine.stream([job.request]):
                     if time.monotonic() > job.deadline:
-                        raise DeadlineExceeded("The request took too long.")
+                        raise DeadlinePassed()
                     if known:
                         known -= 1
                     else:
@@ -316,7 +309,7 @@ class Worker:
         now = time.monotonic()
         jobs = [one for one in [*self._jobs.values(), *self._waiting] if isinstance(one, Job)]
         for job in [job for job in jobs if now > job.deadline]:
-            self._fail(job, DeadlineExceeded("The request took too long."))
+            self._fail(job, DeadlinePassed())
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not job.over:

@@ -20,15 +20,16 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from safetensors import SafetensorError
 
+from anytoken import moved
 from anytoken.model.embedding_head import FILE as HEAD_FILE
 from anytoken.training.config import TrainConfig
 from anytoken.utils.atomic import flush
-from anytoken.utils.errors import ConfigError
+from anytoken.utils.errors import ConfigError, WriteError
 
 STATE_FOLDER = "state"
 KEPT_STATES = 2
@@ -41,10 +42,6 @@ FREE_SETTINGS = {
     "keep_best", "loss_guard", "contrastive.cache_states", "contrastive.cache_mb",
 }  # fmt: skip
 MARKERS = ("config.json", "adapter_config.json")  # moved last: a folder that has one is finished
-
-
-class SaveError(OSError):
-    """A state that could not be written; the ones before it are whole."""
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -93,12 +90,12 @@ def clear_partial(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_error(folder: Path, what: str, error: Exception) -> SaveError:
+def save_error(folder: Path, what: str, error: Exception) -> WriteError:
     """What to say of a save that failed, after making room by removing its half."""
     clear_partial(folder)
     states = saved_states(folder)
     last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
-    return SaveError(
+    return WriteError(
         f"{what} could not be saved in {folder} ({error}); {last}. Free some space and run the same command again"
     )
 
@@ -173,3 +170,7 @@ def _differences(before: Any, after: Any, name: str = "") -> list[str]:
         pairs = enumerate(zip(before, after, strict=True))
         return [one for place, pair in pairs for one in _differences(*pair, f"{name}.{place}")]
     return [] if before == after else [f"{name} ({before!r} before, {after!r} now)"]
+
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.old_names(__name__)

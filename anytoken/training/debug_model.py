@@ -97,7 +97,7 @@ def _tiny_of_own(stage: TrainConfig, output: Path) -> TrainConfig:
     made = output / "tiny"
     if not made.is_dir():
         made.mkdir(parents=True)
-        _make_own_data(made)
+        _make_data(made, made, (8, 64, 64, 3), (8000, 16_000), own=True)
     shrunk: dict[str, Any] = {
         "output": str(output), "data_root": "", "steps": OWN_STEPS, "max_minutes": None, "save_every": OWN_STEPS,
         "log_every": 1, "context": OWN_CONTEXT, "precision": "fp32", "compile": False, "modalities": {},
@@ -126,29 +126,6 @@ def _own_pairs(source: SourceSpec, made: Path) -> dict[str, Any]:
     if pair is not None:
         file["pair_with"] = pair.model_dump() | {"path": str(made / "things.jsonl"), "where": {}}
     return file
-
-
-def _make_own_data(folder: Path) -> None:
-    """Things in every kind that the bundled model knows, of its sizes, and talk about them; the last is held out."""
-    rng = np.random.default_rng(0)
-    things: list[dict[str, Any]] = []
-    talk: list[dict[str, Any]] = []
-    for name in NAMES:
-        pixels = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-        place = (folder / name).resolve()
-        media = {"image": f"{place}.png", "video": f"{place}.webp", "speech": f"{place}.wav"}
-        Image(pixels[0]).save(media["image"])
-        Video(pixels).save(media["video"])
-        Speech(rng.uniform(-0.5, 0.5, 8000), 16_000).save(media["speech"])
-        split = "test" if name == NAMES[-1] else "train"
-        dna = "ATG" + "".join(rng.choice(list("ACGT"), 57))
-        words = {"text": name, "name": name, "voice": "slt", "product": "enzyme", "dna": dna}
-        things.append({**words, **media, "split": split})
-        question = [{"type": "image", "image": media["image"]}, {"type": "text", "text": "What is this?"}]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": name}]
-        talk.append({"messages": messages, "split": split})
-    for file, records in {"things": things, "talk": talk}.items():
-        (folder / f"{file}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
 
 
 def _own(source: SourceSpec, made: Path) -> dict[str, Any]:
@@ -185,7 +162,7 @@ def _make(stage: TrainConfig, made: Path) -> None:
         codecs[kind] = {"source": str(made / kind), "config": config, "settings": settings}
     backbone = {"model": str(made / "model"), "config": str(made / "model.json"), "codecs": codecs}
     (scratch / "backbone.json").write_text(json.dumps(backbone))
-    _make_data(scratch, made)
+    _make_data(scratch, made, (4, 12, 12, 3), (480, 24_000))
     try:
         scratch.rename(made)
     except OSError:
@@ -216,33 +193,30 @@ def _make_codec(config: dict[str, Any], folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _make_data(folder: Path, made: Path) -> None:
-    """Things in every kind and talk about them; the last thing is held out. Paths are those after the move."""
+def _make_data(
+    folder: Path, made: Path, frames: tuple[int, ...], audio: tuple[int, int], own: bool = False
+) -> None:
+    """Things in every kind and talk about them; the last thing is held out. Paths are those after the move to `made`.
+
+    frames: shape of a clip [T, H, W, 3]. audio: samples, and how many per second. own: in all kinds of the bundled
+    model.
+    """
     rng = np.random.default_rng(0)
     things: list[dict[str, Any]] = []
     talk: list[dict[str, Any]] = []
     for name in NAMES:
-        pixels = rng.integers(0, 256, (4, 12, 12, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, frames, dtype=np.uint8)
         Image(pixels[0]).save(folder / f"{name}.png")
         Video(pixels).save(folder / f"{name}.webp")
-        Speech(rng.uniform(-0.5, 0.5, 480), 24_000).save(folder / f"{name}.wav")
+        Speech(rng.uniform(-0.5, 0.5, audio[0]), audio[1]).save(folder / f"{name}.wav")
+        place, words = (made / name).resolve(), {"text": name}
+        if own:
+            dna = "ATG" + "".join(rng.choice(list("ACGT"), 57))
+            words |= {"name": name, "voice": "slt", "product": "enzyme", "dna": dna}
+        media = {"image": f"{place}.png", "video": f"{place}.webp", "speech": f"{place}.wav"}
         split = "test" if name == NAMES[-1] else "train"
-        media = {
-            "image": f"{made / name}.png",
-            "speech": f"{made / name}.wav",
-            "video": f"{made / name}.webp",
-        }
-        things.append(
-            {
-                "text": name,
-                **{kind: str(Path(path).resolve()) for kind, path in media.items()},
-                "split": split,
-            }
-        )
-        question = [
-            {"type": "image", "image": things[-1]["image"]},
-            {"type": "text", "text": "What is this?"},
-        ]
+        things.append({**words, **media, "split": split})
+        question = [{"type": "image", "image": media["image"]}, {"type": "text", "text": "What is this?"}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": name}]
         talk.append({"messages": messages, "split": split})
     for file, records in {"things": things, "talk": talk}.items():

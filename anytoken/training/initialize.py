@@ -18,6 +18,9 @@ from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.tokenizers.pretrained import pretrained_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.training.config import TrainConfig
+from anytoken.training.lora import LanguageModel, add_lora
+from anytoken.training.optim.param_groups import select_trainable
+from anytoken.training.step import compile_layers, worth_compiling
 from anytoken.utils.atomic import FolderKind, check_target, write_folder
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import choices, nearest
@@ -109,13 +112,24 @@ def _tokenizer(folder: str, key: str, name: str) -> ModalityTokenizer:
     return tokenizer
 
 
-def enable_expert_bias(model: PreTrainedModel) -> None:
-    """Give every router its balancing bias; ConfigError for a model without routers of ours."""
-    if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
-        raise ConfigError(
-            f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
-        )
-    model.add_expert_bias()
+def make_trainable(model: PreTrainedModel, stage: TrainConfig, processor: Processor) -> LanguageModel:
+    """The model with what the stage trains unfrozen, or in an adapter."""
+    lm: LanguageModel = model
+    if stage.moe.expert_bias_rate:
+        if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
+            raise ConfigError(
+                f"moe.expert_bias_rate has no effect on {type(model).__name__} without experts; set it to 0"
+            )
+        model.add_expert_bias()
+    if stage.lora is not None:
+        lm = add_lora(model, stage.lora, processor.token_space, stage.init_from)
+    else:
+        select_trainable(model, stage.trainable, processor.token_space)
+    if stage.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if worth_compiling(stage.compile, stage.steps, model.device):
+        compile_layers(model)
+    return lm
 
 
 def choose_attention(model: PreTrainedModel, stage: TrainConfig, device: torch.device) -> None:

@@ -23,17 +23,13 @@ from torch import Tensor, nn
 from anytoken.training.checkpoint import begin_from, saved_states
 from anytoken.training.config import TrainConfig
 from anytoken.utils.atomic import write_file
-from anytoken.utils.errors import AnyTokenError
+from anytoken.utils.errors import DivergenceError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
     """A run that was asked to stop and has saved where it stood."""
-
-
-class DivergenceError(AnyTokenError):
-    """A loss or a gradient that is not finite; the message says where the batch lies and what to do."""
 
 
 class GracefulStop:

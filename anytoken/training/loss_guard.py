@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from anytoken.training.checkpoint import begin_from, saved_states, step_of
 from anytoken.training.config import TrainConfig
-from anytoken.training.interrupts import DivergenceError
+from anytoken.utils.errors import DivergenceError
 
 MARGIN = 0.5  # nats above the minimum that are too much at least: small losses vary by factors
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from anytoken.data.mixture import SourceSpec
+from anytoken.data.mixture import Mixture, SourceSpec
 from anytoken.data.shards import MANIFEST, Shards, tokenize_records
 from anytoken.data.validate import near_names
 from anytoken.data.views import auto_views, held_kinds, is_used
@@ -22,6 +22,15 @@ from anytoken.utils.limits import media_limits
 
 FOLDER = "shards"
 log = logging.getLogger(__name__)
+
+
+def build_mixture(
+    stage: TrainConfig, sources: list[SourceSpec], processor: Processor, cfg_dropout: float
+) -> Mixture:
+    """The mixture of prepared sources that a recipe draws its samples from."""
+    learn_all = stage.loss.loss_on == "all"
+    drawn = stage.seed, cfg_dropout, learn_all, stage.sampling, stage.tokens_per_batch
+    return Mixture(sources, processor, stage.context, *drawn)
 
 
 def prepare_sources(

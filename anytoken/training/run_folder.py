@@ -56,7 +56,7 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
 
 
 def export(trainer: StageTrainer) -> None:
-    """Leave the final checkpoint and the report in the output folder and no states; SaveError on a full disk."""
+    """Leave the final checkpoint and the report in the output folder and no states; WriteError on a full disk."""
     best = trainer.best_state()
     if best is not None:
         trainer.load_weights(best)

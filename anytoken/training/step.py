@@ -19,13 +19,22 @@ from anytoken.data.packing import flash_lengths
 from anytoken.grammar import Grammar
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, expert_counts, router_losses
-from anytoken.training.config import MoeSpec
+from anytoken.processor import Processor
+from anytoken.training.config import MoeSpec, TrainConfig
 from anytoken.training.lora import LanguageModel, base_model, head_weight
 from anytoken.training.losses.balanced import BalancedLoss, LossParts, TargetClasses
 from anytoken.utils.distributed import sum_over_processes
 
 WORTH_COMPILING = 1000  # steps; a minute of compilation, and a step is up to twice as fast
 log = logging.getLogger(__name__)
+
+
+def build_loss(stage: TrainConfig, processor: Processor) -> BalancedLoss:
+    """The loss of a recipe over a processor's token space."""
+    spec = stage.loss
+    return BalancedLoss(
+        processor.grammar, spec.modality_weights, spec.control_weight, spec.grammar_restricted, spec.z_loss
+    )
 
 
 class ModelWithLoss(nn.Module):

@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -62,25 +61,25 @@ from anytoken.training.initialize import (
     build_init_checkpoint,
     build_model,
     choose_attention,
-    enable_expert_bias,
+    make_trainable,
 )
 from anytoken.training.interrupts import FiniteCheck, GracefulStop, Interrupted, Noted, dump_divergence
-from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, add_lora, base_model, load_weights
+from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, base_model, load_weights
 from anytoken.training.loss_guard import LossGuard
-from anytoken.training.losses.balanced import BalancedLoss
 from anytoken.training.metrics import LossMeter, MetricsLog
 from anytoken.training.optim import pcgrad
 from anytoken.training.optim.lr_schedule import Schedule
 from anytoken.training.optim.muon import make_optimizer
-from anytoken.training.optim.param_groups import parameter_groups, select_trainable
+from anytoken.training.optim.param_groups import parameter_groups
 from anytoken.training.portable_state import load_schedule_alone, read_portable, write_portable
-from anytoken.training.prepare_data import prepare_sources
+from anytoken.training.prepare_data import build_mixture, prepare_sources
 from anytoken.training.report.html import HtmlReport
 from anytoken.training.report.samples import Answer, Sampler
 from anytoken.training.report.trackers import check_trackers, scalars, summary_writer
 from anytoken.training.run_folder import begin, export
-from anytoken.training.step import ModelWithLoss, compile_layers, with_layout, worth_compiling
+from anytoken.training.step import ModelWithLoss, build_loss, with_layout
 from anytoken.utils.atomic import write_file
+from anytoken.utils.distributed import all_processes
 
 CHECKED_STEPS = 20  # of a GPU, whose losses are looked at together: looking makes the host wait
 
@@ -189,7 +188,7 @@ class StageTrainer(Trainer):
             spec = self.stage.optimizer
             groups = param_groups_by_mesh(self.optimizer_groups())
             self.weight_decays = [group["weight_decay"] for group in groups]
-            self.optimizer = make_optimizer(spec, base_model(self.lm), groups)
+            self.optimizer = make_optimizer(spec, base_model(self.lm), groups, all_processes())
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -299,7 +298,7 @@ class StageTrainer(Trainer):
         return str(partial_folder(self.folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save everything to a temporary folder, then rename it and drop the oldest; SaveError if that fails."""
+        """Save everything to a temporary folder, then rename it and drop the oldest; WriteError if that fails."""
         step = self.state.global_step
         self.check_finite()  # no state is saved that is broken
         try:
@@ -434,7 +433,7 @@ def train(stage: TrainConfig, answer: Answer | None = None) -> Path:
 
     answer: generates the recipe's ``samples`` for the report, (model, processor, prompt, output) -> HTML.
     ConfigError if the output folder contains a run with other settings or data; Interrupted if the run was stopped
-    and saved; DivergenceError for an exploding or non-finite loss; SaveError if a state cannot be written.
+    and saved; DivergenceError for an exploding or non-finite loss; WriteError if a state cannot be written.
     """
     if stage.weights_folder is not None:
         read_portable(Path(stage.weights_folder), Path(stage.output))
@@ -464,47 +463,15 @@ def build_trainer(stage: TrainConfig, answer: Answer | None) -> tuple[StageTrain
         data = prepare_sources(stage, stage.data, processor)
         held_out = prepare_sources(stage, stage.eval.data, processor)
     torch.manual_seed(stage.seed)
-    lm = _adapted(start, stage, processor)
+    lm = make_trainable(start, stage, processor)
     if stage.contrastive is not None:
         from anytoken.training.pair_trainer import make_pair_trainer
 
         return make_pair_trainer(stage, arguments, processor, lm, data, held_out), [*data, *held_out]
-    mixture = _mixture(stage, data, processor, stage.cfg_dropout)
+    mixture = build_mixture(stage, data, processor, stage.cfg_dropout)
     model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad)
     if mesh is not None:
         parallelize(model, mesh)
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)
-    trainer.held_out = _mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
+    trainer.held_out = build_mixture(stage, held_out, processor, cfg_dropout=0.0) if held_out else None
     return trainer, [*data, *held_out]
-
-
-def _mixture(
-    stage: TrainConfig, sources: list[SourceSpec], processor: Processor, cfg_dropout: float
-) -> Mixture:
-    learn_all = stage.loss.loss_on == "all"
-    drawn = stage.seed, cfg_dropout, learn_all, stage.sampling, stage.tokens_per_batch
-    return Mixture(sources, processor, stage.context, *drawn)
-
-
-def _adapted(start: PreTrainedModel, stage: TrainConfig, processor: Processor) -> LanguageModel:
-    """The model with what the stage trains unfrozen, or in an adapter."""
-    lm: LanguageModel = start
-    if stage.moe.expert_bias_rate:
-        enable_expert_bias(start)
-    if stage.lora is not None:
-        lm = add_lora(start, stage.lora, processor.token_space, stage.init_from)
-    else:
-        select_trainable(start, stage.trainable, processor.token_space)
-    if stage.gradient_checkpointing:
-        start.gradient_checkpointing_enable({"use_reentrant": False})
-    if worth_compiling(stage.compile, stage.steps, start.device):
-        compile_layers(start)
-    return lm
-
-
-def build_loss(stage: TrainConfig, processor: Processor) -> BalancedLoss:
-    """The loss of a recipe over a processor's token space."""
-    spec = stage.loss
-    return BalancedLoss(
-        processor.grammar, spec.modality_weights, spec.control_weight, spec.grammar_restricted, spec.z_loss
-    )

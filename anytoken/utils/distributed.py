@@ -15,6 +15,11 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def all_processes() -> dist.ProcessGroup | None:
+    """The group of all processes; None where there is only one."""
+    return dist.group.WORLD if num_processes() > 1 else None
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """A tensor added up over all processes, all of which must call this; alone, the tensor itself.
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from anytoken.utils.errors import SegmentError
+from anytoken.utils.errors import MediaLimitError
 
 UNITS = {
     "max_bytes": "bytes",
@@ -24,19 +24,6 @@ UNITS = {
     "max_video_pixels": "pixels in all frames",
     "max_decoded_bytes": "bytes of decoded samples",
 }
-
-
-class MediaLimitError(SegmentError):
-    """A medium exceeds a limit: `limit` is its name, `found` the measured value, `allowed` the limit's value."""
-
-    def __init__(self, name: object, limit: str, found: float, allowed: float, *, stopped: bool) -> None:
-        self.limit, self.found, self.allowed = limit, found, allowed
-        counted = f"{found:,.12g} or more" if stopped else f"{found:,.12g}"
-        self.fact = f"holds {counted} {UNITS[limit]}; at most {allowed:,.12g} are taken"
-        super().__init__(
-            f"{name} {self.fact} ({limit}). For a larger one: with anytoken.media_limits({limit}=...), "
-            f"or --limits {limit}=... of the command."
-        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,9 @@ class MediaLimits:
         """MediaLimitError if `found` exceeds a limit; stopped: counting ended early, and there may be more."""
         allowed = getattr(self, limit)
         if found > allowed:
-            raise MediaLimitError(name, limit, found, allowed, stopped=stopped)
+            counted = f"{found:,.12g} or more" if stopped else f"{found:,.12g}"
+            fact = f"holds {counted} {UNITS[limit]}; at most {allowed:,.12g} are taken"
+            raise MediaLimitError(name, limit, found, allowed, fact)
 
 
 DEFAULT = MediaLimits()

@@ -22,7 +22,7 @@ def test_heads_are_compared_on_the_same_items_and_trained_once(tmp_path, monkeyp
         return retrieval.bench_retrieval(model, TINY, shards, tmp_path / "runs", 1, overrides=SHORT)
 
     found = run()
-    heads = ["untrained", "embed", "embed_scratch_1"]
+    heads = ["untrained", "embed", "embed_equal", "embed_scratch_1"]
     assert [(row["head"], row["task"]) for row in found["rows"]] == [
         (head, task) for head in heads for task in ("text->image", "image->text")
     ]
@@ -37,5 +37,8 @@ def test_heads_are_compared_on_the_same_items_and_trained_once(tmp_path, monkeyp
     assert (folder / "embed" / "embedding.safetensors").stat().st_mtime_ns == written
     assert again["rows"] == found["rows"]
     table = retrieval.markdown({"commit": "abc", **found})
-    assert "| R@1 / R@5, % | untrained | embed | embed_scratch_1 |" in table and table.count("\n| ") == 2
-    assert "embed 2 of 4 pairs" in table and "commit abc" in table
+    assert (
+        "| R@1 / R@5, % | untrained | embed | embed_equal | embed_scratch_1 |" in table
+        and table.count("\n| ") == 2
+    )
+    assert "embed 2 of 4 pairs, embed_equal 2 of 4 pairs" in table and "commit abc" in table

@@ -3,8 +3,8 @@
 import pytest
 
 from anytoken.data.fasta import label_fasta
-from anytoken.data.records import RecordError
 from anytoken.data.sources import read_records
+from anytoken.utils.errors import RecordError
 
 FASTA = ">one of them\nACGT\nAC\n>two\nGGG\n"
 

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from anytoken.cli import app
 from anytoken.data.forms import to_record
-from anytoken.data.records import Blob, RecordError, open_media
+from anytoken.data.records import Blob, open_media
 from anytoken.data.shards import Shards, tokenize_records
 from anytoken.data.sources import open_source, read_records
 from anytoken.data.validate import Census, check_source
 from anytoken.segments import Image
 from anytoken.tokenizers.image import ImageTokenizer
+from anytoken.utils.errors import RecordError
 
 ANSWER = {"role": "assistant", "content": "An apple."}
 ASKED = [

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anytoken.data.records import RecordError
 from anytoken.data.sources import open_source, read_records
 from anytoken.data.sources.tables import hub
 from anytoken.data.validate import Census, check_source
 from anytoken.segments import Image
+from anytoken.utils.errors import RecordError
 
 PICTURE = Image(np.full((4, 4, 3), 9, np.uint8))
 

@@ -9,13 +9,13 @@ import pytest
 from anytoken.data.forms import place_media
 from anytoken.data.records import (
     Blob,
-    RecordError,
     media_parts,
     open_media,
     record_line,
     validate_record,
 )
 from anytoken.segments import DNA, Image, Video
+from anytoken.utils.errors import RecordError
 
 CONVERSATION = {
     "messages": [

@@ -20,7 +20,6 @@ import torch
 from safetensors.numpy import load_file
 
 from anytoken.data import shard_worker, shards
-from anytoken.data.records import RecordError
 from anytoken.data.shards import (
     Shards,
     load_tokenizers,
@@ -29,7 +28,7 @@ from anytoken.data.shards import (
 from anytoken.segments import Image, Segment
 from anytoken.tokenizers.base import Codes, TokenizerError
 from anytoken.tokenizers.image import ImageTokenizer
-from anytoken.utils.errors import DataError
+from anytoken.utils.errors import DataError, RecordError
 
 
 def tiny_tokenizer(seed: int = 0) -> ImageTokenizer:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anytoken.data.records import Blob, RecordError, media_parts, open_media
+from anytoken.data.records import Blob, media_parts, open_media
 from anytoken.data.sources import open_source, read_records
 from anytoken.segments import Image
+from anytoken.utils.errors import RecordError
 
 CONVERSATION = {
     "messages": [

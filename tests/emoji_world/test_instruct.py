@@ -153,7 +153,7 @@ def test_held_out_phrasings_are_never_trained_on(sets: Path, tmp_path: Path) -> 
 
 def by_purpose(sets: Path, out: Path) -> dict[str, list[list[dict[str, Any]]]]:
     found: dict[str, list[list[dict[str, Any]]]] = {}
-    for line in lines(build_instruct(sets, out, count=800, progress=False)):
+    for line in lines(build_instruct(sets, out, count=1600, progress=False)):
         found.setdefault(line["purpose"], []).append(line["messages"])
     return found
 

@@ -87,5 +87,5 @@ def test_the_retrieval_tasks_find_items_of_the_test_split(sets):
 
 def test_without_the_judges_the_metric_says_what_it_needs(sets):
     data = TaskSet(TASKS["dna->text"], sets)
-    with pytest.raises(EvaluationError, match="judges of the emoji world"):
+    with pytest.raises(EvaluationError, match="needs a judge"):
         score(TASKS["dna->text"], data, [Outcome(one) for one in data.samples()], Tools(sets), resamples=10)

@@ -92,7 +92,7 @@ def make_image_tokenizer() -> ImageTokenizer:
     ).eval()
 
 
-def make_model(seed: int = 0, context: int = 256) -> AnyToken:
+def make_model(seed: int = 0, context: int = 256, **settings: Any) -> AnyToken:
     """A random model whose logits are spread enough that greedy choices are not ties."""
     text = TextTokenizer.train(["red apple", "green pear", "What is this? Ein Apfel, schön"], 300)
     space = TokenSpace(text.vocab_size)
@@ -113,6 +113,7 @@ def make_model(seed: int = 0, context: int = 256) -> AnyToken:
         shared_expert_intermediate_size=16,
         max_position_embeddings=context,
         initializer_range=0.2,
+        **settings,
     )
     lm = AnyTokenForCausalLM(config).eval()
     return AnyToken(lm, Processor(space, text, tokenizers), {"image": Sampling(temperature=1.0, top_k=8)})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference_loop import asked
+from reference_loop import Recorder, asked
 from torch import Tensor
 
 import anytoken
@@ -21,23 +21,6 @@ from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 
 SEEDED = {"image": Sampling(temperature=1.0), "text": Sampling(temperature=1.0)}
-
-
-class Recorder:
-    """Records as CUDA does, as far as its user can tell: the result stays where it is, and replaying fills it anew."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work: Callable[[], Tensor]) -> Recorded:
-        self.recorded += 1
-        result = work().clone()
-
-        def replay() -> None:
-            self.replayed += 1
-            result.copy_(work())
-
-        return replay, result
 
 
 def engines(model: AnyToken, record: Any) -> tuple[Engine, Engine]:
@@ -92,6 +75,24 @@ def test_numbers_of_rows_are_rounded_up_and_a_larger_storage_is_recorded_anew(ow
         batch.cache.reserve(3, 2000)
         batch.forward()
     assert recorder.recorded == 2 and set(decoder.graphs._graphs) == {4}
+
+
+def test_rows_that_fill_up_a_step_spoil_no_prompt_that_is_being_read(own_model: AnyToken) -> None:
+    recorder = Recorder()
+    plain, graphed = engines(own_model, recorder)
+    prompts = [
+        own_model.encode_prompt(text) for text in ("a", "red apple", "b", "c " * 50, "What is this? " * 12)
+    ]
+    requests = asked(prompts, None, SEEDED, 60, seed=3)
+    scheduler, found = graphed.scheduler(max_prefill_tokens=4), [[] for _ in requests]
+    for request in requests:  # three decode, so that a recorded step has four rows, while the others read
+        scheduler.submit(request)
+        for token in scheduler.step() + scheduler.step():
+            found[token.row].append(token.id)
+    assert scheduler._batch._known > len(scheduler._batch.decoded) > 2
+    for token in scheduler.drain():
+        found[token.row].append(token.id)
+    assert found == [one.ids for one in plain.generate(requests)] and recorder.replayed > 10
 
 
 def test_what_cannot_be_recorded_runs_as_it_is(own_model: AnyToken, caplog: pytest.LogCaptureFixture) -> None:

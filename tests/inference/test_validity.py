@@ -49,6 +49,7 @@ class NoHead(ModelRunner):
         table = SimpleNamespace(weight=torch.zeros(1))
         self.lm: Any = SimpleNamespace(device=torch.device("cpu"), get_input_embeddings=lambda: table)
         self.decoder: Any = True
+        self.walk = None
 
     def features(self, ids: list[list[int]], *_: Any) -> Tensor:
         return torch.zeros(len(ids), 1)

@@ -1,15 +1,19 @@
 """A tiny model of text and pictures, whole with its tokenizers, under any settings."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from anytoken.inference.api import AnyToken
 from anytoken.model.configuration import AnyTokenConfig
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.processor import Processor
+from anytoken.segments import Segment
 from anytoken.token_space import TokenSpace
+from anytoken.tokenizers.base import CodeGrid, ModalityTokenizer, register_modality
 from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 
@@ -42,3 +46,29 @@ def whole_model(
 def make_whole_model() -> Callable[..., AnyToken]:
     """`whole_model`, for tests."""
     return whole_model
+
+
+class Board(Segment):
+    """A modality that is added later."""
+
+    kind: ClassVar[str] = "board"
+
+
+@register_modality
+class BoardTokenizer(ModalityTokenizer):
+    """Grids of up to 4 x 4 codes."""
+
+    kind = "board"
+    segment_type = Board
+
+    def __init__(self) -> None:
+        super().__init__(shape=CodeGrid(("rows", "cols"), (1, 1), (4, 4)), codebook_sizes=[6], config={})
+
+    def codebook_vectors(self, codebook: int = 0) -> Tensor:
+        return torch.eye(6)
+
+
+@pytest.fixture
+def grid_tokenizer() -> ModalityTokenizer:
+    """A tokenizer of a modality that `whole_model` lacks."""
+    return BoardTokenizer()

@@ -28,7 +28,7 @@ from anytoken.utils.errors import CheckpointError
 Make = Callable[..., AnyToken]
 BLOCKING = {
     "expert_bias": True, "expert_groups": {"common": 2, "text": 1, "image": 1}, "num_null_experts": 1,
-    "qk_norm": "none", "shared_expert_intermediate_size": 16,
+    "qk_norm": "none", "shared_expert_intermediate_size": 16, "grid_positions": {"row": 8, "column": 8},
 }  # fmt: skip
 PLAIN = {
     "tied": {},

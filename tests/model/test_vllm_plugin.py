@@ -204,7 +204,9 @@ def test_a_router_that_vllm_would_misread_holds_more_than_a_weight(
     assert not [name for name in model.state_dict() if name.endswith("grouped")]
 
 
-@pytest.mark.parametrize("settings", [{"num_null_experts": 1}, {"qk_norm": "projection"}])
+@pytest.mark.parametrize(
+    "settings", [{"num_null_experts": 1}, {"qk_norm": "projection"}, {"grid_positions": {"row": 4}}]
+)
 def test_what_cannot_be_served_is_refused(make_whole_model: Make, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(settings))}="):
         ServedModel(make_whole_model(**settings).lm.config)

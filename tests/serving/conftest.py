@@ -28,7 +28,7 @@ def serving(model, **settings) -> Iterator[tuple[str, object]]:
 
 @pytest.fixture(scope="session")
 def server(mini):
-    with serving(mini, max_rows=4, max_waiting=8, deadline=60) as (url, _):
+    with serving(mini, max_rows=4, max_waiting=8, deadline=600) as (url, _):
         yield url
 
 

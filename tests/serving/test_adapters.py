@@ -11,10 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import anytoken
+from anytoken.serving.errors import TooManyRequests, Unavailable
 from anytoken.serving.settings import (
     check_adapter_folder,
 )
-from anytoken.serving.worker import Job, QueueFull, Stopped, Worker
+from anytoken.serving.worker import Job, Worker
 from anytoken.utils.errors import ConfigError
 
 CHAT = "/v1/chat/completions"
@@ -195,20 +196,20 @@ def test_work_that_is_cancelled_or_fails_or_comes_too_late(mini):
         yield
 
     async def run():
-        with pytest.raises(Stopped):
+        with pytest.raises(Unavailable):
             await worker.work(failing())
         worker.start()
         with pytest.raises(ValueError, match="bad work"):
             await worker.work(failing())
         tasks = [asyncio.ensure_future(worker.work(endless())) for _ in range(2)]
         await asyncio.sleep(0.1)
-        with pytest.raises(QueueFull):
+        with pytest.raises(TooManyRequests):
             await worker.work(failing())
         tasks[0].cancel()
         await asyncio.sleep(0.1)
         assert worker.load == (1, 0)
         await asyncio.to_thread(worker.stop)
-        with pytest.raises(Stopped):
+        with pytest.raises(Unavailable):
             await tasks[1]
         assert worker.load == (0, 0)
 

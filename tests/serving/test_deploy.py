@@ -100,6 +100,7 @@ def test_what_is_copied_exists_and_reaches_the_build():
         "LICENSE",
     )
     assert not set(needed) & set(ignored) and "!tests/assets" in ignored
+    assert "docs" in ignored, "docs/deploy/api_key is no part of a layer"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "tpu"])
@@ -113,6 +114,7 @@ def test_the_install_step_is_valid_shell_and_knows_its_devices(device):
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and all("--constraint /tmp/constraints.txt" in line for line in lines)
     assert len(lines) == (2 if device == "cpu" else 1) and lines[-1].endswith("anytoken-1.whl[serve]")
+    assert all("--no-deps" in line for line in lines[:-1]), "PyTorch's index has not our versions of the rest"
 
 
 def test_commands_are_ours_and_open_to_nobody_without_a_key():

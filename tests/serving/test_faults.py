@@ -12,12 +12,15 @@ import pytest
 import websockets.sync.client as websocket
 
 from anytoken.benchmarks.serve import running_server
+from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.scheduler import Scheduler
+from anytoken.serving.service import Service
 from anytoken.serving.settings import (
     ServerSettings,
     check_exposure,
     read_keys,
 )
+from anytoken.serving.worker import Worker
 from anytoken.utils.errors import ConfigError
 
 LONG = {
@@ -99,6 +102,40 @@ def test_a_short_reply_waits_for_no_segment_of_a_long_one(mini, start):
         assert len(videos) <= 1 and app.state.service.worker.load == (1, 0)
         thread.join(120)
     assert len(videos) == 8
+
+
+def test_a_long_prompt_is_read_in_pieces_while_a_reply_streams(mini, start, monkeypatch):
+    """Between any two tokens of the running reply the model is fed at most one piece of the other's prompt."""
+    gaps, original = [0], ModelRunner.features
+
+    def features(self, ids, *rest):
+        gaps[-1] += sum(map(len, ids))
+        return original(self, ids, *rest)
+
+    hand_out = Worker._hand_out
+
+    def delivered(self, job, token):
+        if len(job.request.prompt) < 100:
+            gaps.append(0)
+        hand_out(self, job, token)
+
+    monkeypatch.setattr(ModelRunner, "features", features)
+    monkeypatch.setattr(Worker, "_hand_out", delivered)
+    long = {**SHORT, "messages": [{"role": "user", "content": "a fox and an owl, " * 60}]}
+    with start(mini, max_prefill_tokens=32) as (url, app):
+        with httpx.stream(
+            "POST", url + CHAT, json={**LONG, "stream": True, "seed": 0}, timeout=120
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            while app.state.service.worker.load != (1, 0):
+                time.sleep(0.005)
+            alone = httpx.post(url + CHAT, json=long, timeout=60)
+        idle(app)
+        assert alone.status_code == 200 and max(gaps) <= 32 + 8
+        assert (
+            alone.json()["usage"]["prompt_tokens"] > 10 * 32 and len([gap for gap in gaps if gap > 16]) > 10
+        )
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -223,6 +260,7 @@ def test_keys(mini, start):
         assert httpx.get(f"{url}/metrics").status_code == 401
         wrong = httpx.post(url + CHAT, json=SHORT, headers={"Authorization": "Bearer third"})
         assert wrong.status_code == 401 and wrong.json()["error"]["type"] == "authentication_error"
+        assert wrong.headers["WWW-Authenticate"] == "Bearer"
         for key in ("first", "second"):
             assert (
                 httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
@@ -257,6 +295,29 @@ def test_cors_is_off_unless_configured(mini, start):
     with start(mini, cors_origins=("https://page.example",)) as (url, _):
         answer = httpx.get(f"{url}/v1/models", headers=origin)
         assert answer.headers["access-control-allow-origin"] == "https://page.example"
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-stainless-lang"}
+        assert httpx.options(url + CHAT, headers={**origin, **asks}).status_code == 200
+        stranger = {"Origin": "https://other.example", **asks}
+        assert httpx.options(url + CHAT, headers=stranger).status_code == 400
+    with start(mini, cors_origins=("https://page.example",), api_keys=("key",)) as (url, _):
+        refused = httpx.get(f"{url}/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://page.example"
+
+
+def test_a_page_can_read_an_error_that_nobody_foresaw(mini, start, monkeypatch):
+    async def fails(*_):
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(Service, "encode", fails)
+    with start(mini, cors_origins=("https://page.example",)) as (url, _):
+        answer = httpx.post(url + CHAT, json=SHORT, headers={"Origin": "https://page.example"})
+        assert (
+            'anytoken_requests_total{path="/v1/chat/completions",status="500"} 1.0'
+            in httpx.get(f"{url}/metrics").text
+        )
+    assert answer.status_code == 500 and answer.json()["error"]["message"] and "secret" not in answer.text
+    assert answer.headers["access-control-allow-origin"] == "https://page.example"
 
 
 def test_metrics_count_requests_and_tokens(server):

@@ -185,6 +185,12 @@ def test_audio_transcriptions(client, mini, clip):
     assert client.audio.transcriptions.create(
         model="mini", file=file, temperature=0, response_format="text"
     ) == (found.text + "\n")
+    for change, said in (
+        ({"stream": True}, "stream is not supported"),
+        ({"extra_body": {"steam": 1}}, "Unknown parameter 'steam'"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.audio.transcriptions.create(model="mini", file=file, **change)
 
 
 @pytest.mark.parametrize(

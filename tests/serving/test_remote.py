@@ -219,3 +219,9 @@ def test_adapters_are_the_engines(tmp_path):
         command, ["serve", "mini", "--engine", "http://127.0.0.1:9/v1", "--adapter", "a=b"]
     )
     assert done.exit_code == 2 and "adapters are the engine's" in done.stderr
+
+
+def test_prompts_are_read_by_the_engine():
+    words = ["serve", "mini", "--engine", "http://127.0.0.1:9/v1", "--set", "max_prefill_tokens=9"]
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 2 and "leave out max_prefill_tokens" in " ".join(done.stderr.split())

@@ -14,11 +14,12 @@ from anytoken import Chat, Image, recipes
 from anytoken.cli import app
 from anytoken.segments import DNA, Speech, Text, Video, open_segment
 from anytoken.serving.web.page import build_page, examples, words_of
-from anytoken.serving.web.runs import RunError, find_runs, run_view
-from anytoken.serving.web.session import PageError, Session, read_file, settings_of
+from anytoken.serving.web.runs import find_runs, run_view
+from anytoken.serving.web.session import Session, read_file, settings_of
 from anytoken.serving.web.shared import SharedModel
 from anytoken.serving.web.tokens import token_view
 from anytoken.training.metrics import MetricsLog
+from anytoken.utils.errors import CheckpointError, RequestError
 
 PICTURE = recipes.assets() / "images" / "sample.png"
 
@@ -57,9 +58,9 @@ def test_retry_edit_and_taking_back(session):
     assert len(session.chat) == 1 and session.chat.messages[0]["content"][0] == Image.open(PICTURE)
     _, edited = finish(session.answer(seed=0))
     assert edited[1].text == "What is this?" and len(session.chat) == 2
-    with pytest.raises(PageError, match="Only words"):
+    with pytest.raises(RequestError, match="Only words"):
         session.edit(edited[0], "words")
-    with pytest.raises(PageError, match="empty message"):
+    with pytest.raises(RequestError, match="empty message"):
         session.edit(edited[1], "  ")
     words, files = session.take_back()
     assert words == "What is this?" and len(session.chat) == 0 and len(files) == 1
@@ -107,7 +108,7 @@ def test_a_visitor_who_stops_or_fails_frees_the_place(mini, tmp_path):
 
 
 def test_conversations_are_kept_apart_and_saved(mini, session, tmp_path):
-    with pytest.raises(PageError, match="nothing to save"):
+    with pytest.raises(RequestError, match="nothing to save"):
         session.archive()
     session.say("a fox " * 20, [], ["image"])
     finish(session.answer(seed=0))
@@ -119,27 +120,27 @@ def test_conversations_are_kept_apart_and_saved(mini, session, tmp_path):
     with zipfile.ZipFile(session.archive()) as packed:
         packed.extractall(tmp_path / "saved")
     assert Chat.load(tmp_path / "saved", mini).ids == session.chat.ids
-    with pytest.raises(PageError, match="gone"):
+    with pytest.raises(RequestError, match="gone"):
         session.open(7)
     session.close()
     assert not session.folder.exists()
 
 
 def test_what_cannot_be_said_is_refused_in_words_a_visitor_knows(session, tmp_path):
-    with pytest.raises(PageError, match="Write something"):
+    with pytest.raises(RequestError, match="Write something"):
         session.say("  ", [], [])
     broken = tmp_path / "cat.png"
     broken.write_bytes(b"no picture")
-    with pytest.raises(PageError, match=r"cat\.png") as failed:
+    with pytest.raises(RequestError, match=r"cat\.png") as failed:
         session.say("look", [str(broken)], [])
     assert str(tmp_path) not in str(failed.value) and session.chat.turns == []
-    with pytest.raises(PageError, match=r"notes\.xyz"):
+    with pytest.raises(RequestError, match=r"notes\.xyz"):
         read_file(tmp_path / "notes.xyz")
 
 
 def test_errors_of_the_page(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("anytoken"), "propagate", True)
-    assert words_of(PageError("<b> is not a kind")) == "&lt;b&gt; is not a kind"
+    assert words_of(RequestError("<b> is not a kind")) == "&lt;b&gt; is not a kind"
     assert "secret" not in words_of(RuntimeError("/secret/path")) and "/secret/path" in caplog.text
 
 
@@ -203,9 +204,9 @@ def test_a_run_is_shown_as_far_as_it_is(tmp_path):
     assert "No step has been logged yet" in run_view(late) and "abc123" in run_view(late)
     assert {one.name for one in find_runs(tmp_path / "runs")} == {"first", "late"}
     assert find_runs(run) == [run]
-    with pytest.raises(RunError, match="no training run"):
+    with pytest.raises(CheckpointError, match="no training run"):
         find_runs(tmp_path / "runs" / "first" / "samples")
-    with pytest.raises(RunError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="not a folder"):
         find_runs(tmp_path / "nowhere")
 
 

@@ -149,6 +149,18 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_muon_goes_on_with_another_number_of_processes(
+    shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    monkeypatch.setattr(muon, "quicker_dtype", lambda device: torch.float32)
+    shared["optimizer"] = {"kind": "muon", "lr": 1e-2}
+    assert fork(shared | {"distributed": {"world_size": before}}, before, 5)[0] == 130
+    assert fork(shared | {"distributed": {"world_size": after}}, after) == [0] * after
+    assert_same_run(shared["output"], alone(shared, tmp_path))
+
+
+@pytest.mark.slow
 def test_the_first_process_chooses_the_precision_of_all(
     shared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from anytoken.training.checkpoint import saved_states, step_of
 from anytoken.training.config import TrainConfig
-from anytoken.training.interrupts import DivergenceError
 from anytoken.training.loss_guard import LossGuard
 from anytoken.training.trainer import StageTrainer, train
+from anytoken.utils.errors import DivergenceError
 
 
 def run(stage: TrainConfig, losses: Any, every: int = 1) -> None:

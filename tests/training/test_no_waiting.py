@@ -25,11 +25,12 @@ from anytoken.tokenizers.base import CodeGrid, CodeSequence
 from anytoken.training import step as training_step
 from anytoken.training import trainer
 from anytoken.training.config import MoeSpec, TrainConfig
-from anytoken.training.interrupts import DivergenceError, FiniteCheck, Noted
+from anytoken.training.interrupts import FiniteCheck, Noted
 from anytoken.training.losses.balanced import BalancedLoss
 from anytoken.training.metrics import LossMeter, read_metrics
 from anytoken.training.step import ModelWithLoss, compile_layers, with_layout
 from anytoken.training.trainer import train
+from anytoken.utils.errors import DivergenceError
 
 WAITS = {  # operations that need a number of the device, or copy one to it (torch.tensor ends in lift_fresh)
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::_unique2",

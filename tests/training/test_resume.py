@@ -26,11 +26,12 @@ from anytoken.cli import app
 from anytoken.data.mixture import Mixture
 from anytoken.data.packing import PackedStream, PackState
 from anytoken.processor import Processor
-from anytoken.training.checkpoint import SaveError, saved_states
+from anytoken.training.checkpoint import saved_states
 from anytoken.training.config import TrainConfig
-from anytoken.training.interrupts import DivergenceError, Interrupted
+from anytoken.training.interrupts import Interrupted
 from anytoken.training.metrics import read_metrics
 from anytoken.training.trainer import StageTrainer, train
+from anytoken.utils.errors import DivergenceError, WriteError
 
 CLOCK = {"tokens_per_second", "mfu"}
 Step = torch.Tensor
@@ -250,7 +251,7 @@ def test_a_full_disk_leaves_the_last_state(
     with monkeypatch.context() as patch:
         patch.setattr(StageTrainer, "_save_checkpoint", saving)
         with pytest.raises(
-            SaveError, match=r"state of step 4 could not be saved.*checkpoint-2.*Free some space"
+            WriteError, match=r"state of step 4 could not be saved.*checkpoint-2.*Free some space"
         ):
             train(TrainConfig.from_dict(eventful))
     state = Path(eventful["output"]) / "state"
@@ -274,7 +275,7 @@ def test_a_full_disk_at_the_end_costs_nothing(
             "run",
             lambda self: (inner_run(self), patch.setattr(StageTrainer, "save_model", saving)),
         )
-        with pytest.raises(SaveError, match="final checkpoint"):
+        with pytest.raises(WriteError, match="final checkpoint"):
             train(TrainConfig.from_dict(eventful))
     with at_step(5, crash, monkeypatch):  # no step is made again
         train(TrainConfig.from_dict(eventful))

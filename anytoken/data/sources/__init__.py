@@ -29,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from anytoken.data.forms import to_record
-from anytoken.data.records import Record, RecordError, Source, bad_record, validate_record
+from anytoken.data.records import Record, Source, bad_record, validate_record
 from anytoken.data.sources.csv_files import SHEETS, BadRow, csv_source
 from anytoken.data.sources.folders import folder
 from anytoken.data.sources.json_files import json_lines, json_list
 from anytoken.data.sources.tables import TABLES, hub, rows_of, saved_folder, table_files
 from anytoken.data.sources.tars import TARS, tar_files
+from anytoken.utils.errors import RecordError
 
 
 def read_records(source: Any) -> Iterator[Record]:

@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anytoken.data.records import Record, RecordError, Source
+from anytoken.data.records import Record, Source
 from anytoken.data.sources.json_files import as_is, digest_file, parse_json
+from anytoken.utils.errors import RecordError
 from anytoken.utils.json_lines import check_unicode
 
 SHEETS = (".csv", ".tsv")

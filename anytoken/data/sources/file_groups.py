@@ -8,10 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from anytoken.data.records import UNREAD_SUFFIXES, Blob, Medium, Record, RecordError, unread
+from anytoken.data.records import (
+    UNREAD_SUFFIXES,
+    Blob,
+    Medium,
+    Record,
+    unread,
+)
 from anytoken.data.sources.json_files import parse_json
 from anytoken.segments import CONTAINER_SUFFIXES, DNA_SUFFIXES, IMAGE_SUFFIXES, SPEECH_SUFFIXES, TEXT_SUFFIXES
 from anytoken.tokenizers.base import MODALITIES
+from anytoken.utils.errors import RecordError
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "text": TEXT_SUFFIXES,

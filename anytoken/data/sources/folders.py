@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from anytoken.data.records import Medium, Record, RecordError, Source
+from anytoken.data.records import Medium, Record, Source
 from anytoken.data.sources.csv_files import BadRow, csv_rows
 from anytoken.data.sources.file_groups import WORDS, kind_of, record_of_files, stem_and_suffix
 from anytoken.data.sources.json_files import lines, parse_json
 from anytoken.data.sources.tables import digest_files
 from anytoken.media_io import is_below, read_bytes
+from anytoken.utils.errors import RecordError
 from anytoken.utils.json_lines import load_json
 
 METADATA = ("metadata.jsonl", "metadata.csv")

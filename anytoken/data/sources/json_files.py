@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anytoken.data.records import RecordError, Source
+from anytoken.data.records import Source
+from anytoken.utils.errors import RecordError
 from anytoken.utils.json_lines import DAMAGE, load_json, numbered_lines
 
 

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anytoken.data.records import Blob, Record, RecordError, Source
+from anytoken.data.records import Blob, Record, Source
 from anytoken.media_io import read_rest
-from anytoken.utils.limits import MediaLimitError
+from anytoken.utils.errors import MediaLimitError, RecordError
 
 TABLES = (".parquet", ".arrow")
 

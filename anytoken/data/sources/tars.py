@@ -10,9 +10,10 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from anytoken.data.records import Blob, Medium, Record, RecordError, Source
+from anytoken.data.records import Blob, Medium, Record, Source
 from anytoken.data.sources.file_groups import record_of_files
 from anytoken.data.sources.tables import digest_files
+from anytoken.utils.errors import RecordError
 from anytoken.utils.json_lines import DAMAGE
 from anytoken.utils.limits import current_limits
 

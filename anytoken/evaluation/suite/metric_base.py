@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from anytoken.segments import Segment, Speech, Text
 from anytoken.utils.errors import EvaluationError
+from anytoken.utils.hints import choices
 
 if TYPE_CHECKING:
     from anytoken.evaluation.suite.samples import Outcome
@@ -33,10 +33,7 @@ class Part(BaseModel):
     def _known_keys(cls, given: Any) -> Any:
         for key in given if isinstance(given, dict) else ():
             if key not in cls.model_fields:
-                near = get_close_matches(str(key), cls.model_fields, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                words = f"unknown key {key!r}{hint}; allowed: {', '.join(cls.model_fields)}"
-                raise mistake(words, str(key))
+                raise mistake(f"unknown key {key!r}{choices(key, cls.model_fields)}", str(key))
         return given
 
 
@@ -50,9 +47,10 @@ Judge = Callable[[Sequence["Outcome"]], list[dict[str, float] | None]]
 
 @dataclass
 class Tools:
-    """What some metrics need besides answers: a Whisper for spoken ones, the judges of the emoji world.
+    """What some metrics need besides answers.
 
-    sets: the folder of the built sets.
+    sets: the folder of the built sets. asr: a Whisper that writes down spoken answers. judge: scores answers part by
+    part, for `world_judge`.
     """
 
     sets: Path = Path("data/sets")

@@ -248,7 +248,7 @@ class NearestLabel(Metric):
 
 
 class WorldJudge(Metric):
-    """The judges of the emoji world: right as a whole, and part by part. An answer they cannot judge is left out."""
+    """The judge of `Tools`: right as a whole, and part by part. An answer that it cannot judge is left out."""
 
     percent = True
     name: Literal["world_judge"]
@@ -256,7 +256,7 @@ class WorldJudge(Metric):
     def measure(self, outcomes: Sequence[Outcome], tools: Tools) -> dict[str, Array]:
         if tools.judge is None:
             raise EvaluationError(
-                "world_judge needs the judges of the emoji world: Tools(judge=...), as the command has."
+                "world_judge needs a judge: Tools(judge=...), as `anytoken eval --task` passes."
             )
         rows = tools.judge(outcomes)
         names = sorted({"right", *(name for row in rows if row for name in row)})

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from anytoken.data.forms import to_record
-from anytoken.data.records import Record, RecordError, open_media
+from anytoken.data.records import Record, open_media
 from anytoken.data.sources import open_source, read_records
 from anytoken.evaluation.suite.schema import Classify, Task
 from anytoken.evaluation.suite.template import MESSAGES, Field, fields, fill, fill_each, segment_types
 from anytoken.segments import Segment, Text
-from anytoken.utils.errors import EvaluationError
+from anytoken.utils.errors import EvaluationError, RecordError
 
 OTHER = "other"  # the field of a joined record
 Message = dict[str, Any]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +19,9 @@ from anytoken.evaluation.suite.metrics import METRICS, AnyMetric
 from anytoken.evaluation.suite.template import MESSAGES, fields, kinds, segment_types
 from anytoken.inference.score import Normalize
 from anytoken.utils.errors import EvaluationError
+from anytoken.utils.hints import choices, nearest
 
-TASKS = Path(__file__).parent / "tasks"  # the task files that come along
+TASKS = list(Path(__file__).parents[2].glob("*/task_files"))  # of each room, the task files that come along
 Scalar = str | int | float | bool | None
 
 
@@ -250,7 +250,7 @@ class Task(Part):
 def find_task_files(name: str | Path) -> list[Path]:
     """The files of a name: a file, a folder of .yaml files, or a task that comes along such as "dna/promoter"."""
     path = Path(name)
-    for place in (path, TASKS / path, TASKS / f"{name}.yaml"):
+    for place in (path, *(one / end for one in TASKS for end in (path, f"{name}.yaml"))):
         if place.is_file():
             return [place]
         if place.is_dir():
@@ -258,11 +258,14 @@ def find_task_files(name: str | Path) -> list[Path]:
             if not found:
                 raise EvaluationError(f"{place} holds no .yaml file.")
             return found
-    known = sorted(one.relative_to(TASKS).with_suffix("").as_posix() for one in TASKS.rglob("*.yaml"))
-    near = get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    known = sorted(
+        one.relative_to(folder).with_suffix("").as_posix()
+        for folder in TASKS
+        for one in folder.rglob("*.yaml")
+    )
     raise EvaluationError(
-        f"{name} is neither a task file nor a folder of them{hint}; these come along: {', '.join(known)}."
+        f"{name} is neither a task file nor a folder of them{nearest(name, known)}; these come along: "
+        f"{', '.join(known)}."
     )
 
 
@@ -373,9 +376,7 @@ def _words(error: Any, context: Mapping[str, Any]) -> str:
 
 
 def _choice(received: object, allowed: Sequence[str]) -> str:
-    near = get_close_matches(str(received), allowed, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"received {received!r:.80}{hint}; allowed: {', '.join(allowed)}"
+    return f"received {received!r:.80}{choices(received, allowed)}"
 
 
 def _locate(root: yaml.Node, loc: Sequence[str | int]) -> tuple[int, list[str | int]]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from anytoken import moved
-from anytoken.data.records import Record, RecordError
+from anytoken.data.records import Record
 from anytoken.segments import KINDS, Segment, Text
 from anytoken.tokenizers.base import MODALITIES
-from anytoken.utils.errors import EvaluationError
+from anytoken.utils.errors import EvaluationError, RecordError
+from anytoken.utils.hints import choices, nearest
 
 MESSAGES = "messages"  # the field that stands for a conversation
 _PART = re.compile(
@@ -71,10 +71,8 @@ def _get(holder: Any, key: Any, path: str) -> Any:
     value = holder.get(key) if isinstance(holder, Mapping) else None
     if value is None:
         keys = list(map(str, holder)) if isinstance(holder, Mapping) else []
-        near = get_close_matches(str(key), keys, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise RecordError(
-            f"{{{path}}}: the record has no {key!r:.80}{hint}; it has: {', '.join(keys) or 'nothing'}"
+            f"{{{path}}}: the record has no {key!r:.80}{nearest(key, keys)}; it has: {', '.join(keys) or 'nothing'}"
         )
     return value
 
@@ -105,10 +103,8 @@ def _field(match: re.Match[str]) -> Field:
     last = next((key for key, _ in reversed(steps) if key), match["name"])
     types = segment_types()
     if match["kind"] and match["kind"] not in types:
-        near = get_close_matches(match["kind"], types, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise EvaluationError(
-            f"{match[0]} has the unknown kind {match['kind']!r}{hint}; allowed: {', '.join(types)}"
+            f"{match[0]} has the unknown kind {match['kind']!r}{choices(match['kind'], types)}"
         )
     return Field(match["kind"] or (last if last in types else "text"), match["name"], steps)
 

@@ -28,19 +28,18 @@ from torch.nn import functional as F
 
 from anytoken.evaluation.tokenizers.image_metrics import at_size, frames_of, psnr_db
 from anytoken.evaluation.tokenizers.speech_metrics import OPTIONAL, stoi
-from anytoken.evaluation.tokenizers.test_sets import on_backgrounds, read_lines, said_by_two_voices
+from anytoken.evaluation.tokenizers.test_sets import TEST_SETS, read_lines
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer, TokenizerError
 from anytoken.training.config_parts import ScheduleSpec
 from anytoken.training.optim.lr_schedule import Schedule
 
-CAPTIONED = {"image": "emoji/images.jsonl", "video": "emoji/videos.jsonl", "speech": "speech/speech.jsonl"}
 WIDTH, LAYERS, HEADS, HIDDEN = 192, 4, 4, 512
 STEPS, BATCH, WARMUP_STEPS, DECAY_SHARE = 1000, 24, 50, 0.4
 MUON_LR, ADAMW_LR = 0.02, 2e-3
 CAPTION_DROPOUT = 0.1  # as in training for classifier-free guidance
 MEASURED, GENERATED = 512, 64  # items whose bits are measured; that are generated
-DRAWINGS = 48  # held-out drawings on every background, or words by two voices
+VARIED = 48  # held-out items in variants that differ in global codes
 ENCODED_AT_ONCE = 32
 LONGEST = 512  # targets of an item; longer items are left out
 NONE, UNKNOWN = 0, 1  # phrases: no caption or phrase, and one that training never saw
@@ -148,12 +147,13 @@ def captioned_sets(tokenizer: ModalityTokenizer, data: Path, seed: int) -> tuple
 
     TokenizerError for a modality without a captioned set, or a set that is not there.
     """
-    if tokenizer.name not in CAPTIONED:
+    captioned = {name: one.captioned for name, one in TEST_SETS.items() if one.captioned}
+    if tokenizer.name not in captioned:
         raise TokenizerError(
-            f"Learnability is measured where a set has captions: of {', '.join(CAPTIONED)}; received a tokenizer of "
+            f"Learnability is measured where a set has captions: of {', '.join(captioned)}; received a tokenizer of "
             f"{tokenizer.name}."
         )
-    path = data / CAPTIONED[tokenizer.name]
+    path = data / captioned[tokenizer.name]
     records = read_lines(path)
     train = [one for one in records if one["split"] == "train"]
     known = {phrases_of(one)[0] for one in train}
@@ -407,14 +407,18 @@ def _psnr_db(true: Segment, other: Segment) -> float:
 
 
 def global_change(tokenizer: ModalityTokenizer, data: Path, seed: int) -> dict[str, float]:
-    """How far local codes stay as they are when only the global changes.
+    """How far local codes stay as they are when only the global changes; {} if the test set has no such variants.
 
-    Of images and clips the share of equal local codes, in pairs of backgrounds behind held-out drawings. Of speech the
-    edit distance of frames, as a share of the longer clip, of a word by two held-out voices; and of different words.
+    Of images and clips the share of equal local codes, in pairs of variants. Of speech the edit distance of frames, as
+    a share of the longer clip, of a word by two voices; and of different words.
     """
+    variants = TEST_SETS[tokenizer.name].variants
+    if variants is None:
+        return {}
     if tokenizer.name != "speech":
-        groups = on_backgrounds(tokenizer.name, data, DRAWINGS, seed)
-        encoded = [[one.values for one in tokenizer.encode_batch(group)] for group in groups]
+        encoded = [
+            [one.values for one in tokenizer.encode_batch(group)] for group in variants(data, VARIED, seed)
+        ]
         pairs = [pair for group in encoded for pair in combinations(group, 2)]
         return {"equal_local_codes": float(np.mean([np.mean(a == b) for a, b in pairs]))}
     if not find_spec("rapidfuzz"):
@@ -422,10 +426,9 @@ def global_change(tokenizer: ModalityTokenizer, data: Path, seed: int) -> dict[s
         return {}
     from rapidfuzz.distance.Levenshtein import normalized_distance
 
-    clips = said_by_two_voices(data, DRAWINGS, seed)
     ours, theirs = (
         [[tuple(frame) for frame in one.values.tolist()] for one in tokenizer.encode_batch(side)]
-        for side in zip(*clips, strict=True)
+        for side in zip(*variants(data, VARIED, seed), strict=True)
     )
     apart = {"same_word": theirs, "other_word": [*theirs[1:], theirs[0]]}
     return {

@@ -1,50 +1,24 @@
-"""What no tokenizer was trained on: concepts never seen in any style, voices never heard, genes of other products.
+"""What tokenizers are measured on: a modality's registered test set, what its class holds out, or a user's own files.
 
-The split was made when the sets were built (a hash of the concept, the voice, or the product text); here its
-held-out side is read back, a fixed choice of items for a seed, each with a name and the group it is scored in.
+Items are a fixed choice for a seed, each with a name and the group it is scored in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
+from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
-from anytoken.tokenizers.dna.base import MAX_TOKENS
-from anytoken.tokenizers.dna.vq import WINDOW
-from anytoken.tokenizers.image import to_pixels
-from anytoken.training.tokenizer.batches import (
-    BACKGROUNDS,
-    OBJECT_SHARE,
-    SUFFIXES,
-    compose,
-    list_media_files,
-    place,
-)
+from anytoken.training.tokenizer.batches import SUFFIXES, list_media_files
 from anytoken.utils.json_lines import read_json_lines
 
-SIDE_PX = 64
 MOST_PX = 512
-SETS = {
-    "image": ["emoji"],
-    "video": ["emoji"],
-    "speech": ["speech"],
-    "dna": ["dna"],
-    "text": ["emoji", "dna"],
-}
-TEXTS = {  # group: file, field
-    "captions": ("emoji/images.jsonl", "text"),
-    "gene products": ("dna/genes.jsonl", "product"),
-    "proteins": ("dna/translate.jsonl", "text"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,6 +32,24 @@ class TestExample:
     name: str
     group: str = ""
     says_name: bool = True
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The built sets that tokenizers of one modality are measured on, all below the folder that `--data` names.
+
+    folders: their manifests say what they are made of. held_out(data, count, rng): at most `count` items that no
+    tokenizer was trained on. captioned: JSON lines of training and held-out items with their texts.
+    variants(data, count, seed): groups of items that differ only in what global codes hold.
+    """
+
+    folders: tuple[str, ...]
+    held_out: Callable[[Path, int | None, np.random.Generator], list[TestExample]]
+    captioned: str = ""
+    variants: Callable[[Path, int, int], list[list[Segment]]] | None = None
+
+
+TEST_SETS: dict[str, TestSet] = {}  # by modality; a world's module adds its own when it is imported
 
 
 def by_group(items: Sequence[TestExample], scores: Sequence[float]) -> dict[str, float]:
@@ -74,12 +66,10 @@ def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[
 
     TokenizerError for a kind that has no held-out set, or a set that is not there.
     """
-    readers: dict[str, Callable[[Path, int | None, np.random.Generator], list[TestExample]]] = {
-        "image": _images, "video": _clips, "speech": _voices, "dna": _genes, "text": _texts,
-    }  # fmt: skip
-    if kind not in readers:
-        raise TokenizerError(f"There is no held-out set for {kind!r}; there is one for {', '.join(readers)}.")
-    items = readers[kind](data, count, np.random.default_rng((seed, 1)))
+    if kind not in TEST_SETS:
+        known = ", ".join(TEST_SETS)
+        raise TokenizerError(f"There is no held-out set for {kind!r}; there is one for {known}.")
+    items = TEST_SETS[kind].held_out(data, count, np.random.default_rng((seed, 1)))
     if not items:
         raise TokenizerError(f"{data} has no held-out {kind} items: build the sets whole, without --limit.")
     return items
@@ -92,7 +82,7 @@ def own_held_out(
 
     source: what it was trained on, for `ModalityTokenizer.held_out`.
     """
-    if tokenizer.name in SETS:
+    if tokenizer.name in TEST_SETS:
         return held_out_items(tokenizer.name, data, count, seed)
     pairs = tokenizer.held_out(source)
     chosen = np.random.default_rng((seed, 1)).permutation(len(pairs))[:count]
@@ -138,108 +128,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return list(read_json_lines(path))
 
 
-def _chosen(
-    lines: list[dict[str, Any]], count: int | None, rng: np.random.Generator
-) -> Iterator[dict[str, Any]]:
-    return (lines[i] for i in rng.permutation(len(lines))[:count])
-
-
-def _test_lines(path: Path) -> list[dict[str, Any]]:
-    return [line for line in read_lines(path) if line["split"] == "test"]
-
-
-def _drawn(
-    index: Path, count: int | None, rng: np.random.Generator
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Lines of held-out concepts, and their rows uint8 [B, ..., S, S, 4] of the array next to the index."""
-    lines = [line for line in read_lines(index) if line["tokenizer_held_out"]]
-    lines = list(_chosen(lines, count, rng))
-    path = index.with_suffix(".npy")
-    if not path.is_file():
-        raise TokenizerError(f"{path} is missing: build the set again.")
-    array = np.load(path, mmap_mode="r")
-    return lines, array[[line["row"] for line in lines]]
-
-
-def _images(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
-    lines, sprites = _drawn(data / "emoji" / "sprites.jsonl", count, rng)
-    if not lines:
-        return []
-    placed = to_pixels(place(torch.from_numpy(sprites), SIDE_PX, SIDE_PX, rng))
-    return [
-        TestExample(Image(one), line["name"], line["style"]) for one, line in zip(placed, lines, strict=True)
-    ]
-
-
-def _clips(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
-    lines, clips = _drawn(data / "emoji" / "animations.jsonl", count, rng)
-    if not lines:
-        return []
-    frames: Tensor = place(
-        torch.from_numpy(clips).flatten(0, 1), SIDE_PX, SIDE_PX, rng, repeat=clips.shape[1]
-    )
-    placed = to_pixels(frames.unflatten(0, clips.shape[:2]))
-    return [TestExample(Video(one), line["name"]) for one, line in zip(placed, lines, strict=True)]
-
-
-def _voices(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
-    folder = data / "speech"
-    lines = [line for line in _test_lines(folder / "speech.jsonl") if line["holdout"] == "voice"]
-    return [
-        TestExample(Speech.open(folder / line["speech"]), line["text"], line["voice"])
-        for line in _chosen(lines, count, rng)
-    ]
-
-
-def on_backgrounds(kind: str, data: Path, count: int, seed: int) -> list[list[Segment]]:
-    """At most `count` held-out drawings, still or moving, on each background; placed as in the composed set."""
-    index = {"image": "sprites.jsonl", "video": "animations.jsonl"}[kind]
-    _, drawn = _drawn(data / "emoji" / index, count, np.random.default_rng((seed, 5)))
-    repeat = drawn.shape[1] if kind == "video" else 1
-    sprites = torch.from_numpy(drawn).reshape(-1, *drawn.shape[-3:])
-    scale = np.full(len(drawn), OBJECT_SHARE * SIDE_PX)
-    offset = np.full((len(drawn), 2), (1 - OBJECT_SHARE) / 2 * SIDE_PX)
-    groups: list[list[Segment]] = [[] for _ in drawn]
-    for background in BACKGROUNDS:
-        colors = np.full((len(drawn), 3), background, dtype=np.float32)
-        frames = to_pixels(compose(sprites, colors, scale, offset, SIDE_PX, SIDE_PX, repeat))
-        for group, one in zip(groups, frames.reshape(len(drawn), repeat, *frames.shape[1:]), strict=True):
-            group.append(Video(one) if kind == "video" else Image(one[0]))
-    return groups
-
-
-def said_by_two_voices(data: Path, count: int, seed: int) -> list[tuple[Segment, Segment]]:
-    """At most `count` names, each by the first two held-out voices; TokenizerError without such names."""
-    folder = data / "speech"
-    lines = [line for line in _test_lines(folder / "speech.jsonl") if line["holdout"] == "voice"]
-    voices = sorted({line["voice"] for line in lines})[:2]
-    files = {(line["text"], line["voice"]): folder / line["speech"] for line in lines}
-    names = [text for text, voice in files if voice == voices[0] and (text, voices[-1]) in files]
-    if len(voices) < 2 or not names:
-        raise TokenizerError(f"{folder} has no name said by two held-out voices; build the set whole.")
-    chosen = np.random.default_rng((seed, 5)).permutation(len(names))[:count]
-    first, second = voices
-    return [(Speech.open(files[names[i], first]), Speech.open(files[names[i], second])) for i in chosen]
-
-
-def _genes(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
-    lines = [
-        one for one in _test_lines(data / "dna" / "genes.jsonl") if len(one["dna"]) <= MAX_TOKENS * WINDOW
-    ]
-    return [TestExample(DNA(line["dna"]), line["product"]) for line in _chosen(lines, count, rng)]
-
-
-def _texts(data: Path, count: int | None, rng: np.random.Generator) -> list[TestExample]:
-    """As many of each group, captions first."""
-    share = None if count is None else -(-count // len(TEXTS))
-    items = [
-        TestExample(Text(line[field]), line[field], group)
-        for group, (file, field) in TEXTS.items()
-        for line in _chosen([one for one in _test_lines(data / file) if one.get(field)], share, rng)
-    ]
-    return items[:count]
-
-
 def data_provenance(kind: str, data: Path, trained_on: str = "") -> list[dict[str, str]]:
     """What the sets that a kind is trained and measured on are made of: set, name, version, licence of each source.
 
@@ -247,7 +135,8 @@ def data_provenance(kind: str, data: Path, trained_on: str = "") -> list[dict[st
     manifest.json is written when a set is built).
     """
     found = []
-    for name in dict.fromkeys([*SETS.get(kind, []), *Path(trained_on).parts[:1]]):
+    folders = TEST_SETS[kind].folders if kind in TEST_SETS else ()
+    for name in dict.fromkeys([*folders, *Path(trained_on).parts[:1]]):
         path = data / name / "manifest.json"
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.is_file() else []
         found += [

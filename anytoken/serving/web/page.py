@@ -39,10 +39,11 @@ from anytoken.segments import (
 from anytoken.serving.settings import ServerSettings
 from anytoken.serving.web import runs, talk, tokens
 from anytoken.serving.web.runs import find_runs, run_view
-from anytoken.serving.web.session import PageError, Part, Session, read_file, settings_of
+from anytoken.serving.web.session import Part, Session, read_file, settings_of
 from anytoken.serving.web.shared import MAX_REPLIES, SharedModel
 from anytoken.serving.web.talk import add_realtime
 from anytoken.serving.web.tokens import token_view
+from anytoken.utils.errors import RequestError
 
 log = logging.getLogger(__name__)
 SUFFIXES = tuple(
@@ -120,7 +121,7 @@ class Page(gr.Blocks):
 def build_page(model: AnyToken, name: str, files: Path, run: Path | None = None) -> Page:
     """The page for a model. `files`: a folder for what visitors send and get, which `launch` serves.
 
-    `run`: a training run, or a folder of runs, to watch; RunError if it holds none.
+    `run`: a training run, or a folder of runs, to watch; CheckpointError if it holds none.
     """
     if run is not None:
         find_runs(run)
@@ -419,7 +420,7 @@ def _build_tokens(model: AnyToken, session: gr.State, tab: gr.Tab) -> None:
         segments = [read_file(file) for file in value["files"]]
         segments += [Text(value["text"])] if value["text"].strip() else []
         if not segments:
-            raise PageError("Write something or drop a file first.")
+            raise RequestError("Write something or drop a file first.")
         return token_view(model, [token for segment in segments for token in model.tokenize(segment)])
 
     options: dict[str, Any] = {

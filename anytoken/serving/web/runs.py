@@ -9,6 +9,7 @@ from pathlib import Path
 from anytoken.training.metrics import read_metrics
 from anytoken.training.report.html import FACTS, run_sections
 from anytoken.training.report.samples import FOLDER as SAMPLES
+from anytoken.utils.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
 STYLE = """
@@ -20,22 +21,18 @@ STYLE = """
 """
 
 
-class RunError(ValueError):
-    """A folder that holds no training run."""
-
-
 def find_runs(folder: Path) -> list[Path]:
     """The runs in a folder, the one that was written to last first: itself, or those below it.
 
-    RunError if there is none. A run is a folder with metrics.jsonl; one that has not logged yet has run.json.
+    CheckpointError if there is none. A run is a folder with metrics.jsonl; one that has not logged yet has run.json.
     """
     if not folder.is_dir():
-        raise RunError(
+        raise CheckpointError(
             f"{folder} is not a folder: give the output folder of a training run, or one that holds several."
         )
     found = {path.parent for name in (METRICS, FACTS) for path in folder.rglob(name)}
     if not found:
-        raise RunError(f"{folder} holds no training run: there is no {METRICS} in it or below it.")
+        raise CheckpointError(f"{folder} holds no training run: there is no {METRICS} in it or below it.")
     return sorted(found, key=changed, reverse=True)
 
 

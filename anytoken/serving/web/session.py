@@ -28,15 +28,12 @@ from anytoken.inference.streaming import (
     TextDelta,
 )
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video, open_segment, usual_suffix
+from anytoken.utils.errors import RequestError
 
 MOMENT = 0.1  # seconds between two views of a reply in the making
 DISPLAY_PX = 256  # shorter sides are enlarged to about this, pixel by pixel
 TITLE = 32  # characters of a conversation's name
 NOTES = {"image": "drawing", "speech": "speaking", "video": "animating", "dna": "writing DNA"}
-
-
-class PageError(ValueError):
-    """Something a visitor asked for that cannot be done; the message is shown in the page."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +82,13 @@ class Session:
     def open(self, number: int) -> None:
         """Bring a conversation into view."""
         if not 0 <= number < len(self.chats):
-            raise PageError("This conversation is gone: the page was restarted. Begin a new one.")
+            raise RequestError("This conversation is gone: the page was restarted. Begin a new one.")
         self.current = number
 
     def archive(self) -> Path:
         """The conversation in view as a zip of chat.json and its media; `anytoken chat --load` opens the folder."""
         if not len(self.chat):
-            raise PageError("There is nothing to save yet: say something first.")
+            raise RequestError("There is nothing to save yet: say something first.")
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         self.chat.save(folder / "chat")
         return Path(shutil.make_archive(str(folder / f"chat-{self.current + 1}"), "zip", folder / "chat"))
@@ -99,11 +96,11 @@ class Session:
     # ---- talking ----
 
     def say(self, words: str, files: Sequence[str], kinds: Sequence[str]) -> None:
-        """Add what the user says; `answer` then replies to it. PageError names a file that cannot be read."""
+        """Add what the user says; `answer` then replies to it. RequestError names a file that cannot be read."""
         content: list[Segment] = [read_file(file) for file in files]
         content += [Text(words.strip())] if words.strip() else []
         if not content:
-            raise PageError("Write something, drop a file, or record your voice first.")
+            raise RequestError("Write something, drop a file, or record your voice first.")
         self.chat.say(content, list(kinds) or None)
 
     def answer(self, **options: Any) -> Iterator[list[Part]]:
@@ -128,9 +125,9 @@ class Session:
         """Say other words in place of a text; its message keeps its media, and what came after is dropped."""
         content = self.chat.messages[part.turn]["content"]
         if not isinstance(part.segment, Text):
-            raise PageError("Only words can be edited: take the message back to choose another file.")
+            raise RequestError("Only words can be edited: take the message back to choose another file.")
         if not words.strip():
-            raise PageError("An empty message says nothing: write something, or take the message back.")
+            raise RequestError("An empty message says nothing: write something, or take the message back.")
         new = [Text(words.strip()) if one is part.segment else one for one in content]
         self.chat.edit(part.turn, new)
 
@@ -204,12 +201,12 @@ class _Pending:
 
 
 def read_file(file: str | Path) -> Segment:
-    """A file that was dropped or recorded; PageError says what is wrong, in terms of its name."""
+    """A file that was dropped or recorded; RequestError says what is wrong, in terms of its name."""
     path = Path(file)
     try:
         return open_segment(path)
     except (ValueError, OSError) as error:
-        raise PageError(str(error).replace(str(path), path.name)) from error
+        raise RequestError(str(error).replace(str(path), path.name)) from error
 
 
 def describe(segment: Segment) -> str:

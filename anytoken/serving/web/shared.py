@@ -15,6 +15,7 @@ from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.outputs import GenerationOutput
 from anytoken.inference.request import GenerationRequest, Token
 from anytoken.inference.streaming import Event
+from anytoken.serving.settings import ServerSettings
 from anytoken.serving.worker import Job, Worker
 
 MAX_REPLIES = 8  # decoded together; further visitors wait in the page's queue
@@ -28,7 +29,7 @@ class SharedModel(AnyToken):
         """Starts the worker, a daemon thread that waits for replies to make."""
         assert model.engine and model.adapters  # made at first use: here, so that they are shared
         vars(self).update(vars(model))
-        self.worker = Worker(model, MAX_REPLIES, MAX_REPLIES)
+        self.worker = Worker(model, MAX_REPLIES, MAX_REPLIES, ServerSettings().max_prefill_tokens)
         self.worker.start()
 
     def stream_ids(

@@ -6,15 +6,21 @@ Newton-Schulz iteration (its coefficients, momentum and scale) runs over batches
 the parts of a fused projection, and all parameters of one shape together. Embeddings, the head, norms, biases and
 routers stay with AdamW.
 
+Processes that train one model by data parallelism share the iteration out, as in arXiv 2502.16982 (section 2.3): each
+orthogonalises some of the batches, and broadcasts what it found in the dtype of the products. Momentum is kept by all
+of them, since their gradients are equal: any number of processes resumes a state, and any number takes the same steps
+to the last bit.
+
 Shapes: N matrices, A outputs, B inputs, E experts.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -47,18 +53,48 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
     return x.mT if tall else x
 
 
+class Chunk(NamedTuple):
+    """Matrices [A, B] that are orthogonalised together: views of weights, gradients and momenta."""
+
+    matrices: list[tuple[Tensor, Tensor, Tensor]]
+    scale: float
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[N, A, B]."""
+        outputs, inputs = self.matrices[0][0].shape
+        return len(self.matrices), outputs, inputs
+
+    def direction(self) -> Tensor:
+        """The orthogonalised updates, [N, A, B]."""
+        gradients, momenta = (torch.stack([one[place] for one in self.matrices]) for place in (1, 2))
+        return orthogonalise(gradients.lerp_(momenta, MOMENTUM), self.dtype)  # Nesterov
+
+    def move(self, directions: Tensor) -> None:
+        """Step the weights."""
+        for (weight, _, _), direction in zip(self.matrices, directions, strict=True):
+            weight.add_(direction, alpha=-self.scale)
+
+
 class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``muon: True`` are stepped by Muon; see the module's docstring.
 
     A Muon group has parameters [A, B] or [E, A, B]. parts: sizes of the matrices that lie one after the other in A.
     transposed: parameters are [B, A] (transformers' ``Conv1D``). dtype: name of the Newton-Schulz products' dtype; it
-    is saved with the state, so that a run resumes with the same numbers on another machine.
+    is saved with the state, so that a run resumes with the same numbers on another machine. processes: those that
+    share the work; each must call `step` with the same parameters and gradients.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], dtype: torch.dtype = torch.bfloat16, **adamw: Any
+        self,
+        groups: list[dict[str, Any]],
+        dtype: torch.dtype = torch.bfloat16,
+        processes: dist.ProcessGroup | None = None,
+        **adamw: Any,
     ) -> None:
         settings = {"muon": False, "parts": None, "transposed": False, "dtype": str(dtype).split(".")[-1]}
+        self.processes = processes
         super().__init__([{**settings, **group} for group in groups], **adamw)
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
@@ -68,13 +104,17 @@ class Muon(torch.optim.AdamW):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every group."""
         loss: float | None = super().step(closure)
-        for group in self.param_groups:
-            if group["muon"]:
-                self._step_muon(group)
+        chunks = [chunk for group in self.param_groups if group["muon"] for chunk in self._chunks(group)]
+        if self.processes is None:
+            for chunk in chunks:
+                chunk.move(chunk.direction())
+        else:
+            self._step_shared(chunks, self.processes)
         return loss
 
-    def _step_muon(self, group: dict[str, Any]) -> None:
-        matrices = defaultdict(list)  # shape -> (weight, update), both views [A, B] of one matrix
+    def _chunks(self, group: dict[str, Any]) -> Iterator[Chunk]:
+        """Update the momenta of a group and decay its weights; its matrices, by shape, in chunks."""
+        matrices: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -84,19 +124,46 @@ class Muon(torch.optim.AdamW):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] += 1
             momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-            update = parameter.grad.lerp(momentum, MOMENTUM)  # Nesterov
-            for pair in zip(_matrices(parameter, group), _matrices(update, group), strict=True):
-                matrices[pair[0].shape].append(pair)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        for (outputs, inputs), pairs in matrices.items():
+            views = (_matrices(one, group) for one in (parameter, parameter.grad, momentum))
+            for weight, gradient, own in zip(*views, strict=True):
+                matrices[weight.shape].append((weight, gradient, own))
+        for (outputs, inputs), found in matrices.items():
             scale = group["lr"] * max(1.0, outputs / inputs) ** 0.5
-            elements = CHUNK.get(pairs[0][0].device.type, LARGE_CHUNK)
+            elements = CHUNK.get(found[0][0].device.type, LARGE_CHUNK)
             size = max(1, elements // (outputs * inputs))
-            for chunk in (pairs[start : start + size] for start in range(0, len(pairs), size)):
-                updates = torch.stack([update for _, update in chunk])
-                found = orthogonalise(updates, getattr(torch, group["dtype"]))
-                for (weight, _), update in zip(chunk, found, strict=True):
-                    weight.add_(update, alpha=-scale)
+            for start in range(0, len(found), size):
+                yield Chunk(found[start : start + size], scale, getattr(torch, group["dtype"]))
+
+    @staticmethod
+    def _step_shared(chunks: list[Chunk], processes: dist.ProcessGroup) -> None:
+        """Step each chunk by the directions that its owner finds, which are sent while others are computed."""
+        rank, sent = dist.get_rank(processes), []
+        for chunk, owner in zip(chunks, owners(chunks, dist.get_world_size(processes)), strict=True):
+            if owner == rank:
+                found = chunk.direction().contiguous()
+            else:
+                found = torch.empty(chunk.shape, dtype=chunk.dtype, device=chunk.matrices[0][0].device)
+            work = dist.broadcast(found, group=processes, group_src=owner, async_op=True)
+            assert work is not None  # as for those that are not in the group
+            sent.append((chunk, found, work))
+        for chunk, found, work in sent:
+            work.wait()
+            chunk.move(found)
+
+
+def owners(chunks: Sequence[Chunk], processes: int) -> list[int]:
+    """The process that orthogonalises each chunk: the most costly first, each to who has the least so far."""
+    load, found = [0.0] * processes, [0] * len(chunks)
+    costs = []
+    for chunk in chunks:
+        number, *sides = chunk.shape
+        short, long = sorted(sides)
+        costs.append(number * short**2 * (2 * long + short))  # of one Newton-Schulz iteration
+    for place in sorted(range(len(chunks)), key=lambda place: -costs[place]):
+        found[place] = load.index(min(load))
+        load[found[place]] += costs[place]
+    return found
 
 
 def _matrices(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
@@ -107,13 +174,16 @@ def _matrices(tensor: Tensor, group: dict[str, Any]) -> list[Tensor]:
 
 
 def make_optimizer(
-    spec: OptimizerSpec, model: PreTrainedModel, groups: list[dict[str, Any]]
+    spec: OptimizerSpec,
+    model: PreTrainedModel,
+    groups: list[dict[str, Any]],
+    processes: dist.ProcessGroup | None = None,
 ) -> torch.optim.AdamW:
-    """The optimizer of a recipe over a model's parameter groups."""
+    """The optimizer of a recipe over a model's parameter groups; processes: those that have equal gradients."""
     adamw: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "fused": True}
     if spec.kind == "adamw":
         return torch.optim.AdamW(groups, **adamw)
-    return Muon(muon_groups(spec, model, groups), quicker_dtype(model.device), **adamw)
+    return Muon(muon_groups(spec, model, groups), quicker_dtype(model.device), processes, **adamw)
 
 
 def muon_groups(

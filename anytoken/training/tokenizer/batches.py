@@ -121,7 +121,7 @@ def layer_batches(path: Path, batch_size: int, seed: int) -> Batches:
     without a plain border instead: opaque layers, on a gradient.
     """
     if path.suffix != ".npy" or not path.is_file():
-        raise TokenizerError(f"{path} is not an array of drawings with coverage, such as emoji/sprites.npy.")
+        raise TokenizerError(f"{path} is not an array of drawings with coverage, such as sprites.npy.")
     sprites, rows = _on("cpu", path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:

@@ -1,12 +1,16 @@
 """Muon: torch's own on 2-D matrices, each expert and each part of a fused projection by itself, resumable."""
 
 import copy
+import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anytoken.model.modeling import AnyTokenForCausalLM
@@ -16,7 +20,8 @@ from anytoken.training.config import (
 )
 from anytoken.training.initialize import build_model
 from anytoken.training.metrics import read_metrics
-from anytoken.training.optim.muon import Muon, make_optimizer, orthogonalise
+from anytoken.training.optim import muon
+from anytoken.training.optim.muon import Chunk, Muon, make_optimizer, orthogonalise, owners
 from anytoken.training.optim.param_groups import parameter_groups
 from anytoken.training.trainer import train
 from anytoken.utils.errors import ConfigError
@@ -75,6 +80,104 @@ def test_experts_and_fused_parts_are_stepped_one_by_one() -> None:
         values[0].T, [gradient[0].T for gradient in gradients], transposed=True, parts=(16, 4, 4)
     )
     assert torch.allclose(turned.T, whole[0], atol=1e-3)
+
+
+# ---- shared out over processes ----
+
+SHAPES = {"attention": (6, 24, 24), "tall": (5, 40, 16), "wide": (16, 40), "fused": (3, 24, 8)}
+
+
+def several_steps(processes: dist.ProcessGroup | None, dtype: torch.dtype) -> tuple[Muon, list[Tensor]]:
+    """The optimizer and the weights after steps with gradients that are the same in every process."""
+    torch.manual_seed(0)
+    weights = {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+    settings = {"muon": True, "lr": 0.02, "weight_decay": 0.1}
+    fused = {"params": [weights.pop("fused")], "parts": (16, 4, 4), **settings}
+    bias = {"params": [nn.Parameter(torch.randn(7))], "lr": 1e-3}
+    groups = [{"params": list(weights.values()), **settings}, fused, bias]
+    optimizer = Muon(groups, dtype, processes)
+    for _ in range(STEPS):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    return optimizer, [one.detach() for group in optimizer.param_groups for one in group["params"]]
+
+
+def in_processes(count: int, work: Callable[[int], None], folder: Path) -> None:
+    """Do the work in forks that are one gloo group; it is given its rank."""
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=count
+                )
+                work(rank)
+                dist.destroy_process_group()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(status)
+    assert [os.waitstatus_to_exitcode(os.waitpid(one, 0)[1]) for one in children] == [0] * count
+
+
+@pytest.mark.slow  # it forks, which beside other tests' threads may hang
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processes_that_share_the_work_step_as_one_to_the_last_bit(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(muon.CHUNK, "cpu", 2 * 24 * 24)
+    inner = muon.orthogonalise
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)
+        done = []
+
+        def counting(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+            done.append(matrices.shape)
+            return inner(matrices, dtype)
+
+        monkeypatch.setattr(muon, "orthogonalise", counting)
+        optimizer, weights = several_steps(dist.group.WORLD, dtype)
+        state = optimizer.state_dict()["state"]
+        torch.save({"weights": weights, "state": state, "chunks": len(done)}, tmp_path / f"{rank}.pt")
+
+    torch.set_num_threads(1)  # as in the forks: sums depend on it
+    in_processes(2, work, tmp_path)
+    optimizer, weights = several_steps(None, dtype)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for found in (first, second):
+        assert all(torch.equal(one, other) for one, other in zip(found["weights"], weights, strict=True))
+        for place, state in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, found["state"][place][name]) for name, value in state.items())
+    # Each chunk is the work of one process, and both have some.
+    with torch.no_grad():
+        alone = sum(len([*optimizer._chunks(group)]) for group in optimizer.param_groups if group["muon"])
+    assert first["chunks"] + second["chunks"] == STEPS * alone
+    assert min(first["chunks"], second["chunks"]) >= STEPS * alone // 3
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_costs_of_processes_are_balanced(processes: int) -> None:
+    shapes = [(4, 64, 64)] * 3 + [(2, 256, 64)] * 5 + [(1, 64, 256)] * 2 + [(9, 32, 32)] * 7
+    chunks = [
+        Chunk([(torch.empty(rows, columns),) * 3] * number, 1.0, torch.float32)
+        for number, rows, columns in shapes
+    ]
+
+    def cost(shape: tuple[int, int, int]) -> int:
+        """Multiplications of the three products of an iteration."""
+        short, long = min(shape[1:]), max(shape[1:])
+        return shape[0] * (short * long * short + short**3 + short * short * long)
+
+    load = [0] * processes
+    for owner, shape in zip(owners(chunks, processes), shapes, strict=True):
+        load[owner] += cost(shape)
+    assert max(load) - min(load) <= max(map(cost, shapes))
+    assert owners(chunks, processes) == owners(list(chunks), processes)
 
 
 def by_optimizer(model: Any) -> tuple[dict[str, Any], set[str]]:
