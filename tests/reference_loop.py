@@ -69,7 +69,7 @@ def asked(
 
 
 class Recorder:
-    """Records as CUDA does, as far as its user can tell: the result stays where it is, and replaying fills it anew."""
+    """Stands in for CUDA graph recording: replaying writes new results into the same tensor."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0

@@ -1,7 +1,7 @@
-"""What no tokenizer was trained on: concepts never seen in any style, voices never heard, genes of other products.
+"""Held-out data for tokenizers: concepts unseen in any style, unseen voices, and genes of unseen products.
 
-The split was made when the sets were built (`splits.py`: a hash of the concept, the voice, or the product text); here
-its held-out side is read back. Importing this module registers it for `anytoken.evaluation.tokenizers`.
+`splits.py` decides the split when the sets are built, by a hash of the concept, the voice, or the product text; this
+module reads the held-out part. Importing it registers it for `anytoken.evaluation.tokenizers`.
 """
 
 from __future__ import annotations

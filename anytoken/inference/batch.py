@@ -1,10 +1,10 @@
 """Sequences of unequal length that share one forward pass and one key-value cache.
 
 A sequence joins with the ids it has so far and may join or leave at any step. Newcomers read their prompts in chunks
-among themselves, equal prompts once; then every forward feeds one id of each sequence. With a limit, newcomers read
-only so many ids between two decoding steps of the others (chunked prefill, Sarathi-Serve, arXiv 2403.02310). Positions
-count a sequence's own ids, and so do the cache's columns: its hidden states do not depend on its company. Shapes: S
-sequences, W ids of each.
+among themselves, equal prompts once; then every forward feeds one id of each sequence. A limit bounds the prompt ids
+read between two decoding steps of the others (chunked prefill, Sarathi-Serve, arXiv 2403.02310). Positions count a
+sequence's own ids, and so do the cache's columns: its hidden states do not depend on its company. Shapes: S sequences,
+W ids of each.
 """
 
 from __future__ import annotations

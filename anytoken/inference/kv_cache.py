@@ -242,7 +242,7 @@ def forward_inputs(
 
 
 def _end_to_end(rows: list[list[T]], counts: list[int]) -> list[list[T]]:
-    """The first elements of each row, so many of it, as one row."""
+    """The first `counts[i]` elements of each row i, concatenated."""
     return [[one for row, count in zip(rows, counts, strict=True) for one in row[:count]]]
 
 

@@ -23,6 +23,7 @@ from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
 from anytoken.inference.sampling import Sampling, add_exits, apply_cfg, apply_repetition_penalty, sample
 from anytoken.inference.weights import fingerprint
 from anytoken.utils.device import sent
+from anytoken.utils.errors import RequestError
 
 MAX_ROWS = 64  # replies decoded together; more wait for a free place
 
@@ -59,6 +60,10 @@ class Scheduler:
         max_prefill_tokens: int | None = None,
     ) -> None:
         self.grammar, self.context, self.max_rows = grammar, context, max_rows or MAX_ROWS
+        if max_prefill_tokens is not None and max_prefill_tokens < 1:
+            raise RequestError(
+                f"max_prefill_tokens is at least 1, or None for whole prompts; received {max_prefill_tokens}."
+            )
         self.max_prefill_tokens = max_prefill_tokens
         controls = [one for one in grammar.token_space.ranges if one.kind == "control"]
         self._controls = {id_ for one in controls for id_ in range(one.start, one.stop)}

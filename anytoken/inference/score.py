@@ -237,12 +237,7 @@ def _features(engine: Engine, ids: Tensor, cache: DynamicCache, **given: Any) ->
 
     given: a mask of branches, which FlashAttention cannot take, and their positions; what `_Places` gives.
     """
-    inputs: dict[str, Any] = {
-        "input_ids": ids,
-        "past_key_values": cache,
-        "use_cache": True,
-        **given,
-    }
+    inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True, **given}
     with usable_attention(engine.lm, cached=True, masked="attention_mask" in given):
         if engine.head().sliced:
             return engine.lm.base_model(**inputs).last_hidden_state

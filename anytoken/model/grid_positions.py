@@ -65,7 +65,7 @@ class PlaceEmbedding(nn.Embedding):
 class GridPositions(nn.Module):
     """The embeddings of places [..., 4] as [..., H]; a place beyond a table gets its last row.
 
-    They begin at zero, so a checkpoint that gets them computes as before until they are trained.
+    They begin at zero, so an untrained model computes as without them.
     """
 
     def __init__(self, config: AnyTokenConfig) -> None:
@@ -213,10 +213,8 @@ def code_places(config: AnyTokenConfig, input_ids: Tensor, position_ids: Tensor 
 
     position_ids: [B, T] or [1, T]; where they do not count on, another sample begins.
     """
-    known, columns = (
-        tables(config, input_ids.device),
-        torch.arange(input_ids.shape[1], device=input_ids.device),
-    )
+    known = tables(config, input_ids.device)
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     starts = input_ids.new_zeros(1, 1)
     if position_ids is not None:
         starts = (sample_starts(position_ids) * columns).cummax(1).values

@@ -11,6 +11,7 @@ from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.request import GenerationRequest
 from anytoken.inference.sampling import Sampling
 from anytoken.inference.scheduler import Scheduler
+from anytoken.utils.errors import RequestError
 
 SAMPLING = {"text": Sampling(top_k=9), "image": Sampling(temperature=0.7, cfg_scale=2.0), "tone": Sampling()}
 LONG = "What is this? " * 14
@@ -161,3 +162,8 @@ def test_a_cancelled_prompt_leaves_what_it_had_read_to_its_prefixes(model: AnyTo
     scheduler.step()
     scheduler.cancel(number)
     assert prefixes.find(prompt)[1] == 32
+
+
+def test_a_limit_of_no_tokens_is_an_error(model: AnyToken) -> None:
+    with pytest.raises(RequestError, match=r"at least 1.*received 0"):
+        model.engine.scheduler(max_prefill_tokens=0)

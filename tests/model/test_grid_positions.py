@@ -1,4 +1,4 @@
-"""Where the next code lies: the grammar's answer, id by id and in whole rows; and a model that is told so."""
+"""Grid positions: id by id and for whole rows they equal the grammar's, and a model trains and decodes with them."""
 
 from collections.abc import Callable
 from pathlib import Path
