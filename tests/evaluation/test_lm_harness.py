@@ -57,9 +57,9 @@ def test_a_text_longer_than_the_context_is_read_in_windows_each_id_once(model, m
     counted = []
     real = module.score_ids
 
-    def count(engine, prompt, answers, prior=None):
+    def count(engine, prompt, answers):
         counted.append((len(prompt), len(answers[0])))
-        return real(engine, prompt, answers, prior)
+        return real(engine, prompt, answers)
 
     monkeypatch.setattr(module, "score_ids", count)
     text = "what is this? " * 40
