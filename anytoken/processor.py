@@ -20,7 +20,7 @@ from PIL.Image import Image as PILImage
 
 from anytoken.grammar import ROLES, Grammar, Piece
 from anytoken.media_io import is_below
-from anytoken.segments import Image, Segment, Text, open_segment
+from anytoken.segments import Image, Segment, Text, Video, open_segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
@@ -28,7 +28,7 @@ from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import RequestError, TokenSpaceError
 from anytoken.utils.hints import choices
 
-SPACE_FILE, FINGERPRINTS = "token_space.json", "fingerprints.json"
+SPACE_FILE, FINGERPRINTS, PROMPTS = "token_space.json", "fingerprints.json", "prompts.json"
 Message = dict[str, Any]
 Open = Callable[[], Segment]  # media are opened only once the whole prompt is known to be well-formed
 
@@ -41,17 +41,28 @@ class Processor:
         token_space: TokenSpace,
         text_tokenizer: TextTokenizer,
         tokenizers: Mapping[str, ModalityTokenizer],
+        first_frames: bool = False,
     ) -> None:
-        """Combine the parts; TokenSpaceError if a tokenizer is missing or does not fit the space."""
+        """Combine the parts; TokenSpaceError if a tokenizer is missing or does not fit the space.
+
+        first_frames: read the first frame of every video in a user's turn as an image, too, right before the video. A
+        model that knows many images and few videos then names what it has never seen move.
+        """
         self.token_space = token_space
         self.text_tokenizer = text_tokenizer
         self.tokenizers = dict(tokenizers)
+        self.first_frames = first_frames
         self.media_root: str | Path | None = None  # where strings in messages may name files
         self._check_fit()
         self.grammar = Grammar(token_space)
 
     def _check_fit(self) -> None:
         space = self.token_space
+        if self.first_frames and not {"image", "video"} <= set(self.tokenizers):
+            raise TokenSpaceError(
+                f"first_frames reads frames of videos as images, and there are tokenizers for {list(self.tokenizers)}; "
+                "leave it out, or add image and video."
+            )
         if self.text_tokenizer.ranges != space.text_ranges:
             raise TokenSpaceError(
                 f"The text tokenizer has {self.text_tokenizer.vocab_size} ids, but the token space keeps "
@@ -238,11 +249,20 @@ class Processor:
 
         Adjacent texts of a message are joined, as in training.
         """
-        return self._chat_ids(self.messages(messages), add_generation_prompt)
+        return self._chat_ids(self._as_read(self.messages(messages)), add_generation_prompt)
+
+    def _as_read(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with the first frames of the user's videos, where the model reads them."""
+        return [
+            {**one, "content": with_first_frames(one["content"])}
+            if self.first_frames and one["role"] == "user"
+            else one
+            for one in messages
+        ]
 
     def encode_chats(self, prompts: Sequence[Any], add_generation_prompt: bool = True) -> list[list[int]]:
         """`encode_chat` for many prompts, in order; their media are tokenized together, kind by kind."""
-        chats = [self.messages(prompt) for prompt in prompts]
+        chats = [self._as_read(self.messages(prompt)) for prompt in prompts]
         media: dict[str, dict[int, Segment]] = {}
         for segment in (one for chat in chats for message in chat for one in message["content"]):
             if not isinstance(segment, Text):
@@ -285,7 +305,7 @@ class Processor:
     def encode_training(self, messages: Any) -> tuple[list[int], list[bool]]:
         """A conversation as ids, and for each id whether it is a target: the assistant's content and end ids."""
         ids, learn = [self.token_space.bos], [False]
-        for message in self.messages(messages):
+        for message in self._as_read(self.messages(messages)):
             turn = self._turn_ids(message)
             ids += turn
             learn += [False, *[message["role"] == "assistant"] * (len(turn) - 1)]
@@ -309,6 +329,7 @@ class Processor:
             tokenizer.save_pretrained(folder / "tokenizers" / kind, dtype)
         lines = json.dumps(self.fingerprints(dtype), indent=1) + "\n"
         write_file(folder / FINGERPRINTS, lines)
+        write_file(folder / PROMPTS, json.dumps({"first_frames": self.first_frames}) + "\n")
         self.token_space.save(folder / SPACE_FILE)  # last: a folder that has it is whole
         return folder
 
@@ -328,7 +349,7 @@ class Processor:
         text = TextTokenizer.from_pretrained(folder / "text_tokenizer")
         tokenizers = {kind: load_tokenizer(folder / "tokenizers" / kind) for kind in space.modalities}
         try:
-            processor = cls(space, text, tokenizers)
+            processor = cls(space, text, tokenizers, _saved_first_frames(folder / PROMPTS))
             processor._check_fingerprints(folder / FINGERPRINTS)
         except TokenSpaceError as error:
             raise TokenSpaceError(f"{folder} mixes files of different checkpoints: {error}") from None
@@ -353,6 +374,25 @@ class Processor:
                     f"its {kind} tokenizer has the fingerprint {found[:12]}, the one it was saved with "
                     f"{str(saved.get(kind))[:12]}; copy the checkpoint again"
                 )
+
+
+def with_first_frames(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments with the first frame of every video before it, as an image."""
+    return [
+        one
+        for segment in segments
+        for one in ([Image(segment.frames[0]), segment] if isinstance(segment, Video) else [segment])
+    ]
+
+
+def _saved_first_frames(path: Path) -> bool:
+    """Whether a checkpoint reads first frames; those without the file do not."""
+    if not path.is_file():
+        return False
+    try:
+        return bool(json.loads(path.read_text())["first_frames"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenSpaceError(f"{path.name} is damaged ({error!r})") from None
 
 
 def _sizes(codebooks: tuple[int, ...], global_codes: int) -> str:

@@ -224,12 +224,19 @@ def data_tokenize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing shards of other records.")
     ] = False,
+    first_frames: Annotated[
+        bool,
+        typer.Option(
+            "--first-frames",
+            help="Also encode the first frame of every video as an image, for models that read it.",
+        ),
+    ] = False,
 ) -> None:
     """Tokenize the media of records into shards; rerun the command to resume."""
     from anytoken.data.shards import load_tokenizers, tokenize_records
 
     options = {"max_bad": max_bad, "engine": engine, "rename": pairs(rename)}
-    options |= {"data_root": data_root, "overwrite": overwrite}
+    options |= {"data_root": data_root, "overwrite": overwrite, "first_frames": first_frames}
     print(tokenize_records(source, load_tokenizers(tokenizers), out, workers, **options))  # type: ignore[arg-type]
 
 

@@ -124,16 +124,25 @@ class _Source:
     def __init__(self, spec: SourceSpec, processor: Processor, sampling: SamplingSpec) -> None:
         self.spec = spec
         self.processor = processor
-        self.shards = Shards(spec.path, processor.tokenizers, sampling.verify)
+        self.shards = self._open(spec.path, sampling)
         self.partners: dict[Any, list[int]] = defaultdict(list)
         if spec.pair_with is not None:
             pair = spec.pair_with
-            self.partner_shards = Shards(pair.path, processor.tokenizers, sampling.verify)
+            self.partner_shards = self._open(pair.path, sampling)
             for index, record in enumerate(self.partner_shards.records):
                 if matches(record, pair.split, pair.where):
                     self.partners[record.get(pair.by) if pair.by else None].append(index)
         self.rows = [index for index, record in enumerate(self.shards.records) if self._counts(record)]
         self.scale = len(self.rows) ** (1 / sampling.temperature) if sampling.temperature else 1.0
+
+    def _open(self, path: str, sampling: SamplingSpec) -> Shards:
+        shards = Shards(path, self.processor.tokenizers, sampling.verify)
+        if self.processor.first_frames and shards.lack_first_frames:
+            raise DataError(
+                f"{path} lacks the first frames of its videos, which this model reads; tokenize its records again with "
+                "--first-frames"
+            )
+        return shards
 
     def _counts(self, record: dict[str, Any]) -> bool:
         paired = self.spec.pair_with is None or self._partner_key(record) in self.partners
@@ -198,14 +207,25 @@ class _Source:
         keys: Sequence[str] = view.keys
         if view.special == "interleaved":
             keys = [key for key in ("text", *self.processor.tokenizers) if record.get(key) is not None]
-        item: dict[str, Piece] = {}
+        places: dict[str, tuple[Shards, int, str]] = {}
         pair = self.spec.pair_with
         if pair is not None:
             partners = self.partners_of(index)
             partner = partners[int(rng.integers(len(partners)))] if partner is None else partner
-            item = {new: self._piece(self.partner_shards, partner, key) for new, key in pair.take.items()}
-        item |= {key: self._piece(self.shards, index, key) for key in keys if key not in item}
-        return view_turns(view, item, rng)
+            places = {new: (self.partner_shards, partner, key) for new, key in pair.take.items()}
+        places |= {key: (self.shards, index, key) for key in keys if key not in places}
+        item = {name: self._piece(*place) for name, place in places.items()}
+        if not self.processor.first_frames:
+            return view_turns(view, item, rng)
+        frames = {
+            name: self._first_frame(shards, row)
+            for name, (shards, row, key) in places.items()
+            if key == "video" and name in view.sources
+        }
+        return view_turns(view, item, rng, item | {name: [*ids, *item[name]] for name, ids in frames.items()})
+
+    def _first_frame(self, shards: Shards, index: int, row: int | None = None) -> list[int]:
+        return self.processor.codes_to_ids("image", shards.first_frame(index, row))
 
     def _piece(self, shards: Shards, index: int, key: str) -> Piece:
         if shards.has(index, key):
@@ -229,6 +249,8 @@ class _Source:
             for part in parts:
                 kind = part["type"]
                 if kind != "text":
+                    if kind == "video" and message["role"] == "user" and self.processor.first_frames:
+                        pieces.append(self._first_frame(self.shards, index, part["row"]))
                     pieces.append(
                         self.processor.codes_to_ids(kind, self.shards.codes(index, kind, part["row"]))
                     )

@@ -23,12 +23,16 @@ from anytoken.data.records import (
     open_media,
     record_line,
 )
-from anytoken.segments import Segment
+from anytoken.segments import Image, Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
 from anytoken.utils.errors import RecordError
 from anytoken.utils.limits import MediaLimits, media_limits
 
+FIRST_FRAME = (
+    "first_frame"  # the arrays of the image codes of first frames, which have the rows of the videos
+)
 Tokenizers = Mapping[str, ModalityTokenizer]
+Encode = Callable[[Sequence[Any]], list[Codes]]
 Entry = dict[str, Any]  # what the journal says of a part
 Skipped = dict[str, list[Any]]  # reason -> [count, the first one's place and error]
 
@@ -43,6 +47,7 @@ class Job(NamedTuple):
     batch_size: int
     data_root: Path | None = None
     limits: MediaLimits = MediaLimits()
+    first_frames: bool = False
 
 
 def part_names(index: int) -> tuple[str, str]:
@@ -79,7 +84,14 @@ def _encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
     for _, _, media in parsed:
         for kind, value, _ in media:
             values[kind][value] = None
-    codes = {kind: _encode_all(tokenizers[kind], list(found), job) for kind, found in values.items()}
+    codes = {
+        kind: _encode_all(tokenizers[kind].encode_batch, tokenizers[kind].segment_type, list(found), job)
+        for kind, found in values.items()
+    }
+    if job.first_frames:
+        frames = _first_frames(tokenizers, list(values["video"]), job)
+        # What is wrong with a frame is wrong with its video.
+        codes["video"] |= {value: one for value, one in frames.items() if isinstance(one, RecordError)}
     rows: dict[str, dict[Medium, int]] = {kind: {} for kind in tokenizers}
     lines = []
     for place, record, media in parsed:
@@ -89,6 +101,8 @@ def _encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
         else:
             lines.append(record_line({"record": record, "rows": _place(media, rows)}))
     kept = {kind: [codes[kind][one] for one in found] for kind, found in rows.items()}
+    if job.first_frames:
+        kept[FIRST_FRAME] = [frames[one] for one in rows["video"]]
     return Encoded(lines, kept, faults)  # type: ignore[arg-type]  # what is kept is no fault
 
 
@@ -108,7 +122,7 @@ def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Ent
         "part": job.part,
         "read": len(job.entries),
         "records": len(encoded.lines),
-        "kinds": [kind for kind, found in encoded.codes.items() if found],
+        "kinds": [kind for kind, found in encoded.codes.items() if found and kind != FIRST_FRAME],
         "skipped": skipped,
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -130,8 +144,19 @@ def _place(media: list[MediaPart], rows: dict[str, dict[Medium, int]]) -> dict[s
     return own
 
 
+def _first_frames(
+    tokenizers: Tokenizers, videos: Sequence[Medium], job: Job
+) -> dict[Medium, Codes | RecordError]:
+    """Image codes of the first frame of every video, or what is wrong with it."""
+
+    def encode(segments: Sequence[Any]) -> list[Codes]:
+        return tokenizers["image"].encode_batch([Image(segment.frames[0]) for segment in segments])
+
+    return _encode_all(encode, tokenizers["video"].segment_type, videos, job)
+
+
 def _encode_all(
-    tokenizer: ModalityTokenizer, values: Sequence[Medium], job: Job
+    encode: Encode, segment_type: type[Segment], values: Sequence[Medium], job: Job
 ) -> dict[Medium, Codes | RecordError]:
     """Codes of every medium, or what is wrong with it."""
     found: dict[Medium, Codes | RecordError] = {}
@@ -139,27 +164,24 @@ def _encode_all(
         opened: dict[Medium, Segment] = {}
         for value in values[start : start + job.batch_size]:
             try:
-                opened[value] = open_media(value, tokenizer.segment_type, job.root, job.data_root)
+                opened[value] = open_media(value, segment_type, job.root, job.data_root)
             except RecordError as error:
                 found[value] = error
         with torch.no_grad():
-            found |= _encode_opened(tokenizer, opened)
+            found |= _encode_opened(encode, opened)
     return found
 
 
-def _encode_opened(
-    tokenizer: ModalityTokenizer, opened: Mapping[Medium, Segment]
-) -> dict[Medium, Codes | RecordError]:
+def _encode_opened(encode: Encode, opened: Mapping[Medium, Segment]) -> dict[Medium, Codes | RecordError]:
     """As one batch; if the tokenizer refuses it, one by one, to find which."""
     try:
-        return dict(zip(opened, tokenizer.encode_batch(list(opened.values())), strict=True)) if opened else {}
+        return dict(zip(opened, encode(list(opened.values())), strict=True)) if opened else {}
     except Exception as error:  # of a plug-in's encoder, too
         if len(opened) == 1:
-            return dict.fromkeys(opened, RecordError(str(bad_record(error)), f"refused {tokenizer.kind}"))
+            [segment] = opened.values()
+            return dict.fromkeys(opened, RecordError(str(bad_record(error)), f"refused {segment.kind}"))
     return {
-        value: found
-        for one in opened.items()
-        for value, found in _encode_opened(tokenizer, dict([one])).items()
+        value: found for one in opened.items() for value, found in _encode_opened(encode, dict([one])).items()
     }
 
 

@@ -3,7 +3,8 @@
 A shard folder holds ``manifest.json`` and numbered parts. A part is a safetensors file with, for each
 modality, ``values`` uint16 [sum of N, Q] (int32 in parts with a code over 65,535), ``offsets`` int64 [R + 1], ``sizes``
 int32 [R, axes] and, where there are global codes, ``headers`` int32 [R, G], next to a JSONL file with the records; each
-line names the rows of its codes.
+line names the rows of its codes. With ``first_frames`` there are image codes of the first frame of every video, too, in
+the order of the videos.
 Codes are stored, not ids, so shards outlive a new text vocabulary and appended modalities; the manifest's fingerprints
 tie them to the tokenizers that wrote them, and its checksums to the bytes that were written.
 
@@ -16,7 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from anytoken.data.parallel import run
 from anytoken.data.records import Record, Source
-from anytoken.data.shard_worker import Entry, Job, Skipped, Tokenizers, encode_part, part_names
+from anytoken.data.shard_worker import FIRST_FRAME, Entry, Job, Skipped, Tokenizers, encode_part, part_names
 from anytoken.data.sources import open_source
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, load_tokenizer
 from anytoken.utils.atomic import write_file
@@ -69,6 +70,7 @@ def tokenize_records(
     rename: Mapping[str, str] | None = None,
     data_root: str | Path | None = None,
     overwrite: bool = False,
+    first_frames: bool = False,
 ) -> Path:
     """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
 
@@ -77,7 +79,13 @@ def tokenize_records(
     file is touched. Media are below the source's folder, or below ``data_root``. Records that cannot be read or
     encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
     the share ``max_bad`` of all (or, while their number is not known, of those read, a thousand at least) is bad.
+    first_frames: encode the first frame of every video as an image, too, for a `Processor` that reads them; DataError
+    without tokenizers of both.
     """
+    if first_frames and not {"image", "video"} <= set(tokenizers):
+        raise DataError(
+            f"first_frames needs tokenizers of image and video; there are {', '.join(tokenizers)}"
+        )
     source, out = open_source(records, rename, data_root), Path(out)
     tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items()}
     plan = {
@@ -87,6 +95,7 @@ def tokenize_records(
         "rename": dict(rename or {}),
         "offered": {kind: tokenizer.fingerprint() for kind, tokenizer in tokenizers.items()},
         "part_size": part_size,
+        **({"first_frames": True} if first_frames else {}),
     }
     if _is_whole(out, plan):
         (out / PROGRESS).unlink(missing_ok=True)
@@ -95,7 +104,12 @@ def tokenize_records(
     if source.unused:
         log.warning("%s: %d files are no part of a record; the first: %s",
                     source.name, len(source.unused), source.unused[0])  # fmt: skip
-    jobs = _jobs(source, part_size, batch_size, set(tally.parts), Path(data_root) if data_root else None)
+    root = Path(data_root) if data_root else None
+    jobs = (
+        Job(index, source.parse, source.root, chunk, batch_size, root, current_limits(), first_frames)
+        for index, chunk in enumerate(_chunks(source, part_size))
+        if index not in tally.parts
+    )
     shown = {"desc": f"tokenize {source.name}", "unit": "rec", "disable": not progress}
     with (
         tqdm(total=source.length, initial=tally.read, **shown) as bar,  # type: ignore[call-overload]
@@ -115,17 +129,11 @@ def tokenize_records(
     return out
 
 
-def _jobs(
-    source: Source, part_size: int, batch_size: int, done: set[int], data_root: Path | None
-) -> Iterator[Job]:
-    """The parts that are not done; entries of the others are read past, and nothing more."""
+def _chunks(source: Source, size: int) -> Iterator[list[tuple[str, Any]]]:
+    """The entries of each part."""
     entries = source.entries()
-    for index in count():
-        chunk = list(islice(entries, part_size))
-        if not chunk:
-            return
-        if index not in done:
-            yield Job(index, source.parse, source.root, chunk, batch_size, data_root, current_limits())
+    while chunk := list(islice(entries, size)):
+        yield chunk
 
 
 class _Tally:
@@ -382,9 +390,20 @@ class Shards:
         """Whether record ``index`` holds codes of ``kind``."""
         return kind in self._rows[index]
 
+    @property
+    def lack_first_frames(self) -> bool:
+        """Whether there are videos without the image codes of their first frames."""
+        return any("video" in arrays and FIRST_FRAME not in arrays for arrays in self._arrays)
+
+    def first_frame(self, index: int, row: int | None = None) -> Codes:
+        """The image codes of the first frame of a video; ``row`` picks a content part of a conversation."""
+        return self._codes(index, FIRST_FRAME, self._rows[index]["video"] if row is None else row)
+
     def codes(self, index: int, kind: str, row: int | None = None) -> Codes:
         """The codes of one medium of record ``index``; ``row`` picks a content part of a conversation."""
-        values, offsets, sizes, headers = self._arrays[self._part_of[index]][kind]
-        row = self._rows[index][kind] if row is None else row
+        return self._codes(index, kind, self._rows[index][kind] if row is None else row)
+
+    def _codes(self, index: int, name: str, row: int) -> Codes:
+        values, offsets, sizes, headers = self._arrays[self._part_of[index]][name]
         own = values[offsets.item(row) : offsets.item(row + 1)].astype(np.int32)
         return Codes(own, sizes[row].tolist(), headers[row])

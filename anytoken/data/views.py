@@ -128,14 +128,19 @@ def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
     return tuple(terms)
 
 
-def view_turns(view: View, item: Mapping[str, Piece], rng: np.random.Generator) -> list[Turn]:
-    """Fill a view with an item's pieces: strings for text, ids for media. No sources: no user turn."""
+def view_turns(
+    view: View, item: Mapping[str, Piece], rng: np.random.Generator, asked: Mapping[str, Piece] | None = None
+) -> list[Turn]:
+    """Fill a view with an item's pieces: strings for text, ids for media. No sources: no user turn.
+
+    asked: the pieces of the user's turn, where they differ.
+    """
     if view.special == "interleaved":
         names = list(item)
         return [("assistant", [item[names[i]] for i in rng.permutation(len(names))])]
     turns: list[Turn] = []
     if view.sources:
-        turns.append(("user", _fill(view.sources, item, view)))
+        turns.append(("user", _fill(view.sources, item if asked is None else asked, view)))
     return [*turns, ("assistant", _fill(view.targets, item, view))]
 
 

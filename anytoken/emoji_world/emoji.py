@@ -363,26 +363,28 @@ def _compose_concept(folder: Path, job: Job) -> tuple[Lines, Lines, Lines]:
     """One concept on every background, where that is not there yet; the lines of images, videos and joint."""
     concept, drawn, frames = job
     lines: tuple[Lines, Lines, Lines] = ([], [], [])
+    still = "flat" if splits.style_held_out(concept.hexcode) else "3d"  # the style that stands beside clips
     for background, color in BACKGROUNDS.items():
         base = {"hexcode": concept.hexcode, "name": concept.name, "background": background}
         images = {style: f"images/{concept.hexcode}-{style}-{background}.png" for style in STYLES}
+        moving = f"{concept.article}, animated, {background} background"
         for (style, image), sprite in zip(images.items(), drawn, strict=True):
             if not (folder / image).is_file():
                 Image(compose(sprite, color)).save(folder / image)
             text = f"{concept.article}, {style}, {background} background"
             why = splits.image_holdout(concept.hexcode, style, background)
-            lines[0].append({"text": text, "image": image, **base, "style": style, **_split(why)})
+            drawing = {"text": text, "image": image, **base, "style": style, **_split(why)}
+            animated = frames is not None and style == still
+            lines[0].append(drawing | {"clip_caption": moving} if animated else drawing)
         if frames is None:
             continue
         video = f"videos/{concept.hexcode}-{background}.webp"
         if not (folder / video).is_file():
             Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(folder / video)
         why = splits.video_holdout(concept.hexcode, background)
-        text = f"{concept.article}, animated, {background} background"
-        lines[1].append({"text": text, "video": video, **base, **_split(why)})
-        style = "flat" if splits.style_held_out(concept.hexcode) else "3d"
-        paired = {"image": images[style], "video": video, "caption": text}
-        lines[2].append({**paired, **base, "style": style, **_split(why)})
+        lines[1].append({"text": moving, "video": video, **base, **_split(why)})
+        paired = {"image": images[still], "video": video, "caption": moving}
+        lines[2].append({**paired, **base, "style": still, **_split(why)})
     return lines
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from anytoken.token_space import TokenSpace
@@ -45,12 +46,19 @@ def save_chains(chains: Mapping[tuple[str, str], Sequence[str]], folder: Path) -
 
 
 def prompt_kind(prompt: Sequence[int], space: TokenSpace) -> str | None:
-    """The kind of the last user turn of a prompt's ids: its medium, or "text"; None for several media or no turn."""
+    """The kind of the last user turn of a prompt's ids: its medium, or "text"; None for several media or no turn.
+
+    An image right before a video counts as the video's first frame.
+    """
     ids = list(prompt)
     if space.user not in ids:
         return None
     turn = ids[len(ids) - 1 - ids[::-1].index(space.user) :]
     media = {name for name in space.modalities if space.open_token(name) in turn}
+    if media == {"image", "video"}:
+        frame = space.close_token("image"), space.open_token("video")
+        if turn.count(space.open_token("image")) == list(pairwise(turn)).count(frame):
+            media.remove("image")
     if not media:
         return "text"
     return media.pop() if len(media) == 1 else None

@@ -79,7 +79,8 @@ def _grown(
         lm.config.modality_names = space.modality_names
     if getattr(lm.config, "grid_positions", None):
         lm.config.code_layout = code_layout(space)
-    return Processor(space, processor.text_tokenizer, {**processor.tokenizers, tokenizer.name: tokenizer})
+    tokenizers = {**processor.tokenizers, tokenizer.name: tokenizer}
+    return Processor(space, processor.text_tokenizer, tokenizers, processor.first_frames)
 
 
 def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) -> None:

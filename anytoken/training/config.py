@@ -8,7 +8,7 @@ recipes can be copied anywhere.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -33,7 +33,7 @@ from anytoken.training.settings import Recipe
 # What a stage of pairs has no use for.
 PACKED_ONLY = (
     "tokens_per_batch", "gradient_accumulation_steps", "cfg_dropout", "loss", "moe", "pcgrad", "samples", "reference",
-    "ema_decay",
+    "ema_decay", "context_noise",
 )  # fmt: skip
 AUTO = "auto"  # the view that stands for all that a set's records can teach
 
@@ -63,6 +63,10 @@ class TrainConfig(Recipe):
         description="tokenizers to change in a checkpoint: modality -> folder; its new codes are reinitialized",
     )
     data_root: str = Field(default="", description="where relative paths of data and eval.data start")
+    first_frames: bool | None = Field(
+        default=None,
+        description="read the first frame of every video in a prompt as an image, too; default: as the checkpoint does",
+    )
     limits: dict[str, float] = Field(
         default={}, description="media limits to change, such as max_seconds: 7200 (utils/limits.py)"
     )
@@ -93,6 +97,11 @@ class TrainConfig(Recipe):
         ge=0,
         le=1,
         description="fraction of samples trained without their prompt, for classifier-free guidance",
+    )
+    context_noise: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default={},
+        description="modality -> share of its codes that the model reads as random codes in training, such as "
+        "{speech: 0.15}; targets stay exact",
     )
     loss: LossSpec = LossSpec()
     pcgrad: bool = Field(

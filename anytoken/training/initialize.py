@@ -79,6 +79,15 @@ def build_init_checkpoint(stage: TrainConfig) -> None:
 
 def build_model(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
     """The processor and the model (float32) a stage starts from."""
+    processor, model = _model_before(stage)
+    if stage.first_frames is not None:
+        processor = Processor(
+            processor.token_space, processor.text_tokenizer, processor.tokenizers, stage.first_frames
+        )
+    return processor, model
+
+
+def _model_before(stage: TrainConfig) -> tuple[Processor, PreTrainedModel]:
     if stage.init_from != "scratch":
         folder = checkpoint_folder(stage.init_from)
         processor = Processor.from_pretrained(folder)

@@ -57,8 +57,9 @@ def _tokenized(stage: TrainConfig, path: str, processor: Processor) -> str:
     root, workers = stage.data_root or None, stage.threads or 1
     with media_limits(**stage.limits):
         made = tokenize_records(
-            path, processor.tokenizers, out, workers=workers, data_root=root, overwrite=True
-        )
+            path, processor.tokenizers, out, workers=workers, data_root=root, overwrite=True,
+            first_frames=processor.first_frames,
+        )  # fmt: skip
     return str(made)
 
 

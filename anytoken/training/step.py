@@ -21,6 +21,7 @@ from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE, expert_counts, router_losses
 from anytoken.processor import Processor
 from anytoken.training.config import MoeSpec, TrainConfig
+from anytoken.training.context_noise import ContextNoise
 from anytoken.training.lora import LanguageModel, base_model, head_weight
 from anytoken.training.losses.balanced import BalancedLoss, LossParts, TargetClasses
 from anytoken.utils.distributed import sum_over_processes
@@ -44,9 +45,16 @@ class ModelWithLoss(nn.Module):
         False  # what the Trainer asks: whether the weights lie apart, see `distributed/fsdp.py`
     )
 
-    def __init__(self, lm: LanguageModel, loss: BalancedLoss, moe: MoeSpec, by_group: bool = False) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        loss: BalancedLoss,
+        moe: MoeSpec,
+        by_group: bool = False,
+        noise: ContextNoise | None = None,
+    ) -> None:
         super().__init__()
-        self.lm, self.loss, self.moe, self.by_group = lm, loss, moe, by_group
+        self.lm, self.loss, self.moe, self.by_group, self.noise = lm, loss, moe, by_group, noise
         self.routed = isinstance(base_model(lm), AnyTokenForCausalLM)
 
     def forward(
@@ -68,7 +76,8 @@ class ModelWithLoss(nn.Module):
         real = flat != self.loss.grammar.token_space.pad  # the end of a row counts in no routing loss
         asked = {"output_router_logits": True, "real": real} if self.routed else {}
         told = packed_inputs(base, position_ids, layout)
-        outputs = base.base_model(input_ids=input_ids, **told, **asked)
+        read = input_ids if self.noise is None else self.noise(input_ids)
+        outputs = base.base_model(input_ids=read, **told, **asked)
         hidden = outputs.last_hidden_state.flatten(0, 1)[loss_index]
         learnt = hidden, head_weight(base), targets, flat[loss_index]
         classes = None if layout is None else TargetClasses(layout["order"], layout["counts"])

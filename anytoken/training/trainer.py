@@ -44,6 +44,7 @@ from anytoken.training.checkpoint import (
     step_of,
 )
 from anytoken.training.config import TrainConfig
+from anytoken.training.context_noise import ContextNoise
 from anytoken.training.distributed.deepspeed import load_buffers, no_zero3_init, restore_adamw_groups
 from anytoken.training.distributed.fsdp import (
     full_tensor,
@@ -469,7 +470,8 @@ def build_trainer(stage: TrainConfig, answer: Answer | None) -> tuple[StageTrain
 
         return make_pair_trainer(stage, arguments, processor, lm, data, held_out), [*data, *held_out]
     mixture = build_mixture(stage, data, processor, stage.cfg_dropout)
-    model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad)
+    noise = ContextNoise(processor.token_space, stage.context_noise) if stage.context_noise else None
+    model = ModelWithLoss(lm, build_loss(stage, processor), stage.moe, stage.pcgrad, noise)
     if mesh is not None:
         parallelize(model, mesh)
     trainer = StageTrainer(stage, arguments, processor, model, mixture, answer)

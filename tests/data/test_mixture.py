@@ -59,6 +59,7 @@ PROCESSOR: Any = SimpleNamespace(
     text_tokenizer=SimpleNamespace(encode=lambda text: [ord(letter) for letter in text]),
     token_space=SimpleNamespace(bos=BOS, user=USER, assistant=ASSISTANT, system=SYSTEM, end=END, null=NULL),
     codes_to_ids=beep_ids,
+    first_frames=False,
 )
 
 

@@ -377,6 +377,13 @@ def test_joint_pictures_are_of_the_training_styles(built: Path) -> None:
         assert row["split"] == "test" or row["image"] in trained
 
 
+def test_stills_of_clips_know_the_caption_of_the_clip(built: Path) -> None:
+    captions = {row["image"]: row["caption"] for row in lines(built, "joint")}
+    assert {
+        row["image"]: row["clip_caption"] for row in lines(built, "images") if "clip_caption" in row
+    } == captions
+
+
 def test_the_card_counts(built: Path) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
     assert (manifest["concepts"], manifest["moving"], manifest["core"]) == (8, 7, 6)

@@ -137,7 +137,12 @@ def test_killed_at_every_third_file_operation_and_at_random_moments(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gradient_accumulation_steps": 2}, {"optimizer": {"kind": "muon", "lr": 1e-2}}, {"ema_decay": 0.9}],
+    [
+        {"gradient_accumulation_steps": 2},
+        {"optimizer": {"kind": "muon", "lr": 1e-2}},
+        {"ema_decay": 0.9},
+        {"context_noise": {"tile": 0.3}},
+    ],
 )
 def test_accumulated_batches_muon_and_averages_resume_too(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
