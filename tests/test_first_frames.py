@@ -102,7 +102,7 @@ def test_shards_without_frames_are_refused_and_others_read_both(
 ) -> None:
     spec = {"views": {"text->video": 1.0}}
     bare = tokenize_records(records, reader.tokenizers, tmp_path / "bare", progress=False)
-    with pytest.raises(DataError, match="lacks the first frames of its videos.* --first-frames"):
+    with pytest.raises(DataError, match=r"lacks the first frames of its videos.* --first-frames"):
         Mixture([SourceSpec(path=str(bare), **spec)], reader, 500)  # type: ignore[arg-type]
     full = tokenize_records(records, reader.tokenizers, tmp_path / "full", progress=False, first_frames=True)
     one, other = (
