@@ -13,6 +13,7 @@ from anytoken.grammar import Piece
 from anytoken.inference.engine import Engine
 from anytoken.inference.score import score_ids
 from anytoken.processor import Processor
+from anytoken.segments import Image
 from anytoken.utils.errors import RequestError
 
 
@@ -34,7 +35,13 @@ def prompt_likelihood(
             "rerank out, or pass a function of the reply."
         )
     space = processor.token_space
-    asked = [id_ for one in media for id_ in processor.codes_to_ids(one.kind, one.codes)]
+    asked: list[int] = []
+    for one in media:
+        own = processor.codes_to_ids(one.kind, one.codes)
+        if processor.first_frames and one.kind == "video":
+            [video] = processor.detokenize(own)
+            asked += processor.segment_ids(Image(video.frames[0]))  # type: ignore[attr-defined]
+        asked += own
     start = [space.bos, space.user, *asked, space.end, space.assistant]
     return score_ids(engine, start, [[*map(int, text), space.end]])[0].total
 

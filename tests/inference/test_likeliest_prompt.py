@@ -7,6 +7,7 @@ import pytest
 
 import anytoken
 from anytoken import Image, Speech, Text
+from anytoken.inference.likeliest_prompt import prompt_likelihood
 from anytoken.inference.score import score_ids
 from anytoken.utils.errors import RequestError
 
@@ -47,6 +48,21 @@ def test_the_text_of_a_chain_counts_where_there_is_one(mini: anytoken.AnyToken) 
     )
     values = [back(mini, one, one.steps[0].text) for one in ranked]
     assert values == sorted(values, reverse=True)
+
+
+def test_a_video_is_read_with_its_first_frame_where_prompts_are(
+    mini: anytoken.AnyToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = mini.generate("a fox, animated, blue background", "video", seed=1)
+    prompt, space = mini.encode_prompt("a fox, animated, blue background"), mini.token_space
+    answer = [*mini.tokenize(Text("a fox, animated, blue background")), space.end]
+    for first_frames in (False, True):
+        monkeypatch.setattr(mini.processor, "first_frames", first_frames)
+        found = prompt_likelihood(mini.engine, mini.processor, prompt, clip.ids, 0)
+        frame = mini.tokenize(Image(clip.videos[0].frames[0])) if first_frames else []
+        body = clip.ids[clip.ids.index(space.open_token("video")) : clip.ids.index(space.end)]
+        read = [space.bos, space.user, *frame, *body, space.end, space.assistant]
+        assert found == pytest.approx(score_ids(mini.engine, read, [answer])[0].total)
 
 
 def test_instructions_and_batches(mini: anytoken.AnyToken) -> None:
