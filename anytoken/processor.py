@@ -45,8 +45,8 @@ class Processor:
     ) -> None:
         """Combine the parts; TokenSpaceError if a tokenizer is missing or does not fit the space.
 
-        first_frames: read the first frame of every video in a user's turn as an image, too, right before the video. A
-        model that knows many images and few videos then names what it has never seen move.
+        first_frames: read the first frame of every video in a user's turn as an image, too, right before the video,
+        unless there is an image already. A model that knows many images and few videos then names what it has never seen move.
         """
         self.token_space = token_space
         self.text_tokenizer = text_tokenizer
@@ -377,12 +377,13 @@ class Processor:
 
 
 def with_first_frames(segments: Sequence[Segment]) -> list[Segment]:
-    """Segments with the first frame of every video before it, as an image."""
-    return [
-        one
-        for segment in segments
-        for one in ([Image(segment.frames[0]), segment] if isinstance(segment, Video) else [segment])
-    ]
+    """Segments with the first frame of every video before it, as an image; an image that is there already stays."""
+    found: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, Video) and not (found and isinstance(found[-1], Image)):
+            found.append(Image(segment.frames[0]))
+        found.append(segment)
+    return found
 
 
 def _saved_first_frames(path: Path) -> bool:

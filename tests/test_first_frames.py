@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from anytoken.utils.errors import DataError, TokenSpaceError
 def reader() -> Processor:
     """A processor that reads first frames."""
     torch.manual_seed(0)
-    size = {"width": 8, "encoder_depth": 1, "decoder_depth": 1, "side_px": 16}
+    size: dict[str, Any] = {"width": 8, "encoder_depth": 1, "decoder_depth": 1, "side_px": 16}
     image = ImageTokenizer(**size, refine_width=8, refine_depth=1).eval()
     video = VideoTokenizer(**size, levels=[4, 3]).eval()
     text = TextTokenizer.train(["red apple"] * 9, 300)
@@ -56,7 +57,9 @@ def records(tmp_path: Path) -> Path:
         {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "video", "video": "1.webp"}]},
     ]
-    lines: list[dict[str, object]] = [{"text": f"clip {n}", "video": f"{n}.webp"} for n in range(2)]
+    Image(clip(9).frames[0]).save(tmp_path / "still.png")
+    still = {"image": "still.png"}
+    lines: list[dict[str, object]] = [{"text": f"clip {n}", "video": f"{n}.webp", **still} for n in range(2)]
     path = tmp_path / "set.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in [*lines, {"messages": talk}]))
     return path
@@ -67,6 +70,8 @@ def test_a_prompt_holds_the_frame_before_its_video(reader: Processor, plain: Pro
     shown = [Image(video.frames[0]), video]
     assert reader.encode_chat(["What?", video]) == plain.encode_chat(["What?", *shown])
     assert reader.encode_chats([[video], "x"]) == [plain.encode_chat(shown), plain.encode_chat("x")]
+    assert reader.encode_chat(shown) == plain.encode_chat(shown)  # it is there already
+    assert reader.encode_chat([shown[0], "x", video]) == plain.encode_chat([shown[0], "x", *shown])
     assert reader.encode_chat("x") == plain.encode_chat("x")
     [message] = reader.messages([video])
     assert message["content"] == [video]  # a history shows what was given
@@ -82,14 +87,28 @@ def test_views_and_conversations_train_on_what_prompts_hold(
     reader: Processor, records: Path, tmp_path: Path
 ) -> None:
     out = tokenize_records(records, reader.tokenizers, tmp_path / "out", progress=False, first_frames=True)
-    views = {"video->text": 1.0, "text->video": 1.0, "messages": 1.0}
+    views = {
+        "video->text": 1.0,
+        "text->video": 1.0,
+        "messages": 1.0,
+        "image,video->text": 1.0,
+        'image,"x",video->text': 1.0,
+    }
     mixture = Mixture([SourceSpec(path=str(out), views=views)], reader, 500, cfg_dropout=0)
-    drawn = {tuple(mixture.sample(index).ids.tolist()) for index in range(80)}
+    drawn = {tuple(mixture.sample(index).ids.tolist()) for index in range(200)}
     opened = [Video.open(tmp_path / f"{n}.webp") for n in range(3)]
-    wanted = [
-        [{"role": "user", "content": [one]}, {"role": "assistant", "content": [other]}]
-        for number in range(2)
-        for one, other in [(opened[number], f"clip {number}"), (f"clip {number}", opened[number])]
+    still = Image.open(tmp_path / "still.png")
+    wanted: list[list[dict[str, Any]]] = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": [told]}]
+        for number, video in enumerate(opened[:2])
+        for asked, told in list[tuple[list[Any], Any]](
+            [
+                ([video], f"clip {number}"),
+                ([f"clip {number}"], video),
+                ([still, video], f"clip {number}"),
+                ([still, "x", video], f"clip {number}"),
+            ]
+        )
     ]
     wanted.append(
         [{"role": "user", "content": ["What?", opened[2]]}, {"role": "assistant", "content": [opened[1]]}]

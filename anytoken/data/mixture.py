@@ -217,11 +217,11 @@ class _Source:
         item = {name: self._piece(*place) for name, place in places.items()}
         if not self.processor.first_frames:
             return view_turns(view, item, rng)
-        frames = {
-            name: self._first_frame(shards, row)
-            for name, (shards, row, key) in places.items()
-            if key == "video" and name in view.sources
-        }
+        keys = [places[one][2] if isinstance(one, str) else None for one in view.sources]
+        frames = {}
+        for name, key, before in zip(view.sources, keys, [None, *keys], strict=False):
+            if isinstance(name, str) and key == "video" and before != "image":
+                frames[name] = self._first_frame(*places[name][:2])
         return view_turns(view, item, rng, item | {name: [*ids, *item[name]] for name, ids in frames.items()})
 
     def _first_frame(self, shards: Shards, index: int, row: int | None = None) -> list[int]:
@@ -246,10 +246,11 @@ class _Source:
             if isinstance(content, str):
                 parts = [{"type": "text", "text": content}]
             pieces: list[Piece] = []
-            for part in parts:
+            for before, part in zip([None, *(one["type"] for one in parts)], parts, strict=False):
                 kind = part["type"]
                 if kind != "text":
-                    if kind == "video" and message["role"] == "user" and self.processor.first_frames:
+                    reads = self.processor.first_frames and message["role"] == "user"
+                    if reads and kind == "video" and before != "image":
                         pieces.append(self._first_frame(self.shards, index, part["row"]))
                     pieces.append(
                         self.processor.codes_to_ids(kind, self.shards.codes(index, kind, part["row"]))
