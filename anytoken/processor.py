@@ -46,7 +46,8 @@ class Processor:
         """Combine the parts; TokenSpaceError if a tokenizer is missing or does not fit the space.
 
         first_frames: read the first frame of every video in a user's turn as an image, too, right before the video,
-        unless there is an image already. A model that knows many images and few videos then names what it has never seen move.
+        unless there is an image already. A model that knows many images and few videos then names what it has never
+        seen move.
         """
         self.token_space = token_space
         self.text_tokenizer = text_tokenizer

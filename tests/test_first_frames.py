@@ -87,7 +87,7 @@ def test_views_and_conversations_train_on_what_prompts_hold(
     reader: Processor, records: Path, tmp_path: Path
 ) -> None:
     out = tokenize_records(records, reader.tokenizers, tmp_path / "out", progress=False, first_frames=True)
-    views = {
+    views: dict[str, Any] = {
         "video->text": 1.0,
         "text->video": 1.0,
         "messages": 1.0,

@@ -217,10 +217,10 @@ class _Source:
         item = {name: self._piece(*place) for name, place in places.items()}
         if not self.processor.first_frames:
             return view_turns(view, item, rng)
-        keys = [places[one][2] if isinstance(one, str) else None for one in view.sources]
+        kinds = [places[one][2] if isinstance(one, str) else None for one in view.sources]
         frames = {}
-        for name, key, before in zip(view.sources, keys, [None, *keys], strict=False):
-            if isinstance(name, str) and key == "video" and before != "image":
+        for name, kind, before in zip(view.sources, kinds, [None, *kinds], strict=False):
+            if isinstance(name, str) and kind == "video" and before != "image":
                 frames[name] = self._first_frame(*places[name][:2])
         return view_turns(view, item, rng, item | {name: [*ids, *item[name]] for name, ids in frames.items()})
 
