@@ -6,9 +6,9 @@ that only label a request (`user`, `metadata`, ...) are accepted.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 _LABELS = (
     "user",
@@ -27,6 +27,42 @@ _OFF: dict[str, tuple[Any, ...]] = {  # what the model cannot do, and the values
 }  # fmt: skip
 _MODALITIES = {"audio": "speech"}  # OpenAI's word for it
 SEED_LIMIT = 2**63
+MIN_TOKENS = 2  # one of text and the end of the turn; clients that only check a model ask for 1
+_DATA_URL = {"type": "string", "pattern": "^data:[a-z]+/[a-z0-9]+;base64,[A-Za-z0-9+/]*={0,2}$"}
+
+
+def _part_schema(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    found = {"type": {"const": kind}, kind: value}
+    return {"type": "object", "title": kind, "properties": found, "required": list(found)}
+
+
+def _object_schema(**fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
+_PART = {
+    "anyOf": [
+        _part_schema("text", {"type": "string"}),
+        _part_schema("image_url", _object_schema(url=_DATA_URL)),
+        _part_schema(
+            "input_audio",
+            _object_schema(data={"type": "string", "format": "byte"}, format={"enum": list(AUDIO_FORMATS)}),
+        ),
+        _part_schema("video_url", _object_schema(url=_DATA_URL)),
+        _part_schema("dna", {"type": "string", "pattern": "^[ACGTN]+$"}),
+    ]
+}
+_INPUT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": _PART},
+    ]
+}
+# `content.read_part` reads them, and its errors name the part; the schemas are for the document.
+Part = Annotated[Any, WithJsonSchema(_PART)]
+Input = Annotated[Any, WithJsonSchema({"anyOf": [*_INPUT["anyOf"], {"type": "integer"}]})]
 
 
 class Body(BaseModel):
@@ -80,13 +116,13 @@ class AudioFormat(Body):
 
 
 class Message(BaseModel):
-    """One message; content as in `content.py`."""
+    """One message: a text, or a list of content parts."""
 
     model_config = ConfigDict(extra="ignore")  # an assistant's message comes back with all it was sent with
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Any] | None = None
-    images: list[Any] | None = None
+    content: str | list[Part] | None = None
+    images: list[Part] | None = Field(default=None, description="of a reply that is sent back as history")
 
 
 class RequestMediaLimits(Body):
@@ -128,7 +164,8 @@ class ChatBody(SamplingBody):
     @property
     def limit(self) -> int | None:
         """The longest reply, in tokens."""
-        return self.max_completion_tokens or self.max_tokens
+        limit = self.max_completion_tokens or self.max_tokens
+        return None if limit is None else max(limit, MIN_TOKENS)
 
     @property
     def stops(self) -> list[str]:
@@ -165,7 +202,7 @@ class ScoreBody(Body):
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    answers: list[str | list[Any]] = Field(min_length=1, max_length=1000)
+    answers: list[str | list[Part]] = Field(min_length=1, max_length=1000)
     normalize: Literal["none", "tokens", "pmi"] = "none"
     media_limits: RequestMediaLimits | None = None
 
@@ -174,7 +211,7 @@ class EmbeddingsBody(Body):
     """POST /v1/embeddings: strings, token ids, or, beyond OpenAI's, lists of content parts as in messages."""
 
     model: str
-    input: str | list[Any] = Field(
+    input: str | list[Input] = Field(
         description="a string, token ids, or a list of inputs: strings, lists of token ids, lists of content parts"
     )
     dimensions: int | None = Field(default=None, ge=1, description="one of the head's widths")
