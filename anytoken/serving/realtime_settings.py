@@ -14,6 +14,7 @@ from typing import Any
 
 from anytoken.serving.content import PCM_RATE_HZ
 from anytoken.serving.errors import BadRequest
+from anytoken.serving.schemas import MAX_KINDS
 from anytoken.serving.voice_activity import VoiceSettings
 
 _KINDS = {"audio": "speech"}  # OpenAI's word for it
@@ -110,6 +111,8 @@ def _kinds(value: Any) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise BadRequest('output_modalities is a list such as ["audio"].', "session.output_modalities")
+    if len(value) > MAX_KINDS:
+        raise BadRequest(f"output_modalities has more than {MAX_KINDS} entries.", "session.output_modalities")
     names: list[str] = value
     return tuple(_KINDS.get(one, one) for one in names)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 _LABELS = (
     "user",
@@ -27,6 +27,8 @@ _OFF: dict[str, tuple[Any, ...]] = {  # what the model cannot do, and the values
 }  # fmt: skip
 _MODALITIES = {"audio": "speech"}  # OpenAI's word for it
 SEED_LIMIT = 2**63
+MAX_KINDS = 64  # parts of a reply
+MAX_STOPS, MAX_STOP = 16, 256  # each string and its beginnings are looked for whenever text comes
 MIN_TOKENS = 2  # one of text and the end of the turn; clients that only check a model ask for 1
 _DATA_URL = {"type": "string", "pattern": "^data:[a-z]+/[a-z0-9]+;base64,[A-Za-z0-9+/]*={0,2}$"}
 
@@ -140,19 +142,29 @@ class ChatBody(SamplingBody):
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     modalities: list[str] | None = Field(
-        default=None, description="kinds of the reply in order; null: the model decides"
+        default=None, max_length=MAX_KINDS, description="kinds of the reply in order; null: the model decides"
     )
     audio: AudioFormat | None = None
     n: int = Field(default=1, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | list[str] | None = Field(
+        default=None, description=f"up to {MAX_STOPS} strings of up to {MAX_STOP} characters"
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
     sizes: dict[str, list[int]] | None = Field(
         default=None, description='grid of a kind in codes, {"image": [8, 8]}'
     )
     media_limits: RequestMediaLimits | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        given = [stop] if isinstance(stop, str) else stop or []
+        if len(given) > MAX_STOPS or any(len(one) > MAX_STOP for one in given):
+            raise ValueError(f"at most {MAX_STOPS} strings of at most {MAX_STOP} characters")
+        return stop
 
     @property
     def output(self) -> list[str] | None:

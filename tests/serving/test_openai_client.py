@@ -213,6 +213,9 @@ def test_audio_transcriptions(client, mini, clip):
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
         ({"messages": []}, "messages"),
         ({"temperature": 99}, "temperature"),
+        ({"modalities": ["text"] * 65}, "modalities: List should have at most 64 items"),
+        ({"stop": ["x"] * 17}, "stop: at most 16 strings of at most 256 characters"),
+        ({"stop": "x" * 257}, "stop: at most 16 strings of at most 256 characters"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_one_clear_error(client, change, said):

@@ -274,6 +274,10 @@ def test_mistakes_are_error_events_and_the_session_goes_on(server):
         ('{"type": "session.update", "session": {"output_modalities": ["smell"]}}', "smell"),
         ('{"type": "session.update", "session": {"temperature": "hot"}}', "wrong type"),
         ('{"type": "session.update", "session": {"audio": {"input": {"format": "g711"}}}}', "16-bit PCM"),
+        (
+            json.dumps({"type": "session.update", "session": {"output_modalities": ["text"] * 65}}),
+            "more than 64 entries",
+        ),
         ('{"type": "session.update", "session": {"audio": []}}', "audio is an object"),
         ('{"type": "session.update", "session": {"max_output_tokens": -1}}', "at least 1"),
         (f'{{"type": "session.update", "session": {{"instructions": "{"x" * 100_001}"}}}}', "at most 100000"),
