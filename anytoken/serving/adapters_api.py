@@ -42,7 +42,10 @@ async def load_lora_adapter(body: LoadBody, request: Request) -> Response:
     allowed = service.settings.adapter_folder
     assert allowed is not None
     folder = _within(allowed, body.lora_path)
-    await service.change(lambda: service.model.load_adapter(folder, body.lora_name))
+    try:
+        await service.change(lambda: service.model.load_adapter(folder, body.lora_name))
+    except BadRequest as error:  # clients know the folder by the name that they gave
+        raise BadRequest(error.message.replace(str(folder), body.lora_path), "lora_path") from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

@@ -124,8 +124,16 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError) -> BadRequest:
     """The first thing that is wrong with a body, in one sentence, without repeating its content."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        reason = first["ctx"]["error"]
+        return BadRequest(f"The body is not valid JSON: {reason} at character {first['loc'][-1]}.")
+    if first["loc"] == ("body",) and first["type"] != "value_error":
+        return BadRequest("The body is not a JSON object: send one with Content-Type: application/json.")
+    names = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "extra_forbidden":
+        place = ".".join(names)
         return BadRequest(f"Unknown parameter {place!r}.", place, "unknown_parameter")
+    # pydantic also names the alternative of a union that it tried
+    place = ".".join(name for name in names if name != "str" and not name.startswith("list["))
     message = str(first["msg"]).removeprefix("Value error, ")
     return BadRequest(f"{place}: {message}" if place else message, place or None)

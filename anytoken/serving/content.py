@@ -27,7 +27,7 @@ import numpy as np
 
 from anytoken.segments import DNA, Image, Segment, Speech, Text, Video
 from anytoken.serving.errors import BadRequest, media_error
-from anytoken.serving.schemas import RequestMediaLimits
+from anytoken.serving.schemas import AUDIO_FORMATS, RequestMediaLimits
 from anytoken.serving.settings import ServerSettings
 from anytoken.utils.limits import current_limits, media_limits
 
@@ -35,7 +35,6 @@ _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64,(?P<data>.*)", re.DOTALL
 )
 _VIDEO_TYPES = "video/mp4", "video/webm", "video/quicktime", "video/x-matroska", "image/gif", "image/webp"
-AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 AUDIO_TYPES = {
     "wav": "audio/wav",
     "mp3": "audio/mpeg",
@@ -110,8 +109,8 @@ def read_part(
         "video_url": lambda: _video(*_data_url(part, "video_url", where)),
         "dna": lambda: _dna(part.get("dna"), where, settings),
     }
-    if kind not in readers:
-        raise BadRequest(f"{where} has the type {kind!r}; allowed: {', '.join(readers)}.", where)
+    if not isinstance(kind, str) or kind not in readers:
+        raise BadRequest(f"{where} has the type {kind!r:.80}; allowed: {', '.join(readers)}.", where)
     try:
         with media_limits(settings.media_limits, **limits):
             return readers[kind]()

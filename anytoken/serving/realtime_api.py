@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from anytoken.serving.schemas import SEED_LIMIT, SamplingBody
 from anytoken.serving.service import Service
 from anytoken.serving.voice_activity import VoiceActivity
 
+log = logging.getLogger(__name__)
 router = APIRouter()
 BETA = {  # names of the present API, and those of its beta
     "response.output_text": "response.text", "response.output_audio": "response.audio",
@@ -59,7 +62,7 @@ async def realtime(socket: WebSocket, model: str = "") -> None:
             async with asyncio.timeout(SESSION_SECONDS):
                 await session.open()
                 while True:
-                    await session.take(await socket.receive_text())
+                    await session.take(await _received(socket))
         except (TimeoutError, NotFound) as error:
             await socket.close(1008, str(error)[:100] or "The session is over.")
         finally:
@@ -108,12 +111,17 @@ class RealtimeSession:
         event: Any = None
         try:
             event = _parsed(text)
-            handler = self._handlers.get(event.get("type"))
-            if handler is None:
+            kind = event.get("type")
+            if not isinstance(kind, str) or kind not in self._handlers:
                 known = ", ".join(self._handlers)
-                raise BadRequest(f"There is no event {event.get('type')!r:.60}; allowed: {known}.", "type")
-            await handler(event)
-        except ApiError as error:
+                raise BadRequest(f"There is no event {kind!r:.60}; allowed: {known}.", "type")
+            await self._handlers[kind](event)
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("An event failed")
+                error = ApiError()
             given = event.get("event_id") if isinstance(event, dict) else None
             await self.send("error", error={**error.body()["error"], "event_id": given})
 
@@ -136,7 +144,18 @@ class RealtimeSession:
         place = next((number for number, turn in enumerate(turns, 1) if turn is after), len(turns))
         self.chat.turns = turns[:place]
         self.chat.remember(reply)
-        self.chat.turns = [*self.chat.turns, *turns[place:]]
+        self._keep([*self.chat.turns[:-1], replace(self.chat.turns[-1], content=[]), *turns[place:]])
+
+    def _keep(self, turns: list[Turn]) -> None:
+        """Make these the conversation, without turns so far outside of the context that they are never read."""
+        most = 2 * self.service.model.engine.context
+        begins = [place for place, turn in enumerate(turns) if place and turn.role == "user"]
+        while begins and sum(len(turn.ids) for turn in turns) > most:
+            head = turns[:1] if turns[0].role == "system" else []
+            dropped = begins[0] - len(head)
+            turns = [*head, *turns[begins[0] :]]
+            begins = [place - dropped for place in begins[1:]]
+        self.chat.turns = turns
 
     async def close(self) -> None:
         """Stop what runs."""
@@ -165,9 +184,7 @@ class RealtimeSession:
         await self.send("session.updated", session=self._session())
 
     async def _append(self, event: Mapping[str, Any]) -> None:
-        data = decoded(event.get("audio"), "audio")
-        if len(data) % 2:
-            raise BadRequest("audio is 16-bit PCM: an even number of bytes.", "audio")
+        data = _pcm(event.get("audio"), "audio")
         size = len(self._audio) + len(data)
         self._check_length(size, "The audio buffer", "audio")
         if size > self.service.settings.max_body_bytes:
@@ -255,9 +272,11 @@ class RealtimeSession:
 
     def _segment(self, part: Any, number: int) -> Segment:
         where = f"item.content[{number}]"
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise BadRequest(f'{where} is an object such as {{"type": "input_text", "text": "..."}}.', where)
+        kind = part["type"]
         if kind == "input_audio":
-            data = decoded(part.get("audio"), where)
+            data = _pcm(part.get("audio"), f"{where}.audio")
             self._check_length(len(data), where, where)
             return Speech(_samples(data), PCM_RATE_HZ)
         if kind == "input_image":
@@ -275,10 +294,13 @@ class RealtimeSession:
         self, role: str, segments: list[Segment], content: list[Any], given: Any = None
     ) -> dict[str, Any]:
         """Add a message to the conversation; BadRequest for one that the model cannot read."""
+        said = self.service.model.chat()
         try:
-            await asyncio.to_thread(self.chat.say, [{"role": role, "content": segments}])
+            await asyncio.to_thread(said.say, [{"role": role, "content": segments}])
         except ValueError as error:
             raise BadRequest(str(error), "item") from error
+        # the conversation may have got a reply meanwhile; media are not kept, as only ids are read
+        self._keep([*self.chat.turns, *(replace(turn, content=[]) for turn in said.turns)])
         return _item(given if isinstance(given, str) else None, role, content, "completed")
 
     async def _cancel(self, event: Mapping[str, Any]) -> None:
@@ -313,6 +335,12 @@ class RealtimeSession:
         await asyncio.sleep(0)  # it runs from here on, so that cancelling it is answered
 
     def _check(self, settings: RealtimeSettings) -> None:
+        most = self.service.settings.max_text
+        if len(settings.instructions) > most:
+            raise BadRequest(
+                f"instructions has {len(settings.instructions)} characters; at most {most} are taken.",
+                "session.instructions",
+            )
         try:
             self.service.model.request((), None if settings.kinds is None else list(settings.kinds))
             self._body(settings)
@@ -418,6 +446,14 @@ def _item(name: str | None, role: str, content: list[Any], status: str) -> dict[
     }  # fmt: skip
 
 
+async def _received(socket: WebSocket) -> str:
+    """The next event's text; the text of a binary frame is empty, so that it is answered like other bad events."""
+    message = await socket.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message["code"], message.get("reason"))
+    return message.get("text") or ""
+
+
 def _parsed(text: str) -> dict[str, Any]:
     try:
         event = json.loads(text)
@@ -433,6 +469,13 @@ def _object(event: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise BadRequest(f"{key} is an object.", key)
     return value
+
+
+def _pcm(audio: Any, where: str) -> bytes:
+    data = decoded(audio, where)
+    if len(data) % 2:
+        raise BadRequest(f"{where} is 16-bit PCM: an even number of bytes.", where)
+    return data
 
 
 def _samples(data: bytes | bytearray) -> np.ndarray:

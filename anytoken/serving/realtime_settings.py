@@ -14,6 +14,7 @@ from typing import Any
 
 from anytoken.serving.content import PCM_RATE_HZ
 from anytoken.serving.errors import BadRequest
+from anytoken.serving.schemas import MAX_KINDS
 from anytoken.serving.voice_activity import VoiceSettings
 
 _KINDS = {"audio": "speech"}  # OpenAI's word for it
@@ -59,6 +60,8 @@ class RealtimeSettings:
                 changes["seed"] = value if value is None else _checked(key, value, int)
             elif key in ("max_output_tokens", "max_response_output_tokens"):
                 changes["max_tokens"] = None if value in (None, "inf") else _checked(key, value, int)
+                if value not in (None, "inf") and value < 1:
+                    raise BadRequest(f'{key} is at least 1, or "inf"; received {value}.', f"session.{key}")
             elif key == "turn_detection":
                 changes |= _turns(value)
             elif key not in _LABELS and key not in _OFF:
@@ -87,9 +90,11 @@ class RealtimeSettings:
 def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of `audio.input` and `audio.output` next to the others."""
     found = {key: value for key, value in given.items() if key != "audio"}
-    audio = given.get("audio") or {}
+    audio = given.get("audio")
+    if audio is not None and not isinstance(audio, Mapping):
+        raise BadRequest("audio is an object.", "session.audio")
     for side in ("input", "output"):
-        inner = audio.get(side) if isinstance(audio, Mapping) else None
+        inner = (audio or {}).get(side)
         if inner is not None and not isinstance(inner, Mapping):
             raise BadRequest(f"audio.{side} is an object.", f"session.audio.{side}")
         for key, value in (inner or {}).items():
@@ -106,6 +111,8 @@ def _kinds(value: Any) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise BadRequest('output_modalities is a list such as ["audio"].', "session.output_modalities")
+    if len(value) > MAX_KINDS:
+        raise BadRequest(f"output_modalities has more than {MAX_KINDS} entries.", "session.output_modalities")
     names: list[str] = value
     return tuple(_KINDS.get(one, one) for one in names)
 
@@ -117,14 +124,16 @@ def _turns(value: Any) -> dict[str, Any]:
         raise BadRequest('turn_detection is null or of type "server_vad".', "session.turn_detection")
     default = VoiceSettings()
 
-    def number(key: str, otherwise: float) -> float:
+    def number(key: str, otherwise: float, most: int = 60_000) -> float:
         found = _checked(f"turn_detection.{key}", value.get(key, otherwise), (int, float))
-        if not 0 <= found <= 60_000:
-            raise BadRequest(f"turn_detection.{key} is out of range.", "session.turn_detection")
+        if not 0 <= found <= most:
+            raise BadRequest(
+                f"turn_detection.{key} is from 0 to {most}; received {found}.", "session.turn_detection"
+            )
         return float(found)
 
     voice = VoiceSettings(
-        number("threshold", default.threshold),
+        number("threshold", default.threshold, 1),
         number("prefix_padding_ms", 1000 * default.prefix_padding) / 1000,
         number("silence_duration_ms", 1000 * default.silence) / 1000,
     )

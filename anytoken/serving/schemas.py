@@ -6,9 +6,9 @@ that only label a request (`user`, `metadata`, ...) are accepted.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 _LABELS = (
     "user",
@@ -27,6 +27,44 @@ _OFF: dict[str, tuple[Any, ...]] = {  # what the model cannot do, and the values
 }  # fmt: skip
 _MODALITIES = {"audio": "speech"}  # OpenAI's word for it
 SEED_LIMIT = 2**63
+MAX_KINDS = 64  # parts of a reply
+MAX_STOPS, MAX_STOP = 16, 256  # each string and its beginnings are looked for whenever text comes
+MIN_TOKENS = 2  # one of text and the end of the turn; clients that only check a model ask for 1
+_DATA_URL = {"type": "string", "pattern": "^data:[a-z]+/[a-z0-9]+;base64,[A-Za-z0-9+/]*={0,2}$"}
+
+
+def _part_schema(kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    found = {"type": {"const": kind}, kind: value}
+    return {"type": "object", "title": kind, "properties": found, "required": list(found)}
+
+
+def _object_schema(**fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
+_PART = {
+    "anyOf": [
+        _part_schema("text", {"type": "string"}),
+        _part_schema("image_url", _object_schema(url=_DATA_URL)),
+        _part_schema(
+            "input_audio",
+            _object_schema(data={"type": "string", "format": "byte"}, format={"enum": list(AUDIO_FORMATS)}),
+        ),
+        _part_schema("video_url", _object_schema(url=_DATA_URL)),
+        _part_schema("dna", {"type": "string", "pattern": "^[ACGTN]+$"}),
+    ]
+}
+_INPUT = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": _PART},
+    ]
+}
+# `content.read_part` reads them, and its errors name the part; the schemas are for the document.
+Part = Annotated[Any, WithJsonSchema(_PART)]
+Input = Annotated[Any, WithJsonSchema({"anyOf": [*_INPUT["anyOf"], {"type": "integer"}]})]
 
 
 class Body(BaseModel):
@@ -80,13 +118,13 @@ class AudioFormat(Body):
 
 
 class Message(BaseModel):
-    """One message; content as in `content.py`."""
+    """One message: a text, or a list of content parts."""
 
     model_config = ConfigDict(extra="ignore")  # an assistant's message comes back with all it was sent with
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Any] | None = None
-    images: list[Any] | None = None
+    content: str | list[Part] | None = None
+    images: list[Part] | None = Field(default=None, description="of a reply that is sent back as history")
 
 
 class RequestMediaLimits(Body):
@@ -104,19 +142,29 @@ class ChatBody(SamplingBody):
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     modalities: list[str] | None = Field(
-        default=None, description="kinds of the reply in order; null: the model decides"
+        default=None, max_length=MAX_KINDS, description="kinds of the reply in order; null: the model decides"
     )
     audio: AudioFormat | None = None
     n: int = Field(default=1, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | list[str] | None = Field(
+        default=None, description=f"up to {MAX_STOPS} strings of up to {MAX_STOP} characters"
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
     sizes: dict[str, list[int]] | None = Field(
         default=None, description='grid of a kind in codes, {"image": [8, 8]}'
     )
     media_limits: RequestMediaLimits | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        given = [stop] if isinstance(stop, str) else stop or []
+        if len(given) > MAX_STOPS or any(len(one) > MAX_STOP for one in given):
+            raise ValueError(f"at most {MAX_STOPS} strings of at most {MAX_STOP} characters")
+        return stop
 
     @property
     def output(self) -> list[str] | None:
@@ -128,7 +176,8 @@ class ChatBody(SamplingBody):
     @property
     def limit(self) -> int | None:
         """The longest reply, in tokens."""
-        return self.max_completion_tokens or self.max_tokens
+        limit = self.max_completion_tokens or self.max_tokens
+        return None if limit is None else max(limit, MIN_TOKENS)
 
     @property
     def stops(self) -> list[str]:
@@ -165,7 +214,7 @@ class ScoreBody(Body):
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    answers: list[str | list[Any]] = Field(min_length=1, max_length=1000)
+    answers: list[str | list[Part]] = Field(min_length=1, max_length=1000)
     normalize: Literal["none", "tokens", "pmi"] = "none"
     media_limits: RequestMediaLimits | None = None
 
@@ -174,7 +223,7 @@ class EmbeddingsBody(Body):
     """POST /v1/embeddings: strings, token ids, or, beyond OpenAI's, lists of content parts as in messages."""
 
     model: str
-    input: str | list[Any] = Field(
+    input: str | list[Input] = Field(
         description="a string, token ids, or a list of inputs: strings, lists of token ids, lists of content parts"
     )
     dimensions: int | None = Field(default=None, ge=1, description="one of the head's widths")

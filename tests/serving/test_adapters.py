@@ -130,6 +130,10 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(adapters, start):
         for path in ("..", "../..", str(outside), "nowhere", "one/adapter_config.json", "\0"):
             bad = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": path})
             assert bad.status_code == 400 and "within" in bad.text
+        (adapters / "empty").mkdir(exist_ok=True)
+        bad = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "empty"})
+        assert bad.status_code == 400 and "empty/adapter_config.json is missing" in bad.text
+        assert str(adapters) not in bad.text, "where the server keeps its adapters is no client's business"
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 200
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 404
         assert client.post(CHAT, json=chat("mini:mine")).status_code == 404

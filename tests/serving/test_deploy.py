@@ -149,3 +149,19 @@ def test_services_fit_together(mini):
     for line in re.findall(r"^#\s+(docker .*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE):
         words = shlex.split(line)
         assert (ROOT / words[words.index("-f") + 1]).is_file()
+
+
+def test_the_workflow_builds_both_images_and_starts_the_services():
+    """As far as it can be checked here: what it names exists, and its two devices are the Dockerfile's."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    container, test = workflow["jobs"]["container"], workflow["jobs"]["test"]
+    assert container["strategy"]["matrix"]["device"] == ["cpu", "cuda"]
+    lines = " ".join(step.get("run", "") for step in container["steps"])
+    files = re.findall(r"docs/deploy/\S+", lines)
+    assert {"docs/deploy/Dockerfile", "docs/deploy/compose.yaml", "docs/deploy/compose.gpu.yaml"} <= set(
+        files
+    )
+    assert all((ROOT / file).exists() for file in files if not file.endswith("api_key"))
+    shots = next(step for step in test["steps"] if "ANYTOKEN_SCREENSHOTS" in step.get("env", {}))
+    kept = next(step for step in test["steps"] if step.get("uses", "").startswith("actions/upload-artifact"))
+    assert kept["with"]["path"] == shots["env"]["ANYTOKEN_SCREENSHOTS"]

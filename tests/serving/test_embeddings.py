@@ -66,6 +66,7 @@ def test_content_parts_are_one_prompt(client, embedding_model):
         ({"input": []}, "input is empty"),
         ({"input": ""}, "empty"),
         ({"input": [[{"type": "smell"}]]}, "smell"),
+        ({"input": [[{"type": {}}]]}, "has the type {}"),
         ({"input": [3, 10**6]}, "token ids are of text"),
         ({"input": [[{"type": "dna", "dna": "ACGT" * 12}]]}, "knows text, image, speech"),
         ({"dimensions": 5}, "8, 32"),

@@ -4,6 +4,7 @@ import base64
 import io
 from functools import partial
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -208,8 +209,13 @@ def test_audio_transcriptions(client, mini, clip):
         ({"messages": user(data_url(b"no image"))}, "content"),
         ({"messages": user(data_url(PNG[:200]))}, "content"),
         ({"messages": user({"type": "input_audio", "input_audio": {"data": "!", "format": "wav"}})}, "valid base64"),
+        ({"messages": user({"type": ["text"]})}, "has the type ['text']; allowed: text, image_url"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: "),
         ({"messages": []}, "messages"),
         ({"temperature": 99}, "temperature"),
+        ({"modalities": ["text"] * 65}, "modalities: List should have at most 64 items"),
+        ({"stop": ["x"] * 17}, "stop: at most 16 strings of at most 256 characters"),
+        ({"stop": "x" * 257}, "stop: at most 16 strings of at most 256 characters"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_one_clear_error(client, change, said):
@@ -222,3 +228,37 @@ def test_bad_requests_are_one_clear_error(client, change, said):
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as error:
         client.chat.completions.create(**options)
     assert said in error.value.body["message"] and "Traceback" not in str(error.value.body)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"model": "mini"', "The body is not valid JSON: Expecting ',' delimiter at character 16."),
+        ("", "The body is not a JSON object"),
+        ("[]", "The body is not a JSON object"),
+        ('{"model": "mini"}', "messages: Field required"),
+    ],
+)
+def test_bodies_that_are_no_request(server, body, said):
+    answer = httpx.post(
+        f"{server}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_one_token_is_enough_to_check_a_model(client):
+    """What monitors and gateways ask for to see whether a model answers."""
+    answer = client.chat.completions.create(
+        model="mini", messages=user({"type": "text", "text": "hi"}), modalities=["text"], max_tokens=1
+    )
+    assert answer.choices[0].message.content and answer.usage.completion_tokens == 2
+
+
+def test_the_document_describes_content_parts(server):
+    """So that `/docs` shows them, and requests made up from the document have media."""
+    schemas = httpx.get(f"{server}/openapi.json").json()["components"]["schemas"]
+    [parts] = [one["items"] for one in schemas["Message"]["properties"]["content"]["anyOf"] if "items" in one]
+    kinds = [one["properties"]["type"]["const"] for one in parts["anyOf"]]
+    assert kinds == ["text", "image_url", "input_audio", "video_url", "dna"]
+    answers = schemas["ScoreBody"]["properties"]["answers"]["items"]["anyOf"]
+    assert parts in [one.get("items") for one in answers]

@@ -14,7 +14,11 @@ import websockets
 from anytoken import Image, Speech, recipes
 from anytoken.serving.content import pcm16
 from anytoken.serving.errors import BadRequest
+from anytoken.serving.middleware import Metrics
+from anytoken.serving.realtime_api import RealtimeSession
 from anytoken.serving.realtime_settings import RealtimeSettings
+from anytoken.serving.service import Service
+from anytoken.serving.settings import ServerSettings
 from anytoken.serving.voice_activity import VoiceActivity, VoiceSettings
 
 RATE = 24_000
@@ -247,10 +251,22 @@ def test_turns_are_taken_by_listening(server, clip):
     assert 600 <= started["audio_start_ms"] <= 1000
 
 
+def create_item(part):
+    item = {"type": "message", "role": "user", "content": [part]}
+    return json.dumps({"type": "conversation.item.create", "item": item})
+
+
+def update_vad(**fields):
+    turns = {"type": "server_vad", **fields}
+    return json.dumps({"type": "session.update", "session": {"turn_detection": turns}})
+
+
 def test_mistakes_are_error_events_and_the_session_goes_on(server):
     bad = [
         ("not json", "JSON object"),
         ("[1]", "JSON object"),
+        (b"\x00\x01", "JSON object"),
+        ('{"type": []}', "no event []"),
         ('{"type": "bogus", "event_id": "mine"}', "no event"),
         ('{"type": "session.update"}', "session is an object"),
         ('{"type": "session.update", "session": {"bogus": 1}}', "Unknown parameter"),
@@ -258,6 +274,17 @@ def test_mistakes_are_error_events_and_the_session_goes_on(server):
         ('{"type": "session.update", "session": {"output_modalities": ["smell"]}}', "smell"),
         ('{"type": "session.update", "session": {"temperature": "hot"}}', "wrong type"),
         ('{"type": "session.update", "session": {"audio": {"input": {"format": "g711"}}}}', "16-bit PCM"),
+        (
+            json.dumps({"type": "session.update", "session": {"output_modalities": ["text"] * 65}}),
+            "more than 64 entries",
+        ),
+        ('{"type": "session.update", "session": {"audio": []}}', "audio is an object"),
+        ('{"type": "session.update", "session": {"max_output_tokens": -1}}', "at least 1"),
+        (f'{{"type": "session.update", "session": {{"instructions": "{"x" * 100_001}"}}}}', "at most 100000"),
+        (update_vad(threshold=9), "threshold is from 0 to 1; received 9"),
+        (create_item({"type": []}), "item.content[0] is an object such as"),
+        (create_item("words"), "item.content[0] is an object such as"),
+        (create_item({"type": "input_audio", "audio": "AAAA"}), "item.content[0].audio is 16-bit PCM"),
         ('{"type": "input_audio_buffer.append", "audio": "???"}', "base64"),
         ('{"type": "input_audio_buffer.append", "audio": "AAAA"}', "even number"),
         ('{"type": "input_audio_buffer.commit"}', "at least 100 ms"),
@@ -272,7 +299,7 @@ def test_mistakes_are_error_events_and_the_session_goes_on(server):
                 await line.socket.send(text)
                 event = await line.until("error")
                 assert says in event["error"]["message"], event
-                assert "mine" not in text or event["error"]["event_id"] == "mine"
+                assert "mine" not in str(text) or event["error"]["event_id"] == "mine"
             await line.send("input_audio_buffer.clear")
             await line.until("input_audio_buffer.cleared")
 
@@ -374,5 +401,57 @@ def test_settings_of_both_versions_mean_the_same():
         .shown()
     )
     assert shown["audio"]["input"]["turn_detection"]["silence_duration_ms"] == 300
-    with pytest.raises(BadRequest, match="out of range"):
+    with pytest.raises(BadRequest, match="from 0 to 60000"):
         RealtimeSettings().changed({"turn_detection": {"type": "server_vad", "silence_duration_ms": -1}})
+
+
+@pytest.fixture
+def session(mini):
+    """A session without a connection, and the events that it sends."""
+    service, sent = Service(mini, "mini", ServerSettings(), Metrics()), []
+
+    async def send(text):
+        sent.append(json.loads(text))
+
+    return RealtimeSession(service, "mini", False, send), sent
+
+
+def say(words):
+    return create_item({"type": "input_text", "text": words})
+
+
+def test_a_failure_that_nobody_foresaw_ends_no_session(session, monkeypatch):
+    session, sent = session
+    monkeypatch.setattr(session.service.model.processor, "encode_chat", lambda *given: 1 / 0)
+    asyncio.run(session.take(say("a fox")))
+    assert sent[-1]["error"]["type"] == "server_error" and "division" not in str(sent)
+
+
+def test_a_reply_that_ends_while_a_message_is_read_is_not_lost(session, mini, monkeypatch):
+    session, _ = session
+    asyncio.run(session.take(say("a fox")))
+    reply, encode = mini.generate("a fox", output="text", seed=0), mini.processor.encode_chat
+
+    def slow(*given):
+        session.remember(reply, session.chat.turns[0])
+        return encode(*given)
+
+    monkeypatch.setattr(mini.processor, "encode_chat", slow)
+    asyncio.run(session.take(say("a cat")))
+    assert [turn.role for turn in session.chat.turns] == ["user", "assistant", "user"]
+    assert session.chat.turns[1].ids[1:] == reply.ids
+
+
+def test_a_long_conversation_stays_small(session, mini):
+    session, _ = session
+
+    async def run():
+        await session.take('{"type": "session.update", "session": {"instructions": "Be brief."}}')
+        for number in range(60):
+            await session.take(say(f"{number} " + "word " * 100))
+
+    asyncio.run(run())
+    turns, context = session.chat.turns, mini.engine.context
+    assert turns[0].role == "system" and turns[1].role == "user"
+    assert context <= sum(len(turn.ids) for turn in turns) <= 2 * context
+    assert all(turn.content == [] for turn in turns[1:]), "media are read once and not kept"

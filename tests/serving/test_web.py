@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import threading
 import time
 import zipfile
 
@@ -74,6 +75,27 @@ def test_a_reply_that_is_stopped_leaves_the_message(session):
     assert [turn.role for turn in session.chat.turns] == ["user"]
     _, last = finish(session.answer(seed=0))
     assert isinstance(last[-1].segment, Speech)
+
+
+def test_stopping_shows_what_there_is_and_waits_for_the_end(session):
+    session.say("fox, voice slt", [], ["speech", "video"])
+    shown, begun = [], threading.Event()
+
+    def reply():
+        with session.replying():
+            for parts in session.answer(seed=0):
+                shown.append(parts)
+                begun.set()
+
+    thread = threading.Thread(target=reply)
+    thread.start()
+    begun.wait()
+    session.stop()
+    assert shown[-1][-1].text == "stopped" and [turn.role for turn in session.chat.turns] == ["user"]
+    thread.join()
+    with session.replying():
+        _, last = finish(session.answer(seed=0))
+    assert isinstance(last[-1].segment, Video), "the next reply is made whole"
 
 
 def test_visitors_are_answered_at_the_same_time(mini, tmp_path):

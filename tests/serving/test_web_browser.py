@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from itertools import product
 from pathlib import Path
 
@@ -206,6 +207,39 @@ def test_a_visit(address, visit):
         page.get_by_role("tab", name=tab).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.outside == []
+
+
+def test_a_reply_is_stopped_and_a_conversation_saved(address, visit):
+    page, _ = visit
+    page.goto(address[0])
+    page.locator("#box textarea").wait_for()
+    for one in ("speech", "video", "dna"):
+        kind(page, one)
+    for _ in range(3):  # at once, and in the midst of a segment
+        say(page, "a fox")
+        page.locator("#chat .bot").first.wait_for()
+        page.locator("#box").get_by_label("Stop").click()
+        idle(page)
+        page.get_by_text("stopped", exact=True).wait_for()
+        assert page.locator("#chat .error").count() == 0
+        page.locator("#chat").get_by_label("Undo").click()
+        page.locator("#chat .user").wait_for(state="detached")
+        assert page.locator("#box textarea").input_value() == "a fox"
+    say(page, "a fox")
+    page.locator("#chat .bot").first.wait_for()
+    page.get_by_role("button", name="New").click()
+    page.locator("#chat .user").wait_for(state="detached")
+    idle(page)
+    for one in ("speech", "video"):
+        kind(page, one, False)
+    for words, messages in (("a fox", 2), ("a cat", 4)):
+        say(page, words)
+        page.wait_for_function(f"() => document.querySelectorAll('#chat .message').length >= {messages}")
+        idle(page)
+        with page.expect_download() as saved:
+            page.get_by_role("button", name="Save").click()
+        with zipfile.ZipFile(saved.value.path()) as archive:
+            assert len(json.loads(archive.read("chat.json"))["messages"]) == messages
 
 
 def test_two_tabs_at_once(address, visit):

@@ -80,6 +80,7 @@ new MutationObserver(() =>
   )
 ).observe(document.documentElement, {childList: true, subtree: true})
 </script>"""
+CLICK_FILE = "() => document.querySelector('#file').click()"
 FONT = ("system-ui", "sans-serif")
 MONOSPACE = ("ui-monospace", "monospace")
 
@@ -205,7 +206,8 @@ class _Chat:
                 [("1: new", 0)], value=0, label="Conversation", scale=4, min_width=120, interactive=True
             )
             self.new = gr.Button("New", scale=0, min_width=70, size="sm")
-            self.save = gr.DownloadButton("Save", scale=0, min_width=70, size="sm")
+            self.save = gr.Button("Save", scale=0, min_width=70, size="sm")
+            self.file = gr.DownloadButton("Download", visible="hidden", elem_id="file")
         self.chat = gr.Chatbot(
             elem_id="chat", label="Conversation", show_label=False, editable="user", render_markdown=False,
             examples=[_clickable(one) for one in self.examples], buttons=["copy"], layout="bubble",
@@ -246,29 +248,35 @@ class _Chat:
             "api_visibility": "private",
         }
         at_once: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        replies = [
-            self.box.submit(self._send, [self.session, self.box, *asked], everything, **model),
-            self.chat.example_select(
-                self._example, [self.session, *self.settings], [*everything, self.kinds], **model
-            ),
-            self.chat.retry(self._retry, [self.session, *asked], everything, **model),
-            self.chat.edit(self._edit, [self.session, *asked], everything, **model),
-        ]
-        self.box.stop(self._stopped, [self.session], everything, cancels=replies, **at_once)
-        self.chat.undo(shown_errors(self._undo), [self.session], everything, cancels=replies, **at_once)
-        self.chat.clear(shown_errors(self._new), [self.session], everything, cancels=replies, **at_once)
-        self.new.click(shown_errors(self._new), [self.session], everything, cancels=replies, **at_once)
-        self.conversation.input(
-            shown_errors(self._open),
-            [self.session, self.conversation],
-            everything,
-            cancels=replies,
-            **at_once,
+        self.box.submit(self._send, [self.session, self.box, *asked], everything, **model)
+        self.chat.example_select(
+            self._example, [self.session, *self.settings], [*everything, self.kinds], **model
         )
-        self.save.click(shown_errors(self._save), [self.session], [self.save], **at_once)
+        self.chat.retry(self._retry, [self.session, *asked], everything, **model)
+        self.chat.edit(self._edit, [self.session, *asked], everything, **model)
+        self.box.stop(self._stopped, [self.session], None, **at_once)
+        self.chat.undo(shown_errors(self._undo), [self.session], everything, **at_once)
+        self.chat.clear(shown_errors(self._new), [self.session], everything, **at_once)
+        self.new.click(shown_errors(self._new), [self.session], everything, **at_once)
+        self.conversation.input(
+            shown_errors(self._open), [self.session, self.conversation], everything, **at_once
+        )
+        # A click on a download button brings the file that was there before: this one is clicked with the new one.
+        self.save.click(self._save, [self.session], [self.file], **at_once).success(
+            None, None, None, js=CLICK_FILE
+        )
 
     def _begin(self) -> Session:
         return Session(self.model, self.root)
+
+    def _idle(self, session: Session | None) -> Session:
+        """The session, in which no reply is made any more.
+
+        Replies are not cancelled by Gradio, which then may show an error in place of the conversation.
+        """
+        session = session or self._begin()
+        session.stop()
+        return session
 
     # handlers; each gives the values of session, chat, box and conversation
 
@@ -303,42 +311,51 @@ class _Chat:
         value: dict[str, Any] | None,
     ) -> Iterator[list[Any]]:
         """Do what comes before the reply, then show it while it is made; after a failure all is as it was."""
-        turns = list(session.chat.turns)
-        try:
-            begin()
-            yield [session, gr.skip(), _busy(), gr.skip()]
-            for parts in session.answer(**settings_of(*settings)):
-                yield [session, _messages(parts), gr.skip(), gr.skip()]
-        except Exception as error:
-            session.chat.turns = turns
-            yield self._view(session, gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False))
-            show_error(error)
-        else:
-            yield self._view(session, _ready())
+        with session.replying():
+            turns = list(session.chat.turns)
+            try:
+                begin()
+                yield [session, gr.skip(), _busy(), gr.skip()]
+                for parts in session.answer(**settings_of(*settings)):
+                    yield [session, _messages(parts), gr.skip(), gr.skip()]
+            except Exception as error:
+                session.chat.turns = turns
+                yield self._view(session, gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False))
+                show_error(error)
+            else:
+                found = self._view(session, _ready())
+                yield (
+                    [session, gr.skip(), *found[2:]] if session.stopped else found
+                )  # what there is of it stays
 
-    def _stopped(self, session: Session | None) -> list[Any]:
+    def _stopped(self, session: Session | None) -> None:
         """The message stays, unanswered: it can be retried, edited or taken back."""
-        gr.Info("Stopped. Retry answers your message again.")
-        return [session, gr.skip(), _ready(), gr.skip()]
+        if session is not None:
+            session.stop()
+            gr.Info("Stopped. Retry answers your message again.")
 
     def _undo(self, session: Session | None) -> list[Any]:
-        session = session or self._begin()
+        session = self._idle(session)
         words, files = session.take_back()
         value = {"text": words, "files": files}
         return self._view(session, gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False))
 
     def _new(self, session: Session | None) -> list[Any]:
-        session = session or self._begin()
+        session = self._idle(session)
         session.new()
         return self._view(session, _ready())
 
     def _open(self, session: Session | None, number: int) -> list[Any]:
-        session = session or self._begin()
+        session = self._idle(session)
         session.open(number)
         return self._view(session, _ready())
 
-    def _save(self, session: Session | None) -> str:
-        return str((session or self._begin()).archive())
+    def _save(self, session: Session | None) -> str | None:
+        try:
+            return str((session or self._begin()).archive())
+        except RequestError as error:
+            show_error(error)
+            return None  # so that no earlier file is downloaded
 
     def _view(self, session: Session, box: Any) -> list[Any]:
         names = gr.Dropdown(session.titles(), value=session.current)

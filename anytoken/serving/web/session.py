@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from anytoken.utils.errors import RequestError
 MOMENT = 0.1  # seconds between two views of a reply in the making
 DISPLAY_PX = 256  # shorter sides are enlarged to about this, pixel by pixel
 TITLE = 32  # characters of a conversation's name
+STOP_SECONDS = 30  # a reply ends before its next token
 NOTES = {"image": "drawing", "speech": "speaking", "video": "animating", "dna": "writing DNA"}
 
 
@@ -57,6 +59,8 @@ class Session:
         self.current = 0
         self.folder = Path(tempfile.mkdtemp(dir=root))
         self._files: dict[Segment, Path] = {}
+        self._stopping, self._idle = threading.Event(), threading.Event()
+        self._idle.set()
 
     @property
     def chat(self) -> Chat:
@@ -95,6 +99,27 @@ class Session:
 
     # ---- talking ----
 
+    @contextmanager
+    def replying(self) -> Iterator[None]:
+        """While a reply is made and shown; one that was begun before is stopped first."""
+        self.stop()
+        self._stopping.clear()
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._idle.set()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the running reply was to stop."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """End the running reply, if there is one: what there is of it is shown, but not part of the conversation."""
+        self._stopping.set()
+        self._idle.wait(STOP_SECONDS)
+
     def say(self, words: str, files: Sequence[str], kinds: Sequence[str]) -> None:
         """Add what the user says; `answer` then replies to it. RequestError names a file that cannot be read."""
         content: list[Segment] = [read_file(file) for file in files]
@@ -110,6 +135,9 @@ class Session:
         with closing(self.chat.regenerate_stream(**options)) as events:
             for event in events:
                 pending.take(event)
+                if self.stopped:
+                    yield [*shown, *pending.parts("stopped")]
+                    return
                 if time.monotonic() - last > MOMENT:
                     last = time.monotonic()
                     yield [*shown, *pending.parts()]
@@ -187,16 +215,16 @@ class _Pending:
             self._done.append(event.segment)
             self._text, self._preview, self._note = "", None, ""
 
-    def parts(self) -> list[Part]:
-        """What there is of it."""
+    def parts(self, note: str | None = None) -> list[Part]:
+        """What there is of it; note: instead of what is being made."""
         turn, session = len(self._session.chat), self._session
         found = [session.part("assistant", turn, segment) for segment in self._done]
         if self._text:
             found.append(Part("assistant", turn, None, self._text))
         if self._preview is not None:
             found.append(session.part("assistant", turn, self._preview))
-        if self._note:
-            found.append(Part("assistant", turn, None, self._note))
+        if note or self._note:
+            found.append(Part("assistant", turn, None, note or self._note))
         return found
 
 
