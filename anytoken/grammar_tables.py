@@ -81,7 +81,7 @@ class SegmentTable:
         self.global_codes: Ranges = tuple((span.start, span.stop) for span in spans)
         self.close_only: Ranges = (one(self.close),)
         # What may stand where a run's next frame could begin: its close id, or, delayed, the rest of the frames before.
-        self.delayed = self.num_codebooks > 1 and self.shape.order == "delayed"
+        self.delayed = self.num_codebooks > 1 and self.shape.order == "delay"
         self.ending: Ranges = self.codes[1] if self.delayed else self.close_only
         self.code_or_ending = merge_ranges([*self.ending, *self.codes[0]])
         self._orders: dict[int, np.ndarray] = {}

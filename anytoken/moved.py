@@ -5,9 +5,11 @@ names modules; both still load. Nothing in this package imports by an old name. 
 `training.report` were modules and are packages now, so they are not listed.
 """
 
+import functools
+import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -147,6 +149,55 @@ RECIPE_KEYS = {  # of a stage's recipe, old -> new; a recipe, a saved stage or a
     "eval.integration": "eval.modality_integration_rate",
 }
 TOKENIZER_RECIPE_KEYS = {"begin_anew": "reinit_prefixes"}  # the same of a tokenizer's recipe
+SETTINGS = {  # of a built-in tokenizer and its quantizer, old -> new
+    "candidates": "num_candidates",
+    "dead_below": "threshold_ema_dead_code",
+    "first": "num_active_codebooks",
+    "order": "codebook_pattern",
+    "voice_codes": "num_global_codes",
+}
+PATTERNS = {"interleaved": "flatten", "delayed": "delay"}  # values of codebook_pattern, old -> new
+
+
+def current_settings(settings: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Settings of a tokenizer or a quantizer by their current names, with a FutureWarning if some were old."""
+    found = _renamed(settings, SETTINGS, PATTERNS)
+    if len(found) < len(settings):
+        raise ValueError(f"a setting is given by its old and its new name; received {dict(settings)}")
+    if warn and found != settings:
+        message = f"{dict(settings)} is now written {found}; the old names go in the next version"
+        warnings.warn(message, FutureWarning, stacklevel=3)
+    return found
+
+
+def fingerprinted_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names in fingerprints, which stay those of version 0.1: shards and checkpoints hold them."""
+    old = {new: name for name, new in SETTINGS.items() if name != "voice_codes"}  # had its new name in them
+    return _renamed(settings, old, {new: name for name, new in PATTERNS.items()})
+
+
+def _renamed(
+    settings: Mapping[str, Any], names: Mapping[str, str], patterns: Mapping[str, str]
+) -> dict[str, Any]:
+    found = {names.get(key, key): value for key, value in settings.items()}
+    for key, value in found.items():
+        if key == "quantizer" and isinstance(value, Mapping):
+            found[key] = _renamed(value, names, patterns)
+        elif key in ("order", "codebook_pattern") and isinstance(value, str):
+            found[key] = patterns.get(value, value)
+    return found
+
+
+def takes_old_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """A tokenizer's constructor that also takes the old names of settings, unless it has a parameter of that name."""
+    own = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def constructor(self: Any, *args: Any, **settings: Any) -> None:
+        kept = {key: settings.pop(key) for key in [*settings] if key in SETTINGS and key in own}
+        init(self, *args, **current_settings(settings), **kept)
+
+    return constructor
 
 
 def old_names(module: str) -> Callable[[str], Any]:

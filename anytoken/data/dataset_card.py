@@ -38,13 +38,13 @@ def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> N
     manifest = {**facts, "files": counts, "sha256": checksums(folder)}
     write_file(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     files = "\n".join(f"| {name} | {one['lines']} | {one['test']} |" for name, one in counts.items())
-    made_of = "\n".join(
+    packages = "\n".join(
         f"| {one['name']} | {one['version']} | {one['licence']} |" for one in facts["sources"]
     )
     write_file(
         folder / "README.md",
         f"# {title}\n\n{about.strip()}\n\n| file | lines | of them held out |\n|---|---|---|\n{files}\n\n"
-        f"| made of | version | licence |\n|---|---|---|\n{made_of}\n",
+        f"| package | version | licence |\n|---|---|---|\n{packages}\n",
     )
 
 

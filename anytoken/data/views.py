@@ -153,7 +153,7 @@ def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: Vie
 
 
 def drop_prompt(turns: list[Turn]) -> list[Turn]:
-    """Empty every user turn, which makes it the null prompt, so that classifier-free guidance has a mate."""
+    """Empty every user turn, which makes it the null prompt of classifier-free guidance."""
     return [(role, [] if role == "user" else pieces) for role, pieces in turns]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
-from anytoken.inference.batch import Batch, Slot
+from anytoken.inference.batch import Batch, BatchSequence
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
 from anytoken.inference.sampling import Sampling, add_exits, apply_cfg, apply_repetition_penalty, sample
@@ -34,8 +34,8 @@ class RunningRequest(GrammarWalk):
     def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int) -> None:
         super().__init__(request, grammar, context, number)
         self.random = request.random()
-        self.slot = Slot(request.prompt, request.prefixes)
-        self.uncond: Slot | None = None
+        self.slot = BatchSequence(request.prompt, request.prefixes)
+        self.uncond: BatchSequence | None = None
 
     def append(self, token: int, logprob: float = 0.0) -> Token:
         """Add an id to the reply and to what its sequences have to feed."""

@@ -49,7 +49,7 @@ def code_layout(space: TokenSpace) -> dict[str, Any]:
             "axes": len(shape.axes) if isinstance(shape, CodeGrid) else 0,
             "global_codes": shape.num_global_codes,
             "codebooks": [[book.start, book.stop] for book in books],
-            "delayed": shape.order == "delayed",
+            "delayed": shape.order == "delay",
             "most_frames": longest(shape),
         })  # fmt: skip
     return {"size_zero": space.size_token(1) - 1, "modalities": found}

@@ -164,8 +164,8 @@ class PretrainedTokenizer(ModalityTokenizer):
 class PretrainedSpeech(PretrainedTokenizer):
     """Speech through Mimi, DAC, EnCodec or X-Codec: the first `num_codebooks` of its residual codebooks.
 
-    order: of their codes in a sequence, see `codebook_pattern`. Audio is resampled to the codec's rate and padded to
-    whole frames; decoded audio has whole frames as well.
+    codebook_pattern: "flatten" or "delay", the order of their codes in a sequence. Audio is resampled to the
+    codec's rate and padded to whole frames; decoded audio has whole frames as well.
     """
 
     kind = "pretrained_speech"
@@ -176,7 +176,7 @@ class PretrainedSpeech(PretrainedTokenizer):
         model_config: dict[str, Any],
         num_codebooks: int | None = None,
         max_seconds: float = 20.0,
-        order: str = "interleaved",
+        codebook_pattern: str = "flatten",
     ) -> None:
         config = _config(model_config, "speech")
         most = config.n_codebooks if model_config["model_type"] == "dac" else config.num_quantizers
@@ -190,8 +190,10 @@ class PretrainedSpeech(PretrainedTokenizer):
             )
         self.hop = int(CODECS[model_config["model_type"]].hop(config))
         self.sample_rate_hz = int(getattr(config, "sampling_rate", 0) or config.sample_rate)
-        shape = CodeSequence(1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, order)
-        settings = {"num_codebooks": books, "max_seconds": max_seconds, "order": order}
+        shape = CodeSequence(
+            1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, codebook_pattern
+        )
+        settings = {"num_codebooks": books, "max_seconds": max_seconds, "codebook_pattern": codebook_pattern}
         super().__init__(model_config, shape, books, settings)
         self.frame_rate_hz = self.sample_rate_hz / self.hop
 

@@ -5,7 +5,7 @@ a short-time spectrum and inverts it, which is cheap and makes the waveform dire
 with multi-resolution spectral losses, without a discriminator. `frames_per_code: 2` halves the sequence
 length; residual codebooks with dropout then serve 25 and 50 codes per second with one set of weights. Global codes
 describe the speaker and the channel once, before the frames (as in BiCodec, 2503.01710): frames need not repeat it, and
-a language model sees the same codes for a word from any speaker. With `candidates`, codes are chosen by the
+a language model sees the same codes for a word from any speaker. With `num_candidates`, codes are chosen by the
 quality of the decoded audio.
 """
 
@@ -164,11 +164,10 @@ class SpeechTokenizer(ModalityTokenizer):
 
     frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
     num_global_codes: global codes, of the voice. Frames are then encoded less what the clip has all along, and decoded
-    with them; a clip of less than some 0.3 s, which has little else, is kept less well than without. voice_codes is
-    the name that older files and recipes have for it.
+    with them; a clip of less than some 0.3 s, which has little else, is kept less well than without.
     spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
     moments of consonants apart.
-    candidates: when encoding, decode this many of the nearest codes of each position and keep the one that sounds
+    num_candidates: when encoding, decode this many of the nearest codes of each position and keep the one that sounds
     closest: more words are understood, and encoding takes as long as twice as many decodings.
     """
 
@@ -186,9 +185,8 @@ class SpeechTokenizer(ModalityTokenizer):
         max_frames: int = MAX_FRAMES,
         frames_per_code: int = 1,
         num_global_codes: int = 0,
-        candidates: int = 1,
+        num_candidates: int = 1,
         spectra_per_frame: int = 1,
-        voice_codes: int = 0,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -196,7 +194,6 @@ class SpeechTokenizer(ModalityTokenizer):
         }  # fmt: skip
         if not isinstance(frames_per_code, int) or frames_per_code < 1:
             raise TokenizerError(f"frames_per_code is a whole number from 1; received {frames_per_code!r}.")
-        num_global_codes = num_global_codes or voice_codes
         if spectra_per_frame not in SPECTRA_PER_FRAME:
             raise TokenizerError(
                 f"spectra_per_frame is one of {', '.join(map(str, SPECTRA_PER_FRAME))}; received {spectra_per_frame!r}."
@@ -204,10 +201,10 @@ class SpeechTokenizer(ModalityTokenizer):
         # Files from before there was a choice do not write it.
         config |= {"frames_per_code": frames_per_code} if frames_per_code != 1 else {}
         config |= {"num_global_codes": num_global_codes} if num_global_codes else {}
-        config |= {"candidates": candidates} if candidates != 1 else {}
+        config |= {"num_candidates": num_candidates} if num_candidates != 1 else {}
         config |= {"spectra_per_frame": spectra_per_frame} if spectra_per_frame != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        check_candidates(candidates, quantize)
+        check_candidates(num_candidates, quantize)
         shape = CodeSequence(1, max_frames, quantize.num_codebooks, quantize.order, num_global_codes)
         bands, smallest = MELS * spectra_per_frame, min(quantize.codebook_sizes)
         voice = GlobalEncoder(width, num_global_codes, smallest, bands) if num_global_codes else None
@@ -366,12 +363,12 @@ class SpeechTokenizer(ModalityTokenizer):
         return [codes[i] for i in range(len(clips))]
 
     def _chosen(self, features: Tensor, told: Tensor | None, target: Tensor) -> Tensor:
-        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `candidates` those whose audio is heard as target.
+        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `num_candidates` those closest to target.
 
         told: codes of the voice [B, count]. Every other code is tried at once, and judged by its own time and that of
         the codes next to it.
         """
-        if (count := self.config.get("candidates", 1)) == 1:
+        if (count := self.config.get("num_candidates", 1)) == 1:
             return self.quantize(features).codes
         wanted, frames = log_mel(target), self.hop // FRAME
 
@@ -436,7 +433,7 @@ class SpeechTokenizer(ModalityTokenizer):
         """
         choice = self.config["quantizer"]
         choice = {"kind": choice} if isinstance(choice, str) else choice
-        coarse = SpeechTokenizer(**{**self.config, "quantizer": {**choice, "first": count}})
+        coarse = SpeechTokenizer(**{**self.config, "quantizer": {**choice, "num_active_codebooks": count}})
         coarse.load_state_dict(self.state_dict())
         return coarse.to(self.device).train(self.training)
 

@@ -115,11 +115,11 @@ class TrainingCallback(TrainerCallback):
                 meter.add(outputs["parts"], trainer.micro_batch)
         report = meter.report()
         if trainer.stage.eval.modality_integration_rate:
-            report["integration"] = self.integration(batch)
+            report["modality_integration_rate"] = self.modality_integration_rate(batch)
         model.train()
         return report
 
-    def integration(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def modality_integration_rate(self, batch: dict[str, Tensor]) -> dict[str, float]:
         """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""
         trainer = self.trainer
         base, loss = base_model(trainer.lm), trainer.model.loss

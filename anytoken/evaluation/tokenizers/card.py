@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from anytoken import moved
 from anytoken.evaluation.tokenizers.card_samples import Row, number, share, show_samples, table, write_samples
 from anytoken.evaluation.tokenizers.evaluate import EvalResult, measure
 from anytoken.evaluation.tokenizers.test_sets import data_provenance
@@ -190,8 +191,15 @@ def _rate(figures: dict[str, Any]) -> list[Row]:
     ]
     if figures["parameters"]:
         rows.append(("parameters", f"{figures['parameters']:,}"))
-    settings = ", ".join(f"{key} {_flow(value)}" for key, value in figures.get("config", {}).items())
+    settings = ", ".join(
+        f"{key} {_flow(value)}" for key, value in _current(figures.get("config", {})).items()
+    )
     return [*rows, ("settings", settings)] if settings else rows
+
+
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their current names, which older figures do not have."""
+    return moved.current_settings(config, warn=False)
 
 
 def _flow(value: Any) -> str:
@@ -429,7 +437,7 @@ def _training(figures: dict[str, Any]) -> str:
     training = dict(figures["training"])
     if not training:
         return ""
-    recipe, last = training.pop("recipe", None), training.pop("last", {})
+    recipe, last = dict(training.pop("recipe", {})), training.pop("last", {})
     rows: list[Row] = [("", "")]
     rows += [(key.replace("_", " "), _value(value)) for key, value in training.items()]
     rows += [(f"last {key.replace('_', ' ')}", _value(value)) for key, value in last.items()]
@@ -437,6 +445,8 @@ def _training(figures: dict[str, Any]) -> str:
     if figures["curve"]:
         parts.append("![The training curve](curve.png)")
     if recipe:
+        if isinstance(recipe.get("config"), dict):
+            recipe["config"] = _current(recipe["config"])
         text = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=110)
         parts.append(f"The recipe, defaults included:\n\n```yaml\n{text}```")
     return "\n\n".join(parts)

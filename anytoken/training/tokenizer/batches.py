@@ -72,7 +72,7 @@ def batches_for(
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
     """How long a crop of audio is at most: twice as long where the voice is heard in another clip than what is said."""
-    return CROP_SECONDS * (2 if config.get("num_global_codes") or config.get("voice_codes") else 1)
+    return CROP_SECONDS * (2 if config.get("num_global_codes") else 1)
 
 
 def training_rows(index: Path) -> np.ndarray:
@@ -260,7 +260,7 @@ def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tup
 
 
 def random_eq(crops: Tensor, rng: np.random.Generator) -> Tensor:
-    """Half of the crops [B, samples] through a smooth random filter: other throats, rooms and microphones."""
+    """Half of the crops [B, samples] through a smooth random filter: other voices, rooms and microphones."""
     decibels = rng.normal(0, EQ_SPREAD_DB, (len(crops), 1, EQ_POINTS)) * (
         rng.random((len(crops), 1, 1)) < 0.5
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from anytoken import moved
-from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
+from anytoken.tokenizers.base import BUILTIN, ModalityTokenizer, TokenizerError
 from anytoken.training.settings import Recipe, Settings
 from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name
@@ -24,7 +24,7 @@ class TokenizerRecipe(Recipe):
     code: str = Field(
         "", description="a .py file next to the recipe with the modality's class; training runs it"
     )
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict, description="settings of its class")
     init_from: str = Field(
         "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
     )
@@ -63,6 +63,11 @@ class TokenizerRecipe(Recipe):
     )
     save_every: int = Field(500, ge=1)
     log_every: int = Field(50, ge=1)
+
+    @field_validator("config")
+    @classmethod
+    def _current_settings(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return moved.current_settings(config) if info.data.get("kind") in BUILTIN else config
 
 
 class CorpusSpec(Settings):

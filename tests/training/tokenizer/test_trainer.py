@@ -62,7 +62,7 @@ def log_of(folder):
 @pytest.mark.parametrize("kind", ["image", "video", "speech"])
 def test_training_on_a_gpu_begins_as_on_the_cpu(recipe, sets, tmp_path, kind):
     sizes = {k: v for k, v in CONFIG.items() if kind == "image" or not k.startswith("refine")}
-    sizes |= {"voice_codes": 2} if kind == "speech" else {}
+    sizes |= {"num_global_codes": 2} if kind == "speech" else {}
     data = {"image": "emoji/sprites.npy", "video": "emoji/animations.npy", "speech": "speech/train_audio.npy"}
     plan = {"kind": kind, "config": sizes, "data": data[kind], "steps": 5, "log_every": 1, "save_every": 2}
     logs = {}
