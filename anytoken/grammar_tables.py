@@ -181,7 +181,7 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
 
 
 def longest(shape: CodeShape) -> int:
-    """The most frames a segment can have."""
+    """The maximum number of frames in a segment."""
     return math.prod(shape.max_size) if isinstance(shape, CodeGrid) else shape.max_length
 
 

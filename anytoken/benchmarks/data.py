@@ -155,7 +155,7 @@ def _loading(stage: TrainConfig, processor: Processor, lm: Any, repeats: int) ->
 
 
 def _reading(shards: Shards, scratch: Path, repeats: int) -> list[Figures]:
-    """Tokens a second of one set's records and codes, once opened: in the order they are kept, and as training draws.
+    """Tokens per second of one set's records and codes, once opened: in the order they are kept, and as training draws.
 
     A DataLoader asks `datasets` for the rows of a batch; webdataset reads from front to end whatever the order.
     """
@@ -175,7 +175,9 @@ def _reading(shards: Shards, scratch: Path, repeats: int) -> list[Figures]:
         order = drawn if "drawn" in name else in_order
         for index, (record, codes) in zip(order, open_side(), strict=True):
             if record != samples[index][0] or not np.array_equal(codes, samples[index][1]):
-                raise EvaluationError(f"{name}: other tokens are read, so there is nothing to compare.")
+                raise EvaluationError(
+                    f"{name}: the two sides read different tokens, so they cannot be compared."
+                )
     tokens = sum(codes.size for _, codes in samples)
     taken = interleaved_timing(
         {name: partial(_exhaust, open_side) for name, open_side in sides.items()}, repeats

@@ -50,7 +50,7 @@ def bench_embed(
     worst = float(np.abs(together[:8] - alone).max())
     if worst > 1e-4:
         raise EvaluationError(
-            f"A prompt's vector alone and in a batch differ by {worst:.2g}: speeds say nothing."
+            f"A prompt's vector alone and in a batch differ by {worst:.2g}, so their speeds cannot be compared."
         )
     sides = {
         "embed": lambda: model.embed_ids(ids, untrained=untrained),

@@ -1,7 +1,7 @@
 """What experts cost in training, against a dense decoder and against what the machine's matrix product can do.
 
 Both decoders have the same width, depth and attention, and the same active parameters: the dense feed-forward layer
-is as wide as the experts a token passes. The share of the peak counts useful arithmetic only: 6 operations per
+is as wide as the experts that one token passes. The share of the peak counts useful arithmetic only: 6 operations per
 active parameter and token (2 forward, 4 backward; arXiv 2001.08361) and the products of causal attention, divided by
 what one large float32 matrix product reaches in the same rounds. Shapes: B rows, T tokens, H hidden.
 """

@@ -102,7 +102,7 @@ def bench_decode(model: AnyToken, kind: str, prompt: str, repeats: int, sizes: S
         for count in (1, ROWS):
             fast, plain = partial(subject.ours, count), partial(subject.ours, count, engine=own)
             if fast() != plain():
-                raise EvaluationError("The two sides give different ids: there is nothing to compare.")
+                raise EvaluationError("The two sides give different ids, so they cannot be compared.")
             ratio = ratio_of_turns(plain, fast, repeats)
             name = "the model" if part is model else f"{part.lm.num_parameters() / 1e6:.0f} M"
             rows.append({"model": name, "what": "own layers over fast decode", "rows": count, "ratio": ratio})
@@ -135,7 +135,7 @@ def _beside_transformers(
     for count in rows:
         ours, peer = partial(subject.ours, count, engine=engine), partial(subject.transformers, count)
         if ours() != peer():
-            raise EvaluationError("The two sides give different ids: there is nothing to compare.")
+            raise EvaluationError("The two sides give different ids, so they cannot be compared.")
         taken = interleaved_timing({"ours": ours, "transformers": peer}, repeats, warmups=0)
         what = "compiled against transformers" if engine else "against transformers"
         found.append(_ratio(name, what, count, taken["ours"], taken["transformers"], subject.tokens))

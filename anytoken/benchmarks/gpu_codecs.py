@@ -22,7 +22,7 @@ from anytoken.tokenizers.pretrained import PretrainedImage, PretrainedSpeech
 from anytoken.training.debug_model import CODECS as SMALL
 from anytoken.training.initialize import checkpoint_folder
 
-NEEDS = 5.0  # seconds a case, at a guess
+NEEDS = 5.0  # seconds per case, an estimate
 BATCHES = (1, 32)
 SECONDS = 10  # of a clip of speech
 SIDE = 256  # of an image for Emu3

@@ -29,7 +29,7 @@ MOE: Shape = {  # 1.07 B weights, of which a token passes 0.15 B and the tied vo
     "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "norm_topk_prob": True,
     "tie_word_embeddings": True,
 }  # fmt: skip
-LARGE: Shape = {  # Qwen3-8B's, with as many of its 36 layers as fit beside their gradients and optimizer
+LARGE: Shape = {  # Qwen3-8B's, with as many of its 36 layers as fit with their gradients and optimizer
     "hidden_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 12288, "tie_word_embeddings": False,
 }  # fmt: skip

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +56,8 @@ def time_turns(
 
 def environment() -> Figures:
     """What the figures were measured on."""
+    import torch
+
     return {
         "commit": commit(),
         "torch": torch.__version__,

@@ -70,7 +70,7 @@ def _to_messages(record: Record) -> None:
     if forms == ["conversations"]:
         turns = record.pop("conversations")
         record["messages"] = _system(record) + turns if isinstance(turns, list) else turns
-    elif not forms and _are(str, record, "instruction", "output"):
+    elif not forms and all(isinstance(record.get(key), str) for key in ("instruction", "output")):
         asked = "\n".join(one for one in (record["instruction"], record.get("input")) if one)
         past = [_turn(role, words) for turns in record.get("history") or []
                 for role, words in zip(("user", "assistant"), turns, strict=True)]  # fmt: skip
@@ -91,10 +91,6 @@ def _is_interleaved(record: Record) -> bool:
     """Whether a record is a document: a text with placeholders, and media."""
     media = any(record.get(key) is not None for keys in LISTS.values() for key in keys)
     return media and isinstance(record.get("text"), str) and PLACEHOLDER.search(record["text"]) is not None
-
-
-def _are(wanted: type, record: Record, *keys: str) -> bool:
-    return all(isinstance(record.get(key), wanted) for key in keys)
 
 
 def _system(record: Record) -> list[Any]:

@@ -31,7 +31,7 @@ EXACT = (
     16_384  # ids of a row that are filled by the best choice; what is longer is filled in turn up to there
 )
 DRAWN_TOGETHER = 16  # samples that a worker draws at a time
-FEW = 1000  # a share of unusable draws is of so many at least
+FEW = 1000  # the share of unusable draws is taken over at least this many
 
 
 @dataclass

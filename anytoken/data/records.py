@@ -114,7 +114,7 @@ def validate_message(message: Any) -> None:
             raise RecordError(f'a content part is {{"type": "image", "image": path}}, got {part!r:.200}')
         _check_keys(part, {"type", part["type"]}, f"a part of type {part['type']}")
         if part[part["type"]] is None:
-            raise RecordError(f"the part {part!r:.200} holds nothing")
+            raise RecordError(f"the part {part!r:.200} is empty")
         _check_value(part["type"], part[part["type"]])
 
 
@@ -231,7 +231,7 @@ def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
 
 
 def _missing_suffix(blob: Blob) -> str:
-    """The suffix of the animations, which are told from containers by it, where a name has none."""
+    """The suffix of an animation whose name has none; it distinguishes animations from containers."""
     if Path(blob.name).suffix:
         return ""
     return ".gif" if blob.data[:4] == b"GIF8" else ".webp" if blob.data[8:12] == b"WEBP" else ""

@@ -14,15 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from anytoken.data.records import (
-    MediaPart,
-    Medium,
-    Record,
-    bad_record,
-    media_parts,
-    open_media,
-    record_line,
-)
+from anytoken.data.records import MediaPart, Medium, Record, bad_record, media_parts, open_media, record_line
 from anytoken.segments import Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
 from anytoken.utils.errors import RecordError

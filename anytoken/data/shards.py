@@ -38,7 +38,7 @@ from anytoken.utils.limits import current_limits
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 _PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")
-FEW = 1000  # a share of bad records is of so many at least while a source is being read
+FEW = 1000  # while a source is being read, the share of bad records is taken over at least this many
 log = logging.getLogger(__name__)
 
 
@@ -222,10 +222,7 @@ def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any
         if (out / MANIFEST).is_file():
             before = read_manifest(out)
             if "source_sha256" in before:
-                return {
-                    "plan": {key: before.get(key) for key in plan},
-                    "written": before.get("written", []),
-                }
+                return {"plan": {key: before.get(key) for key in plan}, "written": before.get("written", [])}
         elif (out / PROGRESS).is_file():
             return _read_progress(out / PROGRESS)
     except DataError:
@@ -299,7 +296,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
-    """The manifest, once the size (and the sha256, unless told not to) of every file is as written.
+    """The manifest, once the size (and the sha256, if `hashes`) of every file is as written.
 
     DataError names a file that is not. A set of version 1 has no sizes: its files only have to be there.
     """
@@ -318,7 +315,7 @@ def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
                 fits = hashlib.file_digest(data, "sha256").hexdigest() == file["sha256"]
         if not fits:
             raise DataError(
-                f"{path / name} is not what was written; remove it and run `anytoken data tokenize` again"
+                f"{path / name} does not match its checksum; remove it and run `anytoken data tokenize` again"
             )
     return manifest
 

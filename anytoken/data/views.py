@@ -22,7 +22,7 @@ _TERM = re.compile(r'\s*(?:"(?P<literal>[^"]*)"|(?P<key>[\w.-]+))\s*')
 
 
 class ControlIds(Protocol):
-    """The control ids a sequence needs; a TokenSpace has them."""
+    """The control ids that a sequence needs; a TokenSpace has them."""
 
     bos: int
     end: int

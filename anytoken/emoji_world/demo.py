@@ -156,7 +156,7 @@ def _word_judge(assets: Path) -> KeywordRecognizer | None:
 
 
 def judge(one: DemoExample, answer: list[Segment], words: KeywordRecognizer | None) -> str:
-    """A short verdict where one can be given at once: words, heard words, translated DNA."""
+    """A short verdict if one is available at once: words, recognized words, translated DNA."""
     segment: Any = answer[0] if answer else None
     truth: Any = one.truth
     if segment is None or segment.kind != one.target:

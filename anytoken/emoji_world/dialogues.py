@@ -34,7 +34,7 @@ def requests(world: "EvalDatasets", split: str, count: int, seed: int) -> list[E
         messages: list[Message] = getattr(maker, purpose)()
         if messages:
             opened = _open(world, messages[:1])
-            words = " ".join(_as_word(segment) for segment in opened[0]["content"])
+            words = " ".join(getattr(one, "text", f"<{one.kind}>") for one in opened[0]["content"])
             answer = Text(" ".join(REQUESTS[purpose].kinds))
             cases.append(EvalExample([Text(words)], answer, {"holdout": purpose}, opened))
     return cases
@@ -79,7 +79,3 @@ def _open(world: "EvalDatasets", messages: list[Message]) -> list[Message]:
         return Text(part["text"]) if kind == "text" else open_media(part[kind], KINDS[kind], world.sets)
 
     return [{**one, "content": [segment(part) for part in one["content"]]} for one in messages]
-
-
-def _as_word(segment: Segment) -> str:
-    return segment.text if isinstance(segment, Text) else f"<{segment.kind}>"

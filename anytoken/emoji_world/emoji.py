@@ -1,7 +1,7 @@
 """The emoji world: about a thousand concepts drawn by five artists' sets, named in text, and animated.
 
 `build_emoji` renders the registry packages into sprite arrays (for the tokenizers, which compose on the fly)
-and into composed pictures and videos of the core concepts with captions (for the language model). Alpha
+and into composed images and videos of the core concepts with captions (for the language model). Alpha
 channels make the composition: 56x56 pixels of object, centred on one of eight backgrounds of 64x64.
 """
 
@@ -54,7 +54,7 @@ PACKAGE_NAMES = ["openmoji", *ICONIFY.values(), THREE_D, *ANIMATED]
 LEFT_OUT = ("people-body", "flags", "extras-openmoji", "extras-unicode", "component")
 # In order of preference. Few things besides animals and vehicles move, so faces come last and only to fill up.
 CORE_GROUPS = ("animals-nature", "food-drink", "travel-places", "objects", "activities", "smileys-emotion")
-# Families whose members differ by a detail that 64 pixels do not show, and names that are hard to picture.
+# Families whose members differ by a detail that 64 pixels do not show, and names that are hard to draw.
 NOT_CORE = re.compile(
     r"\b(clock|calendar|guide|service|wilted|oncoming|departure|done|small|glowing|hearts?|exclamation|decoration)\b"
 )
@@ -99,8 +99,8 @@ def build_emoji(
 ) -> Path:
     """Build OUT/emoji from the registry packages; returns the folder.
 
-    Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
-    pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
+    Finished parts are kept, so an interrupted build resumes. `concepts` core concepts are composed into
+    images and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
     move, which come after all that do; layouts: also images of sizes and places; moving: also clips in
     every style, of the other concepts too. DataError if it cannot.
     """  # fmt: skip
@@ -153,7 +153,7 @@ def find_concepts(roots: dict[str, Path]) -> list[Concept]:
                 moving = clip if clip and _moves(clip) else None
                 found.append(Concept(row["hexcode"], name, row["group"], three_d[code], moving))
     if not found:
-        raise DataError("No concept is drawn in all five styles: the packages are not what was pinned.")
+        raise DataError("No concept is drawn in all five styles: the packages differ from the pinned ones.")
     return found
 
 
@@ -207,7 +207,7 @@ def describe(concept: Concept) -> dict[str, Any]:
 def compose(
     sprite: np.ndarray, color: tuple[int, int, int], side_px: int = OBJECT_PX, place: str = "centre"
 ) -> np.ndarray:
-    """A sprite uint8 [S, S, 4] as a picture uint8 [64, 64, 3]: an object of `side_px` pixels on a plain colour."""
+    """A sprite uint8 [S, S, 4] as an image uint8 [64, 64, 3]: an object of `side_px` pixels on a plain colour."""
     small = Picture.fromarray(sprite).resize((side_px, side_px), Picture.Resampling.LANCZOS)
     canvas = Picture.new("RGB", (CANVAS_PX, CANVAS_PX), color)
     across, down = PLACES[place]
@@ -416,10 +416,10 @@ def _write_card(folder: Path, known: list[Concept], core: list[Concept], cache: 
 {len(known):,} concepts without people, flags and skin tones, each drawn in {len(STYLES)} styles
 ({", ".join(STYLES)}); {moving} of them move. {len(core)} core concepts are composed on {len(BACKGROUNDS)}
 backgrounds ({", ".join(BACKGROUNDS)}), still (64x64 PNG) and moving (lossless animated WebP, {FRAMES}
-frames, {FRAME_RATE_HZ:g} a second).
+frames, {FRAME_RATE_HZ:g} per second).
 
-Held out of training: `style`, the 3-D pictures of {splits.STYLE_SHARE:.0%} of the concepts (their videos, which are
-drawn in 3-D too, are not: what is unseen is the still picture); `video`, the videos of {splits.VIDEO_SHARE:.0%};
+Held out of training: `style`, the 3-D images of {splits.STYLE_SHARE:.0%} of the concepts (their videos, which are
+drawn in 3-D too, are not: what is unseen is the still image); `video`, the videos of {splits.VIDEO_SHARE:.0%};
 `pair`, {splits.PAIR_SHARE:.0%} of the (concept, background) pairs in every style and moving. Tokenizers never see
 {splits.TOKENIZER_SHARE:.0%} of the concepts, none of them core (`tokenizer_held_out`)."""
     if (folder / "layouts.jsonl").is_file():

@@ -93,7 +93,7 @@ def _small(segment: Segment) -> np.ndarray:
         frames = np.stack([Image(frame).resize(64, 64).pixels for frame in segment.frames])
     else:
         raise EvaluationError(
-            f"An identity judge looks at Image and Video; received {type(segment).__name__}."
+            f"An identity judge accepts Image and Video; received {type(segment).__name__}."
         )
     block = 64 // SIDE
     parts = frames.astype(np.float32).reshape(len(frames), SIDE, block, SIDE, block, 3)

@@ -1,4 +1,4 @@
-"""Judges of generated media: what an image shows, which words a clip says, and in whose voice.
+"""Judges of generated media: what an image shows, what words are spoken in a clip, and in whose voice.
 
 A judge never sees a generator's output before it judges one. What an image shows is named by the identity judge, which
 knows the real drawings (`anytoken.emoji_world.identity`), and, independently, by a small classifier that was trained on
@@ -25,7 +25,7 @@ from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.training.optim.take_step import take_step
 from anytoken.utils.errors import EvaluationError
 
-PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
+PIXELS = 32  # a concept is recognized as easily at this size, for a quarter of the work
 
 
 def mel_frames(clip: Speech) -> Tensor:
@@ -53,7 +53,7 @@ class SpeakerClassifier:
         self._weights = torch.linalg.solve(square, inputs.T @ targets)
 
     def predict(self, clip: Speech) -> str:
-        """The voice that a clip sounds like."""
+        """The known voice that is closest to a clip."""
         return self.voices[int((self._standard(self._features(clip)) @ self._weights).argmax())]
 
     def _standard(self, features: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class BackgroundJudge:
         frames: Any = segment.pixels[None] if isinstance(segment, Image) else getattr(segment, "frames", None)
         if frames is None:
             raise EvaluationError(
-                f"A background judge looks at Image and Video; received {type(segment).__name__}."
+                f"A background judge accepts Image and Video; received {type(segment).__name__}."
             )
         distance = np.abs(self._colours - self._border(frames[len(frames) // 2])).sum(-1)
         return self.labels[int(distance.argmin())]

@@ -137,7 +137,7 @@ def fetch_package(name: str, cache: Path) -> Path:
     if package.sha256 and digest != package.sha256:
         raise DataError(
             f"{found[-1]} has sha256 {digest}, pinned is {package.sha256}: delete it to fetch it again, "
-            "and if that does not help do not use it."
+            "and do not use it if the hash still differs."
         )
     return found[-1]
 

@@ -108,6 +108,7 @@ def score(
     figures = {
         name: share([parts.get(main, 0.0) for parts in rows]).to_dict() for name, rows in judged.items()
     }
+    ours, real = _shares(judged["model"]), _shares(judged["ceiling"])
     parts = {name: _parts(rows, main) for name, rows in judged.items()}
     groups: dict[str, list[Parts]] = defaultdict(list)
     for case, row in zip(cases, judged["model"], strict=True):
@@ -121,13 +122,13 @@ def score(
         **figures,
         "parts": parts.pop("model"),
         "parts_of_others": parts,
-        "part_shares": _shares(judged["model"]),
+        "part_shares": ours,
         "by_holdout": {name: shares[main] for name, shares in by_holdout.items()},
         "parts_by_holdout": by_holdout,
         "controls": {
             name: share(found).to_dict() for name, found in controls(world, direction, cases).items()
         },
-        "share_of_ceiling": _of_ceiling(judged["model"], judged["ceiling"]),
+        "share_of_ceiling": {name: _quotient(ours[name], real[name]) for name in ours if name in real},
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),
@@ -146,12 +147,6 @@ def _answer(direction: Direction, reply: "GenerationOutput") -> Segment | None:
     if direction.free:
         return Text(" ".join(segment.kind for segment in reply.segments))
     return reply.segments[0] if reply.segments else None
-
-
-def _of_ceiling(model: Sequence[Parts], ceiling: Sequence[Parts]) -> dict[str, float]:
-    """Each part as a share of the judge's score on the originals."""
-    ours, real = _shares(model), _shares(ceiling)
-    return {name: _quotient(ours[name], real[name]) for name in ours if name in real}
 
 
 def _quotient(one: dict[str, float], whole: dict[str, float]) -> float:

@@ -242,7 +242,7 @@ def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:
     how = SynthesisConfig(length_scale=stretch, noise_scale=0.0, noise_w_scale=0.0)
     parts = list(_piper(voice_model).synthesize(text, how))
     if not parts:
-        raise DataError(f"Piper said nothing for {text!r}.")
+        raise DataError(f"Piper generated no audio for {text!r}.")
     samples = np.concatenate([part.audio_float_array for part in parts]).astype(np.float32)
     return Speech(samples, parts[0].sample_rate).resample(RATE_HZ)
 

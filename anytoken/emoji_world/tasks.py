@@ -107,7 +107,7 @@ class EvalDatasets:
         if direction.file == SPEECH and not record.get("core", True):
             return False
         if direction.file == WORDS and record["split"] == "test" and record["holdout"] != "word":
-            return direction.target == "text"  # a held-out voice can be heard, but not asked for
+            return direction.target == "text"  # a held-out voice can be recognized, but not requested
         if direction.name == "text->speech" and record.get("holdout") not in (None, "spoken"):
             return False
         return direction.target != "speech" or self.hears(record).knows(record["name"])

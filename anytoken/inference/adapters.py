@@ -32,7 +32,7 @@ class Adapters:
         self._merged: dict[str, dict[str, Tensor]] = {}
         self._made_from: dict[str, int] = {}  # checksums of the bare weights that an adapter changes
         self._bare: dict[str, Tensor] = {}  # values that the active one replaced
-        self._tied: dict[str, nn.Parameter] = {}  # parameters that it put others in the place of
+        self._tied: dict[str, nn.Parameter] = {}  # parameters that it replaced
 
     @property
     def names(self) -> list[str]:
@@ -60,7 +60,9 @@ class Adapters:
                 raise CheckpointError(f"The adapter {folder} adds or removes {odd}; it cannot be switched.")
             processor = add_saved_modalities(self.lm, processor, folder)
             bare = _parameters(self.lm)
-            changed = {key: value.detach() for key, value in merged.items() if not _same(value, bare[key])}
+            changed = {
+                key: value.detach() for key, value in merged.items() if not value.cpu().equal(bare[key].cpu())
+            }
             self._made_from[name] = checksum(bare[key] for key in changed)
             self._merged[name] = changed
         finally:
@@ -131,8 +133,8 @@ class Adapters:
         quantized = getattr(self.lm, "quantized", None)
         if quantized:
             raise CheckpointError(
-                f"The weights are quantised ({quantized}), and an adapter is merged before that: open the checkpoint "
-                "with adapter= and quantize= together, or without quantize=."
+                f"The weights are quantized ({quantized}), and adapters are merged before quantization: open the "
+                "checkpoint with adapter= and quantize= together, or without quantize=."
             )
         if hasattr(self.lm, "peft_config"):
             raise CheckpointError(
@@ -149,10 +151,6 @@ def _parameters(lm: nn.Module) -> dict[str, nn.Parameter]:
 def _set(lm: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(lm.get_submodule(module), attribute, parameter)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.detach().cpu(), other.detach().cpu())
 
 
 def _copy_on_cpu(lm: PreTrainedModel) -> PreTrainedModel:

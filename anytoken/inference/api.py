@@ -18,13 +18,7 @@ from anytoken.inference.adapters import Adapters
 from anytoken.inference.best_answers import best_answers
 from anytoken.inference.chains import Chains, load_chains, save_chains
 from anytoken.inference.chat import Chat
-from anytoken.inference.checkpoint import (
-    CHECKPOINT,
-    find_checkpoint,
-    is_bare_head,
-    load_folder,
-    pick_device,
-)
+from anytoken.inference.checkpoint import CHECKPOINT, find_checkpoint, is_bare_head, load_folder, pick_device
 from anytoken.inference.embed import Embedder, hidden_states, prompts_of
 from anytoken.inference.engine import Engine
 from anytoken.inference.generation import (  # noqa: F401 (also imported from here)

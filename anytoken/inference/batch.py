@@ -19,7 +19,7 @@ from anytoken.inference.model_runner import ModelRunner
 from anytoken.model.grid_positions import CodeWalk, Place
 
 CHUNK = 512  # ids of a prompt that are read at once: bounds the memory of a long one
-SHORT = 3  # so many waiting ids (some had no choice) cost less one by one through the flat decoder
+SHORT = 3  # up to this many waiting ids (some had no alternative) are cheaper one by one in the flat decoder
 
 
 class BatchSequence:

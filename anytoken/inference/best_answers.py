@@ -1,4 +1,4 @@
-"""The likeliest of many answers without scoring them all: a walk over the tree of their ids, best first.
+"""The most likely of many answers without scoring them all: a walk over the tree of their ids, best first.
 
 No answer is likelier than what it begins with. So the branch of the highest bound is read on, one id at a time, and an
 answer that is whole and above all other bounds is the best: A* with the likelihood so far as its estimate, exact. A

@@ -58,11 +58,7 @@ class StepGraphs:
         self.broken = False  # what could not be recorded once is not tried again
 
     def step(
-        self,
-        ids: list[int],
-        positions: list[int],
-        cache: KVCache,
-        code_places: Sequence[Place] | None = None,
+        self, ids: list[int], positions: list[int], cache: KVCache, code_places: Sequence[Place] | None = None
     ) -> Tensor | None:
         """Feed one id to each of the first rows; hidden states [S, H], valid until the next step.
 

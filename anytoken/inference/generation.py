@@ -306,7 +306,7 @@ class GenerationMixin:
         plan = self._plan(output)
         if via is None or plan is None:
             if via:
-                raise RequestError(f'via={via!r} leads to an output: say which, such as output="image".')
+                raise RequestError(f'via={via!r} needs an output, such as output="image".')
             chained = plan is not None and len(plan) == 1 and any(plan[0] == end for _, end in self.chains)
             way = (prompt_kind(prompt, self.token_space) or "", plan[0]) if plan and chained else ("", "")
             steps = self.chains.get(way, ())
@@ -387,7 +387,7 @@ def _warn_of_copies(samples: int) -> None:
 
 def _check_count(name: str, count: object) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise RequestError(f"{name} must be a whole number from 1 up; received {count!r}.")
+        raise RequestError(f"{name} must be an integer of at least 1; received {count!r}.")
     return count
 
 

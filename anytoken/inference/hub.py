@@ -38,7 +38,7 @@ def push(name_or_path: str | Path, repo: str, private: bool = False, message: st
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"The hub did not take {repo} ({_reason(error)}). Log in with `hf auth login` or set HF_TOKEN, and check "
+            f"The hub rejected {repo} ({_reason(error)}). Log in with `hf auth login` or set HF_TOKEN, and check "
             "that you may write there."
         ) from error
     return str(done.commit_url)
@@ -59,7 +59,7 @@ def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = Fa
         try:
             found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*CHECKPOINT.files, CARD]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(f"The hub did not give {repo} ({_reason(error)}).") from error
+            raise CheckpointError(f"The hub did not provide {repo} ({_reason(error)}).") from error
         check_folder(found)
         for path in [*CHECKPOINT.own_files(found), *([Path(CARD)] if (found / CARD).is_file() else [])]:
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)

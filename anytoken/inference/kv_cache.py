@@ -24,7 +24,7 @@ from anytoken.model.grid_positions import Place
 
 COLUMNS = 256  # the least storage of a row
 ROWS = 2  # the least storage: one row alone would be another case for compiled code
-SIGHT = 64  # columns in sight grow by so many, so that views of the storage serve as many steps
+SIGHT = 64  # visible columns grow in steps of this size, so that a view of the storage serves as many steps
 KeyValues = list[tuple[Tensor, Tensor]]
 T = TypeVar("T")
 
@@ -252,10 +252,7 @@ def _masks(config: PretrainedConfig, cache: KVCache) -> Tensor | dict[str, Tenso
     types = set(getattr(config, "layer_types", None) or ())
     if window is None or "sliding_attention" not in types:
         return cache.causal_mask(None if types else window)
-    return {
-        "full_attention": cache.causal_mask(),
-        "sliding_attention": cache.causal_mask(window),
-    }
+    return {"full_attention": cache.causal_mask(), "sliding_attention": cache.causal_mask(window)}
 
 
 class PrefixCache:
@@ -274,7 +271,7 @@ class PrefixCache:
         return len(self._stored)
 
     def use(self, weights: object) -> None:
-        """Say what model is in use, by anything that tells it from others; what was stored with them is forgotten."""
+        """Set the model in use, by anything that identifies it; what other models stored is dropped."""
         if self._weights != weights:
             self._stored.clear()
         self._weights = weights

@@ -83,7 +83,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
         before = self._states.get(prefix[:-1])
         if before is None:
             raise TokenSpaceError(
-                "The rows do not go on as replies to the prompt of the first call. A GrammarLogitsProcessor serves "
+                "The rows do not continue the prompt of the first call. A GrammarLogitsProcessor serves "
                 "one call of generate, with greedy search, sampling or beams: make a new one for the next call, and "
                 "do without assisted decoding (prompt_lookup_num_tokens, assistant_model)."
             )

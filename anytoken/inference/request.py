@@ -44,7 +44,7 @@ class GenerationRequest:
     many of them, from the first, are steps of a chain (`chains.py`). sampling: settings by kind. max_new_tokens: limit
     of the whole reply; None is up to the context. seed, draw: the reply draws from both and from nothing else; without
     a seed from random numbers of its own. null_prompt: what guidance leads away from. sizes: pins the grid of a kind.
-    prefixes: keeps what is decoded for prompts that go on from it. scored: asks for log-probabilities. Nothing is
+    prefixes: keeps what is decoded for prompts that continue it. scored: asks for log-probabilities. Nothing is
     checked before `start`.
     """
 
@@ -67,7 +67,7 @@ class GenerationRequest:
         """
         self._check_prompt(grammar.token_space.vocab_size)
         if self.null_prompt is None and any(one.cfg_scale != 1 for one in self.sampling.values()):
-            raise RequestError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
+            raise RequestError("cfg_scale needs a null prompt; pass null_prompt.")
         state = grammar.reply(self.plan, sizes=dict(self.sizes) if self.sizes else None)
         return state, self._budget(grammar.min_remaining(state), context)
 
@@ -75,7 +75,7 @@ class GenerationRequest:
         """The numbers that the reply draws from; RequestError for a seed that is none."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise RequestError(f"seed must be a whole number from 0 up; received {seed!r}.")
+            raise RequestError(f"seed must be an integer of at least 0; received {seed!r}.")
         return np.random.default_rng([int(seed), self.draw])
 
     def _check_prompt(self, size: int) -> None:
@@ -95,7 +95,7 @@ class GenerationRequest:
         limit, length = self.max_new_tokens, max(len(self.prompt), len(self.null_prompt or ()))
         whole = isinstance(limit, int | np.integer) and not isinstance(limit, bool)
         if limit is not None and not (whole and limit >= 1):
-            raise RequestError(f"max_new_tokens must be a whole number from 1 up; received {limit!r}.")
+            raise RequestError(f"max_new_tokens must be an integer of at least 1; received {limit!r}.")
         room = context - length
         if room < least:
             raise RequestError(
@@ -110,7 +110,7 @@ class GenerationRequest:
 
 
 class GrammarWalk:
-    """The reply to a request as far as it is made; `ranges` are the ids it may go on with, `kind` is what it writes."""
+    """The reply to a request so far; `ranges` are the ids that may follow, `kind` is the kind of the open segment."""
 
     def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int = 0) -> None:
         self.request, self.grammar, self.number = request, grammar, number

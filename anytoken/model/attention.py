@@ -1,7 +1,7 @@
 """Which attention implementation runs: FlashAttention where package, device and dtype allow it, else PyTorch's own.
 
 The names are transformers' (`ALL_ATTENTION_FUNCTIONS`). FlashAttention (arXiv 2205.14135, 2307.08691, 2407.08608)
-takes no mask: samples and padding are told by cumulative lengths, which `model/packed_attention.py` gives it in
+takes no mask: samples and padding are given as cumulative lengths, which `model/packed_attention.py` gives it in
 training and `inference/kv_cache.py` in generation.
 """
 

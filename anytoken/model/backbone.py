@@ -52,7 +52,7 @@ def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
             raise CheckpointError(f"{no_such_model(source)} ({type(error).__name__}).") from error
         raise CheckpointError(f"{source} does not load as a causal language model: {error}") from error
     if not tokenizer.is_fast:
-        raise CheckpointError(f"{source} has no tokenizer.json, which is what its texts are read with.")
+        raise CheckpointError(f"{source} has no tokenizer.json, which is needed to encode text.")
     return model.eval(), TextTokenizer.adopt(tokenizer.backend_tokenizer)
 
 
@@ -119,7 +119,7 @@ def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyT
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     if not error < TOLERANCE:
         raise CheckpointError(
-            f"{kind} computes otherwise than AnyToken's decoder: logits differ by {error:.1e}."
+            f"{kind} computes different logits than AnyToken's decoder: the difference is {error:.1e}."
         )
     return lm
 
@@ -132,7 +132,7 @@ def _settings(
     first = "model.layers.0.self_attn."
     if f"{first}q_proj.weight" not in weights:
         raise CheckpointError(
-            f"{type(backbone).__name__} names its weights otherwise than Llama and its kin."
+            f"{type(backbone).__name__} does not use the weight names of Llama-like models."
         )
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         raise CheckpointError(f"{type(backbone).__name__} mixes layers of several kinds of attention.")

@@ -1,7 +1,7 @@
 """Experts on a CPU in 16 bits: one product per expert, in place of PyTorch's grouped product.
 
 On CPUs with bfloat16 instructions (AVX512-BF16, AMX) a product runs several times as fast as in float32, but PyTorch's
-grouped product casts and copies so much there that nothing of it is left. Here the tokens of an expert lie next to each
+grouped product loses that advantage to casts and copies. Here the tokens of an expert lie next to each
 other, each product writes into its part of one buffer, and the backward pass is written out, so that no tensor is
 made twice. oneDNN generates code for every new shape, which takes longer than the product itself: each expert's rows
 are therefore padded with zeros to a multiple of ``ROWS``.

@@ -29,7 +29,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import RequestError
 
-FILE = "embedding.safetensors"  # beside model.safetensors, or in an adapter folder
+FILE = "embedding.safetensors"  # next to model.safetensors, or in an adapter folder
 CONTROL, UNKNOWN = -1, -2  # in a table of ids: not pooled; of a modality that the head has no map for
 BATCH_TOKENS = 8192  # of one forward pass, with padding
 SLACK = 1.25  # of the lengths in a batch

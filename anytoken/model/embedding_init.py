@@ -1,7 +1,7 @@
 """The first vocabulary rows of codes: near where their codebook vectors are near.
 
 A new row is half noise, half a random projection of its codebook vector, which keeps distances up to scale (the
-Johnson-Lindenstrauss lemma): codes that sound or look alike start alike. In a trained model rows start around the
+Johnson-Lindenstrauss lemma): codes of similar content start similar. In a trained model rows start around the
 mean of the old ones, so that no new id stands out before it is trained (Hewitt, "Initializing New Word Embeddings
 for Pretrained Language Models", 2021).
 

@@ -21,7 +21,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.utils.errors import CheckpointError
 
-SAVED = "modalities.json"  # beside an adapter: {"palette": first id}
+SAVED = "modalities.json"  # next to an adapter: {"palette": first id}
 
 
 def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
@@ -72,7 +72,7 @@ def replace_modality(lm: PreTrainedModel, processor: Processor, tokenizer: Modal
 def _grown(
     lm: PreTrainedModel, processor: Processor, space: TokenSpace, tokenizer: ModalityTokenizer
 ) -> Processor:
-    """The processor of a new space, which the model's configuration is told of."""
+    """The processor of a new space, which is entered in the model's configuration."""
     if hasattr(lm.config, "modality_boundaries"):
         lm.config.modality_boundaries = space.bucket_boundaries()
         lm.config.modality_index = space.bucket_modalities()

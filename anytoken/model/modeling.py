@@ -55,7 +55,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-IGNORED = -100  # a label that is not learnt
+IGNORED = -100  # a label that is ignored in the loss
 
 
 def real_tokens(attention_mask: Any, length: int) -> Tensor | None:

@@ -102,10 +102,7 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         are summed; then counting starts over.
         """
         assert self.expert_bias is not None and self.load is not None
-        load, member = (
-            sum_over_processes(self.load).float(),
-            _one_hot(groups, num_groups),
-        )  # [C], [C, G]
+        load, member = (sum_over_processes(self.load).float(), _one_hot(groups, num_groups))  # [C], [C, G]
         mean = member @ ((load @ member) / member.sum(0))
         self.expert_bias += rate * torch.sign(mean - load)
         self.load.zero_()

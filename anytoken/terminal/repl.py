@@ -149,7 +149,7 @@ def _path(argument: str) -> str:
 def _seed(argument: str) -> int | None:
     if argument and not argument.isdecimal():
         raise RequestError(
-            f"/regenerate takes a seed, a whole number from 0 up, or nothing; received {argument!r}."
+            f"/regenerate takes a seed, an integer of at least 0, or nothing; received {argument!r}."
         )
     return int(argument) if argument else None
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anytoken import moved
 from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.tokenizers.base import (
     CodeGrid,
@@ -371,6 +372,7 @@ def pretrained_tokenizer(source: str | Path, kind: str | None = None, **settings
         kind = kind or (codec.kinds[0] if codec else "speech")
         if kind not in KINDS:
             raise TokenizerError(f"There are pretrained codecs for {', '.join(KINDS)}; received {kind!r}.")
+        settings = moved.current_settings(settings)
         if unknown := set(settings) - set(known := _settings(KINDS[kind])):
             raise TokenizerError(
                 f"{KINDS[kind].__name__} has the settings {', '.join(known)}; received {', '.join(sorted(unknown))}."

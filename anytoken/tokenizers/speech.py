@@ -162,13 +162,13 @@ class GlobalEncoder(nn.Module):
 class SpeechTokenizer(ModalityTokenizer):
     """16 kHz mono, 20 ms a frame; other rates are resampled, other lengths padded to whole codes.
 
-    frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
-    num_global_codes: global codes, of the voice. Frames are then encoded less what the clip has all along, and decoded
-    with them; a clip of less than some 0.3 s, which has little else, is kept less well than without.
-    spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
-    moments of consonants apart.
-    num_candidates: when encoding, decode this many of the nearest codes of each position and keep the one that sounds
-    closest: more words are understood, and encoding takes as long as twice as many decodings.
+    frames_per_code: number of frames per code (of each codebook). max_frames: maximum clip length in codes.
+    num_global_codes: number of global codes, which describe the voice. Local codes then describe frames without the
+    clip's constant part; clips shorter than about 0.3 s are reconstructed less well than without global codes.
+    spectra_per_frame: number of spectra per frame, with proportionally shorter windows, which separate
+    consonants in time.
+    num_candidates: when encoding, decode this number of the nearest codes at each position and keep the one whose audio
+    is closest: more words are recognized, and encoding costs twice as many decodings.
     """
 
     kind = "speech"
@@ -296,9 +296,9 @@ class SpeechTokenizer(ModalityTokenizer):
         quantized = self.quantize(self._features(seen))
         frames = quantized.vectors.transpose(1, 2)
         if self.voice:
-            told = self.voice(seen)[0]
-            own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
-            frames = frames + torch.where(own, told, told.roll(len(seen) // 2, 0))
+            voice_codes = self.voice(seen)[0]
+            own = torch.rand(len(seen), 1, 1, device=voice_codes.device) < 0.5
+            frames = frames + torch.where(own, voice_codes, voice_codes.roll(len(seen) // 2, 0))
         losses = self._audio_losses(self.decoder(frames), batch)
         return self._weighted(losses) + quantized.loss, {name: one.item() for name, one in losses.items()}
 
@@ -355,18 +355,18 @@ class SpeechTokenizer(ModalityTokenizer):
         for rows in group_by_shape(frames, frames, self.device):
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
             seen = self._scaled_mel(batch)
-            told = self.voice(seen)[1] if self.voice else None
-            values = self._chosen(self._features(seen), told, batch).cpu().numpy()
-            headers = np.zeros((len(rows), 0)) if told is None else told.cpu().numpy()
+            voice_codes = self.voice(seen)[1] if self.voice else None
+            values = self._chosen(self._features(seen), voice_codes, batch).cpu().numpy()
+            headers = np.zeros((len(rows), 0)) if voice_codes is None else voice_codes.cpu().numpy()
             found = zip(rows, values, headers, strict=True)
             codes.update({i: Codes(one, header=header) for i, one, header in found})
         return [codes[i] for i in range(len(clips))]
 
-    def _chosen(self, features: Tensor, told: Tensor | None, target: Tensor) -> Tensor:
+    def _chosen(self, features: Tensor, voice_codes: Tensor | None, target: Tensor) -> Tensor:
         """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `num_candidates` those closest to target.
 
-        told: codes of the voice [B, count]. Every other code is tried at once, and judged by its own time and that of
-        the codes next to it.
+        voice_codes [B, count]: global codes. Every second code is tried at once; its error is measured over its own
+        span and those of its neighbors.
         """
         if (count := self.config.get("num_candidates", 1)) == 1:
             return self.quantize(features).codes
@@ -374,7 +374,7 @@ class SpeechTokenizer(ModalityTokenizer):
 
         def error(trials: Tensor) -> Tensor:
             kinds = len(trials)
-            voice = None if told is None else told.repeat(kinds, 1)
+            voice = None if voice_codes is None else voice_codes.repeat(kinds, 1)
             audio = self._audio(trials.flatten(0, 1), voice)
             apart = perceptual_distance(log_mel(audio).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
             each = F.avg_pool1d(apart, frames)
@@ -399,14 +399,14 @@ class SpeechTokenizer(ModalityTokenizer):
 
     def _decode_values(self, values: np.ndarray, headers: np.ndarray) -> np.ndarray:
         """Codes [B, T, Q] and global codes [B, G] to samples [B, T * hop] in [-1, 1]."""
-        local, told = (torch.from_numpy(one).to(self.device) for one in (values, headers))
-        return self._audio(local, told if self.voice else None).cpu().numpy()
+        local, voice_codes = (torch.from_numpy(one).to(self.device) for one in (values, headers))
+        return self._audio(local, voice_codes if self.voice else None).cpu().numpy()
 
-    def _audio(self, codes: Tensor, told: Tensor | None) -> Tensor:
+    def _audio(self, codes: Tensor, voice_codes: Tensor | None) -> Tensor:
         """Codes [B, N, Q] of frames and [B, count] of the voice to samples [B, N * hop] in [-1, 1]."""
         frames = self.quantize.lookup(codes).transpose(1, 2)
-        if self.voice and told is not None:
-            frames = frames + self.voice.lookup(told)
+        if self.voice and voice_codes is not None:
+            frames = frames + self.voice.lookup(voice_codes)
         return self.decoder(frames).clamp(-1, 1)
 
     @property

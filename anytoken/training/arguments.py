@@ -72,8 +72,8 @@ def make_resumable(stage: TrainConfig, state: Path) -> None:
     before, engine = read_progress(state), stage.distributed.engine
     if before["engine"] != engine:
         raise ConfigError(
-            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
-            f"that again, or begin another run{begin_from(stage, [state])}"
+            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot resume from its optimizer; take "
+            f"that again, or start another run{begin_from(stage, [state])}"
         )
     if _is_converted(stage):
         convert(state)

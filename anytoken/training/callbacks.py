@@ -36,7 +36,7 @@ class TrainingCallback(TrainerCallback):
             total=stage.steps, initial=state.global_step, desc=self.trainer.folder.name, unit="step"
         )
         self.bar.disable = self.bar.disable or not state.is_world_process_zero
-        # A run that goes on brings the intervals it was begun with; those of the recipe count.
+        # A resumed run brings the intervals that it was started with; those of the recipe count.
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         if self.trainer.stage.eval.first and state.global_step == 0:
             self.evaluate(0)

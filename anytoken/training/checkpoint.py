@@ -35,7 +35,7 @@ STATE_FOLDER = "state"
 KEPT_STATES = 2
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
-# Settings that may differ when a run goes on: they do not change what is learnt at a step.
+# Settings that may differ when a run resumes: they do not change what a step computes.
 FREE_SETTINGS = {
     "output", "save_every", "save_minutes", "weights_folder", "log_every", "threads", "eval", "max_minutes", "samples",
     "reference", "distributed", "gradient_checkpointing", "attention", "compile", "report_to", "early_stopping",
@@ -96,7 +96,7 @@ def save_error(folder: Path, what: str, error: Exception) -> WriteError:
     states = saved_states(folder)
     last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
     return WriteError(
-        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and run the same command again"
+        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and rerun the command"
     )
 
 
@@ -119,7 +119,7 @@ def is_finished(stage: TrainConfig) -> bool:
     if not (folder / "stage.yaml").is_file():
         if done:
             raise ConfigError(
-                f"{folder} holds a model that no run of this recipe made; choose another output"
+                f"{folder} holds a model that was not made by this recipe; choose another output"
             )
         return False
     before = TrainConfig.from_dict(
@@ -129,8 +129,8 @@ def is_finished(stage: TrainConfig) -> bool:
     if changed:
         states = [folder] if done else saved_states(folder)[-1:]
         raise ConfigError(
-            f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with "
-            f"({folder / 'stage.yaml'}), or begin another run{begin_from(stage, states)}"
+            f"{folder} holds a run with another {'; '.join(changed)}. Resume with the recipe that it was started with "
+            f"({folder / 'stage.yaml'}), or start another run{begin_from(stage, states)}"
         )
     if done:
         # A kill between the last two steps of its end.
@@ -149,11 +149,11 @@ def begin_from(stage: TrainConfig, states: Sequence[Path]) -> str:
     if not states:
         return f" with output={free}"
     if stage.lora is not None:
-        return f" from what it has learnt: lora.start={states[-1]} output={free}"
+        return f" from its weights: lora.start={states[-1]} output={free}"
     made = {"tokenizers": stage.tokenizers, "model": stage.model, "modalities": stage.modalities,
             "replace": stage.replace_tokenizers}  # fmt: skip
     there = "".join(f" {name}={{}}" for name, value in made.items() if value)
-    return f" from what it has learnt: init_from={states[-1]}{there} output={free}"
+    return f" from its weights: init_from={states[-1]}{there} output={free}"
 
 
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:

@@ -33,15 +33,10 @@ from anytoken.training.lora import add_lora
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import choices, no_such_model
 
-SHARDING = {
-    "ddp": 0,
-    "zero1": 1,
-    "zero2": 2,
-    "zero3": 3,
-    "fsdp": 3,
-}  # what is divided: + optimizer, + gradients, + weights
+# What is divided: + optimizer, + gradients, + weights.
+SHARDING = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 GIB = 2**30
-WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12  # bytes a parameter
+WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12  # bytes per parameter
 LOSS_TOKENS = 1024  # positions whose logits exist at a time
 
 
@@ -108,7 +103,7 @@ def plan(
     """Cost of a stage with a model of this configuration.
 
     mfu: assumed, or the file of `anytoken bench gpu` that it was measured in (see `measured_share`). space:
-    of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding, a file
+    of the model, which says how many vocabulary rows are trained. ConfigError for an unknown GPU or sharding, a file
     without what is needed, a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
     """
     if gpu not in GPUS:
@@ -127,10 +122,7 @@ def plan(
     parameters = (
         count(model, stage.trainable) if stage.lora is None else count_adapted(model, stage.lora, space)
     )
-    if isinstance(mfu, Path):
-        share = measured_share(mfu, parameters, gpu)
-    else:
-        share = Share(mfu)
+    share = measured_share(mfu, parameters, gpu) if isinstance(mfu, Path) else Share(mfu)
     memory = _memory(stage, model, parameters, gpus, sharding)
     tokens = stage.steps * stage.tokens_per_batch
     flops = tokens * flops_per_token(config, parameters, stage.context)
@@ -153,7 +145,7 @@ def measured_share(path: Path, parameters: Parameters, gpu: str) -> Share:
         rows = found["parts"].get("train", {"rows": []})["rows"]
         measured_on = found.get("gpu")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no file of `anytoken bench gpu` ({error})") from None
+        raise ConfigError(f"{path} is not a file of `anytoken bench gpu` ({error})") from None
     if measured_on is None:
         raise ConfigError(
             f"{path} was measured on {found.get('device')}, whose peak is not known; there are {', '.join(GPUS)}"
@@ -220,14 +212,14 @@ def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
     if path.suffix == ".json" and path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" not in settings:
-            raise ConfigError(f"{path} names no model_type; give a transformers config.json")
+            raise ConfigError(f"{path} has no model_type; give a transformers config.json")
         config = AutoConfig.for_model(**settings)
     else:
         try:
             config = AutoConfig.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             if path.exists():
-                raise ConfigError(f"{path} holds no configuration of a model: {error}") from error
+                raise ConfigError(f"{path} has no model configuration: {error}") from error
             raise ConfigError(no_such_model(source, ["mini"])) from error
     config.vocab_size += new_ids
     return config
@@ -259,8 +251,8 @@ def count_adapted(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace | No
     """Count a model (on the meta device) with an adapter, which alone is trained; the model is wrapped in place."""
     if space is None and spec.new_rows:
         raise ConfigError(
-            f"how many rows {', '.join(spec.new_rows)} has is not known of a bare configuration; leave --model out, or "
-            "set lora.new_rows=[]"
+            f"the number of rows of {', '.join(spec.new_rows)} cannot be determined from a bare configuration; leave "
+            "--model out, or set lora.new_rows=[]"
         )
     bare = count(model, [])
     adapted = add_lora(model, spec, space or TokenSpace(model.config.vocab_size))

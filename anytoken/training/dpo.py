@@ -117,7 +117,7 @@ def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, 
             raise ConfigError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
         found_ids[key + "_ids"] = ids[len(prompt) :]
     if found_ids["chosen_ids"] == found_ids["rejected_ids"]:
-        raise ConfigError("chosen and rejected are the same ids, which prefers nothing; remove the pair")
+        raise ConfigError("chosen and rejected are the same ids, so there is no preference; remove the pair")
     return found_ids
 
 

@@ -62,7 +62,9 @@ def backward_in_chunks(
                 states[-1].append(RandomState())
                 parts.append(encode(chunk))
             own = (torch.cat(column) for column in zip(*parts, strict=True))
-            leaves.append(tuple(_leaf(one, frozen) for one in own))
+            leaves.append(
+                tuple(one.detach().requires_grad_(one.is_floating_point() and not frozen) for one in own)
+            )
     value = loss(*(tuple(gather_rows(one) for one in columns) for columns in leaves))
     value.backward()
     if not frozen:
@@ -80,10 +82,6 @@ def backward_in_chunks(
                 torch.autograd.backward([one for one, _ in learnt], [gradient for _, gradient in learnt])
                 start = stop
     return value.detach()
-
-
-def _leaf(features: Tensor, frozen: bool) -> Tensor:
-    return features.detach().requires_grad_(features.is_floating_point() and not frozen)
 
 
 def gather_rows(own: Tensor) -> Tensor:

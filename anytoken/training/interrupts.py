@@ -118,11 +118,7 @@ class FiniteCheck:
 
 
 def dump_divergence(
-    what: str,
-    stage: TrainConfig,
-    model: nn.Module,
-    batches: Sequence[dict[str, Any]],
-    facts: dict[str, Any],
+    what: str, stage: TrainConfig, model: nn.Module, batches: Sequence[dict[str, Any]], facts: dict[str, Any]
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
 

@@ -35,7 +35,7 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
         )
     if not (spec.attention or parameters):
         raise ConfigError(
-            "lora adapts nothing; switch on attention, experts or router. New rows alone are trained without lora: "
+            "lora trains nothing; enable attention, experts or router. New rows alone are trained without lora: "
             "trainable: ['rows:NAME']"
         )
     rows = modality_rows(space, spec.new_rows)

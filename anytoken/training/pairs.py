@@ -1,7 +1,7 @@
 """Pairs for contrastive training: the two sides of a view, each as the prompt that `embed` would read.
 
 Batch ``b`` is a function of the seed and ``b`` alone. All its pairs are of one view, so that negatives are of the same
-modality as the positive: one that differed in its modality would be told apart by that. No record comes twice in a
+modality as the positive: one of another modality could be recognized by that alone. No record comes twice in a
 batch unless there are too few.
 """
 

@@ -59,7 +59,7 @@ def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [row["set"] for row in now["data"] if known.get(row["set"], row) != row]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)} changed since this run was begun; bring the old data back, or begin a new run "
+            f"{', '.join(changed)} changed since this run started; restore the old data, or start a new run "
             "with another output"
         )
 

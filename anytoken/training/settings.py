@@ -90,7 +90,7 @@ def read_recipe(path: str | Path, error: Error = ConfigError) -> dict[str, Any]:
         raise error(f"{path} is not a file; give the path of a recipe .yaml")
     recipe = _yaml(path.read_text(encoding="utf-8"), str(path), error)
     if not isinstance(recipe, dict):
-        raise error(f"{path} holds {type(recipe).__name__}, which is no mapping of settings to values")
+        raise error(f"{path} holds {type(recipe).__name__}; expected a mapping of settings to values")
     return recipe
 
 
@@ -107,7 +107,7 @@ def override(recipe: dict[str, Any], overrides: Sequence[str], error: Error = Co
             child = _child(node, key, entry, error)
             if not isinstance(child, (dict, list)):
                 raise error(
-                    f"override {entry!r}: {key} is {child!r}, not a group of settings; give it whole, as in "
+                    f"override {entry!r}: {key} is {child!r}, not a group of settings; give the whole group, as in "
                     f"{name.removesuffix(f'.{last}')}={{{last}: {text}}}"
                 )
             node = child

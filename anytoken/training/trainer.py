@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -57,12 +51,7 @@ from anytoken.training.distributed.fsdp import (
 )
 from anytoken.training.early_stopping import EarlyStopping, check_measured, check_metric
 from anytoken.training.ema import WeightAverage
-from anytoken.training.initialize import (
-    build_init_checkpoint,
-    build_model,
-    choose_attention,
-    make_trainable,
-)
+from anytoken.training.initialize import build_init_checkpoint, build_model, choose_attention, make_trainable
 from anytoken.training.interrupts import FiniteCheck, GracefulStop, Interrupted, Noted, dump_divergence
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, base_model, load_weights
 from anytoken.training.loss_guard import LossGuard
@@ -424,7 +413,7 @@ class StageTrainer(Trainer):
         if self.state.global_step < self.schedule.total:
             raise Interrupted(
                 f"stopped at step {self.state.global_step} of {self.schedule.total} and saved in "
-                f"{saved_states(self.folder)[-1]}; the same command resumes from there"
+                f"{saved_states(self.folder)[-1]}; rerun the command to resume from there"
             )
 
 

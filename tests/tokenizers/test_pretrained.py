@@ -401,7 +401,7 @@ def test_a_codec_is_imported_on_the_command_line(folders, tmp_path):
         ("num_codebooks", "Settings are key=value; received 'num_codebooks'"),
         (
             "num_codebook=2",
-            "PretrainedSpeech has the settings num_codebooks, max_seconds, order; received num_codebook",
+            "PretrainedSpeech has the settings num_codebooks, max_seconds, codebook_pattern; received num_codebook",
         ),
         ("kind=video", "No video codec 'dac'; there are emu3_vqgan"),
     ]:

@@ -102,7 +102,7 @@ def _find(source: Any, data_root: str | Path | None = None) -> Source:
     if all(name.endswith(TABLES) for name in names):
         return table_files(path.name, files)
     raise RecordError(
-        f"{source} is of no known form; allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .tar, .tar.gz, "
+        f"{source} has an unknown format; allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .tar, .tar.gz, "
         ".parquet, .arrow, a folder"
     )
 

@@ -55,7 +55,7 @@ class BadRow(dict[str, Any]):
 def _header(path: Path, row: list[str]) -> list[str]:
     names = [name.strip() for name in row]
     if len(set(names)) < len(names) or "" in names:
-        raise RecordError(f"{path} line 1: the columns need names, each another one; got {row!r:.200}")
+        raise RecordError(f"{path} line 1: column names must be present and distinct; got {row!r:.200}")
     return names
 
 

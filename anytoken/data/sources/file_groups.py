@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from anytoken.data.records import (
-    UNREAD_SUFFIXES,
-    Blob,
-    Medium,
-    Record,
-    unread,
-)
+from anytoken.data.records import UNREAD_SUFFIXES, Blob, Medium, Record, unread
 from anytoken.data.sources.json_files import parse_json
 from anytoken.segments import CONTAINER_SUFFIXES, DNA_SUFFIXES, IMAGE_SUFFIXES, SPEECH_SUFFIXES, TEXT_SUFFIXES
 from anytoken.tokenizers.base import MODALITIES

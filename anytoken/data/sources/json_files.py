@@ -39,7 +39,7 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
         for number, line in numbered_lines(path):
             yield f"line {number}", line.strip()
     except DAMAGE as error:
-        raise RecordError(f"{path} cannot be read to its end: {error}", "damaged file") from error
+        raise RecordError(f"{path} cannot be read completely: {error}", "damaged file") from error
 
 
 def parse_json(line: bytes) -> Any:

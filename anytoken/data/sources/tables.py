@@ -56,7 +56,9 @@ def _load(name: str, load: Callable[[Any], Any]) -> Any:
     except (
         Exception
     ) as error:  # it and Arrow raise a family of their own: damaged, offline, unknown, gated...
-        raise RecordError(f"{name} does not open: {' '.join(str(error).split())}", "damaged file") from error
+        raise RecordError(
+            f"{name} cannot be opened: {' '.join(str(error).split())}", "damaged file"
+        ) from error
 
 
 def table_files(name: str, files: list[Path]) -> Source:
@@ -99,7 +101,7 @@ def _dataset(found: Any, name: str, digest: Callable[[], str], root: Path = Path
             except RecordError:
                 raise
             except Exception as error:
-                raise RecordError(f"{name} cannot be read to its end: {error}", "damaged file") from error
+                raise RecordError(f"{name} cannot be read completely: {error}", "damaged file") from error
 
     lengths = [len(one) if hasattr(one, "__len__") else None for one in splits.values()]
     total = None if None in lengths else sum(n for n in lengths if n is not None)

@@ -70,11 +70,11 @@ def _members(path: Path) -> Iterator[tuple[str, str, Blob]]:
                 if match and file is not None:
                     yield match[1], match[2].lower(), Blob(f"{path.name}/{match[0]}", file.read())
     except (*DAMAGE, tarfile.TarError) as error:
-        raise RecordError(f"{path} cannot be read to its end: {error}", "damaged file") from error
+        raise RecordError(f"{path} cannot be read completely: {error}", "damaged file") from error
 
 
 def _from_blobs(entry: list[tuple[str, Blob]]) -> Record:
     members: dict[str, Medium] = dict(entry)
     if len(members) < len(entry):
-        raise RecordError(f"two members of one name: {', '.join(suffix for suffix, _ in entry)}")
+        raise RecordError(f"two members with the same name: {', '.join(suffix for suffix, _ in entry)}")
     return record_of_files(members, lambda blob: blob.data if isinstance(blob, Blob) else b"")

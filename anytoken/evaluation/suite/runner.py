@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of how questions are made and answers kept
 SCORED_LATER = {"metrics", "description", "count", "group_by"}  # keys of a task that no answer depends on
-HELD = 1 << 12  # elements of each parameter that a model is told by
+HELD = 1 << 12  # elements of each parameter that identify a model
 Report = dict[str, Any]
 
 

@@ -34,8 +34,7 @@ class Generate(Part):
         description="kind(s) of the reply; by default those of the answer; any: the model decides",
     )
     via: list[str] | None = Field(
-        default=None,
-        description="kinds generated first, as steps; by default the checkpoint's; []: none",
+        default=None, description="kinds generated first, as steps; by default the checkpoint's; []: none"
     )
     best_of: int | None = Field(default=None, ge=2, description="replies per prompt, of which one is scored")
     rerank: Literal["prompt"] | None = Field(
@@ -58,7 +57,7 @@ class Generate(Part):
             if value is not None and re.compile(value).groups < 1:
                 raise ValueError("the expression has no group; put the answer in parentheses: 'answer: (.*)'")
         except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
+            raise ValueError(f"invalid regular expression: {error}") from None
         return value
 
     @property
@@ -108,9 +107,9 @@ class Retrieve(Part):
     @model_validator(mode="after")
     def _used(self) -> Retrieve:
         if self.by == "embed" and self.normalize is not None:
-            raise mistake("normalize is of by: score; vectors have unit length", "normalize")
+            raise mistake("normalize applies only to by: score; vectors have unit length", "normalize")
         if self.by == "score" and self.via is not None:
-            raise mistake("via is of by: embed", "via")
+            raise mistake("via applies only to by: embed", "via")
         return self
 
 
@@ -264,7 +263,7 @@ def find_task_files(name: str | Path) -> list[Path]:
         for one in folder.rglob("*.yaml")
     )
     raise EvaluationError(
-        f"{name} is neither a task file nor a folder of them{nearest(name, known)}; these come along: "
+        f"{name} is neither a task file nor a folder of them{nearest(name, known)}; bundled: "
         f"{', '.join(known)}."
     )
 
@@ -318,7 +317,7 @@ def _kind(node: yaml.Node | None) -> str:
 
 
 def _refuse_twins(path: Path, node: yaml.Node) -> None:
-    """EvaluationError for a key that stands twice: YAML would keep the last."""
+    """EvaluationError for a key that appears twice: YAML would keep the last."""
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -349,7 +348,7 @@ def _problem(path: Path, root: yaml.Node, place: tuple[str | int, ...], error: A
     if error["type"].startswith("union_tag"):
         loc.append(context["discriminator"].strip("'"))
     line, names = _locate(root, [*place, *loc])
-    shared, shared_names = _locate(root, loc)  # a key beside `tasks`
+    shared, shared_names = _locate(root, loc)  # a key next to `tasks`
     if len(shared_names) + len(place) > len(names):
         line, names = shared, shared_names
     where = f"{path} line {line}" + (f", {'.'.join(map(str, names[len(place) :] or names))}" if names else "")
@@ -380,7 +379,7 @@ def _choice(received: object, allowed: Sequence[str]) -> str:
 
 
 def _locate(root: yaml.Node, loc: Sequence[str | int]) -> tuple[int, list[str | int]]:
-    """Line of the deepest node that a location of pydantic's reaches, and the keys on the way; tags are skipped."""
+    """Line of the deepest node on the path of a pydantic location, and the keys up to it; tags are skipped."""
     node, line, names = root, root.start_mark.line + 1, list[str | int]()
     for step in loc:
         if isinstance(node, yaml.MappingNode):

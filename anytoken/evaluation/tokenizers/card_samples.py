@@ -19,12 +19,7 @@ from anytoken.evaluation.tokenizers.test_sets import TestExample
 from anytoken.segments import DNA, Image, Speech, Text
 from anytoken.tokenizers.text import TextTokenizer
 
-SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = (
-    90_000,
-    1_000,
-    (10, 8, 6, 4, 2),
-    4,
-)  # wider ones are shown too small
+SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = 90_000, 1_000, (10, 8, 6, 4, 2), 4  # wider: shown too small
 SHOWN_PX = 200  # the longer side of an image on a sheet, at most
 CLIP_FRAMES = 4  # of each clip on a sheet
 AUDIO_SECONDS = 1.2  # 16-bit samples at 16 kHz are then at most 38 kB, and FLAC halves that
@@ -181,26 +176,24 @@ def _show_audio(samples: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
-def _show_codes(samples: list[dict[str, Any]]) -> str:
-    blocks = [
-        f"input   {one['original']}\ncodes   {' '.join(map(str, one['codes']))}\ndecoded {one['decoded']}"
-        for one in samples
-    ]
-    return "```text\n" + "\n\n".join(blocks) + "\n```"
-
-
-def _show_pieces(samples: list[dict[str, Any]]) -> str:
-    blocks = [
-        f"text    {one['original']}\npieces  {'|'.join(one['pieces'])}\nids     {' '.join(map(str, one['ids']))}"
-        f"\ndecoded {one['decoded']}"
-        for one in samples
-    ]
+def _show_text(samples: list[dict[str, Any]]) -> str:
+    """Codes of letters, or pieces and ids of a text, as blocks."""
+    blocks = []
+    for one in samples:
+        if "pieces" in one:
+            head, codes = (
+                "text    ",
+                f"pieces  {'|'.join(one['pieces'])}\nids     {' '.join(map(str, one['ids']))}",
+            )
+        else:
+            head, codes = "input   ", f"codes   {' '.join(map(str, one['codes']))}"
+        blocks.append(f"{head}{one['original']}\n{codes}\ndecoded {one['decoded']}")
     return "```text\n" + "\n\n".join(blocks) + "\n```"
 
 
 def show_samples(samples: list[dict[str, Any]]) -> str:
     """Markdown of what `write_samples` returned: its keys tell what kind of sample it is."""
-    for key, show in (("file", _show_sheet), ("voice", _show_audio), ("pieces", _show_pieces)):
+    for key, show in (("file", _show_sheet), ("voice", _show_audio)):
         if key in samples[0]:
             return show(samples)
-    return _show_codes(samples)
+    return _show_text(samples)

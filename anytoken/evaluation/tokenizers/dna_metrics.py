@@ -46,10 +46,10 @@ def exact(segments: Sequence[Segment], outputs: Sequence[Segment]) -> float:
 
 
 def other_letters(tokenizer: DNATokenizerBase, segments: Sequence[Segment]) -> dict[str, float]:
-    """Shares of items that come back as documented once some of their letters are changed.
+    """Shares of items that are decoded as documented after some of their letters are changed.
 
-    with_n_exact: a tenth of the letters made N; they stay N. lower_case_as_upper: the lower-case sequence comes
-    back in upper case. other_iupac_as_n: A written as R comes back as N.
+    with_n_exact: a tenth of the letters made N; they stay N. lower_case_as_upper: the lower-case sequence is
+    decoded in upper case. other_iupac_as_n: A written as R is decoded as N.
     """
     bases = [one.bases for one in segments if isinstance(one, DNA)]
 

@@ -1,8 +1,8 @@
 """How good a trained tokenizer is on what it never saw: `anytoken tokenizer eval FOLDER --data data/sets`.
 
-Every figure comes with what it is to be read against: images and clips with other coders (`image_metrics.py`),
-speech with what is heard of the originals and of random codes (`speech_metrics.py`), DNA with every letter
-(`dna_metrics.py`), text with one token a byte. All held-out items count unless fewer are asked for, and speeds are
+Every figure comes with a baseline: images and clips with other coders (`image_metrics.py`),
+speech with the words recognized in the originals and in random codes (`speech_metrics.py`), DNA with every letter
+(`dna_metrics.py`), text with one token per byte. All held-out items count unless fewer are asked for, and speeds are
 those of one thread. `thresholds.py` holds the figures against what is expected; `card.py` writes a page of them.
 """
 

@@ -159,7 +159,7 @@ def captioned_sets(tokenizer: ModalityTokenizer, data: Path, seed: int) -> tuple
     known = {phrases_of(one)[0] for one in train}
     held = [one for one in records if one["split"] == "test" and phrases_of(one)[0] in known]
     if not train or not held:
-        raise TokenizerError(f"{path} has no training or no held-out items; build the set whole.")
+        raise TokenizerError(f"{path} has no training or no held-out items; build the complete set.")
     chosen = np.random.default_rng((seed, 4)).permutation(len(held))[:MEASURED]
     encoded = (_encoded(tokenizer, path.parent, some) for some in (train, [held[i] for i in chosen]))
     return next(encoded), next(encoded)
@@ -227,7 +227,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Phrases, then targets one by one; each is told the place of what it predicts."""
+    """Phrases, then targets one by one; each gets the position of what it predicts."""
 
     allowed: Tensor
 
@@ -378,7 +378,7 @@ def learnability(
 def _generated_kept(
     tokenizer: ModalityTokenizer, model: Decoder, layout: Layout, held: Sequences, items: Captioned
 ) -> dict[str, float]:
-    """How near what is generated from held-out captions is to the true items: mean PSNR, or STOI where it is installed.
+    """Similarity of items generated from held-out captions to the true ones: mean PSNR, or STOI if pystoi is installed.
 
     It stands between other items of the set, and what the true items' own codes decode to. Clips in which STOI finds no
     speech once decoded are not scored; generated ones without speech count 0.

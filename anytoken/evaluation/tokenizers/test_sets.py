@@ -71,7 +71,9 @@ def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[
         raise TokenizerError(f"There is no held-out set for {kind!r}; there is one for {known}.")
     items = TEST_SETS[kind].held_out(data, count, np.random.default_rng((seed, 1)))
     if not items:
-        raise TokenizerError(f"{data} has no held-out {kind} items: build the sets whole, without --limit.")
+        raise TokenizerError(
+            f"{data} has no held-out {kind} items: build the complete sets, without --limit."
+        )
     return items
 
 
@@ -88,7 +90,7 @@ def own_held_out(
     chosen = np.random.default_rng((seed, 1)).permutation(len(pairs))[:count]
     items = [TestExample(pairs[i][1], f"{tokenizer.name} {i + 1}", pairs[i][0]) for i in chosen]
     if not items:
-        raise TokenizerError(f"{source} has nothing that is held out for {tokenizer.name}.")
+        raise TokenizerError(f"{source} has no held-out items for {tokenizer.name}.")
     return items
 
 

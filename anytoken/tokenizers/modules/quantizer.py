@@ -41,9 +41,7 @@ from anytoken.utils.hints import choices
 # Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).
 _EMA = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.95}
 _OF_LEARNED = {"code_dim": "codebook_dim"} | {k: k for k in ("decay", "threshold_ema_dead_code")}
-_CLASSES: dict[
-    str, tuple[Any, Any, dict[str, Any]]
-] = {  # kind: class, its residual form, what both are given
+_CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # kind: class, residual form, arguments of both
     "fsq": (FSQ, ResidualFSQ, {}),
     "vq": (VectorQuantize, ResidualVQ, _EMA),
     "cosine": (VectorQuantize, ResidualVQ, {**_EMA, "use_cosine_sim": True, "rotation_trick": True}),

@@ -59,7 +59,7 @@ def batches_for(
         layers = layer_batches(source, batch_size, seed)
         return lambda step: layers(step).to(device)
     if source.suffix == ".npy":
-        makers = {"image": sprite_batches, "video": animation_batches, "speech": audio_batches}
+        makers = {"image": sprite_batches, "video": sprite_batches, "speech": audio_batches}
         if not source.is_file():
             raise TokenizerError(
                 f"{source} is missing: build the set first, or name your own files in `data`."
@@ -71,7 +71,7 @@ def batches_for(
 
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
-    """How long a crop of audio is at most: twice as long where the voice is heard in another clip than what is said."""
+    """The maximum length of an audio crop: doubled if the voice is taken from another clip than the words."""
     return CROP_SECONDS * (2 if config.get("num_global_codes") else 1)
 
 
@@ -81,12 +81,18 @@ def training_rows(index: Path) -> np.ndarray:
 
 
 def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
-    """Images [B, 3, H, W] in [-1, 1]: sprites on a colour, half of them as the composed set has them."""
+    """Images [B, 3, H, W] in [-1, 1]: sprites on a color, half of them as the composed set has them.
+
+    Of animations clips [B, 3, T, 64, 64], placed alike in all frames.
+    """
     sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
         picked = sprites[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
+        if picked.ndim == 5:
+            placed = place(picked.flatten(0, 1), 64, 64, rng, repeat=picked.shape[1])
+            return placed.unflatten(0, picked.shape[:2]).transpose(1, 2)
         height = width = 64
         if rng.random() < 0.15:  # other sizes, so that the size header means something
             height, width = (PATCH_PX * int(n) for n in rng.integers(4, 13, 2))
@@ -98,20 +104,6 @@ def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.d
 def _on(device: str | torch.device, path: Path) -> Tensor:
     """An array as a tensor on a device; on the CPU it stays on disk until it is read."""
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
-
-
-def animation_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
-    """Clips [B, 3, 8, 64, 64] in [-1, 1]: animations on a colour, placed alike in all frames."""
-    clips, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
-
-    def batch(step: int) -> Tensor:
-        rng = np.random.default_rng((seed, step))
-        picked = clips[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
-        count = picked.shape[1]
-        placed = place(picked.flatten(0, 1), 64, 64, rng, repeat=count)
-        return placed.unflatten(0, (batch_size, count)).transpose(1, 2)
-
-    return batch
 
 
 def layer_batches(path: Path, batch_size: int, seed: int) -> Batches:
@@ -209,11 +201,7 @@ def _plain_colors(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def audio_batches(
-    path: Path,
-    batch_size: int,
-    seed: int,
-    device: str | torch.device = "cpu",
-    seconds: float = CROP_SECONDS,
+    path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu", seconds: float = CROP_SECONDS
 ) -> Batches:
     """Crops [B, samples] of one long int16 recording, at varied level, speed and timbre.
 
@@ -327,5 +315,5 @@ def _crop(samples: Tensor, length: int, rng: np.random.Generator) -> Tensor:
     if len(samples) <= length:
         return samples.repeat(-(-length // len(samples)))[:length]
     last = len(samples) - length
-    start = (int(rng.integers(0, last)), 0, last)[int(rng.integers(3))]  # a clip's ends are to be heard, too
+    start = (int(rng.integers(0, last)), 0, last)[int(rng.integers(3))]  # a clip's ends are trained on, too
     return samples[start : start + length]

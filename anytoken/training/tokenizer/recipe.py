@@ -26,7 +26,7 @@ class TokenizerRecipe(Recipe):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="settings of its class")
     init_from: str = Field(
-        "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
+        "", description="a tokenizer folder to start from; its config must be the same or compatible"
     )
     init_parts: dict[str, str] = Field(
         default_factory=dict,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def train_text(recipe: TextRecipe, data: Path, out: Path) -> Path:
     """Train on the sets in `data` and save to `out`; returns that folder.
 
-    Lines of the test split are not used: training.json says how many bytes an id covers on them. A corpus file that
+    Lines of the test split are not used: training.json says the bytes per id on them. A corpus file that
     was not built is left out with a warning; TokenizerError if nothing at all is left.
     """
     texts = recipe.texts * recipe.texts_weight

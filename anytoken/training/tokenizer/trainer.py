@@ -91,7 +91,7 @@ def _build(plan: TokenizerRecipe) -> ModalityTokenizer:
         except RuntimeError as error:
             raise TokenizerError(
                 f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
-                f"theirs is {begun.config}. `reinit_prefixes` names weights that are not to be taken over. {error}"
+                f"theirs is {begun.config}. `reinit_prefixes` names weights to reinitialize instead. {error}"
             ) from error
     for part, folder in plan.init_parts.items():
         _take_part(tokenizer, part, folder)
@@ -186,7 +186,8 @@ class _Loop:
         out.mkdir(parents=True, exist_ok=True)
         if self.state_path.is_file():
             self._resume()
-        self._cut_log()
+        # What was logged after the checkpoint is done again.
+        MetricsLog(out / "metrics.jsonl").rewind_to_step(self.step)
 
     def _add_pairs(self, lists: list[Path]) -> None:
         from anytoken.training.tokenizer.spoken_pairs import spoken_pairs
@@ -199,10 +200,6 @@ class _Loop:
             return pairs(step).to(self.device) if step % 4 else crops(step)
 
         self.batch = in_turn
-
-    def _cut_log(self) -> None:
-        """Forget what was logged after the checkpoint: those steps are done again."""
-        MetricsLog(self.out / "metrics.jsonl").rewind_to_step(self.step)
 
     def run(self) -> Path:
         """Train to the end, then save the tokenizer and drop the checkpoint."""
@@ -253,7 +250,9 @@ class _Loop:
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True, map_location=self.device)
         if TokenizerRecipe(**state["recipe"]) != self.plan:
-            raise TokenizerError(f"{self.state_path} is of another recipe: name another --out, or delete it.")
+            raise TokenizerError(
+                f"{self.state_path} belongs to another recipe: choose another --out, or delete it."
+            )
         for part, weights in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
