@@ -1,6 +1,6 @@
 """The files of a built data set: JSON lines, a manifest with checksums, and a card.
 
-Each is written completely or not at all, so an interrupted build leaves nothing that looks finished.
+Each file is written completely or not at all, so an interrupted build never looks finished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> None:
     """Write manifest.json (facts, lines and test lines of each file, checksums) and README.md (the card).
 
-    about: paragraphs of the card. `facts["sources"]` holds {name, version, licence} of what the set is made of.
+    about: paragraphs of the card. `facts["sources"]` holds {name, version, licence} of each source package.
     """
     lines = {path.name: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
     counts = {
@@ -49,7 +49,7 @@ def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> N
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a set; a subfolder is one entry, the sum of its sorted listing of sums."""
+    """sha256 of each file of a set; a subfolder is one entry, the sha256 of its sorted list of checksums."""
     sums = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir():

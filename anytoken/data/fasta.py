@@ -1,4 +1,4 @@
-"""Records from FASTA and a table of labels: the form in which most sets for sequence classification come."""
+"""Records from FASTA and a table of labels, the usual format of sequence classification sets."""
 
 from __future__ import annotations
 

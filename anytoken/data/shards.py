@@ -70,13 +70,13 @@ def tokenize_records(
     data_root: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
+    """Encode every medium of a source (see ``sources/``) into the shard folder ``out``; finished parts are kept.
 
     The bytes are the same for any number of workers and either engine (see ``parallel.py``). DataError if ``out``
     holds shards of other records or tokenizers, or anything else; with ``overwrite`` shards are replaced, and no other
     file is touched. Media are below the source's folder, or below ``data_root``. Records that cannot be read or
-    encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
-    the share ``max_bad`` of all (or, while their number is not known, of those read, a thousand at least) is bad.
+    encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as the share of
+    bad ones exceeds ``max_bad`` (while the total is unknown: of those read, at least a thousand).
     """
     source, out = open_source(records, rename, data_root), Path(out)
     tokenizers = {kind: tokenizer.eval() for kind, tokenizer in tokenizers.items()}

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: the bar, the time limit, held-out losses, samples, the page."""
+"""The callback around the steps of a run: progress bar, time limit, held-out losses, samples, report."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TrainingCallback(TrainerCallback):
         self.bar.update()
 
     def show(self, entry: dict[str, Any]) -> None:
-        """A line of the log in the bar and on the page."""
+        """Show a line of the log in the progress bar and the report."""
         shown = {name: f"{group['loss']:.3f}" for name, group in entry["groups"].items() if name != "control"}
         self.bar.set_postfix(shown | {"tok/s": f"{entry['tokens_per_second']:.0f}"})
         if self.trainer.is_world_process_zero():
@@ -86,7 +86,7 @@ class TrainingCallback(TrainerCallback):
         self.bar.close()
 
     def sample(self, step: int) -> None:
-        """Replies for the report, by the first process, if it holds the whole model."""
+        """Generate replies for the report, in the first process, if it holds the whole model."""
         trainer = self.trainer
         if trainer.weights_are_sharded:
             return
@@ -96,13 +96,13 @@ class TrainingCallback(TrainerCallback):
                 trainer.sampler.take(step, base_model(trainer.lm))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Log the losses on the held-out sources, over the same batches every time; returns them, flat."""
+        """Log the losses on the held-out sources, always over the same batches; returns them under flat names."""
         if self.trainer.held_out is None:
             return {}
         return self.trainer.log_held_out(step, self.held_out_report())
 
     def held_out_report(self) -> dict[str, Any]:
-        """What the meter says of the held-out batches."""
+        """Metrics of the held-out batches."""
         trainer = self.trainer
         assert isinstance(trainer.model, ModelWithLoss) and trainer.held_out is not None
         meter = LossMeter(trainer.meter.names)
@@ -120,7 +120,7 @@ class TrainingCallback(TrainerCallback):
         return report
 
     def modality_integration_rate(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""
+        """Modality Integration Rate over one packed batch; of several processes, the rows of the first."""
         trainer = self.trainer
         base, loss = base_model(trainer.lm), trainer.model.loss
         with torch.no_grad(), usable_attention(base):  # no autocast here

@@ -1,13 +1,13 @@
-"""The folder of a run, written so that a kill at any moment leaves its last whole state.
+"""The folder of a run, written so that a kill at any time leaves its last complete state.
 
-    stage.yaml           the resolved recipe; a run resumes under no other
-    run.json             what was run on what: code, machine, sizes, checksums of the data
+    stage.yaml           the resolved recipe; resuming with another one is an error
+    run.json             metadata: code, machine, sizes, checksums of the data
     metrics.jsonl        cut back to the length it had at the state a run resumes from
     tensorboard/         event files, if report_to names it
-    report.html          the page to look at, updated with the log
+    report.html          the report, updated with the log
     samples/step-N.json  replies to the recipe's prompts
     diverged/            the batches of a step whose loss or gradient was not finite
-    state/checkpoint-N   weights, optimizer, schedule, random numbers, place in the data and in the meter
+    state/checkpoint-N   weights, optimizer, schedule, random state, position in the data and in the meter
     state/partial        what is being written: never read, emptied when a run begins
 
 A finished run has training.md, and the model instead of the states: a checkpoint, or an adapter and its card.
@@ -55,17 +55,18 @@ def step_of(state: Path) -> int:
 
 
 def read_progress(state: Path) -> dict[str, Any]:
-    """What was noted next to a state."""
+    """The progress file next to a state."""
     return json.loads((state / PROGRESS).read_text())
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a run writes what is not whole yet."""
+    """The folder for incomplete states."""
     return folder / STATE_FOLDER / "partial"
 
 
 def commit_checkpoint(folder: Path, step: int, kept: Collection[int | None] = ()) -> None:
-    """Commit the written state of a step, from which a run can resume; drop the oldest but those of ``kept``."""
+    """Commit the written state of a step, from which a run can resume; remove the oldest ones except those in
+    ``kept``."""
     written = partial_folder(folder) / f"checkpoint-{step}"
     for path in [*written.rglob("*"), written]:
         flush(path)
@@ -85,13 +86,13 @@ def _drop(state: Path) -> None:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what a kill left half-written or half-removed."""
+    """Remove what a killed process left incomplete."""
     for path in [partial_folder(folder), *(folder / STATE_FOLDER).glob("dropped-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def save_error(folder: Path, what: str, error: Exception) -> WriteError:
-    """What to say of a save that failed, after making room by removing its half."""
+    """The error for a failed save, after removing its incomplete files."""
     clear_partial(folder)
     states = saved_states(folder)
     last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
@@ -112,7 +113,7 @@ def move_final(folder: Path) -> None:
 
 
 def is_finished(stage: TrainConfig) -> bool:
-    """Whether the output folder holds this run's end; ConfigError if it holds another run, or something else."""
+    """Whether the output folder holds this run, finished; ConfigError if it holds another run or something else."""
     folder = Path(stage.output)
     bare = stage.contrastive is not None and stage.lora is None and not stage.trainable
     done = any((folder / name).is_file() for name in ([HEAD_FILE] if bare else MARKERS))
@@ -139,9 +140,9 @@ def is_finished(stage: TrainConfig) -> bool:
 
 
 def begin_from(stage: TrainConfig, states: Sequence[Path]) -> str:
-    """What to type to begin another run: from the last of these states (or finished folders), if there is one.
+    """The options that start another run, from the last of these states (or finished folders) if there is one.
 
-    A state of full training is a checkpoint, which brings what the recipe made; one of an adapter is an adapter.
+    A state of full training is a checkpoint that contains its model; a state of an adapter is an adapter.
     """
     output, number = Path(stage.output), 2
     while (free := output.with_name(f"{output.name}_{number}")).exists():

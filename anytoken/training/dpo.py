@@ -1,7 +1,7 @@
 """A preference step after instruction tuning: DPO (arXiv 2305.18290) on pairs of answers in any modality.
 
-The loop is `trl`'s (optional: ``anytoken[preference]``); ours are the ids. An adapter is trained, so the model without
-it is the reference and no second copy is held. A line of the pairs' JSONL holds the conversation so far and two
+The loop is that of `trl` (optional: ``anytoken[preference]``), on our ids. An adapter is trained, so the model without
+it is the reference and no second copy is needed. A line of the pairs' JSONL holds the conversation so far and two
 answers to it, in the chat convention; paths start at the file's folder:
 
     {"messages": [{"role": "user", "content": "Draw a fox."}],

@@ -1,8 +1,8 @@
 """Endless training batches for the tokenizers, drawn from packed arrays or from a user's own files.
 
-Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions
-vary without end, so the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on
-the seed and `n` alone, so an interrupted training continues as if it had not been.
+Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions vary, so
+the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on the seed and `n` alone, so
+an interrupted training resumes exactly.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def batches_for(
 ) -> Batches:
     """The batches of a kind from `source`: an .npy array, or a folder or glob of files.
 
-    config: of the tokenizer to be trained, whose sizes own files are brought to. An array is kept on `device`, and
-    batches are composed there; on other machines, or devices, they differ in their last bits.
-    TokenizerError if there is nothing there, naming what is expected.
+    config: of the tokenizer to train; own files are scaled to its sizes. An array is kept on `device`, where batches
+    are composed; between machines or devices they may differ in the last bits. TokenizerError if there is nothing
+    there, naming what is expected.
     """
     if kind in LAYERED:
         layers = layer_batches(source, batch_size, seed)
@@ -83,7 +83,7 @@ def training_rows(index: Path) -> np.ndarray:
 def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
     """Images [B, 3, H, W] in [-1, 1]: sprites on a color, half of them as the composed set has them.
 
-    Of animations clips [B, 3, T, 64, 64], placed alike in all frames.
+    Animations give clips [B, 3, T, 64, 64], placed identically in all frames.
     """
     sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
@@ -141,8 +141,8 @@ def layer_batches(path: Path, batch_size: int, seed: int) -> Batches:
 def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, repeat: int = 1) -> Tensor:
     """Compose sprites uint8 [B, S, S, 4] on plain colours: float [B, 3, H, W] in [-1, 1].
 
-    Half stand as in the composed set (56/64 of the side, centred), half at a random size and position; groups
-    of `repeat` consecutive sprites share colour, size and position.
+    Half stand as in the composed set (56/64 of the side, centred), half at a random size and position; groups of
+    `repeat` consecutive sprites share color, size and position.
     """
     count = len(sprites) // repeat
     scale, offset = _places(count, height, width, rng)
@@ -205,9 +205,9 @@ def audio_batches(
 ) -> Batches:
     """Crops [B, samples] of one long int16 recording, at varied level, speed and timbre.
 
-    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others more, shorter ones. Where
-    an index next to the recording says where its clips lie, a third of the crops begin with a clip and a third end with
-    one: an audio's first and last moment have nothing next to them, and a random crop hardly ever has either.
+    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others more, shorter ones. If an index next
+    to the recording lists its clips, a third of the crops begin with a clip and a third end with one, since random
+    crops rarely contain the beginning or end of a clip.
     """
     from torchaudio.functional import resample
 
@@ -233,7 +233,7 @@ def audio_batches(
 
 
 def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where the clips of a recording begin and where they end, in samples; None if nothing says so."""
+    """Starts and ends of the clips in a recording, in samples; None without an index."""
     if not index.is_file():
         return None
     lines = list(read_json_lines(index))
@@ -242,7 +242,7 @@ def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tuple[int, int]:
-    """How long the crops of a batch are, in samples, and how many there are: the same audio in all, or nearly."""
+    """Length in samples and number of the crops in a batch; the total amount of audio is about constant."""
     share = float(rng.choice(CROP_SHARES))
     return int(share * seconds * SAMPLE_RATE_HZ), int(batch_size / share)
 
@@ -261,7 +261,7 @@ def random_eq(crops: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def list_media_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files in a folder and below it, or of a glob such as photos/*.png, that end so; sorted."""
+    """The files with these suffixes in a folder (recursively) or of a glob such as photos/*.png, sorted."""
     pattern = source / "**" / "*" if source.is_dir() else source
     root = Path(pattern.anchor or ".")
     names = sorted(root.glob(str(pattern.relative_to(root) if pattern.is_absolute() else pattern)))
@@ -273,8 +273,8 @@ def file_batches(
 ) -> Batches:
     """Batches from a user's own images, clips or recordings, in a folder or of a glob.
 
-    Images and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
-    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn again each time.
+    Images and clips are scaled as by a tokenizer with this `config`; a batch has one size, that of a random item.
+    Recordings are cropped at random to at most `crop_seconds`.
     """
     files, config = list_media_files(source, SUFFIXES[kind]), config or {}
     if not files:

@@ -100,7 +100,7 @@ def write_report(
     last: dict[str, float],
     **more: Any,
 ) -> None:
-    """Write training.json, what a tokenizer was trained by and on."""
+    """Write training.json: the recipe, results and environment of a tokenizer's training."""
     report = {
         "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": last,
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **more,
