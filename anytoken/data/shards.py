@@ -118,7 +118,7 @@ def tokenize_records(
 def _jobs(
     source: Source, part_size: int, batch_size: int, done: set[int], data_root: Path | None
 ) -> Iterator[Job]:
-    """The parts that are not done; entries of the others are read past, and nothing more."""
+    """The unfinished parts; entries of finished ones are only skipped."""
     entries = source.entries()
     for index in count():
         chunk = list(islice(entries, part_size))
@@ -129,7 +129,7 @@ def _jobs(
 
 
 class _Tally:
-    """What the parts say of the records so far, and whether too many are bad."""
+    """Counts of the records so far, and whether too many are bad."""
 
     def __init__(self, source: Source, max_bad: float, parts: dict[int, Entry]) -> None:
         self.name, self.expected, self.max_bad = source.name, source.length or FEW, max_bad
@@ -147,7 +147,7 @@ class _Tally:
         return total
 
     def add(self, entry: Entry) -> None:
-        """Count a part; RecordError once the bad records are certain to pass the allowed share."""
+        """Count a part; RecordError once the bad records must exceed the allowed share."""
         self.parts[entry["part"]] = entry
         self.read += entry["read"]
         self.records += entry["records"]
@@ -176,7 +176,7 @@ class _Tally:
 
 
 def _is_whole(out: Path, plan: Mapping[str, Any]) -> bool:
-    """Whether the folder holds all that the plan would make; a set of version 1 counts if nothing contradicts."""
+    """Whether the folder is complete for this plan; a set of version 1 counts unless something contradicts."""
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_manifest(out)
@@ -192,7 +192,7 @@ def _is_whole(out: Path, plan: Mapping[str, Any]) -> bool:
 
 
 def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Entry]:
-    """Begin a folder, or resume it: the parts of this very plan that are whole; all other parts are removed."""
+    """Start or resume a folder: returns the complete parts of exactly this plan; all other parts are removed."""
     before = _found(out, plan, overwrite)
     same = before.get("plan") == plan
     if before and not same:
@@ -215,7 +215,7 @@ def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Ent
 
 
 def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Plan and parts of the shards in a folder; DataError if it holds something else, and nothing may be replaced."""
+    """Plan and parts of the shards in a folder; DataError if it holds something else that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out names a folder")
     try:
@@ -237,7 +237,7 @@ def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
-    """The plan and the parts of a journal whose last line may be torn; DataError if it is no such journal."""
+    """The plan and the parts of a journal whose last line may be incomplete; DataError for another file."""
     try:
         found = list(read_json_lines(path, torn_end=True))
     except DataError as error:
@@ -255,7 +255,7 @@ def _files_fit(out: Path, part: Entry) -> bool:
 
 
 def _finish(out: Path, plan: Mapping[str, Any], tally: _Tally) -> None:
-    """The manifest in place of the journal."""
+    """Replace the journal by the manifest."""
     parts = [part for _, part in sorted(tally.parts.items())]
     used = {kind for part in parts for kind in part["kinds"]}
     manifest = {
@@ -296,9 +296,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
-    """The manifest, once the size (and the sha256, if `hashes`) of every file is as written.
+    """The manifest, after checking the size (and the sha256, if `hashes`) of every file.
 
-    DataError names a file that is not. A set of version 1 has no sizes: its files only have to be there.
+    DataError names a file that differs. A set of version 1 has no sizes: its files only have to exist.
     """
     path, manifest = Path(path), read_manifest(path)
     written = manifest.get(

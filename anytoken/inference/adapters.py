@@ -1,10 +1,10 @@
 """Several PEFT adapters on one model, switched at run time, each as fast as the bare model.
 
-An adapter is merged once, on a copy of the model, and what it makes of the weights it changes is kept on the CPU;
-switching copies those in, and what was there back out. That works for every adapter PEFT can merge (LoRA on attention,
-experts and router, DoRA, trained vocabulary rows), whereas PEFT's own switching asks that all of them adapt the same
-experts, and costs time in every token. The price is memory: a copy of the changed weights an adapter, and while one is
-read a copy of the model.
+An adapter is merged once, on a copy of the model, and the changed weights are kept on the CPU; switching copies them
+in, and the previous weights back out. That works for every adapter PEFT can merge (LoRA on attention, experts and
+router, DoRA, trained vocabulary rows), whereas PEFT's own switching requires that all adapt the same experts, and costs
+time for every token. The price is memory: a copy of the changed weights per adapter, and a copy of the model while one
+is loaded.
 """
 
 import copy
@@ -36,14 +36,14 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """All that were loaded, in order."""
+        """Names of the loaded adapters, in order."""
         return list(self._merged)
 
     def load(self, folder: Path, name: str, processor: Processor) -> Processor:
-        """Read an adapter; the weights stay as they are, but for rows of modalities that it brings.
+        """Load an adapter; the weights do not change, except for rows of modalities that it adds.
 
-        Returns the processor that knows those. CheckpointError for a taken name or a model that takes none,
-        CheckpointError (ValueError) for a folder that is none or does not fit; then nothing has changed.
+        Returns the processor with these modalities. CheckpointError for a used name, a model that cannot take adapters,
+        or a folder that does not fit; then nothing has changed.
         """
         if name in self._merged:
             raise CheckpointError(f"There is an adapter {name!r} already; there are {', '.join(self.names)}.")
@@ -70,7 +70,7 @@ class Adapters:
         return processor
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, taking it off if it is in use; CheckpointError for an unknown name."""
+        """Unload an adapter, after deactivating it if it is in use; CheckpointError for an unknown name."""
         self._check_known(name)
         if self.active == name:
             self.use(None)
@@ -83,9 +83,9 @@ class Adapters:
             )
 
     def use(self, name: str | None) -> None:
-        """Put an adapter into the weights in place of the present one; None for the bare model, bit for bit.
+        """Switch to an adapter; None restores the bare model exactly.
 
-        CheckpointError for an unknown name, and where the bare weights are others than when the adapter was read.
+        CheckpointError for an unknown name, or if the bare weights have changed since the adapter was loaded.
         """
         if name is not None:
             self._check_known(name)
@@ -109,7 +109,7 @@ class Adapters:
 
     @torch.no_grad()
     def _put(self, bare: Mapping[str, nn.Parameter], changed: Mapping[str, Tensor]) -> None:
-        """Write changed values in place; where a tied parameter is changed under one name only, under that name."""
+        """Write changed values in place; a tied parameter that is changed under one name only is untied."""
         for key, value in changed.items():
             sharing = [other for other, one in bare.items() if one is bare[key]]
             if all(other in changed and torch.equal(changed[other], value) for other in sharing):
