@@ -287,7 +287,7 @@ class AnyToken(GenerationMixin):
             self.use_adapter(active)
 
     def swap_global(self, segment: Segment, other: Segment) -> Segment:
-        """`segment` with the global codes of `other`: recolours an image, converts a voice.
+        """`segment` with the global codes of `other`: recolors an image, converts a voice.
 
         Both are encoded, and the local codes of the first are decoded with the global codes of the second; the language
         model is not used. RequestError or TokenizerError for segments of different kinds, and for a kind without a

@@ -377,7 +377,7 @@ class GenerationMixin:
 
 @cache
 def _warn_of_copies(samples: int) -> None:
-    """Warn once that all replies are the same although sampling was requested."""
+    """Warn once that all replies are identical despite sampling."""
     log.warning(
         "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
         "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",

@@ -1,6 +1,6 @@
-"""Checkpoints to and from the Hugging Face hub; HF_ENDPOINT names another hub that speaks its API.
+"""Checkpoints to and from the Hugging Face hub; HF_ENDPOINT names another hub with the same API.
 
-Only the files of a checkpoint and its card go up: what else lies in a folder (training states, logs) stays.
+Only the files of a checkpoint and its card are uploaded, not other files in the folder (training states, logs).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ CARD = "README.md"
 
 
 def push(name_or_path: str | Path, repo: str, private: bool = False, message: str | None = None) -> str:
-    """Upload a checkpoint to a hub repository, which is made if it is not there; the commit's address.
+    """Upload a checkpoint to a hub repository, which is created if missing; returns the commit's URL.
 
-    CheckpointError for an incomplete checkpoint, an id that is none, and a hub that refuses.
+    CheckpointError for an incomplete checkpoint, an invalid id, or a rejected upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -45,10 +45,10 @@ def push(name_or_path: str | Path, repo: str, private: bool = False, message: st
 
 
 def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = False) -> Path:
-    """Download a checkpoint from the hub into a folder, whole or not at all.
+    """Download a checkpoint from the hub into a folder, completely or not at all.
 
-    revision: a branch, tag or commit. CheckpointError for a repository that is not there or holds no checkpoint, and
-    for a folder that holds something else.
+    revision: a branch, tag or commit. CheckpointError for a repository that is missing or has no checkpoint, or a
+    folder that contains something else.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -73,7 +73,7 @@ def _check_id(repo: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the hub's client says."""
+    """The first line of the hub client's error."""
     return (
         f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(
             ": "

@@ -1,10 +1,10 @@
-"""The grammar for `generate` of transformers: the same legal replies from its own decoding methods.
+"""The grammar for transformers' `generate`: the same legal replies with its own decoding methods.
 
     inputs = model.lm_inputs("a fox", output="image")
     ids = model.lm.generate(**inputs, do_sample=True, top_k=50)
 
-The engine in this room is faster, since it computes only the allowed logits, and it has guidance and settings for each
-kind; this is for beam search, and for what else transformers brings around its own loop.
+The engine is faster, since it computes only the allowed logits, and it has guidance and settings per kind; this is for
+beam search and other features of transformers' loop.
 """
 
 from collections.abc import Mapping, Sequence
@@ -98,7 +98,7 @@ def lm_inputs(
     max_new_tokens: int,
     sizes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
-    """What `generate` of transformers needs for these prompts: ids padded on the left, mask, grammar and limits."""
+    """Inputs of transformers' `generate` for these prompts: ids padded on the left, mask, grammar and limits."""
     space, width = grammar.token_space, max(map(len, prompts))
     rows = [[space.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
