@@ -17,9 +17,6 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "atomic": "utils.atomic",
-    "autocast": "utils.autocast",
-    "json_lines": "utils.json_lines",
     "media_files": "media_io",
     "model.processes": "utils.distributed",
     "tokenizers.machine": "utils.device",
@@ -49,16 +46,7 @@ MOVED = {
     "data.encoding": "data.shard_worker",
     "data.cards": "data.dataset_card",
     "data.check": "data.validate",
-    "data.dna": "emoji_world.dna",
     "data.tables": "data.sources.tables",
-    "data.emoji": "emoji_world.emoji",
-    "data.instruct": "emoji_world.instruct",
-    "data.packages": "emoji_world.packages",
-    "data.phrases": "emoji_world.phrases",
-    "data.speech": "emoji_world.speech",
-    "data.splits": "emoji_world.splits",
-    "data.spoken_words": "emoji_world.spoken_words",
-    "data.voices": "emoji_world.voices",
     "model.rows": "model.embedding_init",
     "model.modalities": "model.extend_vocab",
     "model.upcycle": "model.backbone",
@@ -91,30 +79,22 @@ MOVED = {
     "inference.reply": "inference.outputs",
     "inference.cache": "inference.kv_cache",
     "inference.stream": "inference.streaming",
-    "evaluation.dialogues": "emoji_world.dialogues",
-    "evaluation.directions": "emoji_world.directions",
     "evaluation.gallery": "emoji_world.demo",
-    "evaluation.identity": "emoji_world.identity",
-    "evaluation.judges": "emoji_world.judges",
-    "evaluation.products": "emoji_world.products",
-    "evaluation.report": "emoji_world.report",
-    "evaluation.tasks": "emoji_world.tasks",
     "evaluation.bench": "benchmarks.harness",
-    "evaluation.bench_data": "benchmarks.data",
-    "evaluation.bench_experts": "benchmarks.experts",
-    "evaluation.bench_generate": "benchmarks.generate",
-    "evaluation.bench_model": "benchmarks.model",
-    "evaluation.bench_quantize": "benchmarks.quantize",
-    "evaluation.bench_score": "benchmarks.score",
-    "evaluation.bench_serve": "benchmarks.serve",
-    "evaluation.bench_tokenizers": "benchmarks.tokenizers",
-    "evaluation.bench_train": "benchmarks.train",
     "terminal.talk": "terminal.repl",
     "terminal.parts": "terminal.prompt_args",
     "terminal.pictures": "terminal.inline_images",
     "terminal.replies": "terminal.render",
     "commands.use": "commands.inference",
 }
+# The modules of these rooms kept their names.
+_ROOMS = {
+    ("", "utils."): "atomic autocast json_lines",
+    ("data.", "emoji_world."): "dna emoji instruct packages phrases speech splits spoken_words voices",
+    ("evaluation.", "emoji_world."): "dialogues directions identity judges products report tasks",
+    ("evaluation.bench_", "benchmarks."): "data experts generate model quantize score serve tokenizers train",
+}
+MOVED |= {old + name: new + name for (old, new), names in _ROOMS.items() for name in names.split()}
 
 
 RENAMED = {  # a module by its name of today: what in it had another name

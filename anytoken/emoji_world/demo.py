@@ -93,28 +93,22 @@ def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
     images, videos = _open(assets, "images", "image", 2 * each), _open(assets, "videos", "video", each)
     clips, genes = _open(assets, "speech", "speech", each), _open(assets, "translate", "dna", each)
     by_name = {record["name"]: image for record, image in reversed(images)}
-    for record, image in images[:each]:
-        yield DemoExample("text->image", [Text(record["text"])], "image", image)
-    for record, image in images[:each]:
-        yield DemoExample("image->text", [image], "text", Text(record["text"]))
-    for record, clip in clips:
-        yield DemoExample("text->speech", [Text(record["text"])], "speech", clip)
-    for record, clip in clips:
-        yield DemoExample("speech->text", [clip], "text", Text(record["text"]))
-    for record, clip in clips:
-        yield DemoExample("speech->image", [clip], "image", by_name.get(record["name"], Text(record["text"])))
-    for record, image in images[:each]:
-        yield DemoExample("image->speech", [image], "speech", Text(record["name"]))
-    for record, video in videos:
-        yield DemoExample("text->video", [Text(record["text"])], "video", video)
-    for record, video in videos:
-        yield DemoExample("video->text", [video], "text", Text(record["text"]))
-    for _, video in videos:
-        yield DemoExample("image->video", [Image(video.frames[0])], "video", video)
-    for record, gene in genes:
-        yield DemoExample("dna->text", [gene], "text", Text(record["text"]))
-    for record, gene in genes:
-        yield DemoExample("text->dna", [Text(record["text"])], "dna", gene)
+    text, same = (lambda record, _: Text(record["text"])), (lambda _, medium: medium)
+    for direction, records, prompt, truth in (
+        ("text->image", images[:each], text, same),
+        ("image->text", images[:each], same, text),
+        ("text->speech", clips, text, same),
+        ("speech->text", clips, same, text),
+        ("speech->image", clips, same, lambda record, _: by_name.get(record["name"], Text(record["text"]))),
+        ("image->speech", images[:each], same, lambda record, _: Text(record["name"])),
+        ("text->video", videos, text, same),
+        ("video->text", videos, same, text),
+        ("image->video", videos, lambda _, video: Image(video.frames[0]), same),
+        ("dna->text", genes, same, text),
+        ("text->dna", genes, text, same),
+    ):
+        for one in records:
+            yield DemoExample(direction, [prompt(*one)], direction.split("->")[1], truth(*one))
     for (one, first), (other, second) in zip(images[::2], images[1::2], strict=False):
         names = " and ".join(str(record["text"]).split(",")[0] for record in (one, other))
         yield DemoExample("image,image->text", [first, second, Text("What are these?")], "text", Text(names))

@@ -5,6 +5,7 @@ The part of `AnyToken` (`api.py`) that builds `GenerationRequest`s and turns the
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -195,17 +196,21 @@ class GenerationMixin:
         self,
         prompts: Sequence[Sequence[int]],
         output: Output = None,
-        rows: Sequence[int] | None = None,
+        sample_indices: Sequence[int] | None = None,
         prefixes: PrefixCache | None = None,
         **options: Unpack[Options],
     ) -> list[GenerationOutput]:
         """`generate` for prompts as ids, one reply each.
 
-        The random numbers of a reply depend on (seed, its number in `rows`); by default all numbers are 0, so that a
-        prompt gets the same reply as on its own. Without a seed every reply has different random numbers. Parts of a
-        prompt that are in `prefixes` are not computed again. RequestError for an empty prompt and for invalid ids.
+        The random numbers of a reply depend on the seed and its number in `sample_indices` (formerly `rows`), by default
+        0, so that a prompt gets the same reply as on its own. Without a seed every reply has different
+        random numbers. Parts of a prompt that are in `prefixes` are not computed again. RequestError for an empty
+        prompt and for invalid ids.
         """
-        numbers = [0] * len(prompts) if rows is None else rows
+        if "rows" in options:
+            warnings.warn("rows is now sample_indices", FutureWarning, stacklevel=2)
+            sample_indices = options.pop("rows")  # type: ignore[misc]
+        numbers = [0] * len(prompts) if sample_indices is None else sample_indices
         asked = [
             replace(self.request(ids, output, **options), prefixes=prefixes, draw=number)
             for ids, number in zip(prompts, numbers, strict=True)
