@@ -14,7 +14,9 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MOVED = {
     "media_files": "media_io",
@@ -178,6 +180,25 @@ def takes_old_settings(init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **current_settings(settings), **kept)
 
     return constructor
+
+
+def renamed_argument(old: str, new: str) -> Callable[[F], F]:
+    """A function that also takes its keyword `new` by the `old` name, with a FutureWarning."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                message = (
+                    f"{old} of {function.__qualname__} is now {new}; the old name goes in the next version"
+                )
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate
 
 
 def old_names(module: str) -> Callable[[str], Any]:

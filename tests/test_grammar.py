@@ -403,7 +403,7 @@ def test_states_are_values(grammar: Grammar) -> None:
 @pytest.mark.parametrize(
     ("plan", "sizes", "message"),
     [
-        (("smell",), {}, "'smell' in the plan; allowed: text, image, tone"),
+        (("smell",), {}, "'smell' in output_kinds; allowed: text, image, tone"),
         ((), {}, "empty; name at least one of text, image, tone"),
         (("image", "text", "text"), {}, "two texts in a row"),
         (("tone",), {"tone": (3,)}, "'tone', which has no grid; modalities with one: image"),

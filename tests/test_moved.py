@@ -163,6 +163,12 @@ def test_a_shape_of_an_old_pattern_has_the_new_one():
     assert code_shape_from_dict({**shape.to_dict(), "order": "delayed"}) == shape
 
 
+def test_an_old_keyword_gives_the_new_one_with_a_warning():
+    grammar = anytoken.load("mini").processor.grammar
+    with pytest.warns(FutureWarning, match="plan of Grammar.reply is now output_kinds"):
+        assert grammar.reply(plan=["image"]) == grammar.reply(["image"])
+
+
 def test_a_plug_in_keeps_its_own_setting_of_an_old_name():
     class Own(ModalityTokenizer):
         kind = "own"

@@ -1,10 +1,10 @@
 """The generation engine: ids and the grammar, independent of media.
 
-Every row of a batch has its own grammar state, plan, budget and random numbers (`scheduler.py`). The grammar says which
-ids may come next; only their logits are computed (`model_runner.py`); a forced id is appended without running the
-model. A reply is therefore well-formed by construction, for any weights, any sampling and any budget. Classifier-free
-guidance gives a row a second sequence, the reply so far after an empty prompt, with its own cache row in the same
-forward pass; it joins when the first guided kind begins.
+Every row of a batch has its own grammar state, output kinds, budget and random numbers (`scheduler.py`). The grammar
+says which ids may come next; only their logits are computed (`model_runner.py`); a forced id is appended without
+running the model. A reply is therefore well-formed by construction, for any weights, any sampling and any budget.
+Classifier-free guidance gives a row a second sequence, the reply so far after an empty prompt, with its own cache row
+in the same forward pass; it joins when the first guided kind begins.
 
 Drafts by prompt lookup (arXiv 2304.04487 and transformers' prompt_lookup_num_tokens) are left out: texts, speech and
 DNA repeat nothing of what came before; images and videos repeat their plain areas, so that a step would decide

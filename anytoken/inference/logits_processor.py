@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from anytoken import moved
 from anytoken.grammar import Grammar, State
 from anytoken.inference.sampling import add_exits
 from anytoken.utils.errors import TokenSpaceError
@@ -22,26 +23,27 @@ from anytoken.utils.errors import TokenSpaceError
 class GrammarLogitsProcessor(LogitsProcessor):
     """Sets the logits of ids that the grammar does not allow to minus infinity.
 
-    `plan` and `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that every
-    reply is complete within it; TokenSpaceError (a ValueError) if the shortest reply is longer. `prompt_length` is the
-    number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first call.
-    States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`:
-    TokenSpaceError says so where rows do not continue as replies, or where other settings leave nothing to follow. The
-    former is also what assisted decoding meets, which writes ahead of the grammar.
+    `output_kinds` and `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that
+    every reply is complete within it; TokenSpaceError (a ValueError) if the shortest reply is longer. `prompt_length`
+    is the number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first
+    call. States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of
+    `generate`: TokenSpaceError says so where rows do not continue as replies, or where other settings leave nothing to
+    follow. The former is also what assisted decoding meets, which writes ahead of the grammar.
     """
 
+    @moved.renamed_argument("plan", "output_kinds")
     def __init__(
         self,
         grammar: Grammar,
         prompt_length: int | None = None,
-        plan: Sequence[str] | None = None,
+        output_kinds: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.grammar = grammar
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
-        start = grammar.reply(plan, sizes=dict(sizes) if sizes else None)
+        start = grammar.reply(output_kinds, sizes=dict(sizes) if sizes else None)
         grammar.allowed(start, max_new_tokens)
         self._states: dict[tuple[int, ...], State] = {(): start}
 
@@ -94,7 +96,7 @@ def lm_inputs(
     grammar: Grammar,
     prompts: Sequence[Sequence[int]],
     device: torch.device,
-    plan: Sequence[str] | None,
+    output_kinds: Sequence[str] | None,
     max_new_tokens: int,
     sizes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def lm_inputs(
     return {
         "input_ids": torch.tensor(rows, device=device),
         "attention_mask": torch.tensor(mask, device=device),
-        "logits_processor": [GrammarLogitsProcessor(grammar, width, plan, max_new_tokens, sizes)],
+        "logits_processor": [GrammarLogitsProcessor(grammar, width, output_kinds, max_new_tokens, sizes)],
         "max_new_tokens": max_new_tokens,
         "pad_token_id": space.pad,
         "eos_token_id": space.end,

@@ -26,7 +26,7 @@ class Token:
     """One generated id.
 
     row: its request's number (in `Engine.stream` its place). finish_reason: set on a reply's last token: "stop" when
-    the model (or the plan) ended it, "length" when the token limit left no choice. logprob: of the id among those
+    the model (or `output_kinds`) ended it, "length" when the token limit left no choice. logprob: of the id among those
     allowed, before temperature, filters and guidance; 0 without an alternative.
     """
 
@@ -40,16 +40,16 @@ class Token:
 class GenerationRequest:
     """A request for one reply.
 
-    prompt: ids to continue. plan: the kinds of the reply in order; None: the model decides. num_steps: the number of
-    kinds, from the first, that are steps of a chain (`chains.py`). sampling: settings by kind. max_new_tokens: limit of
-    the whole reply; None is up to the context. seed, draw: the random numbers of the reply depend on both alone;
-    without a seed they differ each time. null_prompt: the unconditional prompt of guidance. sizes: pins the grid of a
-    kind. prefixes: keeps what is decoded for prompts that continue it. scored: asks for log-probabilities. Nothing is
-    checked before `start`.
+    prompt: ids to continue. output_kinds: the kinds of the reply in order; None: the model decides. num_steps: the
+    number of kinds, from the first, that are steps of a chain (`chains.py`). sampling: settings by kind.
+    max_new_tokens: limit of the whole reply; None is up to the context. seed, draw: the random numbers of the reply
+    depend on both alone; without a seed they differ each time. null_prompt: the unconditional prompt of guidance.
+    sizes: pins the grid of a kind. prefixes: keeps what is decoded for prompts that continue it. scored: asks for
+    log-probabilities. Nothing is checked before `start`.
     """
 
     prompt: Sequence[int]
-    plan: Sequence[str] | None = None
+    output_kinds: Sequence[str] | None = None
     sampling: Mapping[str, Sampling] = field(default_factory=dict)
     max_new_tokens: int | None = None
     seed: int | None = None
@@ -68,7 +68,7 @@ class GenerationRequest:
         self._check_prompt(grammar.token_space.vocab_size)
         if self.null_prompt is None and any(one.cfg_scale != 1 for one in self.sampling.values()):
             raise RequestError("cfg_scale needs a null prompt; pass null_prompt.")
-        state = grammar.reply(self.plan, sizes=dict(self.sizes) if self.sizes else None)
+        state = grammar.reply(self.output_kinds, sizes=dict(self.sizes) if self.sizes else None)
         return state, self._budget(grammar.min_remaining(state), context)
 
     def random(self) -> np.random.Generator:

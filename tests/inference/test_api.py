@@ -86,7 +86,7 @@ def test_without_a_seed_equal_prompts_differ(model: AnyToken) -> None:
     assert [r.ids for r in model.generate_ids([ids] * 4, "image", seed=5, **options)] == [alone] * 4
     drawn = model.generate_ids([ids] * 2, "image", sample_indices=[0, 1], seed=5, **options)
     assert drawn[0].ids == alone != drawn[1].ids
-    with pytest.warns(FutureWarning, match="rows is now sample_indices"):
+    with pytest.warns(FutureWarning, match="rows of .*generate_ids is now sample_indices"):
         renamed = model.generate_ids([ids] * 2, "image", rows=[0, 1], seed=5, **options)
     assert [one.ids for one in renamed] == [one.ids for one in drawn]
 
