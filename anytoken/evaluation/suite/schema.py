@@ -26,7 +26,7 @@ Scalar = str | int | float | bool | None
 
 
 class Generate(Part):
-    """The model's own reply is scored."""
+    """Score the model's generated reply."""
 
     how: Literal["generate"] = "generate"
     output: str | list[str] | None = Field(
@@ -62,13 +62,13 @@ class Generate(Part):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is passed on to `AnyToken.generate`."""
+        """The options for `AnyToken.generate`."""
         names = ("via", "best_of", "rerank", "max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Classify(Part):
-    """The most likely of some labels is the answer; `labels`: a list, or a field that holds each record's own."""
+    """The answer is the most likely label; `labels`: a list, or a field with each record's own labels."""
 
     how: Literal["classify"]
     labels: list[str] | str | None = Field(
@@ -78,7 +78,7 @@ class Classify(Part):
 
 
 class Score(Part):
-    """Log-likelihood of `of`, less that of `against` where it is given; the higher, the more likely "positive"."""
+    """Log-likelihood of `of`, minus that of `against` if given; higher means "positive"."""
 
     how: Literal["score"]
     of: str = Field(description="a template of what is scored")
@@ -87,7 +87,7 @@ class Score(Part):
 
 
 class Retrieve(Part):
-    """Items are ranked by how near they are to the prompt, or by how likely they are as its answer."""
+    """Rank items by similarity to the prompt, or by likelihood as its answer."""
 
     how: Literal["retrieve"]
     item: str | None = Field(default=None, description="a template of the items; by default the answer")
@@ -132,7 +132,7 @@ class Shots(Part):
 
 
 class Join(Part):
-    """Each record is given one of another set's with the same value of a key, as ``{other...}``."""
+    """Joins each record with one of another set that has the same value of a key, as ``{other...}``."""
 
     data: str
     key: str
@@ -140,7 +140,7 @@ class Join(Part):
 
 
 class Task(Part):
-    """What a model is asked on which records, and how its answers are scored."""
+    """A task: records, prompt, decoding and metrics."""
 
     name: str = Field(pattern=r"^[^/\\.][^/\\]*$", max_length=100, description="also of its result files")
     description: str = ""
@@ -167,7 +167,7 @@ class Task(Part):
 
     @property
     def folder(self) -> Path:
-        """Where the task file is."""
+        """The folder of the task file."""
         return self._folder
 
     @model_validator(mode="before")
@@ -236,7 +236,7 @@ class Task(Part):
 
     @property
     def output(self) -> str | list[str] | None:
-        """The kind(s) that a reply is asked for; None lets the model decide."""
+        """The kind(s) of the reply; None lets the model decide."""
         given = getattr(self.decoding, "output", None)
         if given == "any":
             return None
@@ -247,7 +247,7 @@ class Task(Part):
 
 
 def find_task_files(name: str | Path) -> list[Path]:
-    """The files of a name: a file, a folder of .yaml files, or a task that comes along such as "dna/promoter"."""
+    """The files of a name: a file, a folder of .yaml files, or a bundled task such as "dna/promoter"."""
     path = Path(name)
     for place in (path, *(one / end for one in TASKS for end in (path, f"{name}.yaml"))):
         if place.is_file():
@@ -342,7 +342,7 @@ def _validate(path: Path, root: yaml.Node, given: Any, place: tuple[str | int, .
 
 
 def _problem(path: Path, root: yaml.Node, place: tuple[str | int, ...], error: Any) -> str:
-    """One mistake in words: file, line, key, what was received, what is allowed."""
+    """One error message: file, line, key, value received, values allowed."""
     context = error.get("ctx", {})
     loc = [*error["loc"], *context.get("keys", ())]
     if error["type"].startswith("union_tag"):
