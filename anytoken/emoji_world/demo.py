@@ -1,7 +1,7 @@
 """The demo: held-out files answered in every direction, on one page with images, players and scores.
 
 `anytoken demo` runs it. The page is plain HTML next to its files, so it opens without a server; the scores on it are
-those that `anytoken eval` wrote into the checkpoint (`scores.json`), never made up here.
+those that `anytoken eval` wrote into the checkpoint (`scores.json`).
 """
 
 import html
@@ -89,7 +89,7 @@ def run_demo(model: "AnyToken", assets: Path, out: Path, each: int = 2, seed: in
 
 
 def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
-    """The demo's questions, `each` a direction, in a fixed order."""
+    """The demo's questions, `each` per direction, in a fixed order."""
     images, videos = _open(assets, "images", "image", 2 * each), _open(assets, "videos", "video", each)
     clips, genes = _open(assets, "speech", "speech", each), _open(assets, "translate", "dna", each)
     by_name = {record["name"]: image for record, image in reversed(images)}
@@ -124,7 +124,7 @@ def strip(images: Sequence[Image], side: int = 128, gap: int = 4) -> PILImage.Im
 
 
 def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str, Any], Any]]:
-    """The first records of an asset file, a name once, with their medium."""
+    """The first records of an asset file with distinct names, with their medium."""
     path = assets / f"{name}.jsonl"
     if not path.is_file():
         raise EvaluationError(
@@ -247,7 +247,7 @@ def score_table(report: dict[str, Any]) -> Table:
 
 
 def _words(segments: list[Segment]) -> str:
-    """Segments in one short line."""
+    """Segments as one short line."""
     shown = [segment.text if isinstance(segment, Text) else f"[{segment.kind}]" for segment in segments]
     line = " ".join(shown)
     return line if len(line) <= 44 else line[:43] + "…"

@@ -1,7 +1,7 @@
-"""Cases that are more than one medium and one answer: second turns, and requests in everyday words.
+"""Examples beyond one medium and one answer: second turns, and requests in everyday words.
 
-They are worded by the same code as the conversations that are trained on (`anytoken.emoji_world.instruct`), from
-records of the test split; everyday requests use phrasings that training never does.
+They use the same code as the training conversations (`anytoken.emoji_world.instruct`), on records of the test split;
+everyday requests use phrasings that do not occur in training.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -41,10 +41,10 @@ def requests(world: "EvalDatasets", split: str, count: int, seed: int) -> list[E
 
 
 def turns(world: "EvalDatasets", split: str, count: int, seed: int, second: bool) -> list[EvalExample]:
-    """Images to be named, the same ones in the first turn and in the second.
+    """Images to name, the same ones in the first and in the second turn.
 
-    Second turns by turns bring the image after something else was said ("new image"), after another was drawn ("after a
-    drawing"), or ask for the image of the first turn ("earlier image").
+    Second turns alternate between an image after other talk ("new image"), an image after a drawing ("after a
+    drawing"), and a question about the image of the first turn ("earlier image").
     """
     records = [one for one in world.records(IMAGES) if one.get("split") == split]
     order = np.random.default_rng((seed, len(split))).permutation(len(records))

@@ -1,9 +1,9 @@
-"""Clips of several hundred concepts in every style: what a drawing looks like when it moves.
+"""Clips of several hundred concepts in every style, to learn how drawings move.
 
-A model that sees 140 concepts move learns them by heart. To learn how any drawing is animated it needs many, so every
-drawing that may be trained on is composed here as a still and as a clip: the artist's animation if there is one, else
-the drawing bounced, swayed, swung or pulsed. Of the core concepts, whose animations are in `videos.jsonl`, only the
-other styles are. Hold-outs are those of the whole world (`splits.py`).
+With clips of only 140 concepts a model memorizes them. To learn animation in general it needs many, so every drawing
+outside the hold-outs is composed as a still and as a clip: the artist's animation if there is one, else the drawing
+bounced, swayed, swung or pulsed. Of the core concepts, whose animations are in `videos.jsonl`, only the other styles
+are. Hold-outs are those of the whole world (`splits.py`).
 """
 
 from __future__ import annotations

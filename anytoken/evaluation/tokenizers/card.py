@@ -74,7 +74,7 @@ def make_card(
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """What a training logged, in order of steps; [] without a log. A step logged again after a kill counts once."""
+    """The training log in order of steps; [] without a log. A step logged twice counts once."""
     if not path.is_file():
         return []
     by_step = {line["step"]: line for line in read_json_lines(path, torn_end=True)}
@@ -86,13 +86,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """A path as a reader can use it: relative to the working directory, or its name alone."""
+    """A portable path: relative to the working directory, or only its name."""
     absolute, here = path.absolute(), Path.cwd()
     return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else path.name
 
 
 def _about(found: EvalResult) -> str:
-    """What the tokenizer's module says of itself: its first two paragraphs."""
+    """The first two paragraphs of the docstring of the tokenizer's module."""
     text = sys.modules[type(found.tokenizer).__module__].__doc__ or ""
     return "\n\n".join(text.strip().split("\n\n")[:2])
 
@@ -114,7 +114,7 @@ def _plot(curve: list[dict[str, float]], path: Path) -> None:
 
 
 def render(figures: dict[str, Any]) -> str:
-    """The card as Markdown, from what figures.json holds and nothing else."""
+    """The card as Markdown, from the content of figures.json alone."""
     kind = figures["kind"]
     parts = [
         f"# The {figures.get('tokenizer', kind)} tokenizer\n\n{figures['about']}",
@@ -136,7 +136,7 @@ def render(figures: dict[str, Any]) -> str:
 def overview(
     cards: Path, models: Mapping[str, Collection[str]] | None = None, page: Path | None = None
 ) -> str:
-    """The cards in a folder and below it as one Markdown table, a line a tokenizer; TokenizerError without any.
+    """The cards in a folder and below it as one Markdown table, one line per tokenizer; TokenizerError without any.
 
     models: fingerprints of the tokenizers of each model, which are named next to the tokenizer. page: where the table
     will stand; names are links then.
@@ -174,7 +174,7 @@ def _overview_row(figures: dict[str, Any]) -> Row:
 
 
 def unit_name(figures: dict[str, Any]) -> str:
-    """What rates count per: image, second, base, ...; older figures say `picture`."""
+    """The unit of rates: image, second, base, ...; older figures use another name for image."""
     unit = str(figures["unit"])
     return "image" if unit == "picture" else unit
 
@@ -318,7 +318,7 @@ def _kept_text(figures: dict[str, Any]) -> list[Row]:
 
 
 def _kept_other(figures: dict[str, Any]) -> list[Row]:
-    """What `distortion` of the tokenizer's own class measured."""
+    """Results of the `distortion` of the tokenizer's own class."""
     rows: list[Row] = [("", "this tokenizer", "random codes")]
     for name, value in figures["distortion"].items():
         floor = figures["random_codes_distortion"][name]

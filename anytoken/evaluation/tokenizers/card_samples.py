@@ -28,14 +28,14 @@ Row = tuple[str, ...]
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table, the first of them its head."""
+    """Rows as a Markdown table; the first is the head."""
     head, *body = rows
     lines = [head, tuple("---" for _ in head), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Three digits that matter, thousands with a comma."""
+    """Three significant digits, thousands with a comma."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
@@ -49,7 +49,7 @@ def share(value: float) -> str:
 
 
 def _one_of_each(items: list[TestExample]) -> list[int]:
-    """Indices of items, the groups taking turns, each in its order: the first ones are nobody's choice."""
+    """Indices of items, alternating between groups, each in its order, so that samples are not selected by hand."""
     turns: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         turns.setdefault(item.group, []).append(index)
@@ -97,7 +97,7 @@ def _grid(pairs: np.ndarray) -> PILImage.Image:
 
 
 def _audio(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """A clip of each of two voices, the first that is short: sample_1.flac, sample_1_decoded.flac, ..."""
+    """One clip per voice, the first short one: sample_1.flac, sample_1_decoded.flac, ..."""
     order = sorted(_one_of_each(found.items), key=lambda index: _seconds(found.items[index]) > AUDIO_SECONDS)
     chosen = {found.items[index].group: index for index in reversed(order)}
     samples = []
@@ -124,7 +124,7 @@ def _bases(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 def _pieces(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """One text of each group, and its pieces: the bytes of each id."""
+    """One text per group, with the bytes of each id."""
     samples = []
     for index in _one_of_each(found.items)[:TEXTS]:
         ids, output = found.codes[index], found.outputs[index]
@@ -137,7 +137,7 @@ def _pieces(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 def _others(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """Images of a plug-in's segments if they have `to_image`, else what `str` says of them."""
+    """Images of a plug-in's segments if they have `to_image`, else their `str`."""
     if hasattr(found.items[0].segment, "to_image"):
         return _sheet(found, card)
     samples = []

@@ -1,6 +1,6 @@
-"""What is left of DNA: everything, and that is checked letter by letter, on genes and on whole genomes.
+"""DNA metrics: exact reconstruction is checked letter by letter, on genes and on whole genomes.
 
-The genomes are of genera that nothing was trained on: those next to the training genome in the package the set was
+The genomes are of genera outside the training data: those next to the training genome in the package the set was
 built from, or the million bases that the set holds.
 """
 
@@ -75,7 +75,7 @@ def other_letters(tokenizer: DNATokenizerBase, segments: Sequence[Segment]) -> d
 
 
 def stream_genomes(tokenizer: DNATokenizerBase, paths: Sequence[Path]) -> dict[str, Any]:
-    """Genomes through the streaming interface, in constant memory: exact or not, how many codes, how fast.
+    """Genomes through the streaming interface, in constant memory: exactness, number of codes, speed.
 
     Exact: the letters, upper case, U as T and what is none of A C G T as N, have one sha256 before and after.
     genome_counts: how often each code stands in them, int64 [K], for `usage`.

@@ -1,4 +1,4 @@
-"""What tokenizers are measured on: a modality's registered test set, what its class holds out, or a user's own files.
+"""Test data of tokenizers: a modality's registered test set, the held-out items of its class, or a user's own files.
 
 Items are a fixed choice for a seed, each with a name and the group it is scored in.
 """
@@ -23,7 +23,7 @@ MOST_PX = 512
 
 @dataclass(frozen=True)
 class TestExample:
-    """One item: what is encoded, what it is called, and its group (a style, a voice), or "".
+    """One item: its segment, name, and group (a style, a voice), or "".
 
     says_name: of speech, whether the name is what is said.
     """
