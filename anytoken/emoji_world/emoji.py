@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
-from anytoken.emoji_world.motions import compose_moving
+from anytoken.emoji_world.motions import MOTIONS, move
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Image, Video
 from anytoken.utils.atomic import write_file
@@ -38,6 +38,7 @@ BACKGROUNDS = {
     "yellow": (250, 225, 90), "green": (80, 175, 90), "blue": (70, 120, 225), "purple": (150, 90, 190),
 }  # fmt: skip
 SPRITE_PX, CANVAS_PX, OBJECT_PX, FRAMES = 96, 64, 56, 8
+MOVING_BACKGROUNDS = 3  # of each concept and style in moving.jsonl
 FRAME_RATE_HZ = 4.0
 # Sizes and places of objects in `layouts`: multiples of 8 pixels, so that a tokenizer with patches of 8 sees a shift as
 # the same patches elsewhere. A place is how many times the free half goes to the left of the object, and above it.
@@ -330,7 +331,40 @@ def _compose_all(
 
 
 def _move_concept(folder: Path, job: Job, core: set[str]) -> tuple[Lines]:
-    return (list(compose_moving(folder, *job, core=job[0].hexcode in core)),)
+    """A concept's stills and clips in every style under FOLDER/moving, and their records; none if it is held out.
+
+    core: concepts whose animations by the artist are in videos.jsonl already.
+    """
+    concept, drawn, animation = job
+    lines: Lines = []
+    code = concept.hexcode
+    unseen = splits.style_held_out(code)
+    if splits.video_held_out(code):
+        return ([],)
+    free = [name for name in BACKGROUNDS if not splits.pair_held_out(code, name)]
+    for style, sprite in zip(STYLES, drawn, strict=True):
+        by_artist = animation is not None and style == ("flat" if unseen else "3d")
+        if (style == "3d" and unseen) or (by_artist and code in core):
+            continue
+        motion = min(MOTIONS, key=lambda name: splits.fraction(code, name, "motion", style))
+        frames = animation if by_artist and animation is not None else move(sprite, motion, FRAMES)
+        chosen = sorted(free, key=lambda name: splits.fraction(code, name, "clip", style))
+        for background in chosen[:MOVING_BACKGROUNDS]:
+            color = BACKGROUNDS[background]
+            image, video = (f"moving/{code}-{style}-{background}.{suffix}" for suffix in ("png", "webp"))
+            if not (folder / image).is_file():
+                Image(compose(sprite, color)).save(folder / image)
+            if not (folder / video).is_file():
+                Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(
+                    folder / video
+                )
+            kind = "animated" if style == "3d" or by_artist else f"animated, {style}"
+            lines.append({
+                "text": f"{concept.article}, {kind}, {background} background", "image": image, "video": video,
+                "hexcode": code, "name": concept.name, "background": background, "style": style,
+                "motion": "artist" if by_artist else motion, "split": "train", "holdout": None,
+            })  # fmt: skip
+    return (lines,)
 
 
 def _lay_out_concept(folder: Path, job: Job) -> tuple[Lines]:
