@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anytoken import moved
 from anytoken.grammar_tables import (
     ROLES,
     Ranges,
@@ -69,8 +70,8 @@ class State(NamedTuple):
 
     role: of the open turn. kind: modality of the open segment. size: the size header read so far. total: local codes
     of the open segment (0: a run's, not fixed). read: codes read of the open segment, global ones in their phase, else
-    local ones; outside segments whether the turn (with a plan: the plan's current text) has begun. task: None in a
-    conversation, set in a reply. step: which part of the plan is current.
+    local ones; outside segments whether the turn (with output kinds: the current text) has begun. task: None in a
+    conversation, set in a reply. step: the index of the current output kind.
     """
 
     phase: Phase
@@ -129,15 +130,16 @@ class Grammar:
         """The state before a whole sequence: bos is next."""
         return State(START)
 
+    @moved.renamed_argument("plan", "output_kinds")
     def reply(
-        self, plan: Sequence[str] | None = None, sizes: Mapping[str, Sequence[int]] | None = None
+        self, output_kinds: Sequence[str] | None = None, sizes: Mapping[str, Sequence[int]] | None = None
     ) -> State:
         """The state inside an assistant's turn of exactly the planned kinds in order, or of anything for None.
 
-        `sizes` fixes the grid size of a modality. A text of the plan has at least one id. TokenSpaceError for an
+        `sizes` fixes the grid size of a modality. Each text has at least one id. TokenSpaceError for an
         unknown kind, two texts in a row (a single text in the grammar), or a size that the modality cannot have.
         """
-        return State(CONTENT, "assistant", task=checked_task(self.token_space, plan, sizes or {}))
+        return State(CONTENT, "assistant", task=checked_task(self.token_space, output_kinds, sizes or {}))
 
     # ---- the rules ----
 
@@ -158,14 +160,14 @@ class Grammar:
             return self._codes_left(state) + 1 + self._tail(state)
         if phase is CONTENT:
             begun = 1 if state.read else 0
-            if state.task is None or state.task.plan is None:
+            if state.task is None or state.task.output_kinds is None:
                 return 2 - begun
             return self._table(state).tails[state.step + begun]
         return 1 if phase is START or phase is NULL else 0
 
     def _tail(self, state: State) -> int:
         """The number of ids that must follow the close id of the open segment."""
-        if state.task is None or state.task.plan is None:
+        if state.task is None or state.task.output_kinds is None:
             return 1
         return self._table(state).tails[state.step + 1]
 
@@ -196,7 +198,7 @@ class Grammar:
             if budget < least:
                 raise TokenSpaceError(
                     f"{budget} ids are left, but the shortest legal end takes {least} {self._where(state)}; "
-                    f"allow at least {least} or plan less."
+                    f"allow at least {least} or ask for fewer kinds."
                 )
         phase = state.phase
         if phase is CODES:
@@ -245,7 +247,7 @@ class Grammar:
 
     def _allowed_content(self, state: State, budget: int | None) -> Ranges:
         table, step = self._table(state), state.step
-        if table.plan is None:
+        if table.output_kinds is None:
             first = table.begin_user if state.role == "user" else table.begin_turn
             fits = len(first) if budget is None else bisect_right(table.thresholds, budget)
             return (table.go_on if state.read else first)[fits - 1]
@@ -254,13 +256,13 @@ class Grammar:
         return (table.or_text if budget is None or budget > table.tails[step + 1] else table.begin)[step + 1]
 
     def exits(self, state: State) -> Ranges:
-        """Within a text that a plan has a medium follow: the other ids that would end the text.
+        """Within a text before a medium of `output_kinds`: the other ids that would end the text.
 
         They are not allowed, but where the model prefers one of them the text is over: the planned open id takes its
         place. Otherwise a text before an image may never end, where the model would rather end its turn.
         """
-        plan = state.task.plan if state.task else None
-        inside = plan and state.phase is CONTENT and state.read and state.step + 1 < len(plan)
+        output_kinds = state.task.output_kinds if state.task else None
+        inside = output_kinds and state.phase is CONTENT and state.read and state.step + 1 < len(output_kinds)
         return self._table(state).exits[state.step + 1] if inside else ()
 
     # ---- walking ----
@@ -275,7 +277,7 @@ class Grammar:
         phase, role, kind, size, total, read, task, step = state
         if phase is CODES:
             if token == self.segments[kind].close:
-                step, read = (step + 1, 0) if task and task.plan else (step, 1)
+                step, read = (step + 1, 0) if task and task.output_kinds else (step, 1)
                 return State(CONTENT, role, "", (), 0, read, task, step)
             total = total or self._total(self.segments[kind], read, token)
             return State(phase, role, kind, size, total, read + 1, task, step)
@@ -311,7 +313,7 @@ class Grammar:
         if token == space.null:
             return State(NULL, role)
         segment = self._opens[token]
-        if task and task.plan and state.read:  # the text before it was a part of its own
+        if task and task.output_kinds and state.read:  # the text before it was a part of its own
             step += 1
         phase = SIZE if isinstance(segment.shape, CodeGrid) else self._after_size(segment)
         return State(phase, role, segment.name, (), 0, 0, task, step)
@@ -425,7 +427,7 @@ class Grammar:
 
     def _where(self, state: State) -> str:
         turn = f" of the {state.role}'s turn" if state.role else ""
-        plan = state.task.plan if state.task else None
+        output_kinds = state.task.output_kinds if state.task else None
         if state.phase is SIZE:
             return f"in the size header of a segment of {state.kind}{turn}"
         if state.phase is GLOBAL:
@@ -434,9 +436,9 @@ class Grammar:
         if state.phase is CODES:
             extent = f"{state.read} of {state.total} codes" if state.total else f"{state.read} codes"
             return f"after {extent} of a segment of {state.kind}{turn}"
-        if state.phase is CONTENT and plan:
+        if state.phase is CONTENT and output_kinds:
             done = state.step + bool(state.read)
-            return f"after {done} of the {len(plan)} parts of the plan {', '.join(plan)}"
+            return f"after {done} of the {len(output_kinds)} output kinds {', '.join(output_kinds)}"
         words = {
             START: "before the beginning",
             TURNS: "between turns",

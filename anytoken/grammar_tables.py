@@ -1,7 +1,7 @@
 """What the grammar looks up instead of working it out at every id: token ranges, compiled once.
 
-A `SegmentTable` holds one modality's ids and limits; a `TaskTable` what a reply's plan needs and offers at each of
-its steps; `loss_classes` the coarse allowed sets of the grammar-restricted loss. `grammar.py` walks over them.
+A `SegmentTable` holds one modality's ids and limits; a `TaskTable` what a reply's output kinds need and offer at each
+of its steps; `loss_classes` the coarse allowed sets of the grammar-restricted loss. `grammar.py` walks over them.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ ROLES = ("system", "user", "assistant")
 class Task(NamedTuple):
     """What a reply is to hold: its kinds in order (None: the model decides), and grid sizes that are pinned."""
 
-    plan: tuple[str, ...] | None = None
+    output_kinds: tuple[str, ...] | None = None
     sizes: tuple[tuple[str, Size], ...] = ()
 
 
-def checked_task(space: TokenSpace, plan: Sequence[str] | None, sizes: Mapping[str, Sequence[int]]) -> Task:
+def checked_task(
+    space: TokenSpace, output_kinds: Sequence[str] | None, sizes: Mapping[str, Sequence[int]]
+) -> Task:
     """A task that can be done; TokenSpaceError for an unknown kind, two texts in a row, or an impossible size."""
-    return Task(None if plan is None else _checked_plan(space, plan), _checked_sizes(space, sizes))
+    return Task(
+        None if output_kinds is None else _checked_kinds(space, output_kinds), _checked_sizes(space, sizes)
+    )
 
 
-def _checked_plan(space: TokenSpace, plan: Sequence[str]) -> tuple[str, ...]:
-    kinds = (plan,) if isinstance(plan, str) else tuple(plan)
+def _checked_kinds(space: TokenSpace, output_kinds: Sequence[str]) -> tuple[str, ...]:
+    kinds = (output_kinds,) if isinstance(output_kinds, str) else tuple(output_kinds)
     choices = ", ".join(space.modality_names)
     if not kinds:
-        raise TokenSpaceError(f"The plan is empty; name at least one of {choices}, or pass None.")
+        raise TokenSpaceError(f"output_kinds is empty; name at least one of {choices}, or pass None.")
     for before, kind in zip(("", *kinds), kinds, strict=False):
         if kind not in space.modality_names:
-            raise TokenSpaceError(f"Unknown kind {kind!r} in the plan; allowed: {choices}.")
+            raise TokenSpaceError(f"Unknown kind {kind!r} in output_kinds; allowed: {choices}.")
         if kind == before == "text":
             raise TokenSpaceError(
-                f"The plan {list(kinds)} has two texts in a row, which are one text; merge them."
+                f"output_kinds {list(kinds)} has two texts in a row, which are one text; merge them."
             )
     return kinds
 
@@ -81,7 +85,7 @@ class SegmentTable:
         self.global_codes: Ranges = tuple((span.start, span.stop) for span in spans)
         self.close_only: Ranges = (one(self.close),)
         # What may stand where a run's next frame could begin: its close id, or, delayed, the rest of the frames before.
-        self.delayed = self.num_codebooks > 1 and self.shape.order == "delayed"
+        self.delayed = self.num_codebooks > 1 and self.shape.order == "delay"
         self.ending: Ranges = self.codes[1] if self.delayed else self.close_only
         self.code_or_ending = merge_ranges([*self.ending, *self.codes[0]])
         self._orders: dict[int, np.ndarray] = {}
@@ -105,15 +109,15 @@ class SegmentTable:
 
 
 class TaskTable:
-    """A task compiled: grid limits, and what each step of the plan, or free content, needs and offers.
+    """A task compiled: grid limits, and what each output kind, or free content, needs and offers.
 
     limits: smallest and largest grid size of each modality. tails[i]: the fewest ids that parts i, i + 1... of
-    the plan and the end id take.
+    output_kinds and the end id take.
     """
 
     def __init__(self, space: TokenSpace, task: Task) -> None:
         pins = dict(task.sizes)
-        self.plan = task.plan
+        self.output_kinds = task.output_kinds
         self.limits: dict[str, tuple[Size, Size]] = {}
         shortest = {"text": 1}
         for name, shape in space.shapes.items():
@@ -123,7 +127,7 @@ class TaskTable:
             frames = math.prod(self.limits[name][0]) if isinstance(shape, CodeGrid) else shape.min_length
             shortest[name] = segment_length(shape, frames)
         self.tails = [1]
-        for kind in reversed(task.plan or ()):
+        for kind in reversed(task.output_kinds or ()):
             self.tails.insert(0, self.tails[0] + shortest[kind])
         self._compile_free(space, shortest)
         self._compile_plan(space)
@@ -142,12 +146,14 @@ class TaskTable:
         self.go_on = [merge_ranges([*spans, one(space.end)]) for spans in fitting]
 
     def _compile_plan(self, space: TokenSpace) -> None:
-        """begin[i]: the ids that begin part i of the plan (the end id after the last); or_text: those and text.
+        """begin[i]: the ids that begin output kind i (the end id after the last); or_text: those and text.
 
         exits[i]: all other ids that would end a text before part i, which is a medium.
         """
         text = space.text_ranges
-        first = [text if kind == "text" else (one(space.open_token(kind)),) for kind in self.plan or ()]
+        first = [
+            text if kind == "text" else (one(space.open_token(kind)),) for kind in self.output_kinds or ()
+        ]
         self.begin: list[Ranges] = [*first, (one(space.end),)]
         self.or_text = [merge_ranges([*text, *spans]) for spans in self.begin]
         ends = {space.end, *map(space.open_token, space.shapes)}
@@ -181,7 +187,7 @@ def loss_classes(space: TokenSpace, segments: Iterable[SegmentTable]) -> list[Ra
 
 
 def longest(shape: CodeShape) -> int:
-    """The most frames a segment can have."""
+    """The maximum number of frames in a segment."""
     return math.prod(shape.max_size) if isinstance(shape, CodeGrid) else shape.max_length
 
 

@@ -73,7 +73,7 @@ def opened(source: Given, kind: str) -> Iterator[tuple[IO[bytes], object]]:
         yield _held(data.encode() if isinstance(data, str) else data, name, kind), name
     else:
         raise TypeError(
-            f"{type(source).__name__} is no {kind}: expected a path, bytes, or a file opened with 'rb'"
+            f"{type(source).__name__} is not {kind}: expected a path, bytes, or a file opened with 'rb'"
         )
 
 
@@ -381,7 +381,9 @@ def write_audio(path: Path, samples: np.ndarray, rate_hz: int, suffix: str, exac
     block, subtype = 1 << 16, "FLOAT" if exact else None
     advice = "resample(48000) gives it a rate that every format has"
     if suffix == ".ogg" and rate_hz > 200_000:  # libsndfile would end the process
-        raise SegmentError(f"Cannot save speech of {rate_hz} Hz as .ogg, which ends at 200000 Hz; {advice}.")
+        raise SegmentError(
+            f"Cannot save speech of {rate_hz} Hz as .ogg, whose maximum is 200000 Hz; {advice}."
+        )
     try:
         with soundfile.SoundFile(path, "w", rate_hz, 1, subtype, format=suffix[1:].upper()) as audio:
             for start in range(0, len(samples), block):  # a minute of ogg at once ends the process, too
@@ -438,5 +440,5 @@ def check_side(suffix: str, height: int, width: int) -> None:
     if max(height, width) > limit:
         raise SegmentError(
             f"Cannot save {width}x{height} pixels as {suffix}, which has sides up to {limit}; "
-            "resize it, or take another suffix."
+            "resize it, or use another suffix."
         )

@@ -5,19 +5,20 @@ names modules; both still load. Nothing in this package imports by an old name. 
 `training.report` were modules and are packages now, so they are not listed.
 """
 
+import functools
+import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 MOVED = {
-    "atomic": "utils.atomic",
-    "autocast": "utils.autocast",
-    "json_lines": "utils.json_lines",
     "media_files": "media_io",
     "model.processes": "utils.distributed",
     "tokenizers.machine": "utils.device",
@@ -47,16 +48,7 @@ MOVED = {
     "data.encoding": "data.shard_worker",
     "data.cards": "data.dataset_card",
     "data.check": "data.validate",
-    "data.dna": "emoji_world.dna",
     "data.tables": "data.sources.tables",
-    "data.emoji": "emoji_world.emoji",
-    "data.instruct": "emoji_world.instruct",
-    "data.packages": "emoji_world.packages",
-    "data.phrases": "emoji_world.phrases",
-    "data.speech": "emoji_world.speech",
-    "data.splits": "emoji_world.splits",
-    "data.spoken_words": "emoji_world.spoken_words",
-    "data.voices": "emoji_world.voices",
     "model.rows": "model.embedding_init",
     "model.modalities": "model.extend_vocab",
     "model.upcycle": "model.backbone",
@@ -89,30 +81,22 @@ MOVED = {
     "inference.reply": "inference.outputs",
     "inference.cache": "inference.kv_cache",
     "inference.stream": "inference.streaming",
-    "evaluation.dialogues": "emoji_world.dialogues",
-    "evaluation.directions": "emoji_world.directions",
     "evaluation.gallery": "emoji_world.demo",
-    "evaluation.identity": "emoji_world.identity",
-    "evaluation.judges": "emoji_world.judges",
-    "evaluation.products": "emoji_world.products",
-    "evaluation.report": "emoji_world.report",
-    "evaluation.tasks": "emoji_world.tasks",
     "evaluation.bench": "benchmarks.harness",
-    "evaluation.bench_data": "benchmarks.data",
-    "evaluation.bench_experts": "benchmarks.experts",
-    "evaluation.bench_generate": "benchmarks.generate",
-    "evaluation.bench_model": "benchmarks.model",
-    "evaluation.bench_quantize": "benchmarks.quantize",
-    "evaluation.bench_score": "benchmarks.score",
-    "evaluation.bench_serve": "benchmarks.serve",
-    "evaluation.bench_tokenizers": "benchmarks.tokenizers",
-    "evaluation.bench_train": "benchmarks.train",
     "terminal.talk": "terminal.repl",
     "terminal.parts": "terminal.prompt_args",
     "terminal.pictures": "terminal.inline_images",
     "terminal.replies": "terminal.render",
     "commands.use": "commands.inference",
 }
+# The modules of these rooms kept their names.
+_ROOMS = {
+    ("", "utils."): "atomic autocast json_lines",
+    ("data.", "emoji_world."): "dna emoji instruct packages phrases speech splits spoken_words voices",
+    ("evaluation.", "emoji_world."): "dialogues directions identity judges products report tasks",
+    ("evaluation.bench_", "benchmarks."): "data experts generate model quantize score serve tokenizers train",
+}
+MOVED |= {old + name: new + name for (old, new), names in _ROOMS.items() for name in names.split()}
 
 
 RENAMED = {  # a module by its name of today: what in it had another name
@@ -147,6 +131,74 @@ RECIPE_KEYS = {  # of a stage's recipe, old -> new; a recipe, a saved stage or a
     "eval.integration": "eval.modality_integration_rate",
 }
 TOKENIZER_RECIPE_KEYS = {"begin_anew": "reinit_prefixes"}  # the same of a tokenizer's recipe
+SETTINGS = {  # of a built-in tokenizer and its quantizer, old -> new
+    "candidates": "num_candidates",
+    "dead_below": "threshold_ema_dead_code",
+    "first": "num_active_codebooks",
+    "order": "codebook_pattern",
+    "voice_codes": "num_global_codes",
+}
+PATTERNS = {"interleaved": "flatten", "delayed": "delay"}  # values of codebook_pattern, old -> new
+
+
+def current_settings(settings: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Settings of a tokenizer or a quantizer by their current names, with a FutureWarning if some were old."""
+    found = _renamed(settings, SETTINGS, PATTERNS)
+    if len(found) < len(settings):
+        raise ValueError(f"a setting is given by its old and its new name; received {dict(settings)}")
+    if warn and found != settings:
+        message = f"{dict(settings)} is now written {found}; the old names go in the next version"
+        warnings.warn(message, FutureWarning, stacklevel=3)
+    return found
+
+
+def fingerprinted_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by the names in fingerprints, which stay those of version 0.1: shards and checkpoints hold them."""
+    old = {new: name for name, new in SETTINGS.items() if name != "voice_codes"}  # had its new name in them
+    return _renamed(settings, old, {new: name for name, new in PATTERNS.items()})
+
+
+def _renamed(
+    settings: Mapping[str, Any], names: Mapping[str, str], patterns: Mapping[str, str]
+) -> dict[str, Any]:
+    found = {names.get(key, key): value for key, value in settings.items()}
+    for key, value in found.items():
+        if key == "quantizer" and isinstance(value, Mapping):
+            found[key] = _renamed(value, names, patterns)
+        elif key in ("order", "codebook_pattern") and isinstance(value, str):
+            found[key] = patterns.get(value, value)
+    return found
+
+
+def takes_old_settings(init: Callable[..., None]) -> Callable[..., None]:
+    """A tokenizer's constructor that also takes the old names of settings, unless it has a parameter of that name."""
+    own = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def constructor(self: Any, *args: Any, **settings: Any) -> None:
+        kept = {key: settings.pop(key) for key in [*settings] if key in SETTINGS and key in own}
+        init(self, *args, **current_settings(settings), **kept)
+
+    return constructor
+
+
+def renamed_argument(old: str, new: str) -> Callable[[F], F]:
+    """A function that also takes its keyword `new` by the `old` name, with a FutureWarning."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                message = (
+                    f"{old} of {function.__qualname__} is now {new}; the old name goes in the next version"
+                )
+                warnings.warn(message, FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return cast(F, call)
+
+    return decorate
 
 
 def old_names(module: str) -> Callable[[str], Any]:

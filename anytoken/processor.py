@@ -173,7 +173,7 @@ class Processor:
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise RequestError(
                 f'{where} of the prompt needs "role" and "content"; received {message!r:.80}. '
-                "A list holds messages only, or no message."
+                "A list must hold only messages, or none."
             )
         role = message["role"]
         if role not in ROLES:
@@ -419,6 +419,6 @@ def _open_medium(segment_type: type[Segment], value: Any, settings: Mapping[str,
     except (TypeError, OSError) as error:
         more = f" with {', '.join(settings)}" if settings else ""
         raise RequestError(
-            f"{where}: {value!r:.80}{more} does not open as {kind} ({error}); give a path, a segment, or an array "
+            f"{where}: {value!r:.80}{more} cannot be opened as {kind} ({error}); give a path, a segment, or an array "
             f"with what {segment_type.__name__}(...) takes."
         ) from error

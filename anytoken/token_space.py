@@ -59,10 +59,7 @@ class TokenSpace:
     null: int
 
     def __init__(
-        self,
-        text_size: int,
-        max_size_token: int = 64,
-        text_ranges: Iterable[Sequence[int]] | None = None,
+        self, text_size: int, max_size_token: int = 64, text_ranges: Iterable[Sequence[int]] | None = None
     ) -> None:
         """A space with only text and control ids; TokenSpaceError unless both numbers are at least 1.
 

@@ -68,10 +68,7 @@ def constant_rate(starts: Sequence[float], end: float, rates: Sequence[float], p
 
 
 def sample(
-    shown: Iterable[tuple[float, Shown]],
-    timing: Timing,
-    pixels: Callable[[Shown], np.ndarray],
-    name: object,
+    shown: Iterable[tuple[float, Shown]], timing: Timing, pixels: Callable[[Shown], np.ndarray], name: object
 ) -> tuple[np.ndarray, float]:
     """Frames uint8 [T, H, W, 3] at each step of a constant rate, and the rate in Hz.
 
@@ -182,7 +179,7 @@ class AudioTrack:
             self._container = _open(self._file)
             tracks = self._container.streams.audio
             if not tracks or tracks[0].codec_context is None:
-                raise SegmentError(f"{self._name} holds no audio in a codec that is known.")
+                raise SegmentError(f"{self._name} holds no audio in a known codec.")
             self.channels, self.samplerate = tracks[0].codec_context.channels, tracks[0].codec_context.rate
             self._frames = self._container.decode(tracks[0])
             self._planes = av.AudioResampler(format="fltp")
@@ -224,7 +221,7 @@ def _film(container: Any, name: object) -> Any:
         raise SegmentError(f"{name} holds no video stream{cover}.")
     film = max(films, key=lambda one: bool(one.disposition & Disposition.default))
     if film.codec_context is None:
-        raise SegmentError(f"{name} holds video in a codec that is not known.")
+        raise SegmentError(f"{name} holds video in an unknown codec.")
     limits = current_limits()
     limits.check("max_pixels", film.codec_context.width * film.codec_context.height, name)
     film.codec_context.options = {"max_pixels": str(int(limits.max_pixels))}  # the size may change midway
@@ -232,7 +229,7 @@ def _film(container: Any, name: object) -> Any:
 
 
 def _timing(container: Any, stream: Any, name: object) -> tuple[Timing, int]:
-    """How the frames are spread, from the packets alone, and when the first begins; limits are checked on the way."""
+    """How the frames are spread, from the packets alone, and when the first begins; limits are checked meanwhile."""
     limits, area = current_limits(), max(1, stream.codec_context.width * stream.codec_context.height)
     packets: list[tuple[int | None, int]] = []
     for packet in container.demux(stream):

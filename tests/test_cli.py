@@ -422,5 +422,5 @@ def test_eval_of_tasks_runs_compares_and_resumes(checkpoint, task_file, tmp_path
     assert run(*words, "--count", 2, "--overwrite").exit_code == 0
     assert (tmp_path / "o/tiny/pick.jsonl").read_text().count("\n") == 3
     assert "goes with the built-in directions" in complaint(run(*words, "--directions", "text->image"))
-    assert "two are called the same" in complaint(run(*words, "--compare", checkpoint))
+    assert "two models have the same name" in complaint(run(*words, "--compare", checkpoint))
     assert "needs --task" in complaint(run("eval", checkpoint, "--compare", other))

@@ -31,7 +31,7 @@ FEW = settings(max_examples=60, deadline=None)
 
 def random_shape(chance: random.Random) -> CodeShape:
     books = chance.choice([1, 1, 2, 3])
-    order = chance.choice(["interleaved", "delayed"])
+    order = chance.choice(["flatten", "delay"])
     if chance.random() < 0.5:
         low = chance.randint(1, 3)
         return CodeSequence(low, low + chance.randint(0, 3), books, order, chance.choice([0, 0, 1, 3]))
@@ -96,14 +96,14 @@ class Language:
                 sizes = {space.size_token(n): n for n in numbers}
                 cells *= sizes[(yield set(sizes))]
             yield from self.global_codes(name)
-            if shape.order == "delayed":
+            if shape.order == "delay":
                 return (yield from self.delayed(books, close, cells, cells))
             for _ in range(cells):
                 for book in books:
                     yield book
             return (yield {close})
         yield from self.global_codes(name)
-        if shape.order == "delayed":
+        if shape.order == "delay":
             return (yield from self.delayed(books, close, shape.min_length, shape.max_length))
         frames = 0
         while True:
@@ -403,7 +403,7 @@ def test_states_are_values(grammar: Grammar) -> None:
 @pytest.mark.parametrize(
     ("plan", "sizes", "message"),
     [
-        (("smell",), {}, "'smell' in the plan; allowed: text, image, tone"),
+        (("smell",), {}, "'smell' in output_kinds; allowed: text, image, tone"),
         ((), {}, "empty; name at least one of text, image, tone"),
         (("image", "text", "text"), {}, "two texts in a row"),
         (("tone",), {"tone": (3,)}, "'tone', which has no grid; modalities with one: image"),
@@ -562,14 +562,14 @@ def test_loss_classes_of_a_small_space(grammar: Grammar) -> None:
 
 @given(frames=st.integers(1, 12), books=st.integers(1, 5))
 def test_the_delay_pattern_by_hand_and_by_its_rule(frames: int, books: int) -> None:
-    order = codebook_pattern(CodeSequence(1, 20, books, "delayed"), frames)
+    order = codebook_pattern(CodeSequence(1, 20, books, "delay"), frames)
     steps = [(f + q, q) for f, q in (divmod(int(flat), books) for flat in order)]
     assert steps == sorted(steps) and sorted(order) == list(range(frames * books))
-    assert codebook_pattern(CodeSequence(1, 9, 3, "delayed"), 3).tolist() == [0, 3, 1, 6, 4, 2, 7, 5, 8]
+    assert codebook_pattern(CodeSequence(1, 9, 3, "delay"), 3).tolist() == [0, 3, 1, 6, 4, 2, 7, 5, 8]
     assert codebook_pattern(CodeSequence(1, 9, 3), 2).tolist() == list(range(6))
 
 
-@pytest.mark.parametrize("order", ["interleaved", "delayed"])
+@pytest.mark.parametrize("order", ["flatten", "delay"])
 def test_codes_of_several_codebooks_come_back_in_either_order(order: str) -> None:
     space = TokenSpace(4)
     space.append_modality("tone", [7, 5, 6], CodeSequence(1, 5, 3, order))

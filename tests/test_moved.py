@@ -3,15 +3,17 @@
 import json
 import pickle
 import sys
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 
 import anytoken
-from anytoken.moved import MOVED, RECIPE_KEYS, RENAMED, OldNames
-from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
+from anytoken.moved import MOVED, RECIPE_KEYS, RENAMED, OldNames, fingerprinted_settings
+from anytoken.tokenizers.base import CodeSequence, ModalityTokenizer, code_shape_from_dict, load_tokenizer
 from anytoken.tokenizers.dna import DNATokenizer
+from anytoken.tokenizers.speech import SpeechTokenizer
 from anytoken.training.config import TrainConfig
 from anytoken.training.tokenizer.recipe import TokenizerRecipe
 from anytoken.utils.errors import ConfigError
@@ -110,6 +112,72 @@ def test_a_recipe_with_the_old_keys_is_read_with_a_warning_for_each():
     assert (stage.gradient_accumulation_steps, stage.cfg_dropout, stage.pcgrad) == (2, 0.0, True)
     assert stage.replace_tokenizers == {"image": "there"} and stage.loss.loss_on == "all"
     assert stage.eval.modality_integration_rate
+
+
+OLD_SETTINGS = {
+    "width": 16, "encoder_depth": 1, "decoder_depth": 1, "codebook_size": 8, "voice_codes": 2, "candidates": 3,
+    "quantizer": {"kind": "vq", "residual": 2, "dropout": True, "first": 1, "order": "delayed", "dead_below": 0.5},
+}  # fmt: skip
+NEW_SETTINGS = {
+    "width": 16, "encoder_depth": 1, "decoder_depth": 1, "codebook_size": 8, "num_global_codes": 2,
+    "num_candidates": 3,
+    "quantizer": {"kind": "vq", "residual": 2, "dropout": True, "num_active_codebooks": 1,
+                  "codebook_pattern": "delay", "threshold_ema_dead_code": 0.5},
+}  # fmt: skip
+
+
+def test_old_settings_of_a_tokenizer_become_the_new_ones_with_a_warning():
+    with pytest.warns(FutureWarning, match="is now written .*num_candidates"):
+        tokenizer = SpeechTokenizer(**OLD_SETTINGS)
+    assert {key: tokenizer.config[key] for key in NEW_SETTINGS} == NEW_SETTINGS
+    assert tokenizer.shape.order == "delay"
+    with pytest.warns(FutureWarning, match="is now written"):
+        recipe = TokenizerRecipe(kind="speech", config=OLD_SETTINGS)
+    assert recipe.config == NEW_SETTINGS
+    with pytest.raises(ValueError, match="by its old and its new name"):
+        SpeechTokenizer(candidates=2, num_candidates=3)
+
+
+def test_a_saved_tokenizer_of_old_settings_loads_without_a_warning_and_keeps_its_fingerprint(tmp_path):
+    folder = SpeechTokenizer(**NEW_SETTINGS).save_pretrained(tmp_path / "speech")
+    header = json.loads((folder / "config.json").read_text())
+    new = load_tokenizer(folder)
+    header["config"] = {k: v for k, v in header["config"].items() if k not in NEW_SETTINGS} | OLD_SETTINGS
+    (folder / "config.json").write_text(json.dumps(header))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        old = load_tokenizer(folder)
+    assert old.config == new.config and old.fingerprint() == new.fingerprint()
+
+
+def test_settings_in_a_fingerprint_are_those_of_version_0_1():
+    assert fingerprinted_settings(NEW_SETTINGS) == {
+        key: value for key, value in OLD_SETTINGS.items() if key != "voice_codes"
+    } | {"num_global_codes": 2}
+
+
+def test_a_shape_of_an_old_pattern_has_the_new_one():
+    with pytest.warns(FutureWarning, match="is now written"):
+        shape = CodeSequence(1, 9, 2, "delayed")
+    assert shape == CodeSequence(1, 9, 2, "delay")
+    assert code_shape_from_dict({**shape.to_dict(), "order": "delayed"}) == shape
+
+
+def test_an_old_keyword_gives_the_new_one_with_a_warning():
+    grammar = anytoken.load("mini").processor.grammar
+    with pytest.warns(FutureWarning, match="plan of Grammar.reply is now output_kinds"):
+        assert grammar.reply(plan=["image"]) == grammar.reply(["image"])
+
+
+def test_a_plug_in_keeps_its_own_setting_of_an_old_name():
+    class Own(ModalityTokenizer):
+        kind = "own"
+
+        def __init__(self, order: int = 2, candidates: int = 1) -> None:
+            self.read = order, candidates
+
+    made = Own(order=3, candidates=4)
+    assert made.read == (3, 4)
 
 
 @pytest.mark.filterwarnings("ignore:the recipe key:FutureWarning")

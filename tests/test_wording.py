@@ -1,7 +1,9 @@
-"""The wording of pages, cards and command help: the field's terms, not private ones (see CONTRIBUTING.md, Wording)."""
+"""The wording of pages, cards, help and code: the field's terms, not private ones (see CONTRIBUTING.md, Wording)."""
 
+import io
 import json
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,28 @@ def test_pages_and_cards(page):
 def test_a_committed_card_is_what_its_figures_render_to(figures):
     page = figures.with_name("README.md").read_text(encoding="utf-8")
     assert page == render(json.loads(figures.read_text(encoding="utf-8")))
+
+
+# Docstrings, comments and messages of the code; these files hold what users say, or prompts.
+SPOKEN = ("emoji_world/instruct.py", "emoji_world/phrases.py", "inference/zero_shot.py")
+MODULES = [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted(ROOT.glob("anytoken/**/*.py"))
+    if not path.as_posix().endswith(SPOKEN) and not {"serving", "index.py"} & {*path.parts}
+]
+
+
+def written(code: str) -> str:
+    """Comments and strings with more than one word, without names in backquotes and options."""
+    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+    kinds = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+    texts = [one.string for one in tokens if one.type in kinds and " " in one.string]
+    return "\n".join(re.sub(r"`[^`]*`|--\w+ \S+", " ", text) for text in texts)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_comments_and_messages(module):
+    assert refused(written((ROOT / module).read_text(encoding="utf-8"))) == []
 
 
 def test_help_of_all_commands():

@@ -1,1 +1,1 @@
-"""`anytoken bench`: our code and a named peer's in one run."""
+"""`anytoken bench`: our code against a named peer in one run."""

@@ -1,7 +1,7 @@
-"""Data: how full the packed rows are, what loading costs against a training step, and reading against the usual peers.
+"""Data: packing efficiency, loading time relative to a training step, and reading speed against common libraries.
 
-The bars: 98 % of all ids real, 5 % of a step's time spent on loading, and at least as many tokens per second out of our
-shards as `webdataset` and `datasets` read of the very same codes, in turns, in one run.
+Targets: 98 % of all ids are real, loading takes 5 % of a step, and our shards are read at least as fast as `webdataset`
+and `datasets` read the same codes, alternating in one run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Sample = tuple[Record, np.ndarray]
 
 
 def bench_data(shards: Path, scratch: Path, repeats: int, batches: int = 100) -> Figures:
-    """All three, on mini and its stages; shards: their tokenized sets. EvaluationError if they are not there."""
+    """All three, on mini and its stages; shards: their tokenized sets. EvaluationError if they are missing."""
     stages = [TrainConfig.load(recipes.find(f"stages/{name}.yaml"), _from_mini(shards)) for name in STAGES]
     processor, lm = build_model(stages[-1])
     rows = [_packing(stage, processor, batches) for stage in stages]
@@ -67,7 +67,7 @@ def _from_mini(shards: Path) -> list[str]:
 
 
 def tiny_shards(folder: Path) -> Path:
-    """The tiny sets that come with the package, tokenized as mini's were: enough to run all of this on."""
+    """The tiny sets that come with the package, tokenized as mini's were: enough to run this benchmark."""
     stage = TrainConfig.load(recipes.find("stages/4_instruct.yaml"), _from_mini(folder))
     tokenizers = build_model(stage)[0].tokenizers
     sets = recipes.assets() / "tiny"
@@ -120,7 +120,7 @@ def best_fit_decreasing(lengths: Sequence[int], context: int) -> float:
 
 
 def _loading(stage: TrainConfig, processor: Processor, lm: Any, repeats: int) -> tuple[Figures, Figures]:
-    """What of a step is drawing and packing its batch, without workers; and the seconds of both."""
+    """The share of a step spent on drawing and packing its batch, without workers; and the seconds of both."""
     model = ModelWithLoss(lm.train(), build_loss(stage, processor), stage.moe)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = iter(
@@ -155,9 +155,9 @@ def _loading(stage: TrainConfig, processor: Processor, lm: Any, repeats: int) ->
 
 
 def _reading(shards: Shards, scratch: Path, repeats: int) -> list[Figures]:
-    """Tokens a second of one set's records and codes, once opened: in the order they are kept, and as training draws.
+    """Tokens per second of one set's records and codes, once opened: in stored order, and in training order.
 
-    A DataLoader asks `datasets` for the rows of a batch; webdataset reads from front to end whatever the order.
+    A DataLoader requests batches of rows from `datasets`; webdataset always reads sequentially.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     in_order = range(len(shards))
@@ -175,7 +175,9 @@ def _reading(shards: Shards, scratch: Path, repeats: int) -> list[Figures]:
         order = drawn if "drawn" in name else in_order
         for index, (record, codes) in zip(order, open_side(), strict=True):
             if record != samples[index][0] or not np.array_equal(codes, samples[index][1]):
-                raise EvaluationError(f"{name}: other tokens are read, so there is nothing to compare.")
+                raise EvaluationError(
+                    f"{name}: the two sides read different tokens, so they cannot be compared."
+                )
     tokens = sum(codes.size for _, codes in samples)
     taken = interleaved_timing(
         {name: partial(_exhaust, open_side) for name, open_side in sides.items()}, repeats
@@ -235,7 +237,7 @@ def _write_table(samples: Sequence[Sample], folder: Path) -> Any:
 
 
 def _read_table(table: Any) -> Iterator[Sample]:
-    """By a thousand rows at a time, as arrays."""
+    """A thousand rows at a time, as arrays."""
     keys = [key for key in table.column_names if key != "codes"]
     for rows in table.with_format("numpy").iter(batch_size=1000):
         for values, codes in zip(zip(*(rows[key] for key in keys), strict=True), rows["codes"], strict=True):

@@ -1,4 +1,4 @@
-"""Embedding against a bare forward pass; an index at growing sizes: build time, memory, queries per second, recall."""
+"""Embedding against a plain forward pass; indexes of growing size: build time, memory, queries per second, recall."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def bench_embed(
     kinds: Sequence[str] = KINDS,
     save: Callable[[Figures], None] = lambda figures: None,
 ) -> Figures:
-    """Rows of an index by kind and size, and how many times as long embedding takes as its forward passes alone.
+    """Rows of an index by kind and size, and the time of embedding relative to its forward passes alone.
 
-    sizes: vectors of an index; they are drawn around centres as a model's lie. save: called with all figures so far
-    after each row, as a million vectors take a while. EvaluationError if two ways of batching give other vectors.
+    sizes: numbers of vectors in an index; they are sampled around centers, like those of a model. save: called with all
+    figures so far after each row, since large sizes take long. EvaluationError if two ways of batching give other
+    vectors.
     """
     ids = model.processor.encode_chats(list(prompts))
     untrained = not model.embedding_heads
@@ -50,7 +51,7 @@ def bench_embed(
     worst = float(np.abs(together[:8] - alone).max())
     if worst > 1e-4:
         raise EvaluationError(
-            f"A prompt's vector alone and in a batch differ by {worst:.2g}: speeds say nothing."
+            f"A prompt's vector alone and in a batch differ by {worst:.2g}, so their speeds cannot be compared."
         )
     sides = {
         "embed": lambda: model.embed_ids(ids, untrained=untrained),
@@ -74,7 +75,7 @@ def bench_embed(
 
 @torch.inference_mode()
 def bare_forward(model: AnyToken, ids: Sequence[Sequence[int]]) -> None:
-    """The decoder over the same batches, and nothing else."""
+    """Only the decoder, over the same batches."""
     for rows in similar_lengths([len(one) for one in ids]):
         batch = torch.full((len(rows), max(len(ids[row]) for row in rows)), model.token_space.pad)
         for place, row in enumerate(rows):
@@ -83,10 +84,10 @@ def bare_forward(model: AnyToken, ids: Sequence[Sequence[int]]) -> None:
 
 
 def bench_index(model: AnyToken, size: int, width: int, kinds: Sequence[str] = KINDS) -> Iterator[Figures]:
-    """Rows of figures for one size: a row per kind, of IVF-PQ one for each trade-off of speed and recall.
+    """Rows of figures for one size: a row per kind; for IVF-PQ one per trade-off of speed and recall.
 
-    Seconds are CPU seconds of one core, so other work on the machine counts little. memory_mb is what a search keeps in
-    memory; the vectors of flat and IVF-PQ are mapped from disk and not counted.
+    Seconds are CPU seconds of one core, so other work on the machine counts little. memory_mb is the memory of a
+    search; the vectors of flat and IVF-PQ are mapped from disk and not counted.
     """
     faiss = import_faiss()
     threads = faiss.omp_get_max_threads()

@@ -1,7 +1,7 @@
-"""What experts cost in training, against a dense decoder and against what the machine's matrix product can do.
+"""Training cost of experts, against a dense decoder and against the machine's peak matrix product.
 
 Both decoders have the same width, depth and attention, and the same active parameters: the dense feed-forward layer
-is as wide as the experts a token passes. The share of the peak counts useful arithmetic only: 6 operations per
+is as wide as the experts that one token passes. The share of the peak counts useful arithmetic only: 6 operations per
 active parameter and token (2 forward, 4 backward; arXiv 2001.08361) and the products of causal attention, divided by
 what one large float32 matrix product reaches in the same rounds. Shapes: B rows, T tokens, H hidden.
 """
@@ -28,7 +28,7 @@ SHAPE: dict[str, Any] = {
 
 
 def decoders(hidden: int, experts: int, top_k: int) -> dict[str, AnyTokenForCausalLM]:
-    """A mixture of experts and a dense decoder of the same active parameters, but for the router."""
+    """A mixture of experts and a dense decoder with the same active parameters, except for the router."""
     width = 4 * hidden // top_k
     settings: dict[str, dict[str, Any]] = {
         "moe": {
@@ -45,7 +45,7 @@ def decoders(hidden: int, experts: int, top_k: int) -> dict[str, AnyTokenForCaus
 
 
 def step_operations(lm: AnyTokenForCausalLM, rows: int, context: int) -> float:
-    """Useful operations of one training step: of the matrices a token passes, and of the visible half of attention."""
+    """Useful operations of one training step: of the active matrices, and of the causal half of attention."""
     config = lm.config
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context / 2 * 2
     return 6.0 * rows * context * (lm.num_active_parameters() + attention)

@@ -1,8 +1,8 @@
-"""Decoding against `generate` of transformers, and against its own limits.
+"""Decoding against transformers' `generate`, and against hardware limits.
 
-Both sides have the same weights and the same grammar, both are greedy, and their ids must agree; each takes turns
-with the other. The models are the given one, the same with a large vocabulary (an image's next token then is one of
-few among many), and a random one of a size where weights come from memory and not from a core's cache.
+Both sides have the same weights and the same grammar, both are greedy, and their ids must agree; they alternate. The
+models are the given one, the same with a large vocabulary (so few ids are allowed in an image), and a random model too
+large for a core's cache.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Subject:
         self.tokens = len(self.ours()[0])
 
     def ours(self, rows: int = 1, cfg_scale: float = 1.0, engine: Engine | None = None) -> list[list[int]]:
-        """Ids of this many replies."""
+        """Ids of this number of replies."""
         sampling, null = {self.kind: replace(GREEDY, cfg_scale=cfg_scale)}, self.model.processor.null_prompt()
         request = GenerationRequest(self.ids, (self.kind,), sampling, LIMIT, null_prompt=null)
         return [one.ids for one in (engine or self.engine).generate([request] * rows)]
 
     def transformers(self, rows: int = 1) -> list[list[int]]:
-        """The same by `generate` of transformers with a dynamic cache."""
+        """The same with transformers' `generate` and a dynamic cache."""
         inputs = self.model.lm_inputs([self.prompt] * rows, self.kind, batch=True, max_new_tokens=LIMIT)
         output = self.model.lm.generate(**inputs, do_sample=False)[:, len(self.ids) :].tolist()
         end = self.model.token_space.end
@@ -102,7 +102,7 @@ def bench_decode(model: AnyToken, kind: str, prompt: str, repeats: int, sizes: S
         for count in (1, ROWS):
             fast, plain = partial(subject.ours, count), partial(subject.ours, count, engine=own)
             if fast() != plain():
-                raise EvaluationError("The two sides give different ids: there is nothing to compare.")
+                raise EvaluationError("The two sides give different ids, so they cannot be compared.")
             ratio = ratio_of_turns(plain, fast, repeats)
             name = "the model" if part is model else f"{part.lm.num_parameters() / 1e6:.0f} M"
             rows.append({"model": name, "what": "own layers over fast decode", "rows": count, "ratio": ratio})
@@ -115,7 +115,7 @@ def with_lm(model: AnyToken, lm: Any) -> AnyToken:
 
 
 def large_lm(model: AnyToken, sizes: Sizes) -> AnyTokenForCausalLM:
-    """A random model over the same ids: four experts of which a token takes one, and a shared one."""
+    """A random model over the same ids: four routed experts, one per token, and a shared one."""
     torch.manual_seed(0)
     config = AnyTokenConfig(
         vocab_size=model.lm.config.vocab_size, hidden_size=sizes.width, num_hidden_layers=sizes.layers,
@@ -135,7 +135,7 @@ def _beside_transformers(
     for count in rows:
         ours, peer = partial(subject.ours, count, engine=engine), partial(subject.transformers, count)
         if ours() != peer():
-            raise EvaluationError("The two sides give different ids: there is nothing to compare.")
+            raise EvaluationError("The two sides give different ids, so they cannot be compared.")
         taken = interleaved_timing({"ours": ours, "transformers": peer}, repeats, warmups=0)
         what = "compiled against transformers" if engine else "against transformers"
         found.append(_ratio(name, what, count, taken["ours"], taken["transformers"], subject.tokens))
@@ -162,7 +162,7 @@ def _guidance(subject: Subject, repeats: int) -> Figures:
 
 @torch.inference_mode()
 def _first_event(subject: Subject, repeats: int) -> Figures:
-    """Of a text, which needs the model's answer, after a prompt of PROMPT ids."""
+    """Time to the first text event after a prompt of PROMPT ids."""
     ids = (subject.ids * PROMPT)[:PROMPT]
     engine, batch = subject.engine, torch.tensor([ids])
     taken = interleaved_timing(
@@ -177,7 +177,7 @@ def _first_event(subject: Subject, repeats: int) -> Figures:
 
 
 def _bandwidth(name: str, subject: Subject, engine: Engine, repeats: int) -> Figures:
-    """How much of the time of a token its weights alone would take to be read from memory."""
+    """The share of the time per token that reading the weights from memory takes."""
     lm = subject.model.lm
     codes = subject.model.token_space.code_range(subject.kind, 0)
     other = lm.config.vocab_size - (codes.stop - codes.start)
@@ -193,7 +193,7 @@ def _bandwidth(name: str, subject: Subject, engine: Engine, repeats: int) -> Fig
 
 @torch.inference_mode()
 def _context_curve(lm: Any, engine: Engine, contexts: Iterable[int]) -> list[Figures]:
-    """Milliseconds of one step, and of its attention alone, after this many tokens."""
+    """Milliseconds of one step, and of its attention alone, by context length."""
     decoder, config = engine.head().decoder, lm.config
     assert decoder is not None
     cache = KVCache(lm.device, lm.dtype)

@@ -1,9 +1,9 @@
-"""`anytoken bench gpu`: what one large GPU does with our training, decoding and tokenizers, in under nine minutes.
+"""`anytoken bench gpu`: training, decoding and tokenizers on one large GPU, in under nine minutes.
 
-The parts are cheap to lose: each has a budget and runs in a process of its own, so that one that hangs, or breaks the
-CUDA context, is ended and the next begins. Within a part every case is written to the JSON file as soon as it is
-measured; a case that would not fit into what is left is skipped with the reason, and one that fails (out of memory, a
-package that is missing) is recorded and the rest continues. A killed run leaves all that it had measured.
+Each part has a budget and runs in its own process, so that one that hangs or breaks the CUDA context is stopped and the
+next one starts. Within a part every case is written to the JSON file as soon as it is measured; a case that would not
+fit into what is left is skipped with the reason, and one that fails (out of memory, a package that is missing) is
+recorded and the rest continues. A killed run leaves all that it had measured.
 
 MFU, the share of the peak (PaLM, arXiv 2204.02311), is FLOPs per token x tokens per second / peak. FLOPs per token
 are those of products, each counted once (recomputation is no work):
@@ -52,24 +52,24 @@ STARTUP, GRACE = 12.0, 4.0  # seconds that a process takes to start, and that it
 
 @dataclass
 class Report:
-    """The JSON file: facts of the machine, and for every part its rows; written whole after each change."""
+    """The JSON file: metadata of the machine and the rows of every part; rewritten after each change."""
 
     path: Path
     figures: Figures = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, fresh: bool) -> Report:
-        """What a file holds, or nothing of it."""
+        """Read a file; empty if it is missing or invalid."""
         kept = {} if fresh or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
         return cls(path, {"parts": {}} | kept)
 
     def update(self, part: str, **facts: Any) -> None:
-        """Note facts of a part, and write."""
+        """Update a part and write the file."""
         self.figures["parts"].setdefault(part, {"rows": []}).update(facts)
         self.write()
 
     def write(self) -> None:
-        """Replace the file by what is known now."""
+        """Rewrite the file."""
         write_file(self.path, json.dumps(self.figures, indent=1) + "\n")
 
 
@@ -96,7 +96,7 @@ def bench_gpu(out: Path, minutes: float = MINUTES, tiny: bool = False) -> Figure
 
 
 def _in_own_process(name: str, out: Path, budget: float) -> None:
-    """A part as a command of its own, ended when its budget and GRACE are over."""
+    """Run a part as a separate command, stopped after its budget and GRACE."""
     seconds = max(budget - STARTUP, 1)
     words = [
         "-m",
@@ -123,7 +123,7 @@ def _in_own_process(name: str, out: Path, budget: float) -> None:
 
 
 def run_part(name: str, out: Path, seconds: float, tiny: bool = False) -> Figures:
-    """Run one part here and write its rows into the file, whose other parts stay. EvaluationError: unknown part."""
+    """Run one part here and write its rows to the file, keeping the other parts. EvaluationError: unknown part."""
     if name not in PARTS:
         raise EvaluationError(f"part is {name!r}; there are {', '.join(PARTS)}.")
     started = time.monotonic()  # what this process has taken to start is the parent's to count

@@ -1,7 +1,8 @@
-"""Tokenizers on one GPU: encoding and decoding by the bundled model's, against codecs of transformers at real sizes.
+"""Tokenizers on one GPU: encoding and decoding by those of the bundled model, against transformers' codecs at real
+sizes.
 
-Mimi (arXiv 2410.00037), DAC (2306.06546) and Emu3's VQ (2409.18869) have random weights, which are as fast as trained
-ones. Speeds are of whole calls, from segments in memory to codes in memory and back.
+Mimi (arXiv 2410.00037), DAC (2306.06546) and Emu3's VQ (2409.18869) have random weights, which do not change their
+speed. Speeds are of whole calls, from segments in memory to codes in memory and back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from anytoken.tokenizers.pretrained import PretrainedImage, PretrainedSpeech
 from anytoken.training.debug_model import CODECS as SMALL
 from anytoken.training.initialize import checkpoint_folder
 
-NEEDS = 5.0  # seconds a case, at a guess
+NEEDS = 5.0  # seconds per case, an estimate
 BATCHES = (1, 32)
 SECONDS = 10  # of a clip of speech
 SIDE = 256  # of an image for Emu3
@@ -61,7 +62,7 @@ def images(count: int, side: int) -> list[Segment]:
 
 
 def inputs(tokenizer: ModalityTokenizer, count: int, tiny: bool) -> list[Segment]:
-    """What a tokenizer is timed on: its own sample rate and size, so that nothing is resampled."""
+    """Inputs of a tokenizer at its own sample rate and size, so that nothing is resampled."""
     if isinstance(tokenizer, PretrainedImage):
         return images(count, tokenizer.side_px)
     rate = getattr(tokenizer, "sample_rate_hz", None)
@@ -72,7 +73,7 @@ def inputs(tokenizer: ModalityTokenizer, count: int, tiny: bool) -> list[Segment
 
 
 def measure(part: Part, sizes: Sizes, make: Callable[[], ModalityTokenizer], batch: int) -> Figures:
-    """Items per second of encoding and decoding; of speech also seconds of it per second."""
+    """Items per second of encoding and decoding; for speech also seconds of audio per second."""
     tokenizer = make().eval().to(part.device)
     given = inputs(tokenizer, batch, sizes.is_tiny)
     codes = tokenizer.encode_batch(given)

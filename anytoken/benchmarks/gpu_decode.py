@@ -1,8 +1,8 @@
-"""Decoding on one GPU: images by our engine at several batch sizes, against `generate` of transformers.
+"""Decoding on one GPU: images by our engine at several batch sizes, against transformers' `generate`.
 
-Both sides have the same random weights in bf16 and make as many ids; ours walks the grammar and computes the allowed
-logits alone, theirs draws from the whole vocabulary with no grammar. Where vLLM is installed, it serves the stock model
-of the same shape.
+Both sides have the same random weights in bf16 and generate the same number of ids; ours follows the grammar and
+computes only the allowed logits, theirs samples from the whole vocabulary. If vLLM is installed, it is measured with
+the stock model of the same shape.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def _dtype(part: Part) -> torch.dtype:
 
 
 def prompts(space: TokenSpace, sizes: Sizes, rows: int) -> list[list[int]]:
-    """Random texts, each another."""
+    """Distinct random texts."""
     generator = torch.Generator().manual_seed(0)
     length = min(PROMPT, sizes.context // 4)
     return torch.randint(space.text_size, (rows, length), generator=generator).tolist()
 
 
 def our_ids(engine: Engine, given: list[list[int]], side: int) -> int:
-    """Decode one image for each prompt, all at once; how many ids were made."""
+    """Decode one image per prompt, in one batch; returns the number of ids."""
     scheduler = engine.scheduler(len(given))
     plan, greedy, sizes = ("image",), {"image": Sampling(temperature=0)}, {"image": (side, side)}
     for prompt in given:
@@ -114,7 +114,7 @@ def vllm(part: Part, sizes: Sizes, shape: Shape, rows: int) -> Figures:
 
 
 def bench_decode(part: Part, sizes: Sizes) -> None:
-    """Every batch size by every side; the largest first, as it tells most."""
+    """Every batch size on every side, the largest first."""
     name, shape = next(iter(sizes.shapes.items()))
     for rows in sorted(sizes.batches, reverse=True):
         sides = {

@@ -1,8 +1,7 @@
-"""Whether every attention, expert and loss implementation computes the same, by flash-attention's rule of tolerance.
+"""Numeric equality of all attention, expert and loss implementations, by flash-attention's tolerance rule.
 
 The rule: the error of an implementation in bf16 against a float32 reference is at most twice that of plain PyTorch in
-bf16, plus a rounding. Outputs and gradients are held to it, on packed rows. On a CPU, where plain is all there is to be
-compared in float32, the rule is the same.
+bf16, plus a rounding. It applies to outputs and gradients on packed rows. On a CPU the same rule is used in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ Results = dict[str, Tensor]  # outputs and gradients by name
 
 
 def held(reference: Results, plain: Results, found: Results) -> Figures:
-    """Figures of one implementation: for each result its error and plain PyTorch's; and whether all are within."""
+    """Figures of one implementation: the error of each result and that of plain PyTorch, and whether all are within
+    tolerance."""
     row: Figures = {}
     within = True
     for name, exact in reference.items():
@@ -132,7 +132,7 @@ def loss_errors(part: Part, sizes: Sizes) -> Figures:
 
 
 def bench_equality(part: Part, sizes: Sizes) -> None:
-    """Every implementation there is; one that cannot run here is skipped with the reason."""
+    """All implementations; one that cannot run here is skipped with the reason."""
     needs = 0.0 if sizes.is_tiny else NEEDS
     for width in (16,) if sizes.is_tiny else (64, 128):
         for name in ATTENTION:

@@ -1,4 +1,4 @@
-"""What the parts of `bench gpu` share: a budget that cases are held against, how they are timed, and their sizes."""
+"""Common code of the parts of `bench gpu`: time budget, timing, and sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOE: Shape = {  # 1.07 B weights, of which a token passes 0.15 B and the tied vo
     "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "norm_topk_prob": True,
     "tie_word_embeddings": True,
 }  # fmt: skip
-LARGE: Shape = {  # Qwen3-8B's, with as many of its 36 layers as fit beside their gradients and optimizer
+LARGE: Shape = {  # Qwen3-8B's, with as many of its 36 layers as fit with their gradients and optimizer
     "hidden_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
     "intermediate_size": 12288, "tie_word_embeddings": False,
 }  # fmt: skip
@@ -61,7 +61,7 @@ class Sizes:
 
     @classmethod
     def tiny(cls) -> Sizes:
-        """The same in miniature: every case runs on a CPU in a fraction of a second."""
+        """Miniature sizes: every case runs on a CPU in a fraction of a second."""
         moe = {
             "num_experts": 4,
             "num_experts_per_tok": 2,
@@ -84,11 +84,11 @@ class Sizes:
 
 
 class Skip(Exception):
-    """A case that is not measured, and why."""
+    """A case is skipped, with the reason."""
 
 
 class Part:
-    """One part of the benchmark at work: cases against a budget, each written as soon as it is known."""
+    """One running part of the benchmark: cases within a budget, each written as soon as it is measured."""
 
     def __init__(
         self, name: str, device: torch.device, seconds: float, write: Callable[[Figures], None], peak: float
@@ -104,7 +104,7 @@ class Part:
     def case(self, name: str, needs: float, measure: Callable[[], Figures], **facts: Any) -> Figures | None:
         """Measure a case that takes about `needs` seconds; its figures, or None if it was skipped or failed.
 
-        facts: what the row says besides. Nothing but a request to stop passes: one failure costs one case.
+        facts: further fields of the row. Only a request to stop is raised: a failure costs one case.
         """
         row: Figures = {"case": name, **facts}
         found = None
@@ -130,7 +130,7 @@ class Part:
         return found
 
     def tidy(self) -> None:
-        """Give back what the last case held."""
+        """Free the memory of the last case."""
         if "torch._dynamo" in sys.modules:  # importing it takes seconds
             torch._dynamo.reset()
         if self.device.type == "cuda":
@@ -138,7 +138,7 @@ class Part:
             torch.cuda.empty_cache()
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Synchronize with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -158,13 +158,13 @@ class Part:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line, as the row of a failed case says it."""
+    """An error in one line, for the row of a failed case."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def gpu_key(device: torch.device) -> str | None:
-    """The name of a device in the table of GPUs, None if it is not there."""
+    """The key of a device in the table of GPUs; None if unknown."""
     if device.type != "cuda":
         return None
     own = torch.cuda.get_device_name(device).lower().replace(" ", "")
@@ -172,7 +172,7 @@ def gpu_key(device: torch.device) -> str | None:
 
 
 def peak_flops(device: torch.device) -> Figures:
-    """The peak that MFU is a share of, FLOP/s: the data sheet's bf16 where the GPU is known; and the measured one."""
+    """The peak FLOP/s for MFU: the data sheet's bf16 peak if the GPU is known; and the measured peak."""
     cuda = device.type == "cuda"
     dtype, side = (torch.bfloat16, 8192) if cuda else (torch.float32, 256)
     measured = measure_peak_flops(device, dtype, side, 10 if cuda else 2)

@@ -1,4 +1,4 @@
-"""A decoder in plain torch, as nanochat writes it: what a dense model's step costs without any library around it.
+"""A decoder in plain torch, in the style of nanochat: the cost of a dense step without library overhead.
 
 The shape is that of Qwen3 in `gpu_train.py`. Rows are single causal sequences, whose sample borders are ignored, so
 PyTorch's fastest attention kernel takes them; the loss is over the whole vocabulary.

@@ -1,7 +1,7 @@
-"""How benchmarks are made: both sides in one run, taking turns; the ratio is what to quote.
+"""Benchmark method: both sides alternate in one run; quote the ratio.
 
-An absolute speed is the machine's; a ratio of medians of turns taken one after the other is the code's. A drift of
-the machine's speed touches both sides alike.
+Absolute speeds depend on the machine; the ratio of medians of alternating turns depends on the code, since drift of the
+machine affects both sides equally.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -33,9 +32,9 @@ def interleaved_timing(
 
 
 def ratio_of_turns(over: Callable[[], object], under: Callable[[], object], repeats: int) -> float:
-    """How many times as long one side takes as another: the median over rounds, each of which has its own ratio.
+    """The time of one side relative to another: the median over rounds of the ratio in each.
 
-    What slows a machine for longer than a round slows both sides of it, so it counts for nothing.
+    A slowdown that lasts longer than a round affects both sides and cancels out.
     """
     taken = time_turns({"over": over, "under": under}, repeats, 1)
     return statistics.median(a / b for a, b in zip(taken["over"], taken["under"], strict=True))
@@ -56,7 +55,9 @@ def time_turns(
 
 
 def environment() -> Figures:
-    """What the figures were measured on."""
+    """The environment of the measurement."""
+    import torch
+
     return {
         "commit": commit(),
         "torch": torch.__version__,
@@ -78,7 +79,7 @@ def save(figures: Figures, out: Path) -> None:
 
 
 def show(rows: list[Figures]) -> None:
-    """Print rows, one mapping a line; where the terminal is too narrow for that, one figure a line."""
+    """Print rows, one mapping per line; in a narrow terminal, one figure per line."""
     console = Console()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = _table(columns, [[row.get(column, "") for column in columns] for row in rows])

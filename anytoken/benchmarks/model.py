@@ -1,8 +1,8 @@
-"""A training step against stock Qwen3-MoE of the same shape, and the head against computing every logit.
+"""A training step against stock Qwen3-MoE of the same shape, and the chunked loss against full logits.
 
-Both sides see the same ids, learn every next id and take an AdamW step; the stock model runs the fastest of its
-expert implementations. Half of the ids are text, half are codes. Peak memory is the high-water mark of a process
-that does nothing but two steps, less that of a process that only imports what both need.
+Both sides see the same ids, predict every next id and take an AdamW step; the stock model uses its fastest expert
+implementation. Half of the ids are text, half are codes. Peak memory is the high-water mark of a process that does
+nothing but two steps, less that of a process that only imports what both need.
 """
 
 from __future__ import annotations

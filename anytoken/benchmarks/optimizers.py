@@ -21,7 +21,7 @@ from anytoken.utils.errors import EvaluationError
 def compare_optimizers(stage: TrainConfig, rates: Sequence[float], runs: Path) -> Figures:
     """Run a recipe with its own optimizer and with AdamW at each rate; finished runs below `runs` are kept.
 
-    EvaluationError for a recipe that measures no held-out bits on the way.
+    EvaluationError for a recipe that measures no held-out bits during training.
     """
     if not stage.eval.data or not stage.eval.every:
         raise EvaluationError("The recipe measures no held-out bits: it needs eval.data and eval.every.")

@@ -1,5 +1,5 @@
-"""Retrieval by embeddings: the heads of stages/embed*.yaml, trained here, beside untrained states and a dual encoder
-from scratch (beside a head trained on as many pairs), on the held-out items of the bundled `retrieval` tasks.
+"""Retrieval by embeddings: the heads of stages/embed*.yaml, trained here, against untrained states and a dual encoder
+from scratch (next to a head trained on as many pairs), on the held-out items of the bundled `retrieval` tasks.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def bench_retrieval(
 
 
 def _train(recipe: str, overrides: Sequence[str], output: Path) -> Figures:
-    """Train a recipe, or keep what an earlier call has trained: its steps, pairs a step, and this call's seconds."""
+    """Train a recipe, or keep what an earlier call has trained: its steps, pairs per step, and this call's seconds."""
     stage = TrainConfig.load(recipes.find(recipe), [*overrides, f"output={output}"])
     start = time.monotonic()
     train(stage)

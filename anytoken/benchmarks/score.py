@@ -41,7 +41,7 @@ def bench_score(model: AnyToken, prompt: Sequence[object], answers: Sequence[str
     worst = max(abs(a - b) for a, b in zip(*found.values(), strict=True))
     if worst > 1e-3:
         raise EvaluationError(
-            f"The two ways of scoring differ by up to {worst:.2g} nats: speeds say nothing."
+            f"The two ways of scoring differ by up to {worst:.2g} nats, so their speeds cannot be compared."
         )
     taken = interleaved_timing(sides, repeats)
     rows = [

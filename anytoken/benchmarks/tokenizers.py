@@ -23,7 +23,7 @@ from anytoken.utils.errors import EvaluationError
 
 BATCHED = 3.0  # times the speed of one item after the other
 RATE_HZ = 16_000
-# Both 50 frames a second: 8 * 5 * 4 * 2 = 320 samples.
+# Both 50 frames per second: 8 * 5 * 4 * 2 = 320 samples.
 CODECS: dict[str, dict[str, Any]] = {
     "EnCodec": {
         "model_type": "encodec", "sampling_rate": RATE_HZ, "upsampling_ratios": [8, 5, 4, 2], "num_filters": 8,

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from anytoken import recipes
+from anytoken.benchmarks import harness
 from anytoken.commands.options import ModelArgument, Overrides, Sets, Stage, examples, load
 from anytoken.commands.search import IndexKind
 
@@ -38,7 +40,6 @@ def generate(
     out: Results = Path("out/bench_generate.json"),
 ) -> None:
     """Decoding against transformers' `generate` (same weights, grammar and ids) and against its own limits."""
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.generate import Sizes, bench_generate
 
     sizes = Sizes(vocabulary, width, layers, tuple(sorted(contexts)))
@@ -59,7 +60,6 @@ def decode(
     """The engine's decoding step against the model's own layers: same weights, same ids."""
     import torch
 
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.generate import Sizes, bench_decode
 
     torch.set_num_threads(threads)
@@ -86,8 +86,6 @@ def score(
     out: Results = Path("out/bench_score.json"),
 ) -> None:
     """Scoring many answers to one image with a single prompt pass, against one forward pass per answer."""
-    from anytoken import recipes
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.score import bench_naming, bench_score
     from anytoken.segments import Image
     from anytoken.terminal.prompt_args import read_lines
@@ -125,8 +123,6 @@ def embed(
     out: Results = Path("out/bench_embed.json"),
 ) -> None:
     """Embedding against a plain forward pass; an index's build time, queries per second and recall@10."""
-    from anytoken import recipes
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.embed import bench_embed
     from anytoken.segments import Image
     from anytoken.terminal.prompt_args import read_lines
@@ -167,7 +163,6 @@ def retrieval(
     """Embedding heads trained by the recipes, against untrained states and a dual encoder from scratch."""
     import torch
 
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks import retrieval as bench
     from anytoken.emoji_world.report import fill_between
 
@@ -193,7 +188,6 @@ def serve(
 
     Its memory is read before, halfway through and after the many clients' requests: --requests 1000 shows leaks.
     """
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.serve import bench_serve
 
     harness.report(bench_serve(model, prompt, kind, clients, requests), out)
@@ -209,8 +203,6 @@ def train(
     """A training step against transformers' own loss: same weights, same packed batch."""
     import torch
 
-    from anytoken import recipes
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.train import bench_train
     from anytoken.training.config import TrainConfig
 
@@ -236,8 +228,6 @@ def optimizers(
     ),
 ) -> None:
     """A recipe with its own optimizer and with AdamW at several rates: held-out bits at equal ids, with a curve."""
-    from anytoken import recipes
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.optimizers import compare_optimizers, draw
     from anytoken.training.config import TrainConfig
 
@@ -250,8 +240,7 @@ def optimizers(
 @app.command(epilog=examples("anytoken bench data --shards data/shards"))
 def data(
     shards: Annotated[
-        Path,
-        typer.Option(help="Folder of tokenized sets; if missing, the tiny sets are tokenized."),
+        Path, typer.Option(help="Folder of tokenized sets; if missing, the tiny sets are tokenized.")
     ] = Path("data/shards"),
     repeats: Repeats = 5,
     out: Results = Path("out/bench_data.json"),
@@ -259,7 +248,6 @@ def data(
     """Packing efficiency, data loading against a training step, and reading against webdataset and datasets."""
     from tempfile import TemporaryDirectory
 
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.data import bench_data, shards_or_tiny
 
     with TemporaryDirectory() as scratch:
@@ -274,7 +262,6 @@ def quantize(
     out: Results = Path("out/bench_quantize.json"),
 ) -> None:
     """int8 against float32 weights: memory, decoding speed, and bits per token on the held-out files."""
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.quantize import bench_quantize
 
     harness.report(bench_quantize(model, repeats, each), out)
@@ -289,7 +276,6 @@ def experts(
     out: Results = Path("out/bench_experts.json"),
 ) -> None:
     """A mixture-of-experts training step against a dense one of equal active parameters, each with its MFU."""
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.experts import bench_experts
 
     harness.report(bench_experts(hidden, experts, top_k, repeats), out)
@@ -308,7 +294,6 @@ def model(
     out: Results = Path("out/bench_model.json"),
 ) -> None:
     """A training step against stock Qwen3-MoE of the same shape; the chunked loss against full logits."""
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.model import Sizes, bench_model
     from anytoken.training.initialize import checkpoint_folder
 
@@ -330,7 +315,6 @@ def tokenizers(
     device: Annotated[str, typer.Option(help="cpu (one thread), cuda or auto.")] = "cpu",
 ) -> None:
     """Encoding and decoding: batches against single items, speech against EnCodec and DAC, on one thread."""
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.tokenizers import bench_tokenizers
     from anytoken.training.initialize import checkpoint_folder
 
@@ -352,7 +336,6 @@ def gpu(
     tiny: Annotated[bool, typer.Option("--tiny", help="Everything in miniature, on a CPU.")] = False,
 ) -> None:
     """One large GPU in nine minutes: training MFU, decoding, tokenizers and numeric equality, against transformers."""
-    from anytoken.benchmarks import harness
     from anytoken.benchmarks.gpu import bench_gpu, rows_of, run_part
 
     figures = run_part(part, out, seconds, tiny) if part else bench_gpu(out, minutes, tiny)

@@ -51,8 +51,7 @@ def emoji(
         ),
     ] = False,
     moving: Annotated[
-        bool,
-        typer.Option(help="Also compose stills and clips in all styles, to learn how drawings move."),
+        bool, typer.Option(help="Also compose stills and clips in all styles, to learn how drawings move.")
     ] = False,
     workers: Workers = 2,
     limit: Limit = None,

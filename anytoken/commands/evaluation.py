@@ -124,7 +124,7 @@ def _run_tasks(
     names = [_name(model, adapter), *(_name(other, None) for other in others)]
     if len(set(names)) < len(names):
         raise EvaluationError(
-            f"Results are kept by the name of the model, and two are called the same: {', '.join(names)}."
+            f"Results are stored by model name, and two models have the same name: {', '.join(names)}."
         )
     folders = [
         runner.run_tasks(load(one, device, given), tasks, out, tools, name, overwrite)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -49,18 +48,13 @@ def init(
     print(made.save_pretrained(out, overwrite=overwrite))
 
 
-class Target(StrEnum):
-    """What a model can be exported to."""
-
-    qwen3_moe = "qwen3_moe"
-
-
 @app.command(epilog=examples("anytoken export mini out/qwen --to qwen3_moe"))
 def export(
     checkpoint: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
     to: Annotated[
-        Target, typer.Option(help="qwen3_moe: a stock Qwen3-MoE, for vLLM, SGLang and transformers.")
+        Literal["qwen3_moe"],
+        typer.Option(help="qwen3_moe: a stock Qwen3-MoE, for vLLM, SGLang and transformers."),
     ],
     overwrite: Overwrite = False,
 ) -> None:
@@ -115,10 +109,7 @@ def merge(
     out: Out,
     weights: Annotated[
         tuple[float, float], typer.Option(help="Weights of the two models; they sum to 1.")
-    ] = (
-        0.5,
-        0.5,
-    ),
+    ] = (0.5, 0.5),
     overwrite: Overwrite = False,
 ) -> None:
     """Average the weights of two fine-tunes of one model, to combine what they learned."""

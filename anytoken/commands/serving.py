@@ -55,8 +55,7 @@ def serve(
     engine: Annotated[
         str | None,
         typer.Option(
-            metavar="URL",
-            help="Generate tokens with an external engine such as vLLM: http://host:8001/v1.",
+            metavar="URL", help="Generate tokens with an external engine such as vLLM: http://host:8001/v1."
         ),
     ] = None,
     engine_model: Annotated[

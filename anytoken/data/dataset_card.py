@@ -1,6 +1,6 @@
 """The files of a built data set: JSON lines, a manifest with checksums, and a card.
 
-Each is written completely or not at all, so an interrupted build leaves nothing that looks finished.
+Each file is written completely or not at all, so an interrupted build never looks finished.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> None:
     """Write manifest.json (facts, lines and test lines of each file, checksums) and README.md (the card).
 
-    about: paragraphs of the card. `facts["sources"]` holds {name, version, licence} of what the set is made of.
+    about: paragraphs of the card. `facts["sources"]` holds {name, version, licence} of each source package.
     """
     lines = {path.name: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
     counts = {
@@ -38,18 +38,18 @@ def write_card(folder: Path, title: str, about: str, facts: dict[str, Any]) -> N
     manifest = {**facts, "files": counts, "sha256": checksums(folder)}
     write_file(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     files = "\n".join(f"| {name} | {one['lines']} | {one['test']} |" for name, one in counts.items())
-    made_of = "\n".join(
+    packages = "\n".join(
         f"| {one['name']} | {one['version']} | {one['licence']} |" for one in facts["sources"]
     )
     write_file(
         folder / "README.md",
         f"# {title}\n\n{about.strip()}\n\n| file | lines | of them held out |\n|---|---|---|\n{files}\n\n"
-        f"| made of | version | licence |\n|---|---|---|\n{made_of}\n",
+        f"| package | version | licence |\n|---|---|---|\n{packages}\n",
     )
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a set; a subfolder is one entry, the sum of its sorted listing of sums."""
+    """sha256 of each file of a set; a subfolder is one entry, the sha256 of its sorted list of checksums."""
     sums = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir():

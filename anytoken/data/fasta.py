@@ -1,4 +1,4 @@
-"""Records from FASTA and a table of labels: the form in which most sets for sequence classification come."""
+"""Records from FASTA and a table of labels, the usual format of sequence classification sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def label_fasta(fasta: str | Path, labels: str | Path, out: str | Path) -> Path:
 
     labels: .csv, .tsv or .jsonl with the columns name and label; other columns, such as split, are kept. A sequence's
     name is the first word of its header. RecordError for a sequence without a label, a label without a sequence, or a
-    name that stands twice.
+    name that appears twice.
     """
     table: dict[str, dict[str, Any]] = {}
     for row in read_records(labels):
@@ -29,7 +29,7 @@ def label_fasta(fasta: str | Path, labels: str | Path, out: str | Path) -> Path:
     for one in DNA.iter_records(fasta):
         name = (one.name.split() or [""])[0]
         if name in lines:
-            raise RecordError(f"{fasta}: the name {name!r:.80} stands twice")
+            raise RecordError(f"{fasta}: the name {name!r:.80} appears twice")
         if name not in table:
             raise RecordError(f"{fasta}: the sequence {name!r:.80} has no label in {labels}")
         lines[name] = {**table[name], "dna": one.bases}

@@ -39,9 +39,9 @@ SUFFIXES = {"audio/wav": ".wav", "audio/x-wav": ".wav", "audio/wave": ".wav", "a
 
 
 def to_record(given: Any) -> Any:
-    """A record of any common form as ours, ``{"text", "image", ...}`` or ``{"messages"}``; others as they are given.
+    """Convert a record of any common form to ``{"text", "image", ...}`` or ``{"messages"}``; others are unchanged.
 
-    RecordError if its media and their places do not match, or a medium is a URL.
+    RecordError if its media do not match its placeholders, or a medium is a URL.
     """
     if not isinstance(given, Mapping):
         return given
@@ -70,7 +70,7 @@ def _to_messages(record: Record) -> None:
     if forms == ["conversations"]:
         turns = record.pop("conversations")
         record["messages"] = _system(record) + turns if isinstance(turns, list) else turns
-    elif not forms and _are(str, record, "instruction", "output"):
+    elif not forms and all(isinstance(record.get(key), str) for key in ("instruction", "output")):
         asked = "\n".join(one for one in (record["instruction"], record.get("input")) if one)
         past = [_turn(role, words) for turns in record.get("history") or []
                 for role, words in zip(("user", "assistant"), turns, strict=True)]  # fmt: skip
@@ -93,10 +93,6 @@ def _is_interleaved(record: Record) -> bool:
     return media and isinstance(record.get("text"), str) and PLACEHOLDER.search(record["text"]) is not None
 
 
-def _are(wanted: type, record: Record, *keys: str) -> bool:
-    return all(isinstance(record.get(key), wanted) for key in keys)
-
-
 def _system(record: Record) -> list[Any]:
     words = record.get("system")
     return [_turn("system", words)] if isinstance(words, str) and words else []
@@ -111,7 +107,7 @@ def _turns(role: str, given: str | list[Any]) -> list[Any]:
 
 
 def _to_message(message: Any) -> Any:
-    """A message with role and content, of {"from", "value"} too; anything else is left for the check of the shape."""
+    """Convert {"from", "value"} to a message with role and content; anything else is left to validation."""
     if not isinstance(message, Mapping):
         return message
     message = {key: value for key, value in message.items() if value is not None}
@@ -158,7 +154,7 @@ def _of_mapping(value: Mapping[str, Any]) -> Any:
 
 
 def to_medium(kind: str, value: Any) -> Any:
-    """A path or Blob; a ``data:`` URL is decoded, and RecordError says that another URL is not fetched."""
+    """A path or Blob; a ``data:`` URL is decoded, RecordError for any other URL, since none is fetched."""
     if not isinstance(value, str):
         return value
     if value[:5].lower() == "data:":
@@ -185,7 +181,7 @@ def _blob(data: bytes, suffix: str) -> Blob:
 
 
 def _take_single(record: Record, kind: str) -> None:
-    """A list of one medium, ``images`` of a record without messages, is that medium; of several, an error."""
+    """In a record without messages, replace a list of one medium (``images``) by it; RecordError for several."""
     for key in LISTS.get(kind, ()):
         media = record.get(key)
         if not isinstance(media, list) or (key == kind and len(media) != 1):
@@ -197,7 +193,7 @@ def _take_single(record: Record, kind: str) -> None:
 
 
 def _listed(record: Record) -> dict[str, list[Any]]:
-    """The media of a conversation that stand outside its messages, taken out of the record, by kind."""
+    """Remove the media listed outside the messages of a conversation from the record; returns them by kind."""
     found: dict[str, list[Any]] = {}
     for kind, keys in LISTS.items():
         for key in keys:
@@ -210,7 +206,7 @@ def _listed(record: Record) -> dict[str, list[Any]]:
 
 
 def place_media(record: Record) -> Record:
-    """Put listed media into parts without one and in place of placeholders; RecordError unless there are as many."""
+    """Put listed media into parts without one and in place of placeholders; RecordError if their numbers differ."""
     listed = _listed(record)
     record["messages"] = [_split_placeholders(message, bool(listed)) for message in record["messages"]]
     empty: dict[str, list[dict[str, Any]]] = {}
@@ -233,7 +229,7 @@ def place_media(record: Record) -> Record:
 
 
 def _split_placeholders(message: Any, listed: bool) -> Any:
-    """A message whose placeholders are parts of their kind without a medium."""
+    """The message with each placeholder as a part of its kind without a medium."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
         return message
     content = message["content"]
@@ -247,7 +243,7 @@ def _split_placeholders(message: Any, listed: bool) -> Any:
 
 
 def _split(text: str, listed: bool) -> list[dict[str, Any]]:
-    """Text and placeholders in order. Without listed media, <video> and the like may be HTML and stay words."""
+    """Text and placeholders in order. Without listed media, <video> may be HTML and stays text."""
     pieces = PLACEHOLDER.split(text)
     if len(pieces) == 1 or not (listed or "<image>" in text):
         return [{"type": "text", "text": text}] if text else []

@@ -88,7 +88,7 @@ class SamplingSpec(_Spec):
 
 
 def matches(record: dict[str, Any], split: str | None, where: dict[str, Any]) -> bool:
-    """Whether a record is of the split (without one: train) and has the wanted values (a list: any of)."""
+    """Whether a record is in the split (train by default) and has the given values (any value of a list)."""
     if split is not None and record.get("split", "train") != split:
         return False
     return all(
@@ -97,7 +97,7 @@ def matches(record: dict[str, Any], split: str | None, where: dict[str, Any]) ->
 
 
 def weights_over(weight: Weight, steps: np.ndarray) -> np.ndarray:
-    """A weight at each step: itself, or the lines between the steps that a schedule names."""
+    """A weight at each step: constant, or interpolated linearly between the steps of a schedule."""
     if isinstance(weight, dict):
         named = sorted(weight)
         return np.interp(steps, named, [weight[step] for step in named])
@@ -113,7 +113,7 @@ class _Choice:
     rows: np.ndarray
 
     def weights_over(self, steps: np.ndarray) -> np.ndarray:
-        """The view's part of its source's weight at each step."""
+        """The view's share of its source's weight at each step."""
         spec = self.source.spec
         views = {name: weights_over(weight, steps) for name, weight in spec.views.items()}
         whole = np.maximum(np.sum(list(views.values()), axis=0), 1e-12)
@@ -149,7 +149,7 @@ class _Source:
         return matches(record, self.spec.split, self.spec.where) and paired
 
     def choices(self) -> list[_Choice]:
-        """Every view with the rows that can fill it."""
+        """Every view with the records that can fill it."""
         found = []
         taken = self.spec.pair_with.take if self.spec.pair_with is not None else {}
         for name in self.spec.views:
@@ -169,7 +169,7 @@ class _Source:
         return found
 
     def _nothing_fits(self, view: str, keys: list[str], named: list[int]) -> "DataError":
-        """Why no record fills a view: ``named`` are those that have all of its keys."""
+        """Why no record fills a view; ``named`` are the records with all of its keys."""
         wrong = [key for key in keys if not any(self._fills(row, key) for row in named)]
         first = sorted(self.shards.records[0]) if len(self.shards) else "nothing"
         why = (
@@ -192,7 +192,7 @@ class _Source:
         return record.get(by) if by else None
 
     def partners_of(self, index: int) -> list[int]:
-        """The records of the second set that a record may be joined with; none where there is no second set."""
+        """The records of the second set that a record can be joined with; none without a second set."""
         if self.spec.pair_with is None:
             return []
         return self.partners[self._partner_key(self.shards.records[index])]
@@ -200,7 +200,7 @@ class _Source:
     def turns(
         self, index: int, view: View, rng: np.random.Generator, partner: int | None = None
     ) -> list[Turn]:
-        """A record's turns, joined with a partner: the one given, or any."""
+        """A record's turns, joined with the given partner or a random one."""
         record = self.shards.records[index]
         if view.special == "messages":
             return self._conversation(index)
@@ -238,7 +238,7 @@ class _Source:
         return value
 
     def _conversation(self, index: int) -> list[Turn]:
-        """Neighbouring texts become one, so that training sees the ids that a prompt has."""
+        """Merge adjacent texts, so that training sees the same ids as a prompt."""
         turns: list[Turn] = []
         for message in self.shards.records[index]["messages"]:
             content = message["content"]
@@ -264,7 +264,7 @@ class _Source:
 
 
 class TextCache:
-    """The ids of texts used lately, in at most ``limit`` bytes: captions recur, long documents would fill memory."""
+    """Ids of recently used texts, in at most ``limit`` bytes: captions recur, but long documents would fill memory."""
 
     def __init__(self, encode: Callable[[str], list[int]], limit: int = CACHED_BYTES) -> None:
         self.encode, self.limit, self.bytes = encode, limit, 0
@@ -331,9 +331,9 @@ class Mixture:
     def _first_samples(
         self, steps: np.ndarray, weights: np.ndarray, tokens_per_step: int | None
     ) -> np.ndarray:
-        """How many samples are drawn before each of the steps, by the mean length of every view's sequences.
+        """The number of samples drawn before each of the steps, estimated from the mean sequence length of each view.
 
-        A sample's place among the steps has to follow from its index alone, whatever packing makes of the others.
+        A sample's step must depend on its index alone, not on how other samples are packed.
         """
         if len(steps) == 1:
             return np.zeros(1)

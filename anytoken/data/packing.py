@@ -31,19 +31,19 @@ EXACT = (
     16_384  # ids of a row that are filled by the best choice; what is longer is filled in turn up to there
 )
 DRAWN_TOGETHER = 16  # samples that a worker draws at a time
-FEW = 1000  # a share of unusable draws is of so many at least
+FEW = 1000  # the share of unusable draws is taken over at least this many
 
 
 @dataclass
 class PackState:
-    """Where a stream stands: the next sample to draw and the drawn ones that wait, oldest first."""
+    """The state of a stream: the next sample to draw, and the drawn samples that wait, oldest first."""
 
     next_index: int = 0
     waiting: list[int] = field(default_factory=list)
 
 
 def best_fit(lengths: Sequence[int], room: int) -> list[int]:
-    """The places of the lengths that sum to the most that fits into ``room``; of equals, those that come early."""
+    """Indices of the lengths with the largest sum that fits into ``room``; earlier ones win ties."""
     reached, fits = [1], (1 << room + 1) - 1  # bit n is set if some of the lengths so far sum to n
     for length in lengths:
         if reached[-1] >> room:
@@ -59,16 +59,16 @@ def best_fit(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def sample_starts(position_ids: Tensor) -> Tensor:
-    """Where a sample starts: bool [B, T], at every row's begin and wherever positions [B, T] do not count on."""
+    """Where samples start, bool [B, T]: at the start of each row and where positions [B, T] do not increase by one."""
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return starts
 
 
 def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
-    """What flash attention needs to know of S samples in rows laid end to end, from their positions [B, T].
+    """Arguments of FlashAttention for S samples in concatenated rows, from their positions [B, T].
 
-    ``cu_seq_lens_q`` and ``_k``, where samples begin and the last one ends, int32 [S + 1]; ``max_length_q`` and
+    ``cu_seq_lens_q`` and ``_k``, sample boundaries, int32 [S + 1]; ``max_length_q`` and
     ``_k``, the longest sample.
     """
     starts = sample_starts(position_ids).flatten().nonzero().squeeze(1)
@@ -107,7 +107,7 @@ def pack(bins: list[list[TrainingSequence]], context: int, pad: int) -> dict[str
 
 
 class _Samples(Dataset["TrainingSequence"]):
-    """Samples by index, as a loader with workers wants them."""
+    """Samples by index, as a DataLoader with workers expects."""
 
     def __init__(self, sample: Callable[[int], TrainingSequence]) -> None:
         self.sample = sample
@@ -153,7 +153,7 @@ class PackedStream(IterableDataset):
         self._states: dict[int, PackState] = {0: PackState()}
 
     def state(self, batch_index: int) -> PackState:
-        """The state that batch ``batch_index`` is made from, of the last ``kept``."""
+        """The state before batch ``batch_index``, one of the last ``kept``."""
         return self._states[batch_index]
 
     def restore(self, batch_index: int, state: PackState) -> None:
@@ -193,9 +193,9 @@ class PackedStream(IterableDataset):
         return chain.from_iterable(loader)
 
     def _row(self, pool: OrderedDict[int, TrainingSequence]) -> list[TrainingSequence]:
-        """Take from the pool the oldest sequence and what fills its row best, of those that waited longest.
+        """Take the oldest sequence from the pool, and those of the longest-waiting ones that fill its row best.
 
-        A row looks at as many sequences as it needs, whatever the pool holds, so packing is linear in the rows.
+        The number of sequences considered does not depend on the pool size, so packing is linear in the rows.
         """
         _, oldest = pool.popitem(last=False)
         row, room = [oldest], self.context - len(oldest.ids)

@@ -29,8 +29,8 @@ def run(
 ) -> Iterator[Result]:
     """Yield ``work(shared, job)`` for each job, as they finish; ``shared`` is sent to each worker once.
 
-    workers: processes of this machine, or tasks at a time on the cluster that RAY_ADDRESS names (without it, Ray
-    starts on this machine). RequestError for an unknown engine, or Ray where it is not installed.
+    workers: processes on this machine, or concurrent tasks on the cluster that RAY_ADDRESS names (without it, Ray
+    starts on this machine). RequestError for an unknown engine, or if Ray is not installed.
     """
     if engine == "ray":
         return _run_on_ray(work, shared, jobs, workers)
@@ -78,7 +78,7 @@ def _start_worker(shared: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers, and they would wait for work for ever."""
+    """End with the parent: a killed parent cannot stop its workers, which would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

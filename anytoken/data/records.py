@@ -28,9 +28,9 @@ Record = dict[str, Any]
 
 
 def bad_record(error: Exception) -> RecordError:
-    """Whatever went wrong with one record as a RecordError: one short line, never the payload.
+    """Any exception about one record as a RecordError: one short line, never the payload.
 
-    Readers of media are libraries over files that anyone may have written, so any exception is expected of them.
+    Media libraries read untrusted files, so they may raise any exception.
     """
     reason = error.reason if isinstance(error, RecordError) else "cannot be read"
     reason = "over a limit" if isinstance(error, MediaLimitError) else reason
@@ -55,7 +55,7 @@ MediaPart = tuple[str, Medium, dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Source:
-    """Entries in order; each is a place, for messages, and something raw that ``parse`` makes a record of."""
+    """Entries in order; each has a location, for messages, and raw content that ``parse`` converts to a record."""
 
     name: str
     root: Path  # where relative paths of media start
@@ -114,7 +114,7 @@ def validate_message(message: Any) -> None:
             raise RecordError(f'a content part is {{"type": "image", "image": path}}, got {part!r:.200}')
         _check_keys(part, {"type", part["type"]}, f"a part of type {part['type']}")
         if part[part["type"]] is None:
-            raise RecordError(f"the part {part!r:.200} holds nothing")
+            raise RecordError(f"the part {part!r:.200} is empty")
         _check_value(part["type"], part[part["type"]])
 
 
@@ -154,14 +154,14 @@ def media_parts(record: Record, kinds: Mapping[str, Any]) -> list[MediaPart]:
 
 
 def is_inline(kind: str, value: Medium) -> bool:
-    """Whether a value is no file but the content itself: DNA written as bases."""
+    """Whether a value is the content itself instead of a file: DNA written as bases."""
     return kind == "dna" and isinstance(value, str) and not Path(value).suffix and "/" not in value
 
 
 def check_place(kind: str, value: str, root: Path, data_root: Path | None = None) -> Path:
-    """The path of a medium; RecordError unless it is below ``root`` or ``data_root`` and no device, pipe or folder.
+    """The path of a medium; RecordError unless it is below ``root`` or ``data_root`` and is a regular file.
 
-    Records are data: a path in them must not be able to read what is not part of the set, by a link neither.
+    Records are untrusted: a path must not read files outside the set, not even through a link.
     """
     if "\0" in value or not value:
         raise RecordError(f"{kind}: {value!r:.80} is not a path", "missing file")
@@ -186,7 +186,7 @@ def check_place(kind: str, value: str, root: Path, data_root: Path | None = None
 
 
 def unread(kind: str, name: str) -> RecordError:
-    """The fault of a medium in a format that nothing here decodes."""
+    """The error for a medium in an unsupported format."""
     return RecordError(
         f"{kind} {name!r:.200}: the format {Path(name).suffix} is not read; convert it, to .wav, .png or .mp4",
         "unread format",
@@ -196,8 +196,8 @@ def unread(kind: str, name: str) -> RecordError:
 def open_media(value: Any, segment_type: type[Segment], root: Path, data_root: Path | None = None) -> Segment:
     """Open one medium of a record: a path relative to ``root``, a Blob, or DNA bases written inline.
 
-    data_root: a folder that media may be in, too; by default they are below ``root``. RecordError for a missing
-    file, one elsewhere, or one that does not hold this kind.
+    data_root: an additional folder for media; by default they must be below ``root``. RecordError for a file that is
+    missing, outside these folders, or not of this kind.
     """
     kind = segment_type.kind
     if not isinstance(value, str | Blob):
@@ -218,7 +218,7 @@ def open_media(value: Any, segment_type: type[Segment], root: Path, data_root: P
 
 
 def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
-    """Through a file, since that is what every segment type opens, a plug-in's too."""
+    """Write it to a file, since every segment type, including plug-ins, opens files."""
     with tempfile.TemporaryDirectory(prefix="anytoken-") as folder:
         path = Path(folder) / (Path(blob.name).name[-100:] + _missing_suffix(blob))
         path.write_bytes(blob.data)
@@ -231,7 +231,7 @@ def _open_blob(blob: Blob, segment_type: type[Segment]) -> Segment:
 
 
 def _missing_suffix(blob: Blob) -> str:
-    """The suffix of the animations, which are told from containers by it, where a name has none."""
+    """The suffix of an animation whose name has none; it distinguishes animations from containers."""
     if Path(blob.name).suffix:
         return ""
     return ".gif" if blob.data[:4] == b"GIF8" else ".webp" if blob.data[8:12] == b"WEBP" else ""

@@ -14,15 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from anytoken.data.records import (
-    MediaPart,
-    Medium,
-    Record,
-    bad_record,
-    media_parts,
-    open_media,
-    record_line,
-)
+from anytoken.data.records import MediaPart, Medium, Record, bad_record, media_parts, open_media, record_line
 from anytoken.segments import Image, Segment
 from anytoken.tokenizers.base import Codes, ModalityTokenizer
 from anytoken.utils.errors import RecordError
@@ -51,12 +43,12 @@ class Job(NamedTuple):
 
 
 def part_names(index: int) -> tuple[str, str]:
-    """The records' file and the arrays' file."""
+    """Names of the records file and the arrays file."""
     return f"part-{index:05d}.jsonl", f"part-{index:05d}.safetensors"
 
 
 class Encoded(NamedTuple):
-    """What became of some entries: records with their rows of codes, and the faults of the others by place."""
+    """The result for some entries: records with their rows of codes, and the errors of the others by location."""
 
     lines: list[str]
     codes: dict[str, list[Codes]]
@@ -64,7 +56,7 @@ class Encoded(NamedTuple):
 
 
 def encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
-    """Entries as records and codes. Whatever is wrong with one makes it a fault and does nothing to the others."""
+    """Encode entries to records and codes; an error in one entry does not affect the others."""
     with media_limits(job.limits):  # in a worker's process, too
         return _encode_entries(tokenizers, job)
 
@@ -107,7 +99,7 @@ def _encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
 
 
 def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Entry]:
-    """One part as files, {name: bytes}, and what the journal says of it."""
+    """Encode one part to files, {name: bytes}, and its journal entry."""
     encoded = encode_entries(tokenizers, job)
     arrays: dict[str, np.ndarray] = {}
     for kind, found in encoded.codes.items():
@@ -133,7 +125,7 @@ def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Ent
 
 
 def _place(media: list[MediaPart], rows: dict[str, dict[Medium, int]]) -> dict[str, int]:
-    """Give each medium of a record its row; {kind: row}, or in the content parts of a conversation."""
+    """Assign a row to each medium of a record: {kind: row}, or in the content parts of a conversation."""
     own = {}
     for kind, value, part in media:
         row = rows[kind].setdefault(value, len(rows[kind]))
@@ -158,7 +150,7 @@ def _first_frames(
 def _encode_all(
     encode: Encode, segment_type: type[Segment], values: Sequence[Medium], job: Job
 ) -> dict[Medium, Codes | RecordError]:
-    """Codes of every medium, or what is wrong with it."""
+    """Codes of every medium, or its error."""
     found: dict[Medium, Codes | RecordError] = {}
     for start in range(0, len(values), job.batch_size):
         opened: dict[Medium, Segment] = {}
@@ -173,7 +165,7 @@ def _encode_all(
 
 
 def _encode_opened(encode: Encode, opened: Mapping[Medium, Segment]) -> dict[Medium, Codes | RecordError]:
-    """As one batch; if the tokenizer refuses it, one by one, to find which."""
+    """Encode as one batch; if the tokenizer rejects it, one by one, to find the cause."""
     try:
         return dict(zip(opened, encode(list(opened.values())), strict=True)) if opened else {}
     except Exception as error:  # of a plug-in's encoder, too

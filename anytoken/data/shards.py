@@ -39,7 +39,7 @@ from anytoken.utils.limits import current_limits
 
 MANIFEST, PROGRESS = "manifest.json", "progress.jsonl"
 _PART = re.compile(r"\.?part-\d{5}\.(jsonl|safetensors).*")
-FEW = 1000  # a share of bad records is of so many at least while a source is being read
+FEW = 1000  # while a source is being read, the share of bad records is taken over at least this many
 log = logging.getLogger(__name__)
 
 
@@ -72,13 +72,13 @@ def tokenize_records(
     overwrite: bool = False,
     first_frames: bool = False,
 ) -> Path:
-    """Encode every medium of a source (see ``sources.py``) into the shard folder ``out``; whole parts are not redone.
+    """Encode every medium of a source (see ``sources/``) into the shard folder ``out``; finished parts are kept.
 
     The bytes are the same for any number of workers and either engine (see ``parallel.py``). DataError if ``out``
     holds shards of other records or tokenizers, or anything else; with ``overwrite`` shards are replaced, and no other
     file is touched. Media are below the source's folder, or below ``data_root``. Records that cannot be read or
-    encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as more than
-    the share ``max_bad`` of all (or, while their number is not known, of those read, a thousand at least) is bad.
+    encoded are left out and counted by reason in the manifest; RecordError if there is none, or as soon as the share of
+    bad ones exceeds ``max_bad`` (while the total is unknown: of those read, at least a thousand).
     first_frames: encode the first frame of every video as an image, too, for a `Processor` that reads them; DataError
     without tokenizers of both.
     """
@@ -137,7 +137,7 @@ def _chunks(source: Source, size: int) -> Iterator[list[tuple[str, Any]]]:
 
 
 class _Tally:
-    """What the parts say of the records so far, and whether too many are bad."""
+    """Counts of the records so far, and whether too many are bad."""
 
     def __init__(self, source: Source, max_bad: float, parts: dict[int, Entry]) -> None:
         self.name, self.expected, self.max_bad = source.name, source.length or FEW, max_bad
@@ -155,7 +155,7 @@ class _Tally:
         return total
 
     def add(self, entry: Entry) -> None:
-        """Count a part; RecordError once the bad records are certain to pass the allowed share."""
+        """Count a part; RecordError once the bad records must exceed the allowed share."""
         self.parts[entry["part"]] = entry
         self.read += entry["read"]
         self.records += entry["records"]
@@ -184,7 +184,7 @@ class _Tally:
 
 
 def _is_whole(out: Path, plan: Mapping[str, Any]) -> bool:
-    """Whether the folder holds all that the plan would make; a set of version 1 counts if nothing contradicts."""
+    """Whether the folder is complete for this plan; a set of version 1 counts unless something contradicts."""
     if not (out / MANIFEST).is_file():
         return False
     manifest = read_manifest(out)
@@ -200,7 +200,7 @@ def _is_whole(out: Path, plan: Mapping[str, Any]) -> bool:
 
 
 def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Entry]:
-    """Begin a folder, or resume it: the parts of this very plan that are whole; all other parts are removed."""
+    """Start or resume a folder: returns the complete parts of exactly this plan; all other parts are removed."""
     before = _found(out, plan, overwrite)
     same = before.get("plan") == plan
     if before and not same:
@@ -223,17 +223,14 @@ def _begin(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[int, Ent
 
 
 def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Plan and parts of the shards in a folder; DataError if it holds something else, and nothing may be replaced."""
+    """Plan and parts of the shards in a folder; DataError if it holds something else that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out names a folder")
     try:
         if (out / MANIFEST).is_file():
             before = read_manifest(out)
             if "source_sha256" in before:
-                return {
-                    "plan": {key: before.get(key) for key in plan},
-                    "written": before.get("written", []),
-                }
+                return {"plan": {key: before.get(key) for key in plan}, "written": before.get("written", [])}
         elif (out / PROGRESS).is_file():
             return _read_progress(out / PROGRESS)
     except DataError:
@@ -248,7 +245,7 @@ def _found(out: Path, plan: Mapping[str, Any], overwrite: bool) -> dict[str, Any
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
-    """The plan and the parts of a journal whose last line may be torn; DataError if it is no such journal."""
+    """The plan and the parts of a journal whose last line may be incomplete; DataError for another file."""
     try:
         found = list(read_json_lines(path, torn_end=True))
     except DataError as error:
@@ -266,7 +263,7 @@ def _files_fit(out: Path, part: Entry) -> bool:
 
 
 def _finish(out: Path, plan: Mapping[str, Any], tally: _Tally) -> None:
-    """The manifest in place of the journal."""
+    """Replace the journal by the manifest."""
     parts = [part for _, part in sorted(tally.parts.items())]
     used = {kind for part in parts for kind in part["kinds"]}
     manifest = {
@@ -307,9 +304,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
-    """The manifest, once the size (and the sha256, unless told not to) of every file is as written.
+    """The manifest, after checking the size (and the sha256, if `hashes`) of every file.
 
-    DataError names a file that is not. A set of version 1 has no sizes: its files only have to be there.
+    DataError names a file that differs. A set of version 1 has no sizes: its files only have to exist.
     """
     path, manifest = Path(path), read_manifest(path)
     written = manifest.get(
@@ -326,7 +323,7 @@ def verify_shards(path: str | Path, checksums: bool = True) -> dict[str, Any]:
                 fits = hashlib.file_digest(data, "sha256").hexdigest() == file["sha256"]
         if not fits:
             raise DataError(
-                f"{path / name} is not what was written; remove it and run `anytoken data tokenize` again"
+                f"{path / name} does not match its checksum; remove it and run `anytoken data tokenize` again"
             )
     return manifest
 

@@ -1,4 +1,4 @@
-"""Check a source before training: every bad record with its place and reason, and a summary of the rest.
+"""Check a source before training: every bad record with its location and reason, and a summary of the rest.
 
 Records are parsed and their media located by the code that training uses, so exactly the records that are bad here are
 skipped there. Media files are opened on request (``decode``), or encoded by the tokenizers of a checkpoint, which also
@@ -38,7 +38,7 @@ NEAR_NAMES = {"audio": "speech", "sound": "speech", "caption": "text", "picture"
 
 @dataclass
 class Census:
-    """What was found: records, conversations among them, keys, media, and the bad ones by reason."""
+    """Counts of records, conversations, keys, media, and bad records by reason."""
 
     records: int = 0
     conversations: int = 0
@@ -51,7 +51,7 @@ class Census:
     held: dict[frozenset[str], tuple[int, str]] = field(default_factory=dict)
 
     def hints(self) -> list[str]:
-        """Keys that look like a modality and are none, with what to do."""
+        """Keys similar to a modality, with advice."""
         return near_names(self.keys, _kinds())
 
     def views(self) -> dict[str, float]:
@@ -65,7 +65,7 @@ class Census:
         return views
 
     def unused(self) -> list[str]:
-        """What good records no automatic view uses, counted, with the place of the first."""
+        """Good records that no automatic view uses, with their number and the location of the first."""
         views = self.views()
         return [
             f"{number:,} records hold {' '.join(held) or 'no medium'} alone and are in no automatic view; "
@@ -86,7 +86,7 @@ class Census:
 
 
 def num_texts(record: Record) -> int:
-    """How many texts a record holds: its caption, or the turns and parts of its conversation that are text."""
+    """The number of texts in a record: its caption, or the turns and parts of its conversation that are text."""
     if "messages" not in record:
         return int(record.get("text") is not None)
     contents = [message["content"] for message in record["messages"]]
@@ -97,7 +97,7 @@ def num_texts(record: Record) -> int:
 
 
 def near_names(keys: Mapping[str, int], kinds: Collection[str]) -> list[str]:
-    """Keys of records that look like one of the kinds and are none, with what to do about it."""
+    """Record keys similar to a kind, with advice."""
     near = {
         key: NEAR_NAMES.get(key) or (get_close_matches(key, list(kinds), 1, 0.8) or [""])[0] for key in keys
     }
@@ -120,10 +120,11 @@ def check_source(
     data_root: str | Path | None = None,
     tokenizers: Tokenizers | None = None,
 ) -> Iterator[tuple[str, RecordError]]:
-    """Yield place and fault of every bad record, and count everything in ``census``; with ``decode``, open all media.
+    """Yield location and error of every bad record, and count everything in ``census``; with ``decode``, open all
+    media.
 
-    data_root: a folder that media may be in besides the source's own. tokenizers: those of a checkpoint, whose
-    refusals are faults, too. RecordError if the source itself is missing or damaged.
+    data_root: an additional folder for media. tokenizers: those of a checkpoint; media that they reject are errors,
+    too. RecordError if the source itself is missing or damaged.
     """
     opened = open_source(source, rename, data_root)
     census.files = opened.unused

@@ -22,7 +22,7 @@ _TERM = re.compile(r'\s*(?:"(?P<literal>[^"]*)"|(?P<key>[\w.-]+))\s*')
 
 
 class ControlIds(Protocol):
-    """The control ids a sequence needs; a TokenSpace has them."""
+    """The control ids that a sequence needs; a TokenSpace has them."""
 
     bos: int
     end: int
@@ -60,7 +60,7 @@ class View:
 class TrainingSequence:
     """One training sequence: ids int32 [T] and, for each, whether it is to be learned.
 
-    skipped: why draws before this one were no use, if there were any.
+    skipped: reasons of failed draws before this one.
     """
 
     ids: np.ndarray
@@ -69,7 +69,7 @@ class TrainingSequence:
 
 
 def parse_view(name: str) -> View:
-    """Read a view string; DataError says what is wrong with it."""
+    """Parse a view; DataError says what is wrong with it."""
     if name in ("interleaved", "messages"):
         return View(name, special=name)
     left, arrow, right = name.partition("->")
@@ -82,17 +82,17 @@ def parse_view(name: str) -> View:
 
 
 def held_kinds(record: Mapping[str, Any], kinds: Iterable[str]) -> frozenset[str]:
-    """What a record can teach without a view that names its keys: "messages", or the kinds it holds."""
+    """What a record offers to automatic views: "messages", or its kinds."""
     if record.get("messages") is not None:
         return frozenset(["messages"])
     return frozenset(kind for kind in kinds if record.get(kind) is not None)
 
 
 def auto_views(held: Collection[frozenset[str]], kinds: Iterable[str]) -> dict[str, float]:
-    """The view ``auto``: conversations as they are; of media of one record all directions, equally often.
+    """The views of ``auto``: conversations unchanged; all directions between the media of a record, with equal weights.
 
-    held: what the records of a set hold, as `held_kinds` says. Sets of text alone are learned as text. {} if there is
-    nothing to learn; a record that holds one medium alone is in no view.
+    held: results of `held_kinds` for a set. Text-only sets are trained as text. {} if there is nothing to learn; a
+    record with a single medium is in no view.
     """
     kinds = list(kinds)
     pairs = [(one, other) for one in kinds for other in kinds if one != other]
@@ -131,9 +131,9 @@ def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
 def view_turns(
     view: View, item: Mapping[str, Piece], rng: np.random.Generator, asked: Mapping[str, Piece] | None = None
 ) -> list[Turn]:
-    """Fill a view with an item's pieces: strings for text, ids for media. No sources: no user turn.
+    """Fill a view with an item's parts: strings for text, ids for media. Without sources there is no user turn.
 
-    asked: the pieces of the user's turn, where they differ.
+    asked: the parts of the user's turn, where they differ.
     """
     if view.special == "interleaved":
         names = list(item)
@@ -158,7 +158,7 @@ def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: Vie
 
 
 def drop_prompt(turns: list[Turn]) -> list[Turn]:
-    """Empty every user turn, which makes it the null prompt, so that classifier-free guidance has a mate."""
+    """Empty every user turn, which makes it the null prompt of classifier-free guidance."""
     return [(role, [] if role == "user" else pieces) for role, pieces in turns]
 
 
@@ -170,8 +170,7 @@ def build_sequence(
 ) -> TrainingSequence:
     """Write turns as ids: bos, then role, content, end each; an empty user turn becomes the null prompt.
 
-    What the assistant says and the end of its turn is learned; with ``learn_all`` everything but the first
-    token.
+    Targets are the assistant's content and end ids; with ``learn_all`` everything but the first id.
     """
     ids, learn = [controls.bos], [False]
     for role, pieces in turns:

@@ -1,1 +1,1 @@
-"""What only the bundled model's world needs: builders of its sets, splits, tasks, judges, the demo."""
+"""The bundled model's world: builders of its sets, splits, tasks, judges, the demo."""

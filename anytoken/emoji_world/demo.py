@@ -1,7 +1,7 @@
 """The demo: held-out files answered in every direction, on one page with images, players and scores.
 
 `anytoken demo` runs it. The page is plain HTML next to its files, so it opens without a server; the scores on it are
-those that `anytoken eval` wrote into the checkpoint (`scores.json`), never made up here.
+those that `anytoken eval` wrote into the checkpoint (`scores.json`).
 """
 
 import html
@@ -89,32 +89,26 @@ def run_demo(model: "AnyToken", assets: Path, out: Path, each: int = 2, seed: in
 
 
 def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
-    """The demo's questions, `each` a direction, in a fixed order."""
+    """The demo's questions, `each` per direction, in a fixed order."""
     images, videos = _open(assets, "images", "image", 2 * each), _open(assets, "videos", "video", each)
     clips, genes = _open(assets, "speech", "speech", each), _open(assets, "translate", "dna", each)
     by_name = {record["name"]: image for record, image in reversed(images)}
-    for record, image in images[:each]:
-        yield DemoExample("text->image", [Text(record["text"])], "image", image)
-    for record, image in images[:each]:
-        yield DemoExample("image->text", [image], "text", Text(record["text"]))
-    for record, clip in clips:
-        yield DemoExample("text->speech", [Text(record["text"])], "speech", clip)
-    for record, clip in clips:
-        yield DemoExample("speech->text", [clip], "text", Text(record["text"]))
-    for record, clip in clips:
-        yield DemoExample("speech->image", [clip], "image", by_name.get(record["name"], Text(record["text"])))
-    for record, image in images[:each]:
-        yield DemoExample("image->speech", [image], "speech", Text(record["name"]))
-    for record, video in videos:
-        yield DemoExample("text->video", [Text(record["text"])], "video", video)
-    for record, video in videos:
-        yield DemoExample("video->text", [video], "text", Text(record["text"]))
-    for _, video in videos:
-        yield DemoExample("image->video", [Image(video.frames[0])], "video", video)
-    for record, gene in genes:
-        yield DemoExample("dna->text", [gene], "text", Text(record["text"]))
-    for record, gene in genes:
-        yield DemoExample("text->dna", [Text(record["text"])], "dna", gene)
+    text, same = (lambda record, _: Text(record["text"])), (lambda _, medium: medium)
+    for direction, records, prompt, truth in (
+        ("text->image", images[:each], text, same),
+        ("image->text", images[:each], same, text),
+        ("text->speech", clips, text, same),
+        ("speech->text", clips, same, text),
+        ("speech->image", clips, same, lambda record, _: by_name.get(record["name"], Text(record["text"]))),
+        ("image->speech", images[:each], same, lambda record, _: Text(record["name"])),
+        ("text->video", videos, text, same),
+        ("video->text", videos, same, text),
+        ("image->video", videos, lambda _, video: Image(video.frames[0]), same),
+        ("dna->text", genes, same, text),
+        ("text->dna", genes, text, same),
+    ):
+        for one in records:
+            yield DemoExample(direction, [prompt(*one)], direction.split("->")[1], truth(*one))
     for (one, first), (other, second) in zip(images[::2], images[1::2], strict=False):
         names = " and ".join(str(record["text"]).split(",")[0] for record in (one, other))
         yield DemoExample("image,image->text", [first, second, Text("What are these?")], "text", Text(names))
@@ -130,7 +124,7 @@ def strip(images: Sequence[Image], side: int = 128, gap: int = 4) -> PILImage.Im
 
 
 def _open(assets: Path, name: str, kind: str, count: int) -> list[tuple[dict[str, Any], Any]]:
-    """The first records of an asset file, a name once, with their medium."""
+    """The first records of an asset file with distinct names, with their medium."""
     path = assets / f"{name}.jsonl"
     if not path.is_file():
         raise EvaluationError(
@@ -156,7 +150,7 @@ def _word_judge(assets: Path) -> KeywordRecognizer | None:
 
 
 def judge(one: DemoExample, answer: list[Segment], words: KeywordRecognizer | None) -> str:
-    """A short verdict where one can be given at once: words, heard words, translated DNA."""
+    """A short verdict if one is available at once: words, recognized words, translated DNA."""
     segment: Any = answer[0] if answer else None
     truth: Any = one.truth
     if segment is None or segment.kind != one.target:
@@ -253,7 +247,7 @@ def score_table(report: dict[str, Any]) -> Table:
 
 
 def _words(segments: list[Segment]) -> str:
-    """Segments in one short line."""
+    """Segments as one short line."""
     shown = [segment.text if isinstance(segment, Text) else f"[{segment.kind}]" for segment in segments]
     line = " ".join(shown)
     return line if len(line) <= 44 else line[:43] + "…"

@@ -1,7 +1,7 @@
-"""Cases that are more than one medium and one answer: second turns, and requests in everyday words.
+"""Examples beyond one medium and one answer: second turns, and requests in everyday words.
 
-They are worded by the same code as the conversations that are trained on (`anytoken.emoji_world.instruct`), from
-records of the test split; everyday requests use phrasings that training never does.
+They use the same code as the training conversations (`anytoken.emoji_world.instruct`), on records of the test split;
+everyday requests use phrasings that do not occur in training.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,17 +34,17 @@ def requests(world: "EvalDatasets", split: str, count: int, seed: int) -> list[E
         messages: list[Message] = getattr(maker, purpose)()
         if messages:
             opened = _open(world, messages[:1])
-            words = " ".join(_as_word(segment) for segment in opened[0]["content"])
+            words = " ".join(getattr(one, "text", f"<{one.kind}>") for one in opened[0]["content"])
             answer = Text(" ".join(REQUESTS[purpose].kinds))
             cases.append(EvalExample([Text(words)], answer, {"holdout": purpose}, opened))
     return cases
 
 
 def turns(world: "EvalDatasets", split: str, count: int, seed: int, second: bool) -> list[EvalExample]:
-    """Images to be named, the same ones in the first turn and in the second.
+    """Images to name, the same ones in the first and in the second turn.
 
-    Second turns by turns bring the image after something else was said ("new image"), after another was drawn ("after a
-    drawing"), or ask for the image of the first turn ("earlier image").
+    Second turns alternate between an image after other talk ("new image"), an image after a drawing ("after a
+    drawing"), and a question about the image of the first turn ("earlier image").
     """
     records = [one for one in world.records(IMAGES) if one.get("split") == split]
     order = np.random.default_rng((seed, len(split))).permutation(len(records))
@@ -79,7 +79,3 @@ def _open(world: "EvalDatasets", messages: list[Message]) -> list[Message]:
         return Text(part["text"]) if kind == "text" else open_media(part[kind], KINDS[kind], world.sets)
 
     return [{**one, "content": [segment(part) for part in one["content"]]} for one in messages]
-
-
-def _as_word(segment: Segment) -> str:
-    return segment.text if isinstance(segment, Text) else f"<{segment.kind}>"

@@ -1,4 +1,4 @@
-"""The directions a model is asked in, as data: which records, what of them is the prompt, what the answer.
+"""The evaluated directions as data: records, prompt and answer.
 
 Everything else is the same for all: the model's answers, the truth (the judge's ceiling), a random training answer
 (chance), the most frequent training answer (majority, for text) and the answer of the nearest training prompt all go
@@ -21,11 +21,11 @@ WORDS, GENES = "words/words.jsonl", "dna/genes.jsonl"
 
 @dataclass(frozen=True)
 class Direction:
-    """What is asked of a model: `sources` of a record are the prompt, `target` is the answer's kind.
+    """One direction: `sources` of a record are the prompt, `target` is the answer's kind.
 
-    file: the records. pair: another file whose record of the same name lends its medium. words: text after the
-    media. held_out: the hold-outs that the cases come from. free: the model chooses the kind of its answer, and
-    the kind is what is judged. how: another way to make the cases, or to score, by name.
+    file: the records. pair: another file whose record with the same name provides the answer. words: text after the
+    media. held_out: the hold-outs of the examples. free: the model chooses the kind of its answer, and the kind is
+    judged. how: another way to create the examples or to score, by name.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Direction:
 
 
 def _from_file() -> dict[str, Direction]:
-    """The directions of the task file world.yaml, which `anytoken eval --task world` asks, too."""
+    """The directions of the task file world.yaml (also `anytoken eval --task world`)."""
     found = {}
     for task in read_tasks(Path(__file__).parent / "task_files" / "world.yaml"):
         sources = [field.kind for field in fields(task.prompt[0].content) if field.name in KINDS]
@@ -72,7 +72,7 @@ DIRECTIONS: dict[str, Direction] = {name: _FOUND[name] for name in ORDER}
 
 
 def read_directions(names: str) -> list[str]:
-    """Names of directions, separated by commas, which some of the names hold too ("image,image->text")."""
+    """Names of directions, separated by commas, which also occur in some names ("image,image->text")."""
     longest_first = sorted(DIRECTIONS, key=len, reverse=True)
     pattern = re.compile(r"\s*(" + "|".join(map(re.escape, longest_first)) + r"|[^,]*)\s*(?:,|$)")
     found = [one for one in pattern.findall(names) if one]
@@ -83,8 +83,7 @@ def read_directions(names: str) -> list[str]:
 class EvalExample:
     """One question: the prompt, the true answer, and the record (with what the judges need) it comes from.
 
-    messages: the conversation that is asked in place of the prompt, which then is only what the nearest training prompt
-    is found by.
+    messages: the conversation to use instead of the prompt, which then only serves to find the nearest training prompt.
     """
 
     prompt: list[Segment]
@@ -94,5 +93,5 @@ class EvalExample:
 
     @property
     def asked(self) -> list[Any]:
-        """What the model is given."""
+        """The input of the model."""
         return self.messages or self.prompt

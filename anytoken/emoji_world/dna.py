@@ -78,7 +78,7 @@ def build_dna(out: Path, cache: Path | None = None, limit: int | None = None, pr
     genome = read_genome(genomes / TRAIN_GENOME)
     genes = list(locate(genome, read_proteins(prokka / PROTEINS), progress))
     if not genes:
-        raise DataError("No protein was located in the genome: the packages are not what was pinned.")
+        raise DataError("No protein was located in the genome: the packages differ from the pinned ones.")
     gaps = list(intergenic(genome, genes))
     short = [{**asdict(one), "short": len(one.dna) <= SHORT_NT, "split": one.split} for one in genes]
     write_lines(folder / "genes.jsonl", short[:limit])
@@ -111,7 +111,7 @@ def read_genome(path: Path) -> str:
 def read_proteins(path: Path) -> dict[str, str]:
     """Protein to product text, from FASTA headers "ID EC~~~gene~~~product"; the first of equal proteins stays."""
     if not path.is_file():
-        raise DataError(f"{path.name} is missing: the package is not what was pinned.")
+        raise DataError(f"{path.name} is missing: the package differs from the pinned one.")
     found: dict[str, str] = {}
     # Products hold ">", too.
     for record in re.split("^>", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
@@ -159,7 +159,7 @@ def fragments(genes: list[Gene], limit: int | None = None) -> Iterator[dict[str,
     """Lines of translate.jsonl: in-frame pieces of 6 to 16 codons, and their residues separated by spaces.
 
     A start codon other than ATG is left out, since inside a gene it is not M: so the text follows from the DNA.
-    A piece never stands twice, so not in both splits; a small genome, which has fewer, gives fewer lines.
+    A piece never appears twice, so not in both splits; a small genome, which has fewer, gives fewer lines.
     """
     rng, seen = random.Random(0), set()
     for split, count in TRANSLATE_LINES.items():

@@ -1,7 +1,7 @@
 """The emoji world: about a thousand concepts drawn by five artists' sets, named in text, and animated.
 
 `build_emoji` renders the registry packages into sprite arrays (for the tokenizers, which compose on the fly)
-and into composed pictures and videos of the core concepts with captions (for the language model). Alpha
+and into composed images and videos of the core concepts with captions (for the language model). Alpha
 channels make the composition: 56x56 pixels of object, centred on one of eight backgrounds of 64x64.
 """
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from anytoken.data.dataset_card import read_lines, write_card, write_lines
 from anytoken.emoji_world import splits
-from anytoken.emoji_world.motions import compose_moving
+from anytoken.emoji_world.motions import MOTIONS, move
 from anytoken.emoji_world.packages import sources, unpack
 from anytoken.segments import Image, Video
 from anytoken.utils.atomic import write_file
@@ -38,6 +38,7 @@ BACKGROUNDS = {
     "yellow": (250, 225, 90), "green": (80, 175, 90), "blue": (70, 120, 225), "purple": (150, 90, 190),
 }  # fmt: skip
 SPRITE_PX, CANVAS_PX, OBJECT_PX, FRAMES = 96, 64, 56, 8
+MOVING_BACKGROUNDS = 3  # of each concept and style in moving.jsonl
 FRAME_RATE_HZ = 4.0
 # Sizes and places of objects in `layouts`: multiples of 8 pixels, so that a tokenizer with patches of 8 sees a shift as
 # the same patches elsewhere. A place is how many times the free half goes to the left of the object, and above it.
@@ -54,7 +55,7 @@ PACKAGE_NAMES = ["openmoji", *ICONIFY.values(), THREE_D, *ANIMATED]
 LEFT_OUT = ("people-body", "flags", "extras-openmoji", "extras-unicode", "component")
 # In order of preference. Few things besides animals and vehicles move, so faces come last and only to fill up.
 CORE_GROUPS = ("animals-nature", "food-drink", "travel-places", "objects", "activities", "smileys-emotion")
-# Families whose members differ by a detail that 64 pixels do not show, and names that are hard to picture.
+# Families whose members differ by a detail that 64 pixels do not show, and names that are hard to draw.
 NOT_CORE = re.compile(
     r"\b(clock|calendar|guide|service|wilted|oncoming|departure|done|small|glowing|hearts?|exclamation|decoration)\b"
 )
@@ -99,8 +100,8 @@ def build_emoji(
 ) -> Path:
     """Build OUT/emoji from the registry packages; returns the folder.
 
-    Finished parts are kept, so an interrupted build goes on. `concepts` core concepts are composed into
-    pictures and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
+    Finished parts are kept, so an interrupted build resumes. `concepts` core concepts are composed into
+    images and videos; `limit` builds at most that many concepts in all. still: core concepts may be some that do not
     move, which come after all that do; layouts: also images of sizes and places; moving: also clips in
     every style, of the other concepts too. DataError if it cannot.
     """  # fmt: skip
@@ -153,7 +154,7 @@ def find_concepts(roots: dict[str, Path]) -> list[Concept]:
                 moving = clip if clip and _moves(clip) else None
                 found.append(Concept(row["hexcode"], name, row["group"], three_d[code], moving))
     if not found:
-        raise DataError("No concept is drawn in all five styles: the packages are not what was pinned.")
+        raise DataError("No concept is drawn in all five styles: the packages differ from the pinned ones.")
     return found
 
 
@@ -207,7 +208,7 @@ def describe(concept: Concept) -> dict[str, Any]:
 def compose(
     sprite: np.ndarray, color: tuple[int, int, int], side_px: int = OBJECT_PX, place: str = "centre"
 ) -> np.ndarray:
-    """A sprite uint8 [S, S, 4] as a picture uint8 [64, 64, 3]: an object of `side_px` pixels on a plain colour."""
+    """A sprite uint8 [S, S, 4] as an image uint8 [64, 64, 3]: an object of `side_px` pixels on a plain colour."""
     small = Picture.fromarray(sprite).resize((side_px, side_px), Picture.Resampling.LANCZOS)
     canvas = Picture.new("RGB", (CANVAS_PX, CANVAS_PX), color)
     across, down = PLACES[place]
@@ -330,7 +331,40 @@ def _compose_all(
 
 
 def _move_concept(folder: Path, job: Job, core: set[str]) -> tuple[Lines]:
-    return (list(compose_moving(folder, *job, core=job[0].hexcode in core)),)
+    """A concept's stills and clips in every style under FOLDER/moving, and their records; none if it is held out.
+
+    core: concepts whose animations by the artist are in videos.jsonl already.
+    """
+    concept, drawn, animation = job
+    lines: Lines = []
+    code = concept.hexcode
+    unseen = splits.style_held_out(code)
+    if splits.video_held_out(code):
+        return ([],)
+    free = [name for name in BACKGROUNDS if not splits.pair_held_out(code, name)]
+    for style, sprite in zip(STYLES, drawn, strict=True):
+        by_artist = animation is not None and style == ("flat" if unseen else "3d")
+        if (style == "3d" and unseen) or (by_artist and code in core):
+            continue
+        motion = min(MOTIONS, key=lambda name: splits.fraction(code, name, "motion", style))
+        frames = animation if by_artist and animation is not None else move(sprite, motion, FRAMES)
+        chosen = sorted(free, key=lambda name: splits.fraction(code, name, "clip", style))
+        for background in chosen[:MOVING_BACKGROUNDS]:
+            color = BACKGROUNDS[background]
+            image, video = (f"moving/{code}-{style}-{background}.{suffix}" for suffix in ("png", "webp"))
+            if not (folder / image).is_file():
+                Image(compose(sprite, color)).save(folder / image)
+            if not (folder / video).is_file():
+                Video(np.stack([compose(frame, color) for frame in frames]), FRAME_RATE_HZ).save(
+                    folder / video
+                )
+            kind = "animated" if style == "3d" or by_artist else f"animated, {style}"
+            lines.append({
+                "text": f"{concept.article}, {kind}, {background} background", "image": image, "video": video,
+                "hexcode": code, "name": concept.name, "background": background, "style": style,
+                "motion": "artist" if by_artist else motion, "split": "train", "holdout": None,
+            })  # fmt: skip
+    return (lines,)
 
 
 def _lay_out_concept(folder: Path, job: Job) -> tuple[Lines]:
@@ -418,10 +452,10 @@ def _write_card(folder: Path, known: list[Concept], core: list[Concept], cache: 
 {len(known):,} concepts without people, flags and skin tones, each drawn in {len(STYLES)} styles
 ({", ".join(STYLES)}); {moving} of them move. {len(core)} core concepts are composed on {len(BACKGROUNDS)}
 backgrounds ({", ".join(BACKGROUNDS)}), still (64x64 PNG) and moving (lossless animated WebP, {FRAMES}
-frames, {FRAME_RATE_HZ:g} a second).
+frames, {FRAME_RATE_HZ:g} per second).
 
-Held out of training: `style`, the 3-D pictures of {splits.STYLE_SHARE:.0%} of the concepts (their videos, which are
-drawn in 3-D too, are not: what is unseen is the still picture); `video`, the videos of {splits.VIDEO_SHARE:.0%};
+Held out of training: `style`, the 3-D images of {splits.STYLE_SHARE:.0%} of the concepts (their videos, which are
+drawn in 3-D too, are not: what is unseen is the still image); `video`, the videos of {splits.VIDEO_SHARE:.0%};
 `pair`, {splits.PAIR_SHARE:.0%} of the (concept, background) pairs in every style and moving. Tokenizers never see
 {splits.TOKENIZER_SHARE:.0%} of the concepts, none of them core (`tokenizer_held_out`)."""
     if (folder / "layouts.jsonl").is_file():

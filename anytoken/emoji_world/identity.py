@@ -1,6 +1,6 @@
-"""Identity judge: which of the known drawings an image or a video shows, whatever the background.
+"""Identity judge: which known drawing an image or a video shows, on any background.
 
-It may know every real drawing, so that its ceiling is near 100 % and a wrong answer is the generator's. A drawing is
+It knows every real drawing, so its ceiling is near 100 % and errors are those of the generator. A drawing is
 learned as a matte from its real compositions: every pixel is `paint + clear * background`, linear in the background
 colour, so two backgrounds or more give both by least squares (a trimap-free form of triangulation matting, Smith and
 Blinn, SIGGRAPH 1996). A drawing is then compared as it would look on the background that was observed, at 16x16, where
@@ -24,7 +24,7 @@ NEAR = 8.0  # a drawing seen on one background only: pixels this near to it are 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One known drawing with its real compositions: media of equal length, and what each has as background colour."""
+    """One known drawing with its real compositions: media of equal length."""
 
     concept: str
     style: str
@@ -33,7 +33,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Identity:
-    """What the judge sees: concepts from the most to the least likely, and the style of the nearest drawing."""
+    """The judge's result: concepts from the most to the least likely, and the style of the nearest drawing."""
 
     concepts: tuple[str, ...]
     style: str
@@ -45,7 +45,7 @@ class Identity:
 
 
 class IdentityJudge:
-    """Names the known drawing that an image, or a video by its frames, is nearest to."""
+    """Finds the known drawing nearest to an image, or to a video by its frames."""
 
     def __init__(self, drawings: Iterable[Drawing]) -> None:
         labels: list[tuple[str, str]] = []
@@ -93,7 +93,7 @@ def _small(segment: Segment) -> np.ndarray:
         frames = np.stack([Image(frame).resize(64, 64).pixels for frame in segment.frames])
     else:
         raise EvaluationError(
-            f"An identity judge looks at Image and Video; received {type(segment).__name__}."
+            f"An identity judge accepts Image and Video; received {type(segment).__name__}."
         )
     block = 64 // SIDE
     parts = frames.astype(np.float32).reshape(len(frames), SIDE, block, SIDE, block, 3)

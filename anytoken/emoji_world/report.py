@@ -43,9 +43,9 @@ def evaluate(
     batch: int = 20,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Judge `count` held-out prompts per direction; EvaluationError for an unknown direction or sets that hold none.
+    """Judge `count` held-out prompts per direction; EvaluationError for an unknown direction or sets without examples.
 
-    Directions whose sets are not there, or whose kinds the model does not have, are listed under "left_out".
+    Directions whose sets are missing, or whose kinds the model lacks, are listed under "left_out".
     """
     began, code = time.perf_counter(), commit()  # of the code that is loaded, not of what comes meanwhile
     unknown = sorted(set(directions or ()) - set(DIRECTIONS))
@@ -108,6 +108,7 @@ def score(
     figures = {
         name: share([parts.get(main, 0.0) for parts in rows]).to_dict() for name, rows in judged.items()
     }
+    ours, real = _shares(judged["model"]), _shares(judged["ceiling"])
     parts = {name: _parts(rows, main) for name, rows in judged.items()}
     groups: dict[str, list[Parts]] = defaultdict(list)
     for case, row in zip(cases, judged["model"], strict=True):
@@ -121,13 +122,13 @@ def score(
         **figures,
         "parts": parts.pop("model"),
         "parts_of_others": parts,
-        "part_shares": _shares(judged["model"]),
+        "part_shares": ours,
         "by_holdout": {name: shares[main] for name, shares in by_holdout.items()},
         "parts_by_holdout": by_holdout,
         "controls": {
             name: share(found).to_dict() for name, found in controls(world, direction, cases).items()
         },
-        "share_of_ceiling": _of_ceiling(judged["model"], judged["ceiling"]),
+        "share_of_ceiling": {name: _quotient(ours[name], real[name]) for name in ours if name in real},
         "better": all(
             figures["model"]["value"] > figures[name]["value"] for name in BASELINES if name in figures
         ),
@@ -136,22 +137,16 @@ def score(
 
 
 def _parts(rows: Sequence[Parts], main: str) -> dict[str, float]:
-    """The share of each part but the main one, such as the concept alone of what was to be right as a whole."""
+    """The share of each part except the main one, such as the concept alone."""
     names = sorted({name for row in rows for name in row} - {main})
     return {name: round(share([row.get(name, 0.0) for row in rows]).value, 4) for name in names}
 
 
 def _answer(direction: Direction, reply: "GenerationOutput") -> Segment | None:
-    """What is judged of a reply: its first segment, or the kinds of all of them as words."""
+    """The judged part of a reply: its first segment, or the kinds of all segments as words."""
     if direction.free:
         return Text(" ".join(segment.kind for segment in reply.segments))
     return reply.segments[0] if reply.segments else None
-
-
-def _of_ceiling(model: Sequence[Parts], ceiling: Sequence[Parts]) -> dict[str, float]:
-    """Each part as a share of the judge's score on the originals."""
-    ours, real = _shares(model), _shares(ceiling)
-    return {name: _quotient(ours[name], real[name]) for name in ours if name in real}
 
 
 def _quotient(one: dict[str, float], whole: dict[str, float]) -> float:
@@ -167,7 +162,8 @@ def _shares(rows: Sequence[Parts]) -> dict[str, dict[str, float | int]]:
 def controls(
     world: EvalDatasets, direction: Direction, cases: Sequence[EvalExample]
 ) -> dict[str, list[float]]:
-    """What a judge must refuse: the true answers of other cases, and noise (of speech and video also silence, grey)."""
+    """Controls that a judge must reject: answers to other prompts, and noise (for speech and video also silence,
+    gray)."""
     if direction.free:
         return {}  # most requests are for the same few kinds
     main = main_part(direction)
@@ -181,12 +177,12 @@ def controls(
 
 
 def main_part(direction: Direction) -> str:
-    """What a direction's score counts: residues in the right place for DNA, else answers right as a whole."""
+    """The main metric of a direction: residues at the correct position for DNA, else fully correct answers."""
     return "identity" if "dna" in (*direction.sources, direction.target) else "right"
 
 
 def is_valid(model: "AnyToken", direction: Direction, reply: "GenerationOutput") -> bool:
-    """Whether a reply is exactly one whole segment of the kind asked for, and its ids decode again."""
+    """Whether a reply is exactly one complete segment of the requested kind, and its ids decode."""
     kinds = [segment.kind for segment in reply.segments]
     if reply.finish_reason != "stop" or (not kinds if direction.free else kinds != [direction.target]):
         return False
@@ -197,7 +193,7 @@ def is_valid(model: "AnyToken", direction: Direction, reply: "GenerationOutput")
 def baseline_answers(
     world: EvalDatasets, direction: Direction, cases: Sequence[EvalExample], seed: int, pool: int = 2000
 ) -> dict[str, list[Segment]]:
-    """What would be answered without a model: at random, the most frequent text, the nearest training prompt's."""
+    """Baseline answers: random, the most frequent text, that of the nearest training prompt."""
     known = world.cases(direction, "train", pool, seed)
     if not known:
         return {}
@@ -220,7 +216,7 @@ def _judge_all(
 
 
 def save(report: dict[str, Any], path: str | Path) -> Path:
-    """Write a report as JSON, whole or not at all."""
+    """Write a report as JSON, completely or not at all."""
     return write_file(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -254,7 +250,7 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def part_rows(report: dict[str, Any]) -> list[list[str]]:
-    """What is right about the answers, part by part, as rows of text; a row for each direction that has parts."""
+    """Accuracy by part as rows of text; one row per direction with parts."""
     directions = report["directions"].items()
     names = list(dict.fromkeys(name for _, one in directions for name in one.get("parts", {})))
     table = [["direction", *names]]
@@ -265,7 +261,7 @@ def part_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def holdout_rows(report: dict[str, Any]) -> list[list[str]]:
-    """Score and concept by what is held out, as rows of text, for directions with several hold-outs."""
+    """Score and concept by hold-out, as rows of text, for directions with several hold-outs."""
     table = [["direction", "held out", "prompts", "score", "concept"]]
     for direction, one in report["directions"].items():
         groups = one.get("parts_by_holdout", {})
@@ -287,7 +283,7 @@ def percent(value: float) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table and what it rests on, as Markdown."""
+    """The table and its provenance, as Markdown."""
     counts = defaultdict(list)
     for name, one in report["directions"].items():
         counts[one["valid"]["total"]].append(name)
@@ -317,10 +313,10 @@ def _as_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _caveats(report: dict[str, Any]) -> list[str]:
-    """What a reader should know before believing a "yes": intervals that overlap, and the subject taken alone.
+    """Caveats to a "yes": overlapping intervals, and the score of the concept alone.
 
-    What is held out is often a combination (this drawing on that background), which no training answer can match
-    as a whole: there a baseline is zero by construction, and only the parts can be compared.
+    Often a combination (this drawing on that background) is held out, which no training answer can match as a whole:
+    baselines are then zero by construction, and only the parts can be compared.
     """
     thin, alone = [], []
     for name, one in report["directions"].items():

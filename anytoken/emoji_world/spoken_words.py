@@ -41,7 +41,7 @@ CLEAR = (
     *FLITE,
     "kal",
     PIPER,
-)  # one of these says every text, so that a text has a voice that is easily understood
+)  # one of these says every text, so that it has a voice that is easily understood
 VOICES = (*CLEAR, *ESPEAK, *ACCENTS)
 WORD_SHARE, TEST_VOICE_TEXTS = 0.05, 400
 SPEAKABLE = re.compile(r"[a-z]{2,14}([ -][a-z]{1,14}){0,3}")

@@ -1,4 +1,4 @@
-"""The held-out cases of every direction, and what counts as a right answer."""
+"""The held-out examples of every direction, and the judgement of answers."""
 
 import zlib
 from collections import defaultdict
@@ -39,7 +39,7 @@ RELATIVES["twemoji"] = RELATIVES["flat"]
 
 
 class EvalDatasets:
-    """The built sets, and the judges that are made from them, each when it is first needed."""
+    """The built sets, and the judges made from them, created on first use."""
 
     def __init__(
         self, sets: str | Path, judge_steps: int = 1500, seed: int = 0, asr: Transcriber | None = None
@@ -52,7 +52,7 @@ class EvalDatasets:
         self._classifiers: dict[str, ImageClassifier] = {}
 
     def records(self, file: str) -> list[Record]:
-        """The records of one file of the sets; EvaluationError where it is not there."""
+        """The records of one file of the sets; EvaluationError if it is missing."""
         if file not in self._records:
             path = self.sets / file
             if not path.is_file():
@@ -73,7 +73,7 @@ class EvalDatasets:
         return open_media(record[kind], KINDS[kind], (self.sets / file).parent)
 
     def cases(self, direction: Direction, split: str, count: int, seed: int = 0) -> list[EvalExample]:
-        """Up to `count` cases of a split, drawn without return, the same for the same seed."""
+        """Up to `count` examples of a split, sampled without replacement, the same for the same seed."""
         if direction.how == "requests":
             return dialogues.requests(self, split, count, seed)
         if direction.how == "turns":
@@ -107,13 +107,13 @@ class EvalDatasets:
         if direction.file == SPEECH and not record.get("core", True):
             return False
         if direction.file == WORDS and record["split"] == "test" and record["holdout"] != "word":
-            return direction.target == "text"  # a held-out voice can be heard, but not asked for
+            return direction.target == "text"  # a held-out voice can be recognized, but not requested
         if direction.name == "text->speech" and record.get("holdout") not in (None, "spoken"):
             return False
         return direction.target != "speech" or self.hears(record).knows(record["name"])
 
     def _partners(self, direction: Direction, split: str) -> dict[str, list[Record]]:
-        """Records that lend their medium, by name. A train answer comes with a train prompt; a test prompt with any."""
+        """Records that provide the answer, by name. Training prompts get training answers; test prompts get any."""
         found: dict[str, list[Record]] = defaultdict(list)
         for record in self.records(direction.pair) if direction.pair else []:
             if split != "train" or record.get("split") == "train":
@@ -127,7 +127,7 @@ class EvalDatasets:
         return EvalExample(prompt, self.media(direction.file, record, direction.target), record)
 
     def _paired(self, direction: Direction, record: Record, partner: Record) -> EvalExample:
-        """Only the concept is asked for: nothing in the prompt says a style, a background or a voice."""
+        """Only the concept is judged, since the prompt does not specify a style, a background or a voice."""
         prompt = [self.media(direction.file, record, kind) for kind in direction.sources]
         answer = self.media(str(direction.pair), partner, direction.target)
         return EvalExample(prompt, answer, {"name": record["name"], "holdout": record.get("holdout")})
@@ -141,25 +141,25 @@ class EvalDatasets:
 
     @cached_property
     def words(self) -> KeywordRecognizer:
-        """Hears the core names."""
+        """Recognizes the core names."""
         return KeywordRecognizer(
             sorted({one["name"] for one in self.records(SPEECH) if one.get("core", True)})
         )
 
     @cached_property
     def unseen_words(self) -> KeywordRecognizer:
-        """Hears the words that are held out."""
+        """Recognizes the held-out words."""
         return KeywordRecognizer(
             sorted({one["name"] for one in self.records(WORDS) if one["holdout"] == "word"})
         )
 
     def hears(self, record: Record) -> KeywordRecognizer:
-        """The judge whose closed list the name of a record is in."""
+        """The recognizer whose list contains the name of a record."""
         return self.unseen_words if record.get("holdout") == "word" else self.words
 
     @cached_property
     def voices(self) -> SpeakerClassifier:
-        """Knows the voices of the training clips, by clips of other names than the core ones where there are any."""
+        """Classifies the voices of the training clips, trained on clips of non-core names if possible."""
         clips: dict[str, list[Record]] = defaultdict(list)
         for record in sorted(self.records(SPEECH), key=lambda one: bool(one.get("core"))):
             if record["split"] == "train":
@@ -171,7 +171,7 @@ class EvalDatasets:
         )
 
     def concepts(self, style: str) -> ImageClassifier:
-        """Names a concept in a style, trained on drawings of other styles only."""
+        """Classifies concepts in a style, trained only on drawings of other styles."""
         unseen = RELATIVES.get(style, (style,))
         key = "-".join(unseen)
         if key not in self._classifiers:
@@ -184,16 +184,16 @@ class EvalDatasets:
 
     @cached_property
     def stills(self) -> IdentityJudge:
-        """Names the concept and the style of an image, by all known drawings."""
+        """Identifies the concept and the style of an image among all known drawings."""
         return self._identity(IMAGES, "image")
 
     @cached_property
     def clips(self) -> IdentityJudge:
-        """Names the concept of a video, by all known animations."""
+        """Identifies the concept of a video among all known animations."""
         return self._identity(VIDEOS, "video")
 
     def _identity(self, file: str, kind: str) -> IdentityJudge:
-        """Drawings are known by compositions other than the held-out ones, where they have any other."""
+        """Drawings are represented by compositions that are not held out, if there are any."""
         groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
         for record in self.records(file):
             drawing = (record["name"], record.get("style", ANIMATED), *map(str, map(record.get, LAYOUT)))
@@ -212,14 +212,14 @@ class EvalDatasets:
 
     @cached_property
     def backgrounds(self) -> BackgroundJudge:
-        """Names a background colour."""
+        """Classifies background colors."""
         records = [one for one in self.records(IMAGES) if one["split"] == "train"]
         images = np.stack([self.pixels(one) for one in records[:: max(1, len(records) // 800)]])
         return BackgroundJudge(images, [one["background"] for one in records[:: max(1, len(records) // 800)]])
 
     @cached_property
     def least_motion(self) -> float:
-        """What 19 of 20 real training videos move by: less is no video."""
+        """The motion that 95 % of real training videos exceed."""
         records = [one for one in self.records(VIDEOS) if one["split"] == "train"][::7][:200]
         videos = [self.media(VIDEOS, one, "video") for one in records]
         return float(np.percentile([motion(one) for one in videos if isinstance(one, Video)], 5))
@@ -231,7 +231,7 @@ class EvalDatasets:
         return image.pixels
 
     def nothings(self, kind: str) -> dict[str, Segment]:
-        """Answers of a kind that say nothing, which every judge must refuse."""
+        """Meaningless answers of a kind, which every judge must reject."""
         rng = np.random.default_rng(self.seed)
         noise = rng.integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
         hiss = rng.normal(0, 0.1, 16_000).astype(np.float32)
@@ -243,7 +243,7 @@ class EvalDatasets:
         return known.get(kind, {})
 
     def judge(self, direction: Direction, case: EvalExample, answer: Segment | None) -> Parts:
-        """What is right about an answer: "right" is the whole of it, the other parts say where it failed."""
+        """Judge an answer: "right" is full correctness, the other parts show where it failed."""
         if answer is None or answer.kind != direction.target:
             return {"right": 0.0}
         return JUDGES[direction.target](self, case, answer)
@@ -273,7 +273,7 @@ def _judge_image(world: EvalDatasets, case: EvalExample, answer: Any) -> Parts:
 
 
 def _concept_parts(seen: Identity, record: Record, independent: bool) -> Parts:
-    """The concept by the identity judge, first and among the first five; and by the judge from other styles."""
+    """The concept by the identity judge, top-1 and top-5; and by the classifier of other styles."""
     return {
         "concept": float(seen.concept == record["name"]),
         "concept top-5": float(record["name"] in seen.concepts[:TOP]),
@@ -317,7 +317,7 @@ JUDGES: Mapping[str, Callable[[EvalDatasets, EvalExample, Any], Parts]] = {
 
 
 def features(prompts: Sequence[list[Segment]]) -> np.ndarray:
-    """One vector a prompt, for the nearest-neighbour baseline: its words, pixels, spectrum or bases; [N, D]."""
+    """One vector per prompt, for the nearest-neighbor baseline: its words, pixels, spectrum or bases; [N, D]."""
     vocabulary: dict[str, int] = {}
     for prompt in prompts:
         for segment in prompt:

@@ -111,7 +111,7 @@ def said_by_two_voices(data: Path, count: int, seed: int) -> list[list[Segment]]
     names = [text for text, voice in files if voice == voices[0] and (text, voices[-1]) in files]
     if len(voices) < 2 or not names:
         raise TokenizerError(
-            f"{data / 'speech'} has no name said by two held-out voices; build the set whole."
+            f"{data / 'speech'} has no name said by two held-out voices; build the complete set."
         )
     chosen = np.random.default_rng((seed, 5)).permutation(len(names))[:count]
     return [[Speech.open(files[names[i], voice]) for voice in voices] for i in chosen]

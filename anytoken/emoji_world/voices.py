@@ -37,11 +37,11 @@ ABOUT = """The training voices of the spoken names, people that recorded telepho
 variants of espeak-ng's voice, one after the other in `audio.npy` (int16, 16 kHz); `audio.jsonl` says where each clip
 lies. It is for training speech tokenizers; the held-out voices of the spoken names are not in it."""
 LEFT_OUT = ("silence", "robot", "robosoft", "halflife", "whisper", "fast_test", "demonic", "announcement")
-NAMES_A_THROAT = 6
+NAMES_PER_VARIANT = 6
 PITCHES, SPEEDS_WPM = (20, 35, 50, 65, 80), (130, 150, 170, 190)
 ENGLISH = ("en-us", "en-gb")
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.3, 12.0
-Job = tuple[str, str, int, int]  # text, voice, pitch, words a minute
+Job = tuple[str, str, int, int]  # text, voice, pitch, words per minute
 
 
 def build_voices(
@@ -122,7 +122,7 @@ def plan(variants: Sequence[str], names: Sequence[str]) -> Iterator[Job]:
     for variant in variants:
         seed = int.from_bytes(hashlib.sha256(variant.encode()).digest()[:8], "big")
         rng = np.random.default_rng(seed)
-        for name in rng.permutation(len(names))[:NAMES_A_THROAT]:
+        for name in rng.permutation(len(names))[:NAMES_PER_VARIANT]:
             english, pitch, speed = (rng.choice(one) for one in (ENGLISH, PITCHES, SPEEDS_WPM))
             yield names[name], f"{english}+{variant}", int(pitch), int(speed)
 

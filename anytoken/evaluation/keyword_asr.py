@@ -16,7 +16,7 @@ RATE_HZ = 16_000
 
 
 class KeywordRecognizer:
-    """Tells which of a closed list of names a clip says."""
+    """Recognizes which name of a closed list is spoken in a clip."""
 
     def __init__(self, names: Sequence[str]) -> None:
         try:
@@ -37,11 +37,11 @@ class KeywordRecognizer:
         self._decoder.activate_search("names")
 
     def knows(self, name: str) -> bool:
-        """Whether all words of a name are in the recogniser's dictionary; others cannot be judged."""
+        """Whether all words of a name are in the recognizer's dictionary; other names cannot be judged."""
         return name in self.names.values()
 
     def transcribe(self, clip: Speech) -> str | None:
-        """The name a clip says, or None where nothing fits."""
+        """The recognized name, or None."""
         samples = clip.resample(RATE_HZ).samples
         if not len(samples):
             return None

@@ -23,9 +23,7 @@ class Transcriber:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise EvaluationError(
-                "A second opinion on speech needs faster-whisper: pip install 'anytoken[eval]'."
-            ) from error
+            raise EvaluationError("--asr needs faster-whisper: pip install 'anytoken[eval]'.") from error
         local = Path(model).is_dir()
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         try:
@@ -40,7 +38,7 @@ class Transcriber:
             ) from error
 
     def transcribe(self, clip: Speech) -> str:
-        """The words of a clip; empty where nothing is heard."""
+        """The words of a clip; empty if nothing is recognized."""
         samples = clip.resample(RATE_HZ).samples
         segments, _ = self._model.transcribe(
             samples, language="en", beam_size=1, temperature=0.0, condition_on_previous_text=False,

@@ -1,10 +1,10 @@
 """Several PEFT adapters on one model, switched at run time, each as fast as the bare model.
 
-An adapter is merged once, on a copy of the model, and what it makes of the weights it changes is kept on the CPU;
-switching copies those in, and what was there back out. That works for every adapter PEFT can merge (LoRA on attention,
-experts and router, DoRA, trained vocabulary rows), whereas PEFT's own switching asks that all of them adapt the same
-experts, and costs time in every token. The price is memory: a copy of the changed weights an adapter, and while one is
-read a copy of the model.
+An adapter is merged once, on a copy of the model, and the changed weights are kept on the CPU; switching copies them
+in, and the previous weights back out. That works for every adapter PEFT can merge (LoRA on attention, experts and
+router, DoRA, trained vocabulary rows), whereas PEFT's own switching requires that all adapt the same experts, and costs
+time for every token. The price is memory: a copy of the changed weights per adapter, and a copy of the model while one
+is loaded.
 """
 
 import copy
@@ -32,18 +32,18 @@ class Adapters:
         self._merged: dict[str, dict[str, Tensor]] = {}
         self._made_from: dict[str, int] = {}  # checksums of the bare weights that an adapter changes
         self._bare: dict[str, Tensor] = {}  # values that the active one replaced
-        self._tied: dict[str, nn.Parameter] = {}  # parameters that it put others in the place of
+        self._tied: dict[str, nn.Parameter] = {}  # parameters that it replaced
 
     @property
     def names(self) -> list[str]:
-        """All that were loaded, in order."""
+        """Names of the loaded adapters, in order."""
         return list(self._merged)
 
     def load(self, folder: Path, name: str, processor: Processor) -> Processor:
-        """Read an adapter; the weights stay as they are, but for rows of modalities that it brings.
+        """Load an adapter; the weights do not change, except for rows of modalities that it adds.
 
-        Returns the processor that knows those. CheckpointError for a taken name or a model that takes none,
-        CheckpointError (ValueError) for a folder that is none or does not fit; then nothing has changed.
+        Returns the processor with these modalities. CheckpointError for a used name, a model that cannot take adapters,
+        or a folder that does not fit; then nothing has changed.
         """
         if name in self._merged:
             raise CheckpointError(f"There is an adapter {name!r} already; there are {', '.join(self.names)}.")
@@ -60,7 +60,9 @@ class Adapters:
                 raise CheckpointError(f"The adapter {folder} adds or removes {odd}; it cannot be switched.")
             processor = add_saved_modalities(self.lm, processor, folder)
             bare = _parameters(self.lm)
-            changed = {key: value.detach() for key, value in merged.items() if not _same(value, bare[key])}
+            changed = {
+                key: value.detach() for key, value in merged.items() if not value.cpu().equal(bare[key].cpu())
+            }
             self._made_from[name] = checksum(bare[key] for key in changed)
             self._merged[name] = changed
         finally:
@@ -68,7 +70,7 @@ class Adapters:
         return processor
 
     def unload(self, name: str) -> None:
-        """Forget an adapter, taking it off if it is in use; CheckpointError for an unknown name."""
+        """Unload an adapter, after deactivating it if it is in use; CheckpointError for an unknown name."""
         self._check_known(name)
         if self.active == name:
             self.use(None)
@@ -81,9 +83,9 @@ class Adapters:
             )
 
     def use(self, name: str | None) -> None:
-        """Put an adapter into the weights in place of the present one; None for the bare model, bit for bit.
+        """Switch to an adapter; None restores the bare model exactly.
 
-        CheckpointError for an unknown name, and where the bare weights are others than when the adapter was read.
+        CheckpointError for an unknown name, or if the bare weights have changed since the adapter was loaded.
         """
         if name is not None:
             self._check_known(name)
@@ -107,7 +109,7 @@ class Adapters:
 
     @torch.no_grad()
     def _put(self, bare: Mapping[str, nn.Parameter], changed: Mapping[str, Tensor]) -> None:
-        """Write changed values in place; where a tied parameter is changed under one name only, under that name."""
+        """Write changed values in place; a tied parameter that is changed under one name only is untied."""
         for key, value in changed.items():
             sharing = [other for other, one in bare.items() if one is bare[key]]
             if all(other in changed and torch.equal(changed[other], value) for other in sharing):
@@ -131,8 +133,8 @@ class Adapters:
         quantized = getattr(self.lm, "quantized", None)
         if quantized:
             raise CheckpointError(
-                f"The weights are quantised ({quantized}), and an adapter is merged before that: open the checkpoint "
-                "with adapter= and quantize= together, or without quantize=."
+                f"The weights are quantized ({quantized}), and adapters are merged before quantization: open the "
+                "checkpoint with adapter= and quantize= together, or without quantize=."
             )
         if hasattr(self.lm, "peft_config"):
             raise CheckpointError(
@@ -149,10 +151,6 @@ def _parameters(lm: nn.Module) -> dict[str, nn.Parameter]:
 def _set(lm: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, attribute = name.rpartition(".")
     setattr(lm.get_submodule(module), attribute, parameter)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.detach().cpu(), other.detach().cpu())
 
 
 def _copy_on_cpu(lm: PreTrainedModel) -> PreTrainedModel:

@@ -1,7 +1,7 @@
-"""Answers as a tree of ids: what several of them begin with is one branch, which is read once.
+"""Answers as a tree of ids: a shared prefix is one branch and is read once.
 
-Nodes are ids after the prompt, in an order in which parents come first; ROOT stands for the prompt. All nodes go
-through the model as one row, in which a mask keeps the branches apart (tree attention, SpecInfer, arXiv 2305.09781).
+Nodes are ids after the prompt, parents first; ROOT stands for the prompt. All nodes go through the model as one row,
+with a mask that separates the branches (tree attention, SpecInfer, arXiv 2305.09781).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = -1  # the parent of answers' first ids
 
 
 class BranchedCache(DynamicCache):
-    """Keys and values of a prompt, and after them those of branches that a mask keeps apart."""
+    """Keys and values of a prompt, followed by those of branches that a mask separates."""
 
     one_sample_a_row = (
         True  # positions that go back are another branch of the row's sample, not another sample
@@ -76,7 +76,7 @@ def branch_mask(
 ) -> Tensor | dict[str, Tensor]:
     """The mask [1, 1, N, P + N] that is added to the scores of N nodes at `positions` [N] after P = `prompt` ids.
 
-    One for each type of layer where some look back only so far.
+    One per layer type if some layers use sliding windows.
     """
     own = torch.from_numpy(mask).to(positions.device)
     open_ = torch.cat([own.new_ones(len(own), prompt), own], 1)

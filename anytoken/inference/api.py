@@ -18,13 +18,7 @@ from anytoken.inference.adapters import Adapters
 from anytoken.inference.best_answers import best_answers
 from anytoken.inference.chains import Chains, load_chains, save_chains
 from anytoken.inference.chat import Chat
-from anytoken.inference.checkpoint import (
-    CHECKPOINT,
-    find_checkpoint,
-    is_bare_head,
-    load_folder,
-    pick_device,
-)
+from anytoken.inference.checkpoint import CHECKPOINT, find_checkpoint, is_bare_head, load_folder, pick_device
 from anytoken.inference.embed import Embedder, hidden_states, prompts_of
 from anytoken.inference.engine import Engine
 from anytoken.inference.generation import (  # noqa: F401 (also imported from here)
@@ -293,7 +287,7 @@ class AnyToken(GenerationMixin):
             self.use_adapter(active)
 
     def swap_global(self, segment: Segment, other: Segment) -> Segment:
-        """`segment` with the global codes of `other`: recolours an image, converts a voice.
+        """`segment` with the global codes of `other`: recolors an image, converts a voice.
 
         Both are encoded, and the local codes of the first are decoded with the global codes of the second; the language
         model is not used. RequestError or TokenizerError for segments of different kinds, and for a kind without a

@@ -19,10 +19,10 @@ from anytoken.inference.model_runner import ModelRunner
 from anytoken.model.grid_positions import CodeWalk, Place
 
 CHUNK = 512  # ids of a prompt that are read at once: bounds the memory of a long one
-SHORT = 3  # so many waiting ids (some had no choice) cost less one by one through the flat decoder
+SHORT = 3  # up to this many waiting ids (some had no alternative) are cheaper one by one in the flat decoder
 
 
-class Slot:
+class BatchSequence:
     """One sequence of a batch: its ids, how many of them are in the cache, and where its beginning may be found."""
 
     def __init__(self, ids: Sequence[int], prefixes: PrefixCache | None = None) -> None:
@@ -56,22 +56,22 @@ class Batch:
         weight = head.lm.get_input_embeddings().weight
         with torch.inference_mode():  # as later when it grows: a compiled step takes one kind of tensor
             self.cache = KVCache(head.lm.device, weight.dtype)
-        self.slots: list[Slot] = []
+        self.slots: list[BatchSequence] = []
         self._read = 0  # slots before it have read their prompts
         self._known = 0  # slots before it have a row
 
-    def add(self, ids: Sequence[int], prefixes: PrefixCache | None = None) -> Slot:
+    def add(self, ids: Sequence[int], prefixes: PrefixCache | None = None) -> BatchSequence:
         """A new sequence that begins with `ids`; it takes part from the next forward on."""
-        slot = Slot(ids, prefixes)
+        slot = BatchSequence(ids, prefixes)
         self.slots.append(slot)
         return slot
 
     @property
-    def decoded(self) -> list[Slot]:
+    def decoded(self) -> list[BatchSequence]:
         """The sequences that the last forward gave features of, in order."""
         return self.slots[: self._read]
 
-    def drop(self, slots: Collection[Slot]) -> None:
+    def drop(self, slots: Collection[BatchSequence]) -> None:
         """Forget sequences; the last row takes the place of each. Those with `prefixes` leave there what they read."""
         for slot in slots:
             row = self.slots.index(slot)
@@ -141,7 +141,7 @@ class Batch:
                 self._swap(row, self._read)
                 self._read += 1
 
-    def _place(self) -> dict[tuple[int, ...], Slot]:
+    def _place(self) -> dict[tuple[int, ...], BatchSequence]:
         """Give newcomers a row, of equal prompts only the first; who reads which prompt."""
         new = self.slots[self._known :]
         first = {tuple(slot.ids): slot for slot in reversed(self.slots[self._read : self._known])}
@@ -156,7 +156,7 @@ class Batch:
         self._known += len(leaders)
         return first
 
-    def _follow(self, first: dict[tuple[int, ...], Slot]) -> None:
+    def _follow(self, first: dict[tuple[int, ...], BatchSequence]) -> None:
         """Copy what was read to those who have the same prompt."""
         rows = {slot: row for row, slot in enumerate(self.slots)}
         for slot in self.slots[self._known :]:
@@ -174,7 +174,7 @@ class Batch:
             self.cache.swap_rows(row, other, max(slots[row].fed, slots[other].fed))
             slots[row], slots[other] = slots[other], slots[row]
 
-    def _recall(self, row: int, slot: Slot) -> None:
+    def _recall(self, row: int, slot: BatchSequence) -> None:
         """Take the beginning of a sequence from its `prefixes`; its last id is always fed."""
         stored, length = slot.prefixes.find(slot.ids[:-1]) if slot.prefixes is not None else ([], 0)
         if length:

@@ -1,9 +1,8 @@
-"""The likeliest of many answers without scoring them all: a walk over the tree of their ids, best first.
+"""The most likely of many answers without scoring them all: best-first search in the tree of their ids.
 
-No answer is likelier than what it begins with. So the branch of the highest bound is read on, one id at a time, and an
-answer that is whole and above all other bounds is the best: A* with the likelihood so far as its estimate, exact. A
-prompt that leaves the model undecided would have it read most branches one by one; after MOST_STEPS all are scored at
-once instead.
+No answer is more likely than its prefix. So the branch with the highest bound is extended, one id at a time, and a
+complete answer above all other bounds is the best: exact A* with the log-likelihood so far as its estimate. For an
+undecided model this would read most branches one by one; after MOST_STEPS all answers are scored at once instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Chains of modality: a reply that is made in steps, such as speech -> text -> image.
+"""Chains of modality: a reply generated in steps, such as speech -> text -> image.
 
-A model that writes down what it understood before it draws reuses what it knows of text and images, instead of
-learning a direct mapping (SpeechGPT, arXiv 2305.11000). A checkpoint lists its default chains in
-`chains.json`: ``{"speech->image": ["text"]}``. The steps are part of the reply's ids, but not of its segments.
+A model that first writes what it understood can reuse its knowledge of text and images, instead of learning a direct
+mapping (SpeechGPT, arXiv 2305.11000). A checkpoint lists its default chains in `chains.json`: ``{"speech->image":
+["text"]}``. The steps are part of the reply's ids, but not of its segments.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ class Chat:
         return len(self.turns)
 
     def __repr__(self) -> str:
-        forgotten = f" ({self.num_truncated} forgotten)" if self.num_truncated else ""
+        truncated = f" ({self.num_truncated} truncated)" if self.num_truncated else ""
         context = self.model.engine.context
-        return f"Chat({len(self.turns)} messages{forgotten}, {len(self.ids)} tokens, context {context})"
+        return f"Chat({len(self.turns)} messages{truncated}, {len(self.ids)} tokens, context {context})"
 
     # ---- talking ----
 
@@ -211,15 +211,15 @@ class Chat:
         for least in (context // 4, 0):
             fitting += [place for place, spare in enumerate(free) if spare >= least]
         window = windows[fitting[0] if fitting else -1]
-        forgotten = len(turns) - len(window)
-        if forgotten and not self.num_truncated:
+        num_truncated = len(turns) - len(window)
+        if num_truncated and not self.num_truncated:
             log.warning(
                 "The conversation has outgrown the context of %d tokens: from now on the model no longer reads its "
                 "oldest messages, %d so far (chat.num_truncated). They stay in chat.messages.",
                 context,
-                forgotten,
+                num_truncated,
             )
-        self.num_truncated = forgotten
+        self.num_truncated = num_truncated
         return [*self._joined(window), self.model.token_space.assistant]
 
     # ---- looking ----

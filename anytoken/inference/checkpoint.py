@@ -1,9 +1,9 @@
-"""Checkpoint folders: finding them, refusing damaged ones, loading and saving.
+"""Checkpoint folders: find, check, load and save them.
 
 A folder holds config.json, model.safetensors, token_space.json, text_tokenizer/, tokenizers/<kind>/ and
-sampling.json. A truncated weights file is found from its header before anything is loaded, so the error names
-the file and says what to do. Weights are safetensors only; nothing is unpickled, and the code that comes with a
-plug-in modality is run by nobody but `anytoken.load_modality`.
+sampling.json. A truncated weights file is detected from its header before anything is loaded, so the error names the
+file and the fix. Weights are safetensors only; nothing is unpickled, and only `anytoken.load_modality` runs the code of
+a plug-in modality.
 """
 
 import json
@@ -60,7 +60,7 @@ CHECKPOINT = FolderKind(
 def find_checkpoint(name_or_path: str | Path) -> Path:
     """The folder behind a bundled name, a local folder or a hub id; CheckpointError if there is none.
 
-    A bundled name wins; a local folder of the same name is written ./mini.
+    A bundled name takes precedence; write ./mini for a local folder of that name.
     """
     name = os.path.expanduser(name_or_path)
     if name.isidentifier() and (PRETRAINED / name / "config.json").is_file():
@@ -93,7 +93,7 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
 
 
 def _names_a_path(name: str) -> bool:
-    """Whether a name that is no folder was meant as one: then no hub is asked, which may take minutes."""
+    """Whether a missing name is meant as a folder: then the hub, which may take minutes, is not queried."""
     parent = Path(name).parent
     return os.sep in name and (not HUB_ID.fullmatch(name) or parent.is_dir())
 
@@ -101,7 +101,7 @@ def _names_a_path(name: str) -> bool:
 def check_folder(folder: Path) -> None:
     """CheckpointError naming the first file of the model that is missing, truncated or not JSON.
 
-    The tokenizers' files are checked where they are loaded; what else lies in the folder is nobody's business here.
+    Files of tokenizers are checked when they are loaded; other files are ignored.
     """
     for name in REQUIRED:
         if not (folder / name).is_file():
@@ -132,7 +132,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Compare a file's length with what its header promises."""
+    """Compare a file's length with its header."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again.")
     size = path.stat().st_size
@@ -161,7 +161,7 @@ def is_bare_head(folder: str | Path) -> bool:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """The device to run on; "auto" takes CUDA if it is there. CheckpointError for an unusable name."""
+    """The device to run on; "auto" uses CUDA if available. CheckpointError for an unusable name."""
     try:
         return usable_device(device)
     except TokenizerError as error:
@@ -175,7 +175,7 @@ def load_folder(
     quantize: str | None = None,
     attention: str = "auto",
 ) -> tuple[PreTrainedModel, Processor]:
-    """The language model, with an adapter merged and weights quantised if asked, and the processor of a folder.
+    """The language model of a folder, optionally with an adapter merged or weights quantized, and its processor.
 
     Both are on the device; attention is one of the choices of `model/attention.py`. Weights are float32 on a CPU, where
     bfloat16 is many times slower, and as stored elsewhere.
@@ -210,7 +210,7 @@ def load_folder(
 
 
 def _load_lm(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model and transformers' report on its keys, which is judged by the caller and not printed here."""
+    """The model and transformers' loading report, which the caller checks."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -226,10 +226,10 @@ def _load_lm(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, d
 
 
 def merge_adapter(lm: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Load a PEFT adapter and merge it into the weights of `lm`, so that generation is as fast as without.
+    """Load a PEFT adapter and merge it into the weights of `lm`, so that generation is as fast as without it.
 
-    A tied head stays tied only if the adapter leaves the two tables alike. CheckpointError says what does not fit;
-    `lm` is then of no more use.
+    A tied head stays tied only if the adapter leaves both tables equal. CheckpointError says what does not fit; `lm`
+    must then be discarded.
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # a second to import
 
@@ -276,7 +276,7 @@ def _adapter_misfit(adapted: Any, weights: Mapping[str, Tensor]) -> str:
 
 
 def _untie_adapted_tables(lm: PreTrainedModel) -> None:
-    """Give the head a table of its own where an adapter changes one of two tied tables: merging would change both."""
+    """Untie the head if an adapter changes only one of two tied tables: merging would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [lm.get_input_embeddings(), lm.get_output_embeddings()]

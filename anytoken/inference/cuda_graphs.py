@@ -1,11 +1,11 @@
-"""Decoding steps as CUDA graphs: one for each number of rows, recorded once and replayed with new ids.
+"""Decoding steps as CUDA graphs: one per number of rows, recorded once and replayed with new ids.
 
-A step of a small model is hundreds of kernels of a few microseconds each, and the host, which starts them one by one,
-is what takes the time. A CUDA graph starts all of them at once. It needs tensors that stay where they are: a step here
-reads ids and positions from one buffer, writes into the key-value cache as it lies, and reads all columns of its
-storage through the mask. When the storage grows, which doubles it, graphs are recorded again. The number of rows is
-rounded up to a power of two; the rows beyond write to rows of the cache that no sequence has yet, or after the end of
-one that is still reading its prompt, which overwrites it.
+A step of a small model is hundreds of kernels of a few microseconds each, so launching them one by one dominates. A
+CUDA graph launches all of them at once. It needs tensors with fixed addresses: a step here reads ids and positions from
+one buffer, writes into the key-value cache as it lies, and reads all columns of its storage through the mask. When the
+storage grows, which doubles it, graphs are recorded again. The number of rows is rounded up to a power of two; the rows
+beyond write to rows of the cache that no sequence has yet, or after the end of one that is still reading its prompt,
+which overwrites it.
 
 Off by default: `Engine(lm, grammar, cuda_graphs=True)`.
 """
@@ -46,7 +46,7 @@ def record(work: Callable[[], Tensor]) -> Recorded:
 
 
 class StepGraphs:
-    """The recorded steps of one decoder over one cache; others of the same decoder may take turns with it."""
+    """The recorded steps of one decoder over one cache; several caches of a decoder may alternate."""
 
     def __init__(
         self, decoder: FlatDecoder, record: Callable[[Callable[[], Tensor]], Recorded] = record
@@ -58,11 +58,7 @@ class StepGraphs:
         self.broken = False  # what could not be recorded once is not tried again
 
     def step(
-        self,
-        ids: list[int],
-        positions: list[int],
-        cache: KVCache,
-        code_places: Sequence[Place] | None = None,
+        self, ids: list[int], positions: list[int], cache: KVCache, code_places: Sequence[Place] | None = None
     ) -> Tensor | None:
         """Feed one id to each of the first rows; hidden states [S, H], valid until the next step.
 

@@ -1,10 +1,10 @@
-"""The generation engine: ids and the grammar, nothing of media.
+"""The generation engine: ids and the grammar, independent of media.
 
-Every row of a batch walks its own grammar state with its own plan, budget and random numbers (`scheduler.py`). The
-grammar says which ids may come next; only their logits are computed (`model_runner.py`); an id that is the only choice
-is appended without asking the model. A reply is therefore well-formed by construction, for any weights, any sampling
-and any budget. Classifier-free guidance gives a row a second sequence, the reply so far after an empty prompt, with
-its own cache row in the same forward; it joins when the first guided kind begins.
+Every row of a batch has its own grammar state, output kinds, budget and random numbers (`scheduler.py`). The grammar
+says which ids may come next; only their logits are computed (`model_runner.py`); a forced id is appended without
+running the model. A reply is therefore well-formed by construction, for any weights, any sampling and any budget.
+Classifier-free guidance gives a row a second sequence, the reply so far after an empty prompt, with its own cache row
+in the same forward pass; it joins when the first guided kind begins.
 
 Drafts by prompt lookup (arXiv 2304.04487 and transformers' prompt_lookup_num_tokens) are left out: texts, speech and
 DNA repeat nothing of what came before; images and videos repeat their plain areas, so that a step would decide
@@ -26,7 +26,7 @@ from anytoken.inference.weights import storage_key
 
 @dataclass(frozen=True)
 class GeneratedIds:
-    """One finished reply: its ids up to and with the end token, and why it ended, as in `Token`."""
+    """One finished reply: its ids including the end token, and the finish reason, as in `Token`."""
 
     ids: list[int]
     finish_reason: str
@@ -47,11 +47,11 @@ class Engine:
 
     @property
     def context(self) -> int:
-        """The longest sequence the model can read, prompt and reply together."""
+        """The maximum length of prompt and reply together."""
         return int(self.lm.config.get_text_config().max_position_embeddings)
 
     def head(self) -> ModelRunner:
-        """The model for decoding, prepared again whenever the views of its weights would be of other ones."""
+        """The model for decoding, rebuilt when views of its weights become stale."""
         objects, facts = storage_key(self.lm)
         if facts != self._facts or any(a is not b for a, b in zip(objects, self._objects, strict=True)):
             self._head = ModelRunner(self.lm, self.compiled, self.cuda_graphs)
@@ -60,10 +60,10 @@ class Engine:
         return self._head
 
     def scheduler(self, max_rows: int | None = None, max_prefill_tokens: int | None = None) -> Scheduler:
-        """A running batch of this model, without requests yet.
+        """A new, empty batch of this model.
 
-        max_rows: replies decoded together. max_prefill_tokens: prompt tokens of newcomers that are read between two
-        decoding steps of the others; None reads their prompts whole before anything else is decoded.
+        max_rows: maximum number of replies decoded together. max_prefill_tokens: prompt tokens of new requests that are
+        read between two decoding steps of the others; None reads whole prompts before further decoding.
         """
         return Scheduler(self.grammar, self.context, self.head, max_rows, max_prefill_tokens)
 
@@ -77,7 +77,7 @@ class Engine:
         return [GeneratedIds(ids, reason) for ids, reason in zip(replies, reasons, strict=True)]
 
     def stream(self, requests: Sequence[GenerationRequest]) -> Generator[Token, None, None]:
-        """Yield the ids of all replies as they are decided; a row's ids come in order.
+        """Yield the ids of all replies as they are generated; a row's ids come in order.
 
         RequestError or TokenSpaceError before the first token if something does not fit.
         """

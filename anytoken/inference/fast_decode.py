@@ -1,9 +1,9 @@
-"""One decoding step of AnyTokenForCausalLM, written flat against the weights of its layers.
+"""One decoding step of AnyTokenForCausalLM as a single function over the weights of its layers.
 
-At one token a step the modules of transformers spend most of their time around the arithmetic: of a step of a small
-model on a CPU, matrix products take a tenth and the rest is module calls, keyword arguments, cache objects, mask
-building, one-hot routing tables and thirty small tensor operations a layer. Here a step is one function over plain
-tensors. Weights are used where they lie, as views: nothing is copied, and a change in place is seen at once.
+With one token per step, the modules of transformers are mostly overhead: for a small model on a CPU, matrix products
+take a tenth of a step, and module calls, keyword arguments, cache objects, mask building, one-hot routing tables and
+thirty small tensor operations per layer take the rest. Here a step is one function over plain tensors. Weights are
+views: nothing is copied, and in-place changes take effect immediately.
 
 What it gains over the forward of the model's own layers, with the same ids, on one CPU thread (`anytoken bench decode`,
 docs/bench/decode.json): mini is 1.81 times as fast at batch 1 and 1.43 at batch 8, a random model of 112 M parameters
@@ -54,8 +54,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | N
 class Layer(NamedTuple):
     """Weights of one decoder layer; matrices as `blocked` gives them.
 
-    dense: gate, up and down of the shared expert, or of a layer without routed experts. The router is the model's
-    own module: what it decides is not this file's business.
+    dense: gate, up and down of the shared expert, or of a layer without routed experts. The router is the model's own
+    module.
     """
 
     norm: Tensor
@@ -74,7 +74,7 @@ class Layer(NamedTuple):
 
 
 class FlatDecoder:
-    """A decoding step of one model; see the module's text. Make it with `flat_decoder`."""
+    """A decoding step of one model; see the module's docstring. Created by `flat_decoder`."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         config, model = lm.config, lm.model
@@ -140,7 +140,7 @@ class FlatDecoder:
         self._compiled = compiled
 
     def reach(self, length: int) -> None:
-        """Have the rotary table hold this many positions."""
+        """Extend the rotary table to this number of positions."""
         if length > len(self.cos):
             self.cos, self.sin = _rotary_table(self._model, 2 * length)
 
@@ -168,7 +168,7 @@ class FlatDecoder:
         self, ids: Tensor, positions: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, open_: Tensor | None,
         placed: Tensor | None, keys: list[Tensor], values: list[Tensor], seen: Tensor, sight: int,
     ) -> Tensor:  # fmt: skip
-        """`forward` for the compiler, which writes in place to a whole tensor only and copies what is a view."""
+        """`forward` for the compiler, which writes in place only to whole tensors and copies views."""
         many = len(ids)
         read = [(k[:many, :, :sight], v[:many, :, :sight]) for k, v in zip(keys, values, strict=True)]
         mask = seen[:many, ..., :sight]
@@ -205,7 +205,7 @@ class FlatDecoder:
         return flat.view(len(flat), -1, self.head_dim)
 
     def _turned(self, heads: Tensor, norm: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-        """QK-norm and rotary embedding of heads [S, ..., E]; sin has the sign of the rotation in it."""
+        """QK-norm and rotary embedding of heads [S, ..., E]; sin includes the sign of the rotation."""
         heads = heads if norm is None else self._norm(heads, norm)
         return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, -1), sin)
 
@@ -227,9 +227,9 @@ class FlatDecoder:
         return sum(parts[1:], parts[0])
 
     def _routed(self, hidden: Tensor, layer: Layer, chosen: list[list[int]], weights: Tensor) -> Tensor:
-        """The chosen experts' weighted sum [S, H]; rows that chose the same experts pass them together.
+        """The chosen experts' weighted sum [S, H]; rows with the same experts are computed together.
 
-        Rows in a line are a view: only what stands apart is gathered, as that costs more than the product of a row.
+        Contiguous rows are a view: only scattered rows are gathered, since that costs more than the product of a row.
         """
         if all(row == chosen[0] for row in chosen):
             return self._together(hidden, layer, chosen[0], weights)
@@ -261,9 +261,10 @@ class FlatDecoder:
 
 
 def _gathered(hidden: Tensor, experts: Any, act: Any, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The chosen experts' weighted sum as the compiler likes it: the look-up becomes a part of the product's loop.
+    """The chosen experts' weighted sum in a form that the compiler fuses: the lookup becomes part of the product's
+    loop.
 
-    A null expert has the weight zero, whichever expert it reads.
+    A null expert has weight zero, so any expert may be read for it.
     """
     chosen = chosen.clamp(max=len(experts.gate_up_proj) - 1)
     gate, up = (experts.gate_up_proj[chosen] * hidden[:, None, None]).sum(-1).chunk(2, dim=-1)  # [S, K, I]
@@ -272,7 +273,7 @@ def _gathered(hidden: Tensor, experts: Any, act: Any, chosen: Tensor, weights: T
 
 
 def flat_decoder(lm: PreTrainedModel) -> tuple[FlatDecoder | None, str]:
-    """The flat step of a model, or None and why its own forward is to be used."""
+    """The flat step of a model, or None and the reason to use its own forward pass."""
     if type(lm) is not AnyTokenForCausalLM:
         return None, "it is another architecture"
     for name, module in lm.named_modules():

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from transformers import PreTrainedModel
 
+from anytoken import moved
 from anytoken.inference.chains import Chains, prompt_kind
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import PrefixCache
@@ -179,7 +180,7 @@ class GenerationMixin:
 
     def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
         """RequestError if several replies would be identical because all kinds are greedy."""
-        settings, kinds = self._sampling(options), self._plan(output) or self.kinds
+        settings, kinds = self._sampling(options), self._output_kinds(output) or self.kinds
         if all(settings[kind].greedy for kind in kinds):
             raise RequestError(
                 f"{samples} replies would be {samples} copies: {', '.join(kinds)} is decoded greedily here "
@@ -191,21 +192,23 @@ class GenerationMixin:
             raise RequestError(f"batch=True takes a list of prompts; received {prompt!r}.")
         return [self.encode_prompt(one) for one in (prompt if batch else [prompt])]
 
+    @moved.renamed_argument("rows", "sample_indices")
     def generate_ids(
         self,
         prompts: Sequence[Sequence[int]],
         output: Output = None,
-        rows: Sequence[int] | None = None,
+        sample_indices: Sequence[int] | None = None,
         prefixes: PrefixCache | None = None,
         **options: Unpack[Options],
     ) -> list[GenerationOutput]:
         """`generate` for prompts as ids, one reply each.
 
-        The random numbers of a reply depend on (seed, its number in `rows`); by default all numbers are 0, so that a
-        prompt gets the same reply as on its own. Without a seed every reply has different random numbers. Parts of a
-        prompt that are in `prefixes` are not computed again. RequestError for an empty prompt and for invalid ids.
+        The random numbers of a reply depend on the seed and its entry in `sample_indices`, by default
+        0, so that a prompt gets the same reply as on its own. Without a seed every reply has different
+        random numbers. Parts of a prompt that are in `prefixes` are not computed again. RequestError for an empty
+        prompt and for invalid ids.
         """
-        numbers = [0] * len(prompts) if rows is None else rows
+        numbers = [0] * len(prompts) if sample_indices is None else sample_indices
         asked = [
             replace(self.request(ids, output, **options), prefixes=prefixes, draw=number)
             for ids, number in zip(prompts, numbers, strict=True)
@@ -284,12 +287,12 @@ class GenerationMixin:
             raise RequestError(
                 f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
             )
-        plan, num_steps = self._chained(prompt, output, options.get("via"))
+        output_kinds, num_steps = self._chained(prompt, output, options.get("via"))
         return GenerationRequest(
             prompt,
-            plan,
+            output_kinds,
             self._sampling(options),
-            self._limit(plan) if limit is None else limit,
+            self._limit(output_kinds) if limit is None else limit,
             options.get("seed"),
             null_prompt=self.processor.null_prompt(),
             sizes=sizes,
@@ -299,45 +302,55 @@ class GenerationMixin:
     def _chained(
         self, prompt: Sequence[int], output: Output, via: Output
     ) -> tuple[tuple[str, ...] | None, int]:
-        """The plan of a reply with the steps before the output, and their number.
+        """The kinds of a reply, including the steps before the output, and the number of steps.
 
         Steps are those asked for, else those of the checkpoint for the kinds of this prompt and output.
         """
-        plan = self._plan(output)
-        if via is None or plan is None:
+        output_kinds = self._output_kinds(output)
+        if via is None or output_kinds is None:
             if via:
-                raise RequestError(f'via={via!r} leads to an output: say which, such as output="image".')
-            chained = plan is not None and len(plan) == 1 and any(plan[0] == end for _, end in self.chains)
-            way = (prompt_kind(prompt, self.token_space) or "", plan[0]) if plan and chained else ("", "")
+                raise RequestError(f'via={via!r} needs an output, such as output="image".')
+            chained = (
+                output_kinds is not None
+                and len(output_kinds) == 1
+                and any(output_kinds[0] == end for _, end in self.chains)
+            )
+            way = (
+                (prompt_kind(prompt, self.token_space) or "", output_kinds[0])
+                if output_kinds and chained
+                else ("", "")
+            )
             steps = self.chains.get(way, ())
         else:
-            steps = () if isinstance(via, list | tuple) and not via else self._plan(via) or ()
-        return (None if plan is None else (*steps, *plan)), len(steps)
+            steps = () if isinstance(via, list | tuple) and not via else self._output_kinds(via) or ()
+        return (None if output_kinds is None else (*steps, *output_kinds)), len(steps)
 
     def _sampling(self, options: Mapping[str, Any]) -> dict[str, Sampling]:
         """The settings of each kind."""
         overrides = {name: options.get(name) for name in NAMES}
         return merge_sampling(self.kinds, self.sampling, overrides, options.get("sampling"))
 
-    def _plan(self, output: Output) -> tuple[str, ...] | None:
+    def _output_kinds(self, output: Output) -> tuple[str, ...] | None:
         if output is None:
             return None
-        plan = tuple(output) if isinstance(output, list | tuple) else (output,)
-        if not plan:
+        output_kinds = tuple(output) if isinstance(output, list | tuple) else (output,)
+        if not output_kinds:
             raise RequestError(f"output is empty; allowed: {', '.join(self.kinds)}, a list of them, or None.")
-        for kind in plan:
+        for kind in output_kinds:
             if kind not in self.kinds:
                 raise RequestError(
                     f"Unknown output {kind!r}{choices(kind, self.kinds)}, a list of them, or None."
                 )
-        return plan
+        return output_kinds
 
-    def _limit(self, plan: tuple[str, ...] | None) -> int | None:
+    def _limit(self, output_kinds: tuple[str, ...] | None) -> int | None:
         """Room for TEXT_TOKENS per text segment and any size of each medium; None is the rest of the context."""
-        if plan is None:
+        if output_kinds is None:
             return None
         tokenizers = self.processor.tokenizers
-        return 1 + sum(TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in plan)
+        return 1 + sum(
+            TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in output_kinds
+        )
 
     def lm_inputs(
         self,
@@ -354,11 +367,11 @@ class GenerationMixin:
         transformers' own: add do_sample=True, top_k=50 or num_beams=4. With do_sample=False the ids equal those of
         `generate` at temperature 0. ValueError as in `generate`.
         """
-        prompts, plan = self._encode_prompts(prompt, batch), self._plan(output)
+        prompts, output_kinds = self._encode_prompts(prompt, batch), self._output_kinds(output)
         room = self.engine.context - max(map(len, prompts))
-        wanted = self._limit(plan) if max_new_tokens is None else max_new_tokens
+        wanted = self._limit(output_kinds) if max_new_tokens is None else max_new_tokens
         limit = room if wanted is None else min(room, wanted)
-        return lm_inputs(self.processor.grammar, prompts, self.lm.device, plan, limit, sizes)
+        return lm_inputs(self.processor.grammar, prompts, self.lm.device, output_kinds, limit, sizes)
 
     def max_reply_tokens(
         self,
@@ -377,7 +390,7 @@ class GenerationMixin:
 
 @cache
 def _warn_of_copies(samples: int) -> None:
-    """Warn once that all replies are the same although sampling was requested."""
+    """Warn once that all replies are identical despite sampling."""
     log.warning(
         "All %d replies are equal: the kinds they hold are decoded greedily, or hardly at random. A higher "
         "temperature (for text too: sampling={'text': {'temperature': 1.0}}) makes them differ.",
@@ -387,7 +400,7 @@ def _warn_of_copies(samples: int) -> None:
 
 def _check_count(name: str, count: object) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise RequestError(f"{name} must be a whole number from 1 up; received {count!r}.")
+        raise RequestError(f"{name} must be an integer of at least 1; received {count!r}.")
     return count
 
 

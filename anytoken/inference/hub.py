@@ -1,6 +1,6 @@
-"""Checkpoints to and from the Hugging Face hub; HF_ENDPOINT names another hub that speaks its API.
+"""Checkpoints to and from the Hugging Face hub; HF_ENDPOINT names another hub with the same API.
 
-Only the files of a checkpoint and its card go up: what else lies in a folder (training states, logs) stays.
+Only the files of a checkpoint and its card are uploaded, not other files in the folder (training states, logs).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ CARD = "README.md"
 
 
 def push(name_or_path: str | Path, repo: str, private: bool = False, message: str | None = None) -> str:
-    """Upload a checkpoint to a hub repository, which is made if it is not there; the commit's address.
+    """Upload a checkpoint to a hub repository, which is created if missing; returns the commit's URL.
 
-    CheckpointError for an incomplete checkpoint, an id that is none, and a hub that refuses.
+    CheckpointError for an incomplete checkpoint, an invalid id, or a rejected upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -38,17 +38,17 @@ def push(name_or_path: str | Path, repo: str, private: bool = False, message: st
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"The hub did not take {repo} ({_reason(error)}). Log in with `hf auth login` or set HF_TOKEN, and check "
+            f"The hub rejected {repo} ({_reason(error)}). Log in with `hf auth login` or set HF_TOKEN, and check "
             "that you may write there."
         ) from error
     return str(done.commit_url)
 
 
 def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = False) -> Path:
-    """Download a checkpoint from the hub into a folder, whole or not at all.
+    """Download a checkpoint from the hub into a folder, completely or not at all.
 
-    revision: a branch, tag or commit. CheckpointError for a repository that is not there or holds no checkpoint, and
-    for a folder that holds something else.
+    revision: a branch, tag or commit. CheckpointError for a repository that is missing or has no checkpoint, or a
+    folder that contains something else.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -59,7 +59,7 @@ def pull(repo: str, out: Path, revision: str | None = None, overwrite: bool = Fa
         try:
             found = Path(snapshot_download(repo, revision=revision, allow_patterns=[*CHECKPOINT.files, CARD]))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(f"The hub did not give {repo} ({_reason(error)}).") from error
+            raise CheckpointError(f"The hub did not provide {repo} ({_reason(error)}).") from error
         check_folder(found)
         for path in [*CHECKPOINT.own_files(found), *([Path(CARD)] if (found / CARD).is_file() else [])]:
             (scratch / path).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def _check_id(repo: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the hub's client says."""
+    """The first line of the hub client's error."""
     return (
         f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(
             ": "

@@ -1,9 +1,9 @@
-"""The key-value cache of a running batch: preallocated, one row a sequence, one column a position.
+"""The key-value cache of a running batch: preallocated, one row per sequence, one column per position.
 
-Column p of a row holds the token at position p, so a sequence's keys do not depend on its company, a row can be
-copied to another (many samples of one prompt) or kept for later (a chat's next turn), and joining or leaving a batch
-moves at most one row. What lies beyond a row's length is never read: its mask is minus infinity there. Storage
-doubles when it is full. It is a `Cache` of transformers, so that any model's own forward can write to it.
+Column p of a row holds the token at position p, so a sequence's keys do not depend on the rest of the batch, a row can
+be copied to another (many samples of one prompt) or kept for later (a chat's next turn), and joining or leaving a batch
+moves at most one row. Columns beyond a row's length are masked. Storage doubles when it is full. It is a `Cache` of
+transformers, so that any model's own forward pass can write to it.
 
 Shapes: S sequences, W new tokens of each, T columns in sight, G key-value heads, E head dimension.
 """
@@ -24,7 +24,7 @@ from anytoken.model.grid_positions import Place
 
 COLUMNS = 256  # the least storage of a row
 ROWS = 2  # the least storage: one row alone would be another case for compiled code
-SIGHT = 64  # columns in sight grow by so many, so that views of the storage serve as many steps
+SIGHT = 64  # visible columns grow in steps of this size, so that a view of the storage serves as many steps
 KeyValues = list[tuple[Tensor, Tensor]]
 T = TypeVar("T")
 
@@ -61,13 +61,13 @@ class KVCache(Cache):
         self._views = None
 
     def free(self) -> None:
-        """Forget all keys and values."""
+        """Free all keys and values."""
         self.keys.clear()
         self.values.clear()
         self._views = None
 
     def views(self, start: int, stop: int, length: int) -> tuple[KeyValues, Tensor]:
-        """What rows start to stop read at positions up to `length` - 1: keys and values of the layers, and the mask."""
+        """Inputs of rows start to stop at positions up to `length` - 1: keys and values of the layers, and the mask."""
         sight = self.sight(length)
         key = (start, stop, sight)
         if self._views is None or self._views[0] != key:
@@ -77,7 +77,7 @@ class KVCache(Cache):
         return self._views[1], self._views[2]
 
     def sight(self, length: int) -> int:
-        """How many columns are read where the longest row has `length`."""
+        """The number of columns that are read if the longest row has `length`."""
         return min(-(-length // SIGHT) * SIGHT, self.seen.shape[-1])
 
     def show(self, row: int, start: int, stop: int) -> None:
@@ -92,7 +92,7 @@ class KVCache(Cache):
         return [(k[row, :, :length].clone(), v[row, :, :length].clone()) for k, v in layers]
 
     def write_row(self, row: int, stored: KeyValues, length: int) -> None:
-        """Put the first `length` columns of what `read_row` gave at the beginning of an empty row."""
+        """Write the first `length` columns of a `read_row` result to an empty row."""
         if not self.keys:
             self._allocate([(k[None], v[None]) for k, v in stored])
         for keys, values, (k, v) in zip(self.keys, self.values, stored, strict=True):
@@ -121,7 +121,7 @@ class KVCache(Cache):
     # ---- what a model's own forward does with a cache ----
 
     def aim(self, start: int, positions: Tensor) -> None:
-        """Where the next `update` of every layer writes: rows from `start` on, at positions [S, W]."""
+        """Set where the next `update` of every layer writes: rows from `start` on, at positions [S, W]."""
         self._flat = None
         self._rows = slice(start, start + len(positions))
         self._positions = positions
@@ -129,9 +129,9 @@ class KVCache(Cache):
         self.seen[self._rows, 0, 0].masked_fill_(self._columns <= positions[:, -1:], 0)
 
     def aim_flat(self, start: int, positions: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """The same for N tokens of all rows laid end to end, as FlashAttention takes them, at consecutive positions.
+        """The same for N tokens of all rows, concatenated for FlashAttention, at consecutive positions.
 
-        What it needs to know of them: where each row's new tokens (q) and its keys (k) begin, and the most of a row.
+        Returns its arguments: where each row's new tokens (q) and keys (k) begin, and the maximum per row.
         """
         device, lasts = self.seen.device, [row[-1] for row in positions]
         new, lengths = (
@@ -168,7 +168,7 @@ class KVCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values [S, G, W, E]; all that the rows hold, [S, G, T, E].
 
-        After `aim_flat` [1, G, N, E], and what the rows hold end to end.
+        After `aim_flat` [1, G, N, E], and the concatenated rows.
         """
         if layer_idx == len(self.keys):
             self._allocate([(key_states, value_states)])
@@ -186,15 +186,15 @@ class KVCache(Cache):
         return seen[0], seen[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many columns the longest row of the current write has."""
+        """The number of columns of the longest row in the current write."""
         return self._length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """How many columns a mask would have, from the first one on."""
+        """The number of columns of a mask, starting at the first."""
         return self._length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Where the new tokens begin; of no use where rows differ, and FlashAttention has its own lengths."""
+        """Where the new tokens begin; unused, since rows differ and FlashAttention has its own lengths."""
         return 0
 
     def _allocate(self, layers: KeyValues) -> None:
@@ -213,7 +213,7 @@ def forward_inputs(
     start: int,
     code_places: list[list[Place]] | None = None,
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """What a model's own forward pass is given to feed ids at positions [S, W] to the cache's rows from `start` on.
+    """Inputs of a model's own forward pass that feed ids at positions [S, W] to the cache's rows from `start` on.
 
     code_places: [S, W, 4], for a model with grid positions.
     A row with fewer ids repeats its last one. For FlashAttention, which takes no mask, the rows are laid end to end
@@ -247,22 +247,19 @@ def _end_to_end(rows: list[list[T]], counts: list[int]) -> list[list[T]]:
 
 
 def _masks(config: PretrainedConfig, cache: KVCache) -> Tensor | dict[str, Tensor]:
-    """One mask, or one for each type of layer where some look back only so far."""
+    """One mask, or one per layer type if some layers use sliding windows."""
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ())
     if window is None or "sliding_attention" not in types:
         return cache.causal_mask(None if types else window)
-    return {
-        "full_attention": cache.causal_mask(),
-        "sliding_attention": cache.causal_mask(window),
-    }
+    return {"full_attention": cache.causal_mask(), "sliding_attention": cache.causal_mask(window)}
 
 
 class PrefixCache:
-    """Keys and values of sequences that were decoded, for prompts that begin like one of them.
+    """Keys and values of decoded sequences, reused for prompts with a common prefix.
 
-    A chat keeps one: its next turn then reads only what is new. At most `max_sequences` are kept, the one that was
-    used longest ago goes first. What was stored with other weights is not used.
+    A chat keeps one: its next turn then reads only what is new. At most `max_sequences` are kept (least recently used
+    goes first). Entries of other weights are not used.
     """
 
     def __init__(self, max_sequences: int = 1) -> None:
@@ -274,7 +271,7 @@ class PrefixCache:
         return len(self._stored)
 
     def use(self, weights: object) -> None:
-        """Say what model is in use, by anything that tells it from others; what was stored with them is forgotten."""
+        """Set the model in use, by anything that identifies it; what other models stored is dropped."""
         if self._weights != weights:
             self._stored.clear()
         self._weights = weights
@@ -293,7 +290,7 @@ class PrefixCache:
         return self._stored[best], length
 
     def keep(self, ids: Sequence[int], stored: KeyValues) -> None:
-        """Remember a sequence, in place of those it begins with."""
+        """Store a sequence, replacing its prefixes."""
         key = tuple(ids)
         for old in [old for old in self._stored if agreement(old, key) == len(old)]:
             del self._stored[old]
@@ -303,13 +300,13 @@ class PrefixCache:
 
 
 def agreement(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids two sequences have in common at their beginning."""
+    """The length of the common prefix of two sequences."""
     shortest = min(len(left), len(right))
     return next((place for place in range(shortest) if left[place] != right[place]), shortest)
 
 
 def _grown(old: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
-    """A tensor of a larger shape with the old one at its beginning, laid out alike (compiled code asks for that)."""
+    """A larger tensor with the old one at its beginning, in the same memory layout (required by compiled code)."""
     grown = old.new_full(shape, fill)
     grown[tuple(slice(length) for length in old.shape)] = old
     return grown

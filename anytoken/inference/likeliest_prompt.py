@@ -1,4 +1,4 @@
-"""Choose among several replies by the model itself: from which of them can the text of the prompt best be read back?
+"""Rank replies by how well the model itself can read the text of the prompt back from them.
 
 ``generate("a fox", output="image", best_of=8, rerank="prompt")`` keeps the image with the highest log p(text | image).
 Noisy-channel translation (arXiv 1908.05731) ranks with a reverse model and DALL-E (2102.12092) with CLIP; here one
@@ -20,7 +20,7 @@ from anytoken.utils.errors import RequestError
 def prompt_likelihood(
     engine: Engine, processor: Processor, prompt: Sequence[int], reply: Sequence[int], num_steps: int
 ) -> float:
-    """Log-likelihood, in nats, of the text that a reply was made from as the answer to the reply's media.
+    """Log-likelihood, in nats, of the text of the prompt as the answer to the reply's media.
 
     prompt, reply: their ids. The text is the last step of a chain, if that is a text, else that of the prompt's last
     user turn. RequestError if there is no text, or no medium in the reply.

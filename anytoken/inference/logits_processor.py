@@ -1,10 +1,10 @@
-"""The grammar for `generate` of transformers: the same legal replies from its own decoding methods.
+"""The grammar for transformers' `generate`: the same legal replies with its own decoding methods.
 
     inputs = model.lm_inputs("a fox", output="image")
     ids = model.lm.generate(**inputs, do_sample=True, top_k=50)
 
-The engine in this room is faster, since it computes only the allowed logits, and it has guidance and settings for each
-kind; this is for beam search, and for what else transformers brings around its own loop.
+The engine is faster, since it computes only the allowed logits, and it has guidance and settings per kind; this is for
+beam search and other features of transformers' loop.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from anytoken import moved
 from anytoken.grammar import Grammar, State
 from anytoken.inference.sampling import add_exits
 from anytoken.utils.errors import TokenSpaceError
@@ -22,26 +23,27 @@ from anytoken.utils.errors import TokenSpaceError
 class GrammarLogitsProcessor(LogitsProcessor):
     """Sets the logits of ids that the grammar does not allow to minus infinity.
 
-    `plan` and `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that every
-    reply is complete within it; TokenSpaceError (a ValueError) if the shortest reply is longer. `prompt_length` is the
-    number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first call.
-    States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of `generate`:
-    TokenSpaceError says so where rows do not continue as replies, or where other settings leave nothing to follow. The
-    former is also what assisted decoding meets, which writes ahead of the grammar.
+    `output_kinds` and `sizes` are those of `Grammar.reply`. Give `max_new_tokens` the value `generate` gets, so that
+    every reply is complete within it; TokenSpaceError (a ValueError) if the shortest reply is longer. `prompt_length`
+    is the number of columns of `input_ids` that are prompt, with its padding on the left; by default those of the first
+    call. States are kept by prefix, not by row, so beams may be reordered. Use a new object for each call of
+    `generate`: TokenSpaceError says so where rows do not continue as replies, or where other settings leave nothing to
+    follow. The former is also what assisted decoding meets, which writes ahead of the grammar.
     """
 
+    @moved.renamed_argument("plan", "output_kinds")
     def __init__(
         self,
         grammar: Grammar,
         prompt_length: int | None = None,
-        plan: Sequence[str] | None = None,
+        output_kinds: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
         sizes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.grammar = grammar
         self.prompt_length = prompt_length
         self.max_new_tokens = max_new_tokens
-        start = grammar.reply(plan, sizes=dict(sizes) if sizes else None)
+        start = grammar.reply(output_kinds, sizes=dict(sizes) if sizes else None)
         grammar.allowed(start, max_new_tokens)
         self._states: dict[tuple[int, ...], State] = {(): start}
 
@@ -83,7 +85,7 @@ class GrammarLogitsProcessor(LogitsProcessor):
         before = self._states.get(prefix[:-1])
         if before is None:
             raise TokenSpaceError(
-                "The rows do not go on as replies to the prompt of the first call. A GrammarLogitsProcessor serves "
+                "The rows do not continue the prompt of the first call. A GrammarLogitsProcessor serves "
                 "one call of generate, with greedy search, sampling or beams: make a new one for the next call, and "
                 "do without assisted decoding (prompt_lookup_num_tokens, assistant_model)."
             )
@@ -94,18 +96,18 @@ def lm_inputs(
     grammar: Grammar,
     prompts: Sequence[Sequence[int]],
     device: torch.device,
-    plan: Sequence[str] | None,
+    output_kinds: Sequence[str] | None,
     max_new_tokens: int,
     sizes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Any]:
-    """What `generate` of transformers needs for these prompts: ids padded on the left, mask, grammar and limits."""
+    """Inputs of transformers' `generate` for these prompts: ids padded on the left, mask, grammar and limits."""
     space, width = grammar.token_space, max(map(len, prompts))
     rows = [[space.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {
         "input_ids": torch.tensor(rows, device=device),
         "attention_mask": torch.tensor(mask, device=device),
-        "logits_processor": [GrammarLogitsProcessor(grammar, width, plan, max_new_tokens, sizes)],
+        "logits_processor": [GrammarLogitsProcessor(grammar, width, output_kinds, max_new_tokens, sizes)],
         "max_new_tokens": max_new_tokens,
         "pad_token_id": space.pad,
         "eos_token_id": space.end,

@@ -1,4 +1,4 @@
-"""The model as the engine sees it: ids in, logits of the allowed ids out.
+"""The interface of the engine to the model: ids in, logits of the allowed ids out.
 
 An image's next token needs 4 k rows of the output matrix, not all of the vocabulary. Slices of it are kept for each
 set of ranges, as views: no weight is copied. Shapes: S sequences, W tokens of each, N rows, D model dimension, V
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 class ModelRunner:
     """Logits of the allowed ids only.
 
-    Slicing is used where it gives what the model itself gives. A model that scales or caps its logits, or whose head
-    is wrapped by an adapter, is asked for its logits and the allowed columns are taken. A single token of each
-    sequence goes through the flat decoder if the model is one that it knows.
+    Slicing is used if it equals the full computation. For a model that scales or caps its logits, or whose head is
+    wrapped by an adapter, all logits are computed and the allowed columns selected. A single token of each sequence
+    goes through the flat decoder if it supports the model.
     """
 
     def __init__(self, lm: PreTrainedModel, compiled: bool = False, cuda_graphs: bool = False) -> None:
@@ -55,7 +55,7 @@ class ModelRunner:
             log.warning("cuda_graphs has no effect: %s", reason or f"the model is on {lm.device}")
 
     def _compile(self, reason: str) -> None:
-        """Compile the decoding step now, and say so: a wait is never a surprise."""
+        """Compile the decoding step now, with a log message, since it takes a while."""
         if self.decoder is None:
             log.warning("compile=True has no effect on %s: %s", type(self.lm).__name__, reason)
             return

@@ -44,8 +44,8 @@ def count_usage(space: TokenSpace, prompt_tokens: int, ids: list[int], seconds: 
 class GenerationOutput:
     """One reply: `segments` in order, the `ids` they were decoded from, `usage`, and `finish_reason`.
 
-    finish_reason is "stop", or "length" if max_new_tokens or the context limit ended it. steps: what the model made on
-    the way to the segments (`via` in `Options`); the ids hold it, too.
+    finish_reason is "stop", or "length" if max_new_tokens or the context limit ended it. steps: intermediate segments
+    (`via` in `Options`); the ids contain them, too.
     """
 
     segments: list[Segment]

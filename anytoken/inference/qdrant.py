@@ -3,8 +3,8 @@
     store = QdrantIndex(model, "http://localhost:6333", "photos")
     store.add(anytoken.Index.build("photos", model)); store.search("a fox on blue", k=5)
 
-Payloads are the fields of `Item`, so Qdrant's own filters work on them. Points are numbered by what they are of: adding
-an item again replaces it.
+Payloads are the fields of `Item`, so Qdrant's own filters work on them. Point ids are derived from the item: adding an
+item again replaces it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class QdrantIndex:
     """Items and vectors in a collection of a Qdrant server."""
 
     def __init__(self, model: AnyToken, url: str, collection: str, untrained: bool = False) -> None:
-        """url: of a server, ":memory:", or a folder. RequestError where qdrant-client is not installed, and for a
-        collection that holds vectors of another width."""
+        """url: of a server, ":memory:", or a folder. RequestError if qdrant-client is not installed, or the collection
+        has vectors of another width."""
         try:
             from qdrant_client import QdrantClient, models
         except ImportError as error:
@@ -57,7 +57,7 @@ class QdrantIndex:
         return int(self.client.count(self.collection).count)
 
     def add(self, index: Index) -> None:
-        """Put an index's items there; those that are there already are replaced."""
+        """Add the items of an index; existing ones are replaced."""
         root = index.meta["root"]
         for start in range(0, len(index), BATCH):
             points = [

@@ -1,7 +1,7 @@
-"""A reply before and while it is made: what is asked for, and its way through the grammar.
+"""A reply before and during generation: the request, and its walk through the grammar.
 
 One `GenerationRequest` goes from the API or a server through the engine to the scheduler. A `GrammarWalk` is the reply
-in the making, the same for our own engine and for one elsewhere (`serving/remote.py`).
+so far, for our own engine and for an external one (`serving/remote.py`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ DEFAULT = Sampling()
 
 @dataclass(frozen=True)
 class Token:
-    """One id as it is decided.
+    """One generated id.
 
     row: its request's number (in `Engine.stream` its place). finish_reason: set on a reply's last token: "stop" when
-    the model (or the plan) ended it, "length" when the token limit left no choice. logprob: of the id among those
-    allowed, before temperature, filters and guidance; 0 where there was no choice.
+    the model (or `output_kinds`) ended it, "length" when the token limit left no choice. logprob: of the id among those
+    allowed, before temperature, filters and guidance; 0 without an alternative.
     """
 
     row: int
@@ -38,18 +38,18 @@ class Token:
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """One reply to make.
+    """A request for one reply.
 
-    prompt: ids to continue. plan: the kinds that the reply holds, in order; None: the model decides. num_steps: how
-    many of them, from the first, are steps of a chain (`chains.py`). sampling: settings by kind. max_new_tokens: limit
-    of the whole reply; None is up to the context. seed, draw: the reply draws from both and from nothing else; without
-    a seed from random numbers of its own. null_prompt: what guidance leads away from. sizes: pins the grid of a kind.
-    prefixes: keeps what is decoded for prompts that go on from it. scored: asks for log-probabilities. Nothing is
-    checked before `start`.
+    prompt: ids to continue. output_kinds: the kinds of the reply in order; None: the model decides. num_steps: the
+    number of kinds, from the first, that are steps of a chain (`chains.py`). sampling: settings by kind.
+    max_new_tokens: limit of the whole reply; None is up to the context. seed, draw: the random numbers of the reply
+    depend on both alone; without a seed they differ each time. null_prompt: the unconditional prompt of guidance.
+    sizes: pins the grid of a kind. prefixes: keeps what is decoded for prompts that continue it. scored: asks for
+    log-probabilities. Nothing is checked before `start`.
     """
 
     prompt: Sequence[int]
-    plan: Sequence[str] | None = None
+    output_kinds: Sequence[str] | None = None
     sampling: Mapping[str, Sampling] = field(default_factory=dict)
     max_new_tokens: int | None = None
     seed: int | None = None
@@ -67,15 +67,15 @@ class GenerationRequest:
         """
         self._check_prompt(grammar.token_space.vocab_size)
         if self.null_prompt is None and any(one.cfg_scale != 1 for one in self.sampling.values()):
-            raise RequestError("cfg_scale needs the null prompt to guide away from; pass null_prompt.")
-        state = grammar.reply(self.plan, sizes=dict(self.sizes) if self.sizes else None)
+            raise RequestError("cfg_scale needs a null prompt; pass null_prompt.")
+        state = grammar.reply(self.output_kinds, sizes=dict(self.sizes) if self.sizes else None)
         return state, self._budget(grammar.min_remaining(state), context)
 
     def random(self) -> np.random.Generator:
-        """The numbers that the reply draws from; RequestError for a seed that is none."""
+        """The random generator of the reply; RequestError for an invalid seed."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise RequestError(f"seed must be a whole number from 0 up; received {seed!r}.")
+            raise RequestError(f"seed must be an integer of at least 0; received {seed!r}.")
         return np.random.default_rng([int(seed), self.draw])
 
     def _check_prompt(self, size: int) -> None:
@@ -91,11 +91,11 @@ class GenerationRequest:
                 )
 
     def _budget(self, least: int, context: int) -> int:
-        """How many ids the reply may have; `least` is its shortest legal form."""
+        """The maximum number of ids in the reply; `least` is its shortest legal form."""
         limit, length = self.max_new_tokens, max(len(self.prompt), len(self.null_prompt or ()))
         whole = isinstance(limit, int | np.integer) and not isinstance(limit, bool)
         if limit is not None and not (whole and limit >= 1):
-            raise RequestError(f"max_new_tokens must be a whole number from 1 up; received {limit!r}.")
+            raise RequestError(f"max_new_tokens must be an integer of at least 1; received {limit!r}.")
         room = context - length
         if room < least:
             raise RequestError(
@@ -110,7 +110,7 @@ class GenerationRequest:
 
 
 class GrammarWalk:
-    """The reply to a request as far as it is made; `ranges` are the ids it may go on with, `kind` is what it writes."""
+    """The reply to a request so far; `ranges` are the ids that may follow, `kind` is the kind of the open segment."""
 
     def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int = 0) -> None:
         self.request, self.grammar, self.number = request, grammar, number
@@ -136,7 +136,7 @@ class GrammarWalk:
         return Token(self.number, token, reason, logprob)
 
     def settle(self) -> list[Token]:
-        """Append ids for as long as there is only one choice."""
+        """Append ids as long as there is only one choice."""
         tokens: list[Token] = []
         while not self.finished:
             self.ranges = self.grammar.allowed(self.state, self.budget)

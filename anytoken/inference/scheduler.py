@@ -1,10 +1,10 @@
-"""Continuous batching: requests join and leave a running batch at any step, and each walks its own grammar state.
+"""Continuous batching: requests join and leave a running batch at any step, each with its own grammar state.
 
-The one generation loop. `Engine.stream` submits all its requests and steps until none is left; a server submits them as
-they come in. The ids of a request do not depend on the rest of the batch. (`generate_batch` of transformers has the
-paging and scheduling, but cannot carry the grammar: its logits processors see the ids of the current step only, none
-of a request's state, custom ones take a fixed number of int32 scalars a request, and all of the vocabulary is
-computed for them to mask.)
+This is the only generation loop. `Engine.stream` submits all its requests and steps until none is left; a server
+submits them as they arrive. The ids of a request do not depend on the rest of the batch. (`generate_batch` of
+transformers has the paging and scheduling, but cannot carry the grammar: its logits processors see the ids of the
+current step only, none of a request's state, custom ones take a fixed number of int32 scalars a request, and all of the
+vocabulary is computed for them to mask.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anytoken.grammar import Grammar
 from anytoken.grammar_tables import Ranges
-from anytoken.inference.batch import Batch, Slot
+from anytoken.inference.batch import Batch, BatchSequence
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.request import GenerationRequest, GrammarWalk, Token
 from anytoken.inference.sampling import Sampling, add_exits, apply_cfg, apply_repetition_penalty, sample
@@ -29,16 +29,16 @@ MAX_ROWS = 64  # replies decoded together; more wait for a free place
 
 
 class RunningRequest(GrammarWalk):
-    """A request in the batch: its sequence, and with guidance the one without the prompt."""
+    """A request in the batch: its sequence, and with guidance the unconditional one."""
 
     def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int) -> None:
         super().__init__(request, grammar, context, number)
         self.random = request.random()
-        self.slot = Slot(request.prompt, request.prefixes)
-        self.uncond: Slot | None = None
+        self.slot = BatchSequence(request.prompt, request.prefixes)
+        self.uncond: BatchSequence | None = None
 
     def append(self, token: int, logprob: float = 0.0) -> Token:
-        """Add an id to the reply and to what its sequences have to feed."""
+        """Add an id to the reply and to its sequences."""
         self.slot.ids.append(token)
         if self.uncond is not None:
             self.uncond.ids.append(token)
@@ -74,11 +74,11 @@ class Scheduler:
         self._submitted = 0
 
     def __len__(self) -> int:
-        """How many requests wait or run."""
+        """The number of waiting and running requests."""
         return len(self._waiting) + len(self._rows)
 
     def submit(self, request: GenerationRequest) -> int:
-        """Take a request; the number that its tokens carry. RequestError or TokenSpaceError if it does not fit."""
+        """Add a request; returns the number in its tokens. RequestError or TokenSpaceError if it does not fit."""
         row = RunningRequest(request, self.grammar, self.context, self._submitted)
         if request.prefixes is not None:
             request.prefixes.use(fingerprint(self._head.lm))
@@ -99,7 +99,7 @@ class Scheduler:
         self._batch.free()
 
     def drain(self) -> Generator[Token, None, None]:
-        """The tokens of all requests, until none is left; the cache goes even when the caller stops in the middle."""
+        """The tokens of all requests, until none is left; the cache is freed even if the caller stops early."""
         try:
             while len(self):
                 yield from self.step()
@@ -108,10 +108,10 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """The next id of every running request, with those that follow without a choice.
+        """The next id of every running request, with the forced ids after it.
 
-        What newcomers begin with if there is no choice comes alone, before the model has read anything. With
-        `max_prefill_tokens`, requests whose prompts are not read yet bring none.
+        Forced ids at the beginning of new requests are returned first, before the model runs. With
+        `max_prefill_tokens`, requests whose prompts are still being read return none.
         """
         tokens: list[Token] = []
         if self._waiting and not self._rows:
@@ -136,7 +136,7 @@ class Scheduler:
         return tokens
 
     def _refresh(self) -> None:
-        """Between requests the weights may have become others: take what decodes now."""
+        """Between requests the weights may have changed: use the current model."""
         head = self._newest_head()
         if head is not self._head:
             self._head, self._batch = head, Batch(head)
@@ -148,9 +148,9 @@ class Scheduler:
             self._batch.drop([slot for slot in slots if slot is not None])
 
     def _choose(self, chosen: list[RunningRequest], features: Tensor | None) -> list[tuple[int, float]]:
-        """The next ids of some rows; those with the same choices and settings are drawn together.
+        """The next ids of some rows; those with the same choices and settings are sampled together.
 
-        All of it stays on the model's device until the ids are known, for which the host waits once.
+        All of it stays on the model's device until the ids are known, with one synchronization.
         """
         if not chosen or features is None:
             return []
@@ -183,7 +183,7 @@ class Scheduler:
         return self._read(drawn)
 
     def _read(self, drawn: list[tuple[list[int], Tensor, Tensor, Tensor | None]]) -> list[tuple[int, float]]:
-        """The ids [rows] that were drawn, and their log-probabilities: here the host waits for the device."""
+        """The ids [rows] that were drawn, and their log-probabilities: synchronizes with the device."""
         columns = torch.cat([one for _, _, one, _ in drawn]).cpu()
         sizes = [len(members) for members, *_ in drawn]
         chosen = [(0, 0.0)] * sum(sizes)
@@ -195,14 +195,14 @@ class Scheduler:
 
 
 def _columns(table: Tensor, ids: set[int]) -> Tensor:
-    """Where those of `ids` that are in the ascending `table` stand in it."""
+    """Positions in the ascending `table` of those `ids` that it contains."""
     wanted = torch.tensor(sorted(ids), dtype=torch.long)
     columns = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
     return columns[table[columns] == wanted]
 
 
 def _rows_of(features: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of features [S, D]; a view where they lie in a line."""
+    """Some rows of features [S, D]; a view if they are contiguous."""
     if rows == list(range(rows[0], rows[0] + len(rows))):
         return features[rows[0] : rows[0] + len(rows)]
     return features[sent(rows, features.device, torch.long)]

@@ -1,10 +1,10 @@
-"""How likely the model finds answers: log-likelihoods of any segments after any prompt, with the prompt read once.
+"""Log-likelihoods of answers: any segments after any prompt, with the prompt read once.
 
 Each answer is scored as the assistant's whole reply: its ids and the end id, every id under the softmax over the ids
 that the grammar allows at its place, as in decoding. Ids without an alternative, such as the close id of an image,
 have probability 1. The keys and values of the prompt are shared by all answers, which are read in batches of similar
-length. Likelihoods normalised by length are those of GPT-3 (arXiv 2005.14165); PMI compares with the likelihood after
-an empty prompt, which takes out how common an answer is in itself (2104.08315).
+length. Length normalization follows GPT-3 (arXiv 2005.14165); PMI compares with the likelihood after an empty prompt,
+which removes the prior of an answer (2104.08315).
 
 Shapes: N answers, T ids of the longest, P prompt ids, D model width.
 """
@@ -43,8 +43,8 @@ class Score:
     """The log-likelihood of one answer, in nats.
 
     ids: of the answer, int64 [T], with the end id. logprobs: of each id given all before it, float32 [T]. segments:
-    kind and summed log-likelihood of each segment in order; the end id counts to the last one. prior: log-likelihood
-    after an empty prompt, where it was asked for.
+    kind and summed log-likelihood of each segment in order; the end id belongs to the last one. prior: log-likelihood
+    after an empty prompt, if requested.
     """
 
     ids: np.ndarray
@@ -70,7 +70,7 @@ class Score:
         return self.total - self.prior
 
     def value(self, normalize: Normalize) -> float:
-        """The number that a way of normalising compares."""
+        """The score under a normalization."""
         return {"none": lambda: self.total, "tokens": lambda: self.per_token, "pmi": lambda: self.pmi}[
             normalize
         ]()
@@ -109,7 +109,7 @@ def perplexity(grammar: Grammar, score: Score) -> float:
 
 
 def check_normalize(normalize: str) -> None:
-    """RequestError unless it is a known way of normalising."""
+    """RequestError for an unknown normalization."""
     if normalize not in get_args(Normalize):
         raise RequestError(f"normalize is one of {', '.join(get_args(Normalize))}; received {normalize!r}.")
 
@@ -133,7 +133,7 @@ def score_ids(engine: Engine, prompt: Sequence[int], answers: Sequence[Sequence[
 
 
 def drain(steps: Steps[T]) -> T:
-    """The result of work in parts, all of it done at once."""
+    """Run work in parts to its end; returns the result."""
     while True:
         try:
             next(steps)
@@ -147,9 +147,10 @@ def score_steps(
     answers: Sequence[Sequence[int]],
     prior: Sequence[int] | None = None,
 ) -> Steps[list[Score]]:
-    """`score_ids` in parts: it yields after each forward of at most about PART ids, so that others may run between.
+    """`score_ids` in parts: it yields after each forward pass of at most about PART ids, so that other work can run in
+    between.
 
-    prior: ids of the empty prompt, to score the answers after it, too.
+    prior: ids of the empty prompt, to also score the answers after it.
     """
     check_length(engine, prompt, answers)
     found = yield from _logprobs(engine, prompt, answers)
@@ -194,7 +195,7 @@ def _logprobs(
 def _branch_features(
     engine: Engine, tree: AnswerTree, nodes: Sequence[int], cache: DynamicCache, prompt: int, places: Given
 ) -> Tensor:
-    """`_features` of nodes of a tree, which read the cached prompt and the nodes before them on their branch."""
+    """`_features` of tree nodes, which attend to the cached prompt and their ancestors."""
     device, mask = engine.lm.device, tree.mask(nodes)
     ids = torch.tensor([[tree.ids[node] for node in nodes]], device=device)
     if mask is None:
@@ -206,18 +207,18 @@ def _branch_features(
 
 
 class _Places:
-    """Where the next codes lie, `code_places` for a model with grid positions; nothing for others."""
+    """`code_places` of a model with grid positions; nothing for others."""
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._walk = CodeWalk.of(lm)
         self._device = lm.device
 
     def walked(self, ids: Sequence[int]) -> Given:
-        """Of further ids of the prompt."""
+        """Places of further prompt ids."""
         return self._given([] if self._walk is None else map(self._walk.step, ids))
 
     def branched(self, tree: AnswerTree, nodes: Sequence[int]) -> Given:
-        """Of nodes of a tree after the prompt; parents come first."""
+        """Places of tree nodes after the prompt; parents come first."""
         if self._walk is None:
             return {}
         walks, found = {ROOT: self._walk}, []
@@ -233,7 +234,7 @@ class _Places:
 
 
 def _features(engine: Engine, ids: Tensor, cache: DynamicCache, **given: Any) -> Tensor:
-    """What the head reads of ids [1, T] after the cache: [1, T, D], or logits [1, T, V] of a head of its own kind.
+    """Input of the head for ids [1, T] after the cache: [1, T, D], or logits [1, T, V] of an unknown kind of head.
 
     given: a mask of branches, which FlashAttention cannot take, and their positions; what `_Places` gives.
     """
@@ -245,7 +246,7 @@ def _features(engine: Engine, ids: Tensor, cache: DynamicCache, **given: Any) ->
 
 
 def _target_logprobs(engine: Engine, features: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of targets [N] among the ids that the grammar lets compete, from `_features` [N, ...]."""
+    """Log-probabilities of targets [N] among the ids that the grammar allows, from `_features` [N, ...]."""
     groups = grammar_groups(targets, engine.grammar)
     if engine.head().sliced:
         layer = engine.head().layer
@@ -262,7 +263,8 @@ def _target_logprobs(engine: Engine, features: Tensor, targets: Tensor) -> Tenso
 
 
 def segment_sums(grammar: Grammar, ids: Sequence[int], logprobs: np.ndarray) -> tuple[tuple[str, float], ...]:
-    """Kind and summed log-likelihood of each segment of a reply's ids; controls count to the segment before them."""
+    """Kind and summed log-likelihood of each segment of a reply's ids; control ids belong to the segment before
+    them."""
     space = grammar.token_space
     kinds = {space.open_token(name): name for name in space.modalities}
     found: list[tuple[str, float]] = []

@@ -1,9 +1,9 @@
-"""Telling states of a model's weights apart, for whatever is kept from one call to the next.
+"""Detect changes of a model's weights, for caches between calls.
 
-A parameter that is the same object can still hold other numbers: `p.data = ...` (an exponential moving average put in
-for evaluation), `lm.double()` and `lm.to(device)` give it other storage, and `p.data.copy_(...)` changes what is
-there without the counter that autograd keeps. Views of weights are valid as long as the storage is the same one;
-what was computed with weights is valid as long as their bits are.
+The same parameter object can hold other values: `p.data = ...` (such as an exponential moving average for evaluation),
+`lm.double()` and `lm.to(device)` give it other storage, and `p.data.copy_(...)` changes what is there without the
+counter that autograd keeps. Views of weights are valid as long as the storage is the same one; results computed with
+weights are valid as long as their bits are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECORDERS = (
 
 
 def storage_key(model: nn.Module) -> tuple[list[object], list[object]]:
-    """What views of the weights depend on: objects, to compare by identity, and facts, to compare by value."""
+    """Dependencies of views of the weights: objects to compare by identity, and facts to compare by value."""
     objects: list[object] = []
     facts: list[object] = [getattr(getattr(model, "config", None), "_attn_implementation", None)]
     for module in model.modules():

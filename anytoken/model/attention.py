@@ -1,7 +1,7 @@
-"""Which attention implementation runs: FlashAttention where package, device and dtype allow it, else PyTorch's own.
+"""Select the attention implementation: FlashAttention if package, device and dtype allow it, else PyTorch's own.
 
 The names are transformers' (`ALL_ATTENTION_FUNCTIONS`). FlashAttention (arXiv 2205.14135, 2307.08691, 2407.08608)
-takes no mask: samples and padding are told by cumulative lengths, which `model/packed_attention.py` gives it in
+takes no mask: samples and padding are given as cumulative lengths, which `model/packed_attention.py` gives it in
 training and `inference/kv_cache.py` in generation.
 """
 
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def use_attention(lm: PreTrainedModel, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Switch a model to an attention implementation, and say which in the log; the name of it.
+    """Switch a model to an attention implementation, and log it; returns its name.
 
-    wanted: one of CHOICES; "auto" takes FlashAttention where it can run and leaves the model's default, which is sdpa,
-    elsewhere. device, dtype: what the model will compute on and in (that of autocast, if it is on). ConfigError for
-    an unknown name, or one that cannot run.
+    wanted: one of CHOICES; "auto" uses FlashAttention if it can run, otherwise the model's default, sdpa. device,
+    dtype: those of the computation (the dtype of autocast, if it is on). ConfigError for an unknown name, or
+    one that cannot run.
     """
     if wanted not in CHOICES:
         raise ConfigError(f"Unknown attention implementation {wanted!r}{choices(wanted, CHOICES)}.")
@@ -54,7 +54,7 @@ def use_attention(lm: PreTrainedModel, wanted: str, device: torch.device, dtype:
 
 
 def _best(lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The fastest implementation that can run, and why not a faster one."""
+    """The fastest implementation that can run, and the reason against a faster one."""
     obstacles = {name: flash_obstacle(name, lm, device, dtype) for name in FLASH}
     for name, obstacle in obstacles.items():
         if not obstacle and (name == "flash_attention_2" or torch.cuda.get_device_capability(device)[0] == 9):
@@ -63,7 +63,7 @@ def _best(lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> tupl
 
 
 def flash_obstacle(name: str, lm: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a FlashAttention cannot run for a model, "" if it can."""
+    """The reason why FlashAttention cannot run for a model; "" if it can."""
     available, package = FLASH[name]
     heads = lm.config.get_text_config()
     head_dim = getattr(heads, "head_dim", None) or heads.hidden_size // heads.num_attention_heads
@@ -83,17 +83,16 @@ def flash_obstacle(name: str, lm: PreTrainedModel, device: torch.device, dtype: 
 
 
 def runs_flash(lm: PreTrainedModel) -> bool:
-    """Whether a model's own forward pass runs FlashAttention with the weights as they are."""
+    """Whether a model's own forward pass runs FlashAttention with its current weights."""
     return is_flash_attention_requested(lm.config) and lm.get_input_embeddings().weight.dtype in HALF
 
 
 @contextmanager
 def usable_attention(lm: PreTrainedModel, cached: bool = False, masked: bool = False) -> Iterator[None]:
-    """Inside, sdpa stands in for an implementation that cannot do what is asked.
+    """A context in which sdpa replaces an implementation that does not support the computation.
 
-    That is FlashAttention where weights are float32 and no autocast is on, as between steps of training, or with a
-    mask of its own (masked); and with a key-value cache (cached) flex_attention, whose block masks are made for whole
-    sequences.
+    These are FlashAttention with float32 weights and no autocast, as between training steps, or with an explicit mask
+    (masked); and flex_attention with a key-value cache (cached), since its block masks are for whole sequences.
     """
     before = lm.config._attn_implementation
     flash = is_flash_attention_requested(lm.config) and (masked or not runs_flash(lm))

@@ -1,4 +1,4 @@
-"""A transformers language model as the backbone: its vocabulary grows, its text logits stay.
+"""Use a transformers language model as the backbone: its vocabulary is extended, its text logits do not change.
 
 A backbone that is expressible becomes an `AnyTokenForCausalLM` with the same weights: Llama, Mistral, Qwen2, Qwen3,
 OLMoE and Qwen3-MoE differ from each other in QK-norm, biases, the window and which layers have experts, which are
@@ -52,18 +52,17 @@ def load_backbone(source: str | Path) -> tuple[PreTrainedModel, TextTokenizer]:
             raise CheckpointError(f"{no_such_model(source)} ({type(error).__name__}).") from error
         raise CheckpointError(f"{source} does not load as a causal language model: {error}") from error
     if not tokenizer.is_fast:
-        raise CheckpointError(f"{source} has no tokenizer.json, which is what its texts are read with.")
+        raise CheckpointError(f"{source} has no tokenizer.json, which is needed to encode text.")
     return model.eval(), TextTokenizer.adopt(tokenizer.backend_tokenizer)
 
 
 def adopt_backbone(
     source: str | Path, tokenizers: Mapping[str, ModalityTokenizer], upcycle: int = 0, top_k: int = 2
 ) -> tuple[PreTrainedModel, Processor]:
-    """A backbone with ids for every tokenizer's codes appended, and the processor of the new vocabulary.
+    """A backbone with the ids of every tokenizer's codes appended, and the processor of the new vocabulary.
 
-    Logits of the old ids are the backbone's (float32: to 1e-5 of their size). upcycle: make this many experts of
-    every dense feed-forward layer, of which a token passes `top_k`; 0 leaves the layers. CheckpointError says what does
-    not fit.
+    Logits of the old ids are the backbone's (in float32 to a relative 1e-5). upcycle: convert every dense feed-forward
+    layer to this number of experts, `top_k` per token; 0 is off. CheckpointError says what does not fit.
     """
     backbone, text = load_backbone(source)
     rows = len(backbone.get_input_embeddings().weight)
@@ -89,7 +88,7 @@ def adopt_backbone(
 
 @torch.no_grad()
 def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyTokenForCausalLM:
-    """The backbone's weights in our own class, with the same logits; CheckpointError if it has no place for them."""
+    """The backbone's weights in our own class, with the same logits; CheckpointError if it cannot express them."""
     if upcycle and not 2 <= top_k <= upcycle:
         raise CheckpointError(
             f"top_k must be from 2 to upcycle={upcycle} (the weight of a single expert would always be one, and "
@@ -119,7 +118,7 @@ def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyT
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     if not error < TOLERANCE:
         raise CheckpointError(
-            f"{kind} computes otherwise than AnyToken's decoder: logits differ by {error:.1e}."
+            f"{kind} computes different logits than AnyToken's decoder: the difference is {error:.1e}."
         )
     return lm
 
@@ -127,12 +126,12 @@ def express(backbone: PreTrainedModel, upcycle: int = 0, top_k: int = 2) -> AnyT
 def _settings(
     backbone: PreTrainedModel, weights: Mapping[str, Tensor], upcycle: int, top_k: int
 ) -> dict[str, Any]:
-    """The configuration under which our decoder has the backbone's weights, read off their names and shapes."""
+    """The configuration of our decoder for the backbone's weights, from their names and shapes."""
     config = backbone.config.get_text_config()
     first = "model.layers.0.self_attn."
     if f"{first}q_proj.weight" not in weights:
         raise CheckpointError(
-            f"{type(backbone).__name__} names its weights otherwise than Llama and its kin."
+            f"{type(backbone).__name__} does not use the weight names of Llama-like models."
         )
     if len(set(getattr(config, "layer_types", None) or [""])) > 1:
         raise CheckpointError(f"{type(backbone).__name__} mixes layers of several kinds of attention.")
@@ -193,7 +192,7 @@ def _as_experts(weights: Mapping[str, Tensor], number: int) -> dict[str, Tensor]
 
 @torch.no_grad()
 def _head_is_plain(lm: PreTrainedModel) -> bool:
-    """Whether logits are the head's product with the last hidden state, as training takes them to be."""
+    """Whether logits are the head's product with the last hidden state, as training assumes."""
     ids, head = torch.zeros(1, 2, dtype=torch.long), lm.get_output_embeddings()
     if head is None:
         return False
@@ -209,7 +208,7 @@ def _append_rows(
     bos: int | None,
     end: int | None,
 ) -> None:
-    """Rows for the ids after the text: the codes', and the backbone's own for what begins and ends a sequence."""
+    """Append rows for the ids after the text; sequence start and end ids get the backbone's own rows."""
     first = space.text_size
     tables = [lm.get_input_embeddings().weight, lm.get_output_embeddings().weight]
     rows = appended_rows(lm, space, tokenizers, first)
@@ -226,7 +225,7 @@ def _append_rows(
 
 
 def _tell_config(lm: PreTrainedModel, space: TokenSpace, ends: list[int]) -> None:
-    """Special ids are ours now; transformers' `generate` also stops where the backbone did."""
+    """Set our special ids; transformers' `generate` also stops at the backbone's end ids."""
     for config in (lm.config, lm.generation_config):
         config.bos_token_id, config.pad_token_id = space.bos, space.pad
         config.eos_token_id = [space.end, *ends]
@@ -237,7 +236,7 @@ def _tell_config(lm: PreTrainedModel, space: TokenSpace, ends: list[int]) -> Non
 
 
 def _end_ids(backbone: PreTrainedModel) -> list[int]:
-    """Where the backbone stops, its chat's end first where the two differ."""
+    """The backbone's end ids; that of its chat template first, if they differ."""
     for config in (backbone.generation_config, backbone.config):
         found = getattr(config, "eos_token_id", None)
         if found is not None:

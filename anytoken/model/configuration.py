@@ -1,4 +1,4 @@
-"""Settings of the language model: Qwen3-MoE's, and what AnyToken adds to them.
+"""Settings of the language model: those of Qwen3-MoE and AnyToken's additions.
 
 The additions are off by default, so a plain configuration and its weights are a Qwen3-MoE.
 """

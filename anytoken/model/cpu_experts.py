@@ -1,10 +1,10 @@
 """Experts on a CPU in 16 bits: one product per expert, in place of PyTorch's grouped product.
 
 On CPUs with bfloat16 instructions (AVX512-BF16, AMX) a product runs several times as fast as in float32, but PyTorch's
-grouped product casts and copies so much there that nothing of it is left. Here the tokens of an expert lie next to each
+grouped product loses that advantage to casts and copies. Here the tokens of an expert lie next to each
 other, each product writes into its part of one buffer, and the backward pass is written out, so that no tensor is
-made twice. oneDNN generates code for every new shape, which takes longer than the product itself: each expert's rows
-are therefore padded with zeros to a multiple of ``ROWS``.
+computed twice. oneDNN generates code for every new shape, which takes longer than the product itself: each expert's
+rows are therefore padded with zeros to a multiple of ``ROWS``.
 
 Shapes: T tokens, K choices per token, N routed tokens, P of them and of padding, E experts, H hidden, W width.
 """
@@ -40,7 +40,7 @@ def cpu_experts(
 
 
 class _Experts(torch.autograd.Function):
-    """Forward keeps what each product read; backward is the same products the other way round."""
+    """Forward saves the inputs of each product; backward computes the transposed products."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The embedding head: hidden states of a prompt to one unit vector, next to the LM head, which it leaves alone.
+"""The embedding head: hidden states of a prompt to one unit vector, next to the LM head, which does not change.
 
 A prompt's content tokens are averaged by modality, and the state that would predict the reply joins them: it has read
 the whole prompt (PromptEOL, arXiv 2307.16645; E5-V embeds images so, 2407.12580). Each modality has a linear map of
@@ -29,7 +29,7 @@ from anytoken.token_space import TokenSpace
 from anytoken.utils.atomic import write_file
 from anytoken.utils.errors import RequestError
 
-FILE = "embedding.safetensors"  # beside model.safetensors, or in an adapter folder
+FILE = "embedding.safetensors"  # next to model.safetensors, or in an adapter folder
 CONTROL, UNKNOWN = -1, -2  # in a table of ids: not pooled; of a modality that the head has no map for
 BATCH_TOKENS = 8192  # of one forward pass, with padding
 SLACK = 1.25  # of the lengths in a batch
@@ -38,8 +38,8 @@ MAX_SCALE = 100.0  # of similarities, as in CLIP
 
 
 class Pooled(NamedTuple):
-    """What the head reads of prompts: mean [B, M, H] of each modality's states over all content tokens, its share
-    [B, M] of them, and the last state [B, H]; all float32."""
+    """Inputs of the head: mean [B, M, H] of each modality's states over all content tokens, its share [B, M] of them,
+    and the last state [B, H]; all float32."""
 
     mean: Tensor
     share: Tensor
@@ -78,7 +78,7 @@ class EmbeddingHead(nn.Module):
 
     @classmethod
     def untrained(cls, hidden_size: int, modalities: Sequence[str]) -> EmbeddingHead:
-        """The mean of the last states, as it is: what embeds where nothing was trained."""
+        """The mean of the last states: the embedding without training."""
         head = cls(hidden_size, modalities, hidden_size)
         with torch.no_grad():
             head.mean_weight.copy_(torch.eye(hidden_size).expand_as(head.mean_weight))
@@ -87,7 +87,7 @@ class EmbeddingHead(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """What similarities are multiplied by: 1 / temperature, at most 100."""
+        """The factor on similarities: 1 / temperature, at most 100."""
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
     def forward(self, pooled: Pooled) -> Tensor:
@@ -108,13 +108,13 @@ class EmbeddingHead(nn.Module):
         return vectors
 
     def to_old(self, vectors: Tensor) -> Tensor:
-        """Vectors [B, W] as the older head's, [B, old_width], for an index that it made."""
+        """Map vectors [B, W] to those of the older head, [B, old_width], to query its indexes."""
         if self.old_weight is None:
             raise RequestError("This head was not trained to be compatible with an older one.")
         return F.normalize(F.linear(vectors, self.old_weight), dim=-1)
 
     def table(self, space: TokenSpace) -> Tensor:
-        """For each id, the place of its modality among this head's: int64 [V]; CONTROL and UNKNOWN are no places."""
+        """The index of each id's modality in this head: int64 [V]; CONTROL and UNKNOWN are negative."""
         places = [self.modalities.index(n) if n in self.modalities else UNKNOWN for n in space.modality_names]
         table = torch.tensor(places)[space.modality_of(torch.arange(space.vocab_size))]
         for span in space.ranges:
@@ -159,13 +159,13 @@ class EmbeddingHead(nn.Module):
 
 
 def probe_ids(table: Tensor) -> list[int]:
-    """Ids spread over the whole vocabulary, of modalities that a head knows: their vector is a model's fingerprint."""
+    """Ids across the vocabulary, of modalities that a head supports: their vector is a model's fingerprint."""
     ids = torch.linspace(0, len(table) - 1, PROBE).long()
     return ids[table[ids.to(table.device)].cpu() != UNKNOWN].tolist()
 
 
 def has_head(folder: str | Path) -> bool:
-    """Whether a checkpoint or adapter folder brings an embedding head."""
+    """Whether a checkpoint or adapter folder has an embedding head."""
     return (Path(folder) / FILE).is_file()
 
 
@@ -176,7 +176,7 @@ def decoder_of(lm: nn.Module) -> Any:
 
 
 def read_states(lm: nn.Module, ids: Tensor) -> Tensor:
-    """What the LM head reads, [B, T, H], of ids [B, T] padded on the right.
+    """Inputs of the LM head [B, T, H] for ids [B, T] padded on the right.
 
     No mask is needed: a causal model's states before the padding do not depend on it.
     """
@@ -200,7 +200,7 @@ def similar_lengths(lengths: Sequence[int], most: int = BATCH_TOKENS) -> list[li
 
 
 def pool(states: Tensor, modality: Tensor, lengths: Tensor, count: int) -> Pooled:
-    """What the head reads of states [B, T, H]; modality [B, T] as from `table`, lengths [B] of the prompts."""
+    """Inputs of the head from states [B, T, H]; modality [B, T] as from `table`, lengths [B] of the prompts."""
     inside = torch.arange(modality.shape[1], device=lengths.device) < lengths[:, None]
     places = torch.arange(count, device=modality.device)
     member = ((modality[..., None] == places) & inside[..., None]).float()  # [B, T, M]

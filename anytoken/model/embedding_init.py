@@ -1,7 +1,7 @@
-"""The first vocabulary rows of codes: near where their codebook vectors are near.
+"""Initialize vocabulary rows of codes: similar codebook vectors get similar rows.
 
 A new row is half noise, half a random projection of its codebook vector, which keeps distances up to scale (the
-Johnson-Lindenstrauss lemma): codes that sound or look alike start alike. In a trained model rows start around the
+Johnson-Lindenstrauss lemma): codes of similar content start similar. In a trained model rows start around the
 mean of the old ones, so that no new id stands out before it is trained (Hewitt, "Initializing New Word Embeddings
 for Pretrained Language Models", 2021).
 
@@ -48,7 +48,7 @@ def new_rows(
 ) -> Tensor:
     """Rows [N, H], float32 on the CPU, for the ids from `first` on, around the mean of the `old` rows.
 
-    They spread `scale` times as far as the old ones. tokenizers: those of the modalities among the new ids.
+    Their deviation is `scale` times that of the old ones. tokenizers: those of the modalities among the new ids.
     """
     old = old.detach().float().cpu()
     width = old.shape[1]
@@ -64,10 +64,10 @@ def new_rows(
 def appended_rows(
     lm: PreTrainedModel, space: TokenSpace, tokenizers: Mapping[str, ModalityTokenizer], first: int
 ) -> tuple[Tensor, Tensor]:
-    """`new_rows` for the embedding and for the head of a trained model, each by the spread of its own table.
+    """`new_rows` for the embedding and for the head of a trained model, each by the deviation of its own table.
 
-    Those of a head, which a tied table is too, spread less than the old ones: untrained ids then take about the share
-    of the softmax that as many average ids would, however long its hidden states are.
+    Rows of a head (or a tied table) deviate less than the old ones: untrained ids then get about as much of the softmax
+    as the same number of average ids, for any norm of the hidden states.
     """
     embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
     rows = new_rows(head[:first], space, tokenizers, first, HEAD_SCALE)
@@ -81,7 +81,7 @@ def replaced_rows(
 ) -> Tensor:
     """The rows of `table`, whose ids `old` gives, for the ids of `space`: [space.vocab_size, H], float32 on the CPU.
 
-    The codes of `name` get `new_rows` around the rows of the codes that they replace; all others keep their bits.
+    The codes of `name` get `new_rows` around the rows of the codes that they replace; all others are unchanged.
     """
     table = table.detach().float().cpu()
     codes = [span for span in old.ranges if (span.modality, span.kind) == (name, "code")]
@@ -99,7 +99,7 @@ def replaced_rows(
 
 @torch.no_grad()
 def initialise_code_rows(model: PreTrainedModel, processor: Processor) -> None:
-    """Do so in a model from scratch: rows keep the scale of the model's initialisation."""
+    """Initialize code rows of a model from scratch; rows keep the scale of the model's initialization."""
     table: Tensor = model.get_input_embeddings().weight
     scale: float = model.config.initializer_range
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Export to stock Qwen3-MoE: a folder that serving engines load with no code of ours.
+"""Export to stock Qwen3-MoE: a folder that serving engines load without our code.
 
 With our additions off, the model is a Qwen3-MoE (arXiv 2505.09388) weight for weight. The folder holds that model
 under its standard per-expert names, a tokenizer that AutoTokenizer opens and whose ids are the token space's, and the
@@ -71,7 +71,7 @@ def export_qwen3_moe(checkpoint: Path, out: Path) -> None:
 
 
 def plain_config(config: AnyTokenConfig) -> Qwen3MoeConfig:
-    """The same settings as Qwen3-MoE's; CheckpointError if one of ours that it lacks is on."""
+    """The settings as a Qwen3-MoE configuration; CheckpointError if a setting that it lacks is on."""
     if not isinstance(config, AnyTokenConfig):
         raise CheckpointError(
             f"The checkpoint holds a {config.model_type} model, which engines load as it is; "
@@ -132,7 +132,7 @@ def serving_tokenizer(checkpoint: Path, space: TokenSpace) -> PreTrainedTokenize
 
 
 def serving_name(space: TokenSpace, token: int) -> str:
-    """How an id that is no text is written: <|bos|>, <|size:8|>, <|image|>, <|image:17|>, <|tone[1]:3|>.
+    """The name of an id that is not text: <|bos|>, <|size:8|>, <|image|>, <|image:17|>, <|tone[1]:3|>.
 
     Ids that a foreign language model keeps free after its text are <|text:151700|> and the like.
     """
@@ -141,7 +141,7 @@ def serving_name(space: TokenSpace, token: int) -> str:
 
 
 def _name_for_older_readers(out: Path, config: Qwen3MoeConfig) -> None:
-    """Add what transformers 4 called by another name, since engines pin either."""
+    """Add the names of transformers 4, since engines pin either version."""
     for file, more in {
         "config.json": {
             "num_experts": config.num_experts,

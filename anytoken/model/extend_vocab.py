@@ -1,6 +1,6 @@
-"""A new modality for a trained model: ids after the old ones, rows from the codebook, nothing old moved.
+"""Add a modality to a trained model: new ids after the old ones, rows from the codebook, old ids unchanged.
 
-And another tokenizer for one that it has: its codes start over, the rows of everything else keep their bits.
+Or replace the tokenizer of a modality: its codes are reinitialized, all other rows are unchanged.
 """
 
 import copy
@@ -21,13 +21,13 @@ from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import ModalityTokenizer, load_tokenizer
 from anytoken.utils.errors import CheckpointError
 
-SAVED = "modalities.json"  # beside an adapter: {"palette": first id}
+SAVED = "modalities.json"  # next to an adapter: {"palette": first id}
 
 
 def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
-    """Grow the model's vocabulary in place; the processor that knows the new modality, the old one unchanged.
+    """Extend the model's vocabulary in place; returns a new processor with the modality.
 
-    ValueError, before anything is changed, if the modality is there already or has no experts to route to.
+    ValueError, before anything is changed, if the modality exists or has no experts to route to.
     """
     if not isinstance(tokenizer, ModalityTokenizer):
         raise CheckpointError(f"A modality is added by its ModalityTokenizer; received {tokenizer!r:.80}.")
@@ -42,11 +42,11 @@ def add_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityT
 
 
 def replace_modality(lm: PreTrainedModel, processor: Processor, tokenizer: ModalityTokenizer) -> Processor:
-    """Give a modality of the model another tokenizer, in place; the processor that knows it, the old one unchanged.
+    """Replace the tokenizer of a modality in place; returns a new processor.
 
-    Modalities keep their order and all other rows their values, but ids after the codes move where there are more or
-    fewer of them: shards and adapters of the old model do not fit the new one. The new codes mean nothing until they
-    are trained. CheckpointError, before anything is changed, if the model has no such modality.
+    Modalities keep their order and all other rows their values, but later ids move if the number of codes changes:
+    shards and adapters of the old model do not fit the new one. The new codes are meaningless until they are trained.
+    CheckpointError, before anything is changed, if the model has no such modality.
     """
     name, old = tokenizer.name, processor.token_space
     if name not in processor.tokenizers:
@@ -72,7 +72,7 @@ def replace_modality(lm: PreTrainedModel, processor: Processor, tokenizer: Modal
 def _grown(
     lm: PreTrainedModel, processor: Processor, space: TokenSpace, tokenizer: ModalityTokenizer
 ) -> Processor:
-    """The processor of a new space, which the model's configuration is told of."""
+    """The processor of a new space, which is entered in the model's configuration."""
     if hasattr(lm.config, "modality_boundaries"):
         lm.config.modality_boundaries = space.bucket_boundaries()
         lm.config.modality_index = space.bucket_modalities()
@@ -84,7 +84,7 @@ def _grown(
 
 
 def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) -> None:
-    """Put the tokenizers of modalities that its base model lacks next to an adapter's weights."""
+    """Save the tokenizers of modalities that the base model lacks next to an adapter's weights."""
     for name in names:
         processor.tokenizers[name].save_pretrained(folder / "tokenizers" / name)
     firsts = {name: processor.token_space.open_token(name) for name in names}
@@ -92,7 +92,7 @@ def save_modalities(folder: Path, processor: Processor, names: Sequence[str]) ->
 
 
 def add_saved_modalities(lm: PreTrainedModel, processor: Processor, folder: Path) -> Processor:
-    """Grow a model by what `save_modalities` put next to an adapter, if anything; the processor that knows it.
+    """Extend a model by the modalities saved next to an adapter, if any; returns the processor.
 
     CheckpointError if the ids would not be those that the adapter was trained with.
     """
@@ -115,7 +115,7 @@ def add_saved_modalities(lm: PreTrainedModel, processor: Processor, folder: Path
 
 
 def _check_experts(lm: PreTrainedModel, name: str) -> None:
-    """With expert groups the new ids route to the common group; they must find enough experts there."""
+    """With expert groups the new ids route to the common group; which must have enough experts."""
     groups = getattr(lm.config, "expert_groups", None)
     if groups and groups.get("common", 0) < lm.config.num_experts_per_tok:
         raise CheckpointError(
@@ -126,7 +126,7 @@ def _check_experts(lm: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def _write_rows(lm: PreTrainedModel, first: int, tables: tuple[Tensor, Tensor]) -> None:
-    """Put rows [N, D] at ids first, first + 1, ... of the embedding and of the head; older rows keep their bits."""
+    """Put rows [N, D] at ids first, first + 1, ... of the embedding and of the head; older rows are unchanged."""
     size = first + len(tables[0])
     if size > lm.config.get_text_config().vocab_size:
         grow = getattr(lm, "extend_vocabulary", None) or partial(
@@ -138,5 +138,5 @@ def _write_rows(lm: PreTrainedModel, first: int, tables: tuple[Tensor, Tensor]) 
 
 
 def longest_segment(tokenizer: ModalityTokenizer) -> int:
-    """The most ids one segment of this kind takes, with its opening, header and closing."""
+    """The maximum number of ids of one segment of this kind, with open id, header and close id."""
     return segment_length(tokenizer.shape, longest(tokenizer.shape))

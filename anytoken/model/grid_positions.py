@@ -1,4 +1,4 @@
-"""Where the next code lies: its row, column, step and codebook, as learned embeddings added to those of the ids.
+"""Learned embeddings of the row, column, step and codebook of the next code, added to those of the ids.
 
 Rotary positions say how far apart two ids are in the sequence; that a code lies below another, or is the same codebook
 a frame later, follows only from the header and a count. These embeddings say it (rows and columns as for the image
@@ -40,7 +40,7 @@ NOWHERE: Place = (0, 0, 0, 0)
 
 
 def code_layout(space: TokenSpace) -> dict[str, Any]:
-    """How codes are written in a token space, as JSON-ready data for the model's configuration."""
+    """The layout of codes in a token space, as JSON-ready data for the model's configuration."""
     found = []
     for name, shape in space.shapes.items():
         books = [space.code_range(name, book) for book in range(shape.num_codebooks)]
@@ -49,23 +49,23 @@ def code_layout(space: TokenSpace) -> dict[str, Any]:
             "axes": len(shape.axes) if isinstance(shape, CodeGrid) else 0,
             "global_codes": shape.num_global_codes,
             "codebooks": [[book.start, book.stop] for book in books],
-            "delayed": shape.order == "delayed",
+            "delayed": shape.order == "delay",
             "most_frames": longest(shape),
         })  # fmt: skip
     return {"size_zero": space.size_token(1) - 1, "modalities": found}
 
 
 class PlaceEmbedding(nn.Embedding):
-    """Embeddings of the indices along one axis, from 1 to `size`; of none, 0."""
+    """Embeddings of the indices along one axis, from 1 to `size`; zero for index 0."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__(size + 1, width, padding_idx=0)
 
 
 class GridPositions(nn.Module):
-    """The embeddings of places [..., 4] as [..., H]; a place beyond a table gets its last row.
+    """The embeddings of places [..., 4] as [..., H]; an index beyond a table gets its last row.
 
-    They begin at zero, so an untrained model computes as without them.
+    They are initialized to zero, so they have no effect before training.
     """
 
     def __init__(self, config: AnyTokenConfig) -> None:

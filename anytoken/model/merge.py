@@ -35,7 +35,7 @@ def check_mergeable(models: Sequence[tuple[PreTrainedModel, Processor]]) -> None
         changed = [kind for kind, value in _fingerprints(processor).items() if value != prints[kind]]
         if changed:
             raise CheckpointError(
-                f"The {' and '.join(changed)} tokenizers differ, so one id means two things; "
+                f"The {' and '.join(changed)} tokenizers differ, so the same id has two meanings; "
                 "only models over the same tokenizers can be merged."
             )
         theirs = _settings(lm)

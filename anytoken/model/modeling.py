@@ -55,7 +55,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-IGNORED = -100  # a label that is not learnt
+IGNORED = -100  # a label that is ignored in the loss
 
 
 def real_tokens(attention_mask: Any, length: int) -> Tensor | None:
@@ -107,7 +107,7 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        open_experts: Tensor | None = None,
+        expert_mask: Tensor | None = None,
         real: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -115,7 +115,7 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        told = {"open_experts": open_experts, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
+        told = {"expert_mask": expert_mask, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
         return hidden_states + self.mlp(
             normed, **{name: one for name, one in told.items() if one is not None}
         )
@@ -204,7 +204,7 @@ class AnyTokenModel(AnyTokenPreTrainedModel, Qwen3MoeModel):
                 )
         mask = None if modality is None else group_mask(self.config, modality.device)
         if mask is not None:
-            kwargs["open_experts"] = mask[modality]
+            kwargs["expert_mask"] = mask[modality]
         if self.grid_positions is not None:
             kwargs["inputs_embeds"] = self._placed(input_ids, position_ids, kwargs)
             input_ids = None

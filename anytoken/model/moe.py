@@ -52,9 +52,9 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         self.load = self.weight.new_zeros(self.num_choices, dtype=torch.long)
 
     def forward(
-        self, hidden_states: Tensor, open_experts: Tensor | None = None, real: Tensor | None = None
+        self, hidden_states: Tensor, expert_mask: Tensor | None = None, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [T, H], open_experts bool [T, C] to logits [T, C], weights [T, K], choices [T, K].
+        """hidden_states [T, H], expert_mask bool [T, C] to logits [T, C], weights [T, K], choices [T, K].
 
         A closed expert has the logit minus infinity, a null expert the weight zero. real: bool [T], which tokens count
         for the load; the others are padding.
@@ -64,13 +64,13 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
             states = states * torch.empty_like(states).uniform_(1 - self.jitter, 1 + self.jitter)
         with torch.autocast(states.device.type, enabled=False):  # or it would cast both to bfloat16 again
             logits = F.linear(states, self.weight.float())
-        if open_experts is not None:
-            logits = logits.masked_fill(~open_experts, float("-inf"))
+        if expert_mask is not None:
+            logits = logits.masked_fill(~expert_mask, float("-inf"))
         probabilities = logits.softmax(-1)
         if self.expert_bias is None:
             weights, choices = torch.topk(probabilities, self.top_k, dim=-1)
         else:
-            choices = self._biased_choices(probabilities, open_experts, real)
+            choices = self._biased_choices(probabilities, expert_mask, real)
             weights = probabilities.gather(-1, choices)
         if self.num_choices > self.num_experts:
             weights = weights * (choices < self.num_experts)
@@ -81,13 +81,13 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
 
     @torch.no_grad()
     def _biased_choices(
-        self, probabilities: Tensor, open_experts: Tensor | None, real: Tensor | None
+        self, probabilities: Tensor, expert_mask: Tensor | None, real: Tensor | None
     ) -> Tensor:
         """The bias decides who is chosen, never how much they count; choices [T, K], counted in training."""
         assert self.expert_bias is not None and self.load is not None
         scores = probabilities + self.expert_bias
-        if open_experts is not None:
-            scores = scores.masked_fill(~open_experts, float("-inf"))
+        if expert_mask is not None:
+            scores = scores.masked_fill(~expert_mask, float("-inf"))
         choices = torch.topk(scores, self.top_k, dim=-1).indices
         if self.training:
             ones = torch.ones_like(choices) if real is None else real[:, None].expand_as(choices).long()
@@ -102,10 +102,7 @@ class AnyTokenRouter(Qwen3MoeTopKRouter):
         are summed; then counting starts over.
         """
         assert self.expert_bias is not None and self.load is not None
-        load, member = (
-            sum_over_processes(self.load).float(),
-            _one_hot(groups, num_groups),
-        )  # [C], [C, G]
+        load, member = (sum_over_processes(self.load).float(), _one_hot(groups, num_groups))  # [C], [C, G]
         mean = member @ ((load @ member) / member.sum(0))
         self.expert_bias += rate * torch.sign(mean - load)
         self.load.zero_()
@@ -209,17 +206,17 @@ class AnyTokenMoE(nn.Module):
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=width) if width else None
 
     def route(
-        self, flat: Tensor, open_experts: Tensor | None, real: Tensor | None
+        self, flat: Tensor, expert_mask: Tensor | None, real: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the router says; apart, so that compiled layers can leave it out (`training/step.py`)."""
-        return self.gate(flat, open_experts, real)
+        return self.gate(flat, expert_mask, real)
 
     def forward(
-        self, hidden_states: Tensor, open_experts: Tensor | None = None, real: Tensor | None = None
+        self, hidden_states: Tensor, expert_mask: Tensor | None = None, real: Tensor | None = None
     ) -> Tensor:
-        """hidden_states [B, T, H] to the same shape; open_experts and real as for the router."""
+        """hidden_states [B, T, H] to the same shape; expert_mask and real as for the router."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, choices = self.route(flat, open_experts, real)
+        _, weights, choices = self.route(flat, expert_mask, real)
         routed = run_experts(self.experts, flat, choices.clamp(max=self.gate.num_experts), weights)
         routed = routed.view_as(hidden_states)
         return routed if self.shared_expert is None else routed + self.shared_expert(hidden_states)

@@ -2,7 +2,7 @@
 
 Samples that lie in one row are marked by positions that restart. transformers keeps them apart only where it gets
 no mask and no cache; with either, tokens silently attend across samples. Flash attention keeps them apart in a
-single row, or with the `cu_seq_lens_*` of all rows. Sound input is let through, the rest is a DataError before
+single row, or with the `cu_seq_lens_*` of all rows. Valid input is let through, the rest is a DataError before
 a number is computed. Compiled code cannot branch on values: there the same condition is an assertion of the graph,
 a RuntimeError. Shapes: B batch, T tokens, S samples, C cached tokens.
 """

@@ -44,7 +44,7 @@ class ServedModel(AnyTokenModel):
         super().__init__(config)
         for module in self.modules():
             if config.expert_groups and isinstance(module, AnyTokenRouter):
-                # vLLM puts its own, which knows no groups, in the place of a router that is a weight, softmax and
+                # vLLM replaces a router that is a weight, softmax and
                 # top-k; one that holds anything else it leaves alone.
                 module.register_buffer("grouped", torch.ones(1), persistent=False)
 

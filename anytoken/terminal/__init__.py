@@ -1,1 +1,1 @@
-"""What the commands do at a terminal: read prompt parts, show and keep replies, show images, and talk."""
+"""Terminal input and output: read prompt parts, show and save replies, show images, chat."""

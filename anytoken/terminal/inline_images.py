@@ -1,4 +1,4 @@
-"""Images in a terminal: its own protocol where it has one, else half-block characters in true colour.
+"""Images in a terminal: the terminal's own protocol if it has one, else half-block characters in true color.
 
 Kitty's graphics protocol (also Ghostty): https://sw.kovidgoyal.net/kitty/graphics-protocol/. iTerm2's inline images
 (also WezTerm): https://iterm2.com/documentation-images.html. Both are known by what they set in the environment;
@@ -26,7 +26,7 @@ CHUNK = 4096  # characters of one kitty escape sequence
 
 
 def image_of(segment: Segment) -> Image | None:
-    """What can be seen of a segment: an image, or some frames of a video side by side; None for other kinds."""
+    """The image of a segment: an image, or some frames of a video side by side; None for other kinds."""
     import numpy as np
 
     from anytoken.segments import Image, Video
@@ -39,7 +39,7 @@ def image_of(segment: Segment) -> Image | None:
 
 
 def protocol(console: Console, environ: Mapping[str, str] = os.environ) -> str | None:
-    """How this console shows images: "kitty", "iterm2", "blocks", or None if it cannot."""
+    """The image protocol of this console: "kitty", "iterm2", "blocks", or None if it cannot."""
     if not console.is_terminal or console.is_dumb_terminal:
         return None
     term, program = environ.get("TERM", ""), environ.get("TERM_PROGRAM", "")
@@ -53,7 +53,7 @@ def protocol(console: Console, environ: Mapping[str, str] = os.environ) -> str |
 
 
 def show_image(console: Console, segment: Segment, environ: Mapping[str, str] = os.environ) -> None:
-    """Show what can be seen of a segment, if the console can."""
+    """Show the image of a segment, if the console supports it."""
     image, how = image_of(segment), protocol(console, environ)
     if image is None or how is None:
         return

@@ -1,6 +1,6 @@
 """Prompt parts from the command line: words, files, typed parts and standard input, in the order they were written.
 
-Nothing heavy is imported at the top: `anytoken --help` must answer at once.
+Nothing heavy is imported at the top: `anytoken --help` must be fast.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_part(argument: str) -> Segment:
     """One part of a prompt: marked (see `mark_parts`), "-" for words on standard input, or a string or file path.
 
     A bare argument that names a file is opened by its content; one that looks like a media path but names no file
-    is a RequestError, since sending "cat.png" as words is never what was meant.
+    is a RequestError, since "cat.png" is never meant as text.
     """
     from anytoken.segments import Text, open_segment
 
@@ -145,7 +145,7 @@ def read_ids(source: str) -> list[int]:
 
 
 def check_out(out: Path) -> None:
-    """RequestError before the work, rather than OSError after it, if files cannot be written to `out`."""
+    """RequestError if files cannot be written to `out`, raised before the work instead of an OSError after it."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise RequestError(f"Cannot write to {out}: {there} is a file. Choose another --out.")

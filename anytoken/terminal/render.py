@@ -1,4 +1,4 @@
-"""Replies at a terminal: text as it comes, media as files, a bar while they are made, JSON for programs."""
+"""Show replies in a terminal: streamed text, media as files with a progress bar, JSON for programs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_segments(segments: Iterable[Segment], out: Path) -> list[dict[str, str
 
 
 def show_segments(segments: Iterable[Segment], out: Path, console: Console) -> None:
-    """Print text as it is, show images where the console can, write media and print each file's path."""
+    """Print text, show images if the console supports it, write media and print each file's path."""
     for segment in segments:
         [part] = write_segments([segment], out)
         show_image(console, segment)
@@ -65,7 +65,7 @@ def _record(reply: GenerationOutput, parts: list[dict[str, str]]) -> dict[str, A
 def show_events(
     events: Generator[Event, None, GenerationOutput], out: Path, console: Console
 ) -> GenerationOutput:
-    """Print a reply while it is made: text at once, a bar and a preview for a medium, then its file."""
+    """Print a reply while it is generated: streamed text; a progress bar and a preview for a medium, then its file."""
     from anytoken.inference.streaming import finish
 
     screen = _Screen(out, console)
@@ -76,7 +76,7 @@ def show_events(
 
 
 class _Screen:
-    """Where events are shown."""
+    """The display of events."""
 
     def __init__(self, out: Path, console: Console) -> None:
         self.out, self.console = out, console
@@ -118,19 +118,20 @@ class _Screen:
         self._live.update(Group(self._preview, self._bar) if self._preview else self._bar)
 
     def stop_waiting(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
 
 def _harmless(text: str) -> str:
-    """Text without control characters other than line ends and tabs: a model's words must not steer a terminal."""
+    """Text without control characters other than line ends and tabs: generated text must not control the terminal."""
     return "".join("\ufffd" if category(one) == "Cc" and one not in "\n\t" else one for one in text)
 
 
 def print_events(events: Generator[Event, None, GenerationOutput], out: Path) -> None:
-    """A reply as JSON lines while it is made, one an event, and last the whole as `generate --json` prints it."""
+    """A reply as JSON lines while it is generated, one per event; the last is the whole reply, as in `generate
+    --json`."""
     from anytoken.inference.streaming import (
         SegmentFinished,
         SegmentProgress,
@@ -157,7 +158,7 @@ def _print_line(**fields: Any) -> None:
 
 
 def show_model(model: AnyToken) -> None:
-    """Print a model's size, id ranges, sampling defaults, and the versions underneath."""
+    """Print a model's size, id ranges, sampling defaults, and library versions."""
     from importlib.metadata import version
 
     config, space = model.lm.config, model.token_space

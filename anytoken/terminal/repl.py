@@ -41,14 +41,14 @@ NEED_A_VALUE = (*(f"/{kind}" for kind in PART_KINDS), "/ask", "/edit", "/load")
 
 
 class ChatRepl:
-    """The chat loop: reads lines, does what they say, and never loses the conversation to a mistake."""
+    """The chat loop: reads and executes lines; errors never lose the conversation."""
 
     def __init__(self, chat: Chat, out: Path, console: Console, **options: Any) -> None:
         self.chat, self.out, self.console, self.options = chat, out, console, options
         self.attached: list[Segment] = []
 
     def run(self, read: Callable[[], str], interactive: bool = False) -> None:
-        """Talk until /quit or the end of input; Ctrl-C stops a reply, or clears the line at an interactive prompt."""
+        """Chat until /quit or the end of input; Ctrl-C stops a reply, or clears the line at an interactive prompt."""
         if interactive:
             self._note(HELP)
         while True:
@@ -68,7 +68,7 @@ class ChatRepl:
                 self.console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
     def handle_command(self, line: str) -> None:
-        """Do one line. ValueError or OSError says what is wrong with it; the conversation is then as it was."""
+        """Execute one line. ValueError or OSError says what is wrong; the conversation is then unchanged."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command in NEED_A_VALUE and not rest:
@@ -90,7 +90,7 @@ class ChatRepl:
             self._manage(command, _path(rest))
 
     def _manage(self, command: str, argument: str) -> None:
-        """The commands about the conversation itself."""
+        """The commands that manage the conversation."""
         if command == "/regenerate":
             seed = {"seed": _seed(argument)}
             show_events(self.chat.regenerate_stream(**{**self.options, **seed}), self.out, self.console)
@@ -115,7 +115,7 @@ class ChatRepl:
         self.attached = []
 
     def _edit(self, words: str) -> None:
-        """The conversation is another one only once the new reply is there."""
+        """The conversation changes only once the new reply is complete."""
         from anytoken.segments import Text
 
         before = list(self.chat.turns)
@@ -138,7 +138,7 @@ def _is_path(line: str) -> bool:
 
 
 def _path(argument: str) -> str:
-    """A path as a shell would read it: quotes and backslashes, as terminals write for a file that is dropped there."""
+    """A path with shell quoting, as terminals insert it for a dropped file."""
     try:
         words = shlex.split(argument)
     except ValueError:  # an apostrophe in a name
@@ -149,15 +149,15 @@ def _path(argument: str) -> str:
 def _seed(argument: str) -> int | None:
     if argument and not argument.isdecimal():
         raise RequestError(
-            f"/regenerate takes a seed, a whole number from 0 up, or nothing; received {argument!r}."
+            f"/regenerate takes a seed, an integer of at least 0, or nothing; received {argument!r}."
         )
     return int(argument) if argument else None
 
 
 def line_reader(history: Path | None = None) -> Callable[[], str]:
-    """`input` with editing, completion of commands and paths, and a history that outlives the session.
+    """`input` with editing, completion of commands and paths, and a persistent history.
 
-    history: by default where the XDG convention keeps state; a place that cannot be written to costs the history only.
+    history: by default in the XDG state folder; without write access there is no history.
     """
     try:
         import readline

@@ -80,6 +80,11 @@ class ModalityTokenizer(nn.Module):
     kind: ClassVar[str]
     segment_type: ClassVar[type[Segment]]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = moved.takes_old_settings(cls.__init__)  # type: ignore[method-assign]
+
     def __init__(
         self,
         *,
@@ -305,7 +310,8 @@ class ModalityTokenizer(nn.Module):
 
         dtype: as in `save_pretrained`. The fingerprint is the same before saving and after loading.
         """
-        digest = hashlib.sha256(json.dumps([self.kind, self.config], sort_keys=True).encode())
+        config = moved.fingerprinted_settings(self.config) if self.kind in BUILTIN else self.config
+        digest = hashlib.sha256(json.dumps([self.kind, config], sort_keys=True).encode())
         for key, tensor in sorted(self._weights().items()):
             digest.update(key.encode())
             saved = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
@@ -361,10 +367,12 @@ class ModalityTokenizer(nn.Module):
         if not weights.is_file():
             raise TokenizerError(f"{weights} is missing: the tokenizer folder is incomplete; copy it again.")
         try:
-            tokenizer = cls(**header["config"])
+            config = header["config"]
+            tokenizer = cls(**(moved.current_settings(config, warn=False) if cls.kind in BUILTIN else config))
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            config = Path(folder) / "config.json"
-            raise TokenizerError(f"{config} does not describe a {cls.__name__}: {error}") from error
+            raise TokenizerError(
+                f"{Path(folder) / 'config.json'} does not describe a {cls.__name__}: {error}"
+            ) from error
         try:
             state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(weights).items()}
             if sums := {name for name in tokenizer.state_dict() if name.endswith(SUMS)} - set(state):

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from anytoken import moved
 from anytoken.utils.errors import TokenizerError
 
-ORDERS = ("interleaved", "delayed")
+PATTERNS = ("flatten", "delay")
 NO_HEADER = np.zeros(0, dtype=np.int64)
 NO_HEADER.setflags(write=False)
 
@@ -29,7 +30,7 @@ class CodeGrid:
     min_size: tuple[int, ...]
     max_size: tuple[int, ...]
     num_codebooks: int = 1
-    order: str = "interleaved"
+    order: str = "flatten"
     num_global_codes: int = 0
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ class CodeSequence:
     min_length: int
     max_length: int
     num_codebooks: int = 1
-    order: str = "interleaved"
+    order: str = "flatten"
     num_global_codes: int = 0
 
     def __post_init__(self) -> None:
@@ -77,8 +78,10 @@ CodeShape = CodeGrid | CodeSequence
 
 
 def _check_declared(shape: CodeShape) -> None:
-    if shape.order not in ORDERS:
-        raise TokenizerError(f"Unknown order {shape.order!r}; allowed: {', '.join(ORDERS)}.")
+    pattern = moved.current_settings({"codebook_pattern": shape.order})["codebook_pattern"]
+    object.__setattr__(shape, "order", pattern)
+    if shape.order not in PATTERNS:
+        raise TokenizerError(f"Unknown codebook pattern {shape.order!r}; allowed: {', '.join(PATTERNS)}.")
     if not isinstance(shape.num_global_codes, int) or shape.num_global_codes < 0:
         raise TokenizerError(
             f"num_global_codes is a whole number, 0 for none; received {shape.num_global_codes!r}."
@@ -88,27 +91,25 @@ def _check_declared(shape: CodeShape) -> None:
 def _declared(shape: CodeShape) -> dict[str, Any]:
     """The fields of a shape; `order` and `num_global_codes` only if not the default, as in older files."""
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(shape).items()}
-    return {
-        k: v for k, v in fields.items() if (k, v) not in (("order", "interleaved"), ("num_global_codes", 0))
-    }
+    return {k: v for k, v in fields.items() if (k, v) not in (("order", "flatten"), ("num_global_codes", 0))}
 
 
 def codebook_pattern(shape: CodeShape, frames: int) -> np.ndarray:
     """The order of the codes of `frames` frames in a sequence: flat indices frame * Q + codebook, int64 [frames * Q].
 
-    "interleaved": frame by frame. "delayed": codebook q of a frame is written with codebook 0 of the q-th later frame
+    "flatten": frame by frame. "delay": codebook q of a frame is written with codebook 0 of the q-th later frame
     (the delay pattern of MusicGen, arXiv 2306.05284, without padding), so that the first codes are known early.
     """
     books = shape.num_codebooks
     flat = np.arange(frames * books)
-    if shape.order == "interleaved":
+    if shape.order == "flatten":
         return flat
     return np.lexsort((flat % books, flat // books + flat % books))
 
 
 def code_shape_from_dict(data: dict[str, Any]) -> CodeShape:
     """Read back what `to_dict` wrote; TokenizerError on an unknown type."""
-    fields = {k: v for k, v in data.items() if k != "type"}
+    fields = {k: moved.PATTERNS.get(v, v) if k == "order" else v for k, v in data.items() if k != "type"}
     types: dict[str, type[CodeShape]] = {"grid": CodeGrid, "run": CodeSequence}
     if data.get("type") not in types:
         raise TokenizerError(f"Unknown code shape {data.get('type')!r}; allowed: {', '.join(types)}.")

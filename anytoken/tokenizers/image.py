@@ -2,8 +2,8 @@
 
 A VQ autoencoder (VQ-VAE, arXiv 1711.00937) on patches: a convolutional trunk at patch resolution, finite scalar
 quantization (2309.15505), a deeper trunk, and a short refinement stage at a quarter of the patch size that hides
-patch borders. 64x64 pixels become 64 codes. `candidates` selects codes by their reconstruction: about 0.8 dB better,
-and encoding takes as long as a few decodings per candidate.
+patch borders. 64x64 pixels become 64 codes. With `num_candidates` above 1, codes are selected by their
+reconstruction: about 0.8 dB better, and encoding takes as long as a few decodings per candidate.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def check_side_px(side_px: int, least: int = PATCH_PX) -> None:
         )
 
 
-def best_decoded(
+def analyze_patches(
     choices: Tensor, decode: Callable[[Tensor, Sequence[int]], Tensor], target: Tensor
 ) -> Tensor:
     """The codes [B, N, Q] among choices [B, N, C, Q] whose reconstruction is closest to target [B, ..., H, W].
@@ -124,7 +124,7 @@ class ImageTokenizer(ModalityTokenizer):
 
     Any size is accepted: 1x1 and 5000x5000 both become `side_px` on the longer side, with the aspect ratio rounded
     to whole patches. With `side_px=0` images keep their size (rounded to whole patches, at most 128 px per side).
-    A grid has up to 16 cells per side, or as many as `side_px` needs. `candidates`: when encoding, this number of
+    A grid has up to 16 cells per side, or as many as `side_px` needs. `num_candidates`: when encoding, this number of
     nearest codes is decoded for each patch, and the one with the best reconstruction is kept. TokenizerError for
     invalid settings.
     """
@@ -144,7 +144,7 @@ class ImageTokenizer(ModalityTokenizer):
         codebook_size: int = 1024,
         side_px: int = 64,
         kernel: int = 7,
-        candidates: int = 1,
+        num_candidates: int = 1,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth,
@@ -156,9 +156,9 @@ class ImageTokenizer(ModalityTokenizer):
             raise TokenizerError(f"kernel is odd, so that a window has a middle; received {kernel}.")
         # Older files do not have these keys.
         config |= {"kernel": kernel} if kernel != 7 else {}
-        config |= {"candidates": candidates} if candidates != 1 else {}
+        config |= {"num_candidates": num_candidates} if num_candidates != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        check_candidates(candidates, quantize)
+        check_candidates(num_candidates, quantize)
         most = max(KEPT_PX, side_px) // PATCH_PX
         shape = CodeGrid(("rows", "cols"), (1, 1), (most, most), quantize.num_codebooks, quantize.order)
         super().__init__(shape=shape, codebook_sizes=quantize.codebook_sizes, config=config)
@@ -247,11 +247,11 @@ class ImageTokenizer(ModalityTokenizer):
             x = _patches(as_bytes(np.stack([images[i] for i in rows]))).to(self.device)
             latent = self.encoder(from_bytes(x))
             flat = latent.flatten(2).transpose(1, 2)
-            if (count := self.config.get("candidates", 1)) == 1:
+            if (count := self.config.get("num_candidates", 1)) == 1:
                 codes = self.quantize(flat).codes
             else:
                 target = unpatchify(from_bytes(x), (PATCH_PX, PATCH_PX))
-                codes = best_decoded(self.quantize.nearest(flat, count), self._pixels, target)
+                codes = analyze_patches(self.quantize.nearest(flat, count), self._pixels, target)
             for i, values in zip(rows, codes.cpu().numpy(), strict=True):
                 result[i] = Codes(values, tuple(latent.shape[2:]))
         return [codes for codes in result if codes is not None]

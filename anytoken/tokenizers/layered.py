@@ -159,7 +159,7 @@ class LayeredCodes(ModalityTokenizer):
 
     patch: the sizes that one code stands for. last: name of the layer that outputs pixels. A recolored item keeps its
     local codes: `swap_global` exchanges the base. There is one codebook, with an additional code for empty patches,
-    and `candidates` are not supported.
+    and `num_candidates` are not supported.
     """
 
     patch: ClassVar[tuple[int, ...]]
@@ -175,8 +175,8 @@ class LayeredCodes(ModalityTokenizer):
             raise TokenizerError(
                 f"A {self.kind} tokenizer has one codebook; received {self.config['quantizer']!r}."
             )
-        if "candidates" in self.config:
-            raise TokenizerError(f"A {self.kind} tokenizer takes no candidates.")
+        if "num_candidates" in self.config:
+            raise TokenizerError(f"A {self.kind} tokenizer takes no num_candidates.")
         self.config |= {"matte_width": matte_width, "matte_depth": matte_depth}
         assert isinstance(self.shape, CodeGrid)
         limits = self.shape.axes, self.shape.min_size, self.shape.max_size

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anytoken import moved
 from anytoken.segments import Image, Segment, Speech, Video
 from anytoken.tokenizers.base import (
     CodeGrid,
@@ -164,8 +165,8 @@ class PretrainedTokenizer(ModalityTokenizer):
 class PretrainedSpeech(PretrainedTokenizer):
     """Speech through Mimi, DAC, EnCodec or X-Codec: the first `num_codebooks` of its residual codebooks.
 
-    order: of their codes in a sequence, see `codebook_pattern`. Audio is resampled to the codec's rate and padded to
-    whole frames; decoded audio has whole frames as well.
+    codebook_pattern: "flatten" or "delay", the order of their codes in a sequence. Audio is resampled to the
+    codec's rate and padded to whole frames; decoded audio has whole frames as well.
     """
 
     kind = "pretrained_speech"
@@ -176,7 +177,7 @@ class PretrainedSpeech(PretrainedTokenizer):
         model_config: dict[str, Any],
         num_codebooks: int | None = None,
         max_seconds: float = 20.0,
-        order: str = "interleaved",
+        codebook_pattern: str = "flatten",
     ) -> None:
         config = _config(model_config, "speech")
         most = config.n_codebooks if model_config["model_type"] == "dac" else config.num_quantizers
@@ -190,8 +191,10 @@ class PretrainedSpeech(PretrainedTokenizer):
             )
         self.hop = int(CODECS[model_config["model_type"]].hop(config))
         self.sample_rate_hz = int(getattr(config, "sampling_rate", 0) or config.sample_rate)
-        shape = CodeSequence(1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, order)
-        settings = {"num_codebooks": books, "max_seconds": max_seconds, "order": order}
+        shape = CodeSequence(
+            1, math.ceil(max_seconds * self.sample_rate_hz / self.hop), books, codebook_pattern
+        )
+        settings = {"num_codebooks": books, "max_seconds": max_seconds, "codebook_pattern": codebook_pattern}
         super().__init__(model_config, shape, books, settings)
         self.frame_rate_hz = self.sample_rate_hz / self.hop
 
@@ -369,6 +372,7 @@ def pretrained_tokenizer(source: str | Path, kind: str | None = None, **settings
         kind = kind or (codec.kinds[0] if codec else "speech")
         if kind not in KINDS:
             raise TokenizerError(f"There are pretrained codecs for {', '.join(KINDS)}; received {kind!r}.")
+        settings = moved.current_settings(settings)
         if unknown := set(settings) - set(known := _settings(KINDS[kind])):
             raise TokenizerError(
                 f"{KINDS[kind].__name__} has the settings {', '.join(known)}; received {', '.join(sorted(unknown))}."

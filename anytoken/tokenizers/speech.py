@@ -5,7 +5,7 @@ a short-time spectrum and inverts it, which is cheap and makes the waveform dire
 with multi-resolution spectral losses, without a discriminator. `frames_per_code: 2` halves the sequence
 length; residual codebooks with dropout then serve 25 and 50 codes per second with one set of weights. Global codes
 describe the speaker and the channel once, before the frames (as in BiCodec, 2503.01710): frames need not repeat it, and
-a language model sees the same codes for a word from any speaker. With `candidates`, codes are chosen by the
+a language model sees the same codes for a word from any speaker. With `num_candidates`, codes are chosen by the
 quality of the decoded audio.
 """
 
@@ -162,14 +162,13 @@ class GlobalEncoder(nn.Module):
 class SpeechTokenizer(ModalityTokenizer):
     """16 kHz mono, 20 ms a frame; other rates are resampled, other lengths padded to whole codes.
 
-    frames_per_code: how many frames share a code (of each codebook). max_frames: the longest clip, in codes.
-    num_global_codes: global codes, of the voice. Frames are then encoded less what the clip has all along, and decoded
-    with them; a clip of less than some 0.3 s, which has little else, is kept less well than without. voice_codes is
-    the name that older files and recipes have for it.
-    spectra_per_frame: how many spectra each frame is seen and made by, from windows as much shorter; two keep the
-    moments of consonants apart.
-    candidates: when encoding, decode this many of the nearest codes of each position and keep the one that sounds
-    closest: more words are understood, and encoding takes as long as twice as many decodings.
+    frames_per_code: number of frames per code (of each codebook). max_frames: maximum clip length in codes.
+    num_global_codes: number of global codes, which describe the voice. Local codes then describe frames without the
+    clip's constant part; clips shorter than about 0.3 s are reconstructed less well than without global codes.
+    spectra_per_frame: number of spectra per frame, with proportionally shorter windows, which separate
+    consonants in time.
+    num_candidates: when encoding, decode this number of the nearest codes at each position and keep the one whose audio
+    is closest: more words are recognized, and encoding costs twice as many decodings.
     """
 
     kind = "speech"
@@ -186,9 +185,8 @@ class SpeechTokenizer(ModalityTokenizer):
         max_frames: int = MAX_FRAMES,
         frames_per_code: int = 1,
         num_global_codes: int = 0,
-        candidates: int = 1,
+        num_candidates: int = 1,
         spectra_per_frame: int = 1,
-        voice_codes: int = 0,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -196,7 +194,6 @@ class SpeechTokenizer(ModalityTokenizer):
         }  # fmt: skip
         if not isinstance(frames_per_code, int) or frames_per_code < 1:
             raise TokenizerError(f"frames_per_code is a whole number from 1; received {frames_per_code!r}.")
-        num_global_codes = num_global_codes or voice_codes
         if spectra_per_frame not in SPECTRA_PER_FRAME:
             raise TokenizerError(
                 f"spectra_per_frame is one of {', '.join(map(str, SPECTRA_PER_FRAME))}; received {spectra_per_frame!r}."
@@ -204,10 +201,10 @@ class SpeechTokenizer(ModalityTokenizer):
         # Files from before there was a choice do not write it.
         config |= {"frames_per_code": frames_per_code} if frames_per_code != 1 else {}
         config |= {"num_global_codes": num_global_codes} if num_global_codes else {}
-        config |= {"candidates": candidates} if candidates != 1 else {}
+        config |= {"num_candidates": num_candidates} if num_candidates != 1 else {}
         config |= {"spectra_per_frame": spectra_per_frame} if spectra_per_frame != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        check_candidates(candidates, quantize)
+        check_candidates(num_candidates, quantize)
         shape = CodeSequence(1, max_frames, quantize.num_codebooks, quantize.order, num_global_codes)
         bands, smallest = MELS * spectra_per_frame, min(quantize.codebook_sizes)
         voice = GlobalEncoder(width, num_global_codes, smallest, bands) if num_global_codes else None
@@ -299,9 +296,9 @@ class SpeechTokenizer(ModalityTokenizer):
         quantized = self.quantize(self._features(seen))
         frames = quantized.vectors.transpose(1, 2)
         if self.voice:
-            told = self.voice(seen)[0]
-            own = torch.rand(len(seen), 1, 1, device=told.device) < 0.5
-            frames = frames + torch.where(own, told, told.roll(len(seen) // 2, 0))
+            voice_codes = self.voice(seen)[0]
+            own = torch.rand(len(seen), 1, 1, device=voice_codes.device) < 0.5
+            frames = frames + torch.where(own, voice_codes, voice_codes.roll(len(seen) // 2, 0))
         losses = self._audio_losses(self.decoder(frames), batch)
         return self._weighted(losses) + quantized.loss, {name: one.item() for name, one in losses.items()}
 
@@ -358,26 +355,26 @@ class SpeechTokenizer(ModalityTokenizer):
         for rows in group_by_shape(frames, frames, self.device):
             batch = torch.from_numpy(np.stack([clips[i] for i in rows])).to(self.device)
             seen = self._scaled_mel(batch)
-            told = self.voice(seen)[1] if self.voice else None
-            values = self._chosen(self._features(seen), told, batch).cpu().numpy()
-            headers = np.zeros((len(rows), 0)) if told is None else told.cpu().numpy()
+            voice_codes = self.voice(seen)[1] if self.voice else None
+            values = self._chosen(self._features(seen), voice_codes, batch).cpu().numpy()
+            headers = np.zeros((len(rows), 0)) if voice_codes is None else voice_codes.cpu().numpy()
             found = zip(rows, values, headers, strict=True)
             codes.update({i: Codes(one, header=header) for i, one, header in found})
         return [codes[i] for i in range(len(clips))]
 
-    def _chosen(self, features: Tensor, told: Tensor | None, target: Tensor) -> Tensor:
-        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `candidates` those whose audio is heard as target.
+    def _chosen(self, features: Tensor, voice_codes: Tensor | None, target: Tensor) -> Tensor:
+        """Codes [B, N, Q] of features [B, N, D]: the nearest, or of `num_candidates` those closest to target.
 
-        told: codes of the voice [B, count]. Every other code is tried at once, and judged by its own time and that of
-        the codes next to it.
+        voice_codes [B, count]: global codes. Every second code is tried at once; its error is measured over its own
+        span and those of its neighbors.
         """
-        if (count := self.config.get("candidates", 1)) == 1:
+        if (count := self.config.get("num_candidates", 1)) == 1:
             return self.quantize(features).codes
         wanted, frames = log_mel(target), self.hop // FRAME
 
         def error(trials: Tensor) -> Tensor:
             kinds = len(trials)
-            voice = None if told is None else told.repeat(kinds, 1)
+            voice = None if voice_codes is None else voice_codes.repeat(kinds, 1)
             audio = self._audio(trials.flatten(0, 1), voice)
             apart = perceptual_distance(log_mel(audio).unflatten(0, (kinds, -1)), wanted).flatten(0, 1)
             each = F.avg_pool1d(apart, frames)
@@ -402,14 +399,14 @@ class SpeechTokenizer(ModalityTokenizer):
 
     def _decode_values(self, values: np.ndarray, headers: np.ndarray) -> np.ndarray:
         """Codes [B, T, Q] and global codes [B, G] to samples [B, T * hop] in [-1, 1]."""
-        local, told = (torch.from_numpy(one).to(self.device) for one in (values, headers))
-        return self._audio(local, told if self.voice else None).cpu().numpy()
+        local, voice_codes = (torch.from_numpy(one).to(self.device) for one in (values, headers))
+        return self._audio(local, voice_codes if self.voice else None).cpu().numpy()
 
-    def _audio(self, codes: Tensor, told: Tensor | None) -> Tensor:
+    def _audio(self, codes: Tensor, voice_codes: Tensor | None) -> Tensor:
         """Codes [B, N, Q] of frames and [B, count] of the voice to samples [B, N * hop] in [-1, 1]."""
         frames = self.quantize.lookup(codes).transpose(1, 2)
-        if self.voice and told is not None:
-            frames = frames + self.voice.lookup(told)
+        if self.voice and voice_codes is not None:
+            frames = frames + self.voice.lookup(voice_codes)
         return self.decoder(frames).clamp(-1, 1)
 
     @property
@@ -436,7 +433,7 @@ class SpeechTokenizer(ModalityTokenizer):
         """
         choice = self.config["quantizer"]
         choice = {"kind": choice} if isinstance(choice, str) else choice
-        coarse = SpeechTokenizer(**{**self.config, "quantizer": {**choice, "first": count}})
+        coarse = SpeechTokenizer(**{**self.config, "quantizer": {**choice, "num_active_codebooks": count}})
         coarse.load_state_dict(self.state_dict())
         return coarse.to(self.device).train(self.training)
 

@@ -21,8 +21,8 @@ from anytoken.segments import Image, Segment, Video
 from anytoken.tokenizers.base import CodeGrid, Codes, ModalityTokenizer, TokenizerError, register_modality
 from anytoken.tokenizers.image import (
     PATCH_PX,
+    analyze_patches,
     as_bytes,
-    best_decoded,
     check_candidates,
     check_side_px,
     fit_side,
@@ -83,7 +83,7 @@ class VideoTokenizer(ModalityTokenizer):
     """One code per 4 frames of 8x8 pixels. `encode` scales the longer side to `side_px`, for 4 to 4 * max_steps frames.
 
     The number of frames becomes the nearest multiple of 4, sampled evenly from the clip (a single frame is repeated).
-    Decoded video has `video_frame_rate_hz` frames per second; the clip's own rate is not coded. `candidates`: as in
+    Decoded video has `video_frame_rate_hz` frames per second; the clip's own rate is not coded. `num_candidates`: as in
     ImageTokenizer, tried step by step; only if causal.
     """
 
@@ -102,7 +102,7 @@ class VideoTokenizer(ModalityTokenizer):
         video_frame_rate_hz: float = 4.0,
         max_steps: int = MAX_STEPS,
         causal: bool = False,
-        candidates: int = 1,
+        num_candidates: int = 1,
     ) -> None:
         config = {
             "width": width, "encoder_depth": encoder_depth, "decoder_depth": decoder_depth, "quantizer": quantizer,
@@ -113,12 +113,12 @@ class VideoTokenizer(ModalityTokenizer):
         # Older files do not have these keys.
         config |= {"max_steps": max_steps} if max_steps != MAX_STEPS else {}
         config |= {"causal": True} if causal else {}
-        config |= {"candidates": candidates} if candidates != 1 else {}
+        config |= {"num_candidates": num_candidates} if num_candidates != 1 else {}
         quantize = Quantizer(width, quantizer, levels, codebook_size)
-        check_candidates(candidates, quantize)
-        if candidates != 1 and not causal:
+        check_candidates(num_candidates, quantize)
+        if num_candidates != 1 and not causal:
             raise TokenizerError(
-                f"candidates are tried step by step: 1, or causal=true; received {candidates} without."
+                f"num_candidates are tried step by step: 1, or causal=true; received {num_candidates} without."
             )
         cells = side_px // PATCH_PX
         shape = CodeGrid(
@@ -183,10 +183,10 @@ class VideoTokenizer(ModalityTokenizer):
     ) -> tuple[Tensor, list[Tensor] | None]:
         """Codes [B, N, 1] of latents [B, D, steps, rows, cols] of tubelets x, and the decoder's cache after them.
 
-        With candidates, those of each step with the best reconstruction, given the steps before.
+        With num_candidates, those of each step with the best reconstruction, given the steps before.
         """
         flat = latent.flatten(2).transpose(1, 2)
-        if (count := self.config.get("candidates", 1)) == 1:
+        if (count := self.config.get("num_candidates", 1)) == 1:
             return self.quantize(flat).codes, past
         cells, found = math.prod(latent.shape[3:]), []
         for step, choices in enumerate(self.quantize.nearest(flat, count).split(cells, 1)):
@@ -196,7 +196,7 @@ class VideoTokenizer(ModalityTokenizer):
             def decode(trial: Tensor, grid: Sequence[int], before: list[Tensor] | None = before) -> Tensor:
                 return unpatchify(self._next_step(trial, (1, *grid), before)[0], TUBELET)
 
-            found.append(best_decoded(choices, decode, target))
+            found.append(analyze_patches(choices, decode, target))
             _, past = self._next_step(found[-1], (1, *latent.shape[3:]), before)
         return torch.cat(found, 1), past
 

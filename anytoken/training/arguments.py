@@ -1,4 +1,4 @@
-"""A stage as transformers' TrainingArguments, and what a state that it resumes from changes in them."""
+"""Convert a stage to transformers' TrainingArguments, adjusted to the state that it resumes from."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from anytoken.utils.errors import ConfigError
 
 
 def training_arguments(stage: TrainConfig) -> TrainingArguments:
-    """The stage as transformers' arguments; ConfigError if other than ``world_size`` processes run."""
+    """The stage as transformers' arguments; ConfigError if the number of processes is not ``world_size``."""
     arguments = TrainingArguments(
         output_dir=stage.output,
         max_steps=stage.steps,
@@ -55,7 +55,7 @@ def training_arguments(stage: TrainConfig) -> TrainingArguments:
 
 
 def settled(stage: TrainConfig) -> TrainConfig:
-    """The stage with a precision instead of auto: that of the state it resumes from, or the quicker one here."""
+    """The stage with ``precision: auto`` resolved: that of the state it resumes from, or the faster one here."""
     if stage.precision != "auto":
         return stage
     states = saved_states(Path(stage.output))
@@ -68,19 +68,19 @@ def settled(stage: TrainConfig) -> TrainConfig:
 
 
 def make_resumable(stage: TrainConfig, state: Path) -> None:
-    """Let the recipe's engine and number of processes resume from a state; ConfigError if they cannot."""
+    """Adapt a state to the recipe's engine and number of processes; ConfigError if that is impossible."""
     before, engine = read_progress(state), stage.distributed.engine
     if before["engine"] != engine:
         raise ConfigError(
-            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot go on from its optimizer; take "
-            f"that again, or begin another run{begin_from(stage, [state])}"
+            f"{state} was saved by distributed.{before['engine']}, and {engine} cannot resume from its optimizer; take "
+            f"that again, or start another run{begin_from(stage, [state])}"
         )
     if _is_converted(stage):
         convert(state)
 
 
 def _is_converted(stage: TrainConfig) -> bool:
-    """Whether the run resumes from a state of DeepSpeed's that another number of processes saved."""
+    """Whether the run resumes from a DeepSpeed state saved by another number of processes."""
     states = saved_states(Path(stage.output))
     if stage.distributed.engine != "deepspeed" or not states:
         return False

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: the bar, the time limit, held-out losses, samples, the page."""
+"""The callback around the steps of a run: progress bar, time limit, held-out losses, samples, report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TrainingCallback(TrainerCallback):
             total=stage.steps, initial=state.global_step, desc=self.trainer.folder.name, unit="step"
         )
         self.bar.disable = self.bar.disable or not state.is_world_process_zero
-        # A run that goes on brings the intervals it was begun with; those of the recipe count.
+        # A resumed run brings the intervals that it was started with; those of the recipe count.
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         if self.trainer.stage.eval.first and state.global_step == 0:
             self.evaluate(0)
@@ -76,7 +76,7 @@ class TrainingCallback(TrainerCallback):
         self.bar.update()
 
     def show(self, entry: dict[str, Any]) -> None:
-        """A line of the log in the bar and on the page."""
+        """Show a line of the log in the progress bar and the report."""
         shown = {name: f"{group['loss']:.3f}" for name, group in entry["groups"].items() if name != "control"}
         self.bar.set_postfix(shown | {"tok/s": f"{entry['tokens_per_second']:.0f}"})
         if self.trainer.is_world_process_zero():
@@ -86,7 +86,7 @@ class TrainingCallback(TrainerCallback):
         self.bar.close()
 
     def sample(self, step: int) -> None:
-        """Replies for the report, by the first process, if it holds the whole model."""
+        """Generate replies for the report, in the first process, if it holds the whole model."""
         trainer = self.trainer
         if trainer.weights_are_sharded:
             return
@@ -96,13 +96,13 @@ class TrainingCallback(TrainerCallback):
                 trainer.sampler.take(step, base_model(trainer.lm))
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Log the losses on the held-out sources, over the same batches every time; returns them, flat."""
+        """Log the losses on the held-out sources, always over the same batches; returns them under flat names."""
         if self.trainer.held_out is None:
             return {}
         return self.trainer.log_held_out(step, self.held_out_report())
 
     def held_out_report(self) -> dict[str, Any]:
-        """What the meter says of the held-out batches."""
+        """Metrics of the held-out batches."""
         trainer = self.trainer
         assert isinstance(trainer.model, ModelWithLoss) and trainer.held_out is not None
         meter = LossMeter(trainer.meter.names)
@@ -115,12 +115,12 @@ class TrainingCallback(TrainerCallback):
                 meter.add(outputs["parts"], trainer.micro_batch)
         report = meter.report()
         if trainer.stage.eval.modality_integration_rate:
-            report["integration"] = self.integration(batch)
+            report["modality_integration_rate"] = self.modality_integration_rate(batch)
         model.train()
         return report
 
-    def integration(self, batch: dict[str, Tensor]) -> dict[str, float]:
-        """Modality Integration Rate over one packed batch: of several processes, the rows of the first."""
+    def modality_integration_rate(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Modality Integration Rate over one packed batch; of several processes, the rows of the first."""
         trainer = self.trainer
         base, loss = base_model(trainer.lm), trainer.model.loss
         with torch.no_grad(), usable_attention(base):  # no autocast here

@@ -1,13 +1,13 @@
-"""The folder of a run, written so that a kill at any moment leaves its last whole state.
+"""The folder of a run, written so that a kill at any time leaves its last complete state.
 
-    stage.yaml           the resolved recipe; a run resumes under no other
-    run.json             what was run on what: code, machine, sizes, checksums of the data
+    stage.yaml           the resolved recipe; resuming with another one is an error
+    run.json             metadata: code, machine, sizes, checksums of the data
     metrics.jsonl        cut back to the length it had at the state a run resumes from
     tensorboard/         event files, if report_to names it
-    report.html          the page to look at, updated with the log
+    report.html          the report, updated with the log
     samples/step-N.json  replies to the recipe's prompts
     diverged/            the batches of a step whose loss or gradient was not finite
-    state/checkpoint-N   weights, optimizer, schedule, random numbers, place in the data and in the meter
+    state/checkpoint-N   weights, optimizer, schedule, random state, position in the data and in the meter
     state/partial        what is being written: never read, emptied when a run begins
 
 A finished run has training.md, and the model instead of the states: a checkpoint, or an adapter and its card.
@@ -35,7 +35,7 @@ STATE_FOLDER = "state"
 KEPT_STATES = 2
 PROGRESS = "progress.json"  # the place in the data, in the meter and in the log: the same for every process
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what torch and safetensors say of a full disk
-# Settings that may differ when a run goes on: they do not change what is learnt at a step.
+# Settings that may differ when a run resumes: they do not change what a step computes.
 FREE_SETTINGS = {
     "output", "save_every", "save_minutes", "weights_folder", "log_every", "threads", "eval", "max_minutes", "samples",
     "reference", "distributed", "gradient_checkpointing", "attention", "compile", "report_to", "early_stopping",
@@ -55,17 +55,18 @@ def step_of(state: Path) -> int:
 
 
 def read_progress(state: Path) -> dict[str, Any]:
-    """What was noted next to a state."""
+    """The progress file next to a state."""
     return json.loads((state / PROGRESS).read_text())
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a run writes what is not whole yet."""
+    """The folder for incomplete states."""
     return folder / STATE_FOLDER / "partial"
 
 
 def commit_checkpoint(folder: Path, step: int, kept: Collection[int | None] = ()) -> None:
-    """Commit the written state of a step, from which a run can resume; drop the oldest but those of ``kept``."""
+    """Commit the written state of a step, from which a run can resume; remove the oldest ones except those in
+    ``kept``."""
     written = partial_folder(folder) / f"checkpoint-{step}"
     for path in [*written.rglob("*"), written]:
         flush(path)
@@ -85,18 +86,18 @@ def _drop(state: Path) -> None:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what a kill left half-written or half-removed."""
+    """Remove what a killed process left incomplete."""
     for path in [partial_folder(folder), *(folder / STATE_FOLDER).glob("dropped-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def save_error(folder: Path, what: str, error: Exception) -> WriteError:
-    """What to say of a save that failed, after making room by removing its half."""
+    """The error for a failed save, after removing its incomplete files."""
     clear_partial(folder)
     states = saved_states(folder)
     last = f"the last whole state is {states[-1]}" if states else "there is no whole state yet"
     return WriteError(
-        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and run the same command again"
+        f"{what} could not be saved in {folder} ({error}); {last}. Free some space and rerun the command"
     )
 
 
@@ -112,14 +113,14 @@ def move_final(folder: Path) -> None:
 
 
 def is_finished(stage: TrainConfig) -> bool:
-    """Whether the output folder holds this run's end; ConfigError if it holds another run, or something else."""
+    """Whether the output folder holds this run, finished; ConfigError if it holds another run or something else."""
     folder = Path(stage.output)
     bare = stage.contrastive is not None and stage.lora is None and not stage.trainable
     done = any((folder / name).is_file() for name in ([HEAD_FILE] if bare else MARKERS))
     if not (folder / "stage.yaml").is_file():
         if done:
             raise ConfigError(
-                f"{folder} holds a model that no run of this recipe made; choose another output"
+                f"{folder} holds a model that was not made by this recipe; choose another output"
             )
         return False
     before = TrainConfig.from_dict(
@@ -129,8 +130,8 @@ def is_finished(stage: TrainConfig) -> bool:
     if changed:
         states = [folder] if done else saved_states(folder)[-1:]
         raise ConfigError(
-            f"{folder} holds a run with another {'; '.join(changed)}. Go on with the recipe it was begun with "
-            f"({folder / 'stage.yaml'}), or begin another run{begin_from(stage, states)}"
+            f"{folder} holds a run with another {'; '.join(changed)}. Resume with the recipe that it was started with "
+            f"({folder / 'stage.yaml'}), or start another run{begin_from(stage, states)}"
         )
     if done:
         # A kill between the last two steps of its end.
@@ -139,9 +140,9 @@ def is_finished(stage: TrainConfig) -> bool:
 
 
 def begin_from(stage: TrainConfig, states: Sequence[Path]) -> str:
-    """What to type to begin another run: from the last of these states (or finished folders), if there is one.
+    """The options that start another run, from the last of these states (or finished folders) if there is one.
 
-    A state of full training is a checkpoint, which brings what the recipe made; one of an adapter is an adapter.
+    A state of full training is a checkpoint that contains its model; a state of an adapter is an adapter.
     """
     output, number = Path(stage.output), 2
     while (free := output.with_name(f"{output.name}_{number}")).exists():
@@ -149,11 +150,11 @@ def begin_from(stage: TrainConfig, states: Sequence[Path]) -> str:
     if not states:
         return f" with output={free}"
     if stage.lora is not None:
-        return f" from what it has learnt: lora.start={states[-1]} output={free}"
+        return f" from its weights: lora.start={states[-1]} output={free}"
     made = {"tokenizers": stage.tokenizers, "model": stage.model, "modalities": stage.modalities,
             "replace": stage.replace_tokenizers}  # fmt: skip
     there = "".join(f" {name}={{}}" for name, value in made.items() if value)
-    return f" from what it has learnt: init_from={states[-1]}{there} output={free}"
+    return f" from its weights: init_from={states[-1]}{there} output={free}"
 
 
 def _differences(before: Any, after: Any, name: str = "") -> list[str]:

@@ -1,8 +1,8 @@
-"""Contrastive losses over a batch of pairs: which right item belongs to which left one, and the other way round.
+"""Contrastive losses over a batch of pairs: match left and right items, in both directions.
 
 The base is InfoNCE (arXiv 1807.03748) in both directions with a learned temperature (CLIP, 2103.00020). Options of a
-recipe's ``contrastive`` change the targets, the weights or the similarities, and add terms; each names its source
-where it is computed. All work on the vectors of the global batch, which every process computes alike.
+recipe's ``contrastive`` change the targets, the weights or the similarities, and add terms; each cites its source. All
+use the vectors of the global batch, so every process computes the same loss.
 
 Shapes: N pairs, W width, T tokens.
 """
@@ -27,7 +27,8 @@ class Side(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """loss: to minimise. nll [N]: of the pairs, both directions' mean. right [N]: how often the nearest is right."""
+    """loss: to minimize. nll [N]: of the pairs, mean of both directions. right [N]: share of directions whose nearest
+    item is right."""
 
     loss: Tensor
     nll: Tensor
@@ -37,7 +38,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Which terms count; a recipe's ``contrastive`` has the same names, and says what they mean."""
+    """The loss options; ``contrastive`` in a recipe has the same names and documents them."""
 
     widths: Sequence[int] = ()
     tokenwise: float = 0.0
@@ -56,10 +57,10 @@ def contrastive_loss(
     weights: Tensor | None = None,
     teacher: tuple[Tensor, Tensor] | None = None,
 ) -> Scored:
-    """The loss of a recipe's options over both sides of N pairs.
+    """The contrastive loss over both sides of N pairs.
 
     targets: what left and right items should retrieve, each [N, N] with rows that sum to 1; by default their partner.
-    weights: of the pairs [N]. teacher: what another model retrieves, in the form of targets.
+    weights: of the pairs [N]. teacher: the targets of a teacher model.
     """
     count = len(left.vectors)
     eye = torch.eye(count, device=scale.device)
@@ -96,7 +97,8 @@ def contrastive_loss(
 def symmetric_nll(
     logits: Tensor, targets: tuple[Tensor, Tensor], positive: Tensor, hardness: float = 0.0
 ) -> Tensor:
-    """Cross-entropy of every pair [N], the mean of both directions; positive: bool [N, N], which are no negatives."""
+    """Cross-entropy of every pair [N], the mean of both directions; positive, bool [N, N]: pairs that are not
+    negatives."""
     forward = cross_entropy(logits, targets[0], positive, hardness)
     return (forward + cross_entropy(logits.T, targets[1], positive.T, hardness)) / 2
 
@@ -104,8 +106,8 @@ def symmetric_nll(
 def cross_entropy(logits: Tensor, targets: Tensor, positive: Tensor, hardness: float = 0.0) -> Tensor:
     """Cross-entropy [N] between target rows and the softmax of logits [N, N].
 
-    hardness: negatives count by how near they are, exp(hardness x logit) of mean 1 over a row's negatives; 0 counts
-    them alike (Robinson et al., "Contrastive Learning with Hard Negative Samples", arXiv 2010.04592).
+    hardness: weights negatives by exp(hardness x logit), normalized to mean 1 over a row's negatives; 0 weights them
+    equally (Robinson et al., "Contrastive Learning with Hard Negative Samples", arXiv 2010.04592).
     """
     counted = logits
     if hardness:
@@ -117,7 +119,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, positive: Tensor, hardness: f
 
 
 def equal_targets(groups: Tensor) -> Tensor:
-    """Targets [N, N] for several positives: items of the same group [N] share what is wanted evenly.
+    """Targets [N, N] for several positives: items of the same group [N] share the target evenly.
 
     (SupCon, arXiv 2004.11362; UniCL, 2204.03610, for images and texts.)
     """
@@ -126,11 +128,11 @@ def equal_targets(groups: Tensor) -> Tensor:
 
 
 def graded_targets(states: Tensor, sharpness: float) -> Tensor:
-    """Targets [N, N] graded by how alike the querying side's items are before any training.
+    """Targets [N, N] graded by the similarity of the querying side's items before training.
 
     CWCL, "Continuously Weighted Contrastive Loss" (arXiv 2309.14580), weighs by (1 + cosine) / 2 of a frozen encoder.
-    states [N, F]: here the backbone's pooled states, centred because a language model's all point one way, and the
-    weights to the power of `sharpness`.
+    states [N, F]: here the backbone's pooled states, centered because a language model's states share a direction;
+    weights are raised to the power `sharpness`.
     """
     unit = F.normalize(states.detach() - states.detach().mean(0), dim=1)
     weights = ((1 + unit @ unit.T) / 2).clamp(min=0) ** sharpness
@@ -138,14 +140,14 @@ def graded_targets(states: Tensor, sharpness: float) -> Tensor:
 
 
 def distilled(targets: Tensor, teacher: Tensor, options: Options) -> Tensor:
-    """Targets mixed with what a teacher retrieves: a momentum model's soft targets (ALBEF, arXiv 2107.07651)."""
+    """Targets mixed with the soft targets of a teacher, such as a momentum model (ALBEF, arXiv 2107.07651)."""
     return (1 - options.teacher_weight) * targets + options.teacher_weight * teacher
 
 
 def noise_weights(logits: Tensor, sharpness: float) -> Tensor:
-    """Weights [N] that trust pairs the model finds likely: the probability of the pair to the power of `sharpness`.
+    """Weights [N] of noisy pairs: the probability of the pair to the power of `sharpness`.
 
-    Pairs that do not belong together keep a high loss while true ones are learned first (Huang et al., "Learning with
+    Mismatched pairs keep a high loss while correct ones are learned first (Huang et al., "Learning with
     Noisy Correspondence", NeurIPS 2021; NLIP, arXiv 2212.07086, weighs pairs by an estimate from their losses).
     """
     forward, backward = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
@@ -161,7 +163,7 @@ def prefix_similarity(left: Side, right: Side, width: int) -> Tensor:
 def token_similarity(left: Side, right: Side) -> Tensor:
     """FILIP's token-wise similarity (arXiv 2111.07783), mean of both directions [N, N].
 
-    Each token takes its most similar token of the other side; the mean over the tokens counts.
+    The mean over tokens of the similarity to the most similar token of the other side.
     """
     assert left.tokens is not None and right.tokens is not None
     real = [side.tokens.square().sum(-1) > 0 for side in (left, right) if side.tokens is not None]
@@ -176,7 +178,7 @@ def token_similarity(left: Side, right: Side) -> Tensor:
 
 
 def intra_modal_consistency(left: Tensor, right: Tensor) -> Tensor:
-    """How differently the items of the two sides lie to each other: mean square of the differences of their cosines.
+    """Mean squared difference between the cosines within the two sides.
 
     CyCLIP's in-modal and cross-modal consistency (arXiv 2205.14459).
     """
@@ -188,10 +190,10 @@ def intra_modal_consistency(left: Tensor, right: Tensor) -> Tensor:
 def compatibility_loss(
     new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor], scale: Tensor, targets: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """How well projected new vectors (left, right) retrieve an older model's: the mean over its left and right ones.
+    """Contrastive loss between projected new vectors (left, right) and an older model's, averaged over its two sides.
 
-    Backward-compatible training for two modalities (XBT, arXiv 2405.14715): an index of old vectors keeps serving
-    queries of the new model.
+    Backward-compatible training for two modalities (XBT, arXiv 2405.14715): an index of old vectors can be queried with
+    the new model.
     """
     left, right = ((wanted > 0) for wanted in targets)
     losses = [
@@ -203,7 +205,7 @@ def compatibility_loss(
 
 
 def nearest_is_right(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether each row's nearest item is one that is wanted as much as any, float32 [N]."""
+    """Whether each row's nearest item has the highest target, float32 [N]."""
     chosen = targets.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
     return (chosen >= targets.amax(1) - 1e-6).float()
 
@@ -211,7 +213,7 @@ def nearest_is_right(logits: Tensor, targets: Tensor) -> Tensor:
 def retrieval_recall(
     left: Tensor, right: Tensor, positive: Tensor, at: Sequence[int] = (1, 5)
 ) -> dict[str, float]:
-    """Share of left items [N, W] with a positive (bool [N, N]) among their nearest right ones, by {"R@1": ...}."""
+    """Share of left items [N, W] with a positive (bool [N, N]) among their nearest right items, as {"R@1": ...}."""
     order = (left @ right.T).topk(min(max(at), len(right)), dim=1).indices
     hit = positive.gather(1, order)
     return {f"R@{k}": float(hit[:, :k].any(1).float().mean()) for k in at}

@@ -1,12 +1,12 @@
-"""What a stage would cost on many GPUs: parameters, memory, FLOPs and hours, without allocating one weight.
+"""Estimate the cost of a stage on many GPUs: parameters, memory, FLOPs and hours, without allocating weights.
 
-Parameters are counted on the very model, built on PyTorch's meta device, not from a formula. Memory follows mixed
-precision AdamW as ZeRO shares it out (arXiv 1910.02054): 2 bytes per weight, 2 per gradient, 12 of optimizer state (a
-float32 copy and two moments). Activations are what a decoder layer keeps for its backward pass (arXiv 2205.05198)
-with an attention kernel that keeps no score matrix, or one hidden state a layer with gradient checkpointing. With
-LoRA gradients and optimizer are the adapter's alone, counted on PEFT's own model. FLOPs
-are the model's own: 2 a weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight,
-and causal attention over full contexts (an upper bound where packed samples are shorter).
+Parameters are counted on the model itself, built on PyTorch's meta device. Memory follows mixed-precision AdamW as
+divided by ZeRO (arXiv 1910.02054): 2 bytes per weight, 2 per gradient, 12 of optimizer state (a float32 copy and two
+moments). Activations are what a decoder layer keeps for its backward pass (arXiv 2205.05198) with an attention kernel
+that keeps no score matrix, or one hidden state a layer with gradient checkpointing. With LoRA gradients and optimizer
+are the adapter's alone, counted on PEFT's own model. FLOPs are the model's own: 2 a weight and token forward, 2 for the
+gradient of the input, 2 for that of a trained weight, and causal attention over full contexts (an upper bound where
+packed samples are shorter).
 """
 
 from __future__ import annotations
@@ -33,15 +33,10 @@ from anytoken.training.lora import add_lora
 from anytoken.utils.errors import ConfigError
 from anytoken.utils.hints import choices, no_such_model
 
-SHARDING = {
-    "ddp": 0,
-    "zero1": 1,
-    "zero2": 2,
-    "zero3": 3,
-    "fsdp": 3,
-}  # what is divided: + optimizer, + gradients, + weights
+# What is divided: + optimizer, + gradients, + weights.
+SHARDING = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
 GIB = 2**30
-WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12  # bytes a parameter
+WEIGHT, GRADIENT, OPTIMIZER = 2, 2, 12  # bytes per parameter
 LOSS_TOKENS = 1024  # positions whose logits exist at a time
 
 
@@ -65,7 +60,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts: all, those one token passes, those a stage trains, and what of the whole does no matrix product."""
+    """Parameter counts: total, active per token, trained, trained and active, and used in lookups only."""
 
     total: int
     active: int
@@ -76,7 +71,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Share:
-    """The MFU (share of a GPU's peak) that training is taken to reach, and where that comes from."""
+    """The MFU (share of a GPU's peak) assumed for training, and its source."""
 
     value: float = 0.4
     source: str = "assumed"
@@ -108,7 +103,7 @@ def plan(
     """Cost of a stage with a model of this configuration.
 
     mfu: assumed, or the file of `anytoken bench gpu` that it was measured in (see `measured_share`). space:
-    of the model, which says how many vocabulary rows a stage trains. ConfigError for an unknown GPU or sharding, a file
+    of the model, which says how many vocabulary rows are trained. ConfigError for an unknown GPU or sharding, a file
     without what is needed, a batch that the GPUs cannot share evenly, or ``lora.new_rows`` without a space.
     """
     if gpu not in GPUS:
@@ -127,10 +122,7 @@ def plan(
     parameters = (
         count(model, stage.trainable) if stage.lora is None else count_adapted(model, stage.lora, space)
     )
-    if isinstance(mfu, Path):
-        share = measured_share(mfu, parameters, gpu)
-    else:
-        share = Share(mfu)
+    share = measured_share(mfu, parameters, gpu) if isinstance(mfu, Path) else Share(mfu)
     memory = _memory(stage, model, parameters, gpus, sharding)
     tokens = stage.steps * stage.tokens_per_batch
     flops = tokens * flops_per_token(config, parameters, stage.context)
@@ -140,11 +132,11 @@ def plan(
 
 
 def measured_share(path: Path, parameters: Parameters, gpu: str) -> Share:
-    """The share of the peak that `anytoken bench gpu` measured with the model that is most like this one.
+    """The MFU that `anytoken bench gpu` measured with the most similar model.
 
-    Of our own steps, those with experts stand for a model with experts and dense ones for a dense one; of these, the
-    shape that is nearest in active parameters, in its fastest setting. It is `plan_share` of the file, by this module's
-    FLOPs, and of the same GPU's peak. ConfigError if the file holds no such row, or is of another GPU.
+    Models with experts are compared with steps with experts, dense ones with dense ones; of these, the shape nearest in
+    active parameters is used, in its fastest setting. The value is `plan_share` in the file, by this module's FLOPs.
+    ConfigError if the file holds no such row, or was measured on another GPU.
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; `anytoken bench gpu --out {path}` writes it on a GPU")
@@ -153,7 +145,7 @@ def measured_share(path: Path, parameters: Parameters, gpu: str) -> Share:
         rows = found["parts"].get("train", {"rows": []})["rows"]
         measured_on = found.get("gpu")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no file of `anytoken bench gpu` ({error})") from None
+        raise ConfigError(f"{path} is not a file of `anytoken bench gpu` ({error})") from None
     if measured_on is None:
         raise ConfigError(
             f"{path} was measured on {found.get('device')}, whose peak is not known; there are {', '.join(GPUS)}"
@@ -176,7 +168,7 @@ def measured_share(path: Path, parameters: Parameters, gpu: str) -> Share:
 
 
 def sharding_of(stage: TrainConfig) -> str:
-    """What a recipe's engine divides; ZeRO-3 for a recipe of one process, which says nothing of it."""
+    """What a recipe's engine shards; ZeRO-3 for a recipe of one process, which does not specify it."""
     distributed = stage.distributed
     if distributed.deepspeed:
         settings = json.loads(recipes.find(distributed.deepspeed).read_text(encoding="utf-8"))
@@ -187,10 +179,10 @@ def sharding_of(stage: TrainConfig) -> str:
 
 
 def planned_start(stage: TrainConfig) -> tuple[PretrainedConfig, TokenSpace]:
-    """Configuration and token space of what a recipe starts from, downloading nothing and without weights.
+    """Configuration and token space of a recipe's initial model, without downloads or weights.
 
-    That is its checkpoint with the ``modalities`` it adds, its own model from scratch, or its backbone, where that is
-    no checkpoint yet. ConfigError if there is neither.
+    That is its checkpoint with the ``modalities`` it adds, its own model from scratch, or its backbone if there is no
+    checkpoint yet. ConfigError if there is neither.
     """
     if stage.init_from == "scratch":
         space = build_processor(stage.tokenizers).token_space
@@ -215,26 +207,27 @@ def planned_start(stage: TrainConfig) -> tuple[PretrainedConfig, TokenSpace]:
 
 
 def read_config(source: str | Path, new_ids: int = 0) -> PretrainedConfig:
-    """A model's configuration from a .json file, a checkpoint folder or a hub id, its vocabulary grown by `new_ids`."""
+    """A model's configuration from a .json file, a checkpoint folder or a hub id, with the vocabulary extended by
+    `new_ids`."""
     path = MINI if source == "mini" else Path(source)
     if path.suffix == ".json" and path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
         if "model_type" not in settings:
-            raise ConfigError(f"{path} names no model_type; give a transformers config.json")
+            raise ConfigError(f"{path} has no model_type; give a transformers config.json")
         config = AutoConfig.for_model(**settings)
     else:
         try:
             config = AutoConfig.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             if path.exists():
-                raise ConfigError(f"{path} holds no configuration of a model: {error}") from error
+                raise ConfigError(f"{path} has no model configuration: {error}") from error
             raise ConfigError(no_such_model(source, ["mini"])) from error
     config.vocab_size += new_ids
     return config
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration with shapes and no storage."""
+    """The model of a configuration on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -256,11 +249,11 @@ def count(model: PreTrainedModel, trainable: Sequence[str] = ("*",)) -> Paramete
 
 
 def count_adapted(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace | None) -> Parameters:
-    """Count a model (on the meta device) with an adapter, which alone is trained; the model is wrapped in place."""
+    """Count a model (on the meta device) with an adapter, the only trained part; the model is wrapped in place."""
     if space is None and spec.new_rows:
         raise ConfigError(
-            f"how many rows {', '.join(spec.new_rows)} has is not known of a bare configuration; leave --model out, or "
-            "set lora.new_rows=[]"
+            f"the number of rows of {', '.join(spec.new_rows)} cannot be determined from a bare configuration; leave "
+            "--model out, or set lora.new_rows=[]"
         )
     bare = count(model, [])
     adapted = add_lora(model, spec, space or TokenSpace(model.config.vocab_size))
@@ -270,7 +263,7 @@ def count_adapted(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace | No
 
 
 def _active(model: PreTrainedModel, named: dict[str, torch.nn.Parameter]) -> int:
-    """Of these parameters, those one token passes: of routed experts only the chosen."""
+    """The number of these parameters that are active per token: of routed experts only the selected ones."""
     experts = getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", 0)
     idle = sum(one.numel() for name, one in named.items() if ".experts." in name)
     idle = idle * (experts - model.config.num_experts_per_tok) // experts if experts else 0
@@ -340,7 +333,7 @@ def _activations(config: PretrainedConfig, tokens: int, checkpointing: bool) -> 
 
 
 def as_rows(one: CostEstimate, gpus: int, gpu: str) -> list[tuple[str, str]]:
-    """A plan as lines of a table."""
+    """An estimate as rows of a table."""
     memory = sum(one.memory.values())
     counts = one.parameters
     return [

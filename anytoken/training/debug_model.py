@@ -1,9 +1,9 @@
-"""A recipe for one or many GPUs in miniature: models, codecs and a few files, all made on the spot.
+"""Miniature versions of recipes: tiny random models, codecs and a few generated files.
 
-What runs is the recipe's own path: language model and codecs are read from checkpoints as they are from the hub, the
-vocabulary grows, raw records are tokenized, packed, trained on and saved, by the recipe's engine. Only sizes, paths
-and numbers of steps are others. Nothing is downloaded. A recipe without a backbone takes the bundled model's
-tokenizers; where it resumes from another run, the bundled model stands in for that.
+The code path is the recipe's own: language model and codecs are read from checkpoints as if from the hub, the
+vocabulary is extended, raw records are tokenized, packed, trained on and saved, with the recipe's engine. Only sizes,
+paths and numbers of steps differ. Nothing is downloaded. A recipe without a backbone uses the bundled model's
+tokenizers; if it starts from another run, the bundled model replaces it.
 """
 
 import json
@@ -54,9 +54,9 @@ OWN_STEPS, OWN_CONTEXT = 2, 512  # of recipes without a backbone, whose tokenize
 
 
 def tiny(stage: TrainConfig) -> TrainConfig:
-    """The recipe in miniature, for as many processes as torchrun started.
+    """The miniature recipe, for the number of processes that torchrun started.
 
-    Its output is that of the recipe with ``-tiny``; what is made for it lies in the folder ``tiny`` in there.
+    Its output folder is the recipe's with the suffix ``-tiny``; generated files are in its subfolder ``tiny``.
     """
     output = Path(f"{stage.output}-tiny")
     if stage.backbone is None:
@@ -93,7 +93,7 @@ def tiny(stage: TrainConfig) -> TrainConfig:
 
 
 def _tiny_of_own(stage: TrainConfig, output: Path) -> TrainConfig:
-    """A recipe without a backbone in miniature: the same views over a few files of every kind."""
+    """The miniature version of a recipe without a backbone: the same views over a few files of every kind."""
     made = output / "tiny"
     if not made.is_dir():
         made.mkdir(parents=True)
@@ -120,7 +120,7 @@ def _tiny_of_own(stage: TrainConfig, output: Path) -> TrainConfig:
 
 
 def _own_pairs(source: SourceSpec, made: Path) -> dict[str, Any]:
-    """A source whose records, and those that join them, are the few that were made."""
+    """A source over the generated records, including joined ones."""
     file = _own(source, made)
     pair = source.pair_with
     if pair is not None:
@@ -134,7 +134,7 @@ def _own(source: SourceSpec, made: Path) -> dict[str, Any]:
 
 
 def _engine(distributed: DistributedSpec, processes: int) -> dict[str, Any]:
-    """The recipe's engine for this many processes; a lone one, which nothing launched, needs none."""
+    """The recipe's engine for this number of processes; a single process without a launcher needs none."""
     if "WORLD_SIZE" not in os.environ:
         return {}
     engine = distributed.model_dump() | {"world_size": processes}
@@ -145,7 +145,7 @@ def _engine(distributed: DistributedSpec, processes: int) -> dict[str, Any]:
 
 
 def _make(stage: TrainConfig, made: Path) -> None:
-    """Write all that the run reads, then move it in place: of several processes, the first to finish wins."""
+    """Write all input files of the run, then rename the folder; of several processes, the first to finish wins."""
     assert stage.backbone is not None
     scratch = made.with_name(f"{made.name}.{os.getpid()}")
     torch.manual_seed(0)
@@ -196,7 +196,8 @@ def _make_codec(config: dict[str, Any], folder: Path) -> None:
 def _make_data(
     folder: Path, made: Path, frames: tuple[int, ...], audio: tuple[int, int], own: bool = False
 ) -> None:
-    """Things in every kind and talk about them; the last thing is held out. Paths are those after the move to `made`.
+    """Records in every kind and conversations about them; the last one is held out. Paths are those after the move to
+    `made`.
 
     frames: shape of a clip [T, H, W, 3]. audio: samples, and how many per second. own: in all kinds of the bundled
     model.

@@ -1,7 +1,7 @@
 """A preference step after instruction tuning: DPO (arXiv 2305.18290) on pairs of answers in any modality.
 
-The loop is `trl`'s (optional: ``anytoken[preference]``); ours are the ids. An adapter is trained, so the model without
-it is the reference and no second copy is held. A line of the pairs' JSONL holds the conversation so far and two
+The loop is that of `trl` (optional: ``anytoken[preference]``), on our ids. An adapter is trained, so the model without
+it is the reference and no second copy is needed. A line of the pairs' JSONL holds the conversation so far and two
 answers to it, in the chat convention; paths start at the file's folder:
 
     {"messages": [{"role": "user", "content": "Draw a fox."}],
@@ -117,7 +117,7 @@ def _pair(pair: Any, root: Path, processor: Processor, limit: int) -> dict[str, 
             raise ConfigError(f"{key} makes {len(ids)} ids; the model's context is {limit}")
         found_ids[key + "_ids"] = ids[len(prompt) :]
     if found_ids["chosen_ids"] == found_ids["rejected_ids"]:
-        raise ConfigError("chosen and rejected are the same ids, which prefers nothing; remove the pair")
+        raise ConfigError("chosen and rejected are the same ids, so there is no preference; remove the pair")
     return found_ids
 
 

@@ -1,6 +1,6 @@
 """Exponential moving average of the trained weights (Polyak and Juditsky 1992), for evaluation and export.
 
-Training goes on with the weights themselves. Early in a run the average forgets faster, as in TensorFlow's
+Training continues with the weights themselves. Early in a run the average forgets faster, as in TensorFlow's
 ExponentialMovingAverage, so that it does not remember the initial weights.
 """
 

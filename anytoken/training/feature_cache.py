@@ -29,7 +29,7 @@ Encode = Callable[[Tensor, Tensor], Columns]  # ids [n, T], lengths [n]
 
 
 def key_of(ids: Sequence[int] | np.ndarray) -> bytes:
-    """What a prompt is kept under."""
+    """The cache key of a prompt."""
     return np.asarray(ids, np.int32).tobytes()
 
 
@@ -44,7 +44,7 @@ class FeatureCache:
         return len(self._kept)
 
     def __call__(self, encode: Encode, ids: Tensor, lengths: Tensor) -> Columns:
-        """Features of ids [n, T], of which only what is new goes through the model."""
+        """Features of ids [n, T]; only uncached ones are computed."""
         sizes = lengths.tolist()
         keys = [key_of(row[:size]) for row, size in zip(ids.cpu().numpy(), sizes, strict=True)]
         new = {key: place for place, key in enumerate(keys) if key not in self._kept}
@@ -71,7 +71,7 @@ class FeatureCache:
         stopped: Callable[[], bool],
         show: bool,
     ) -> None:
-        """Read what is planned, in batches of similar length that the processes share; it may be stopped.
+        """Compute the planned prompts, in batches of similar length shared by the processes; can be stopped.
 
         chunk: prompts of the longest's length that memory has room for; batches of shorter ones hold more.
         """
@@ -106,7 +106,7 @@ class FeatureCache:
 
 
 def _rows(columns: Columns, sizes: Sequence[int]) -> list[Columns]:
-    """Each prompt's own features, which hold no memory of its batch."""
+    """Copies of each prompt's features, so that its batch can be freed."""
     here = [column.cpu() for column in columns]
     return [
         tuple((one[row] if number < POOLED else one[row, :size]).clone() for number, one in enumerate(here))
@@ -115,7 +115,7 @@ def _rows(columns: Columns, sizes: Sequence[int]) -> list[Columns]:
 
 
 def _stacked(rows: Sequence[Tensor], length: int | None) -> Tensor:
-    """Rows together; with a length, padded to it by 0, or by -1 for places of modalities."""
+    """Stacked rows; with a length, padded to it with 0, or with -1 for modality indices."""
     if length is None:
         return torch.stack(list(rows))
     value = 0.0 if rows[0].is_floating_point() else -1
@@ -127,7 +127,7 @@ def _stacked(rows: Sequence[Tensor], length: int | None) -> Tensor:
 def plan_cache(
     spec: ContrastiveSpec, frozen: bool, bytes_of: Callable[[int], int], mixture: PairMixture, steps: int
 ) -> tuple[FeatureCache | None, str]:
-    """The cache of a run, and for the log what was chosen; ConfigError if `cache_states: true` cannot be had.
+    """The cache of a run, and the choice for the log; ConfigError if `cache_states: true` is impossible.
 
     bytes_of: memory in bytes for the states of a prompt with this many ids.
     """
@@ -162,7 +162,7 @@ def plan_cache(
 def _distinct(
     prompts: Iterable[Sequence[int]], bytes_of: Callable[[int], int], limit: int
 ) -> tuple[list[bytes], int]:
-    """The prompts, each once, and the bytes that they need; it ends where they are more than the limit."""
+    """The distinct prompts and their bytes; stops once they exceed the limit."""
     found: dict[bytes, None] = {}
     needed = 0
     for prompt in prompts:

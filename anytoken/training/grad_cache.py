@@ -1,9 +1,9 @@
-"""Gradients through batches that memory would not hold, exact: GradCache (arXiv 2101.06983), over processes too.
+"""Exact gradients of batches larger than memory: GradCache (arXiv 2101.06983), also over several processes.
 
-A contrastive loss needs all items of a batch at once, but only their features. These are computed first, chunk by
-chunk and without a graph; the loss gives their gradients; each chunk is then computed again, with its graph, to carry
-its features' gradients to the weights. Dropout draws the same numbers both times. Several processes gather the
-features of all, compute the same loss, and add up what their own rows gave the weights.
+A contrastive loss needs all items of a batch at once, but only their features. These are computed first, chunk by chunk
+and without a graph; the loss gives their gradients; each chunk is then recomputed with its graph to backpropagate them
+to the weights. Dropout uses the same random numbers both times. Several processes gather all features, compute the same
+loss, and sum the gradients of their own rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Columns = tuple[Tensor, ...]  # each [N, ...], N items
 
 
 class RandomState:
-    """The random numbers to come on CPU and GPUs; entered, they come once more."""
+    """The random state of CPU and GPUs; as a context, it is restored."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
@@ -62,7 +62,9 @@ def backward_in_chunks(
                 states[-1].append(RandomState())
                 parts.append(encode(chunk))
             own = (torch.cat(column) for column in zip(*parts, strict=True))
-            leaves.append(tuple(_leaf(one, frozen) for one in own))
+            leaves.append(
+                tuple(one.detach().requires_grad_(one.is_floating_point() and not frozen) for one in own)
+            )
     value = loss(*(tuple(gather_rows(one) for one in columns) for columns in leaves))
     value.backward()
     if not frozen:
@@ -82,10 +84,6 @@ def backward_in_chunks(
     return value.detach()
 
 
-def _leaf(features: Tensor, frozen: bool) -> Tensor:
-    return features.detach().requires_grad_(features.is_floating_point() and not frozen)
-
-
 def gather_rows(own: Tensor) -> Tensor:
     """A tensor's rows of all processes, in order of rank; gradients reach this process's own. All must call it."""
     count = num_processes()
@@ -99,7 +97,7 @@ def gather_rows(own: Tensor) -> Tensor:
 
 
 def add_up_gradients(parameters: Iterable[nn.Parameter], share: float = 1.0) -> None:
-    """Add every gradient up over all processes, times `share` (1 / processes where all have the same already)."""
+    """Sum every gradient over all processes, times `share` (1 / processes if all have the same gradient)."""
     if num_processes() == 1:
         return
     for parameter in parameters:

@@ -46,7 +46,7 @@ def build_processor(folders: Mapping[str, str]) -> Processor:
 
 
 def checkpoint_folder(init_from: str) -> Path:
-    """The folder that ``init_from`` means; ConfigError if it holds no checkpoint."""
+    """The folder that ``init_from`` names; ConfigError if it holds no checkpoint."""
     folder = MINI if init_from == "mini" else Path(init_from)
     if not (folder / "token_space.json").is_file():
         beside = folder.parent.glob(f"*/{SPACE_FILE}") if folder.parent.is_dir() else ()
@@ -58,7 +58,7 @@ def checkpoint_folder(init_from: str) -> Path:
 
 
 def build_init_checkpoint(stage: TrainConfig) -> None:
-    """Make the checkpoint of a recipe's ``backbone``, unless it is there; one process calls this, and others wait.
+    """Create the checkpoint of a recipe's ``backbone`` if it is missing; one process calls this while others wait.
 
     ConfigError if the folder holds something else.
     """
@@ -122,7 +122,7 @@ def _tokenizer(folder: str, key: str, name: str) -> ModalityTokenizer:
 
 
 def make_trainable(model: PreTrainedModel, stage: TrainConfig, processor: Processor) -> LanguageModel:
-    """The model with what the stage trains unfrozen, or in an adapter."""
+    """The model with the trained parameters unfrozen, or with an adapter."""
     lm: LanguageModel = model
     if stage.moe.expert_bias_rate:
         if not isinstance(model, AnyTokenForCausalLM) or not model.has_experts:
@@ -142,7 +142,7 @@ def make_trainable(model: PreTrainedModel, stage: TrainConfig, processor: Proces
 
 
 def choose_attention(model: PreTrainedModel, stage: TrainConfig, device: torch.device) -> None:
-    """Switch a model to the recipe's attention implementation; ConfigError if that cannot train here."""
+    """Switch a model to the recipe's attention implementation; ConfigError if it cannot train here."""
     if stage.attention == "flex_attention" and device.type == "cpu":
         raise ConfigError("attention: flex_attention has no backward pass on a CPU; take auto or sdpa")
     wanted = stage.attention

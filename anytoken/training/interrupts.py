@@ -1,4 +1,4 @@
-"""How a run ends early: by a signal, or on a non-finite loss.
+"""Ways that a run ends early: a signal, or a non-finite loss.
 
 Ctrl-C (or SIGTERM, which schedulers send before they reclaim a machine) finishes the current step and saves it; a
 second one stops at once. A non-finite loss or gradient stops the run before it reaches the weights, and its batch is
@@ -29,11 +29,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was asked to stop and has saved where it stood."""
+    """A run was asked to stop and has saved its state."""
 
 
 class GracefulStop:
-    """While entered, the first signal only sets ``asked``; the second does what it would have done without."""
+    """A context in which the first signal only sets ``asked``; the second has its usual effect."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -55,7 +55,7 @@ class GracefulStop:
         print("\nstopping after this step; once more to stop at once, unsaved", file=sys.stderr, flush=True)
 
     def any_rank_requested(self, device: torch.device, world_size: int) -> bool:
-        """Whether any of the processes was asked: they must save the same step together."""
+        """Whether any process was asked to stop: all must save the same step."""
         if world_size == 1:
             return self.asked
         asked = torch.tensor(float(self.asked), device=device)
@@ -65,7 +65,7 @@ class GracefulStop:
 
 @dataclass(frozen=True)
 class Noted:
-    """A number of a step, still on its device: loss or gradient norm, 0-d, and the rate at that step."""
+    """A value of a step, still on its device: loss or gradient norm, 0-d, and the learning rate of that step."""
 
     step: int
     what: str
@@ -76,9 +76,9 @@ class Noted:
 class FiniteCheck:
     """Losses and gradient norms of the last `steps` steps, checked together, with their batches.
 
-    On a CPU every value is checked at once, so a bad one never reaches the weights. On a GPU checking means waiting,
-    so it is done every `steps` steps, before each line of the log and before each state is saved: weights may
-    be broken by then, a saved state never is.
+    On a CPU every value is checked immediately, so a non-finite one never reaches the weights. On a GPU checking
+    synchronizes, so it happens every `steps` steps, before each line of the log and before each saved state: weights
+    may be broken by then, but saved states are not.
     """
 
     def __init__(self, steps: int) -> None:
@@ -87,25 +87,25 @@ class FiniteCheck:
         self._batches: list[tuple[int, dict[str, Any]]] = []
 
     def keep(self, step: int, batch: dict[str, Any]) -> None:
-        """A batch that a step is made of."""
+        """Record a batch of a step."""
         self._batches.append((step, batch))
 
     def note(self, one: Noted) -> None:
-        """A number to look at."""
+        """Record a value to check."""
         self._noted.append(one)
 
     @property
     def due(self) -> bool:
-        """Whether it is time to look."""
+        """Whether it is time to check."""
         return self._noted[-1].step - self._noted[0].step >= self.steps - 1
 
     def end_step(self) -> None:
-        """Batches whose numbers were all looked at are let go."""
+        """Drop batches whose values were all checked."""
         waiting = {one.step for one in self._noted}
         self._batches = [pair for pair in self._batches if pair[0] in waiting]
 
     def first_bad(self) -> Noted | None:
-        """Look at all that was noted; the first that is not finite."""
+        """Check all recorded values; returns the first non-finite one."""
         noted, self._noted = self._noted, []
         if not noted:
             return None
@@ -118,16 +118,12 @@ class FiniteCheck:
 
 
 def dump_divergence(
-    what: str,
-    stage: TrainConfig,
-    model: nn.Module,
-    batches: Sequence[dict[str, Any]],
-    facts: dict[str, Any],
+    what: str, stage: TrainConfig, model: nn.Module, batches: Sequence[dict[str, Any]], facts: dict[str, Any]
 ) -> DivergenceError:
     """Save the packed batches of a step whose loss or gradient is not finite, and say what to do.
 
-    what: "loss" or "gradient norm". facts: for the JSON next to the batches; ``step``, ``micro_batch`` (how many of the
-    step there have been, the last of them the one with the loss), ``process`` and ``what``.
+    what: "loss" or "gradient norm". facts: for the JSON next to the batches; ``step``, ``micro_batch`` (the number of
+    micro-batches so far, the last one with the loss), ``process`` and ``what``.
     """
     suffix = f"-{facts['process']}" if facts["process"] else ""
     path = Path(stage.output) / "diverged" / f"step-{facts['step']}{suffix}.safetensors"

@@ -35,7 +35,7 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
         )
     if not (spec.attention or parameters):
         raise ConfigError(
-            "lora adapts nothing; switch on attention, experts or router. New rows alone are trained without lora: "
+            "lora trains nothing; enable attention, experts or router. New rows alone are trained without lora: "
             "trainable: ['rows:NAME']"
         )
     rows = modality_rows(space, spec.new_rows)
@@ -60,7 +60,7 @@ def lora_config(spec: LoraSpec, model: PreTrainedModel, space: TokenSpace) -> Lo
 def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace, base: str | None = None) -> PeftModel:
     """Wrap a model in an adapter, new or with the weights of ``spec.start``; only the adapter is trainable.
 
-    base: what the adapter's configuration calls the model; PEFT would write the folder, which is this machine's.
+    base: the model's name in the adapter's configuration, where PEFT would write a local path.
     """
     adapted = get_peft_model(model, lora_config(spec, model, space))
     if base is not None:
@@ -71,12 +71,12 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, space: TokenSpace, base: st
 
 
 def portable_name(path: str) -> str:
-    """A model's name as another machine can use it: a bundled name, a relative path, or of any other its end."""
+    """A portable name of a model: a bundled name, a relative path, or the last part of any other path."""
     return Path(path).name if Path(path).is_absolute() or ".." in Path(path).parts else path
 
 
 def load_weights(adapted: PeftModel, folder: Path) -> None:
-    """Give an adapter the weights of a saved one; ConfigError if it has other settings."""
+    """Load the weights of a saved adapter; ConfigError if it has other settings."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{folder} is not an adapter folder (no adapter_model.safetensors)")
     saved, wanted = (

@@ -1,7 +1,7 @@
 """Stop a run whose loss explodes but stays finite (`interrupts.py` stops one whose loss is not finite).
 
-The loss is smoothed, so that noise stops nothing, and short runs are never judged: a minimum counts from half of
-``steps`` on, and the loss must then stay above the limit for ``steps`` in a row.
+The loss is smoothed, so that noise does not stop a run, and short runs are not checked: the minimum is tracked from
+half of ``steps`` on, and the loss must stay above the limit for ``steps`` in a row.
 """
 
 import math
@@ -18,7 +18,7 @@ MARGIN = 0.5  # nats above the minimum that are too much at least: small losses 
 
 
 class LossGuard(TrainerCallback):
-    """Raises DivergenceError once the smoothed loss was above its limit for ``loss_guard.steps`` steps."""
+    """Raises DivergenceError once the smoothed loss has been above its limit for ``loss_guard.steps`` steps."""
 
     def __init__(self, stage: TrainConfig) -> None:
         self.stage, self.spec = stage, stage.loss_guard
@@ -31,7 +31,7 @@ class LossGuard(TrainerCallback):
     STATE = ("step", "sum", "weight", "lowest", "calm", "sound")
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON."""
+        """The state for resumption, as JSON."""
         return {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ from anytoken.utils.json_lines import read_json_lines
 
 
 class LossMeter:
-    """Sums over the batches between two reports; they are saved with a state, so that no batch is left out.
+    """Sums over the batches between two reports; saved with the state, so that no batch is lost.
 
-    They are kept where the batches are: the host asks a device only for a report or a state.
+    The sums stay on the device of the batches: the host waits only for a report or a state.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -37,18 +37,18 @@ class LossMeter:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Time counts from now on, on top of what has passed in the interval."""
+        """Resume the clock of the interval."""
         self.started = time.monotonic()
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """Time within does not count."""
+        """A context whose time does not count."""
         start = time.monotonic()
         yield
         self.started += time.monotonic() - start
 
     def add(self, parts: LossParts, tokens: int, load: Tensor | None = None) -> None:
-        """Count one batch, of all processes; ``tokens``: all its ids; ``load``: its expert counts [L, G, E + 1]."""
+        """Add one global batch; ``tokens``: all its ids; ``load``: its expert counts [L, G, E + 1]."""
         sums = torch.stack([parts.nll, parts.right, parts.count]).detach().double()
         self.sums = sums if self.sums is None else self.sums.to(sums.device) + sums
         self.note({"loss": parts.loss.detach(), **parts.terms})
@@ -58,7 +58,7 @@ class LossMeter:
         self.counts[1] += tokens
 
     def note(self, terms: Mapping[str, float | Tensor]) -> None:
-        """Add to terms of the batch that was counted last."""
+        """Add terms to the last batch."""
         for name, value in terms.items():
             wide = value.detach().double() if isinstance(value, Tensor) else value
             self.terms[name] = wide if name not in self.terms else self.terms[name] + wide
@@ -67,7 +67,7 @@ class LossMeter:
         return torch.zeros(3, len(self.names), dtype=torch.float64) if self.sums is None else self.sums.cpu()
 
     def state(self) -> dict[str, Any]:
-        """The interval so far, as JSON."""
+        """The state of the interval, as JSON."""
         load = None if self.load is None else self.load.tolist()
         seconds = self.seconds + time.monotonic() - self.started
         terms = {name: float(value) for name, value in self.terms.items()}
@@ -77,7 +77,7 @@ class LossMeter:
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue the interval that ``state`` gave."""
+        """Restore the interval from ``state``."""
         self.sums = torch.tensor(state["sums"], dtype=torch.float64)
         self.counts = torch.tensor(state["counts"], dtype=torch.float64)
         self.terms, self.seconds = dict(state["terms"]), state["seconds"]
@@ -111,7 +111,7 @@ class LossMeter:
 
 
 def _expert_report(load: Tensor, names: list[str]) -> dict[str, Any]:
-    """Counts [L, G, E + 1] as each group's share of every layer's experts, and what `expert_use` says of all layers."""
+    """Counts [L, G, E + 1] as each group's share of every layer's experts, and `expert_use` over all layers."""
     use = expert_use(load.sum(0), names)
     shares = (load / load.sum(-1, keepdim=True).clamp(min=1))[..., :-1]
     by_layer = {
@@ -127,25 +127,25 @@ def _expert_report(load: Tensor, names: list[str]) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: append-only, and cut back to where it stood when the state that a run resumes from was saved.
+    """``metrics.jsonl``: append-only; on resumption it is cut back to the position of the saved state.
 
-    So no step has two lines, and half a line, which a kill may leave, is not read.
+    So no step has two lines, and an incomplete last line is ignored.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def position(self) -> int:
-        """How many bytes there are."""
+        """The size in bytes."""
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def rewind(self, position: int) -> None:
-        """Drop all that was written after ``position``."""
+        """Remove everything after ``position``."""
         if self.position() > position:
             os.truncate(self.path, position)
 
     def rewind_to_step(self, step: int) -> None:
-        """Drop all that was written of later steps, for a state that does not know the position."""
+        """Remove entries of later steps, for a state that does not store the position."""
         if self.path.is_file():
             kept = [entry for entry in read_metrics(self.path) if entry["step"] <= step]
             write_file(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
@@ -158,5 +158,5 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All entries of a ``metrics.jsonl``, but for a last line that a killed process left torn."""
+    """All entries of a ``metrics.jsonl``, except an incomplete last line."""
     return list(read_json_lines(path, torn_end=True))

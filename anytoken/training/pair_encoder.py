@@ -1,4 +1,4 @@
-"""What is trained on pairs: a language model and an embedding head, prompts to features and features to vectors."""
+"""The model of contrastive training: a language model and an embedding head."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PairEncoder(nn.Module):
     table: Tensor
 
     def train(self, mode: bool = True) -> PairEncoder:
-        """As any module; a frozen model stays as it is when it embeds."""
+        """As for any module, but a frozen model stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.lm.eval()
@@ -44,14 +44,14 @@ class PairEncoder(nn.Module):
         return (*pooled, states, modality.where(inside, -1)) if self.tokenwise else tuple(pooled)
 
     def features(self, chunk: Chunk) -> Columns:
-        """`forward`, or what a frozen model gave before."""
+        """`forward`, or the cached features of a frozen model."""
         if not self.frozen or self.cache is None:
             return self(*chunk)
         with torch.no_grad():
             return self.cache(self, *chunk)
 
     def feature_bytes(self, length: int) -> int:
-        """Bytes of the features of a prompt of this many ids."""
+        """Bytes of the features of a prompt with this number of ids."""
         hidden, kinds = self.head.hidden_size, len(self.head.modalities)
         pooled = 4 * (kinds * hidden + kinds + hidden)
         return pooled + length * (4 * hidden + 8) if self.tokenwise else pooled

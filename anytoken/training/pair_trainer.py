@@ -1,11 +1,11 @@
-"""The training loop for pairs: an embedding head, and with it an adapter or weights of the model, learn to retrieve.
+"""Contrastive training on pairs: trains an embedding head, and optionally an adapter or weights of the model.
 
     anytoken train stages/embed.yaml
 
-What steps, saves, resumes and stops is the loop of ``trainer.py``; here is what one step of pairs does. Features of
-a frozen model are computed once and kept (``feature_cache.py``), those of one that learns come in chunks
-(``grad_cache.py``).
-The output is an adapter folder with the head, or a checkpoint where weights of the model are trained.
+The loop of ``trainer.py`` steps, saves, resumes and stops; this module defines a step on pairs. Features of a frozen
+model are computed once and cached (``feature_cache.py``); those of a trained one are computed in chunks
+(``grad_cache.py``). The output is an adapter folder with the head, or a checkpoint where weights of the model are
+trained.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_pair_trainer(
     data: list[SourceSpec],
     held_out: list[SourceSpec],
 ) -> PairTrainer:
-    """The trainer of a stage with ``contrastive``; ConfigError for folders that it names and that do not fit."""
+    """The trainer of a stage with ``contrastive``; ConfigError for folders in the recipe that do not fit."""
     spec = stage.contrastive
     assert spec is not None
     mixture = _pairs(stage, data, processor)
@@ -99,7 +99,7 @@ def _head(
 def _reference(
     stage: TrainConfig, folder: str, key: str, trained: PairEncoder, processor: Processor
 ) -> PairEncoder:
-    """A frozen model with a head, from a checkpoint or from a head alone, which is put on ``init_from``'s weights."""
+    """A frozen model with a head, from a checkpoint, or from a head alone on the weights of ``init_from``."""
     path = Path(folder)
     if not has_head(path):
         raise ConfigError(f"contrastive.{key}: {folder} holds no embedding head")
@@ -132,7 +132,7 @@ def _reference(
 
 
 def _remember_probe(head: EmbeddingHead, older: PairEncoder, processor: Processor) -> None:
-    """Keep the fingerprint of the older model, by which its indexes are known."""
+    """Store the fingerprint of the older model, which identifies its indexes."""
     ids = torch.tensor([probe_ids(older.table)], device=older.table.device)
     with torch.no_grad():
         vector = older.side(older(ids, torch.tensor([ids.shape[1]], device=ids.device))).vectors[0]
@@ -140,7 +140,7 @@ def _remember_probe(head: EmbeddingHead, older: PairEncoder, processor: Processo
 
 
 class PairTrainer(StageTrainer):
-    """Diff with `StageTrainer`: a step is of pairs, and the head is saved."""
+    """Diff with `StageTrainer`: a step is on pairs, and the head is saved."""
 
     stream: PairStream
 
@@ -182,7 +182,7 @@ class PairTrainer(StageTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """Those of the model and of the head, whose matrices have weight decay."""
+        """The groups of the model and of the head, whose matrices have weight decay."""
         decay, head = self.stage.optimizer.weight_decay, list(self.encoder.head.parameters())
         matrices = {"params": [one for one in head if one.ndim == 3], "weight_decay": decay}
         rest = {"params": [one for one in head if one.ndim != 3], "weight_decay": 0.0}
@@ -213,7 +213,7 @@ class PairTrainer(StageTrainer):
 
     @torch.no_grad()
     def fill_cache(self) -> None:
-        """Compute what the steps need of a frozen model, if the recipe's limit allows; the log says what was chosen."""
+        """Compute the features of a frozen model that the steps need, if the recipe's limit allows; logs the choice."""
         encoder, first = self.encoder, self.is_world_process_zero()
         if first:
             tqdm.write(self.cache_choice, sys.stderr)
@@ -241,7 +241,7 @@ class PairTrainer(StageTrainer):
     def _scored(
         self, encoder: PairEncoder, batch: dict[str, Tensor], left: Columns, right: Columns
     ) -> LossParts:
-        """The loss of the global batch from its features, and what the log says of it."""
+        """The loss of the global batch from its features, and its metrics."""
         spec, head = self.spec, encoder.head
         sides = encoder.side(left), encoder.side(right)
         targets = self._targets(batch, left, right)
@@ -261,7 +261,7 @@ class PairTrainer(StageTrainer):
         return _parts(loss, found, batch["view"], len(self.stream.views), terms)
 
     def _targets(self, batch: dict[str, Tensor], left: Columns, right: Columns) -> tuple[Tensor, Tensor]:
-        """What each side should retrieve: its partner and items of its group, or all by how alike they are."""
+        """Retrieval targets of each side: its partner and items of its group, or all items by similarity."""
         if self.spec.graded:
             states = (Pooled(*columns[:3]).mean.sum(1) for columns in (left, right))
             first, second = (losses.graded_targets(one, self.spec.graded) for one in states)
@@ -273,7 +273,7 @@ class PairTrainer(StageTrainer):
     def _teacher(
         self, encoder: PairEncoder, batch: dict[str, Tensor], columns: tuple[Columns, Columns]
     ) -> tuple[Tensor, Tensor] | None:
-        """What the teacher retrieves of the global batch, both ways; None without one."""
+        """The teacher's retrieval distributions on the global batch, in both directions; None without a teacher."""
         if self.spec.teacher is None:
             return None
         if self.teacher is not None:
@@ -297,7 +297,7 @@ class PairTrainer(StageTrainer):
         batch: dict[str, Tensor],
         columns: tuple[Columns, Columns],
     ) -> tuple[Side, Side]:
-        """Vectors of the global batch by another head, over the same features where it shares the frozen model."""
+        """Vectors of the global batch by another head, over the same features if it shares the frozen model."""
         same = other.lm is base_model(encoder.lm) and other.head.modalities == encoder.head.modalities
         if same:
             return other.side(columns[0][:3]), other.side(columns[1][:3])
@@ -343,8 +343,8 @@ class PairTrainer(StageTrainer):
 
 
 class PairLoop(TrainingCallback):
-    """Diff with `TrainingCallback`: a frozen model's states come first, and held-out pairs also tell how often the
-    right item is found among all of a view."""
+    """Diff with `TrainingCallback`: the states of a frozen model are computed first, and held-out pairs also measure
+    retrieval among all items of a view."""
 
     trainer: PairTrainer
 
@@ -356,7 +356,7 @@ class PairLoop(TrainingCallback):
 
     @torch.no_grad()
     def held_out_report(self) -> dict[str, Any]:
-        """Losses on batches of the held-out pairs, and recall over all pairs of each view, both ways."""
+        """Losses on batches of held-out pairs, and recall over all pairs of each view, in both directions."""
         trainer = self.trainer
         assert trainer.held_out is not None
         encoder = trainer.encoder.eval()
@@ -373,7 +373,7 @@ class PairLoop(TrainingCallback):
         return report
 
     def _retrieval(self, held_out: Any, encoder: PairEncoder) -> dict[str, dict[str, float]]:
-        """By direction: R@1, R@5 and how many items there are to find; the first `HELD_OUT` pairs of each view."""
+        """R@1, R@5 and the number of items by direction, over the first `HELD_OUT` pairs of each view."""
         found: dict[str, dict[str, float]] = {}
         for choice in held_out.choices:
             rng = np.random.default_rng(0)
@@ -396,7 +396,7 @@ class PairLoop(TrainingCallback):
 def _parts(
     loss: Tensor, found: losses.Scored, view: Tensor, views: int, terms: dict[str, Tensor]
 ) -> LossParts:
-    """Sums of a batch of pairs under the number of its view."""
+    """Sums over a batch of pairs, in the column of its view."""
     sums = torch.stack(
         [found.nll.sum(), found.right.sum(), torch.tensor(float(len(found.nll))).to(loss.device)]
     )
@@ -412,7 +412,7 @@ def _trained(encoder: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _weights_of(encoder: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the trained parameters hold these values."""
+    """Temporarily set the trained parameters to these values."""
     parameters = _trained(encoder)
     before = {name: one.data for name, one in parameters.items()}
     for name, value in values.items():

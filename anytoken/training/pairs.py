@@ -1,8 +1,8 @@
-"""Pairs for contrastive training: the two sides of a view, each as the prompt that `embed` would read.
+"""Pairs for contrastive training: the two sides of a view, each as the prompt that `embed` reads.
 
-Batch ``b`` is a function of the seed and ``b`` alone. All its pairs are of one view, so that negatives are of the same
-modality as the positive: one that differed in its modality would be told apart by that. No record comes twice in a
-batch unless there are too few.
+Batch ``b`` is a function of the seed and ``b`` alone. All its pairs are of one view, so that negatives have the
+modality of the positive and cannot be recognized by modality alone. No record occurs twice in a batch unless there are
+too few.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ IDS_KEPT = (
 
 
 class Pair(NamedTuple):
-    """Ids of both sides, what makes records positives of each other, how much the pair counts, and failed draws."""
+    """Ids of both sides, the group of records that are positives of each other, the weight of the pair, and failed
+    draws."""
 
     left: list[int]
     right: list[int]
@@ -107,13 +108,13 @@ class PairMixture(Mixture):
 
     @property
     def num_pairs(self) -> int:
-        """How many pairs there are to draw, joins with every partner counted."""
+        """The number of pairs that can be drawn, counting joins with every partner."""
         return sum(
             len(choice.source.partners_of(int(row))) or 1 for choice in self.choices for row in choice.rows
         )
 
     def all_prompts(self) -> Iterator[list[int]]:
-        """Both sides of every pair that may be drawn, in the order of the sources; some come several times."""
+        """Both sides of every pair that can be drawn, in the order of the sources, with repetitions."""
         rng = np.random.default_rng(0)  # nothing is left to it
         for choice in self.choices:
             for row in choice.rows.tolist():
@@ -128,7 +129,7 @@ class PairMixture(Mixture):
                         yield pair.right
 
     def pair(self, choice: _Choice, row: int, rng: np.random.Generator, partner: int | None = None) -> Pair:
-        """The pair that a record's view makes; partner: of the record, any if it is None."""
+        """The pair of a record and view; partner: the joined record, random if None."""
         key = id(choice), row
         if key in self._made:
             return self._made[key]
@@ -149,7 +150,7 @@ class PairMixture(Mixture):
 
 
 class PairStream(PackedStream):
-    """An endless stream of batches of pairs; of several processes each is given its own part of every batch.
+    """An endless stream of batches of pairs; each process gets its own part of every batch.
 
     A batch holds ``left_ids`` and ``right_ids`` int64 [N, T], padded on the right, their ``lengths`` [N], ``groups``
     [N], equal for positives, ``weights`` [N], and ``view``, its number.
@@ -171,7 +172,7 @@ class PairStream(PackedStream):
 
 
 def collate(pairs: Sequence[Pair], pad: int, own: slice = slice(None)) -> dict[str, Tensor]:
-    """Pairs as tensors, of those in `own`; ids are as long as in the whole batch, and groups are numbered over it."""
+    """The pairs in `own` as tensors; lengths and group numbers are those of the whole batch."""
     numbers = {group: number for number, group in enumerate(dict.fromkeys(pair.group for pair in pairs))}
     batch = {
         "groups": torch.tensor([numbers[pair.group] for pair in pairs])[own],

@@ -1,12 +1,12 @@
-"""A run's last state in a few small files: what to carry to another machine, or back from one that is lent.
+"""A run's last state in a few small files, to move a run between machines.
 
 ``weights_folder`` of a recipe receives, with every saved state, the same state without its optimizer: matrices in
-bfloat16, everything else as it is, in files of at most FILE_BYTES.
+bfloat16, everything else unchanged, in files of at most FILE_BYTES.
 
     step-1200-1-of-2.safetensors    tensors "weights/FILE/NAME" (long ones in pieces), files as bytes "file/PATH"
 
 A run whose output folder is empty resumes from these files: same recipe, place in the data, schedule, minutes and log.
-The optimizer starts fresh, so the losses differ from those of a run that was never moved. Tokenizers are not included:
+The optimizer starts fresh, so the losses differ from those of an uninterrupted run. Tokenizers are not included:
 the recipe names them, or the checkpoint that it starts from has them.
 """
 
@@ -37,7 +37,7 @@ Named = tuple[str, Tensor]
 
 
 def write_portable(folder: Path, target: Path) -> None:
-    """Put the last state of a run's folder into the files of `target`, and drop those of older ones."""
+    """Write the last state of a run's folder to files in `target`, and remove those of older states."""
     state = saved_states(folder)[-1]
     files = _packed(_contents(folder, state))
     names = [f"step-{step_of(state)}-{n}-of-{len(files)}.safetensors" for n in range(1, len(files) + 1)]
@@ -50,7 +50,7 @@ def write_portable(folder: Path, target: Path) -> None:
 
 
 def read_portable(source: Path, folder: Path) -> bool:
-    """Put the newest whole state of `source` into a run's folder that holds no run; whether there was one.
+    """Restore the newest complete state in `source` to a folder without a run; returns whether there was one.
 
     ConfigError if a file cannot be read.
     """
@@ -95,7 +95,7 @@ def read_portable(source: Path, folder: Path) -> bool:
 
 
 def load_schedule_alone(state: Path, optimizer: Any, scheduler: Any) -> None:
-    """Bring the schedule to where it was if a state has no optimizer: transformers reads both or neither."""
+    """Restore the schedule of a state without an optimizer, since transformers loads both or neither."""
     if (
         not (state / SCHEDULER_NAME).is_file()
         or any(state.glob("optimizer*"))
@@ -121,7 +121,7 @@ def _newest(source: Path) -> list[Path]:
 
 
 def _contents(folder: Path, state: Path) -> Iterator[Named]:
-    """What is carried: weights by file and name, and small files as bytes."""
+    """The contents: weights by file and name, and small files as bytes."""
     for path in sorted(state.glob("*.safetensors")):
         with safe_open(path, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -136,7 +136,7 @@ def _contents(folder: Path, state: Path) -> Iterator[Named]:
 
 
 def _packed(contents: Iterator[Named]) -> list[dict[str, Tensor]]:
-    """Tensors by file, none over the limit: long ones are cut along their first axis."""
+    """Tensors by file, within the size limit: long ones are split along their first axis."""
     files: list[dict[str, Tensor]] = [{}]
     room = limit = FILE_BYTES - HEADER_BYTES
     for name, tensor in contents:

@@ -1,5 +1,5 @@
-"""The precision of products, chosen by measuring: bfloat16 is several times quicker on some processors and several
-times slower on others of the same family.
+"""Choose the precision of matrix products by measurement: bfloat16 is several times faster on some processors and
+several times slower on others of the same family.
 """
 
 import logging
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 @lru_cache
 def bf16_speedup(device: torch.device) -> float:
-    """How many times as fast a product in bfloat16 is as one in float32; a small fraction of a second.
+    """The speed of a bfloat16 product relative to float32; measuring takes a fraction of a second.
 
-    Where several processes run, all must call this; the first one's measurement holds for all.
+    All processes of a run must call this; the measurement of the first is used.
     """
     side, tries = (2048, 5) if device.type == "cuda" else (512, 3)
     fp32, bf16 = (measure_peak_flops(device, dtype, side, tries) for dtype in (torch.float32, torch.bfloat16))
@@ -29,12 +29,12 @@ def bf16_speedup(device: torch.device) -> float:
 
 
 def quicker_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are clearly quicker on this device, else float32."""
+    """bfloat16 if its products are clearly faster on this device, else float32."""
     return torch.bfloat16 if bf16_speedup(device) >= MARGIN else torch.float32
 
 
 def choose_precision(device: torch.device) -> str:
-    """What ``precision: auto`` means on this device, fp32 or bf16; the log says which, and why."""
+    """Resolve ``precision: auto`` on this device to fp32 or bf16; logs the choice and the reason."""
     chosen = "bf16" if quicker_dtype(device) == torch.bfloat16 else "fp32"
     log.info("precision: %s; bf16 products are %.1f x as fast here", chosen, bf16_speedup(device))
     return chosen

@@ -1,7 +1,7 @@
 """Prepare a recipe's data for the mixture: tokenized sets and explicit views.
 
-A raw source (``data.train=mine.jsonl``) is tokenized once into the run's folder, where a resumed run finds it. The view
-``auto`` stands for all views that its records allow.
+A raw source (``data.train=mine.jsonl``) is tokenized once into the run's folder and reused on resumption. The view
+``auto`` stands for all views that the records allow.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def build_mixture(
 def prepare_sources(
     stage: TrainConfig, specs: Sequence[SourceSpec], processor: Processor
 ) -> list[SourceSpec]:
-    """Tokenize what is raw, with a progress bar, and replace ``auto`` by views; ConfigError if there are none."""
+    """Tokenize raw sources, with a progress bar, and replace ``auto`` by views; ConfigError if there are none."""
     prepared = []
     for spec in stage.sources(specs):
         pair = spec.pair_with
@@ -50,7 +50,7 @@ def prepare_sources(
 
 
 def _tokenized(stage: TrainConfig, path: str, processor: Processor) -> str:
-    """The folder of a tokenized set: the path itself, or one in the run's folder that is made if it is not there."""
+    """The folder of a tokenized set: the path itself, or one in the run's folder, created if missing."""
     if (Path(path) / MANIFEST).is_file():
         return path
     out = Path(stage.output) / FOLDER / cache_name(path)
@@ -64,14 +64,14 @@ def _tokenized(stage: TrainConfig, path: str, processor: Processor) -> str:
 
 
 def cache_name(path: str) -> str:
-    """A folder name for a source: another one for each path, with the end of the path to read."""
+    """A unique folder name for a source path, with the readable end of the path."""
     whole = path if path.startswith("hf:") else str(Path(path).absolute())
     digest = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9._]+', '-', Path(path).name)[:40].strip('-.')}-{digest}"
 
 
 def _all_views(spec: SourceSpec, processor: Processor) -> dict[str, float]:
-    """The views of ``auto``; ConfigError if there are none. What no view uses is counted in the log."""
+    """The views of ``auto``; ConfigError if there are none. Records that no view uses are counted in the log."""
     records = Shards(spec.path, processor.tokenizers).records
     held = [held_kinds(record, processor.kinds) for record in records]
     keys = Counter(key for record in records for key in record)

@@ -1,4 +1,4 @@
-"""What a run writes into its folder before the first step and after the last; `checkpoint.py` lists the files."""
+"""Files that a run writes before its first step and after its last; `checkpoint.py` lists them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]) -> None:
-    """Write the recipe and the facts of the run, by one process; ConfigError if it would resume with other data."""
+    """Write the recipe and the metadata of the run, in one process; ConfigError if it would resume with other data."""
     if trainer.is_world_process_zero():
         _begin(trainer, recipe, sources)
     trainer.accelerator.wait_for_everyone()
@@ -56,7 +56,7 @@ def _begin(trainer: StageTrainer, recipe: TrainConfig, sources: list[SourceSpec]
 
 
 def export(trainer: StageTrainer) -> None:
-    """Leave the final checkpoint and the report in the output folder and no states; WriteError on a full disk."""
+    """Write the final checkpoint and the report, and remove the states; WriteError on a full disk."""
     best = trainer.best_state()
     if best is not None:
         trainer.load_weights(best)
@@ -71,7 +71,7 @@ def export(trainer: StageTrainer) -> None:
 
 
 def _finish(trainer: StageTrainer) -> None:
-    """Leave the final checkpoint and the report in the output folder; the state is no longer needed."""
+    """Write the final checkpoint and the report; the states are no longer needed."""
     final = partial_folder(trainer.folder) / "final"
     with trainer.averaged():
         trainer.save_model(str(final))
@@ -91,6 +91,6 @@ def _finish(trainer: StageTrainer) -> None:
 
 
 def _kept(stage: TrainConfig, name: str) -> str | None:
-    """A file of defaults of the checkpoint that the run began with."""
+    """A file of defaults of the initial checkpoint."""
     path = None if stage.init_from == "scratch" else checkpoint_folder(stage.init_from) / name
     return path.read_text(encoding="utf-8") if path and path.is_file() else None

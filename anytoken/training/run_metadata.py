@@ -43,7 +43,7 @@ def run_facts(
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, side: int = 1024, tries: int = 5) -> float:
-    """FLOP/s of the fastest of a few matrix products: what the share of peak is a share of."""
+    """FLOP/s of the fastest of a few matrix products, the peak that MFU refers to."""
     left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     best = 0.0
     for _ in range(tries):
@@ -54,18 +54,18 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype, side: int = 102
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """ConfigError if a set of the run to be resumed was made again: its samples would come in another order."""
+    """ConfigError if a data set was rebuilt since the run started: its samples would come in another order."""
     known = {row["set"]: row for row in before["data"]}
     changed = [row["set"] for row in now["data"] if known.get(row["set"], row) != row]
     if changed:
         raise ConfigError(
-            f"{', '.join(changed)} changed since this run was begun; bring the old data back, or begin a new run "
+            f"{', '.join(changed)} changed since this run started; restore the old data, or start a new run "
             "with another output"
         )
 
 
 def data_facts(sources: list[SourceSpec]) -> list[dict[str, Any]]:
-    """What each tokenized set was made of: its records' checksum and its tokenizers' fingerprints."""
+    """Provenance of each tokenized set: the checksum of its records and the fingerprints of its tokenizers."""
     folders = [
         folder for one in sources for folder in (one.path, *([one.pair_with.path] if one.pair_with else []))
     ]

@@ -1,4 +1,4 @@
-"""Recipes of stages and tokenizers: strict settings in a YAML file, overrides, and keys of the version before."""
+"""Recipes of stages and tokenizers: strict settings in a YAML file, overrides, and keys of the previous version."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Error = type[AnyTokenError]
 
 
 class Recipe(Settings):
-    """Settings of a run. A recipe, an override or what a run saved may have the ``old_keys``, with a FutureWarning."""
+    """Settings of a run. Recipes, overrides and saved stages may use the ``old_keys``, with a FutureWarning."""
 
     error: ClassVar[Error] = ConfigError
     old_keys: ClassVar[Mapping[str, str]] = {}  # old -> new, dots lead into groups
@@ -48,13 +48,13 @@ class Recipe(Settings):
 
     @classmethod
     def overridden(cls, recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-        """A copy of a recipe with ``a.b.0.c=value`` entries set, of which old keys get their names of today."""
+        """A copy of a recipe with ``a.b.0.c=value`` entries set, with old keys renamed."""
         named = [cls._named_today(one) for one in overrides]
         return override(recipe if named == list(overrides) else cls.renamed(recipe), named, cls.error)
 
     @classmethod
     def renamed(cls, recipe: dict[str, Any]) -> dict[str, Any]:
-        """A recipe with the keys of today, and a FutureWarning for each that is an old one."""
+        """A recipe with current keys, and a FutureWarning for each old one."""
         for old, new in cls.old_keys.items():
             group, _, key = old.rpartition(".")
             part = recipe.get(group) if group else recipe
@@ -90,7 +90,7 @@ def read_recipe(path: str | Path, error: Error = ConfigError) -> dict[str, Any]:
         raise error(f"{path} is not a file; give the path of a recipe .yaml")
     recipe = _yaml(path.read_text(encoding="utf-8"), str(path), error)
     if not isinstance(recipe, dict):
-        raise error(f"{path} holds {type(recipe).__name__}, which is no mapping of settings to values")
+        raise error(f"{path} holds {type(recipe).__name__}; expected a mapping of settings to values")
     return recipe
 
 
@@ -107,7 +107,7 @@ def override(recipe: dict[str, Any], overrides: Sequence[str], error: Error = Co
             child = _child(node, key, entry, error)
             if not isinstance(child, (dict, list)):
                 raise error(
-                    f"override {entry!r}: {key} is {child!r}, not a group of settings; give it whole, as in "
+                    f"override {entry!r}: {key} is {child!r}, not a group of settings; give the whole group, as in "
                     f"{name.removesuffix(f'.{last}')}={{{last}: {text}}}"
                 )
             node = child
@@ -120,7 +120,7 @@ def override(recipe: dict[str, Any], overrides: Sequence[str], error: Error = Co
 
 
 def _child(node: Any, key: str, entry: str, error: Error) -> Any:
-    """What lies under a key, and a new group where nothing does."""
+    """The value of a key; a new group if there is none."""
     if isinstance(node, list):
         return node[_index(node, key, entry, error)]
     if node.get(key) is None:

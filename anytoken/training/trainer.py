@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -58,12 +52,7 @@ from anytoken.training.distributed.fsdp import (
 )
 from anytoken.training.early_stopping import EarlyStopping, check_measured, check_metric
 from anytoken.training.ema import WeightAverage
-from anytoken.training.initialize import (
-    build_init_checkpoint,
-    build_model,
-    choose_attention,
-    make_trainable,
-)
+from anytoken.training.initialize import build_init_checkpoint, build_model, choose_attention, make_trainable
 from anytoken.training.interrupts import FiniteCheck, GracefulStop, Interrupted, Noted, dump_divergence
 from anytoken.training.lora import SAVE_ADAPTER, LanguageModel, base_model, load_weights
 from anytoken.training.loss_guard import LossGuard
@@ -135,11 +124,11 @@ class StageTrainer(Trainer):
 
     @property
     def weights_are_sharded(self) -> bool:
-        """Whether no process has the whole model."""
+        """Whether the weights are distributed, so that no process has the whole model."""
         return is_sharded(self.model) or is_deepspeed_zero3_enabled()
 
     def make_stream(self, mixture: Mixture, arguments: TrainingArguments) -> PackedStream:
-        """A mixture's packed batches; of the rows of all processes, those of this one."""
+        """A mixture's packed batches: this process's rows of them."""
         stage, pad = self.stage, self.processor.token_space.pad
         split = arguments.world_size, arguments.process_index
         sampling = stage.sampling.workers, stage.sampling.max_bad
@@ -148,11 +137,11 @@ class StageTrainer(Trainer):
         return PackedStream(mixture.sample, stage.batch_size, stage.context, pad, *split, *sampling, kept)
 
     def group_names(self, model: Any) -> list[str]:
-        """What losses are reported for."""
+        """The names that losses are reported under."""
         return model.loss.names
 
     def make_loop(self) -> TrainingCallback:
-        """What happens around the steps."""
+        """The callback for everything around the steps."""
         return TrainingCallback(self)
 
     @property
@@ -161,7 +150,7 @@ class StageTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).lm
 
     def get_train_dataloader(self) -> DataLoader:
-        """The packed stream as it is: every process takes its own rows of the same batches."""
+        """The packed stream: every process takes its own rows of the same batches."""
         pinned = self.args.device.type == "cuda"
         # Iterating draws a seed: not from the random numbers that a state keeps, or a resumed run meets others.
         own = torch.Generator()
@@ -170,17 +159,17 @@ class StageTrainer(Trainer):
         )
 
     def collate(self, batch: Any) -> dict[str, Tensor]:
-        """A batch as the model takes it."""
+        """A batch in the form that the model expects."""
         return with_layout(batch, grammar=self.processor.grammar)
 
     def _prepare_input(self, data: Any) -> Any:
-        """To the device; the host does not wait for it."""
+        """Copy to the device without waiting for it."""
         if isinstance(data, Tensor):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """What is trained, in groups with their weight decay."""
+        """The trained parameters in groups with their weight decay."""
         return parameter_groups(base_model(self.lm), self.stage.optimizer.weight_decay)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -201,7 +190,7 @@ class StageTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of one micro-batch; harmonised if the recipe wants it."""
+        """Forward and backward pass of one micro-batch, with PCGrad if the recipe sets ``pcgrad``."""
         if not self.stage.pcgrad:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -214,7 +203,8 @@ class StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *unused: Any, **ignored: Any
     ) -> Tensor:
-        """The batch's loss; its parts go to the meter. DivergenceError if it is not finite, on a GPU steps later."""
+        """The batch's loss; its parts go to the meter. DivergenceError on a non-finite loss, on a GPU a few steps
+        later."""
         outputs = model(**inputs)
         self.finite.keep(self.state.global_step, inputs)
         self._watch("loss", outputs["loss"].detach())
@@ -223,7 +213,7 @@ class StageTrainer(Trainer):
         return outputs["loss"]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, known before the weights are touched: on a CPU a bad one is stopped here."""
+        """The gradient norm, before the weights are updated: on a CPU a non-finite one stops the run here."""
         norm = full_tensor(super()._get_grad_norm(model, grad_norm=grad_norm))
         if norm is not None:
             self._watch("gradient norm", torch.as_tensor(norm).detach())
@@ -236,7 +226,7 @@ class StageTrainer(Trainer):
             self.check_finite()
 
     def check_finite(self) -> None:
-        """Look at all losses and norms that were noted; DivergenceError for the first that is not finite."""
+        """Check all recorded losses and norms; DivergenceError for the first non-finite one."""
         bad = self.finite.first_bad()
         if bad is None:
             return
@@ -268,11 +258,11 @@ class StageTrainer(Trainer):
         super().log(scalars(entry), start_time)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The model with the average of its weights, if the recipe wants one, for evaluation and export."""
+        """The model with averaged weights, if ``ema_decay`` is set, for evaluation and export."""
         return self.ema.applied() if self.ema else nullcontext()
 
     def log_held_out(self, step: int, report: dict[str, Any]) -> dict[str, float]:
-        """Write one line of held-out metrics; returns them under flat names, as trackers get them."""
+        """Write one line of held-out metrics; returns them under the flat names of trackers."""
         if self.is_world_process_zero():
             self.metrics_log.write({"step": step, "eval": report})
         metrics = scalars(report, "eval_")
@@ -280,7 +270,7 @@ class StageTrainer(Trainer):
         return metrics
 
     def evaluate(self, *unused: Any, **ignored: Any) -> dict[str, float]:
-        """Held-out losses, for the log and the callbacks; the Trainer calls it where the loop asks for it."""
+        """Held-out losses, for the log and the callbacks; the Trainer calls this when the callback requests it."""
         with self.meter.clock_stopped(), self.averaged():
             metrics = self.loop.evaluate(self.state.global_step)
         check_measured(self.args.metric_for_best_model, metrics)
@@ -321,18 +311,18 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _kept_states(self) -> list[int | None]:
-        """Steps of the states that are kept though newer ones are there."""
+        """Steps of older states to keep."""
         good = self.guard.last_good(self.folder)
         return [self.best_step if self.stage.keep_best else None, None if good is None else step_of(good)]
 
     def best_state(self) -> Path | None:
-        """The state with the best held-out metric, if the recipe wants its weights; None for the present ones."""
+        """The state with the best held-out metric, if ``keep_best`` is set; None to use the current weights."""
         if not self.stage.keep_best:
             return None
         return next((one for one in saved_states(self.folder) if step_of(one) == self.best_step), None)
 
     def load_weights(self, state: Path) -> None:
-        """Give the model the weights of a state."""
+        """Load the weights of a state into the model."""
         self._load_from_checkpoint(str(state))
 
     def _progress(self) -> dict[str, Any]:
@@ -409,7 +399,7 @@ class StageTrainer(Trainer):
             self.metrics_log.rewind(progress["log_bytes"])
 
     def run(self) -> None:
-        """Resume from the last state, or start, and train to the end. Interrupted if asked to stop before it."""
+        """Train to the end, from the last state if there is one. Interrupted if asked to stop earlier."""
         states = saved_states(self.folder)
         if not states and self.is_world_process_zero():
             self.metrics_log.rewind(0)
@@ -425,7 +415,7 @@ class StageTrainer(Trainer):
         if self.state.global_step < self.schedule.total:
             raise Interrupted(
                 f"stopped at step {self.state.global_step} of {self.schedule.total} and saved in "
-                f"{saved_states(self.folder)[-1]}; the same command resumes from there"
+                f"{saved_states(self.folder)[-1]}; rerun the command to resume from there"
             )
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole, and that replace nothing but an older version of themselves.
+"""Write files and folders atomically; they only replace older versions of themselves.
 
 Everything is written under a temporary name in the directory of the target, flushed to the disk, and renamed: a kill
 at any moment leaves the old version or the new one, never half of either. A folder that may be replaced is described
@@ -26,10 +26,10 @@ SHOWN = 3  # names of what is in the way
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a folder of ours consists of.
+    """The files of one kind of folder.
 
-    name: what errors call it. marker: the file that tells the kind. files: patterns of its files, relative to the
-    folder (`*` does not match `/`); those of an older version go with it. error: what a refusal raises.
+    name: its name in errors. marker: the file that identifies the kind. files: patterns of its files, relative to the
+    folder (`*` does not match `/`); those of an older version are removed. error: the error class.
     """
 
     name: str
@@ -51,7 +51,7 @@ class FolderKind:
 
 
 def check_target(target: Path, kind: FolderKind, overwrite: bool = False) -> None:
-    """Raise `kind.error` if `target` is a file, or a folder that holds something else than this kind.
+    """Raise `kind.error` if `target` is a file, or a folder with something other than this kind.
 
     A new or empty folder is fine, and so is one with hidden files only (a fresh repository). overwrite: something else
     is fine too, since it is kept.
@@ -73,9 +73,9 @@ def check_target(target: Path, kind: FolderKind, overwrite: bool = False) -> Non
 def write_folder(
     target: Path, kind: FolderKind, overwrite: bool = False, own: bool = False
 ) -> Iterator[Path]:
-    """A temporary folder that takes the target's place if the block ends well, and is removed if it does not.
+    """A temporary folder that replaces the target if the block succeeds, and is removed otherwise.
 
-    What the target holds that is not of this kind is carried over. `kind.error` if there is no place for it, if the
+    Other files in the target are kept. `kind.error` if it cannot be created, if the
     target holds something else, or another folder of this kind whose files differ; overwrite allows both. own: the
     caller knows that what is there is an older version of the same thing.
     """
@@ -99,7 +99,7 @@ def write_folder(
 
 
 def write_file(path: str | Path, write: str | bytes | Callable[[Path], object], sync: bool = True) -> Path:
-    """Write a file whole: text (UTF-8), bytes, or what a function writes to the path that it is given.
+    """Write a file atomically: text (UTF-8), bytes, or a function that writes to the path it is given.
 
     That path has the same suffix. sync: wait until the disk holds it, so that it outlasts a loss of power; one of many
     small files, or a page that is soon written again, need not. OSError if it cannot be written; then the old file is
@@ -127,7 +127,7 @@ def write_file(path: str | Path, write: str | bytes | Callable[[Path], object], 
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of names: a rename may reach it before the contents do."""
+    """Flush a file, or a folder's list of names, to the disk: a rename may reach it before the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -136,7 +136,7 @@ def flush(path: Path) -> None:
 
 
 def _refuse_changes(place: Path, scratch: Path, kind: FolderKind) -> None:
-    """Raise if a file that is there would be removed, or replaced by one with other contents."""
+    """Raise if an existing file would be removed or changed."""
     written = {path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()}
     there = sorted({*kind.own_files(place), *(name for name in written if (place / name).exists())})
     same, *_ = filecmp.cmpfiles(place, scratch, map(str, there), shallow=False)
@@ -149,7 +149,7 @@ def _refuse_changes(place: Path, scratch: Path, kind: FolderKind) -> None:
 
 
 def _take_place(scratch: Path, place: Path, kind: FolderKind) -> None:
-    """Rename the finished folder to its place, with what others have put there."""
+    """Rename the finished folder to its place, keeping files of others."""
     scratch.chmod(0o755)
     for path in scratch.rglob("*"):  # safetensors writes files that only their owner can read
         path.chmod(0o755 if path.is_dir() else 0o644)

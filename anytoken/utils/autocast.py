@@ -1,4 +1,4 @@
-"""Computations that stay in float32 where the code around them runs under autocast."""
+"""Computations that stay in float32 under autocast."""
 
 from collections.abc import Callable, Iterator
 from functools import wraps

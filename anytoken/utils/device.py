@@ -14,7 +14,7 @@ from anytoken.utils.hints import nearest
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """A device by name; "auto" takes CUDA if it is there. TokenizerError for one that cannot be used."""
+    """A device by name; "auto" uses CUDA if available. TokenizerError for one that cannot be used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -33,9 +33,9 @@ def usable_device(device: str | torch.device) -> torch.device:
 def constant(
     values: Sequence[int] | Sequence[Sequence[bool]], device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Values that the host knows as a tensor on a device, made once and not to be written to.
+    """Constant values as a tensor on a device, created once; do not write to it.
 
-    Copying them there again would make the host wait for all that the device has still to do.
+    Copying them again would synchronize with the device.
     """
     if torch.compiler.is_compiling():
         return torch.tensor(values, device=device, dtype=dtype)
@@ -49,7 +49,7 @@ def _constant(values: tuple[object, ...], device: torch.device, dtype: torch.dty
 
 
 def sent(values: Sequence[object], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers of the host as a new tensor on a device; to a GPU by way of pinned memory, so that nothing waits."""
+    """Numbers as a new tensor on a device; for a GPU through pinned memory, without synchronization."""
     pinned = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
 
@@ -61,7 +61,7 @@ def device_name(device: torch.device) -> str:
 
 @contextmanager
 def math_threads(count: int) -> Iterator[None]:
-    """Inside, torch computes on this many threads; after, on as many as before."""
+    """A context in which torch uses this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -11,17 +11,17 @@ from torch import distributed as dist
 
 
 def num_processes() -> int:
-    """How many processes there are: 1 where nothing is distributed."""
+    """The number of processes: 1 if not distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_processes() -> dist.ProcessGroup | None:
-    """The group of all processes; None where there is only one."""
+    """The group of all processes; None if there is only one."""
     return dist.group.WORLD if num_processes() > 1 else None
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """A tensor added up over all processes, all of which must call this; alone, the tensor itself.
+    """The sum of a tensor over all processes, all of which must call this; with one process, the tensor itself.
 
     Gradients averaged over processes are those of the sum.
     """

@@ -25,9 +25,9 @@ def nearest(given: object, allowed: Sequence[str] | Mapping[str, object]) -> str
 def no_such_model(name: str | Path, bundled: Sequence[str] = ()) -> str:
     """What to say of a name that neither this machine nor the hub has a model of: a folder that may be meant."""
     parent = Path(name).parent
-    beside = [str(one) for one in parent.iterdir() if one.is_dir()] if parent.is_dir() else []
+    siblings = [str(one) for one in parent.iterdir() if one.is_dir()] if parent.is_dir() else []
     return (
-        f"there is no folder {str(name)!r}{nearest(name, [*bundled, *beside])}, and the hub gave no model of that "
+        f"there is no folder {str(name)!r}{nearest(name, [*bundled, *siblings])}, and the hub has no model of that "
         "name; give a folder that exists, or a hub id such as Qwen/Qwen3-0.6B"
     )
 

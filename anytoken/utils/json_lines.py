@@ -95,4 +95,4 @@ def read_json_lines(path: str | Path, torn_end: bool = False) -> Iterator[dict[s
     except FileNotFoundError:
         raise
     except DAMAGE as error:
-        raise DataError(f"{path} cannot be read to its end: {error}") from error
+        raise DataError(f"{path} cannot be read completely: {error}") from error

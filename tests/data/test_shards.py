@@ -262,10 +262,10 @@ def test_a_file_that_changed_is_noticed_and_only_its_part_made_again(records: Pa
     data[-1] ^= 1
     damaged.write_bytes(data)
     Shards(out, {"image": tokenizer})  # of the same size: only its checksum tells
-    with pytest.raises(DataError, match=r"part-00001\.safetensors is not what was written"):
+    with pytest.raises(DataError, match=r"part-00001\.safetensors does not match its checksum"):
         Shards(out, {"image": tokenizer}, verify=True)
     damaged.write_bytes(data[:-1])
-    with pytest.raises(DataError, match=r"part-00001\.safetensors is not what was written"):
+    with pytest.raises(DataError, match=r"part-00001\.safetensors does not match its checksum"):
         Shards(out, {"image": tokenizer})
     first = (out / "part-00000.safetensors").stat().st_mtime_ns
     tokenize(records, out, tokenizer)

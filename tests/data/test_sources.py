@@ -79,7 +79,7 @@ def test_gzip_and_blank_lines(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": "b"}\n'))
     assert [record["text"] for record in read_records(path)] == ["a", "b"]
     path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(RecordError, match="cannot be read to its end"):
+    with pytest.raises(RecordError, match="cannot be read completely"):
         list(read_records(path))
 
 
@@ -95,8 +95,8 @@ def test_a_bad_line_is_named(line: bytes, tmp_path: Path) -> None:
     [
         ("none.jsonl", "does not exist"),
         ("none-*.tar", "does not exist"),
-        ("a.xyz", "no known form"),
-        ("a.csv", "columns need names"),
+        ("a.xyz", "unknown format"),
+        ("a.csv", "column names"),
     ],
 )
 def test_what_is_no_source(name: str, said: str, tmp_path: Path) -> None:
@@ -219,10 +219,10 @@ def test_damaged_tars(tmp_path: Path) -> None:
         data = path.read_bytes()
         for cut in (0, 100, 600, 1500, 2048, len(data) // 2) if name == "set.tar" else (100, len(data) // 2):
             path.write_bytes(data[:cut])
-            with pytest.raises(RecordError, match=r"set\.tar.* cannot be read to its end"):
+            with pytest.raises(RecordError, match=r"set\.tar.* cannot be read completely"):
                 list(read_records(path))
     twice = write_tar(tmp_path / "twice.tar", [("a.png", png(1)), ("a.png", png(2))])
-    with pytest.raises(RecordError, match=r"a in twice\.tar: two members of one name"):
+    with pytest.raises(RecordError, match=r"a in twice\.tar: two members with the same name"):
         list(read_records(twice))
 
 

@@ -10,7 +10,7 @@ import pytest
 from anytoken.data.dataset_card import read_lines, write_lines
 from anytoken.emoji_world import voices
 from anytoken.emoji_world.voices import (
-    NAMES_A_THROAT,
+    NAMES_PER_VARIANT,
     build_voices,
     espeak_variants,
     plan,
@@ -62,7 +62,7 @@ def test_a_prompt_is_read_at_16_khz_and_others_are_passed_over(tmp_path: Path) -
 def test_what_a_throat_says_is_the_same_every_time() -> None:
     names = [f"thing {number}" for number in range(100)]
     jobs = list(plan(["f3", "m1"], names))
-    assert jobs == list(plan(["f3", "m1"], names)) and len(set(jobs)) == len(jobs) == 2 * NAMES_A_THROAT
+    assert jobs == list(plan(["f3", "m1"], names)) and len(set(jobs)) == len(jobs) == 2 * NAMES_PER_VARIANT
     assert {job[1].split("+")[1] for job in jobs} == {"f3", "m1"} and {job[0] for job in jobs} <= set(names)
     assert len({job[2:] for job in jobs}) > 5
 

@@ -144,7 +144,7 @@ def figures(folder, task):
             "decoding.output: received 'imge' (did you mean 'image'?)",
         ),
         (("how: classify", "how: generate\n  extract: no group"), 8, "put the answer in parentheses"),
-        (("how: classify", "how: retrieve\n  normalize: pmi"), 8, "normalize is of by: score"),
+        (("how: classify", "how: retrieve\n  normalize: pmi"), 8, "normalize applies only to by: score"),
     ],
 )
 def test_a_mistake_names_line_key_and_nearest_word(write, change, line, says):
@@ -388,7 +388,7 @@ def test_two_hops_find_what_one_cannot(write, tmp_path):
         run(Hopper(), write(text.replace("  via: '{colour}'\n", "")), tmp_path / "one"), "colours"
     )
     assert found["recall@1"]["model"]["value"] == 0
-    with pytest.raises(EvaluationError, match="via is of by: embed"):
+    with pytest.raises(EvaluationError, match="via applies only to by: embed"):
         read_tasks(write(text.replace("how: retrieve", "how: retrieve\n  by: score")))
 
 

@@ -203,7 +203,7 @@ def test_models_that_take_no_adapters_say_so(folder: Path, tmp_path: Path) -> No
     adapter = make_adapter(folder, tmp_path / "a", 1, target_modules=["q_proj"])
     small = AnyToken.from_pretrained(folder, quantize="int8")
     before = state(small)
-    with pytest.raises(CheckpointError, match=r"quantised \(int8\).*adapter= and quantize="):
+    with pytest.raises(CheckpointError, match=r"quantized \(int8\).*adapter= and quantize="):
         small.load_adapter(adapter, "one")
     assert state(small) == before
     wrapped = AnyToken.from_pretrained(folder)

@@ -84,6 +84,11 @@ def test_without_a_seed_equal_prompts_differ(model: AnyToken) -> None:
     alone = model.generate("red apple", "image", seed=5, **options).ids
     assert [r.ids for r in model.generate(prompts, "image", batch=True, seed=5, **options)] == [alone] * 4
     assert [r.ids for r in model.generate_ids([ids] * 4, "image", seed=5, **options)] == [alone] * 4
+    drawn = model.generate_ids([ids] * 2, "image", sample_indices=[0, 1], seed=5, **options)
+    assert drawn[0].ids == alone != drawn[1].ids
+    with pytest.warns(FutureWarning, match="rows of .*generate_ids is now sample_indices"):
+        renamed = model.generate_ids([ids] * 2, "image", rows=[0, 1], seed=5, **options)
+    assert [one.ids for one in renamed] == [one.ids for one in drawn]
 
 
 def test_several_greedy_replies_are_never_silent_copies(

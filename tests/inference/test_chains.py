@@ -46,7 +46,7 @@ def test_via_takes_any_kinds(model: anytoken.AnyToken) -> None:
     assert [one.kind for one in reply.steps] == ["image"] and isinstance(reply.segments[0], Text)
     longer = model.generate(SPOKEN, output="video", via=["text", "image"], seed=0)
     assert [one.kind for one in longer.steps] == ["text", "image"]
-    with pytest.raises(RequestError, match="which, such as output="):
+    with pytest.raises(RequestError, match="needs an output, such as output="):
         model.generate("a fox", via="image")
     with pytest.raises(RequestError, match="smell"):
         model.generate("a fox", output="image", via="smell")

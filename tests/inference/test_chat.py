@@ -156,7 +156,7 @@ def test_undo_takes_back_what_was_said_and_its_reply(model: AnyToken) -> None:
     assert len(chat) == 1
 
 
-def test_the_oldest_exchanges_are_forgotten_whole_when_the_context_is_full(
+def test_the_oldest_exchanges_are_truncated_whole_when_the_context_is_full(
     model: AnyToken, caplog: pytest.LogCaptureFixture
 ) -> None:
     chat, lost = model.chat(system="Be brief."), []
@@ -169,7 +169,7 @@ def test_the_oldest_exchanges_are_forgotten_whole_when_the_context_is_full(
         lost.append(chat.num_truncated)
     assert len(chat) == 25 and chat.num_truncated % 2 == 0 and chat.num_truncated > 10
     assert lost == sorted(lost) and any(a == b > 0 for a, b in pairwise(lost)), "prompts went on in between"
-    assert f"({chat.num_truncated} forgotten)" in repr(chat)
+    assert f"({chat.num_truncated} truncated)" in repr(chat)
     [warning] = [record.getMessage() for record in caplog.records if "outgrown" in record.getMessage()]
     assert "256 tokens" in warning
     with pytest.raises(ValueError, match="context"):

@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel, Qwe
 
 from anytoken.inference import fast_decode as flat_module
 from anytoken.inference.api import AnyToken
-from anytoken.inference.batch import Batch, Slot
+from anytoken.inference.batch import Batch, BatchSequence
 from anytoken.inference.engine import Engine
 from anytoken.inference.fast_decode import blocked, flat_decoder, product
 from anytoken.inference.kv_cache import KVCache
@@ -151,7 +151,7 @@ def test_weights_changed_in_place_are_seen() -> None:
     assert head.decoder is not None
     with torch.inference_mode():
         batch = Batch(head)
-        slot: Slot = batch.add([1, 2, 3])
+        slot: BatchSequence = batch.add([1, 2, 3])
         batch.forward()
         slot.ids.append(4)
         found = batch.forward()

@@ -138,7 +138,7 @@ again = anytoken.load("me/again", device="cpu")
 ids = torch.arange(3, 20)[None]
 assert torch.equal(model.lm(ids).logits, again.lm(ids).logits)
 gone = CliRunner().invoke(app, ["pull", "me/nothing", {str(tmp_path / "nothing")!r}])
-assert gone.exit_code == 2 and "The hub did not give me/nothing" in gone.stderr, gone.stderr
+assert gone.exit_code == 2 and "The hub did not provide me/nothing" in gone.stderr, gone.stderr
 os.environ["HF_TOKEN"] = "hf_wrong"
 refused = CliRunner().invoke(app, ["push", {str(folder)!r}, "me/x"])
 assert refused.exit_code == 2 and refused.stderr.count("\\n") == 1, refused.stderr

@@ -1,12 +1,17 @@
-"""A model without its shared expert: the same where a routed expert's weight is its mean, near it elsewhere."""
+"""stages/merge_shared_expert.py: the same where a routed expert's weight is its mean, near it elsewhere."""
+
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
 from anytoken.model import AnyTokenConfig, AnyTokenForCausalLM
 from anytoken.model.moe import AnyTokenMoE
-from anytoken.model.shared_expert import _split, without_shared_expert
 from anytoken.utils.errors import CheckpointError
+
+PROGRAM = runpy.run_path(str(Path(__file__).parents[2] / "stages" / "merge_shared_expert.py"))
+_split, without_shared_expert = PROGRAM["_split"], PROGRAM["without_shared_expert"]
 
 
 def made(**settings: object) -> AnyTokenForCausalLM:

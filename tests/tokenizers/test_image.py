@@ -76,7 +76,7 @@ class TestImageTokenizer(TokenizerBattery):
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"side_px": 60}, {"side_px": -8}, {"side_px": 64.0}, {"kernel": 4}, {"candidates": 0}],
+        [{"side_px": 60}, {"side_px": -8}, {"side_px": 64.0}, {"kernel": 4}, {"num_candidates": 0}],
     )
     def test_a_setting_that_cannot_be_is_an_error(self, wrong):
         with pytest.raises(TokenizerError, match=f"received {next(iter(wrong.values()))}"):
@@ -103,10 +103,15 @@ class TestImageTokenizerThatListensToItsDecoder(TestImageTokenizer):
     """Of each patch's three nearest codes the one stays that decodes best."""
 
     quantizer = {"kind": "vq", "code_dim": 4, "decay": 0.9}
-    settings = {**TestImageTokenizer.settings, "quantizer": quantizer, "codebook_size": 32, "candidates": 3}
+    settings = {
+        **TestImageTokenizer.settings,
+        "quantizer": quantizer,
+        "codebook_size": 32,
+        "num_candidates": 3,
+    }
 
     def test_codes_decode_nearer_to_the_picture_than_the_nearest_ones(self, tokenizer):
-        plain = ImageTokenizer(**{**tokenizer.config, "candidates": 1}).eval()
+        plain = ImageTokenizer(**{**tokenizer.config, "num_candidates": 1}).eval()
         plain.load_state_dict(tokenizer.state_dict())
         for height, width in ((64, 64), (8, 64), (64, 8), (40, 64)):
             target = picture(height, width, seed=height + width)
@@ -136,8 +141,8 @@ class TestImageTokenizerThatListensToItsDecoder(TestImageTokenizer):
     ],
 )
 def test_candidates_that_cannot_be_are_named(candidates, quantizer):
-    with pytest.raises(TokenizerError, match=f"candidates is 1, or .*received {candidates} with"):
-        ImageTokenizer(quantizer=quantizer, codebook_size=8, candidates=candidates)
+    with pytest.raises(TokenizerError, match=f"num_candidates is 1, or .*received {candidates} with"):
+        ImageTokenizer(quantizer=quantizer, codebook_size=8, num_candidates=candidates)
 
 
 class TestImageTokenizerOfFourCodebooks(TestImageTokenizer):
@@ -145,7 +150,7 @@ class TestImageTokenizerOfFourCodebooks(TestImageTokenizer):
 
     settings = {
         **TestImageTokenizer.settings,
-        "quantizer": {"kind": "simvq", "residual": 2, "groups": 2, "order": "delayed"},
+        "quantizer": {"kind": "simvq", "residual": 2, "groups": 2, "codebook_pattern": "delay"},
         "codebook_size": 16,
     }
 

@@ -162,8 +162,8 @@ def test_weights_of_a_causal_video_tokenizer_are_a_beginning():
 def test_one_codebook_only(kind, tiny):
     with pytest.raises(TokenizerError, match=f"A {kind.kind} tokenizer has one codebook"):
         kind(**tiny | {"quantizer": {"kind": "vq", "residual": 2}})
-    with pytest.raises(TokenizerError, match=f"A {kind.kind} tokenizer takes no candidates"):
-        kind(**{**tiny, "quantizer": "vq", "candidates": 4})
+    with pytest.raises(TokenizerError, match=f"A {kind.kind} tokenizer takes no num_candidates"):
+        kind(**{**tiny, "quantizer": "vq", "num_candidates": 4})
 
 
 def test_a_clip_is_taken_apart_frame_by_frame_over_the_base_of_its_first_step():

@@ -158,7 +158,7 @@ class TestMimi(SpeechBattery):
 
 
 class TestDac(SpeechBattery):
-    codec, settings = "dac", settings_of("dac", max_seconds=0.1, order="delayed")
+    codec, settings = "dac", settings_of("dac", max_seconds=0.1, codebook_pattern="delay")
 
 
 class TestEncodec(SpeechBattery):
@@ -393,15 +393,15 @@ def test_what_is_no_codec_is_an_error(tmp_path):
 
 def test_a_codec_is_imported_on_the_command_line(folders, tmp_path):
     words = ["tokenizer", "import", str(folders["dac"]), "--out", str(tmp_path / "dac")]
-    done = CliRunner().invoke(app, [*words, "num_codebooks=2", "order=delayed"])
+    done = CliRunner().invoke(app, [*words, "num_codebooks=2", "codebook_pattern=delay"])
     assert done.exit_code == 0, done.output
     loaded = load_tokenizer(tmp_path / "dac")
-    assert (loaded.shape.num_codebooks, loaded.shape.order) == (2, "delayed")
+    assert (loaded.shape.num_codebooks, loaded.shape.order) == (2, "delay")
     for wrong, says in [
         ("num_codebooks", "Settings are key=value; received 'num_codebooks'"),
         (
             "num_codebook=2",
-            "PretrainedSpeech has the settings num_codebooks, max_seconds, order; received num_codebook",
+            "PretrainedSpeech has the settings num_codebooks, max_seconds, codebook_pattern; received num_codebook",
         ),
         ("kind=video", "No video codec 'dac'; there are emu3_vqgan"),
     ]:

@@ -86,7 +86,7 @@ class TestSpeechTokenizerOfThreeCodebooks(TestSpeechTokenizer):
 
     settings = {
         **TestSpeechTokenizer.settings,
-        "quantizer": {"kind": "cosine", "residual": 3, "order": "delayed"},
+        "quantizer": {"kind": "cosine", "residual": 3, "codebook_pattern": "delay"},
         "codebook_size": 16,
     }
 
@@ -94,7 +94,14 @@ class TestSpeechTokenizerOfThreeCodebooks(TestSpeechTokenizer):
 class TestSpeechTokenizerOf25CodesASecond(TestSpeechTokenizer):
     """Two frames a code, and of the residual codebooks that dropout trained both."""
 
-    quantizer = {"kind": "vq", "residual": 2, "dropout": True, "code_dim": 4, "decay": 0.9, "dead_below": 0.1}
+    quantizer = {
+        "kind": "vq",
+        "residual": 2,
+        "dropout": True,
+        "code_dim": 4,
+        "decay": 0.9,
+        "threshold_ema_dead_code": 0.1,
+    }
     settings = {
         **TestSpeechTokenizer.settings,
         # Twice as many codes would, for two tones to learn from, lie no further apart than rounding reaches.
@@ -188,10 +195,10 @@ class TestSpeechTokenizerOfTwoSpectraAFrame(TestSpeechTokenizerWithAVoice):
 class TestSpeechTokenizerThatListens(TestSpeechTokenizerWithAVoice):
     """Of three codes, or pairs of codes, each position has the one whose sound is heard nearest."""
 
-    settings = {**TestSpeechTokenizerWithAVoice.settings, "candidates": 3}
+    settings = {**TestSpeechTokenizerWithAVoice.settings, "num_candidates": 3}
 
     def plain(self, tokenizer):
-        nearest = SpeechTokenizer(**{**tokenizer.config, "candidates": 1}).eval()
+        nearest = SpeechTokenizer(**{**tokenizer.config, "num_candidates": 1}).eval()
         nearest.load_state_dict(tokenizer.state_dict())
         return nearest
 

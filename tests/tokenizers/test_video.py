@@ -157,11 +157,11 @@ class TestCausalVideoTokenizerThatListensToItsDecoder(TestCausalVideoTokenizer):
         **TestCausalVideoTokenizer.settings,
         "quantizer": quantizer,
         "codebook_size": 32,
-        "candidates": 3,
+        "num_candidates": 3,
     }
 
     def test_codes_decode_nearer_to_the_clip_than_the_nearest_ones(self, tokenizer):
-        plain = VideoTokenizer(**{**tokenizer.config, "candidates": 1}).eval()
+        plain = VideoTokenizer(**{**tokenizer.config, "num_candidates": 1}).eval()
         plain.load_state_dict(tokenizer.state_dict())
         target = self.segment(5)
         errors = [
@@ -197,7 +197,7 @@ class TestLayeredVideoTokenizer(TestCausalVideoTokenizer):
 
 def test_candidates_need_a_causal_tokenizer():
     with pytest.raises(TokenizerError, match="1, or causal=true; received 4 without"):
-        VideoTokenizer(quantizer="vq", candidates=4)
+        VideoTokenizer(quantizer="vq", num_candidates=4)
 
 
 @pytest.mark.parametrize("side_px", [60, 0, 4])

@@ -24,7 +24,7 @@ from anytoken.utils.errors import ConfigError
 
 def told(message: object) -> list[str]:
     """The overrides at the end of a message."""
-    return re.findall(r"\S+=\S*", str(message).split("begin another run")[1])
+    return re.findall(r"\S+=\S*", str(message).split("start another run")[1])
 
 
 def again(recipe: dict[str, Any], folder: Path, *changes: str) -> tuple[TrainConfig, Path]:

@@ -129,7 +129,7 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml is not a file"):
         TrainConfig.load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ConfigError, match="no mapping"):
+    with pytest.raises(ConfigError, match="expected a mapping"):
         TrainConfig.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="not valid YAML"):

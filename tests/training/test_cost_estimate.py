@@ -189,10 +189,10 @@ def test_scale_recipes_fit_their_gpus(name: str) -> None:
 
 def test_configurations_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="names no model_type"):
+    with pytest.raises(ConfigError, match="has no model_type"):
         read_config(tmp_path / "config.json")
     (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match="holds no configuration"):
+    with pytest.raises(ConfigError, match="has no model configuration"):
         read_config(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"no folder '\S+/modell' \(did you mean '\S+/model'\?\)"):
         read_config(tmp_path / "modell")
@@ -254,7 +254,7 @@ def test_an_adapter_of_experts_keeps_their_sum_with_it() -> None:
 
 
 def test_rows_of_a_bare_configuration_are_not_known() -> None:
-    with pytest.raises(ConfigError, match=r"how many rows text has.*lora.new_rows=\[\]"):
+    with pytest.raises(ConfigError, match=r"number of rows of text cannot.*lora.new_rows=\[\]"):
         plan(stage(lora={"new_rows": ["text"]}), Qwen3MoeConfig(**TINY_MOE), 1)
 
 
@@ -312,7 +312,7 @@ def test_a_measured_share_replaces_the_assumption(tmp_path: Path) -> None:
         ({}, "h100", "was measured on h200, and the plan is for h100; give --gpu h200"),
         ({"gpu": None, "device": "x86_64"}, "h100", "measured on x86_64, whose peak is not known"),
         ({"parts": {}}, "h200", "no measured step of a model without experts"),
-        ({"parts": 3}, "h200", "is no file of `anytoken bench gpu`"),
+        ({"parts": 3}, "h200", "is not a file of `anytoken bench gpu`"),
     ],
 )
 def test_a_measurement_that_says_nothing_of_this_is_an_error(

@@ -97,7 +97,7 @@ def test_a_bad_line_is_named(base: Path, tmp_path: Path, line: str, said: str) -
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "b"}',
-            "prefers nothing",
+            "there is no preference",
         ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "tile", "tile": "/etc/passwd"}]}], '

@@ -250,7 +250,7 @@ def test_data_that_changed_is_not_gone_on_with(
 
     killed_at(5, recipe)
     mine.write_text("".join(reversed(lines)))
-    with pytest.raises(ConfigError, match="changed since this run was begun"):
+    with pytest.raises(ConfigError, match="changed since this run started"):
         train(TrainConfig.from_dict(recipe))
 
 
@@ -301,7 +301,7 @@ def test_combinations_that_peft_refuses_are_said_early(lora_recipe: dict[str, An
         train(TrainConfig.from_dict(lora_recipe | {"lora": {"dropout": 0.1}}))
     with pytest.raises(ConfigError, match="no DoRA for experts"):
         train(TrainConfig.from_dict(lora_recipe | {"lora": {"dora": True}}))
-    with pytest.raises(ConfigError, match="adapts nothing"):
+    with pytest.raises(ConfigError, match="trains nothing"):
         # PEFT has no adapter of rows alone.
         nothing = {"attention": False, "experts": False, "new_rows": ["tile"]}
         train(TrainConfig.from_dict(lora_recipe | {"lora": nothing, "output": lora_recipe["output"] + "2"}))

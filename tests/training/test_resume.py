@@ -214,7 +214,7 @@ def test_the_command_ends_with_130_and_one_line(
     (tmp_path / "stage.yaml").write_text(json.dumps(recipe))
     with at_step(2, interrupt, monkeypatch):
         result = CliRunner().invoke(app, ["train", str(tmp_path / "stage.yaml")])
-    assert result.exit_code == 130 and "the same command resumes from there" in result.stderr
+    assert result.exit_code == 130 and "rerun the command to resume from there" in result.stderr
 
 
 # ---- a full disk ----

@@ -39,9 +39,9 @@ from anytoken.utils.errors import RecordError
 
 
 def read_records(source: Any) -> Iterator[Record]:
-    """Yield the validated records of a source, in order; see the module's docstring for what it may be.
+    """Yield the validated records of a source, in order; the module's docstring lists the forms.
 
-    Raises RecordError, naming source and place, for what is missing or damaged and for the first bad record.
+    RecordError names source and location of a missing or damaged file or the first bad record.
     """
     opened = open_source(source)
     for place, entry in opened.entries():
@@ -56,10 +56,10 @@ def read_records(source: Any) -> Iterator[Record]:
 def open_source(
     source: Any, rename: Mapping[str, str] | None = None, data_root: str | Path | None = None
 ) -> Source:
-    """Find out what a source is; RecordError if it is nothing that holds records.
+    """Detect the form of a source; RecordError if it has no records.
 
-    rename: keys of the records that are to have another name, such as {"audio": "speech"}. data_root: a folder that
-    links in a folder of files may lead to, besides the folder itself.
+    rename: keys of the records to rename, such as {"audio": "speech"}. data_root: an additional folder that links in a
+    folder of files may point to.
     """
     found = _find(source, data_root)
     return replace(found, parse=partial(_parse, found.parse, dict(rename or {})))
@@ -102,7 +102,7 @@ def _find(source: Any, data_root: str | Path | None = None) -> Source:
     if all(name.endswith(TABLES) for name in names):
         return table_files(path.name, files)
     raise RecordError(
-        f"{source} is of no known form; allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .tar, .tar.gz, "
+        f"{source} has an unknown format; allowed: .jsonl, .jsonl.gz, .json, .csv, .tsv, .tar, .tar.gz, "
         ".parquet, .arrow, a folder"
     )
 

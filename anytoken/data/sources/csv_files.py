@@ -22,7 +22,7 @@ def csv_source(path: Path) -> Source:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a .csv or .tsv file as {column: cell} without the empty cells; a bad row is given as its error."""
+    """Rows of a .csv or .tsv file as {column: cell} without the empty cells; a bad row gives its error."""
     csv.field_size_limit(CELLS)
     # Bytes that are no UTF-8 become surrogates, which make the row that holds them a bad record, and no other.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -46,7 +46,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 class BadRow(dict[str, Any]):
-    """A row that is no record: {"error": what is wrong}."""
+    """A row that is not a record: {"error": reason}."""
 
     def __init__(self, error: RecordError) -> None:
         super().__init__(error=error)
@@ -55,7 +55,7 @@ class BadRow(dict[str, Any]):
 def _header(path: Path, row: list[str]) -> list[str]:
     names = [name.strip() for name in row]
     if len(set(names)) < len(names) or "" in names:
-        raise RecordError(f"{path} line 1: the columns need names, each another one; got {row!r:.200}")
+        raise RecordError(f"{path} line 1: column names must be present and distinct; got {row!r:.200}")
     return names
 
 

@@ -1,6 +1,6 @@
-"""A record from the files of one stem, in a folder or a tar: `cat.png`, `cat.wav`, `cat.txt`.
+"""A record from files with the same stem, in a folder or a tar: `cat.png`, `cat.wav`, `cat.txt`.
 
-The suffix tells the key: the kind of its format, or what is written before the format (`cat.video.webp`).
+The suffix gives the key: the kind of its format, or the name before the format (`cat.video.webp`).
 """
 
 import mimetypes
@@ -8,13 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from anytoken.data.records import (
-    UNREAD_SUFFIXES,
-    Blob,
-    Medium,
-    Record,
-    unread,
-)
+from anytoken.data.records import UNREAD_SUFFIXES, Blob, Medium, Record, unread
 from anytoken.data.sources.json_files import parse_json
 from anytoken.segments import CONTAINER_SUFFIXES, DNA_SUFFIXES, IMAGE_SUFFIXES, SPEECH_SUFFIXES, TEXT_SUFFIXES
 from anytoken.tokenizers.base import MODALITIES
@@ -31,7 +25,7 @@ WORDS = (".txt", ".json")  # read for the record itself; other files are media
 
 
 def stem_and_suffix(name: str) -> tuple[str, str]:
-    """ "a/cat.v2.video.webp" is ("a/cat.v2", "video.webp"); no suffix for a file that is no part of a record."""
+    """ "a/cat.v2.video.webp" is ("a/cat.v2", "video.webp"); no suffix for a file that is not part of a record."""
     for one in (*WORDS, *(one for formats in SUFFIXES.values() for one in formats)):
         if name.lower().endswith(one) and one != ".md":
             stem = name[: -len(one)]
@@ -45,7 +39,7 @@ def stem_and_suffix(name: str) -> tuple[str, str]:
 
 
 def _is_unread(suffix: str) -> bool:
-    """Whether a suffix is of media, yet of no format that is read: its record is bad, and not just without it."""
+    """Whether a suffix is of media in an unsupported format, which makes its record bad."""
     own = f".{suffix}"
     if any(own.endswith(one) for formats in SUFFIXES.values() for one in formats):
         return False
@@ -54,7 +48,7 @@ def _is_unread(suffix: str) -> bool:
 
 
 def _key_of(suffix: str) -> str:
-    """The record key of a file: what is written before the format ("video.webp"), else the kind of its format."""
+    """The record key of a file: the name before the format ("video.webp"), else the kind of its format."""
     for kind, formats in SUFFIXES.items():
         for one in formats:
             if f".{suffix}".endswith(one):

@@ -1,4 +1,4 @@
-"""Records of a folder: with a `metadata.jsonl` or `.csv`, or files of one stem as one record."""
+"""Records of a folder: with a `metadata.jsonl` or `.csv`, or with files of the same stem as one record."""
 
 import hashlib
 import re
@@ -31,7 +31,7 @@ def _with_metadata(root: Path, files: list[Path]) -> Source:
 
 
 def _from_metadata(entry: tuple[str, Any]) -> Record:
-    """A row of metadata.jsonl or .csv: file_name and <kind>_file_name become media, the rest stays."""
+    """A row of metadata.jsonl or .csv: file_name and <kind>_file_name become media, other keys are kept."""
     folder, found = entry
     given = parse_json(found) if isinstance(found, bytes) else found
     if not isinstance(given, dict) or isinstance(given, BadRow):
@@ -111,7 +111,7 @@ def _split_of(path: PurePosixPath) -> Record:
 
 
 def _check_link(path: Path, root: Path, data_root: str | Path | None) -> Path:
-    """A file of a folder; RecordError if it is a link to what is not part of the set."""
+    """A file of a folder; RecordError for a link out of the set."""
     if not is_below(path, [root, data_root]):
         raise RecordError(
             f"{path.relative_to(root)} is a link out of the folder; set data_root (--data-root) to a folder that "

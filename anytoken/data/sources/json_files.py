@@ -21,7 +21,7 @@ def json_lines(path: Path) -> Source:
 
 
 def json_list(path: Path) -> Source:
-    """A .json file that holds a list of records, as LLaVA and LLaMA-Factory ship theirs."""
+    """A .json file with a list of records, as used by LLaVA and LLaMA-Factory."""
 
     def entries() -> Iterator[tuple[str, Any]]:
         found = parse_json(path.read_bytes())
@@ -34,12 +34,12 @@ def json_list(path: Path) -> Source:
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file with their places; RecordError if it is damaged."""
+    """The lines of a file with their numbers; RecordError if it is damaged."""
     try:
         for number, line in numbered_lines(path):
             yield f"line {number}", line.strip()
     except DAMAGE as error:
-        raise RecordError(f"{path} cannot be read to its end: {error}", "damaged file") from error
+        raise RecordError(f"{path} cannot be read completely: {error}", "damaged file") from error
 
 
 def parse_json(line: bytes) -> Any:
@@ -51,7 +51,7 @@ def parse_json(line: bytes) -> Any:
 
 
 def as_is(entry: Any) -> Any:
-    """For entries that are records already."""
+    """The entry itself, for entries that are records already."""
     return entry
 
 

@@ -1,6 +1,6 @@
 """Sets of Hugging Face `datasets`: Parquet and Arrow files, saved folders, the hub, and objects in Python.
 
-Media stay encoded as stored; a ClassLabel becomes its name, which is the text of a record without text.
+Media stay encoded; a ClassLabel becomes its name, and the text of a record without one.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def saved_folder(path: Path) -> Source | None:
-    """The set of a folder of `save_to_disk` or with Parquet files in it; None for another folder."""
+    """The set in a folder written by `save_to_disk` or with Parquet files; None for another folder."""
     digest = partial(digest_files, sorted(one for one in path.rglob("*") if one.suffix in TABLES))
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         saved = _load(str(path), lambda datasets: datasets.load_from_disk(str(path)))
@@ -44,7 +44,7 @@ def rows_of(found: Any) -> Source:
 
 
 def _load(name: str, load: Callable[[Any], Any]) -> Any:
-    """What `datasets` loads; RecordError if it is not installed, or with its words if it cannot."""
+    """Load with `datasets`; RecordError if it is not installed or fails."""
     try:
         import datasets
     except ImportError as error:
@@ -56,7 +56,9 @@ def _load(name: str, load: Callable[[Any], Any]) -> Any:
     except (
         Exception
     ) as error:  # it and Arrow raise a family of their own: damaged, offline, unknown, gated...
-        raise RecordError(f"{name} does not open: {' '.join(str(error).split())}", "damaged file") from error
+        raise RecordError(
+            f"{name} cannot be opened: {' '.join(str(error).split())}", "damaged file"
+        ) from error
 
 
 def table_files(name: str, files: list[Path]) -> Source:
@@ -78,7 +80,7 @@ def hub(name: str) -> Source:
 
 
 def _digest_object(found: Any) -> str:
-    """sha256 over what `datasets` tells of a set: its fingerprint, or for a stream its name, version and features."""
+    """sha256 over the identity of a set: its fingerprint, or for a stream its name, version and features."""
     splits = dict(found) if isinstance(found, Mapping) else {None: found}
     parts = [f"{split} {getattr(one, '_fingerprint', one.info)}" for split, one in splits.items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -99,7 +101,7 @@ def _dataset(found: Any, name: str, digest: Callable[[], str], root: Path = Path
             except RecordError:
                 raise
             except Exception as error:
-                raise RecordError(f"{name} cannot be read to its end: {error}", "damaged file") from error
+                raise RecordError(f"{name} cannot be read completely: {error}", "damaged file") from error
 
     lengths = [len(one) if hasattr(one, "__len__") else None for one in splits.values()]
     total = None if None in lengths else sum(n for n in lengths if n is not None)
@@ -108,7 +110,7 @@ def _dataset(found: Any, name: str, digest: Callable[[], str], root: Path = Path
 
 
 def _class_names(splits: list[Any]) -> dict[str, list[str]]:
-    """The names that the numbers in columns of ClassLabel stand for."""
+    """The class names of ClassLabel columns."""
     return {
         key: feature.names
         for rows in splits
@@ -118,7 +120,7 @@ def _class_names(splits: list[Any]) -> dict[str, list[str]]:
 
 
 def _encoded(rows: Any) -> Any:
-    """Rows one by one, with their media as they are kept."""
+    """Rows one by one, with their media still encoded."""
     stream = rows.to_iterable_dataset() if hasattr(rows, "to_iterable_dataset") else rows
     return stream.decode(False) if stream.features else stream
 
@@ -135,7 +137,7 @@ def _from_row(classes: Mapping[str, list[str]], entry: tuple[str | None, Any]) -
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A cell without the nulls that Arrow fills structures up with; encoded media as Blobs or paths."""
+    """A cell without Arrow's filler nulls; encoded media as Blobs or paths."""
     if isinstance(value, bytes):
         return Blob(name, value)
     if isinstance(value, list):
@@ -151,7 +153,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def _fetch(url: str) -> bytes:
-    """A medium that a streamed set only points at."""
+    """Download a medium that a streamed set references."""
     import fsspec  # comes with datasets
 
     chain = [part.partition("://") for part in url.split("::")]

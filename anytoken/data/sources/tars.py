@@ -1,6 +1,6 @@
-"""Records of webdataset tars: neighbouring members of one key are one record.
+"""Records of webdataset tars: adjacent members with the same key are one record.
 
-They are read with the standard library: the format is tar, and grouping its members takes a dozen lines.
+They are read with the standard library.
 """
 
 import re
@@ -36,11 +36,12 @@ def tar_files(name: str, files: list[Path]) -> Source:
 
 
 class _Member(tarfile.TarInfo):
-    """A header that has to be there: `tarfile` takes a cut or damaged one, but the first, for the archive's end."""
+    """A header that must be valid: `tarfile` treats a truncated or damaged one, except the first, as the archive's
+    end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
-        """A header; what extends one is read into memory at once, so it is short."""
+        """A header; extensions are read into memory, so they must be short."""
         found = super().frombuf(buf, encoding, errors)
         if found.type in EXTENSIONS and found.size > 1 << 20:
             raise tarfile.ReadError(f"a header of {found.size:,} bytes")
@@ -57,7 +58,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, Blob]]:
-    """(key, suffix, content) of the files of a tar, as they come; MediaLimitError for one of more than max_bytes."""
+    """(key, suffix, content) of the files of a tar, in order; MediaLimitError for one larger than max_bytes."""
     limits = current_limits()
     try:
         with tarfile.open(path, tarinfo=_Member) as tar:
@@ -70,11 +71,11 @@ def _members(path: Path) -> Iterator[tuple[str, str, Blob]]:
                 if match and file is not None:
                     yield match[1], match[2].lower(), Blob(f"{path.name}/{match[0]}", file.read())
     except (*DAMAGE, tarfile.TarError) as error:
-        raise RecordError(f"{path} cannot be read to its end: {error}", "damaged file") from error
+        raise RecordError(f"{path} cannot be read completely: {error}", "damaged file") from error
 
 
 def _from_blobs(entry: list[tuple[str, Blob]]) -> Record:
     members: dict[str, Medium] = dict(entry)
     if len(members) < len(entry):
-        raise RecordError(f"two members of one name: {', '.join(suffix for suffix, _ in entry)}")
+        raise RecordError(f"two members with the same name: {', '.join(suffix for suffix, _ in entry)}")
     return record_of_files(members, lambda blob: blob.data if isinstance(blob, Blob) else b"")

@@ -1,8 +1,8 @@
-"""Intervals by resampling samples with return (bootstrap; Efron 1979), of one model's figure or of a difference.
+"""Bootstrap intervals (Efron 1979) of one model's score or of a difference.
 
-Two models are compared on the same samples: one resample serves both, so what is hard for both cancels out (paired
-bootstrap; Koehn, EMNLP 2004). All resamples of one figure agree where every sample has the same score; then the
-interval is a point, which says less than it seems. R: resamples, N: samples.
+Two models are compared on the same samples: one resample serves both, so the difficulty of samples cancels out (paired
+bootstrap; Koehn, EMNLP 2004). If every sample has the same score, the interval is a point, which understates the
+uncertainty. R: resamples, N: samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Total = Callable[[np.ndarray], float]
 
 
 def indices(count: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Which samples each resample holds; int64 [R, N]."""
+    """Sample indices of each resample; int64 [R, N]."""
     return np.random.default_rng(seed).integers(count, size=(resamples, count))
 
 
@@ -32,7 +32,7 @@ def resampled(total: Total, rows: np.ndarray, drawn: np.ndarray, is_mean: bool =
 
 
 def percentiles(found: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled figures; NaN where none is defined."""
+    """The middle 95 % of resampled figures; NaN if none is defined."""
     known = found[~np.isnan(found)]
     if not len(known):
         return float("nan"), float("nan")
@@ -43,7 +43,7 @@ def percentiles(found: np.ndarray) -> tuple[float, float]:
 def figure(
     total: Total, rows: np.ndarray, is_mean: bool = False, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
-    """value, low, high (95 % bootstrap) and total of rows, ready for JSON; None where it is not defined."""
+    """value, low, high (95 % bootstrap) and total of rows, ready for JSON; None if undefined."""
     low, high = percentiles(resampled(total, rows, indices(len(rows), resamples), is_mean))
     value = total(rows)
     return {
@@ -56,7 +56,7 @@ def figure(
 def difference(
     total: Total, ours: np.ndarray, theirs: np.ndarray, is_mean: bool = False, resamples: int = RESAMPLES
 ) -> dict[str, Any]:
-    """Our figure less theirs on the same samples, with its 95 % interval and how often a resample has the other sign.
+    """Our score minus theirs on the same samples, with its 95 % interval and p-value.
 
     p: twice the smaller share of resamples on one side of 0, at most 1; not below 2 / R.
     """

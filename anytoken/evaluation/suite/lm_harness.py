@@ -55,7 +55,7 @@ class AnyTokenLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells cached requests of different checkpoints apart."""
+        """Distinguishes cached requests of different checkpoints."""
         return f"anytoken-{self.model.processor.fingerprints()['text'][:12]}"
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -82,7 +82,7 @@ class AnyTokenLM(LM):
         return self.model.encode_prompt(context) if context else self.model.processor.null_prompt()
 
     def _answer(self, context: str, continuation: str) -> list[int]:
-        """Ids of a continuation; a reply begins after the space that the harness puts before it, and has an end."""
+        """Ids of a continuation; a reply starts after the space that the harness prepends, and has an end id."""
         if not self.plain:
             return self.model.processor.encode_reply(continuation.lstrip() or continuation)
         whole = self.model.tokenize(Text(context + continuation))
@@ -92,7 +92,7 @@ class AnyTokenLM(LM):
         return self.model.tokenize(Text(continuation))  # the border is inside a token
 
     def _fit(self, prompt: list[int], length: int) -> list[int]:
-        """A prompt that is cut on the left if it does not fit the context; its first ids, which are control, stay."""
+        """A prompt, truncated on the left if it does not fit the context; its control ids at the start are kept."""
         room = self.model.engine.context - length
         if room < 4:
             raise EvaluationError(

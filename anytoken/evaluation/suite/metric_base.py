@@ -38,7 +38,7 @@ class Part(BaseModel):
 
 
 def mistake(words: str, *keys: str | int) -> PydanticCustomError:
-    """An error of a task file at a key below the part that is checked."""
+    """An error in a task file at a key below the checked part."""
     return PydanticCustomError("mistake", "{words}", {"words": words, "keys": list(keys)})
 
 
@@ -49,8 +49,8 @@ Judge = Callable[[Sequence["Outcome"]], list[dict[str, float] | None]]
 class Tools:
     """What some metrics need besides answers.
 
-    sets: the folder of the built sets. asr: a Whisper that writes down spoken answers. judge: scores answers part by
-    part, for `world_judge`.
+    sets: the folder of the built sets. asr: a Whisper model that transcribes spoken answers. judge: scores the parts of
+    answers, for `world_judge`.
     """
 
     sets: Path = Path("data/sets")
@@ -60,7 +60,7 @@ class Tools:
 
     @cached_property
     def transcriber(self) -> Any:
-        """Writes down spoken answers; EvaluationError without --asr."""
+        """Transcribes spoken answers; EvaluationError without --asr."""
         from anytoken.evaluation.transcriber import Transcriber
 
         if self.asr is None:
@@ -70,7 +70,7 @@ class Tools:
         return Transcriber(self.asr)
 
     def text_of(self, segments: Sequence[Segment]) -> str:
-        """Segments as text: text as it is, speech transcribed, DNA as its bases, other media as <image>."""
+        """Segments as text: text unchanged, speech transcribed, DNA as its bases, other media as <image>."""
         words = []
         for one in segments:
             if isinstance(one, Speech):
@@ -100,7 +100,7 @@ class Metric(Part):
         raise NotImplementedError
 
     def total(self, rows: Array) -> float:
-        """The figure of some rows; NaN where it is not defined."""
+        """The figure of some rows; NaN if undefined."""
         kept = rows[~np.isnan(rows)]
         return float(kept.mean()) if len(kept) else float("nan")
 

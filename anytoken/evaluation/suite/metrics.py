@@ -1,9 +1,8 @@
-"""Metrics by name. Each measures every sample on its own; how a figure follows from that can be resampled.
+"""Metrics by name. Each measures every sample separately, so that scores can be bootstrapped.
 
-`measure` gives an array per figure, a row per sample: a score, or what a corpus figure is computed from, such as the
-errors and words of WER, or truth and choice of MCC. `total` makes one number of rows. So one bootstrap serves all
-metrics, and two models are compared on the samples that both have answered. NaN marks a sample without a score.
-N: samples.
+`measure` gives an array per figure, a row per sample: a score, or the statistics of a corpus score, such as the errors
+and words of WER, or truth and choice of MCC. `total` reduces rows to one number. So one bootstrap serves all metrics,
+and two models are compared on the samples that both have answered. NaN marks a sample without a score. N: samples.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class TokenF1(Metric):
 
 
 class VQAAccuracy(Metric):
-    """How many of the people gave this answer; all of `answer`'s references count."""
+    """Agreement with the annotators; all of `answer`'s references count."""
 
     percent = True
     name: Literal["vqa_accuracy"]
@@ -104,7 +103,7 @@ def _chrf(word_order: int) -> Any:
 
 
 class _ErrorRate(Metric):
-    """Errors over the length of the references; of several references the one with the lowest rate counts."""
+    """Errors over the length of the references; with several references, the one with the lowest rate."""
 
     percent = True
     lower_is_better = True
@@ -137,7 +136,7 @@ class _ErrorRate(Metric):
 
 
 class WER(_ErrorRate):
-    """Word error rate, by jiwer; spoken answers are written down by --asr."""
+    """Word error rate, by jiwer; spoken answers are transcribed by --asr."""
 
     name: Literal["wer"]
 
@@ -160,7 +159,7 @@ class Kinds(Metric):
 
 
 class SequenceIdentity(Metric):
-    """The share of places that agree: bases of DNA, or the words (residues) of a text."""
+    """The share of positions that agree: bases of DNA, or the words (residues) of a text."""
 
     percent = True
     name: Literal["identity"]
@@ -248,7 +247,7 @@ class NearestLabel(Metric):
 
 
 class WorldJudge(Metric):
-    """The judge of `Tools`: right as a whole, and part by part. An answer that it cannot judge is left out."""
+    """The judge of `Tools`: correct as a whole, and by part. Answers that it cannot judge are skipped."""
 
     percent = True
     name: Literal["world_judge"]
@@ -269,7 +268,7 @@ class WorldJudge(Metric):
 
 
 class Accuracy(Metric):
-    """The share of right labels; of `score`, of scores above 0 that are of the label `positive` and of others below."""
+    """The share of correct labels; for `score`, a score above 0 predicts the label `positive`."""
 
     of = ("classify", "score")
     percent = True
@@ -283,7 +282,7 @@ class Accuracy(Metric):
 
 
 class _Labels(Metric):
-    """Figures of truth and choice over the whole set, as numbers of the labels."""
+    """Base of metrics over truth and choice in the whole set, as label indices."""
 
     of = ("classify",)
     is_mean = False
@@ -304,7 +303,7 @@ class MacroF1(_Labels):
 
 
 class MCC(_Labels):
-    """Matthews correlation coefficient (of several labels: Gorodkin 2004): 1 is perfect, 0 no better than chance."""
+    """Matthews correlation coefficient (multi-class: Gorodkin 2004): 1 is perfect, 0 no better than chance."""
 
     name: Literal["mcc"]
 
@@ -316,9 +315,9 @@ class MCC(_Labels):
 
 
 def _confusion(rows: Array) -> tuple[Array, Array, Array]:
-    """Of each label that is a truth or a choice: how often it is chosen rightly, true, and chosen; float64 [C].
+    """Per label that occurs: counts of correct choices, truths and choices; float64 [C].
 
-    In numpy, since a bootstrap asks a thousand times and scikit-learn takes milliseconds for checking its inputs.
+    In numpy, since a bootstrap calls it a thousand times and scikit-learn spends milliseconds on input checks.
     """
     labels, flat = np.unique(rows, return_inverse=True)
     truth, choice = flat.reshape(rows.shape).T
@@ -328,10 +327,9 @@ def _confusion(rows: Array) -> tuple[Array, Array, Array]:
 
 
 class AUROC(Metric):
-    """Area under the ROC curve: the share of pairs in the right order; of several labels the mean of one against the
-    rest.
+    """Area under the ROC curve: the share of pairs in the correct order; for several labels the mean of one-vs-rest.
 
-    Of `score`, records whose answer is `positive` should have the higher scores.
+    For `score`, records whose answer is `positive` should have higher scores.
     """
 
     of = ("classify", "score")
@@ -397,10 +395,10 @@ class MeanAveragePrecision(Metric):
 
 
 class RankVariance(Metric):
-    """Variance of a thing's rank over languages, mean over things (MRV, Nie et al., arXiv 2406.18254).
+    """Variance of an item's rank over languages, averaged over items (MRV, Nie et al., arXiv 2406.18254).
 
-    item: the key that tells which prompts ask for the same thing; language: the key that tells their languages. A thing
-    in one language has no variance and is left out.
+    item: the key that identifies the item of a prompt; language: the key of its language. Items in one language are
+    skipped.
     """
 
     of = ("retrieve",)

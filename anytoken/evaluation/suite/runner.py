@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of how questions are made and answers kept
 SCORED_LATER = {"metrics", "description", "count", "group_by"}  # keys of a task that no answer depends on
-HELD = 1 << 12  # elements of each parameter that a model is told by
+HELD = 1 << 12  # elements of each parameter that identify a model
 Report = dict[str, Any]
 
 
@@ -54,8 +54,8 @@ def run_tasks(
 ) -> Path:
     """Run tasks and write OUT/NAME/; returns that folder.
 
-    name: what the model is called in paths and tables. Answers that are there already are kept; EvaluationError
-    if they are another model's or another task's, unless `overwrite` removes them.
+    name: the model's name in paths and tables. Existing answers are kept; EvaluationError if they belong to another
+    model or task, unless `overwrite` removes them.
     """
     folder = out / name
     missing = {kind for task in tasks for kind in _kinds(task)} - set(model.kinds)
@@ -86,7 +86,7 @@ def _kinds(task: Task) -> list[str]:
 
 
 def read_scores(folder: Path) -> dict[str, Report]:
-    """The figures of earlier tasks in a folder; none where there is no whole file of them."""
+    """The scores of earlier tasks in a folder; {} without a complete file."""
     try:
         found = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -98,7 +98,7 @@ def read_scores(folder: Path) -> dict[str, Report]:
 
 
 def model_fingerprint(model: AnyToken, embeds: bool = False) -> str:
-    """Tells models apart: sha256 over names, shapes and first elements of all parameters.
+    """Identifies a model: sha256 over names, shapes and first elements of all parameters.
 
     embeds: also those of its embedding heads, for answers that depend on them.
     """
@@ -152,7 +152,7 @@ def _append(file: Any, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _readable(sample: Sample) -> dict[str, Any]:
-    """The question in words, for people who read the file."""
+    """The question in readable form, for the results file."""
     prompt = " | ".join(f"{one['role']}: {_content(one['content'])}" for one in sample.messages)
     return {"id": sample.id, "prompt": prompt, "truth": [written(one) for one in sample.truth]}
 
@@ -162,7 +162,8 @@ def _content(content: Any) -> str:
 
 
 def _read_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Answers that a file holds, by id; a torn last line is cut off. EvaluationError for those of something else."""
+    """The answers in a file by id; an incomplete last line is removed. EvaluationError if they belong to something
+    else."""
     if not path.is_file():
         return {}
     data = path.read_bytes()
@@ -191,7 +192,7 @@ def _read_lines(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]
 def score(
     task: Task, data: TaskSet, outcomes: Sequence[Outcome], tools: Tools, resamples: int = RESAMPLES
 ) -> tuple[Report, dict[str, Any]]:
-    """The figures of a task with intervals and baselines, and the rows that they come from."""
+    """The scores of a task with intervals and baselines, and their rows."""
     answers = {"model": list(outcomes), **baselines(task, data, outcomes)}
     report: Report = {"description": task.description, "how": task.decoding.how, "samples": len(outcomes)}
     figures: dict[str, Any] = {}
@@ -229,7 +230,7 @@ def _groups(task: Task, outcomes: Sequence[Outcome]) -> dict[str, np.ndarray]:
 
 
 def baselines(task: Task, data: TaskSet, outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """What would be answered without a model: `shuffled` and, where answers are words or labels, `majority`."""
+    """Baselines without a model: `shuffled` and, if answers are words or labels, `majority`."""
     found: dict[str, list[Outcome]] = {}
     if len(outcomes) > 1:
         found["shuffled"] = _shuffled(task, outcomes)
@@ -249,7 +250,7 @@ def baselines(task: Task, data: TaskSet, outcomes: Sequence[Outcome]) -> dict[st
 
 
 def _majority(data: TaskSet, outcomes: Sequence[Outcome], allowed: Sequence[str] | None = None) -> str | None:
-    """The most frequent answer of the split train, or where it has none of the questions themselves."""
+    """The most frequent answer of the split train, or of the questions themselves if it has none."""
     if any(not isinstance(one, Text) for outcome in outcomes for one in outcome.sample.truth[0]):
         return None
     known = data.truths("train") if data.task.split != "train" else []
@@ -264,7 +265,7 @@ def _chosen(outcome: Outcome, label: int) -> Outcome:
 
 
 def _shuffled(task: Task, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Each sample with the answer of another one, the next in a drawn order; of rankings, a ranking at random."""
+    """Each sample with the answer of another one, the next in random order; for rankings, a random ranking."""
     rng = np.random.default_rng(task.seed)
     order = rng.permutation(len(outcomes))
     found = list(outcomes)

@@ -29,9 +29,9 @@ Message = dict[str, Any]
 class Sample:
     """One question.
 
-    id: the record's number in its set. messages: what is asked, with segments; none for nothing. truth: the right
-    answers, each a list of segments. labels: what a classification chooses among; truth_label: the right one's number,
-    -1 if it is none of them.
+    id: the record's number in its set. messages: the conversation, with segments; may be empty. truth: the correct
+    answers, each a list of segments. labels: the choices of a classification; truth_label: the index of the correct
+    one, -1 if it is not among them.
     """
 
     id: int
@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def prompt(self) -> list[Any]:
-        """What a model is given: bare segments where it is a single turn."""
+        """The prompt of the model: bare segments for a single turn."""
         if len(self.messages) == 1 and self.messages[0]["role"] == "user":
             return list(self.messages[0]["content"])
         return list(self.messages)
@@ -56,9 +56,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one question: a reply, or a choice with probabilities, or a score, or a ranking of items.
+    """The outcome of one question: a reply, a choice with probabilities, a score, or a ranking of items.
 
-    ranks: those of the right items, from 1, in order.
+    ranks: those of the correct items, from 1, in order.
     """
 
     sample: Sample
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def written(segments: Sequence[Segment]) -> str:
-    """Segments in words, for people: media as <image>, DNA as its bases."""
+    """Segments as readable text: media as <image>, DNA as its bases."""
     words = [
         one.text if isinstance(one, Text) else getattr(one, "bases", f"<{one.kind}>") for one in segments
     ]
@@ -82,7 +82,7 @@ class TaskSet:
     """The records of a task, read once."""
 
     def __init__(self, task: Task, sets: Path) -> None:
-        """EvaluationError if the set is not there or has no record for the task, RecordError for a bad record."""
+        """EvaluationError if the set is missing or has no record for the task, RecordError for a bad record."""
         self.task, self.sets = task, sets
         path = self.find(task.data)
         self.root, self.digest = open_source(path).root, open_source(path).digest
@@ -97,7 +97,7 @@ class TaskSet:
         self.partners, self.partner_root = self._partners()
 
     def find(self, data: str) -> str | Path:
-        """The place of a set: a hub name as it is; a path next to the task file, or in the folder of the sets."""
+        """The location of a set: a hub name unchanged; a path next to the task file, or in the folder of the sets."""
         if data.startswith("hf:"):
             return data
         places = [self.task.folder / data, self.sets / data]
@@ -110,7 +110,7 @@ class TaskSet:
         return found
 
     def wanted(self, record: Record, split: str | None) -> bool:
-        """Whether a record is of a split and has the values that the task asks for."""
+        """Whether a record is in a split and has the values of `where`."""
         if split is not None and record.get("split") != split:
             return False
         return all(
@@ -130,7 +130,7 @@ class TaskSet:
         return found, open_source(path).root
 
     def samples(self) -> list[Sample]:
-        """The questions, in a drawn order that the task's name, split and seed decide."""
+        """The questions, in a random order determined by the task's name, split and seed."""
         task = self.task
         rng = np.random.default_rng((task.seed, zlib.crc32(f"{task.name} {task.split or ''}".encode())))
         shots = self._shots()
@@ -194,7 +194,7 @@ class TaskSet:
         return turns
 
     def opener(self, record: Record) -> Any:
-        """Opens the media that fields of a record name."""
+        """Opens the media in the fields of a record."""
 
         def open_(field: Field, value: Any) -> Segment:
             root = self.partner_root if field.name == OTHER else self.root
@@ -203,7 +203,7 @@ class TaskSet:
         return open_
 
     def _shots(self) -> list[tuple[int, list[Message]]]:
-        """Examples as pairs of turns, one more than is shown, so that none is left out for being asked itself."""
+        """Examples as pairs of turns, one more than shown, so that the sample itself can be excluded."""
         task = self.task
         if task.shots is None:
             return []
@@ -225,7 +225,7 @@ class TaskSet:
         return found
 
     def _labelled(self, samples: list[Sample]) -> list[Sample]:
-        """Samples with what a classification chooses among."""
+        """Samples with the choices of a classification."""
         decoding = self.task.decoding
         if not isinstance(decoding, Classify):
             return samples
@@ -251,13 +251,13 @@ class TaskSet:
         return found
 
     def _all_answers(self) -> set[str]:
-        """The answers of all records that could be asked about, so that they do not depend on `count`."""
+        """The answers of all eligible records, so that they do not depend on `count`."""
         if any(field.name == OTHER for field in fields(self.task.answer)):
             return set()
         return {written(one) for _, record in self.records for one in self._answers(record)[:1]}
 
     def truths(self, split: str) -> list[str]:
-        """The first answers, in words, of the records of another split; for the majority answer."""
+        """The first answers, as text, of the records of another split; for the majority answer."""
         if any(field.kind != "text" or field.name == OTHER for field in fields(self.task.answer)):
             return []
         return [written(self._answers(one)[0]) for _, one in self.everything if self.wanted(one, split)]
@@ -265,10 +265,10 @@ class TaskSet:
     def items(
         self, samples: Sequence[Sample], template: str | None = None
     ) -> tuple[list[Any], list[list[int]]]:
-        """The different items that prompts are to find, each as segments, and of each sample the right ones.
+        """The distinct items to retrieve, each as segments, and the correct ones of each sample.
 
         template: of the items, by default the task's.
-        Items are those of all records that could be asked about; of joined records, those of the samples.
+        Items come from all eligible records; with joined records, from the samples.
         """
         decoding: Any = self.task.decoding
         template = template or decoding.item or self.task.answer
@@ -292,7 +292,7 @@ class TaskSet:
 
 
 def _key(template: str, record: Record) -> str:
-    """What tells items apart: the raw values of their fields."""
+    """The identity of an item: the raw values of its fields."""
     return json.dumps([_raw(field, record) for field in fields(template)] or template)
 
 

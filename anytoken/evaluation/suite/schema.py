@@ -26,7 +26,7 @@ Scalar = str | int | float | bool | None
 
 
 class Generate(Part):
-    """The model's own reply is scored."""
+    """Score the model's generated reply."""
 
     how: Literal["generate"] = "generate"
     output: str | list[str] | None = Field(
@@ -34,8 +34,7 @@ class Generate(Part):
         description="kind(s) of the reply; by default those of the answer; any: the model decides",
     )
     via: list[str] | None = Field(
-        default=None,
-        description="kinds generated first, as steps; by default the checkpoint's; []: none",
+        default=None, description="kinds generated first, as steps; by default the checkpoint's; []: none"
     )
     best_of: int | None = Field(default=None, ge=2, description="replies per prompt, of which one is scored")
     rerank: Literal["prompt"] | None = Field(
@@ -58,18 +57,18 @@ class Generate(Part):
             if value is not None and re.compile(value).groups < 1:
                 raise ValueError("the expression has no group; put the answer in parentheses: 'answer: (.*)'")
         except re.error as error:
-            raise ValueError(f"no regular expression: {error}") from None
+            raise ValueError(f"invalid regular expression: {error}") from None
         return value
 
     @property
     def options(self) -> dict[str, Any]:
-        """What is passed on to `AnyToken.generate`."""
+        """The options for `AnyToken.generate`."""
         names = ("via", "best_of", "rerank", "max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Classify(Part):
-    """The most likely of some labels is the answer; `labels`: a list, or a field that holds each record's own."""
+    """The answer is the most likely label; `labels`: a list, or a field with each record's own labels."""
 
     how: Literal["classify"]
     labels: list[str] | str | None = Field(
@@ -79,7 +78,7 @@ class Classify(Part):
 
 
 class Score(Part):
-    """Log-likelihood of `of`, less that of `against` where it is given; the higher, the more likely "positive"."""
+    """Log-likelihood of `of`, minus that of `against` if given; higher means "positive"."""
 
     how: Literal["score"]
     of: str = Field(description="a template of what is scored")
@@ -88,7 +87,7 @@ class Score(Part):
 
 
 class Retrieve(Part):
-    """Items are ranked by how near they are to the prompt, or by how likely they are as its answer."""
+    """Rank items by similarity to the prompt, or by likelihood as its answer."""
 
     how: Literal["retrieve"]
     item: str | None = Field(default=None, description="a template of the items; by default the answer")
@@ -108,9 +107,9 @@ class Retrieve(Part):
     @model_validator(mode="after")
     def _used(self) -> Retrieve:
         if self.by == "embed" and self.normalize is not None:
-            raise mistake("normalize is of by: score; vectors have unit length", "normalize")
+            raise mistake("normalize applies only to by: score; vectors have unit length", "normalize")
         if self.by == "score" and self.via is not None:
-            raise mistake("via is of by: embed", "via")
+            raise mistake("via applies only to by: embed", "via")
         return self
 
 
@@ -133,7 +132,7 @@ class Shots(Part):
 
 
 class Join(Part):
-    """Each record is given one of another set's with the same value of a key, as ``{other...}``."""
+    """Joins each record with one of another set that has the same value of a key, as ``{other...}``."""
 
     data: str
     key: str
@@ -141,7 +140,7 @@ class Join(Part):
 
 
 class Task(Part):
-    """What a model is asked on which records, and how its answers are scored."""
+    """A task: records, prompt, decoding and metrics."""
 
     name: str = Field(pattern=r"^[^/\\.][^/\\]*$", max_length=100, description="also of its result files")
     description: str = ""
@@ -168,7 +167,7 @@ class Task(Part):
 
     @property
     def folder(self) -> Path:
-        """Where the task file is."""
+        """The folder of the task file."""
         return self._folder
 
     @model_validator(mode="before")
@@ -237,7 +236,7 @@ class Task(Part):
 
     @property
     def output(self) -> str | list[str] | None:
-        """The kind(s) that a reply is asked for; None lets the model decide."""
+        """The kind(s) of the reply; None lets the model decide."""
         given = getattr(self.decoding, "output", None)
         if given == "any":
             return None
@@ -248,7 +247,7 @@ class Task(Part):
 
 
 def find_task_files(name: str | Path) -> list[Path]:
-    """The files of a name: a file, a folder of .yaml files, or a task that comes along such as "dna/promoter"."""
+    """The files of a name: a file, a folder of .yaml files, or a bundled task such as "dna/promoter"."""
     path = Path(name)
     for place in (path, *(one / end for one in TASKS for end in (path, f"{name}.yaml"))):
         if place.is_file():
@@ -264,7 +263,7 @@ def find_task_files(name: str | Path) -> list[Path]:
         for one in folder.rglob("*.yaml")
     )
     raise EvaluationError(
-        f"{name} is neither a task file nor a folder of them{nearest(name, known)}; these come along: "
+        f"{name} is neither a task file nor a folder of them{nearest(name, known)}; bundled: "
         f"{', '.join(known)}."
     )
 
@@ -318,7 +317,7 @@ def _kind(node: yaml.Node | None) -> str:
 
 
 def _refuse_twins(path: Path, node: yaml.Node) -> None:
-    """EvaluationError for a key that stands twice: YAML would keep the last."""
+    """EvaluationError for a key that appears twice: YAML would keep the last."""
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
@@ -343,13 +342,13 @@ def _validate(path: Path, root: yaml.Node, given: Any, place: tuple[str | int, .
 
 
 def _problem(path: Path, root: yaml.Node, place: tuple[str | int, ...], error: Any) -> str:
-    """One mistake in words: file, line, key, what was received, what is allowed."""
+    """One error message: file, line, key, value received, values allowed."""
     context = error.get("ctx", {})
     loc = [*error["loc"], *context.get("keys", ())]
     if error["type"].startswith("union_tag"):
         loc.append(context["discriminator"].strip("'"))
     line, names = _locate(root, [*place, *loc])
-    shared, shared_names = _locate(root, loc)  # a key beside `tasks`
+    shared, shared_names = _locate(root, loc)  # a key next to `tasks`
     if len(shared_names) + len(place) > len(names):
         line, names = shared, shared_names
     where = f"{path} line {line}" + (f", {'.'.join(map(str, names[len(place) :] or names))}" if names else "")
@@ -380,7 +379,7 @@ def _choice(received: object, allowed: Sequence[str]) -> str:
 
 
 def _locate(root: yaml.Node, loc: Sequence[str | int]) -> tuple[int, list[str | int]]:
-    """Line of the deepest node that a location of pydantic's reaches, and the keys on the way; tags are skipped."""
+    """Line of the deepest node on the path of a pydantic location, and the keys up to it; tags are skipped."""
     node, line, names = root, root.start_mark.line + 1, list[str | int]()
     for step in loc:
         if isinstance(node, yaml.MappingNode):

@@ -29,7 +29,7 @@ Opener = Callable[["Field", Any], Segment]  # opens a field's value as a medium
 
 
 def segment_types() -> dict[str, type[Segment]]:
-    """Every kind with its segment type, those of registered plug-in modalities too."""
+    """Every kind with its segment type, including registered plug-in modalities."""
     return {**KINDS, **{kind: one.segment_type for kind, one in MODALITIES.items()}}
 
 
@@ -58,7 +58,7 @@ class Field:
 
 
 def _index(record: Record, index: str, path: str) -> Any:
-    """A number that is written out, or the value of another key."""
+    """A literal index, or the value of another key."""
     return int(index) if index.isdecimal() else _get(record, index, path)
 
 
@@ -78,7 +78,7 @@ def _get(holder: Any, key: Any, path: str) -> Any:
 
 
 def parse(template: str) -> list[str | Field]:
-    """A template as text and fields; EvaluationError for a brace that belongs to no field, or an unknown kind."""
+    """A template as text and fields; EvaluationError for an unmatched brace or an unknown kind."""
     parts: list[str | Field] = []
     end, text = 0, ""
     for match in _PART.finditer(template):
@@ -115,7 +115,7 @@ def fields(template: str) -> list[Field]:
 
 
 def kinds(template: str) -> list[str]:
-    """The kinds of the segments that a template gives, in order; neighbouring texts are one."""
+    """The kinds of the segments that a template gives, in order; adjacent texts are merged."""
     found: list[str] = []
     for part in parse(template):
         kind = part.kind if isinstance(part, Field) else "text"
@@ -127,7 +127,7 @@ def kinds(template: str) -> list[str]:
 def fill(template: str, record: Record, opener: Opener) -> list[Segment]:
     """The segments of a template for a record.
 
-    Neighbouring texts become one; white space next to a medium only sets it apart, and is no part of the text.
+    Adjacent texts are merged; white space next to a medium is only a separator.
     """
     found: list[Segment] = []
     for part in parse(template):
@@ -159,7 +159,7 @@ def _segment(part: str | Field, record: Record, opener: Opener) -> Segment:
 
 
 def fill_each(template: str, record: Record, opener: Opener) -> list[list[Segment]]:
-    """As `fill`, once for each entry where the whole template is one field that holds a list."""
+    """As `fill`, once per entry if the whole template is one field with a list."""
     parts = parse(template)
     if len(parts) == 1 and isinstance(parts[0], Field):
         field, value = parts[0], parts[0].value(record)
@@ -169,7 +169,7 @@ def fill_each(template: str, record: Record, opener: Opener) -> list[list[Segmen
 
 
 def as_text(value: Any) -> str:
-    """A value of a record in words; the entries of a list are set apart by commas."""
+    """A value of a record as text; list entries are separated by commas."""
     return ", ".join(map(as_text, value)) if isinstance(value, list) else str(value)
 
 

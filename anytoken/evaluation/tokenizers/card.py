@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from anytoken import moved
 from anytoken.evaluation.tokenizers.card_samples import Row, number, share, show_samples, table, write_samples
 from anytoken.evaluation.tokenizers.evaluate import EvalResult, measure
 from anytoken.evaluation.tokenizers.test_sets import data_provenance
@@ -73,7 +74,7 @@ def make_card(
 
 
 def read_curve(path: Path) -> list[dict[str, float]]:
-    """What a training logged, in order of steps; [] without a log. A step logged again after a kill counts once."""
+    """The training log in order of steps; [] without a log. A step logged twice counts once."""
     if not path.is_file():
         return []
     by_step = {line["step"]: line for line in read_json_lines(path, torn_end=True)}
@@ -85,13 +86,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """A path as a reader can use it: relative to the working directory, or its name alone."""
+    """A portable path: relative to the working directory, or only its name."""
     absolute, here = path.absolute(), Path.cwd()
     return absolute.relative_to(here).as_posix() if absolute.is_relative_to(here) else path.name
 
 
 def _about(found: EvalResult) -> str:
-    """What the tokenizer's module says of itself: its first two paragraphs."""
+    """The first two paragraphs of the docstring of the tokenizer's module."""
     text = sys.modules[type(found.tokenizer).__module__].__doc__ or ""
     return "\n\n".join(text.strip().split("\n\n")[:2])
 
@@ -113,7 +114,7 @@ def _plot(curve: list[dict[str, float]], path: Path) -> None:
 
 
 def render(figures: dict[str, Any]) -> str:
-    """The card as Markdown, from what figures.json holds and nothing else."""
+    """The card as Markdown, from the content of figures.json alone."""
     kind = figures["kind"]
     parts = [
         f"# The {figures.get('tokenizer', kind)} tokenizer\n\n{figures['about']}",
@@ -135,7 +136,7 @@ def render(figures: dict[str, Any]) -> str:
 def overview(
     cards: Path, models: Mapping[str, Collection[str]] | None = None, page: Path | None = None
 ) -> str:
-    """The cards in a folder and below it as one Markdown table, a line a tokenizer; TokenizerError without any.
+    """The cards in a folder and below it as one Markdown table, one line per tokenizer; TokenizerError without any.
 
     models: fingerprints of the tokenizers of each model, which are named next to the tokenizer. page: where the table
     will stand; names are links then.
@@ -173,7 +174,7 @@ def _overview_row(figures: dict[str, Any]) -> Row:
 
 
 def unit_name(figures: dict[str, Any]) -> str:
-    """What rates count per: image, second, base, ...; older figures say `picture`."""
+    """The unit of rates: image, second, base, ...; older figures use another name for image."""
     unit = str(figures["unit"])
     return "image" if unit == "picture" else unit
 
@@ -190,8 +191,15 @@ def _rate(figures: dict[str, Any]) -> list[Row]:
     ]
     if figures["parameters"]:
         rows.append(("parameters", f"{figures['parameters']:,}"))
-    settings = ", ".join(f"{key} {_flow(value)}" for key, value in figures.get("config", {}).items())
+    settings = ", ".join(
+        f"{key} {_flow(value)}" for key, value in _current(figures.get("config", {})).items()
+    )
     return [*rows, ("settings", settings)] if settings else rows
+
+
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their current names, which older figures do not have."""
+    return moved.current_settings(config, warn=False)
 
 
 def _flow(value: Any) -> str:
@@ -310,7 +318,7 @@ def _kept_text(figures: dict[str, Any]) -> list[Row]:
 
 
 def _kept_other(figures: dict[str, Any]) -> list[Row]:
-    """What `distortion` of the tokenizer's own class measured."""
+    """Results of the `distortion` of the tokenizer's own class."""
     rows: list[Row] = [("", "this tokenizer", "random codes")]
     for name, value in figures["distortion"].items():
         floor = figures["random_codes_distortion"][name]
@@ -429,7 +437,7 @@ def _training(figures: dict[str, Any]) -> str:
     training = dict(figures["training"])
     if not training:
         return ""
-    recipe, last = training.pop("recipe", None), training.pop("last", {})
+    recipe, last = dict(training.pop("recipe", {})), training.pop("last", {})
     rows: list[Row] = [("", "")]
     rows += [(key.replace("_", " "), _value(value)) for key, value in training.items()]
     rows += [(f"last {key.replace('_', ' ')}", _value(value)) for key, value in last.items()]
@@ -437,6 +445,8 @@ def _training(figures: dict[str, Any]) -> str:
     if figures["curve"]:
         parts.append("![The training curve](curve.png)")
     if recipe:
+        if isinstance(recipe.get("config"), dict):
+            recipe["config"] = _current(recipe["config"])
         text = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=110)
         parts.append(f"The recipe, defaults included:\n\n```yaml\n{text}```")
     return "\n\n".join(parts)

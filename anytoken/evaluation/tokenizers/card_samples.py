@@ -19,12 +19,7 @@ from anytoken.evaluation.tokenizers.test_sets import TestExample
 from anytoken.segments import DNA, Image, Speech, Text
 from anytoken.tokenizers.text import TextTokenizer
 
-SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = (
-    90_000,
-    1_000,
-    (10, 8, 6, 4, 2),
-    4,
-)  # wider ones are shown too small
+SHEET_BYTES, SHEET_PX, SHEET_COLUMNS, GAP_PX = 90_000, 1_000, (10, 8, 6, 4, 2), 4  # wider: shown too small
 SHOWN_PX = 200  # the longer side of an image on a sheet, at most
 CLIP_FRAMES = 4  # of each clip on a sheet
 AUDIO_SECONDS = 1.2  # 16-bit samples at 16 kHz are then at most 38 kB, and FLAC halves that
@@ -33,14 +28,14 @@ Row = tuple[str, ...]
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as a Markdown table, the first of them its head."""
+    """Rows as a Markdown table; the first is the head."""
     head, *body = rows
     lines = [head, tuple("---" for _ in head), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def number(value: float) -> str:
-    """Three digits that matter, thousands with a comma."""
+    """Three significant digits, thousands with a comma."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
@@ -54,7 +49,7 @@ def share(value: float) -> str:
 
 
 def _one_of_each(items: list[TestExample]) -> list[int]:
-    """Indices of items, the groups taking turns, each in its order: the first ones are nobody's choice."""
+    """Indices of items, alternating between groups, each in its order, so that samples are not selected by hand."""
     turns: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         turns.setdefault(item.group, []).append(index)
@@ -102,7 +97,7 @@ def _grid(pairs: np.ndarray) -> PILImage.Image:
 
 
 def _audio(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """A clip of each of two voices, the first that is short: sample_1.flac, sample_1_decoded.flac, ..."""
+    """One clip per voice, the first short one: sample_1.flac, sample_1_decoded.flac, ..."""
     order = sorted(_one_of_each(found.items), key=lambda index: _seconds(found.items[index]) > AUDIO_SECONDS)
     chosen = {found.items[index].group: index for index in reversed(order)}
     samples = []
@@ -129,7 +124,7 @@ def _bases(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 def _pieces(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """One text of each group, and its pieces: the bytes of each id."""
+    """One text per group, with the bytes of each id."""
     samples = []
     for index in _one_of_each(found.items)[:TEXTS]:
         ids, output = found.codes[index], found.outputs[index]
@@ -142,7 +137,7 @@ def _pieces(found: EvalResult, card: Path) -> list[dict[str, Any]]:
 
 
 def _others(found: EvalResult, card: Path) -> list[dict[str, Any]]:
-    """Images of a plug-in's segments if they have `to_image`, else what `str` says of them."""
+    """Images of a plug-in's segments if they have `to_image`, else their `str`."""
     if hasattr(found.items[0].segment, "to_image"):
         return _sheet(found, card)
     samples = []
@@ -181,26 +176,24 @@ def _show_audio(samples: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
-def _show_codes(samples: list[dict[str, Any]]) -> str:
-    blocks = [
-        f"input   {one['original']}\ncodes   {' '.join(map(str, one['codes']))}\ndecoded {one['decoded']}"
-        for one in samples
-    ]
-    return "```text\n" + "\n\n".join(blocks) + "\n```"
-
-
-def _show_pieces(samples: list[dict[str, Any]]) -> str:
-    blocks = [
-        f"text    {one['original']}\npieces  {'|'.join(one['pieces'])}\nids     {' '.join(map(str, one['ids']))}"
-        f"\ndecoded {one['decoded']}"
-        for one in samples
-    ]
+def _show_text(samples: list[dict[str, Any]]) -> str:
+    """Codes of letters, or pieces and ids of a text, as blocks."""
+    blocks = []
+    for one in samples:
+        if "pieces" in one:
+            head, codes = (
+                "text    ",
+                f"pieces  {'|'.join(one['pieces'])}\nids     {' '.join(map(str, one['ids']))}",
+            )
+        else:
+            head, codes = "input   ", f"codes   {' '.join(map(str, one['codes']))}"
+        blocks.append(f"{head}{one['original']}\n{codes}\ndecoded {one['decoded']}")
     return "```text\n" + "\n\n".join(blocks) + "\n```"
 
 
 def show_samples(samples: list[dict[str, Any]]) -> str:
     """Markdown of what `write_samples` returned: its keys tell what kind of sample it is."""
-    for key, show in (("file", _show_sheet), ("voice", _show_audio), ("pieces", _show_pieces)):
+    for key, show in (("file", _show_sheet), ("voice", _show_audio)):
         if key in samples[0]:
             return show(samples)
-    return _show_codes(samples)
+    return _show_text(samples)

@@ -1,6 +1,6 @@
-"""What is left of DNA: everything, and that is checked letter by letter, on genes and on whole genomes.
+"""DNA metrics: exact reconstruction is checked letter by letter, on genes and on whole genomes.
 
-The genomes are of genera that nothing was trained on: those next to the training genome in the package the set was
+The genomes are of genera outside the training data: those next to the training genome in the package the set was
 built from, or the million bases that the set holds.
 """
 
@@ -46,10 +46,10 @@ def exact(segments: Sequence[Segment], outputs: Sequence[Segment]) -> float:
 
 
 def other_letters(tokenizer: DNATokenizerBase, segments: Sequence[Segment]) -> dict[str, float]:
-    """Shares of items that come back as documented once some of their letters are changed.
+    """Shares of items that are decoded as documented after some of their letters are changed.
 
-    with_n_exact: a tenth of the letters made N; they stay N. lower_case_as_upper: the lower-case sequence comes
-    back in upper case. other_iupac_as_n: A written as R comes back as N.
+    with_n_exact: a tenth of the letters made N; they stay N. lower_case_as_upper: the lower-case sequence is
+    decoded in upper case. other_iupac_as_n: A written as R is decoded as N.
     """
     bases = [one.bases for one in segments if isinstance(one, DNA)]
 
@@ -75,7 +75,7 @@ def other_letters(tokenizer: DNATokenizerBase, segments: Sequence[Segment]) -> d
 
 
 def stream_genomes(tokenizer: DNATokenizerBase, paths: Sequence[Path]) -> dict[str, Any]:
-    """Genomes through the streaming interface, in constant memory: exact or not, how many codes, how fast.
+    """Genomes through the streaming interface, in constant memory: exactness, number of codes, speed.
 
     Exact: the letters, upper case, U as T and what is none of A C G T as N, have one sha256 before and after.
     genome_counts: how often each code stands in them, int64 [K], for `usage`.

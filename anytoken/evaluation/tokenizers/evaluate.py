@@ -1,9 +1,9 @@
-"""How good a trained tokenizer is on what it never saw: `anytoken tokenizer eval FOLDER --data data/sets`.
+"""Measure a trained tokenizer on held-out data: `anytoken tokenizer eval FOLDER --data data/sets`.
 
-Every figure comes with what it is to be read against: images and clips with other coders (`image_metrics.py`),
-speech with what is heard of the originals and of random codes (`speech_metrics.py`), DNA with every letter
-(`dna_metrics.py`), text with one token a byte. All held-out items count unless fewer are asked for, and speeds are
-those of one thread. `thresholds.py` holds the figures against what is expected; `card.py` writes a page of them.
+Every figure comes with a baseline: images and clips with other coders (`image_metrics.py`),
+speech with the words recognized in the originals and in random codes (`speech_metrics.py`), DNA with every letter
+(`dna_metrics.py`), text with one token per byte. By default all held-out items are measured; speeds are those of one
+thread. `thresholds.py` holds the figures against what is expected; `card.py` writes a page of them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ B = TypeVar("B")
 
 @dataclass
 class EvalResult:
-    """The figures, and what they were measured with: the held-out items, the codes of each, and the reconstructions."""
+    """The figures, the held-out items, their codes and their reconstructions."""
 
     tokenizer: ModalityTokenizer | TextTokenizer
     figures: dict[str, Any]
@@ -69,10 +69,10 @@ def measure(
     files: str | None = None,
     learnable: bool = False,
 ) -> EvalResult:
-    """Encode and decode the held-out items of the built sets in `data` (at most `count`): what the codes keep, how
-    many there are, how fast on one thread.
+    """Encode and decode the held-out items of the built sets in `data` (at most `count`): reconstruction, rate, and
+    speed on one thread.
 
-    genomes: FASTA files that a DNA tokenizer streams besides, instead of those of `untrained_genomes`. image: the
+    genomes: FASTA files for the streaming test of DNA tokenizers, instead of those of `untrained_genomes`. image: the
     image tokenizer that a video tokenizer is compared with; by default the folder `image` next to it. files: a folder
     or glob under `data`, whose files are measured instead of the sets' items. learnable: whether two small
     language models are trained on the codes besides, which takes minutes (see `learnability`).
@@ -107,7 +107,7 @@ def measure(
 def _image_tokenizer(
     loaded: ModalityTokenizer, folder: Path, image: str | Path | None
 ) -> ModalityTokenizer | None:
-    """What a video tokenizer is compared with; None for other kinds, or where there is none."""
+    """The image tokenizer that a video tokenizer is compared with; None for other kinds, or if missing."""
     path = Path(image) if image else folder.parent / "image"
     if loaded.name != "video" or not (image or path.is_dir()):
         return None
@@ -118,13 +118,13 @@ def _image_tokenizer(
 
 
 def _trained_on(folder: Path) -> str:
-    """The `data` of the recipe that a tokenizer was trained by; "" if it does not say."""
+    """The `data` of the training recipe of a tokenizer; "" if unknown."""
     path = folder / "training.json"
     return json.loads(path.read_text(encoding="utf-8"))["recipe"].get("data", "") if path.is_file() else ""
 
 
 def _circumstances() -> dict[str, Any]:
-    """The code and the machine the figures were measured with."""
+    """The code and the machine of the measurement."""
     return {
         "commit": commit(),
         "anytoken": version("anytoken"),
@@ -152,7 +152,7 @@ def _usage(codes: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def _usage_of(counts: Sequence[np.ndarray]) -> dict[str, Any]:
-    """As `_usage`, of how often each code of each codebook [K] was used."""
+    """As `_usage`, from the counts [K] of each codebook."""
     shares = [one[one > 0] / one.sum() for one in counts]
     entropy = [-(share * np.log(share)).sum() for share in shares]
     return {
@@ -217,7 +217,7 @@ def _own_distortion(
     outputs: Sequence[Segment],
     seed: int,
 ) -> dict[str, Any]:
-    """The measures of the class's own `distortion`, next to those of random codes of the same sizes."""
+    """Results of the class's own `distortion`, and those of random codes of the same sizes."""
     noise = random_codes(tokenizer, codes[:RANDOM_ITEMS], seed)
     scores = [tokenizer.distortion(item.segment, other) for item, other in zip(items, outputs, strict=True)]
     floor = [
@@ -234,7 +234,7 @@ def _own_distortion(
 
 
 def _amount(tokenizer: ModalityTokenizer, segments: Sequence[Segment], frames: int) -> tuple[float, str]:
-    """How much there is, in the unit tokens and speed are given in."""
+    """The amount of data and its unit, for rates and speeds."""
     if isinstance(segments[0], Speech):
         return sum(one.seconds for one in segments if isinstance(one, Speech)), "second"
     if isinstance(segments[0], DNA):
@@ -281,7 +281,7 @@ def _measure_text(tokenizer: TextTokenizer, data: Path, count: int | None, seed:
 
 
 def _any_unicode(rng: np.random.Generator) -> list[str]:
-    """Strings of characters drawn evenly from all of Unicode but the surrogates, which are no characters."""
+    """Strings of characters drawn uniformly from all of Unicode except surrogates."""
     points = rng.integers(0, 0x110000 - 0x800, (500, 40))
     points = np.where(points >= 0xD800, points + 0x800, points)
     return ["".join(map(chr, row)) for row in points.tolist()]

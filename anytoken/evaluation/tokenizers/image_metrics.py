@@ -1,7 +1,7 @@
-"""What is left of images and clips: PSNR and SSIM, against coders that have as many bits or more.
+"""Image and video metrics: PSNR and SSIM, against coders with as many bits or more.
 
-Images stand against their mean colour, a thumbnail of as many bits, and WebP at twice the bytes; clips also against
-the image tokenizer with as many codes: applied to every frame, made small, and to a few frames, held.
+Images are compared with their mean color, a thumbnail of as many bits, and WebP at twice the bytes; clips also with
+the image tokenizer at the same number of codes: applied to every frame, scaled down, and to a few frames, held.
 Structural similarity: Wang et al. 2004.
 """
 

@@ -1,6 +1,6 @@
 """How well a language model learns a tokenizer's codes: `anytoken tokenizer eval --learnability`.
 
-Two tokenizers of one rate and distortion may differ by bits per code once a model has to write them. So a small decoder
+Two tokenizers with the same rate and distortion may differ in bits per code for a language model. So a small decoder
 of fixed size is trained on the codes of a captioned set for a fixed number of steps, once given the captions and once
 without, and measured: bits of items it saw and of held-out ones, how near what it generates from held-out captions is
 to the true items, and how many local codes stay as they are when only the global changes. The decoder is that of a
@@ -74,7 +74,7 @@ class Sequences:
 
 
 class Layout:
-    """Codes as targets: global codes, then frame after frame; an end after the last frame of a run.
+    """Codes as targets: global codes, then frame after frame; an end id after the last frame of a sequence.
 
     Each target competes within its own range: codebook q is kind q, global codes are the last kind. The end of a run
     competes with the codes of the first codebook. A target's place are the coordinates of its frame (of a grid), and
@@ -96,7 +96,7 @@ class Layout:
         self.places = [*(most + 1 for most in axes), self.books + self.globals]
 
     def length(self, codes: Codes) -> int:
-        """How many targets an item has."""
+        """The number of targets of an item."""
         return self.globals + codes.values.size + self.ends
 
     def form(self, size: Sequence[int], frames: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +116,7 @@ class Layout:
         return np.concatenate([codes.header + self.starts[-1], local, end])
 
     def codes(self, ids: np.ndarray, size: tuple[int, ...]) -> Codes:
-        """Back from ids [T], up to an end; a frame that is not whole is left out."""
+        """Back from ids [T], up to an end; an incomplete frame is dropped."""
         header, local = np.split(ids, [self.globals])
         local = local[: int(np.argmax(local == self.end)) if self.end in local else None]
         frames = len(local) // self.books
@@ -159,7 +159,7 @@ def captioned_sets(tokenizer: ModalityTokenizer, data: Path, seed: int) -> tuple
     known = {phrases_of(one)[0] for one in train}
     held = [one for one in records if one["split"] == "test" and phrases_of(one)[0] in known]
     if not train or not held:
-        raise TokenizerError(f"{path} has no training or no held-out items; build the set whole.")
+        raise TokenizerError(f"{path} has no training or no held-out items; build the complete set.")
     chosen = np.random.default_rng((seed, 4)).permutation(len(held))[:MEASURED]
     encoded = (_encoded(tokenizer, path.parent, some) for some in (train, [held[i] for i in chosen]))
     return next(encoded), next(encoded)
@@ -227,7 +227,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Phrases, then targets one by one; each is told the place of what it predicts."""
+    """Phrases, then targets one by one; each gets the position of what it predicts."""
 
     allowed: Tensor
 
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
 
 
 def _autocast() -> torch.autocast:
-    """bfloat16 on processors that multiply in it."""
+    """bfloat16 on processors with bfloat16 instructions."""
     quick = torch.cpu._is_avx512_bf16_supported()
     return torch.autocast("cpu", torch.bfloat16, enabled=quick)
 
@@ -319,7 +319,7 @@ def mean_bits(model: Decoder, layout: Layout, items: Sequences) -> tuple[float, 
 def generated(
     model: Decoder, layout: Layout, items: Sequences, sizes: Sequence[tuple[int, ...]]
 ) -> list[Codes]:
-    """The most likely next code again and again, for the captions of items, on grids of their sizes."""
+    """Greedily generated codes for the captions of items, on grids of their sizes."""
     longest = items.targets.shape[1]
     kinds, places = items.kinds, items.places
     if layout.ends:
@@ -344,7 +344,7 @@ def generated(
 def learnability(
     tokenizer: ModalityTokenizer, data: str | Path, seed: int = 0, steps: int = STEPS
 ) -> dict[str, Any]:
-    """What is measured of a tokenizer's codes on the captioned set in `data`; see the module.
+    """Learnability of a tokenizer's codes on the captioned set in `data`; see the module's docstring.
 
     `given`, `none`: bits of items with their captions and by a decoder that never saw any. TokenizerError as
     `captioned_sets`.
@@ -378,7 +378,7 @@ def learnability(
 def _generated_kept(
     tokenizer: ModalityTokenizer, model: Decoder, layout: Layout, held: Sequences, items: Captioned
 ) -> dict[str, float]:
-    """How near what is generated from held-out captions is to the true items: mean PSNR, or STOI where it is installed.
+    """Similarity of items generated from held-out captions to the true ones: mean PSNR, or STOI if pystoi is installed.
 
     It stands between other items of the set, and what the true items' own codes decode to. Clips in which STOI finds no
     speech once decoded are not scored; generated ones without speech count 0.
@@ -407,7 +407,7 @@ def _psnr_db(true: Segment, other: Segment) -> float:
 
 
 def global_change(tokenizer: ModalityTokenizer, data: Path, seed: int) -> dict[str, float]:
-    """How far local codes stay as they are when only the global changes; {} if the test set has no such variants.
+    """Stability of local codes when only the global codes change; {} if the test set has no such variants.
 
     Of images and clips the share of equal local codes, in pairs of variants. Of speech the edit distance of frames, as
     a share of the longer clip, of a word by two voices; and of different words.

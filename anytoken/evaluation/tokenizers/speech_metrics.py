@@ -1,6 +1,6 @@
-"""What is left of speech: words a recogniser still hears, intelligibility, perceived quality, spectra.
+"""Speech metrics: recognized words, intelligibility, perceived quality, spectra.
 
-Words: closed-grammar recognition of what came back, as a share of that of the originals. Short-time objective
+Words: closed-grammar recognition of the reconstructions, as a share of that of the originals. Short-time objective
 intelligibility (STOI): Taal et al. 2011. PESQ: ITU-T P.862.2, wide band, from 1 to 4.6. Each needs an optional package
 and is left out, with a line in the log, without it.
 """
@@ -24,8 +24,8 @@ from anytoken.tokenizers.base import Codes, ModalityTokenizer
 from anytoken.tokenizers.speech import SAMPLE_RATE_HZ, LogMel
 from anytoken.utils.errors import EvaluationError
 
-RANDOM_ITEMS = 50  # clips decoded from random codes: enough for a mean that means "nothing"
-CLIPS_A_GRAMMAR = 200  # whose names are those to choose from
+RANDOM_ITEMS = 50  # clips decoded from random codes: enough for the mean of a chance baseline
+CLIPS_PER_GRAMMAR = 200  # whose names are the choices
 OPTIONAL = {"stoi": "pystoi", "pesq": "pesq"}  # measure: package
 log = logging.getLogger(__name__)
 
@@ -81,18 +81,18 @@ def random_codes(tokenizer: ModalityTokenizer, like: Sequence[Codes], seed: int)
 def keyword_accuracy(
     items: Sequence[TestExample], outputs: Sequence[Segment], noise: Sequence[Segment], seed: int
 ) -> dict[str, Any]:
-    """Shares of clips whose name is heard: of originals, of what came back, of random codes.
+    """Shares of clips whose name is recognized: of originals, reconstructions and random codes.
 
-    All clips are heard, in seeded parts of at most CLIPS_A_GRAMMAR, each with its own names to choose from: one grammar
-    of more names would be another, harder test. words_share is the second as a share of the first, and by part. Names
-    with words the recogniser does not know are not asked for.
+    All clips are measured, in seeded parts of at most CLIPS_PER_GRAMMAR; each has a grammar of its own names, since a
+    grammar with more names would be a harder test. words_share: accuracy on reconstructions over accuracy on
+    originals, overall and by part. Names with words that the recognizer does not know are skipped.
     """
     if not all(item.says_name for item in items):
         log.warning("Words are not measured: what the clips say is not known.")
         return {}
     order = np.random.default_rng((seed, 3)).permutation(len(items))
     tallies, names = [], 0
-    for part in np.array_split(order, -(-len(items) // CLIPS_A_GRAMMAR)):
+    for part in np.array_split(order, -(-len(items) // CLIPS_PER_GRAMMAR)):
         try:
             judge = KeywordRecognizer(sorted({items[row].name for row in part}))
         except EvaluationError as error:

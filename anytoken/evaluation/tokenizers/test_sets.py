@@ -1,4 +1,4 @@
-"""What tokenizers are measured on: a modality's registered test set, what its class holds out, or a user's own files.
+"""Test data of tokenizers: a modality's registered test set, the held-out items of its class, or a user's own files.
 
 Items are a fixed choice for a seed, each with a name and the group it is scored in.
 """
@@ -23,7 +23,7 @@ MOST_PX = 512
 
 @dataclass(frozen=True)
 class TestExample:
-    """One item: what is encoded, what it is called, and its group (a style, a voice), or "".
+    """One item: its segment, name, and group (a style, a voice), or "".
 
     says_name: of speech, whether the name is what is said.
     """
@@ -71,7 +71,9 @@ def held_out_items(kind: str, data: Path, count: int | None, seed: int) -> list[
         raise TokenizerError(f"There is no held-out set for {kind!r}; there is one for {known}.")
     items = TEST_SETS[kind].held_out(data, count, np.random.default_rng((seed, 1)))
     if not items:
-        raise TokenizerError(f"{data} has no held-out {kind} items: build the sets whole, without --limit.")
+        raise TokenizerError(
+            f"{data} has no held-out {kind} items: build the complete sets, without --limit."
+        )
     return items
 
 
@@ -88,7 +90,7 @@ def own_held_out(
     chosen = np.random.default_rng((seed, 1)).permutation(len(pairs))[:count]
     items = [TestExample(pairs[i][1], f"{tokenizer.name} {i + 1}", pairs[i][0]) for i in chosen]
     if not items:
-        raise TokenizerError(f"{source} has nothing that is held out for {tokenizer.name}.")
+        raise TokenizerError(f"{source} has no held-out items for {tokenizer.name}.")
     return items
 
 

@@ -1,4 +1,4 @@
-"""Quality thresholds of a tokenizer, next to what it reaches.
+"""Quality thresholds of a tokenizer, compared with its figures.
 
 Each threshold is a dict with `what`, `ours`, `bar` and `met`; all are lower bounds. Figures that were not measured,
 because a package or a set is missing, have none.

@@ -51,7 +51,7 @@ def to_symbols(bases: str) -> np.ndarray:
 
 
 def to_bases(symbols: np.ndarray) -> str:
-    """The letters A C G T N of indices [T]."""
+    """Indices [T] as letters of ACGTN."""
     return _BASES[symbols].tobytes().decode("ascii")
 
 

@@ -111,7 +111,7 @@ class DNABPETokenizer(DNATokenizerBase):
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
         self.config["merges"] = merges
         self._bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-        pieces += ["N"] * missing  # codes that no merge was learnt for: every code decodes
+        pieces += ["N"] * missing  # codes without a learned merge: every code decodes
         self._lengths = np.array([len(piece) for piece in pieces])
         self._symbols = np.full((len(pieces), self._lengths.max()), N, dtype=np.uint8)
         for row, piece in zip(self._symbols, pieces, strict=True):

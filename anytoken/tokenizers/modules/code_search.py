@@ -27,7 +27,7 @@ def check_candidates(count: int, quantize: Quantizer) -> None:
     most = quantize.codebook_size if learned and summed else 1
     if not isinstance(count, int) or not 1 <= count <= most:
         raise TokenizerError(
-            f"candidates is 1, or up to the codebook's size with vq, or cosine of one codebook, without groups; "
+            f"num_candidates is 1, or up to the codebook's size with vq, or cosine of one codebook, without groups; "
             f"received {count!r} with a quantizer {quantize.kind} of {quantize.num_codebooks} codebooks of "
             f"{quantize.codebook_size}."
         )

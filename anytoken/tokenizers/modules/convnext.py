@@ -18,8 +18,8 @@ from anytoken import moved
 
 AT_ONCE = 2048  # positions of a forward pass: with more, calls get no cheaper and activations leave the cache
 
-# glibc gives the memory of every large activation back to the system and takes it anew with page faults, which can be a
-# fifth of the time. Once it has seen a block of nearly 32 MB come and go, it keeps what was freed.
+# glibc returns the memory of every large activation to the system and allocates it again with page faults, which can
+# take a fifth of the time. After one block of nearly 32 MB was allocated and freed, it keeps freed memory.
 torch.empty(31 << 20, dtype=torch.uint8)
 
 

@@ -34,15 +34,14 @@ from vector_quantize_pytorch import (
     VectorQuantize,
 )
 
+from anytoken import moved
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.hints import choices
 
 # Without k-means and dead-code replacement most codes are never used (measured: 296 of 1,024).
 _EMA = {"kmeans_init": True, "threshold_ema_dead_code": 2, "decay": 0.95}
-_RENAMED = {"code_dim": "codebook_dim", "decay": "decay", "dead_below": "threshold_ema_dead_code"}
-_CLASSES: dict[
-    str, tuple[Any, Any, dict[str, Any]]
-] = {  # kind: class, its residual form, what both are given
+_OF_LEARNED = {"code_dim": "codebook_dim"} | {k: k for k in ("decay", "threshold_ema_dead_code")}
+_CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # kind: class, residual form, arguments of both
     "fsq": (FSQ, ResidualFSQ, {}),
     "vq": (VectorQuantize, ResidualVQ, _EMA),
     "cosine": (VectorQuantize, ResidualVQ, {**_EMA, "use_cosine_sim": True, "rotation_trick": True}),
@@ -72,11 +71,13 @@ class Quantizer(nn.Module):
     """Q codebooks of `codebook_size` codes over vectors of width `dim`; Q is 1 unless residual or groups say more.
 
     choice: a kind, or a mapping with its "kind" and any of
-        residual, groups    number of codebooks; 1 each
-        order               pattern of several codebooks in a sequence: "interleaved" or "delayed"
-        dropout, first      residual only: train at every depth; use only this number of codebooks trained that way
-        code_dim            vq, cosine: width of the codebook's own space (2110.04627); `dim`
-        decay, dead_below   vq, cosine: decay of the moving averages; mean count per step below which a code is replaced
+        residual, groups        number of codebooks; 1 each
+        codebook_pattern        order of several codebooks in a sequence: "flatten" or "delay"
+        dropout                 residual only: train at every depth
+        num_active_codebooks    residual only: use only the first of the codebooks trained with dropout
+        code_dim                vq, cosine: width of the codebook's own space (2110.04627); `dim`
+        decay                   vq, cosine: decay of the moving averages
+        threshold_ema_dead_code vq, cosine: mean count per step below which a code is replaced
     "fsq" has `levels` per latent dimension, its codebook size is their product and it has no loss; the others have
     `codebook_size` codes ("lfq": a power of two). A learned codebook is the same on all ranks of a data-parallel run if
     the tokenizer is built after the process group. TokenizerError for an invalid choice.
@@ -90,22 +91,26 @@ class Quantizer(nn.Module):
         codebook_size: int = 1024,
     ) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"kind": choice} if isinstance(choice, str) else dict(choice or {})
+        settings: dict[str, Any] = (
+            {"kind": choice} if isinstance(choice, str) else moved.current_settings(choice or {})
+        )
         self.kind: str = settings.pop("kind", "")
         self.residual: int = settings.pop("residual", 1)
         self.groups: int = settings.pop("groups", 1)
-        self.order: str = settings.pop("order", "interleaved")
-        self.first: int = settings.pop("first", self.residual)
+        self.order: str = settings.pop("codebook_pattern", "flatten")
+        self.num_active: int = settings.pop("num_active_codebooks", self.residual)
         dropout = settings.pop("dropout", False)
         if self.kind not in KINDS:
             raise TokenizerError(f"Unknown quantizer {self.kind!r}{choices(self.kind, KINDS)}.")
-        learned = {_RENAMED[k]: settings.pop(k) for k in _RENAMED if k in settings and self.kind in LEARNED}
+        learned = {
+            name: settings.pop(k) for k, name in _OF_LEARNED.items() if k in settings and self.kind in LEARNED
+        }
         whole = [self.residual, self.groups, learned.get("codebook_dim", 1)]
         if settings or not _counts(*whole) or dim % self.groups:
             raise TokenizerError(
-                f"A quantizer is a kind, or {{kind, residual, groups, order, dropout, first}} with at least 1 each and "
-                f"groups that divide the width {dim}, and for {' and '.join(LEARNED)} also {', '.join(_RENAMED)}; "
-                f"received {choice!r}."
+                "A quantizer is a kind, or {kind, residual, groups, codebook_pattern, dropout, num_active_codebooks} "
+                f"with at least 1 each and groups that divide the width {dim}, and for "
+                f"{' and '.join(LEARNED)} also {', '.join(_OF_LEARNED)}; received {choice!r}."
             )
         self._check(choice, dropout, levels, codebook_size)
         size = {"levels": list(levels)} if self.kind == "fsq" else {"codebook_size": codebook_size}
@@ -114,14 +119,15 @@ class Quantizer(nn.Module):
         parts = [self._part(dim // self.groups, {**size, **learned}) for _ in range(self.groups)]
         self.inner: Any = parts[0] if self.groups == 1 else nn.ModuleList(parts)
         self.codebook_size = math.prod(levels) if self.kind == "fsq" else codebook_size
-        self.num_codebooks = self.first * self.groups
+        self.num_codebooks = self.num_active * self.groups
 
     def _check(
         self, choice: QuantizerConfig, dropout: bool, levels: Sequence[int], codebook_size: int
     ) -> None:
-        if not 1 <= self.first <= self.residual or (self.first < self.residual and not dropout):
+        if not 1 <= self.num_active <= self.residual or (self.num_active < self.residual and not dropout):
             raise TokenizerError(
-                f"`first` is 1 to residual ({self.residual}), and less only with dropout; received {choice!r}."
+                f"num_active_codebooks is 1 to residual ({self.residual}), and less only with dropout; received "
+                f"{choice!r}."
             )
         if self.kind == "fsq" and (not levels or not _counts(*levels, least=2)):
             raise TokenizerError(
@@ -168,7 +174,7 @@ class Quantizer(nn.Module):
     @property
     def _used(self) -> int:
         """Codebooks of each group in use: all during training, so that all are trained."""
-        return self.residual if self.training else self.first
+        return self.residual if self.training else self.num_active
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Vectors [B, N, D] of codes [B, N, Q]."""
@@ -192,7 +198,7 @@ class Quantizer(nn.Module):
         if self.kind == "cosine":
             left = torch.nn.functional.normalize(left, dim=-1)
         left = left[:, :, None]
-        books = [self.inner.codebook] if self.residual == 1 else [*self.inner.codebooks[: self.first]]
+        books = [self.inner.codebook] if self.residual == 1 else [*self.inner.codebooks[: self.num_active]]
         found = torch.empty(*left.shape[:3], 0, dtype=torch.long, device=x.device)
         for number, book in enumerate(books, 1):
             distance = torch.cdist(left.flatten(1, 2), book.expand(len(x), -1, -1)).unflatten(
@@ -208,7 +214,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def codebook(self, number: int = 0) -> Tensor:
         """All vectors [K, D] of one codebook; those of a residual one are in the space in which they are summed."""
-        part, depth = self._parts()[number // self.first], number % self.first
+        part, depth = self._parts()[number // self.num_active], number % self.num_active
         device = next((one.device for one in [*self.parameters(), *self.buffers()]), None)
         codes = torch.arange(self.codebook_size, device=device)[None, :, None].expand(1, -1, self.residual)
         if self.residual == 1:

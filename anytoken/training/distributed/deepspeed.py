@@ -1,7 +1,7 @@
-"""DeepSpeed's settings, and its states for another number of processes.
+"""DeepSpeed's settings, and loading its states with another number of processes.
 
-ZeRO (arXiv 1910.02054) saves what each process holds of the optimizer. Another number of processes cannot read that:
-it is first rewritten, by DeepSpeed's own converter, as a universal checkpoint (arXiv 2406.18820), a file a parameter.
+ZeRO (arXiv 1910.02054) saves each process's part of the optimizer. For another number of processes, DeepSpeed's own
+converter first rewrites it as a universal checkpoint (arXiv 2406.18820), with one file per parameter.
 """
 
 import json
@@ -24,7 +24,7 @@ UNIVERSAL = "universal"
 
 
 def load_deepspeed_config(path: str | None, converted: bool) -> dict[str, Any] | None:
-    """The settings of a DeepSpeed JSON; converted: they are to read a universal checkpoint. None for no path."""
+    """The settings in a DeepSpeed JSON file; converted: load a universal checkpoint. None without a path."""
     if path is None:
         return None
     settings = json.loads(recipes.find(path).read_text(encoding="utf-8"))
@@ -33,9 +33,9 @@ def load_deepspeed_config(path: str | None, converted: bool) -> dict[str, Any] |
 
 @contextmanager
 def no_zero3_init(arguments: TrainingArguments) -> Iterator[None]:
-    """Within it every process reads a checkpoint whole; under ZeRO-3 transformers would give it parts at once.
+    """A context in which every process loads whole checkpoints; under ZeRO-3 transformers would shard them immediately.
 
-    Rows, experts and optimizer groups are made of whole weights, and one process may read while others wait.
+    Rows, experts and optimizer groups are created from whole weights, and one process may load while others wait.
     """
     unset_hf_deepspeed_config()
     yield
@@ -44,7 +44,7 @@ def no_zero3_init(arguments: TrainingArguments) -> Iterator[None]:
 
 
 def load_buffers(model: nn.Module, state: Path) -> None:
-    """Give a model the buffers of a state, which the universal form leaves out."""
+    """Load the buffers of a state, which universal checkpoints do not contain."""
     buffers = dict(model.named_buffers())
     for path in state.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -53,8 +53,8 @@ def load_buffers(model: nn.Module, state: Path) -> None:
 
 
 def restore_adamw_groups(optimizer: torch.optim.Optimizer, weight_decays: list[float]) -> None:
-    """Undo what reading a universal checkpoint does to AdamW: all groups get the settings of the first one, and all
-    parts one and the same count of steps, which each then moves.
+    """Repair AdamW after loading a universal checkpoint, which gives all groups the first one's settings and all parts
+    one shared step counter.
     """
     for group, decay in zip(optimizer.param_groups, weight_decays, strict=True):
         group["weight_decay"] = decay
@@ -64,7 +64,7 @@ def restore_adamw_groups(optimizer: torch.optim.Optimizer, weight_decays: list[f
 
 
 def convert(state: Path) -> None:
-    """Add the universal form of a state to it, unless it is there; one process calls this, and the others wait."""
+    """Add the universal checkpoint to a state if it is missing; one process calls this while the others wait."""
     if (state / f"latest_{UNIVERSAL}").is_file():  # written last
         return
     from deepspeed.checkpoint import ds_to_universal

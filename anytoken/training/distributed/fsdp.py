@@ -1,9 +1,9 @@
-"""Weights spread over a mesh of processes: FSDP2 and expert parallelism, through transformers' own engine.
+"""Weights sharded over a mesh of processes: FSDP2 and expert parallelism, through transformers.
 
-Each process computes its own rows of a batch. The weights of a layer, their gradients and optimizer states are shared
-out, and gathered while the layer is at work (FSDP, arXiv 2304.11277). With ``ep_size`` the experts are not gathered:
-each of ``ep_size`` processes keeps whole experts, and tokens travel to theirs and back (GShard, arXiv 2006.16668).
-accelerate's FSDP does the first only, and on CPUs it leaves itself out without a word.
+Each process computes its own rows of a batch. The weights of a layer, their gradients and optimizer states are sharded,
+and gathered while the layer is computed (FSDP, arXiv 2304.11277). With ``ep_size`` the experts are not gathered: each
+of ``ep_size`` processes holds whole experts, and tokens are sent to them and back (GShard, arXiv 2006.16668).
+accelerate's FSDP has no expert parallelism and is silently disabled on CPUs.
 """
 
 import json
@@ -37,8 +37,8 @@ OPTIMIZER, SCHEDULER = "optimizer", "scheduler.pt"  # in a state: a folder of ev
 def read_mesh(stage: TrainConfig) -> DistributedConfig | None:
     """The mesh of a recipe: settings of transformers' ``DistributedConfig``; None without one.
 
-    By default all processes share all weights: ``fsdp_size`` is what the other sizes leave of the world size.
-    ConfigError for settings that are none, or that are not for this loss.
+    By default all weights are sharded over all processes: ``fsdp_size`` is the world size divided by the other sizes.
+    ConfigError for unknown settings, or settings that this loss does not support.
     """
     if stage.distributed.mesh is None:
         return None
@@ -59,7 +59,7 @@ def read_mesh(stage: TrainConfig) -> DistributedConfig | None:
 
 
 def mesh_settings(mesh: str | dict[str, Any]) -> dict[str, Any]:
-    """The settings themselves, which may lie in a JSON file."""
+    """The settings, inline or from a JSON file."""
     if isinstance(mesh, dict):
         return dict(mesh)
     settings: dict[str, Any] = json.loads(recipes.find(mesh).read_text(encoding="utf-8"))
@@ -67,10 +67,10 @@ def mesh_settings(mesh: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
-    """Share out the weights of a model over all processes, in place; every process has the whole model before.
+    """Shard the weights of a model over all processes, in place; every process must hold the whole model before.
 
     The root is the model with its loss: the vocabulary, which the loss reads past the head's own forward, stays
-    gathered for the whole step. ConfigError for null experts, which no process would keep.
+    gathered for the whole step. ConfigError for null experts, which cannot be sharded.
     """
     _, meshes = initialize_distributed_mesh(config)
     if meshes is None:
@@ -94,17 +94,17 @@ def parallelize(model: ModelWithLoss, config: DistributedConfig) -> None:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether a model's weights lie apart."""
+    """Whether a model's weights are sharded."""
     return isinstance(model, ModelWithLoss) and model.is_distributed_loading_by_transformers
 
 
 def full_tensor(value: Any) -> Any:
-    """A tensor that lies apart put together; anything else as it is."""
+    """The gathered tensor of a sharded one; anything else unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def param_groups_by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Optimizer groups cut so that each holds parameters of one mesh: a fused step cannot span two."""
+    """Split optimizer groups so that each holds parameters of one mesh: a fused step cannot span two."""
     cut = []
     for group in groups:
         by_mesh: dict[Any, list[nn.Parameter]] = defaultdict(list)
@@ -115,19 +115,20 @@ def param_groups_by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def load_full_state_dict(model: nn.Module, saved: PreTrainedModel) -> None:
-    """Give a model, spread or not, the weights of one that is whole."""
+    """Load unsharded weights into a model, sharded or not."""
     set_model_state_dict(model, saved.state_dict(), options=StateDictOptions(full_state_dict=True))
 
 
 def save_optimizer(model: nn.Module, optimizer: Any, scheduler: Any, state: str, first: bool) -> None:
-    """Write each process's part of the optimizer to a state, and by the first one the schedule; all call this."""
+    """Write each process's part of the optimizer to a state, and the schedule in the first process; all must call
+    this."""
     save_optimizer_distributed(model, optimizer, f"{state}/{OPTIMIZER}")
     if first:
         torch.save(scheduler.state_dict(), f"{state}/{SCHEDULER}")
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, scheduler: Any, state: str) -> None:
-    """Read what ``save_optimizer`` wrote, by however many processes."""
+    """Load what ``save_optimizer`` wrote with any number of processes."""
     load_optimizer_distributed(model, optimizer, f"{state}/{OPTIMIZER}")
     saved = torch.load(f"{state}/{SCHEDULER}", weights_only=True)
     for name, own in scheduler.state_dict().items():

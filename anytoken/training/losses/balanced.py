@@ -1,10 +1,10 @@
 """Losses over hidden states: cross-entropy balanced over modalities, optionally within the grammar.
 
-Only positions with a target meet the head, in chunks (``linear_cross_entropy.py``). With ``grammar_restricted`` the
-softmax runs over the ids the grammar would allow there (an image code competes with image codes alone), which is
-what decoding does, and costs a few thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser
-near zero (PaLM, arXiv 2204.02311); the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router
-z-loss ST-MoE's (arXiv 2202.08906).
+Only positions with a target go through the head, in chunks (``linear_cross_entropy.py``). With ``grammar_restricted``
+the softmax runs over the ids that the grammar allows there (an image code competes only with image codes), as in
+decoding, which costs a few thousand logits instead of the whole vocabulary. A z-loss keeps the normaliser near zero
+(PaLM, arXiv 2204.02311); the load-balance loss is Switch Transformers' (arXiv 2101.03961), the router z-loss ST-MoE's
+(arXiv 2202.08906).
 
 Shapes: N targets, V vocabulary, D model width, E experts, T tokens.
 """
@@ -71,7 +71,7 @@ class TargetClasses:
 
     @classmethod
     def of(cls, targets: Tensor, grammar: Grammar) -> "TargetClasses":
-        """Those of targets [N]; on the CPU, before they are sent to a device, the host waits for nothing."""
+        """The classes of targets [N]; computed on the CPU before transfer, so the host never waits for the device."""
         classes = grammar.loss_rows(targets)
         counts = torch.bincount(classes, minlength=len(grammar.class_ranges)).tolist()
         return cls(classes.argsort(stable=True), counts)
@@ -93,7 +93,7 @@ def grammar_groups(targets: Tensor, grammar: Grammar, classes: TargetClasses | N
 
 @dataclass
 class LossParts:
-    """What one batch came to: the loss to minimise and, per group, sums for the log (float32 [G]).
+    """Results of one batch: the loss to minimize and, per group, sums for the log (float32 [G]).
 
     All are of the global batch, the same in every process.
     """
@@ -108,7 +108,7 @@ class LossParts:
 class BalancedLoss(nn.Module):
     """Cross-entropy over the targets of a packed batch, averaged over modalities, plus the output z-loss.
 
-    With several processes the batch is what all of them have together: they all must call it.
+    With several processes this is the global batch, and all of them must call it.
     """
 
     table: Tensor
@@ -133,7 +133,7 @@ class BalancedLoss(nn.Module):
         )
 
     def groups(self, targets: Tensor, previous: Tensor) -> Tensor:
-        """Group of each target [N]; the end id counts as text where it follows a text id."""
+        """Group of each target [N]; an end id counts as text after a text id."""
         ends_text = (targets == self.end) & (previous < self.text_size)
         return self.table[targets].masked_fill(ends_text, 0)
 
@@ -147,7 +147,7 @@ class BalancedLoss(nn.Module):
     ) -> LossParts:
         """hidden [N, D] at the positions before the targets [N]; previous [N], the ids at those positions.
 
-        classes: of the targets, where they are known.
+        classes: of the targets, if known.
         """
         groups = self.groups(targets, previous)
         zero = torch.zeros(len(self.names), device=targets.device)
@@ -165,7 +165,7 @@ class BalancedLoss(nn.Module):
         return LossParts(sum_over_processes(scores.loss), nll, right, count, named)
 
     def shares(self, hidden: Tensor, head: Tensor, targets: Tensor, previous: Tensor) -> list[Tensor]:
-        """What each group of targets that is there adds to the cross-entropy; arguments as for ``forward``."""
+        """The contribution of each present group to the cross-entropy; arguments as for ``forward``."""
         groups = self.groups(targets, previous)
         weights = self._target_weights(torch.bincount(groups, minlength=len(self.names)).float())
         found = []
@@ -188,7 +188,7 @@ class BalancedLoss(nn.Module):
         return linear_cross_entropy(hidden, head, targets, weights, z_weight, choices)
 
     def _target_weights(self, count: Tensor) -> Tensor:
-        """What one target of each group weighs in the loss, float32 [G]: all targets together weigh 1."""
+        """The weight of one target of each group in the loss, float32 [G]; the weights of all targets sum to 1."""
         if self.weights is None:
             return (1 / count.sum().clamp(min=1)).expand_as(count)
         weights = self.weights * (count > 0)

@@ -1,11 +1,10 @@
-"""Cross-entropy straight from hidden states: logits come and go in chunks, the full [N, V] of them never exists.
+"""Cross-entropy from hidden states in chunks, without the full logits [N, V].
 
 Targets that compete with the same ids form a group, and a chunk is some rows of a group by the group's ids. The
-gradients of hidden states and head are made right there, while the chunk's probabilities are at hand, so nothing
-is recomputed and nothing but the gradients is kept: three matrix products a chunk, as few as the plain softmax
-needs. The idea of Cut Cross-Entropy (arXiv 2411.09009) and of Liger Kernel's fused linear cross-entropy
-(2410.10989), with a softmax over a few ranges of rows. It works because the loss is one weighted sum, its weights
-known before: the gradient of a loss that is not must be computed otherwise.
+gradients of hidden states and head are computed with the chunk's probabilities, so nothing is recomputed and only
+gradients are kept: three matrix products per chunk, as for the plain softmax. The idea of Cut Cross-Entropy (arXiv
+2411.09009) and of Liger Kernel's fused linear cross-entropy (2410.10989), with a softmax over a few ranges of rows. It
+requires a loss that is a weighted sum with known weights.
 
 Shapes: N targets, V vocabulary, D model width, R rows of a chunk, K ids of a group.
 """
@@ -36,8 +35,8 @@ class Group(NamedTuple):
 class Scores(NamedTuple):
     """The loss (0-d, differentiable) and, for each target, what the log shows; all [N], without gradient.
 
-    nll: negative log-likelihood, float32. log_z: logarithm of the softmax's normaliser, float32. right: whether no
-    other id was likelier.
+    nll: negative log-likelihood, float32. log_z: logarithm of the softmax normalizer, float32. right: whether the
+    target was the most probable id.
     """
 
     loss: Tensor
@@ -80,7 +79,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward makes the gradients; backward hands them out, once."""
+    """Forward computes the gradients; backward returns them, once."""
 
     @staticmethod
     def forward(
@@ -122,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Work:
-    """One pass over the targets, chunk by chunk: what it reads, and what it has found so far."""
+    """One pass over the targets, chunk by chunk: its inputs and the results so far."""
 
     def __init__(
         self,

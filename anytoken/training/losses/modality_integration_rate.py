@@ -1,8 +1,8 @@
-"""Modality Integration Rate: how far a modality's hidden states lie from text's (arXiv 2410.07167).
+"""Modality Integration Rate: the distance of a modality's hidden states from those of text (arXiv 2410.07167).
 
-In every layer both are scaled so that text's norms are 1 on average, tokens whose norm is beyond three deviations are
-left out, and the Fréchet distance of the two clouds is taken; the rate is the logarithm of the layers' sum. It falls
-from stage to stage where a modality grows into the model.
+In every layer both are scaled so that text's norms are 1 on average, tokens whose norm deviates by more than three
+standard deviations are dropped, and the Fréchet distance of the two sets is computed; the rate is the logarithm of the
+sum over layers. It falls from stage to stage as a modality is integrated.
 
 Shapes: N, M tokens, D width.
 """
@@ -42,7 +42,7 @@ def integration_rates(hidden: Sequence[Tensor], groups: Tensor, names: Sequence[
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> Tensor:
-    """The squared Fréchet distance of two clouds [N, D] and [M, D], each taken for a Gaussian."""
+    """The squared Fréchet distance of two sets [N, D] and [M, D], each modeled as a Gaussian."""
     first, second = torch.cov(one.T), torch.cov(other.T)
     values, vectors = torch.linalg.eigh(first)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,8 +1,8 @@
 """Learning-rate schedules with warm-up: cosine, WSD (warm-up, stable, decay; arXiv 2404.06395), constant.
 
 A schedule is a function of progress in steps or minutes, whichever is further along: if `max_minutes` do not suffice
-for all steps, the same curve is compressed to fewer steps and still reaches its end. The object's few numbers are saved
-with the optimizer.
+for all steps, the same curve is compressed to fewer steps and still reaches its end. Its few numbers are saved with the
+optimizer.
 """
 
 import math
@@ -34,10 +34,11 @@ class Schedule:
         return factor * (self.final + (1 - self.final) * level)
 
     def tick(self, step: int, seconds: float, max_minutes: float | None) -> None:
-        """Account for the time of step number ``step``; ``total`` becomes ``step`` if there is none for another.
+        """Account for the time of step ``step``; sets ``total`` to ``step`` if no time is left for another one.
 
-        The next step is taken to last as long as this one or as all did on average, whichever is shorter: a slow
-        first step (compilation) or a step with an evaluation ends no run early. So a run overshoots by less than one.
+        The next step is estimated to take as long as this one or the average, whichever is shorter, so a slow first
+        step (compilation) or a step with an evaluation does not end a run early. A run overshoots by less than one
+        step.
         """
         self.seconds += seconds
         if max_minutes is None:

@@ -1,10 +1,10 @@
 """Muon for hidden matrices, AdamW for everything else, as one optimizer.
 
 Muon (Jordan et al. 2024; arXiv 2502.16982) replaces the momentum of a matrix by the nearest semi-orthogonal one, so
-that all directions of a matrix move alike. ``torch.optim.Muon`` does this for single 2-D parameters; here the same
-Newton-Schulz iteration (its coefficients, momentum and scale) runs over batches of matrices: the experts of a layer,
-the parts of a fused projection, and all parameters of one shape together. Embeddings, the head, norms, biases and
-routers stay with AdamW.
+that all directions of a matrix are updated equally. ``torch.optim.Muon`` does this for single 2-D parameters; here the
+same Newton-Schulz iteration (its coefficients, momentum and scale) runs over batches of matrices: the experts of a
+layer, the parts of a fused projection, and all parameters of one shape together. Embeddings, the head, norms, biases
+and routers stay with AdamW.
 
 Processes that train one model by data parallelism share the iteration out, as in arXiv 2502.16982 (section 2.3): each
 orthogonalises some of the batches, and broadcasts what it found in the dtype of the products. Momentum is kept by all
@@ -32,14 +32,15 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7
 MOMENTUM = 0.95
-# Elements of matrices that are orthogonalised together: those that stay in a core's cache.
+# Elements of matrices that are orthogonalized together: those that stay in a core's cache.
 CHUNK = {"cpu": 2**19}
 LARGE_CHUNK = 2**26  # on other devices
 ROUTERS = ("gate", "router")  # names of the modules that hold a router's weight
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Each of [N, A, B] to about its nearest semi-orthogonal matrix (singular values from 0.7 to 1.2), in ``dtype``.
+    """Map each of [N, A, B] to approximately its nearest semi-orthogonal matrix (singular values from 0.7 to 1.2), in
+    ``dtype``.
 
     The quintic Newton-Schulz iteration of ``torch.optim.Muon``; dtype: of the products.
     """
@@ -54,7 +55,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tens
 
 
 class Chunk(NamedTuple):
-    """Matrices [A, B] that are orthogonalised together: views of weights, gradients and momenta."""
+    """Matrices [A, B] that are orthogonalized together: views of weights, gradients and momenta."""
 
     matrices: list[tuple[Tensor, Tensor, Tensor]]
     scale: float
@@ -67,12 +68,12 @@ class Chunk(NamedTuple):
         return len(self.matrices), outputs, inputs
 
     def direction(self) -> Tensor:
-        """The orthogonalised updates, [N, A, B]."""
+        """The orthogonalized updates, [N, A, B]."""
         gradients, momenta = (torch.stack([one[place] for one in self.matrices]) for place in (1, 2))
         return orthogonalise(gradients.lerp_(momenta, MOMENTUM), self.dtype)  # Nesterov
 
     def move(self, directions: Tensor) -> None:
-        """Step the weights."""
+        """Update the weights."""
         for (weight, _, _), direction in zip(self.matrices, directions, strict=True):
             weight.add_(direction, alpha=-self.scale)
 
@@ -80,10 +81,10 @@ class Chunk(NamedTuple):
 class Muon(torch.optim.AdamW):
     """AdamW whose groups with ``muon: True`` are stepped by Muon; see the module's docstring.
 
-    A Muon group has parameters [A, B] or [E, A, B]. parts: sizes of the matrices that lie one after the other in A.
+    A Muon group has parameters [A, B] or [E, A, B]. parts: sizes of the matrices that are concatenated along A.
     transposed: parameters are [B, A] (transformers' ``Conv1D``). dtype: name of the Newton-Schulz products' dtype; it
-    is saved with the state, so that a run resumes with the same numbers on another machine. processes: those that
-    share the work; each must call `step` with the same parameters and gradients.
+    is saved with the state, so that a run resumes with the same numbers on another machine. processes: the processes
+    that share the work; each must call `step` with the same parameters and gradients.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _chunks(self, group: dict[str, Any]) -> Iterator[Chunk]:
-        """Update the momenta of a group and decay its weights; its matrices, by shape, in chunks."""
+        """Update the momenta of a group and decay its weights; returns its matrices in chunks of equal shape."""
         matrices: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -137,7 +138,7 @@ class Muon(torch.optim.AdamW):
 
     @staticmethod
     def _step_shared(chunks: list[Chunk], processes: dist.ProcessGroup) -> None:
-        """Step each chunk by the directions that its owner finds, which are sent while others are computed."""
+        """Update each chunk by the directions from its owner, which are sent while others are computed."""
         rank, sent = dist.get_rank(processes), []
         for chunk, owner in zip(chunks, owners(chunks, dist.get_world_size(processes)), strict=True):
             if owner == rank:
@@ -153,7 +154,7 @@ class Muon(torch.optim.AdamW):
 
 
 def owners(chunks: Sequence[Chunk], processes: int) -> list[int]:
-    """The process that orthogonalises each chunk: the most costly first, each to who has the least so far."""
+    """The process that orthogonalizes each chunk: the most expensive first, each to the least loaded process."""
     load, found = [0.0] * processes, [0] * len(chunks)
     costs = []
     for chunk in chunks:
@@ -179,7 +180,7 @@ def make_optimizer(
     groups: list[dict[str, Any]],
     processes: dist.ProcessGroup | None = None,
 ) -> torch.optim.AdamW:
-    """The optimizer of a recipe over a model's parameter groups; processes: those that have equal gradients."""
+    """The optimizer of a recipe over a model's parameter groups; processes: the processes with equal gradients."""
     adamw: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "fused": True}
     if spec.kind == "adamw":
         return torch.optim.AdamW(groups, **adamw)
@@ -189,9 +190,9 @@ def make_optimizer(
 def muon_groups(
     spec: OptimizerSpec, model: PreTrainedModel, groups: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Take the hidden matrices out of AdamW's groups, into groups of their own by how they are fused; AdamW's first.
+    """Move the hidden matrices from AdamW's groups to groups of their own, one per kind of fusion; AdamW's come first.
 
-    A step's decay of weights stays that of AdamW, ``lr`` x weight_decay.
+    Weight decay per step stays that of AdamW, ``lr`` x weight_decay.
     """
     places = _hidden_matrices(model)
     kept, cut = [], []

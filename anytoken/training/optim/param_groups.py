@@ -48,7 +48,7 @@ def select_trainable(model: PreTrainedModel, patterns: Sequence[str], space: Tok
 
 
 def modality_rows(space: TokenSpace, modalities: Sequence[str]) -> list[int]:
-    """All vocabulary rows of these modalities: of text its ids, of others their codes, open and close ids."""
+    """All vocabulary rows of these modalities: text ids, or codes, open and close ids."""
     rows: list[int] = []
     for name in modalities:
         if name not in space.modality_names:
@@ -87,7 +87,8 @@ def vocabulary_parameters(model: PreTrainedModel) -> set[int]:
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay; vectors and the vocabulary (frozen rows must stay) do not."""
+    """Optimizer groups: matrices have weight decay; vectors and the vocabulary (whose frozen rows must not change) have
+    none."""
     vocabulary = vocabulary_parameters(model)
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

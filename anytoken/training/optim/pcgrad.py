@@ -1,8 +1,8 @@
-"""PCGrad: measure conflicts between the gradients of the modalities, and project them away.
+"""PCGrad: measure conflicts between the gradients of the modalities and remove them by projection.
 
-PCGrad (arXiv 2001.06782): where the gradients of two losses point against each other, each loses its part along the
-other. Without conflict the step is the ordinary one. It costs one backward pass per modality of a batch plus one,
-and a copy of the gradient for each: off by default, for runs whose log shows conflicts.
+PCGrad (arXiv 2001.06782): if the gradients of two losses have a negative cosine, the component of each along the other
+is removed. Without conflicts the step is unchanged. It costs one backward pass per modality of a batch plus one, and a
+copy of the gradient for each: off by default, for runs whose log shows conflicts.
 
 Shapes: G losses, P parameters.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def project(gradients: Tensor) -> Tensor:
-    """Gradients [G, P] to [G, P]: of each, in random order, what points against another is taken away."""
+    """Gradients [G, P] to [G, P]: the components of each that conflict with another are removed, in random order."""
     projected = gradients.clone()
     for row, own in enumerate(projected):
         for other in torch.randperm(len(gradients)).tolist():
@@ -32,10 +32,10 @@ def cosines(gradients: Tensor) -> Tensor:
 
 
 def backward(model: nn.Module, total: Tensor, parts: Sequence[Tensor], scale: float) -> dict[str, float]:
-    """Add the harmonised gradient of ``total``, of which ``parts`` are the modalities' shares, to the parameters.
+    """Add the projected gradient of ``total`` to the parameters; ``parts`` are the modalities' shares of it.
 
-    What ``total`` holds beyond its parts (the router's losses) is not projected. scale: on the gradient. Returns the
-    mean cosine of the parts' gradients and the share of pairs that conflict; nothing if there is one part.
+    The rest of ``total`` (the router losses) is not projected. scale: on the gradient. Returns the
+    mean cosine of the parts' gradients and the share of pairs that conflict; {} if there is only one part.
     """
     parameters = [one for one in model.parameters() if one.requires_grad]
     own = torch.stack([_gradient(part, parameters, keep=True) for part in parts])

@@ -1,4 +1,4 @@
-"""One optimizer step, of the loops that are not transformers' Trainer."""
+"""One optimizer step, for the loops that do not use transformers' Trainer."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def take_step(
     loss: Tensor, optimizer: torch.optim.Optimizer, lr: float, clipped: Iterable[nn.Parameter] = ()
 ) -> None:
-    """Step down a loss at a learning rate; the gradient of ``clipped`` has at most norm 1."""
+    """Take one step on a loss at a learning rate; the gradient of ``clipped`` is clipped to norm 1."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)

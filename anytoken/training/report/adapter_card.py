@@ -1,7 +1,7 @@
 """The card of an adapter: its base model, training data, results and usage.
 
-Every figure is read from the run's own ``run.json`` and ``metrics.jsonl``. It takes the place of PEFT's template
-(Mitchell et al., arXiv 1810.03993, on what a model card is for).
+Every figure is read from the run's own ``run.json`` and ``metrics.jsonl``. It replaces PEFT's template (model cards:
+Mitchell et al., arXiv 1810.03993).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from anytoken.training.report.markdown import held_out_table, moments_table
 
 
 def adapter_card(stage: TrainConfig, facts: dict[str, Any], entries: Sequence[dict[str, Any]]) -> str:
-    """The card in Markdown, with the front matter that hubs read.
+    """The card in Markdown, with front matter for model hubs.
 
     facts: as from ``facts.run_facts``. entries: the lines of the run's metrics.
     """

@@ -1,4 +1,4 @@
-"""``report.html``: the page to look at while a model trains and afterwards.
+"""``report.html``: the report of a run, during training and afterwards.
 
 One file without network or scripts: curves, expert load, samples, configuration and machine. It is rewritten at every
 line of the log, so reloading it shows the current state. If the recipe names a ``reference``, another run's metrics
@@ -41,7 +41,7 @@ Entries = Sequence[dict[str, Any]]
 
 
 class HtmlReport:
-    """Writes a run's report, no oftener than its share of the time allows."""
+    """Writes a run's report, limited to a share of the training time."""
 
     def __init__(self, stage: TrainConfig) -> None:
         self.stage, self.folder = stage, Path(stage.output)
@@ -71,7 +71,7 @@ class HtmlReport:
 
 
 def run_sections(folder: Path, reference: Entries = ()) -> dict[str, str]:
-    """Title and HTML of all that there is to show of a run's folder so far; `reference`: another run's metrics."""
+    """Titles and HTML of the sections of a run's report so far; `reference`: another run's metrics."""
     path, facts_path = folder / "metrics.jsonl", folder / FACTS
     entries = read_metrics(path) if path.is_file() else []
     train = [entry for entry in entries if "groups" in entry]
@@ -89,7 +89,7 @@ def run_sections(folder: Path, reference: Entries = ()) -> dict[str, str]:
 
 
 def find_reference(name: str) -> Path:
-    """A metrics file of the user's own, or one that comes along; ConfigError if it is neither."""
+    """A metrics file, given by path or bundled; ConfigError if it does not exist."""
     for path in (Path(name), recipes.root() / name):
         if path.is_file():
             return path

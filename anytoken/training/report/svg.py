@@ -1,8 +1,8 @@
 """Charts as SVG: no script, no network; one file suits light and dark, in a page of its own or in another's.
 
-Styles name elements as well as classes, so that they touch nothing else of a page.
+Styles name elements as well as classes, so that they affect nothing else on a page.
 
-A chart is a group of WIDTH x HEIGHT; ``board`` lays groups out in one file and brings the colours,
+A chart is a group of WIDTH x HEIGHT; ``board`` lays groups out in one file with the colors,
 ``flowing`` does so in a page.
 """
 
@@ -49,7 +49,7 @@ def board(charts: Sequence[str], columns: int = 3) -> str:
 
 
 def flowing(charts: Sequence[str]) -> str:
-    """Charts side by side in a page, as many in a row as it has room for; none is shrunk on a phone."""
+    """Charts side by side in a page, wrapped to its width."""
     each = "".join(board([chart]) for chart in charts)
     return f'<div style="display:flex;flex-wrap:wrap">{each}</div>'
 
@@ -85,7 +85,7 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
 
 
 def heat_map(title: str, rows: Sequence[Sequence[float]]) -> str:
-    """Shares of experts (columns) in layers (rows), the first layer on top; full colour is twice an even share."""
+    """Shares of experts (columns) in layers (rows), the first layer on top; full color is twice an even share."""
     parts = [_title(title)]
     wide, high = (WIDTH - LEFT - RIGHT) / len(rows[0]), (HEIGHT - TOP - BOTTOM) / len(rows)
     for layer, shares in enumerate(rows):

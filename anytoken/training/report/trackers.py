@@ -1,4 +1,4 @@
-"""Experiment trackers: transformers' own callbacks report a run to them (``report_to``), and they take flat names."""
+"""Experiment trackers: transformers' callbacks report to them (``report_to``) under flat names."""
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ FOLDER = "tensorboard"  # of a run
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """ConfigError for trackers whose package, which has the tracker's name, is not installed."""
+    """ConfigError for a tracker whose package (of the same name) is not installed."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -23,7 +23,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a line of the log under flat names, such as ``bits/image``; lists are left out.
 
-    ``bits`` is the mean over modalities. prefix: ``eval_``, which trackers show as ``eval/``; all else is ``train/``.
+    ``bits`` is the mean over modalities. prefix: ``eval_`` is shown as ``eval/``; everything else as ``train/``.
     """
     found: dict[str, float] = {}
     for name, value in metrics.items():
@@ -40,7 +40,7 @@ def scalars(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def summary_writer(folder: Path, step: int) -> Any:
-    """A writer of TensorBoard's event files for a run; hides what was written after ``step``, which is done again."""
+    """A TensorBoard writer for a run; hides events after ``step``, which will be written again."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / FOLDER), purge_step=step + 1)

@@ -1,8 +1,8 @@
 """Endless training batches for the tokenizers, drawn from packed arrays or from a user's own files.
 
-Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions
-vary without end, so the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on
-the seed and `n` alone, so an interrupted training continues as if it had not been.
+Packed arrays (sprites with alpha, animations, audio) are composed on the fly: backgrounds, sizes and positions vary, so
+the tokenizer sees every shift. Files are read once and cut or scaled. Batch `n` depends on the seed and `n` alone, so
+an interrupted training resumes exactly.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def batches_for(
 ) -> Batches:
     """The batches of a kind from `source`: an .npy array, or a folder or glob of files.
 
-    config: of the tokenizer to be trained, whose sizes own files are brought to. An array is kept on `device`, and
-    batches are composed there; on other machines, or devices, they differ in their last bits.
-    TokenizerError if there is nothing there, naming what is expected.
+    config: of the tokenizer to train; own files are scaled to its sizes. An array is kept on `device`, where batches
+    are composed; between machines or devices they may differ in the last bits. TokenizerError if there is nothing
+    there, naming what is expected.
     """
     if kind in LAYERED:
         layers = layer_batches(source, batch_size, seed)
         return lambda step: layers(step).to(device)
     if source.suffix == ".npy":
-        makers = {"image": sprite_batches, "video": animation_batches, "speech": audio_batches}
+        makers = {"image": sprite_batches, "video": sprite_batches, "speech": audio_batches}
         if not source.is_file():
             raise TokenizerError(
                 f"{source} is missing: build the set first, or name your own files in `data`."
@@ -71,8 +71,8 @@ def batches_for(
 
 
 def crop_seconds(config: Mapping[str, Any]) -> float:
-    """How long a crop of audio is at most: twice as long where the voice is heard in another clip than what is said."""
-    return CROP_SECONDS * (2 if config.get("num_global_codes") or config.get("voice_codes") else 1)
+    """The maximum length of an audio crop: doubled if the voice is taken from another clip than the words."""
+    return CROP_SECONDS * (2 if config.get("num_global_codes") else 1)
 
 
 def training_rows(index: Path) -> np.ndarray:
@@ -81,12 +81,18 @@ def training_rows(index: Path) -> np.ndarray:
 
 
 def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
-    """Images [B, 3, H, W] in [-1, 1]: sprites on a colour, half of them as the composed set has them."""
+    """Images [B, 3, H, W] in [-1, 1]: sprites on a color, half of them as the composed set has them.
+
+    Animations give clips [B, 3, T, 64, 64], placed identically in all frames.
+    """
     sprites, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng((seed, step))
         picked = sprites[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
+        if picked.ndim == 5:
+            placed = place(picked.flatten(0, 1), 64, 64, rng, repeat=picked.shape[1])
+            return placed.unflatten(0, picked.shape[:2]).transpose(1, 2)
         height = width = 64
         if rng.random() < 0.15:  # other sizes, so that the size header means something
             height, width = (PATCH_PX * int(n) for n in rng.integers(4, 13, 2))
@@ -98,20 +104,6 @@ def sprite_batches(path: Path, batch_size: int, seed: int, device: str | torch.d
 def _on(device: str | torch.device, path: Path) -> Tensor:
     """An array as a tensor on a device; on the CPU it stays on disk until it is read."""
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
-
-
-def animation_batches(path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu") -> Batches:
-    """Clips [B, 3, 8, 64, 64] in [-1, 1]: animations on a colour, placed alike in all frames."""
-    clips, rows = _on(device, path), training_rows(path.with_suffix(".jsonl"))
-
-    def batch(step: int) -> Tensor:
-        rng = np.random.default_rng((seed, step))
-        picked = clips[torch.from_numpy(rng.choice(rows, batch_size)).to(device)]
-        count = picked.shape[1]
-        placed = place(picked.flatten(0, 1), 64, 64, rng, repeat=count)
-        return placed.unflatten(0, (batch_size, count)).transpose(1, 2)
-
-    return batch
 
 
 def layer_batches(path: Path, batch_size: int, seed: int) -> Batches:
@@ -149,8 +141,8 @@ def layer_batches(path: Path, batch_size: int, seed: int) -> Batches:
 def place(sprites: Tensor, height: int, width: int, rng: np.random.Generator, repeat: int = 1) -> Tensor:
     """Compose sprites uint8 [B, S, S, 4] on plain colours: float [B, 3, H, W] in [-1, 1].
 
-    Half stand as in the composed set (56/64 of the side, centred), half at a random size and position; groups
-    of `repeat` consecutive sprites share colour, size and position.
+    Half stand as in the composed set (56/64 of the side, centred), half at a random size and position; groups of
+    `repeat` consecutive sprites share color, size and position.
     """
     count = len(sprites) // repeat
     scale, offset = _places(count, height, width, rng)
@@ -209,17 +201,13 @@ def _plain_colors(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def audio_batches(
-    path: Path,
-    batch_size: int,
-    seed: int,
-    device: str | torch.device = "cpu",
-    seconds: float = CROP_SECONDS,
+    path: Path, batch_size: int, seed: int, device: str | torch.device = "cpu", seconds: float = CROP_SECONDS
 ) -> Batches:
     """Crops [B, samples] of one long int16 recording, at varied level, speed and timbre.
 
-    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others more, shorter ones. Where
-    an index next to the recording says where its clips lie, a third of the crops begin with a clip and a third end with
-    one: an audio's first and last moment have nothing next to them, and a random crop hardly ever has either.
+    Half of the batches have `batch_size` crops of `seconds` at 16 kHz, the others more, shorter ones. If an index next
+    to the recording lists its clips, a third of the crops begin with a clip and a third end with one, since random
+    crops rarely contain the beginning or end of a clip.
     """
     from torchaudio.functional import resample
 
@@ -245,7 +233,7 @@ def audio_batches(
 
 
 def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where the clips of a recording begin and where they end, in samples; None if nothing says so."""
+    """Starts and ends of the clips in a recording, in samples; None without an index."""
     if not index.is_file():
         return None
     lines = list(read_json_lines(index))
@@ -254,13 +242,13 @@ def _clip_edges(index: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _crop_size(batch_size: int, seconds: float, rng: np.random.Generator) -> tuple[int, int]:
-    """How long the crops of a batch are, in samples, and how many there are: the same audio in all, or nearly."""
+    """Length in samples and number of the crops in a batch; the total amount of audio is about constant."""
     share = float(rng.choice(CROP_SHARES))
     return int(share * seconds * SAMPLE_RATE_HZ), int(batch_size / share)
 
 
 def random_eq(crops: Tensor, rng: np.random.Generator) -> Tensor:
-    """Half of the crops [B, samples] through a smooth random filter: other throats, rooms and microphones."""
+    """Half of the crops [B, samples] through a smooth random filter: other voices, rooms and microphones."""
     decibels = rng.normal(0, EQ_SPREAD_DB, (len(crops), 1, EQ_POINTS)) * (
         rng.random((len(crops), 1, 1)) < 0.5
     )
@@ -273,7 +261,7 @@ def random_eq(crops: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def list_media_files(source: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files in a folder and below it, or of a glob such as photos/*.png, that end so; sorted."""
+    """The files with these suffixes in a folder (recursively) or of a glob such as photos/*.png, sorted."""
     pattern = source / "**" / "*" if source.is_dir() else source
     root = Path(pattern.anchor or ".")
     names = sorted(root.glob(str(pattern.relative_to(root) if pattern.is_absolute() else pattern)))
@@ -285,8 +273,8 @@ def file_batches(
 ) -> Batches:
     """Batches from a user's own images, clips or recordings, in a folder or of a glob.
 
-    Images and clips are as a tokenizer of this `config` encodes them, and those of a batch have one size: that of
-    one drawn from all. Of recordings they are crops of up to `crop_seconds`, drawn again each time.
+    Images and clips are scaled as by a tokenizer with this `config`; a batch has one size, that of a random item.
+    Recordings are cropped at random to at most `crop_seconds`.
     """
     files, config = list_media_files(source, SUFFIXES[kind]), config or {}
     if not files:
@@ -327,5 +315,5 @@ def _crop(samples: Tensor, length: int, rng: np.random.Generator) -> Tensor:
     if len(samples) <= length:
         return samples.repeat(-(-length // len(samples)))[:length]
     last = len(samples) - length
-    start = (int(rng.integers(0, last)), 0, last)[int(rng.integers(3))]  # a clip's ends are to be heard, too
+    start = (int(rng.integers(0, last)), 0, last)[int(rng.integers(3))]  # a clip's ends are trained on, too
     return samples[start : start + length]

@@ -1,4 +1,4 @@
-"""Train the DNA tokenizer until none of the 155 windows, which are all the data there is, is lost."""
+"""Train the DNA tokenizer until all 155 windows, which are its whole data, are reconstructed exactly."""
 
 import math
 import time
@@ -15,7 +15,7 @@ MAX_ROUNDS = 10
 
 
 def train_dna(tokenizer: DNATokenizer, plan: TokenizerRecipe, out: Path) -> Path:
-    """Train in rounds of `steps`, up to the first that `verify` accepts, and save to `out`; returns that folder.
+    """Train in rounds of `steps` until `verify` passes, and save to `out`; returns that folder.
 
     `batch_size` is rounded up to whole sets of the windows. TokenizerError after ten rounds.
     """

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from anytoken import moved
-from anytoken.tokenizers.base import ModalityTokenizer, TokenizerError
+from anytoken.tokenizers.base import BUILTIN, ModalityTokenizer, TokenizerError
 from anytoken.training.settings import Recipe, Settings
 from anytoken.utils.atomic import write_file
 from anytoken.utils.device import device_name
@@ -24,9 +24,9 @@ class TokenizerRecipe(Recipe):
     code: str = Field(
         "", description="a .py file next to the recipe with the modality's class; training runs it"
     )
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict, description="settings of its class")
     init_from: str = Field(
-        "", description="a tokenizer folder whose weights to go on from; config as it was, or nearly"
+        "", description="a tokenizer folder to start from; its config must be the same or compatible"
     )
     init_parts: dict[str, str] = Field(
         default_factory=dict,
@@ -64,6 +64,11 @@ class TokenizerRecipe(Recipe):
     save_every: int = Field(500, ge=1)
     log_every: int = Field(50, ge=1)
 
+    @field_validator("config")
+    @classmethod
+    def _current_settings(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return moved.current_settings(config) if info.data.get("kind") in BUILTIN else config
+
 
 class CorpusSpec(Settings):
     """A file that a text tokenizer learns from."""
@@ -95,7 +100,7 @@ def write_report(
     last: dict[str, float],
     **more: Any,
 ) -> None:
-    """Write training.json, what a tokenizer was trained by and on."""
+    """Write training.json: the recipe, results and environment of a tokenizer's training."""
     report = {
         "recipe": plan.model_dump(), "steps": steps, "seconds": round(seconds, 1), "last": last,
         "parameters": sum(p.numel() for p in tokenizer.parameters()), **more,

@@ -1,9 +1,8 @@
-"""Batches that hold every text by two voices, from JSON lines of recordings; see `losses/speech_content.py`.
+"""Batches with every text in two voices, from JSON lines of recordings; see `losses/speech_content.py`.
 
 A line has `speech` (a file, relative to the lines), `text` and `voice`; of lines with a `split`, only "train" is read.
-Both clips of a text are brought to one length by playing them faster or slower (at most 20 %), and the rest is
-silence. Next to each clip is a part of another one by the same voice, at the same speed and level. Batch `n` depends on
-the seed and `n` alone.
+Both clips of a text are stretched to one length (by at most 20 %) and padded with silence. Each clip comes with a part
+of another clip by the same voice, at the same speed and level. Batch `n` depends on the seed and `n` alone.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SECONDS_PER_ROW = 1.25  # of a batch of the other kind: so that both take about 
 
 
 class SpokenClips:
-    """Recordings in memory: where each lies in one array, what it says and in which voice."""
+    """Recordings in one array: position, text and voice of each."""
 
     def __init__(self, lists: Sequence[Path]) -> None:
         self.texts: list[str] = []
@@ -101,7 +100,7 @@ def spoken_pairs(lists: Sequence[Path], batch_size: int, seed: int) -> Callable[
 
 
 def _speed(length: int, wanted: int) -> int:
-    """Tenths of its length that bring a clip to `wanted` samples or a little less; 0 if none does."""
+    """The tenths of its length that a clip is scaled to for at most `wanted` samples; 0 if no scale fits."""
     found = next((tenths for tenths in SPEEDS if length * tenths <= wanted * 10), 0)
     return found if length * found >= FILLED * wanted * 10 else 0
 
@@ -113,7 +112,7 @@ def _played(samples: Tensor, tenths: int) -> Tensor:
 
 
 def _partners(clips: SpokenClips, length: int, by_voice: dict[str, list[int]]) -> dict[int, list[int]]:
-    """The clips that can be brought to a length, each with those that say its text in another voice."""
+    """The clips that can be scaled to a length, each with those of the same text in another voice."""
     rows = [
         row
         for row, one in enumerate(clips.lengths)

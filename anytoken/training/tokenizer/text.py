@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def train_text(recipe: TextRecipe, data: Path, out: Path) -> Path:
     """Train on the sets in `data` and save to `out`; returns that folder.
 
-    Lines of the test split are not used: training.json says how many bytes an id covers on them. A corpus file that
-    was not built is left out with a warning; TokenizerError if nothing at all is left.
+    Lines of the test split are not used: training.json says the bytes per id on them. A corpus file that
+    was not built is left out with a warning; TokenizerError if no text is left.
     """
     texts = recipe.texts * recipe.texts_weight
     held_out: list[str] = []
@@ -61,7 +61,7 @@ def _find_corpus(name: str, data: Path) -> Path | None:
 
 
 def _read_fields(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """The strings, or lists of strings, in these fields, and whether their line is of the test split."""
+    """The strings, or lists of strings, in these fields, and whether their line is in the test split."""
     try:
         records = list(read_json_lines(path)) if path.suffix == ".jsonl" else [load_json(path.read_bytes())]
     except ValueError as error:

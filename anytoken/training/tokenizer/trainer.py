@@ -1,7 +1,7 @@
 """Train any tokenizer from its recipe: `anytoken tokenizer train tokenizers/image/recipe.yaml`.
 
-A recipe names the kind, the constructor's settings, where the data is, and how long. The loop is the shortest
-that is resumable: batch `n` depends on the seed and `n`, and a checkpoint holds weights, optimiser and `n`.
+A recipe names the kind, the constructor's settings, where the data is, and how long. The loop is minimal but resumable:
+batch `n` depends on the seed and `n`, and a checkpoint holds weights, optimizer and `n`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def train_tokenizer(
     """Train by a recipe on the sets in `data`; writes the tokenizer, training.json and metrics.jsonl to `out`, and
     tensorboard/ if that package is installed.
 
-    Run again after an interruption it resumes from its last checkpoint, and ends as if there had been none; a
-    finished one is left as it is. TokenizerError for a recipe or data that will not do.
+    An interrupted run resumes from its last checkpoint, with the same result as an uninterrupted one; a finished run is
+    kept. TokenizerError for an unusable recipe or data.
     """
     recipe_path, data, out = Path(recipe), Path(data), Path(out)
     raw = read_recipe(recipe_path, TokenizerError)
@@ -91,7 +91,7 @@ def _build(plan: TokenizerRecipe) -> ModalityTokenizer:
         except RuntimeError as error:
             raise TokenizerError(
                 f"init_from: the weights of {plan.init_from} do not fit config, which is {plan.config}; "
-                f"theirs is {begun.config}. `reinit_prefixes` names weights that are not to be taken over. {error}"
+                f"theirs is {begun.config}. `reinit_prefixes` names weights to reinitialize instead. {error}"
             ) from error
     for part, folder in plan.init_parts.items():
         _take_part(tokenizer, part, folder)
@@ -99,7 +99,7 @@ def _build(plan: TokenizerRecipe) -> ModalityTokenizer:
 
 
 def _take_part(tokenizer: ModalityTokenizer, part: str, folder: str) -> None:
-    """Take the weights whose names begin so from another tokenizer; TokenizerError unless all are there and fit."""
+    """Take the weights with this prefix from another tokenizer; TokenizerError unless all exist and fit."""
     wanted = {name: one.shape for name, one in tokenizer.state_dict().items() if name.startswith(part)}
     state = load_tokenizer(folder).state_dict()
     taken = {name: state[name] for name in wanted if name in state}
@@ -112,7 +112,8 @@ def _take_part(tokenizer: ModalityTokenizer, part: str, folder: str) -> None:
 
 
 def _partly_frozen(tokenizer: ModalityTokenizer, beginnings: list[str]) -> ModalityTokenizer:
-    """The tokenizer with these weights fixed; TokenizerError for a beginning that no name has, or if none is left."""
+    """Freeze the weights with these prefixes; TokenizerError if a prefix matches none, or no weight is left to
+    train."""
     names = [name for name, _ in tokenizer.named_parameters()]
     unknown = [one for one in beginnings if not any(name.startswith(one) for name in names)]
     if unknown or (beginnings and all(name.startswith(tuple(beginnings)) for name in names)):
@@ -186,7 +187,8 @@ class _Loop:
         out.mkdir(parents=True, exist_ok=True)
         if self.state_path.is_file():
             self._resume()
-        self._cut_log()
+        # What was logged after the checkpoint is done again.
+        MetricsLog(out / "metrics.jsonl").rewind_to_step(self.step)
 
     def _add_pairs(self, lists: list[Path]) -> None:
         from anytoken.training.tokenizer.spoken_pairs import spoken_pairs
@@ -199,10 +201,6 @@ class _Loop:
             return pairs(step).to(self.device) if step % 4 else crops(step)
 
         self.batch = in_turn
-
-    def _cut_log(self) -> None:
-        """Forget what was logged after the checkpoint: those steps are done again."""
-        MetricsLog(self.out / "metrics.jsonl").rewind_to_step(self.step)
 
     def run(self) -> Path:
         """Train to the end, then save the tokenizer and drop the checkpoint."""
@@ -253,7 +251,9 @@ class _Loop:
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True, map_location=self.device)
         if TokenizerRecipe(**state["recipe"]) != self.plan:
-            raise TokenizerError(f"{self.state_path} is of another recipe: name another --out, or delete it.")
+            raise TokenizerError(
+                f"{self.state_path} belongs to another recipe: choose another --out, or delete it."
+            )
         for part, weights in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -388,7 +388,7 @@ def test_many_clips_are_heard_in_parts_each_with_its_own_names(monkeypatch):
             asked.append(names)
 
     monkeypatch.setattr(speech_metrics, "KeywordRecognizer", Judge)
-    monkeypatch.setattr(speech_metrics, "CLIPS_A_GRAMMAR", 2)
+    monkeypatch.setattr(speech_metrics, "CLIPS_PER_GRAMMAR", 2)
     levels = [0, 1, 3, 4, 5]
     items = [TestExample(Speech(np.full(10, n / 10, np.float32)), f"name {n}") for n in levels]
     wrong = Speech(np.full(10, 0.9, np.float32))

@@ -90,7 +90,7 @@ def toy(seed: int = 0) -> tuple[Layout, Captioned, Captioned]:
         (CodeGrid(("rows", "cols"), (1, 1), (3, 4), 2, num_global_codes=3), (5, 7), [(3, 4), (2, 1)]),
         (CodeGrid(("rows",), (1,), (6,)), (5,), [(6,), (1,)]),
         (CodeSequence(1, 9, 2, num_global_codes=2), (5, 7), [(), ()]),
-        (CodeSequence(1, 9, 3, "delayed"), (5, 7, 2), [(), ()]),
+        (CodeSequence(1, 9, 3, "delay"), (5, 7, 2), [(), ()]),
     ],
 )
 def test_codes_become_targets_and_back(shape, books, sizes) -> None:

@@ -114,13 +114,13 @@ def test_only_scalar_levels_have_no_loss():
         ({"residual": 2}, "Unknown quantizer ''"),
         (
             {"kind": "vq", "depth": 2},
-            "is a kind, or {kind, residual, groups, order, dropout, first}.*'depth': 2",
+            "is a kind, or {kind, residual, groups, codebook_pattern, dropout, num_active_codebooks}.*'depth': 2",
         ),
         ({"kind": "vq", "residual": 0}, "at least 1 each"),
         ({"kind": "vq", "groups": 3}, "groups that divide the width 8"),
         ({"kind": "fsq", "code_dim": 4}, "for vq and cosine also code_dim"),
-        ({"kind": "vq", "residual": 2, "first": 1}, "less only with dropout"),
-        ({"kind": "vq", "residual": 2, "first": 3, "dropout": True}, "1 to residual .2."),
+        ({"kind": "vq", "residual": 2, "num_active_codebooks": 1}, "less only with dropout"),
+        ({"kind": "vq", "residual": 2, "num_active_codebooks": 3, "dropout": True}, "1 to residual .2."),
         ("lfq", "for lfq a power of two; received 24"),
         (None, "Unknown quantizer ''"),
         ({"kind": "vq", "residual": "two"}, "at least 1 each"),
@@ -193,7 +193,7 @@ def test_with_dropout_the_first_codebooks_will_do():
     whole = Quantizer(8, choice, codebook_size=32)
     depths = {int((whole.train()(torch.randn(2, 50, 8)).codes[0, 0] >= 0).sum()) for _ in range(12)}
     assert depths == {1, 2, 3}
-    first = Quantizer(8, {**choice, "first": 1}, codebook_size=32)
+    first = Quantizer(8, {**choice, "num_active_codebooks": 1}, codebook_size=32)
     first.load_state_dict(whole.state_dict())
     x = torch.randn(2, 50, 8)
     found = first.eval()(x)
@@ -217,13 +217,15 @@ def test_the_nearest_sums_of_residual_codebooks_are_found():
     assert found.shape == (2, 50, 5, 2) and torch.equal(found[..., 0] * 8 + found[..., 1], nearest)
     greedy = whole(x).codes
     assert not torch.equal(found[:, :, 0], greedy), "one code after the other is not always nearest"
-    alone = Quantizer(8, {**choice, "first": 1}, codebook_size=8)
+    alone = Quantizer(8, {**choice, "num_active_codebooks": 1}, codebook_size=8)
     alone.load_state_dict(whole.state_dict())
     assert torch.equal(alone.eval().nearest(x, 3)[:, :, 0], greedy[..., :1])
 
 
 def test_settings_of_moving_averages_reach_the_codebook():
-    book = Quantizer(8, {"kind": "vq", "decay": 0.5, "dead_below": 0.25}, codebook_size=16).inner._codebook
+    book = Quantizer(
+        8, {"kind": "vq", "decay": 0.5, "threshold_ema_dead_code": 0.25}, codebook_size=16
+    ).inner._codebook
     assert (book.decay, book.threshold_ema_dead_code) == (0.5, 0.25)
     assert Quantizer(8, "vq", codebook_size=16).inner._codebook.decay == 0.95
 

@@ -56,4 +56,4 @@ def test_it_is_logged_with_the_held_out_losses(recipe: dict[str, Any]) -> None:
         "eval": {"batches": 1, "data": held_out, "modality_integration_rate": True},
     }
     entry = read_metrics(train(TrainConfig.from_dict(recipe)) / "metrics.jsonl")[-1]
-    assert math.isfinite(entry["eval"]["integration"]["tile"])
+    assert math.isfinite(entry["eval"]["modality_integration_rate"]["tile"])

@@ -64,7 +64,7 @@ def test_sounds_are_long_and_fewer_or_short_and_more(source):
     batches = batches_for("speech", source("speech"), 4, 0)
     shapes = {tuple(batches(step).shape) for step in range(40)}
     assert shapes == {(4, 16_000), (5, 12_800), (6, 9_600), (10, 6_400)}
-    voiced = batches_for("speech", source("speech"), 4, 0, {"voice_codes": 4})
+    voiced = batches_for("speech", source("speech"), 4, 0, {"num_global_codes": 4})
     assert {tuple(voiced(step).shape) for step in range(40)} >= {(4, 32_000), (10, 12_800)}
 
 

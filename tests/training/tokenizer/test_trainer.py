@@ -62,7 +62,7 @@ def log_of(folder):
 @pytest.mark.parametrize("kind", ["image", "video", "speech"])
 def test_training_on_a_gpu_begins_as_on_the_cpu(recipe, sets, tmp_path, kind):
     sizes = {k: v for k, v in CONFIG.items() if kind == "image" or not k.startswith("refine")}
-    sizes |= {"voice_codes": 2} if kind == "speech" else {}
+    sizes |= {"num_global_codes": 2} if kind == "speech" else {}
     data = {"image": "emoji/sprites.npy", "video": "emoji/animations.npy", "speech": "speech/train_audio.npy"}
     plan = {"kind": kind, "config": sizes, "data": data[kind], "steps": 5, "log_every": 1, "save_every": 2}
     logs = {}
@@ -132,7 +132,7 @@ def test_weights_that_begin_anew_are_not_taken_over(recipe, sets, tmp_path):
     first = train_tokenizer(recipe(), sets, tmp_path / "first")
     other = {"init_from": str(first), "steps": 1, "warmup_steps": 0, "lr": 1e-9}
     config = {**IMAGE["config"], "refine_depth": IMAGE["config"].get("refine_depth", 2) + 1}
-    with pytest.raises(TokenizerError, match="`reinit_prefixes` names weights that are not to be taken over"):
+    with pytest.raises(TokenizerError, match="`reinit_prefixes` names weights to reinitialize"):
         train_tokenizer(recipe(**other, config=config), sets, tmp_path / "strict")
     path = recipe(**other, config=config, reinit_prefixes=["refine.", "decoder.2."])
     was, now = (
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_with(recipe, sets, tmp_pa
     killed_at(8)
     with pytest.raises(Killed):
         train_tokenizer(recipe(), sets, tmp_path / "out")
-    with pytest.raises(TokenizerError, match="is of another recipe"):
+    with pytest.raises(TokenizerError, match="belongs to another recipe"):
         train_tokenizer(recipe(), sets, tmp_path / "out", ["lr=0.001"])
 
 
