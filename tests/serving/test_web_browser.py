@@ -222,7 +222,7 @@ def test_a_reply_is_stopped_and_a_conversation_saved(address, visit):
         idle(page)
         page.get_by_text("stopped", exact=True).wait_for()
         assert page.locator("#chat .error").count() == 0
-        page.locator("#chat").get_by_label("Undo").click()
+        page.locator("#chat").get_by_label("Undo", exact=True).click()
         page.locator("#chat .user").wait_for(state="detached")
         assert page.locator("#box textarea").input_value() == "a fox"
     say(page, "a fox")
@@ -234,7 +234,7 @@ def test_a_reply_is_stopped_and_a_conversation_saved(address, visit):
         kind(page, one, False)
     for words, messages in (("a fox", 2), ("a cat", 4)):
         say(page, words)
-        page.wait_for_function(f"() => document.querySelectorAll('#chat .message').length >= {messages}")
+        page.locator("#chat .bot").nth(messages // 2 - 1).wait_for()
         idle(page)
         with page.expect_download() as saved:
             page.get_by_role("button", name="Save").click()
