@@ -339,12 +339,16 @@ def test_score_and_classify_print_the_best_first(checkpoint, picture, tmp_path):
     assert scored.exit_code == 0 and {row["answer"] for row in rows} == {"a red apple", "what"}
     assert rows[0]["score"] > rows[1]["score"]
     names = tmp_path / "names.txt"
-    names.write_text("a red apple\nwhat\n\nthis\n")
+    names.write_text("a red apple\nwhat\n\nthis\nwhat\n")
     found = CliRunner().invoke(
-        app, ["classify", str(picture), "--labels", str(names), "--top", "2", *options]
+        app, ["classify", str(picture), "-l", "this", "--labels", str(names), "--top", "9", *options]
     )
     rows = [json.loads(line) for line in found.stdout.splitlines()]
-    assert found.exit_code == 0 and len(rows) == 2 and 1 >= rows[0]["probability"] >= rows[1]["probability"]
+    assert found.exit_code == 0 and sum(row["probability"] for row in rows) == pytest.approx(1)
+    assert sorted(row["label"] for row in rows) == ["a red apple", "this", "what"]  # each once
+    assert rows[0]["probability"] >= rows[1]["probability"] >= rows[2]["probability"]
+    top = CliRunner().invoke(app, ["classify", str(picture), "--labels", str(names), "--top", "2", *options])
+    assert len(top.stdout.splitlines()) == 2
 
 
 def test_classify_without_labels_is_an_error(checkpoint):

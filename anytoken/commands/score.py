@@ -76,7 +76,8 @@ def classify(
     adapter: Adapter = None,
 ) -> None:
     """Print the most likely labels for a prompt."""
-    choices = [*(label or []), *(read_lines(labels) if labels else [])]
+    # a label that is given twice would halve its probability
+    choices = list(dict.fromkeys([*(label or []), *(read_lines(labels) if labels else [])]))
     if not choices:
         raise typer.BadParameter("classify needs labels: --label cat --label dog, or --labels FILE.")
     parts = [read_part(part) for part in prompt]

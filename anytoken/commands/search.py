@@ -54,6 +54,7 @@ def embed(
 @app.command(
     epilog=examples(
         "anytoken index photos --out my.index --adapter runs/embed",
+        "anytoken index photos --out http://localhost:6333#photos",
         "anytoken index photos --out my.index --engine ray --workers 16 --device cpu",
     )
 )
@@ -61,11 +62,19 @@ def index(
     folder: Annotated[
         Path, typer.Argument(help="A folder of images, clips, recordings, texts and sequences.")
     ],
-    out: Annotated[Path, typer.Option(help="The index to write or update.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="The index to write or update: a folder, or a database's URL such as http://HOST:6333#NAME."
+        ),
+    ],
     model: Model = "mini",
     kind: Annotated[
-        IndexKind, typer.Option(help="flat: exact; hnsw: millions of vectors; ivfpq: little memory.")
-    ] = IndexKind.flat,
+        IndexKind | None,
+        typer.Option(
+            help="flat (default): exact; hnsw: millions of vectors; ivfpq: little memory. Not with a URL."
+        ),
+    ] = None,
     width: Width = None,
     untrained: Untrained = False,
     overwrite: Annotated[
@@ -79,11 +88,22 @@ def index(
     adapter: Adapter = None,
 ) -> None:
     """Index a folder for search; rerun the command to add new files."""
-    from anytoken.inference.index import Index
+    from anytoken.inference.index import Index, how_to_open
+    from anytoken.inference.server_index import ServerIndex
+    from anytoken.inference.vector_store import is_url
 
-    opened = load(model, device, adapter)
-    found = Index.build(folder, opened, out, kind.value, width, untrained, overwrite, True, engine, workers)
-    found.remember_model(out, model, None if adapter is None else str(adapter))
+    if is_url(out) and kind is not None:
+        raise typer.BadParameter("--kind is of an index in a folder; a database chooses its own.")
+    opened, names = (
+        load(model, device, adapter),
+        how_to_open(model, None if adapter is None else str(adapter)),
+    )
+    options = (width, untrained, overwrite, True, engine, workers)
+    if is_url(out):
+        print(repr(ServerIndex.build(folder, opened, out, *options, opened_by=names)))
+        return
+    found = Index.build(folder, opened, out, (kind or IndexKind.flat).value, *options)
+    found.remember_model(out, names)
     print(f"{out}: {found!r}")
 
 
@@ -95,7 +115,12 @@ def index(
     ),
 )
 def search(
-    path: Annotated[Path, typer.Argument(metavar="INDEX", help="Index written by `anytoken index`.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="INDEX", help="Index written by `anytoken index`: a folder or a database's URL."
+        ),
+    ],
     query: Annotated[list[str], typer.Argument(metavar="QUERY...", help=PROMPT_HELP)],
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
     kind: Annotated[list[str] | None, typer.Option(help="Only results of this kind; repeatable.")] = None,
@@ -112,12 +137,16 @@ def search(
     """Find the items nearest to a query of text, files or both."""
     from anytoken.inference.index import Index
     from anytoken.inference.index_files import read_index
+    from anytoken.inference.server_index import ServerIndex, read_meta
+    from anytoken.inference.vector_store import is_url, open_store
 
-    meta, _ = read_index(path)
+    store = open_store(path) if is_url(path) else None
+    meta = read_index(path)[0] if store is None else read_meta(path, store)
     parts = [read_part(part) for part in query]
     if model is None and adapter is None and meta.get("adapter"):
         adapter = Path(meta["adapter"])
-    found = Index.open(path, load(model or meta.get("model", "mini"), device, adapter))
+    opened = load(model or meta.get("model", "mini"), device, adapter)
+    found = Index.open(path, opened) if store is None else ServerIndex.open(path, opened, store)
     hits = found.search(parts, k, kind)
     gone = [hit for hit in hits if not hit.exists]
     if gone:

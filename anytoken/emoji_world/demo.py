@@ -107,8 +107,8 @@ def exhibits(assets: Path, each: int) -> Iterator[DemoExample]:
         ("dna->text", genes, same, text),
         ("text->dna", genes, text, same),
     ):
-        for one in records:
-            yield DemoExample(direction, [prompt(*one)], direction.split("->")[1], truth(*one))
+        for given in records:
+            yield DemoExample(direction, [prompt(*given)], direction.split("->")[1], truth(*given))
     for (one, first), (other, second) in zip(images[::2], images[1::2], strict=False):
         names = " and ".join(str(record["text"]).split(",")[0] for record in (one, other))
         yield DemoExample("image,image->text", [first, second, Text("What are these?")], "text", Text(names))

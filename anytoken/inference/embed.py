@@ -54,7 +54,8 @@ class Embedder:
     @torch.inference_mode()
     def vectors(self, prompts: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
         """Unit vectors float32 [N, width] of prompts that are ids; RequestError for one that does not fit."""
-        found = np.empty((len(prompts), width or self.head.width), np.float32)
+        width = self.head.pick_width(width)
+        found = np.empty((len(prompts), width), np.float32)
         for rows, ids, lengths in self._batches(prompts):
             modality, states = self.table[ids], read_states(self.lm, ids)
             vectors = self.head(pool(states, modality, lengths, len(self.head.modalities)))
@@ -64,6 +65,7 @@ class Embedder:
     @torch.inference_mode()
     def token_vectors(self, prompts: Sequence[Sequence[int]], width: int | None = None) -> list[np.ndarray]:
         """For each prompt a unit vector per content token, float32 [T, width]."""
+        width = self.head.pick_width(width)
         found: dict[int, np.ndarray] = {}
         for rows, ids, _ in self._batches(prompts):
             modality, states = self.table[ids], read_states(self.lm, ids)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,6 @@ from anytoken.inference.index_files import (
     FAISS,
     ITEMS,
     META,
-    SUFFIXES,
     VECTORS,
     FolderEmbedder,
     Item,
@@ -130,19 +129,10 @@ class Index:
             import_faiss()
         if out is not None:
             check_target(Path(out), INDEX)
-        files = list(list_files(root, model.kinds))
-        if not files:
-            suffixes = " ".join(s for k in model.kinds for s in SUFFIXES.get(k, ()))
-            raise RequestError(
-                f"{folder} holds no file that can be embedded; expected files such as {suffixes}."
-            )
-        probe = model.embedding_probe(untrained)
-        meta = {
-            "version": 1, "root": str(root.resolve()), "kind": kind, "width": width or len(probe),
-            "untrained": untrained, "probe": [round(float(one), 6) for one in probe],
-        }  # fmt: skip
-        if out is not None and not overwrite:
-            _refuse_other(Path(out), meta)
+        files = list_files(root, model.kinds)
+        meta = {"root": str(root.resolve()), "kind": kind, **embedding_space(model, width, untrained)}
+        if out is not None:
+            meta |= _made_before(Path(out), meta, overwrite)
         work = FolderEmbedder(root, model, meta, None if out is None else Path(out), engine, workers)
         items, vectors = work.run(files, progress)
         index = cls(model, meta, items, vectors, _make_ann(kind, vectors))
@@ -169,9 +159,9 @@ class Index:
                 import_faiss().write_index(self._ann, str(scratch / FAISS))
             (scratch / META).write_text(json.dumps(self.meta | {"items": len(self.items)}) + "\n")
 
-    def remember_model(self, path: str | Path, model: str, adapter: str | None) -> None:
-        """Record in an index how to open its model, for `anytoken search`."""
-        self.meta |= {"model": model, "adapter": adapter}
+    def remember_model(self, path: str | Path, opened_by: dict[str, str | None]) -> None:
+        """Record in an index how to open its model (see `how_to_open`), for `anytoken search`."""
+        self.meta |= opened_by
         write_file(Path(path) / META, json.dumps(self.meta) + "\n")
 
     # ---- opening ----
@@ -192,7 +182,7 @@ class Index:
         if vectors.shape != (len(items), meta["width"]) or (ann is not None and ann.ntotal != len(items)):
             raise RequestError(f"{path} is damaged: its files are of different indexes; build it again.")
         index = cls(model, meta, items, vectors, ann)
-        index._projected = _check_model(path, meta, model)
+        index._projected = is_older(path, meta, model)
         return index
 
     # ---- searching ----
@@ -201,11 +191,10 @@ class Index:
         """The k items nearest to a query, best first.
 
         query: a string, a segment, a list of both, or a vector [W]. kinds: only items of these. RequestError for a
-        k below 1, a vector of another width, and kinds that are not in the index.
+        k below 1, a vector of another width or without direction, and kinds that are not in the index.
         """
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise RequestError(f"k is a whole number from 1 up; received {k!r}.")
-        vector = self._vector(query)
+        check_k(k)
+        vector = query_vector(self.model, self.meta, query, self._projected)
         scores, rows = self._nearest(vector, k, kinds)
         root = Path(self.meta["root"])
         return [
@@ -220,8 +209,13 @@ class Index:
         """Cosines float32 [Q, k] and rows int64 [Q, k] of the items nearest to vectors [Q, W]; -1 for none.
 
         rerank: for ivfpq, the number of candidates per result that are ranked by exact cosines; 1 for none.
+        RequestError for vectors of another width.
         """
+        if vectors.ndim != 2 or vectors.shape[1] != self.meta["width"]:
+            raise RequestError(f"vectors are [Q, {self.meta['width']}]; received {list(vectors.shape)}.")
         k = min(k, len(self))
+        if not len(vectors):
+            return np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
         if self._ann is not None:
             vectors, exact = np.ascontiguousarray(vectors, np.float32), self.meta["kind"] == "ivfpq"
             found = self._ann.search(vectors, min(k * rerank, len(self)) if exact else k)
@@ -231,33 +225,66 @@ class Index:
         ]
         return np.concatenate([one for one, _ in blocks]), np.concatenate([rows for _, rows in blocks])
 
-    def _vector(self, query: Any) -> np.ndarray:
-        width = self.meta["width"]
-        if isinstance(query, np.ndarray) and query.ndim == 1:
-            if query.shape != (width,):
-                raise RequestError(f"This index holds vectors of {width} dimensions; received {len(query)}.")
-            return query.astype(np.float32)
-        settings = {"untrained": self.meta["untrained"]}
-        if not self._projected:
-            return self.model.embed([query], width=width, **settings)[0]
-        import torch
-
-        head = self.model.embedding_head
-        return head.to_old(torch.from_numpy(self.model.embed([query]))).detach().numpy()[0]
-
     def _nearest(
         self, vector: np.ndarray, k: int, kinds: Sequence[str] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         if kinds is None:
             scores, rows = self.search_many(vector[None], k)
             return scores[0], rows[0]
-        held = dict.fromkeys(item.kind for item in self.items)
-        if missing := [kind for kind in kinds if kind not in held]:
-            raise RequestError(f"This index holds {', '.join(held)}; received {missing[0]!r}.")
+        check_kinds(kinds, dict.fromkeys(item.kind for item in self.items))
         chosen = np.array([row for row, item in enumerate(self.items) if item.kind in kinds])
         similar = self.vectors[chosen] @ vector  # exact: a filter leaves few
         order = np.argsort(-similar)[:k]
         return similar[order], chosen[order]
+
+
+def check_k(k: Any) -> None:
+    """RequestError unless it is a number of results."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise RequestError(f"k is a whole number from 1 up; received {k!r}.")
+
+
+def check_kinds(kinds: Any, held: Iterable[str]) -> None:
+    """RequestError unless these are kinds of items that are held."""
+    if isinstance(kinds, str) or not kinds:
+        raise RequestError(f'kinds is a list such as ["image"], or None for all; received {kinds!r}.')
+    if missing := [kind for kind in kinds if kind not in held]:
+        raise RequestError(f"This index holds {', '.join(held)}; received {missing[0]!r}.")
+
+
+def query_vector(model: AnyToken, meta: dict[str, Any], query: Any, projected: bool) -> np.ndarray:
+    """The unit vector [W] to search an index by. projected: the index was made by an older, compatible head."""
+    width = meta["width"]
+    if isinstance(query, np.ndarray) and query.ndim == 1:
+        if query.shape != (width,):
+            raise RequestError(f"This index holds vectors of {width} dimensions; received {len(query)}.")
+        vector = query.astype(np.float32)
+        if not np.isfinite(vector).all() or not vector.any():
+            raise RequestError("A query vector has finite values that are not all 0.")
+        return vector / np.linalg.norm(vector)
+    if not projected:
+        return model.embed([query], width=width, untrained=meta["untrained"])[0]
+    import torch
+
+    return model.embedding_head.to_old(torch.from_numpy(model.embed([query]))).detach().numpy()[0]
+
+
+def embedding_space(model: AnyToken, width: int | None, untrained: bool) -> dict[str, Any]:
+    """What an index records of its vectors' space; RequestError for a width that was not trained."""
+    with model.embedder(untrained) as embedder:
+        width, probe = embedder.head.pick_width(width), embedder.probe()
+    return {
+        "version": 1, "width": width, "untrained": untrained, "probe": [round(float(one), 6) for one in probe],
+    }  # fmt: skip
+
+
+def how_to_open(model: str, adapter: str | None) -> dict[str, str | None]:
+    """Names of a model and an adapter that are valid in any working folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).resolve()) if Path(name).exists() else name
+
+    return {"model": absolute(model), "adapter": adapter and absolute(adapter)}
 
 
 def _exact(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -279,13 +306,20 @@ def _ranked(
     return np.take_along_axis(similar, order, 1), np.take_along_axis(candidates, order, 1)
 
 
-def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
-    """RequestError if a whole index is there that another build made."""
+def _made_before(out: Path, meta: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """How to open the model, if the index that is there says so; RequestError if it is of another build."""
     try:
         before, _ = read_index(out)
     except RequestError:
-        return  # none, or one that is damaged: it is made anew
-    changed = [key for key in ("root", "width", "untrained") if before[key] != meta[key]]
+        return {}  # none, or one that is damaged: it is made anew
+    if not overwrite:
+        refuse_other(out, before, meta, ("root", "width", "untrained"))
+    return {key: before[key] for key in ("model", "adapter") if key in before and alike(before, meta)}
+
+
+def refuse_other(out: Any, before: dict[str, Any], meta: dict[str, Any], keys: Sequence[str]) -> None:
+    """RequestError if an index that is there was made by another build: in one of `keys`, or of another model."""
+    changed = [key for key in keys if before[key] != meta[key]]
     if not changed and not alike(before, meta):
         changed = ["model"]
     if changed:
@@ -296,7 +330,7 @@ def _refuse_other(out: Path, meta: dict[str, Any]) -> None:
         )
 
 
-def _check_model(path: Path, meta: dict[str, Any], model: AnyToken) -> bool:
+def is_older(path: Any, meta: dict[str, Any], model: AnyToken) -> bool:
     """Whether queries have to be projected to the older head that made the index; RequestError if neither fits."""
     made = np.array(meta["probe"], dtype=np.float32)
     now = model.embedding_probe(meta["untrained"])

@@ -12,7 +12,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from anytoken.data import parallel
 from anytoken.inference.api import AnyToken
-from anytoken.inference.embed import ALIKE
+from anytoken.inference.embed import ALIKE, Embedder
 from anytoken.processor import Processor
 from anytoken.segments import (
     CONTAINER_SUFFIXES,
@@ -86,21 +85,30 @@ def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return probes[0].shape == probes[1].shape and float(probes[0] @ probes[1]) >= ALIKE
 
 
-def list_files(root: Path, kinds: Sequence[str]) -> Iterator[Path]:
-    """The files of a folder that a model of these kinds may read, sorted; hidden ones and indexes are passed over."""
+def list_files(root: Path, kinds: Sequence[str]) -> list[Path]:
+    """The files of a folder that a model of these kinds may read, sorted; hidden ones and indexes are passed over.
+
+    RequestError if there are none.
+    """
     if not root.is_dir():
         raise RequestError(f"There is no folder {root}; give one with media.")
     suffixes = tuple(suffix for kind in kinds for suffix in SUFFIXES.get(kind, ()))
+    files: list[Path] = []
     for place, folders, names in os.walk(root):
         here = Path(place)
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not (here / name / META).is_file()
         )
-        yield from (
+        files += [
             here / name
             for name in sorted(names)
             if name.lower().endswith(suffixes) and not name.startswith(".")
+        ]
+    if not files:
+        raise RequestError(
+            f"{root} holds no file that can be embedded; expected files such as {' '.join(suffixes)}."
         )
+    return files
 
 
 def file_segments(file: Path) -> list[Segment]:
@@ -122,9 +130,12 @@ class Reader:
     context: int
     vectors: Callable[..., np.ndarray]
     width: int
+    kinds: tuple[str, ...]  # that the embedding head knows
 
     def ids(self, segments: list[Segment]) -> list[list[int]]:
         """Prompts of a file's segments; a text that is longer than the context is cut there."""
+        if strange := next((one.kind for one in segments if one.kind not in self.kinds), None):
+            raise SegmentError(f"the embedding head knows {', '.join(self.kinds)}, and this is {strange}")
         found = self.processor.encode_chats(segments)
         for place, segment in enumerate(segments):
             if len(found[place]) > self.context:
@@ -262,17 +273,23 @@ class FolderEmbedder:
                 'Other processes embed on CPUs: load the model with device="cpu" (--device cpu).'
             )
         with self.model.embedder(self.meta["untrained"]) as embedder:
-            shared = Reader(embedder.processor, embedder.context, embedder.vectors, self.meta["width"])
+            shared = self._reader(embedder)
             for found in parallel.run(read_files, shared, batches, self.workers, self.engine):
                 self._take(found)
                 yield found.files
 
     def _embed(self, files: list[tuple[Path, Key]]) -> None:
         """Embed some files and keep their vectors as a part."""
-        vectors = partial(self.model.embed_ids, untrained=self.meta["untrained"])
-        model = self.model
-        self._take(
-            read_files(Reader(model.processor, model.engine.context, vectors, self.meta["width"]), files)
+        with self.model.embedder(self.meta["untrained"]) as embedder:
+            self._take(read_files(self._reader(embedder), files))
+
+    def _reader(self, embedder: Embedder) -> Reader:
+        return Reader(
+            embedder.processor,
+            embedder.context,
+            embedder.vectors,
+            self.meta["width"],
+            embedder.head.modalities,
         )
 
     def _take(self, found: Found) -> None:
@@ -281,11 +298,12 @@ class FolderEmbedder:
             self.known[key] = []
         for item, vector in zip(found.items, found.vectors, strict=True):
             self.known[(item.path, item.bytes, item.time_ns)].append((item, vector))
-        if self.parts is not None and found.items:
+        if found.items:
             self._keep(found.items, found.vectors)
 
     def _keep(self, items: list[Item], vectors: np.ndarray) -> None:
-        assert self.parts is not None
+        if self.parts is None:
+            return
         name = f"{len(list(self.parts.glob('*.json'))) if self.parts.is_dir() else 0:06d}"
         write_file(self.parts / f"{name}.npy", lambda scratch: np.save(scratch, vectors))
         entry = {"meta": self.meta, "items": [asdict(item) for item in items]}

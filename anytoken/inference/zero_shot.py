@@ -38,13 +38,12 @@ class ZeroShot:
 
         temperature: of similarities in probabilities and scores. RequestError for no names or a template without {}.
         """
-        if isinstance(names, str) or not names or len(set(names)) != len(names):
+        _check_names("names", names)
+        if negatives:
+            _check_names("negatives", negatives)
+        if isinstance(templates, str) or not templates or any("{}" not in one for one in templates):
             raise RequestError(
-                f"names is a list of different class names, at least one; received {names!r:.80}."
-            )
-        if not templates or any("{}" not in one for one in templates):
-            raise RequestError(
-                f"templates are sentences with {{}} for the name; received {list(templates)!r:.80}."
+                f"templates is a list of sentences with {{}} for the name; received {templates!r:.80}."
             )
         if not temperature > 0:
             raise RequestError(f"temperature is above 0; received {temperature}.")
@@ -54,7 +53,7 @@ class ZeroShot:
         self.negatives = self._prototypes(list(negatives)) if negatives else None
 
     def _prototypes(self, names: list[str]) -> np.ndarray:
-        sentences = [template.format(name) for name in names for template in self.templates]
+        sentences = [template.replace("{}", name) for name in names for template in self.templates]
         vectors = self.model.embed(sentences, untrained=self.untrained)
         return unit(vectors.reshape(len(names), len(self.templates), -1).mean(1))
 
@@ -97,6 +96,15 @@ def open_set_scores(
     return np.exp(total - np.logaddexp(total, against))
 
 
+def _check_names(what: str, names: Any) -> None:
+    if not isinstance(names, list | tuple) or not names or len(set(names)) != len(names):
+        raise RequestError(
+            f"{what} is a list of different class names, at least one; received {names!r:.80}."
+        )
+    if not all(isinstance(name, str) and name for name in names):
+        raise RequestError(f"{what} are strings that are not empty; received {names!r:.80}.")
+
+
 def log_sum(logits: np.ndarray) -> np.ndarray:
     """log of the sum of exponentials over the last axis."""
     return np.logaddexp.reduce(logits, axis=-1)
@@ -108,13 +116,21 @@ def compose(vectors: Sequence[np.ndarray] | np.ndarray, weights: Sequence[float]
     A negative weight takes away. Vectors add up as words do in CLIP's space (Baldrati et al., "Effective Conditioned
     and Composed Image Retrieval", CVPR 2022, take the sum for the simplest baseline). RequestError for a sum of zero.
     """
-    parts = np.stack([np.asarray(one, np.float32).reshape(-1) for one in vectors])
+    shapes = {np.shape(one) for one in vectors}
+    if len(shapes) != 1 or len(shapes.pop()) != 1:
+        raise RequestError(
+            "vectors is a list of vectors of one width, as `embed` returns; received shapes "
+            f"{[np.shape(one) for one in vectors]!r:.80}."
+        )
+    parts = np.asarray(vectors, np.float32)
     given = np.ones(len(parts), np.float32) if weights is None else np.asarray(weights, np.float32)
     if given.shape != (len(parts),):
         raise RequestError(f"weights are one per vector; received {len(given)} for {len(parts)}.")
     total = given @ parts
-    if np.linalg.norm(total) < 1e-6:
-        raise RequestError("The vectors cancel each other out: nothing is left to search with.")
+    if not np.linalg.norm(total) >= 1e-6 or not np.isfinite(total).all():
+        raise RequestError(
+            "The vectors cancel each other out, or a value is not finite: nothing is left to search with."
+        )
     return unit(total)
 
 

@@ -122,15 +122,21 @@ class EmbeddingHead(nn.Module):
                 table[span.start : span.stop] = CONTROL
         return table
 
+    def pick_width(self, width: int | None) -> int:
+        """A width of vectors, by default the head's; RequestError for one that was not trained."""
+        if width is None:
+            return self.width
+        if isinstance(width, bool) or width not in self.widths:
+            raise RequestError(
+                f"width is one of {', '.join(map(str, self.widths))}, which the head was trained for; received "
+                f"{width!r}."
+            )
+        return width
+
     def prefix(self, vectors: Tensor, width: int | None) -> Tensor:
         """The first `width` dimensions [..., width] as unit vectors; RequestError for one that was not trained."""
-        if width is None or width == self.width:
-            return vectors
-        if width not in self.widths:
-            raise RequestError(
-                f"width is one of {', '.join(map(str, self.widths))}, which the head was trained for; received {width}."
-            )
-        return F.normalize(vectors[..., :width], dim=-1)
+        width = self.pick_width(width)
+        return vectors if width == self.width else F.normalize(vectors[..., :width], dim=-1)
 
     def save(self, folder: str | Path) -> Path:
         """Write FILE into a folder."""

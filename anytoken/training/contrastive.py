@@ -121,7 +121,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, positive: Tensor, hardness: f
 def equal_targets(groups: Tensor) -> Tensor:
     """Targets [N, N] for several positives: items of the same group [N] share the target evenly.
 
-    (SupCon, arXiv 2004.11362; UniCL, 2204.03610, for images and texts.)
+    (SupCon, arXiv 2004.11362; UniCL, 2204.03610, for images and texts; an image with K languages, 2406.18254.)
     """
     same = (groups[:, None] == groups[None, :]).float()
     return same / same.sum(1, keepdim=True)
@@ -140,15 +140,20 @@ def graded_targets(states: Tensor, sharpness: float) -> Tensor:
 
 
 def distilled(targets: Tensor, teacher: Tensor, options: Options) -> Tensor:
-    """Targets mixed with the soft targets of a teacher, such as a momentum model (ALBEF, arXiv 2107.07651)."""
+    """Targets mixed with what a teacher retrieves.
+
+    Soft targets of a momentum model as in ALBEF (arXiv 2107.07651), or of a larger one: DCD (2407.11802) also holds
+    the student's distribution over the batch to the teacher's.
+    """
     return (1 - options.teacher_weight) * targets + options.teacher_weight * teacher
 
 
 def noise_weights(logits: Tensor, sharpness: float) -> Tensor:
     """Weights [N] of noisy pairs: the probability of the pair to the power of `sharpness`.
 
-    Mismatched pairs keep a high loss while correct ones are learned first (Huang et al., "Learning with
-    Noisy Correspondence", NeurIPS 2021; NLIP, arXiv 2212.07086, weighs pairs by an estimate from their losses).
+    Pairs that do not belong together keep a high loss while true ones are learned first (Huang et al., "Learning with
+    Noisy Correspondence", NeurIPS 2021; NLIP, arXiv 2212.07086, and NEVLP, 2409.09582, weigh pairs by an estimate
+    from their losses).
     """
     forward, backward = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
     return (sharpness * (forward + backward).detach() / 2).exp()
@@ -180,7 +185,8 @@ def token_similarity(left: Side, right: Side) -> Tensor:
 def intra_modal_consistency(left: Tensor, right: Tensor) -> Tensor:
     """Mean squared difference between the cosines within the two sides.
 
-    CyCLIP's in-modal and cross-modal consistency (arXiv 2205.14459).
+    CyCLIP's in-modal and cross-modal consistency (arXiv 2205.14459); without such a term, neighbours within a
+    modality are arbitrary ("Cross the Gap", 2502.04263).
     """
     within = (left @ left.T - right @ right.T).square().mean()
     cross = left @ right.T

@@ -145,6 +145,21 @@ def figures(folder, task):
         ),
         (("how: classify", "how: generate\n  extract: no group"), 8, "put the answer in parentheses"),
         (("how: classify", "how: retrieve\n  normalize: pmi"), 8, "normalize applies only to by: score"),
+        (
+            ("  how: classify\nmetrics: [accuracy, mcc]", "  how: generate\nmetrics: [chrf, psnr]"),
+            8,
+            "psnr compares image or video; the answer is text",
+        ),
+        (
+            ("  how: classify\nmetrics: [accuracy, mcc]", "  how: generate\nmetrics: stoi"),
+            8,
+            "stoi compares speech",
+        ),
+        (
+            ("  how: classify\nmetrics: [accuracy, mcc]", "  how: retrieve\nmetrics: {name: recall, k: 0}"),
+            8,
+            "greater than or equal to 1",
+        ),
     ],
 )
 def test_a_mistake_names_line_key_and_nearest_word(write, change, line, says):
@@ -260,6 +275,18 @@ def test_what_a_set_lacks_is_said(write, folder):
         EvaluationError, match=r"answer 'blue' of record \d+ is none of the labels: red, green"
     ):
         samples(("how: classify", "how: classify\n  labels: [red, green]"))
+    with pytest.raises(EvaluationError, match="two labels or more"):
+        samples(("how: classify", "how: classify\n  labels: []"))
+    with pytest.raises(
+        EvaluationError, match=r"group_by is 'color', and record 5 .*\(did you mean 'colour'\?\)"
+    ):
+        samples(("split: test", "split: test\ngroup_by: color"))
+    retrieve = "how: retrieve\n  item: '{image}'\n  match: color"
+    with pytest.raises(EvaluationError, match=r"decoding\.match is 'color'"):  # all would match all
+        samples(("how: classify\nmetrics: [accuracy, mcc]", f"{retrieve}\nmetrics: {{name: recall, k: 1}}"))
+    (folder / "none.jsonl").write_text("")
+    with pytest.raises(EvaluationError, match=r"none\.jsonl holds no records"):
+        samples(("set.jsonl", "none.jsonl"))
     with pytest.raises(EvaluationError, match="12 shots need more records"):
         samples(("split: test", "shots: {count: 12, split: null}"))
 

@@ -90,6 +90,9 @@ def test_widths_are_prefixes(embedding_model):
         assert np.abs(embedding_model.embed(PROMPTS, width=width) - cut).max() < 1e-6
     with pytest.raises(RequestError, match=r"4, 8, 12.*received 5"):
         embedding_model.embed("a", width=5)
+    for width in (0, -1, "4", True):
+        with pytest.raises(RequestError, match="width is one of 4, 8, 12"):
+            embedding_model.embed("a", width=width)
 
 
 def test_the_language_model_keeps_every_bit(own_model):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anytoken.inference import index_files
-from anytoken.inference.index import Index
+from anytoken.inference.index import Index, how_to_open
 from anytoken.inference.index_files import Item
 from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.segments import Image
@@ -38,15 +38,16 @@ def searcher(own_model):
 
 @pytest.fixture
 def read(searcher, monkeypatch):
-    """How many prompts were embedded since the last look."""
+    """How many items were embedded since the last look."""
     counts = [0]
-    original = type(searcher).embed_ids
+    original = index_files.read_files
 
-    def embed_ids(self, prompts, **settings):
-        counts[0] += len(prompts)
-        return original(self, prompts, **settings)
+    def read_files(reader, files):
+        found = original(reader, files)
+        counts[0] += len(found.items)
+        return found
 
-    monkeypatch.setattr(type(searcher), "embed_ids", embed_ids)
+    monkeypatch.setattr(index_files, "read_files", read_files)
 
     def look():
         found, counts[0] = counts[0], 0
@@ -213,8 +214,20 @@ def test_errors_are_one_clear_sentence(folder, searcher, tmp_path, toys):
             index.search("pear", k=k)
     with pytest.raises(RequestError, match="holds image, text; received 'dna'"):
         index.search("pear", kinds=["dna"])
+    for kinds in ([], "image"):
+        with pytest.raises(RequestError, match="kinds is a list"):
+            index.search("pear", kinds=kinds)
     with pytest.raises(RequestError, match="12 dimensions; received 8"):
         index.search(np.zeros(8, np.float32))
+    for value in (0, np.nan):
+        with pytest.raises(RequestError, match="finite values that are not all 0"):
+            index.search(np.full(12, value, np.float32))
+    with pytest.raises(RequestError, match=r"\[Q, 12\]; received \[2, 8\]"):
+        index.search_many(np.zeros((2, 8), np.float32))
+    assert index.search_many(np.zeros((0, 12), np.float32), 3)[1].shape == (0, 3)
+    for width in (0, -4, 9, "8", True):
+        with pytest.raises(RequestError, match="width is one of 8, 12"):
+            Index.build(folder, searcher, width=width)
     hit = index.search(folder / "2.png", k=1)[0]
     hit.file.unlink()
     assert not hit.exists and not hit.to_dict()["exists"]
@@ -251,6 +264,35 @@ def test_what_cannot_be_read_is_left_out_and_told(folder, searcher, tmp_path, ca
     assert json.loads((tmp_path / "my.index" / "index.json").read_text())["items"] == 7
 
 
+def test_a_kind_that_the_head_does_not_know_is_left_out(folder, searcher, tmp_path, caplog):
+    searcher.embedding_heads[None] = EmbeddingHead(32, ["image"], 12)
+    index = Index.build(folder, searcher, tmp_path / "my.index")
+    assert len(index) == 4 and {item.kind for item in index.items} == {"image"}
+    assert "notes.txt (the embedding head knows image, and this is text)" in caplog.text
+    (tmp_path / "notes").mkdir()
+    (folder / "notes.txt").rename(tmp_path / "notes" / "notes.txt")
+    with pytest.raises(RequestError, match=r"None of the 1 files.*this is text"):
+        Index.build(tmp_path / "notes", searcher)
+
+
+def test_a_vector_is_searched_by_its_direction(folder, searcher):
+    index = Index.build(folder, searcher)
+    long = index.search(5 * searcher.embed("pear")[0].astype(np.float64), k=2)
+    assert [hit.score for hit in long] == pytest.approx(
+        [hit.score for hit in index.search("pear", k=2)], abs=1e-5
+    )
+
+
+def test_an_index_remembers_how_to_open_its_model(folder, searcher, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    Index.build(folder, searcher, "my.index").remember_model("my.index", how_to_open("runs", None))
+    meta, _ = index_files.read_index("my.index")
+    assert meta["model"] == str(tmp_path / "runs")  # valid in any working folder
+    Index.build(folder, searcher, "my.index")
+    assert index_files.read_index("my.index")[0]["model"] == meta["model"]
+
+
 def test_a_model_without_a_head_builds_if_told_to(folder, model, tmp_path):
     with pytest.raises(ValueError, match=r"stages/embed\.yaml"):
         Index.build(folder, model, tmp_path / "my.index")
@@ -260,21 +302,3 @@ def test_a_model_without_a_head_builds_if_told_to(folder, model, tmp_path):
         .search("red apple and more", k=1)[0]
         .item.text.startswith("red")
     )
-
-
-def test_a_qdrant_collection_finds_the_same(folder, searcher, tmp_path):
-    from anytoken.inference.qdrant import QdrantIndex
-
-    index = Index.build(folder, searcher)
-    store = QdrantIndex(searcher, str(tmp_path / "store"), "media")
-    store.add(index)
-    store.add(index)  # again: nothing is there twice
-    assert len(store) == len(index) == 6
-    for one, other in zip(store.search("green pear", k=6), index.search("green pear", k=6), strict=True):
-        assert one.item == other.item and one.score == pytest.approx(other.score, abs=1e-5)
-        assert one.file == other.file
-    assert {hit.item.kind for hit in store.search("pear", kinds=["image"])} == {"image"}
-    searcher.embedding_heads[None] = EmbeddingHead(32, ["text", "image"], 8)
-    store.client.close()
-    with pytest.raises(RequestError, match="holds vectors of 12 dimensions, and this model's have 8"):
-        QdrantIndex(searcher, str(tmp_path / "store"), "media")

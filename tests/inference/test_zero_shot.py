@@ -79,6 +79,11 @@ def test_a_composed_query_finds_what_has_both():
         compose([query, query], [1])
     with pytest.raises(RequestError, match="cancel each other out"):
         compose([query, query], [1, -1])
+    for vectors in ([], query, [query, query[:3]], np.stack([query, query])[None]):
+        with pytest.raises(RequestError, match="vectors of one width"):
+            compose(vectors)
+    with pytest.raises(RequestError, match="not finite"):
+        compose([query, query], [1, float("nan")])
 
 
 @pytest.mark.parametrize(
@@ -87,13 +92,22 @@ def test_a_composed_query_finds_what_has_both():
         ({"names": []}, "at least one"),
         ({"names": "fox"}, "list of different class names"),
         ({"names": ["fox", "fox"]}, "different"),
+        ({"names": [1, 2]}, "names are strings"),
+        ({"negatives": "car"}, "negatives is a list of different class names"),
         ({"templates": ["a picture"]}, "with {} for the name"),
+        ({"templates": "a {}"}, "templates is a list"),
         ({"temperature": 0}, "above 0; received 0"),
     ],
 )
 def test_settings_that_do_not_fit(settings, said):
     with pytest.raises(RequestError, match=said):
         ZeroShot(Words(), **{"names": NAMES, **settings})
+
+
+def test_other_braces_of_a_template_are_text():
+    model = Words()
+    found = ZeroShot(model, ["fox"], templates=["{0} {} and {}"])
+    assert np.allclose(found.prototypes, model.embed(["{0} fox and fox"]), atol=1e-6)
 
 
 def test_scores_that_are_not_there():

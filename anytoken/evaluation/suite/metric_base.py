@@ -86,6 +86,8 @@ class Metric(Part):
     """Base of all: the mean over samples of one score each, unless a metric says otherwise."""
 
     of: ClassVar[tuple[str, ...]] = ("generate",)  # the ways of decoding that it scores
+    needs: ClassVar[tuple[str, ...]] = ()  # kinds of which the answer has to hold one; none: any
+    keys: ClassVar[tuple[str, ...]] = ()  # its options that name a key of the records
     percent: ClassVar[bool] = False
     lower_is_better: ClassVar[bool] = False
     is_mean: ClassVar[bool] = True

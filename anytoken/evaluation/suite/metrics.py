@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from anytoken import moved
 from anytoken.evaluation.metrics import same_text, same_words, sequence_identity
@@ -189,6 +189,7 @@ def _elements(segments: Sequence[Segment]) -> list[str]:
 class PSNR(Metric):
     """Peak signal-to-noise ratio of an image or video in dB, 100 for equal pixels; resized to the truth's size."""
 
+    needs = ("image", "video")
     name: Literal["psnr"]
 
     def score(self, outcome: Outcome, tools: Tools) -> float:
@@ -213,13 +214,14 @@ def _images(segments: Sequence[Segment], size: tuple[int, ...] | None = None) ->
 class STOI(Metric):
     """Short-time objective intelligibility of speech (Taal et al. 2011), by pystoi; cut or padded to the truth."""
 
+    needs = ("speech",)
     name: Literal["stoi"]
 
     def score(self, outcome: Outcome, tools: Tools) -> float:
         pystoi = optional_package("pystoi", "stoi", "pystoi")
         truth = next((one for one in outcome.sample.truth[0] if isinstance(one, Speech)), None)
         if truth is None:
-            raise EvaluationError("stoi compares speech; the answers of this task hold none.")
+            raise EvaluationError("stoi compares speech; a true answer of this task holds none.")
         answer = next((one for one in outcome.answer if isinstance(one, Speech)), None)
         if answer is None:
             return 0.0
@@ -232,6 +234,8 @@ class NearestLabel(Metric):
     """Whether the true image nearest to the answer (pixels at 32x32) has the record's value of a key."""
 
     percent = True
+    needs = ("image", "video")
+    keys = ("label",)
     name: Literal["nearest_label"]
     label: str
 
@@ -367,7 +371,12 @@ class Recall(Metric):
     of = ("retrieve",)
     percent = True
     name: Literal["recall"]
-    k: list[int] = Field(default=[1, 5, 10], min_length=1)
+    k: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 5, 10], min_length=1)
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
 
     def measure(self, outcomes: Sequence[Outcome], tools: Tools) -> dict[str, Array]:
         first = np.array([one.ranks[0] for one in outcomes])
@@ -403,6 +412,7 @@ class RankVariance(Metric):
 
     of = ("retrieve",)
     lower_is_better = True
+    keys = ("item", "language")
     name: Literal["rank_variance"]
     item: str
     language: str = "language"

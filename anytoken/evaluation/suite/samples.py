@@ -20,6 +20,7 @@ from anytoken.evaluation.suite.schema import Classify, Task
 from anytoken.evaluation.suite.template import MESSAGES, Field, fields, fill, fill_each, segment_types
 from anytoken.segments import Segment, Text
 from anytoken.utils.errors import EvaluationError, RecordError
+from anytoken.utils.hints import nearest
 
 OTHER = "other"  # the field of a joined record
 Message = dict[str, Any]
@@ -87,6 +88,8 @@ class TaskSet:
         path = self.find(task.data)
         self.root, self.digest = open_source(path).root, open_source(path).digest
         self.everything = list(enumerate(islice(read_records(path), task.first)))
+        if not self.everything:
+            raise EvaluationError(f"{task.name}: {task.data} holds no records.")
         self.records = [(number, one) for number, one in self.everything if self.wanted(one, task.split)]
         if not self.records:
             splits = sorted({str(one.get("split")) for _, one in self.everything})
@@ -94,7 +97,24 @@ class TaskSet:
                 f"{task.name}: none of the {len(self.everything)} records of {task.data} has split {task.split!r} and "
                 f"{task.where}; their splits: {', '.join(splits) or 'none'}."
             )
+        self._check_keys()
         self.partners, self.partner_root = self._partners()
+
+    def _check_keys(self) -> None:
+        """EvaluationError for a key that records are told apart by, and that they lack."""
+        task = self.task
+        named = [("decoding.match", getattr(task.decoding, "match", None)), ("group_by", task.group_by)]
+        named += [(f"{one.name}.{key}", getattr(one, key)) for one in task.metrics for key in one.keys]
+        for option, key in named:
+            lacking = [
+                (number, one) for number, one in self.records if key is not None and one.get(key) is None
+            ]
+            if len(lacking) == len(self.records) or (lacking and option != "group_by"):
+                number, one = lacking[0]
+                raise EvaluationError(
+                    f"{task.name}: {option} is {key!r}, and record {number + 1} of {task.data} has no such key"
+                    f"{nearest(key, list(map(str, one)))}; it has: {', '.join(map(str, one))}."
+                )
 
     def find(self, data: str) -> str | Path:
         """The location of a set: a hub name unchanged; a path next to the task file, or in the folder of the sets."""
@@ -236,7 +256,9 @@ class TaskSet:
                 )
                 for one in samples
             ]
-        labels = decoding.labels or sorted(self._all_answers() or {one.truth_text for one in samples})
+        labels = decoding.labels
+        if labels is None:
+            labels = sorted(self._all_answers() or {one.truth_text for one in samples})
         if len(labels) < 2:
             raise EvaluationError(
                 f"{self.task.name}: to classify takes two labels or more; there is {labels}."

@@ -211,6 +211,14 @@ class Task(Part):
             if metric.name not in allowed:
                 words = f"the metric {metric.name} does not score {how}; allowed: {', '.join(allowed)}"
                 raise mistake(words, "metrics", place)
+            if (
+                metric.needs
+                and self.answer != f"{{{MESSAGES}}}"
+                and not {*metric.needs} & {*kinds(self.answer)}
+            ):
+                found = " and ".join(kinds(self.answer)) or "missing"
+                words = f"{metric.name} compares {' or '.join(metric.needs)}; the answer is {found}"
+                raise mistake(words, "metrics", place)
         return self
 
     def _check_templates(self) -> None:
