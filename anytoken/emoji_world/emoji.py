@@ -397,7 +397,7 @@ def _compose_concept(folder: Path, job: Job) -> tuple[Lines, Lines, Lines]:
     """One concept on every background, where that is not there yet; the lines of images, videos and joint."""
     concept, drawn, frames = job
     lines: tuple[Lines, Lines, Lines] = ([], [], [])
-    still = "flat" if splits.style_held_out(concept.hexcode) else "3d"  # the style that stands beside clips
+    still = "flat" if splits.style_held_out(concept.hexcode) else "3d"  # the style that is paired with clips
     for background, color in BACKGROUNDS.items():
         base = {"hexcode": concept.hexcode, "name": concept.name, "background": background}
         images = {style: f"images/{concept.hexcode}-{style}-{background}.png" for style in STYLES}

@@ -311,7 +311,7 @@ def _made_before(out: Path, meta: dict[str, Any], overwrite: bool) -> dict[str, 
     try:
         before, _ = read_index(out)
     except RequestError:
-        return {}  # none, or one that is damaged: it is made anew
+        return {}  # none, or a damaged one: it is rebuilt
     if not overwrite:
         refuse_other(out, before, meta, ("root", "width", "untrained"))
     return {key: before[key] for key in ("model", "adapter") if key in before and alike(before, meta)}

@@ -107,7 +107,7 @@ class RealtimeSession:
         await self.send("session.created", session=self._session())
 
     async def take(self, text: str) -> None:
-        """Do what one event says; a mistake is answered with an error event, and the session goes on."""
+        """Do what one event says; a mistake is answered with an error event, and the session stays open."""
         event: Any = None
         try:
             event = _parsed(text)
@@ -286,7 +286,7 @@ class RealtimeSession:
         return read_part(part, where, self.service.settings)
 
     async def _truncate(self, event: Mapping[str, Any]) -> None:
-        """What was heard of an interrupted reply: it is no part of the conversation here, so nothing is cut."""
+        """How much of an interrupted reply was played: replies are not cut here, so nothing changes."""
         fields = {key: event.get(key) for key in ("item_id", "content_index", "audio_end_ms")}
         await self.send("conversation.item.truncated", **fields)
 

@@ -120,7 +120,7 @@ class AudioFormat(Body):
 class Message(BaseModel):
     """One message: a text, or a list of content parts."""
 
-    model_config = ConfigDict(extra="ignore")  # an assistant's message comes back with all it was sent with
+    model_config = ConfigDict(extra="ignore")  # clients return an assistant's message with all of its fields
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None

@@ -101,7 +101,7 @@ class TaskSet:
         self.partners, self.partner_root = self._partners()
 
     def _check_keys(self) -> None:
-        """EvaluationError for a key that records are told apart by, and that they lack."""
+        """Raise EvaluationError for a grouping key that records lack."""
         task = self.task
         named = [("decoding.match", getattr(task.decoding, "match", None)), ("group_by", task.group_by)]
         named += [(f"{one.name}.{key}", getattr(one, key)) for one in task.metrics for key in one.keys]

@@ -1,4 +1,4 @@
-"""A training run as it goes: what `report.html` holds, made again from the run's files whenever they grow."""
+"""A training run while it trains: the content of `report.html`, rebuilt from the files of the run when they grow."""
 
 from __future__ import annotations
 
