@@ -518,8 +518,8 @@ def test_a_saved_processor_gives_the_same_ids(saved: Path) -> None:
     assert after.detokenize(after.encode_chat([DOTS, "a"])) == [DOTS, Text("a")]
     files = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file())
     assert files == [
-        "fingerprints.json", "prompts.json", "text_tokenizer/tokenizer.json", "token_space.json", "tokenizers/dots/config.json",
-        "tokenizers/dots/model.safetensors",
+        "fingerprints.json", "prompts.json", "text_tokenizer/tokenizer.json", "token_space.json",
+        "tokenizers/dots/config.json", "tokenizers/dots/model.safetensors",
     ]  # fmt: skip
 
 
