@@ -20,6 +20,7 @@ from anytoken.tokenizers.image import ImageTokenizer
 from anytoken.tokenizers.text import TextTokenizer
 from anytoken.tokenizers.video import VideoTokenizer
 from anytoken.training.config import TrainConfig
+from anytoken.training.pairs import PairMixture
 from anytoken.training.trainer import train
 from anytoken.utils.errors import DataError, TokenSpaceError
 
@@ -114,6 +115,17 @@ def test_views_and_conversations_train_on_what_prompts_hold(
         [{"role": "user", "content": ["What?", opened[2]]}, {"role": "assistant", "content": [opened[1]]}]
     )
     assert drawn == {tuple(reader.encode_training(one)[0]) for one in wanted}
+
+
+def test_pairs_of_an_embedding_head_are_prompts_on_both_sides(
+    reader: Processor, records: Path, tmp_path: Path
+) -> None:
+    out = tokenize_records(records, reader.tokenizers, tmp_path / "out", progress=False, first_frames=True)
+    mixture = PairMixture([SourceSpec(path=str(out), views={"text->video": 1.0})], reader, 500)
+    _, pairs = mixture.draw(0, 2)
+    found = {(tuple(one.left), tuple(one.right)) for one in pairs}
+    wanted = [(f"clip {n}", Video.open(tmp_path / f"{n}.webp")) for n in range(2)]
+    assert found == {tuple(tuple(reader.encode_chat(side)) for side in one) for one in wanted}
 
 
 def test_shards_without_frames_are_refused_and_others_read_both(

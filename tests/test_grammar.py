@@ -424,7 +424,9 @@ def test_a_plan_beyond_its_budget_is_refused_up_front(grammar: Grammar) -> None:
     state = grammar.reply(("text", "image", "tone"), {"image": (4, 4)})
     least = 1 + (2 + 2 + 16) + (2 + 4) + 1
     assert grammar.min_remaining(state) == least
-    with pytest.raises(TokenSpaceError, match=f"{least - 1} ids are left.*takes {least}.*0 of the 3 output kinds"):
+    with pytest.raises(
+        TokenSpaceError, match=f"{least - 1} ids are left.*takes {least}.*0 of the 3 output kinds"
+    ):
         grammar.allowed(state, least - 1)
 
 

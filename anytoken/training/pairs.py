@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -133,7 +134,13 @@ class PairMixture(Mixture):
         key = id(choice), row
         if key in self._made:
             return self._made[key]
+        partners = choice.source.partners_of(row)
+        if partners and partner is None:
+            partner = partners[int(rng.integers(len(partners)))]
         (_, left), (_, right) = choice.source.turns(row, choice.view, rng, partner)
+        if choice.source.processor.first_frames:  # the right side is a prompt, too
+            backward = replace(choice.view, sources=choice.view.targets, targets=choice.view.sources)
+            (_, right), _ = choice.source.turns(row, backward, rng, partner)
         record = choice.source.shards.records[row]
         group = row if self.positives is None else str(record[self.positives])
         weight = 1.0 if self.weight_by is None else float(record[self.weight_by])
