@@ -350,7 +350,7 @@ class Processor:
         text = TextTokenizer.from_pretrained(folder / "text_tokenizer")
         tokenizers = {kind: load_tokenizer(folder / "tokenizers" / kind) for kind in space.modalities}
         try:
-            processor = cls(space, text, tokenizers, _saved_first_frames(folder / PROMPTS))
+            processor = cls(space, text, tokenizers, saved_first_frames(folder / PROMPTS))
             processor._check_fingerprints(folder / FINGERPRINTS)
         except TokenSpaceError as error:
             raise TokenSpaceError(f"{folder} mixes files of different checkpoints: {error}") from None
@@ -387,7 +387,7 @@ def with_first_frames(segments: Sequence[Segment]) -> list[Segment]:
     return found
 
 
-def _saved_first_frames(path: Path) -> bool:
+def saved_first_frames(path: Path) -> bool:
     """Whether a checkpoint reads first frames; those without the file do not."""
     if not path.is_file():
         return False

@@ -178,10 +178,11 @@ def test_a_recipe_turns_them_on_and_the_command_writes_them(
 ) -> None:
     before = reader.save_pretrained(tmp_path / "before")
     tokenizers = {kind: str(before / "tokenizers" / kind) for kind in ("image", "video")}
-    command = ["data", "tokenize", str(records), "--tokenizers", str(before / "tokenizers"), "--first-frames"]
-    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "shards")])
-    assert done.exit_code == 0, done.output
-    assert not Shards(tmp_path / "shards", reader.tokenizers).lack_first_frames
+    command = ["data", "tokenize", str(records), "--tokenizers", str(before / "tokenizers")]
+    for name, more in (("shards", []), ("bare", ["--no-first-frames"])):  # by default as the checkpoint
+        done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / name), *more])
+        assert done.exit_code == 0, done.output
+        assert Shards(tmp_path / name, reader.tokenizers).lack_first_frames == bool(more)
     for name in ("shards", records.name):  # tokenized before, or by the run
         recipe = {
             "init_from": "scratch", "output": str(tmp_path / "runs" / name), "first_frames": True,

@@ -69,12 +69,12 @@ def _from_mini(shards: Path) -> list[str]:
 def tiny_shards(folder: Path) -> Path:
     """The tiny sets that come with the package, tokenized as mini's were: enough to run this benchmark."""
     stage = TrainConfig.load(recipes.find("stages/4_instruct.yaml"), _from_mini(folder))
-    tokenizers = build_model(stage)[0].tokenizers
+    tokenizers, frames = build_model(stage)[0].tokenizers, dict[str, Any](progress=False, first_frames=True)
     sets = recipes.assets() / "tiny"
     for name, file in SETS.items():
-        tokenize_records(sets / f"{file}.jsonl", tokenizers, folder / name, progress=False)
+        tokenize_records(sets / f"{file}.jsonl", tokenizers, folder / name, **frames)
     talk = build_instruct(sets, folder / "talk", 400, 0)
-    tokenize_records(talk, tokenizers, folder / "conversations", progress=False, data_root=sets)
+    tokenize_records(talk, tokenizers, folder / "conversations", data_root=sets, **frames)
     return folder
 
 

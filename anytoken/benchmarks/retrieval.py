@@ -7,6 +7,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from anytoken import recipes
 from anytoken.benchmarks.harness import Figures
@@ -14,7 +19,8 @@ from anytoken.evaluation.suite.metric_base import Tools
 from anytoken.evaluation.suite.runner import model_fingerprint, read_scores, run_tasks
 from anytoken.evaluation.suite.schema import Task, load_tasks
 from anytoken.inference.api import AnyToken
-from anytoken.model.embedding_head import EmbeddingHead
+from anytoken.inference.embed import Embedder
+from anytoken.model.embedding_head import EmbeddingHead, pool, read_states
 from anytoken.training.config import TrainConfig
 from anytoken.training.trainer import train
 
@@ -50,6 +56,7 @@ def bench_retrieval(
     tasks = [one.model_copy(update={"count": count} if count else {}) for one in load_tasks(["retrieval"])]
     hidden = model.lm.config.get_text_config().hidden_size
     model.embedding_heads[None] = EmbeddingHead.untrained(hidden, model.kinds)
+    model.embed = ReadOnce(model)  # type: ignore[method-assign, assignment]
     rows = list(_rows(model, UNTRAINED, tasks, data, results))
     trained: Figures = {}
     common = [f"threads={threads}", *overrides]
@@ -73,6 +80,38 @@ def bench_retrieval(
         trained[name] = _train(SCRATCH, [*given, *changed, *common], folder / name)
         rows += _rows(AnyToken.from_pretrained(folder / name), name, tasks, data, results)
     return {"model": folder.name, "trained": trained, "rows": rows}
+
+
+class ReadOnce:
+    """`model.embed` that tokenizes and reads every prompt once, for all heads of a frozen model."""
+
+    def __init__(self, model: AnyToken) -> None:
+        self.model = model
+        self.ids: dict[Any, list[int]] = {}  # by prompt
+        self.states: dict[tuple[int, ...], Tensor] = {}  # [T, H], by ids
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Any]) -> np.ndarray:
+        """Unit vectors, float32 [N, W], of the head that the model has now."""
+        keys = [tuple(one) if isinstance(one, list) else one for one in prompts]
+        new = {key: one for key, one in zip(keys, prompts, strict=True) if key not in self.ids}
+        self.ids |= (
+            zip(new, self.model.processor.encode_chats(list(new.values())), strict=True) if new else {}
+        )
+        asked = [tuple(self.ids[key]) for key in keys]
+        with self.model.embedder() as embedder:
+            unread = list(dict.fromkeys(one for one in asked if one not in self.states))
+            for rows, ids, lengths in embedder.batches(unread):
+                states = read_states(embedder.lm, ids)
+                for place, row in enumerate(rows):
+                    self.states[unread[row]] = states[place, : lengths[place]].clone()
+            return np.concatenate([self._vector(embedder, ids) for ids in asked])
+
+    def _vector(self, embedder: Embedder, ids: tuple[int, ...]) -> np.ndarray:
+        embedder.check(ids)
+        modality, length = embedder.table[torch.tensor([ids])], torch.tensor([len(ids)])
+        pooled = pool(self.states[ids][None], modality, length, len(embedder.head.modalities))
+        return embedder.head(pooled).numpy()
 
 
 def _train(recipe: str, overrides: Sequence[str], output: Path) -> Figures:

@@ -224,16 +224,19 @@ def data_tokenize(
         bool, typer.Option("--overwrite", help="Replace existing shards of other records.")
     ] = False,
     first_frames: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--first-frames",
-            help="Also encode the first frame of every video as an image, for models that read it.",
+            help="Also encode the first frame of every video as an image; by default if the checkpoint reads it.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Tokenize the media of records into shards; rerun the command to resume."""
     from anytoken.data.shards import load_tokenizers, tokenize_records
+    from anytoken.processor import PROMPTS, saved_first_frames
 
+    if first_frames is None:
+        first_frames = saved_first_frames(tokenizers.absolute().parent / PROMPTS)
     options = {"max_bad": max_bad, "engine": engine, "rename": pairs(rename)}
     options |= {"data_root": data_root, "overwrite": overwrite, "first_frames": first_frames}
     print(tokenize_records(source, load_tokenizers(tokenizers), out, workers, **options))  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ class Embedder:
         """Unit vectors float32 [N, width] of prompts that are ids; RequestError for one that does not fit."""
         width = self.head.pick_width(width)
         found = np.empty((len(prompts), width), np.float32)
-        for rows, ids, lengths in self._batches(prompts):
+        for rows, ids, lengths in self.batches(prompts):
             modality, states = self.table[ids], read_states(self.lm, ids)
             vectors = self.head(pool(states, modality, lengths, len(self.head.modalities)))
             found[rows] = self.head.prefix(vectors, width).float().cpu().numpy()
@@ -67,7 +67,7 @@ class Embedder:
         """For each prompt a unit vector per content token, float32 [T, width]."""
         width = self.head.pick_width(width)
         found: dict[int, np.ndarray] = {}
-        for rows, ids, _ in self._batches(prompts):
+        for rows, ids, _ in self.batches(prompts):
             modality, states = self.table[ids], read_states(self.lm, ids)
             vectors = self.head.prefix(self.head.token_vectors(states, modality), width)
             for place, row in enumerate(rows):
@@ -95,7 +95,7 @@ class Embedder:
         if bool((places == CONTROL).all()):
             raise RequestError("The prompt holds nothing to embed.")
 
-    def _batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Rows of the prompts with their ids [B, T], padded on the right, and lengths [B]."""
         for prompt in prompts:
             self.check(prompt)

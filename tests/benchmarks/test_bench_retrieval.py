@@ -1,11 +1,13 @@
 """The retrieval benchmark: heads are trained from the model without its own, once, and compared on the same items."""
 
+import numpy as np
+
 import anytoken
-from anytoken import recipes
+from anytoken import Image, recipes
 from anytoken.benchmarks import retrieval
 from anytoken.benchmarks.data import tiny_shards
 from anytoken.evaluation.suite.schema import load_tasks
-from anytoken.model.embedding_head import has_head
+from anytoken.model.embedding_head import EmbeddingHead, has_head
 
 TINY = recipes.assets() / "tiny"
 SHORT = ["steps=2", "eval.every=0", "contrastive.batch=4", "schedule.warmup_steps=1"]
@@ -42,3 +44,19 @@ def test_heads_are_compared_on_the_same_items_and_trained_once(tmp_path, monkeyp
         and table.count("\n| ") == 2
     )
     assert "embed 2 of 4 pairs, embed_equal 2 of 4 pairs" in table and "commit abc" in table
+
+
+def test_prompts_are_read_once_and_give_what_embed_gives(monkeypatch):
+    model = anytoken.load("mini", device="cpu")
+    plain, once = model.embed, retrieval.ReadOnce(model)
+    shades = [Image(np.full((64, 64, 3), shade, np.uint8)) for shade in (0, 120, 250)]
+    prompts = ["a fox", [*shades[:1], "and a fox"], *shades, "a fox"]
+    heads = [model.embedding_head, EmbeddingHead.untrained(256, model.kinds)]
+    wanted = []
+    for head in heads:
+        model.embedding_heads[None] = head
+        wanted.append(plain(prompts))
+    for number, head in enumerate(heads):
+        model.embedding_heads[None] = head
+        np.testing.assert_allclose(once(prompts), wanted[number], atol=1e-6)
+        monkeypatch.setattr(retrieval, "read_states", None)  # nothing is read a second time

@@ -49,7 +49,7 @@ def test_all_sides_read_the_same_tokens_or_there_is_no_figure(images, tmp_path, 
         return ((record, codes + 1) for record, codes in data._samples(images, range(len(images))))
 
     monkeypatch.setattr(data, "_read_tar", other)
-    with pytest.raises(EvaluationError, match="in order, webdataset: other tokens are read"):
+    with pytest.raises(EvaluationError, match="in order, webdataset: the two sides read different tokens"):
         data._reading(images, tmp_path / "two", repeats=1)
 
 
