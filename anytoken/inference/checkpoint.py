@@ -29,7 +29,7 @@ from anytoken.model.embedding_head import FILE as EMBEDDING
 from anytoken.model.embedding_head import has_head
 from anytoken.model.extend_vocab import add_saved_modalities
 from anytoken.model.quantize import quantize_weights
-from anytoken.processor import Processor
+from anytoken.processor import PROMPTS, Processor
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.atomic import FolderKind
 from anytoken.utils.device import usable_device
@@ -48,7 +48,8 @@ CHECKPOINT = FolderKind(
     "token_space.json",
     (
         "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
-        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json", CHAINS, EMBEDDING,
+        "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json", PROMPTS, CHAINS,
+        EMBEDDING,
         "text_tokenizer/tokenizer.json", "tokenizers/*/config.json", "tokenizers/*/model.safetensors",
         "tokenizers/*/*.py",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",  # an export's

@@ -142,7 +142,7 @@ assert gone.exit_code == 2 and "The hub did not provide me/nothing" in gone.stde
 os.environ["HF_TOKEN"] = "hf_wrong"
 refused = CliRunner().invoke(app, ["push", {str(folder)!r}, "me/x"])
 assert refused.exit_code == 2 and refused.stderr.count("\\n") == 1, refused.stderr
-assert "did not take me/x" in refused.stderr and "HF_TOKEN" in refused.stderr
+assert "rejected me/x" in refused.stderr and "HF_TOKEN" in refused.stderr
 """
     done = run(code, hub, tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -183,7 +183,7 @@ def test_every_reply_of_random_weights_decodes(own_model: AnyToken, spread: floa
         least = grammar.min_remaining(grammar.reply(plan))
         limit = least + int(random.integers(-1, 30))
         settings = {kind: drawn_sampling(random) for kind in own_model.kinds}
-        options = {"plan": plan, "sampling": settings, "max_new_tokens": limit, "null_prompt": null}
+        options = {"output_kinds": plan, "sampling": settings, "max_new_tokens": limit, "null_prompt": null}
         if limit < least:
             with pytest.raises(ValueError, match=f"{limit}"):
                 scheduler.submit(GenerationRequest(prompt, **options))

@@ -182,7 +182,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         at_step(2, interrupt, monkeypatch),
         pytest.raises(
             Interrupted,
-            match=r"stopped at step 3 of 5 and saved in .*/state/checkpoint-3; the same command resumes",
+            match=r"stopped at step 3 of 5 and saved in .*/state/checkpoint-3; rerun the command to resume",
         ),
     ):
         train(TrainConfig.from_dict(eventful))
