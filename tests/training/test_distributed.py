@@ -215,6 +215,8 @@ def engine_of(name: str, processes: int) -> dict[str, Any]:
             "world_size": processes,
             "mesh": mesh_settings(ENGINES[name]["mesh"]) | {"ep_size": processes},
         }
+    if "deepspeed" in ENGINES[name]:
+        pytest.importorskip("deepspeed")
     return {"world_size": processes, **ENGINES[name]}
 
 
