@@ -20,7 +20,7 @@ from PIL.Image import Image as PILImage
 
 from anytoken.grammar import ROLES, Grammar, Piece
 from anytoken.media_io import is_below
-from anytoken.segments import Image, Segment, Text, Video, open_segment
+from anytoken.segments import Image, Segment, Text, open_segment
 from anytoken.token_space import TokenSpace
 from anytoken.tokenizers.base import Codes, ModalityTokenizer, codebook_pattern, load_tokenizer
 from anytoken.tokenizers.text import TextTokenizer
@@ -379,12 +379,18 @@ class Processor:
 
 def with_first_frames(segments: Sequence[Segment]) -> list[Segment]:
     """Segments with the first frame of every video before it, as an image; an image that is there already stays."""
-    found: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, Video) and not (found and isinstance(found[-1], Image)):
-            found.append(Image(segment.frames[0]))
-        found.append(segment)
-    return found
+    places = first_frame_places([one.kind for one in segments])
+    return [
+        one
+        for place, segment in enumerate(segments)
+        for one in ([Image(segment.frames[0]), segment] if place in places else [segment])  # type: ignore[attr-defined]
+    ]
+
+
+def first_frame_places(kinds: Sequence[str | None]) -> list[int]:
+    """The places of videos, among the kinds of a turn's parts, without an image right before them."""
+    pairs = zip([None, *kinds], kinds, strict=False)
+    return [place for place, (before, kind) in enumerate(pairs) if kind == "video" and before != "image"]
 
 
 def saved_first_frames(path: Path) -> bool:

@@ -79,8 +79,8 @@ def test_a_prompt_holds_the_frame_before_its_video(reader: Processor, plain: Pro
 
 
 def test_replies_hold_no_frame(reader: Processor, plain: Processor) -> None:
-    told = [{"role": "user", "content": "x"}, {"role": "assistant", "content": [clip()]}]
-    assert reader.encode_training(told) == plain.encode_training(told)
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": [clip()]}]
+    assert reader.encode_training(chat) == plain.encode_training(chat)
     assert reader.encode_reply(clip()) == plain.encode_reply(clip())
 
 
@@ -100,9 +100,9 @@ def test_views_and_conversations_train_on_what_prompts_hold(
     opened = [Video.open(tmp_path / f"{n}.webp") for n in range(3)]
     still = Image.open(tmp_path / "still.png")
     wanted: list[list[dict[str, Any]]] = [
-        [{"role": "user", "content": asked}, {"role": "assistant", "content": [told]}]
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": [reply]}]
         for number, video in enumerate(opened[:2])
-        for asked, told in list[tuple[list[Any], Any]](
+        for prompt, reply in list[tuple[list[Any], Any]](
             [
                 ([video], f"clip {number}"),
                 ([f"clip {number}"], video),

@@ -109,9 +109,10 @@ class ReadOnce:
 
     def _vector(self, embedder: Embedder, ids: tuple[int, ...]) -> np.ndarray:
         embedder.check(ids)
-        modality, length = embedder.table[torch.tensor([ids])], torch.tensor([len(ids)])
+        asked = torch.tensor([ids], device=embedder.lm.device)
+        modality, length = embedder.table[asked], torch.tensor([len(ids)], device=embedder.lm.device)
         pooled = pool(self.states[ids][None], modality, length, len(embedder.head.modalities))
-        return embedder.head(pooled).numpy()
+        return embedder.head(pooled).float().cpu().numpy()
 
 
 def _train(recipe: str, overrides: Sequence[str], output: Path) -> Figures:

@@ -29,7 +29,7 @@ from anytoken.data.views import (
     parse_view,
     view_turns,
 )
-from anytoken.processor import Processor
+from anytoken.processor import Processor, first_frame_places
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.errors import DataError
 
@@ -218,11 +218,9 @@ class _Source:
         if not self.processor.first_frames:
             return view_turns(view, item, rng)
         kinds = [places[one][2] if isinstance(one, str) else None for one in view.sources]
-        frames = {}
-        for name, kind, before in zip(view.sources, kinds, [None, *kinds], strict=False):
-            if isinstance(name, str) and kind == "video" and before != "image":
-                frames[name] = self._first_frame(*places[name][:2])
-        return view_turns(view, item, rng, item | {name: [*ids, *item[name]] for name, ids in frames.items()})
+        videos = [str(view.sources[place]) for place in first_frame_places(kinds)]
+        asked = {name: [*self._first_frame(*places[name][:2]), *item[name]] for name in videos}
+        return view_turns(view, item, rng, item | asked)
 
     def _first_frame(self, shards: Shards, index: int, row: int | None = None) -> list[int]:
         return self.processor.codes_to_ids("image", shards.first_frame(index, row))
@@ -246,11 +244,12 @@ class _Source:
             if isinstance(content, str):
                 parts = [{"type": "text", "text": content}]
             pieces: list[Piece] = []
-            for before, part in zip([None, *(one["type"] for one in parts)], parts, strict=False):
+            reads = self.processor.first_frames and message["role"] == "user"
+            videos = first_frame_places([part["type"] for part in parts]) if reads else []
+            for place, part in enumerate(parts):
                 kind = part["type"]
                 if kind != "text":
-                    reads = self.processor.first_frames and message["role"] == "user"
-                    if reads and kind == "video" and before != "image":
+                    if place in videos:
                         pieces.append(self._first_frame(self.shards, index, part["row"]))
                     pieces.append(
                         self.processor.codes_to_ids(kind, self.shards.codes(index, kind, part["row"]))

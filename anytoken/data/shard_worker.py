@@ -24,7 +24,7 @@ FIRST_FRAME = (
     "first_frame"  # the arrays of the image codes of first frames, which have the rows of the videos
 )
 Tokenizers = Mapping[str, ModalityTokenizer]
-Encode = Callable[[Sequence[Any]], list[Codes]]
+Encode = Callable[[Sequence[Any]], list[Any]]
 Entry = dict[str, Any]  # what the journal says of a part
 Skipped = dict[str, list[Any]]  # reason -> [count, the first one's place and error]
 
@@ -77,13 +77,9 @@ def _encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
         for kind, value, _ in media:
             values[kind][value] = None
     codes = {
-        kind: _encode_all(tokenizers[kind].encode_batch, tokenizers[kind].segment_type, list(found), job)
+        kind: _encode_all(_encoder(tokenizers, kind, job), tokenizers[kind].segment_type, list(found), job)
         for kind, found in values.items()
     }
-    if job.first_frames:
-        frames = _first_frames(tokenizers, list(values["video"]), job)
-        # What is wrong with a frame is wrong with its video.
-        codes["video"] |= {value: one for value, one in frames.items() if isinstance(one, RecordError)}
     rows: dict[str, dict[Medium, int]] = {kind: {} for kind in tokenizers}
     lines = []
     for place, record, media in parsed:
@@ -92,10 +88,10 @@ def _encode_entries(tokenizers: Tokenizers, job: Job) -> Encoded:
             faults.append((place, wrong[0]))
         else:
             lines.append(record_line({"record": record, "rows": _place(media, rows)}))
-    kept = {kind: [codes[kind][one] for one in found] for kind, found in rows.items()}
+    kept: dict[str, list[Any]] = {kind: [codes[kind][one] for one in found] for kind, found in rows.items()}
     if job.first_frames:
-        kept[FIRST_FRAME] = [frames[one] for one in rows["video"]]
-    return Encoded(lines, kept, faults)  # type: ignore[arg-type]  # what is kept is no fault
+        kept[FIRST_FRAME], kept["video"] = ([pair[part] for pair in kept["video"]] for part in (0, 1))
+    return Encoded(lines, kept, faults)
 
 
 def encode_part(tokenizers: Tokenizers, job: Job) -> tuple[dict[str, bytes], Entry]:
@@ -136,15 +132,17 @@ def _place(media: list[MediaPart], rows: dict[str, dict[Medium, int]]) -> dict[s
     return own
 
 
-def _first_frames(
-    tokenizers: Tokenizers, videos: Sequence[Medium], job: Job
-) -> dict[Medium, Codes | RecordError]:
-    """Image codes of the first frame of every video, or what is wrong with it."""
+def _encoder(tokenizers: Tokenizers, kind: str, job: Job) -> Encode:
+    """What encodes a batch of a kind; with first frames, a video becomes two items: codes of the frame, and its own."""
+    encode = tokenizers[kind].encode_batch
+    if not job.first_frames or kind != "video":
+        return encode
 
-    def encode(segments: Sequence[Any]) -> list[Codes]:
-        return tokenizers["image"].encode_batch([Image(segment.frames[0]) for segment in segments])
+    def both(segments: Sequence[Any]) -> list[Any]:
+        frames = tokenizers["image"].encode_batch([Image(one.frames[0]) for one in segments])
+        return list(zip(frames, encode(segments), strict=True))
 
-    return _encode_all(encode, tokenizers["video"].segment_type, videos, job)
+    return both
 
 
 def _encode_all(

@@ -112,8 +112,8 @@ def _version(package: str) -> str:
 
 def espeak_variants() -> list[str]:
     """espeak-ng's variants of a voice, but for robots and whispers."""
-    told = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True)
-    files = [line.split()[-1] for line in told.stdout.splitlines()[1:]]
+    listed = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True)
+    files = [line.split()[-1] for line in listed.stdout.splitlines()[1:]]
     return sorted({Path(one).name for one in files if not _left_out(Path(one))})
 
 

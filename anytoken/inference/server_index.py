@@ -39,7 +39,7 @@ class ServerIndex:
         self._projected = is_older(self.url, meta, model)  # queries go through the head's `to_old`
 
     def __len__(self) -> int:
-        with _told(self.url, self.store):
+        with _database_errors(self.url, self.store):
             return len(self.store)
 
     def __repr__(self) -> str:
@@ -68,7 +68,7 @@ class ServerIndex:
         files = list_files(root, model.kinds)
         meta = {**embedding_space(model, width, untrained), **(opened_by or {})}
         store = open_store(url)
-        with _told(url, store):
+        with _database_errors(url, store):
             before = store.meta()
             if before is not None and overwrite:
                 store.drop()
@@ -99,14 +99,14 @@ class ServerIndex:
         if kinds is not None:
             check_kinds(kinds, self.model.kinds)
         vector = query_vector(self.model, self.meta, query, self._projected)
-        with _told(self.url, self.store):
+        with _database_errors(self.url, self.store):
             found = self.store.nearest(vector, k, kinds)
         return [Hit(score, item, Path(root) / item.path) for score, root, item in found]
 
 
 def read_meta(url: str, store: VectorStore) -> dict[str, Any]:
     """What describes a collection; RequestError if it is not there, or of something else."""
-    with _told(url, store):
+    with _database_errors(url, store):
         found = store.meta()
     if found is None:
         raise RequestError(
@@ -122,7 +122,7 @@ def _ours(url: str, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _told(url: str, store: VectorStore) -> Iterator[None]:
+def _database_errors(url: str, store: VectorStore) -> Iterator[None]:
     """Turn the errors of a database into a RequestError."""
     try:
         yield

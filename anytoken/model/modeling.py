@@ -115,9 +115,9 @@ class AnyTokenDecoderLayer(Qwen3MoeDecoderLayer):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        told = {"expert_mask": expert_mask, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
+        extra = {"expert_mask": expert_mask, "real": real} if isinstance(self.mlp, AnyTokenMoE) else {}
         return hidden_states + self.mlp(
-            normed, **{name: one for name, one in told.items() if one is not None}
+            normed, **{name: one for name, one in extra.items() if one is not None}
         )
 
 

@@ -74,10 +74,10 @@ class ModelWithLoss(nn.Module):
         base = base_model(self.lm)
         flat = input_ids.flatten()
         real = flat != self.loss.grammar.token_space.pad  # the end of a row counts in no routing loss
-        asked = {"output_router_logits": True, "real": real} if self.routed else {}
-        told = packed_inputs(base, position_ids, layout)
+        wanted = {"output_router_logits": True, "real": real} if self.routed else {}
+        inputs = packed_inputs(base, position_ids, layout)
         read = input_ids if self.noise is None else self.noise(input_ids)
-        outputs = base.base_model(input_ids=read, **told, **asked)
+        outputs = base.base_model(input_ids=read, **inputs, **wanted)
         hidden = outputs.last_hidden_state.flatten(0, 1)[loss_index]
         learnt = hidden, head_weight(base), targets, flat[loss_index]
         classes = None if layout is None else TargetClasses(layout["order"], layout["counts"])
@@ -111,12 +111,12 @@ def packed_inputs(
     model: PreTrainedModel, position_ids: Tensor, layout: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """What any causal LM is given besides ids so that packed samples stay apart: see `model/packed_attention.py`."""
-    told: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
+    inputs: dict[str, Any] = {"position_ids": position_ids, "use_cache": False}
     if is_flash_attention_requested(model.config):
-        told |= flash_lengths(position_ids) if layout is None else _flash_lengths(layout)
+        inputs |= flash_lengths(position_ids) if layout is None else _flash_lengths(layout)
     if layout is not None and isinstance(model, AnyTokenForCausalLM):
-        told["packed"] = layout["packed"]
-    return told
+        inputs["packed"] = layout["packed"]
+    return inputs
 
 
 def _flash_lengths(layout: dict[str, Any]) -> dict[str, Any]:

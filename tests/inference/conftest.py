@@ -13,6 +13,7 @@ from anytoken.inference.api import AnyToken
 from anytoken.inference.model_runner import ModelRunner
 from anytoken.inference.sampling import Sampling
 from anytoken.model.configuration import AnyTokenConfig
+from anytoken.model.embedding_head import EmbeddingHead
 from anytoken.model.modeling import AnyTokenForCausalLM
 from anytoken.processor import Processor
 from anytoken.segments import Segment
@@ -151,3 +152,11 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(ModelRunner, "features", features)
     return counts
+
+
+@pytest.fixture
+def searcher(own_model: AnyToken) -> AnyToken:
+    """The random model with a random embedding head for text and images."""
+    torch.manual_seed(0)
+    own_model.embedding_heads[None] = EmbeddingHead(32, ["text", "image"], 12, widths=[8])
+    return own_model

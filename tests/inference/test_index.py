@@ -30,13 +30,6 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def searcher(own_model):
-    torch.manual_seed(0)
-    own_model.embedding_heads[None] = EmbeddingHead(32, ["text", "image"], 12, widths=[8])
-    return own_model
-
-
-@pytest.fixture
 def read(searcher, monkeypatch):
     """How many items were embedded since the last look."""
     counts = [0]

@@ -58,13 +58,6 @@ def folder(tmp_path):
     return root
 
 
-@pytest.fixture
-def searcher(own_model):
-    torch.manual_seed(0)
-    own_model.embedding_heads[None] = EmbeddingHead(32, ["text", "image"], 12, widths=[8])
-    return own_model
-
-
 def embedded(monkeypatch):
     """A list that grows by the paths of what is embedded."""
     paths, original = [], index_files.read_files
