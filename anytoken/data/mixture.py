@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from anytoken.data.shards import Shards
 from anytoken.data.views import (
+    Given,
     Piece,
     TrainingSequence,
     Turn,
@@ -243,7 +244,7 @@ class _Source:
             parts: list[dict[str, Any]] = content
             if isinstance(content, str):
                 parts = [{"type": "text", "text": content}]
-            pieces: list[Piece] = []
+            pieces: list[Piece | Given] = []
             reads = self.processor.first_frames and message["role"] == "user"
             videos = first_frame_places([part["type"] for part in parts]) if reads else []
             for place, part in enumerate(parts):

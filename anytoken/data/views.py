@@ -2,7 +2,8 @@
 
 ``"text->image"`` puts the text in the user's turn and the image in the assistant's. Both sides list keys of
 the record, separated by commas, and quoted literals: ``'text,", voice ",voice->speech'``. Adjacent
-strings are joined before they are tokenized, so that training sees the same ids as a prompt.
+strings are joined before they are tokenized, so that training sees the same ids as a prompt. A key in parentheses,
+``'text->(image),video'``, is part of the reply and is read, but not learned.
 ``"interleaved"`` puts all text and media of a record in one assistant turn, in random order;
 ``"messages"`` replays a conversation.
 """
@@ -17,8 +18,7 @@ import numpy as np
 from anytoken.utils.errors import DataError
 
 Piece = str | list[int]
-Turn = tuple[str, list[Piece]]
-_TERM = re.compile(r'\s*(?:"(?P<literal>[^"]*)"|(?P<key>[\w.-]+))\s*')
+_TERM = re.compile(r'\s*(?:"(?P<literal>[^"]*)"|\((?P<given>[\w.-]+)\)|(?P<key>[\w.-]+))\s*')
 
 
 class ControlIds(Protocol):
@@ -40,13 +40,27 @@ class Literal:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A piece of the assistant's turn that is read, but not learned."""
+
+    piece: Piece
+
+
+Turn = tuple[str, list[Piece | Given]]
+
+
+@dataclass(frozen=True)
 class View:
-    """A parsed view; ``special`` is "interleaved" or "messages" for the views that have no arrow."""
+    """A parsed view; ``special`` is "interleaved" or "messages" for the views that have no arrow.
+
+    given: the keys among the targets that are not learned.
+    """
 
     name: str
     sources: tuple[str | Literal, ...] = ()
     targets: tuple[str | Literal, ...] = ()
     special: str | None = None
+    given: frozenset[str] = frozenset()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -75,10 +89,15 @@ def parse_view(name: str) -> View:
     left, arrow, right = name.partition("->")
     if not arrow:
         raise DataError(f"unknown view {name!r}; write 'text->image', 'interleaved' or 'messages'")
-    sources, targets = _parse_terms(left, name), _parse_terms(right, name)
-    if not targets:
-        raise DataError(f"view {name!r} has nothing to learn: name a key after '->'")
-    return View(name, sources, targets)
+    sources, in_source = _parse_terms(left, name)
+    targets, given = _parse_terms(right, name)
+    if in_source:
+        raise DataError(
+            f"view {name!r} has parentheses before '->'; a prompt is never learned, write the key alone"
+        )
+    if given.issuperset(targets):
+        raise DataError(f"view {name!r} has nothing to learn: name a key without parentheses after '->'")
+    return View(name, sources, targets, given=given)
 
 
 def held_kinds(record: Mapping[str, Any], kinds: Iterable[str]) -> frozenset[str]:
@@ -109,8 +128,10 @@ def is_used(held: frozenset[str], views: Iterable[str]) -> bool:
     return "messages" in held or len(held) > 1 or (held == {"text"} and "->text" in views)
 
 
-def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
+def _parse_terms(side: str, name: str) -> tuple[tuple[str | Literal, ...], frozenset[str]]:
+    """The terms of one side of a view, and the keys among them that are in parentheses."""
     terms: list[str | Literal] = []
+    given = set()
     position = 0
     while side.strip() and position <= len(side):
         match = _TERM.match(side, position)
@@ -118,14 +139,17 @@ def _parse_terms(side: str, name: str) -> tuple[str | Literal, ...]:
             raise DataError(
                 f'cannot read {side[position:]!r} in view {name!r}; list keys and "quoted text" with commas'
             )
-        terms.append(Literal(match["literal"]) if match["literal"] is not None else match["key"])
+        key = match["given"] or match["key"]
+        terms.append(Literal(match["literal"]) if key is None else key)
+        if match["given"]:
+            given.add(key)
         position = match.end()
         if position < len(side) and side[position] != ",":
             raise DataError(f"expected a comma before {side[position:]!r} in view {name!r}")
         if position == len(side):
             break
         position += 1
-    return tuple(terms)
+    return tuple(terms), frozenset(given)
 
 
 def view_turns(
@@ -144,13 +168,15 @@ def view_turns(
     return [*turns, ("assistant", _fill(view.targets, item, view))]
 
 
-def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: View) -> list[Piece]:
-    pieces: list[Piece] = []
+def _fill(terms: tuple[str | Literal, ...], item: Mapping[str, Piece], view: View) -> list[Piece | Given]:
+    pieces: list[Piece | Given] = []
     for term in terms:
         if isinstance(term, str) and term not in item:
             raise DataError(f"view {view.name!r} needs {term!r}; the record has {sorted(item)}")
         piece = term.text if isinstance(term, Literal) else item[term]
-        if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+        if term in view.given:
+            pieces.append(Given(piece))
+        elif isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
             pieces[-1] += piece
         else:
             pieces.append(piece)
@@ -162,6 +188,12 @@ def drop_prompt(turns: list[Turn]) -> list[Turn]:
     return [(role, [] if role == "user" else pieces) for role, pieces in turns]
 
 
+def piece_ids(piece: Piece | Given, encode_text: Callable[[str], list[int]]) -> list[int]:
+    """The ids of one piece of a turn."""
+    content = piece.piece if isinstance(piece, Given) else piece
+    return encode_text(content) if isinstance(content, str) else content
+
+
 def build_sequence(
     turns: Sequence[Turn],
     controls: ControlIds,
@@ -170,16 +202,22 @@ def build_sequence(
 ) -> TrainingSequence:
     """Write turns as ids: bos, then role, content, end each; an empty user turn becomes the null prompt.
 
-    Targets are the assistant's content and end ids; with ``learn_all`` everything but the first id.
+    Targets are the assistant's content, except `Given` pieces, and end ids; with ``learn_all`` everything but the
+    first id.
     """
     ids, learn = [controls.bos], [False]
     for role, pieces in turns:
-        content = [
-            id_ for piece in pieces for id_ in (encode_text(piece) if isinstance(piece, str) else piece)
-        ]
-        if role == "user" and not content:
-            content = [controls.null]
         spoken = role == "assistant"
-        ids += [getattr(controls, role), *content, controls.end]
-        learn += [learn_all] + [spoken or learn_all] * (len(content) + 1)
+        start = len(ids) + 1
+        ids.append(getattr(controls, role))
+        learn.append(learn_all)
+        for piece in pieces:
+            content = piece_ids(piece, encode_text)
+            ids += content
+            learn += [learn_all or (spoken and not isinstance(piece, Given))] * len(content)
+        if role == "user" and len(ids) == start:
+            ids.append(controls.null)
+            learn.append(learn_all)
+        ids.append(controls.end)
+        learn.append(spoken or learn_all)
     return TrainingSequence(np.array(ids, dtype=np.int32), np.array(learn, dtype=bool))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anytoken.data.mixture import MAX_TRIES, Mixture, _Choice
 from anytoken.data.packing import PackedStream, PackState
-from anytoken.data.views import Piece
+from anytoken.data.views import Given, Piece, piece_ids
 from anytoken.tokenizers.base import TokenizerError
 from anytoken.utils.errors import DataError
 
@@ -50,9 +50,10 @@ class PairMixture(Mixture):
         self._made: dict[tuple[int, int], Pair] = {}  # by choice and row, where a row makes one pair only
         self._ids_kept = 0
         for choice in self.choices:
-            if choice.view.special or not choice.view.sources:
+            if choice.view.special or choice.view.given or not choice.view.sources:
                 raise DataError(
-                    f"{choice.source.spec.path}: view {choice.view.name!r} has no two sides to pair; write left->right"
+                    f"{choice.source.spec.path}: view {choice.view.name!r} has no two sides to pair; write left->right "
+                    "without parentheses"
                 )
             for key in filter(None, (positives, weight_by)):
                 records = choice.source.shards.records
@@ -150,9 +151,9 @@ class PairMixture(Mixture):
             self._ids_kept += len(made.left) + len(made.right)
         return made
 
-    def _prompt(self, pieces: Sequence[Piece]) -> list[int]:
+    def _prompt(self, pieces: Sequence[Piece | Given]) -> list[int]:
         space: Any = self.controls
-        content = [i for one in pieces for i in (self._encode_text(one) if isinstance(one, str) else one)]
+        content = [i for piece in pieces for i in piece_ids(piece, self._encode_text)]
         return [space.bos, space.user, *content, space.end, space.assistant]
 
 

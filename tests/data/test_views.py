@@ -36,7 +36,20 @@ def test_parse_view() -> None:
     assert parse_view("messages").keys == ("messages",)
 
 
-@pytest.mark.parametrize("bad", ["text", "text->", "text image->speech", 'a,"b->c', "a,,b->c", "a->b->c"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "text",
+        "text->",
+        "text image->speech",
+        'a,"b->c',
+        "a,,b->c",
+        "a->b->c",
+        "(a)->b",
+        "a->(b)",
+        'a->("b"),c',
+    ],
+)
 def test_bad_views_are_refused(bad: str) -> None:
     with pytest.raises(DataError):
         parse_view(bad)
@@ -46,6 +59,12 @@ def test_direction_puts_prompt_before_answer_and_learns_the_answer_and_its_end()
     found = sequence("text->image")
     assert found.ids.tolist() == [100, 101, 97, 98, 104, 102, *PICTURE, 104]
     assert found.learn.tolist() == [False] * 6 + [True] * 5
+
+
+def test_a_key_in_parentheses_is_read_but_not_learned() -> None:
+    found = sequence("voice->(text),image")
+    assert found.ids.tolist() == sequence("voice->text,image").ids.tolist()
+    assert found.learn.tolist() == [False] * 7 + [True] * 5
 
 
 def test_neighbouring_strings_are_tokenized_as_one() -> None:
