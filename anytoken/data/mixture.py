@@ -46,7 +46,10 @@ class _Spec(BaseModel):
 
 
 class PairSpec(_Spec):
-    """A second tokenized set: each record is joined with one that has an equal key ``by``, or any if null."""
+    """A second tokenized set: each record is joined with one that has an equal key ``by``, or any if null.
+
+    Partners without one of the keys to take are left out.
+    """
 
     path: str = Field(description="tokenized set of the partners, below data_root")
     take: dict[str, str] = Field(description="new key -> key of the partner", min_length=1)
@@ -131,7 +134,8 @@ class _Source:
             pair = spec.pair_with
             self.partner_shards = self._open(pair.path, sampling)
             for index, record in enumerate(self.partner_shards.records):
-                if matches(record, pair.split, pair.where):
+                whole = all(record.get(key) is not None for key in pair.take.values())
+                if whole and matches(record, pair.split, pair.where):
                     self.partners[record.get(pair.by) if pair.by else None].append(index)
         self.rows = [index for index, record in enumerate(self.shards.records) if self._counts(record)]
         self.scale = len(self.rows) ** (1 / sampling.temperature) if sampling.temperature else 1.0

@@ -76,7 +76,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("c", 4, "test"),
             ]
         ],
-        "words": [{"word": word, "name": word[0]} for word in ("ax", "ay", "cz")],
+        "words": [{"word": word, "name": word[0]} for word in ("ax", "ay", "cz")] + [{"name": "b"}],
         "talk": [
             {
                 "messages": [
@@ -147,7 +147,7 @@ def test_weights_count_samples(shards: Path) -> None:
     assert counts["text->beep"] / counts["beep->text"] == pytest.approx(3, rel=0.35)
 
 
-def test_join_takes_any_partner_with_the_same_key(shards: Path) -> None:
+def test_join_takes_any_partner_with_the_same_key_that_has_what_is_taken(shards: Path) -> None:
     pair = {"path": str(shards / "words"), "by": "name", "take": {"word": "word"}}
     found = drawn(mixture({"path": str(shards / "beeps"), "views": {"beep->word": 1}, "pair_with": pair}))
     assert set(found) == {(BOS, USER, *beep(n), END, *answer(word)) for n in (1, 3) for word in ("ax", "ay")}
