@@ -113,6 +113,9 @@ def generate(
             "checkpoint says."
         ),
     ] = None,
+    cascade: Annotated[
+        bool | None, typer.Option(help="Generate from each step of --via alone, or from the prompt, too.")
+    ] = None,
     out: Out = Path("out"),
     num_return: Annotated[int, typer.Option(help="Number of replies.")] = 1,
     best_of: Annotated[
@@ -147,6 +150,7 @@ def generate(
     parts = [read_part(part) for part in prompt or ["-"]]
     kinds, steps = _kinds(output), _kinds(via)
     sampling["via"] = [] if steps == ["none"] else steps
+    sampling["cascade"] = cascade
     opened, console = load(model, device, adapter), Console()
     if stream:
         events = opened.stream(parts, kinds, **sampling)

@@ -1,8 +1,10 @@
 """Chains of modality: a reply generated in steps, such as speech -> text -> image.
 
 A model that first writes what it understood can reuse its knowledge of text and images, instead of learning a direct
-mapping (SpeechGPT, arXiv 2305.11000). A checkpoint lists its default chains in `chains.json`: ``{"speech->image":
-["text"]}``. The steps are part of the reply's ids, but not of its segments.
+mapping (SpeechGPT, arXiv 2305.11000). In a `Cascade` each step, and then the output, is generated from the step before
+alone: the image of a text is animated as if it were the prompt. A checkpoint lists its default chains in
+`chains.json`: ``{"speech->image": ["text"], "text->video": {"cascade": ["image"]}}``. The steps are part of the
+reply's ids, but not of its segments.
 """
 
 from __future__ import annotations
@@ -11,11 +13,18 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from anytoken.token_space import TokenSpace
 from anytoken.utils.errors import RequestError
 
 FILE = "chains.json"
+
+
+class Cascade(tuple[str, ...]):
+    """The kinds of steps that are generated each from the one before alone."""
+
+
 Chains = dict[tuple[str, str], tuple[str, ...]]  # (kind of the prompt, kind of the reply): steps
 
 
@@ -28,11 +37,12 @@ def load_chains(folder: Path) -> Chains:
         found = {}
         for way, steps in json.loads(path.read_text(encoding="utf-8")).items():
             source, arrow, target = way.partition("->")
-            if not (source and arrow and target and steps and all(isinstance(one, str) for one in steps)):
+            kinds = steps["cascade"] if isinstance(steps, dict) else steps
+            if not (source and arrow and target and kinds and all(isinstance(one, str) for one in kinds)):
                 raise ValueError(f"{way!r}: {steps!r}")
-            found[source, target] = tuple(steps)
+            found[source, target] = Cascade(kinds) if isinstance(steps, dict) else tuple(kinds)
         return found
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise RequestError(
             f'{path} does not hold chains, such as {{"speech->image": ["text"]}} ({error}); copy the checkpoint again.'
         ) from error
@@ -41,8 +51,18 @@ def load_chains(folder: Path) -> Chains:
 def save_chains(chains: Mapping[tuple[str, str], Sequence[str]], folder: Path) -> None:
     """Write the chains of a checkpoint, if there are any."""
     if chains:
-        data = {f"{source}->{target}": list(steps) for (source, target), steps in chains.items()}
+        data: dict[str, Any] = {}
+        for (source, target), steps in chains.items():
+            kinds = list(steps)
+            data[f"{source}->{target}"] = {"cascade": kinds} if isinstance(steps, Cascade) else kinds
         (folder / FILE).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def default_chains(chains: Chains, prompt: Sequence[int], space: TokenSpace) -> Chains:
+    """The chains for the kind of a prompt's ids, without those of which a step is in the prompt already."""
+    kind = prompt_kind(prompt, space)
+    held = {name for name in space.modalities if space.open_token(name) in prompt}
+    return {way: steps for way, steps in chains.items() if way[0] == kind and held.isdisjoint(steps)}
 
 
 def prompt_kind(prompt: Sequence[int], space: TokenSpace) -> str | None:

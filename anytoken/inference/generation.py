@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from transformers import PreTrainedModel
 
 from anytoken import moved
-from anytoken.inference.chains import Chains, prompt_kind
+from anytoken.inference.chains import Cascade, Chains, default_chains
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.likeliest_prompt import prompt_likelihood
@@ -46,8 +46,10 @@ class Options(TypedDict, total=False):
         prompts get different replies.
     sizes: fixes the grid of a kind, {"image": (8, 8)} in codes.
     via: kinds that are generated first, as steps towards an `output` of one kind: "text", or a list; they are in the
-        reply's `steps`. By default as the checkpoint says for the kind of the prompt (`model.chains`); [] is the
-        direct way.
+        reply's `steps`. By default as the checkpoint says for the kind of the prompt (`model.chains`), unless one of
+        these kinds is in the prompt already; [] is the direct way.
+    cascade: with `via`, whether each step is the whole prompt of what follows it; otherwise all of the prompt and the
+        steps is read.
     """
 
     temperature: float | None
@@ -61,6 +63,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     sizes: Mapping[str, tuple[int, ...]] | None
     via: Output
+    cascade: bool | None
 
 
 class GenerationMixin:
@@ -175,8 +178,7 @@ class GenerationMixin:
     def _rank(self, rerank: Rerank, request: GenerationRequest, reply: GenerationOutput) -> float:
         if rerank != "prompt":
             return rerank(reply)
-        ids, steps = reply.ids, request.num_steps
-        return prompt_likelihood(self.engine, self.processor, request.prompt, ids, steps)
+        return prompt_likelihood(self.engine, self.processor, request.prompt, reply.ids, len(reply.steps))
 
     def _check_random(self, samples: int, output: Output, options: Mapping[str, Any]) -> None:
         """RequestError if several replies would be identical because all kinds are greedy."""
@@ -218,23 +220,22 @@ class GenerationMixin:
     def _replies(self, requests: Sequence[GenerationRequest]) -> list[tuple[GenerationOutput, float]]:
         """Replies, each with the mean log-probability of its ids (0 if the request is not `scored`)."""
         began = time.perf_counter()
-        collected: list[list[int]] = [[] for _ in requests]
-        likelihood = [0.0] * len(requests)
+        collected: list[list[Token]] = [[] for _ in requests]
         ends: dict[int, tuple[str, float]] = {}
         for token in self.engine.stream(requests):
-            collected[token.row].append(token.id)
-            likelihood[token.row] += token.logprob
+            collected[token.row].append(token)
             if token.finish_reason is not None:
                 ends[token.row] = (token.finish_reason, time.perf_counter() - began)
         replies = []
-        for row, (request, ids) in enumerate(zip(requests, collected, strict=True)):
-            segments = SegmentStream(self.processor, request.num_steps)
-            for token_id in ids:
-                segments.push(token_id)
+        for row, (request, tokens) in enumerate(zip(requests, collected, strict=True)):
+            segments = SegmentStream(self.processor)
+            for token in tokens:
+                segments.push(token.id, token.step)
             reason, seconds = ends[row]
+            ids = [token.id for token in tokens]
             usage = count_usage(self.token_space, len(request.prompt), ids, seconds)
             reply = GenerationOutput(segments.segments, ids, usage, reason, segments.steps)
-            replies.append((reply, likelihood[row] / len(ids)))
+            replies.append((reply, sum(token.logprob for token in tokens) / len(tokens)))
         return replies
 
     def stream(
@@ -263,12 +264,12 @@ class GenerationMixin:
         self, request: GenerationRequest, tokens: Generator[Token, None, None]
     ) -> Generator[Event, None, GenerationOutput]:
         began, ids, reason = time.perf_counter(), [], "stop"
-        segments = SegmentStream(self.processor, request.num_steps)
+        segments = SegmentStream(self.processor)
         with closing(tokens):
             for token in tokens:
                 ids.append(token.id)
                 reason = token.finish_reason or reason
-                yield from segments.push(token.id)
+                yield from segments.push(token.id, token.step)
         usage = count_usage(self.token_space, len(request.prompt), ids, time.perf_counter() - began)
         yield usage
         return GenerationOutput(segments.segments, ids, usage, reason, segments.steps)
@@ -287,7 +288,10 @@ class GenerationMixin:
             raise RequestError(
                 f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
             )
-        output_kinds, num_steps = self._chained(prompt, output, options.get("via"))
+        output_kinds = self._output_kinds(output)
+        steps, planned = self._steps(prompt, output_kinds, options.get("via"), options.get("cascade"))
+        if output_kinds is not None:
+            output_kinds = (*steps, *output_kinds)
         return GenerationRequest(
             prompt,
             output_kinds,
@@ -296,34 +300,39 @@ class GenerationMixin:
             options.get("seed"),
             null_prompt=self.processor.null_prompt(),
             sizes=sizes,
-            num_steps=num_steps,
+            num_steps=len(steps),
+            cascade=isinstance(steps, Cascade),
+            planned_chains=planned,
         )
 
-    def _chained(
-        self, prompt: Sequence[int], output: Output, via: Output
-    ) -> tuple[tuple[str, ...] | None, int]:
-        """The kinds of a reply, including the steps before the output, and the number of steps.
+    def _steps(
+        self, prompt: Sequence[int], output_kinds: tuple[str, ...] | None, via: Output, cascade: bool | None
+    ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+        """The kinds before the output, and without an output those before each kind that the model may choose.
 
-        Steps are those asked for, else those of the checkpoint for the kinds of this prompt and output.
+        Steps are those asked for, else those of the checkpoint for the kinds of this prompt and output. Where the model
+        chooses the output, it also writes steps of text by itself.
         """
-        output_kinds = self._output_kinds(output)
-        if via is None or output_kinds is None:
-            if via:
-                raise RequestError(f'via={via!r} needs an output, such as output="image".')
-            chained = (
-                output_kinds is not None
-                and len(output_kinds) == 1
-                and any(output_kinds[0] == end for _, end in self.chains)
-            )
-            way = (
-                (prompt_kind(prompt, self.token_space) or "", output_kinds[0])
-                if output_kinds and chained
-                else ("", "")
-            )
-            steps = self.chains.get(way, ())
-        else:
-            steps = () if isinstance(via, list | tuple) and not via else self._output_kinds(via) or ()
-        return (None if output_kinds is None else (*steps, *output_kinds)), len(steps)
+        direct = isinstance(via, list | tuple) and not via
+        if via and not output_kinds:
+            raise RequestError(f'via={via!r} needs an output, such as output="image".')
+        if cascade and not via:
+            raise RequestError('cascade=True needs steps, such as via="image".')
+        if via:
+            steps = self._output_kinds(via) or ()
+            if cascade and "video" in steps and self.processor.first_frames:
+                raise RequestError(
+                    "cascade=True cannot pass on a video in a model that also reads the first frames of videos in "
+                    "prompts; leave cascade out, or call generate twice."
+                )
+            return (Cascade(steps) if cascade else steps), {}
+        if direct or not self.chains or (output_kinds is not None and len(output_kinds) > 1):
+            return (), {}
+        chains = default_chains(self.chains, prompt, self.token_space)
+        ends = {end: steps for (_, end), steps in chains.items()}
+        if output_kinds is None:
+            return (), {end: steps for end, steps in ends.items() if steps[0] != "text"}
+        return ends.get(output_kinds[0], ()), {}
 
     def _sampling(self, options: Mapping[str, Any]) -> dict[str, Sampling]:
         """The settings of each kind."""
@@ -384,7 +393,9 @@ class GenerationMixin:
 
         prompt: ids of the user's turn; with `via`, they decide on steps before the output.
         """
-        limit = self._limit(self._chained(prompt, output, via)[0]) or TEXT_TOKENS
+        output_kinds = self._output_kinds(output)
+        steps, _ = self._steps(prompt, output_kinds, via, None)
+        limit = self._limit(output_kinds and (*steps, *output_kinds)) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from anytoken.grammar import Grammar, State
+from anytoken.grammar import CONTENT, Grammar, State
 from anytoken.grammar_tables import Ranges
+from anytoken.inference.chains import Cascade
 from anytoken.inference.kv_cache import PrefixCache
 from anytoken.inference.sampling import Sampling
 from anytoken.utils.errors import RequestError
@@ -27,13 +28,15 @@ class Token:
 
     row: its request's number (in `Engine.stream` its place). finish_reason: set on a reply's last token: "stop" when
     the model (or `output_kinds`) ended it, "length" when the token limit left no choice. logprob: of the id among those
-    allowed, before temperature, filters and guidance; 0 without an alternative.
+    allowed, before temperature, filters and guidance; 0 without an alternative. step: whether the segment that it
+    begins is a step of a chain (`chains.py`).
     """
 
     row: int
     id: int
     finish_reason: str | None = None
     logprob: float = 0.0
+    step: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +44,12 @@ class GenerationRequest:
     """A request for one reply.
 
     prompt: ids to continue. output_kinds: the kinds of the reply in order; None: the model decides. num_steps: the
-    number of kinds, from the first, that are steps of a chain (`chains.py`). sampling: settings by kind.
-    max_new_tokens: limit of the whole reply; None is up to the context. seed, draw: the random numbers of the reply
-    depend on both alone; without a seed they differ each time. null_prompt: the unconditional prompt of guidance.
-    sizes: pins the grid of a kind. prefixes: keeps what is decoded for prompts that continue it. scored: asks for
-    log-probabilities. Nothing is checked before `start`.
+    number of kinds, from the first, that are steps of a chain (`chains.py`). cascade: whether what follows a step is
+    generated from that step alone. planned_chains: the steps to insert if the model decides and begins with the medium
+    of a key. sampling: settings by kind. max_new_tokens: limit of the whole reply; None is up to the context. seed,
+    draw: the random numbers of the reply depend on both alone; without a seed they differ each time. null_prompt: the
+    unconditional prompt of guidance. sizes: pins the grid of a kind. prefixes: keeps what is decoded for prompts that
+    continue it. scored: asks for log-probabilities. Nothing is checked before `start`.
     """
 
     prompt: Sequence[int]
@@ -59,6 +63,8 @@ class GenerationRequest:
     prefixes: PrefixCache | None = None
     scored: bool = False
     num_steps: int = 0
+    cascade: bool = False
+    planned_chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def start(self, grammar: Grammar, context: int) -> tuple[State, int]:
         """The initial grammar state of the reply, and its limit in ids within a context of `context` ids.
@@ -68,8 +74,12 @@ class GenerationRequest:
         self._check_prompt(grammar.token_space.vocab_size)
         if self.null_prompt is None and any(one.cfg_scale != 1 for one in self.sampling.values()):
             raise RequestError("cfg_scale needs a null prompt; pass null_prompt.")
-        state = grammar.reply(self.output_kinds, sizes=dict(self.sizes) if self.sizes else None)
+        state = self.initial_state(grammar, self.output_kinds)
         return state, self._budget(grammar.min_remaining(state), context)
+
+    def initial_state(self, grammar: Grammar, output_kinds: Sequence[str] | None) -> State:
+        """The grammar state before a reply of these kinds."""
+        return grammar.reply(output_kinds, sizes=dict(self.sizes) if self.sizes else None)
 
     def random(self) -> np.random.Generator:
         """The random generator of the reply; RequestError for an invalid seed."""
@@ -110,7 +120,11 @@ class GenerationRequest:
 
 
 class GrammarWalk:
-    """The reply to a request so far; `ranges` are the ids that may follow, `kind` is the kind of the open segment."""
+    """The reply to a request so far.
+
+    `ids` are those of the reply, and `ranges` those that may follow. `context_ids` are what the model reads, the prompt
+    and the reply, or in a cascade the last step and what follows it. `kind` is the kind of the open segment.
+    """
 
     def __init__(self, request: GenerationRequest, grammar: Grammar, context: int, number: int = 0) -> None:
         self.request, self.grammar, self.number = request, grammar, number
@@ -121,19 +135,54 @@ class GrammarWalk:
         self.kind, self.setting = "text", request.sampling.get("text", DEFAULT)
         self.ranges: Ranges = ()
         self.ids: list[int] = []
+        self.num_steps, self.cascade = request.num_steps, request.cascade
+        self._prompt: Sequence[int] = request.prompt
+        self.begin = 0  # the first of `ids` that are read after the prompt
+        self.restarted = False  # set when a step of a cascade has become the prompt
         self.cut = self.finished = False
 
     def append(self, token: int, logprob: float = 0.0) -> Token:
-        """Add an id; TokenSpaceError for one that is not allowed."""
-        self.state = self.grammar.advance(self.state, token)
+        """Add an id; TokenSpaceError for one that is not allowed.
+
+        A first id that begins a medium with a planned chain stands for the one that begins the chain's first step.
+        """
+        if not self.ids and self.request.output_kinds is None:
+            token = self._begin_chain(token)
+        step, self.state = self.state.step, self.grammar.advance(self.state, token)
         self.budget -= 1
         self.ids.append(token)
+        if self.cascade and step < min(self.state.step, self.num_steps):
+            self._begin_cascade()
         if token in self._kinds:
             self.kind = self._kinds[token]
             self.setting = self.request.sampling.get(self.kind, DEFAULT)
         self.finished = self.grammar.finished(self.state)
         reason = ("length" if self.cut else "stop") if self.finished else None
-        return Token(self.number, token, reason, logprob)
+        return Token(self.number, token, reason, logprob, self.state.step < self.num_steps)
+
+    @property
+    def context_ids(self) -> list[int]:
+        """The ids that the next one follows."""
+        return [*self._prompt, *self.ids[self.begin :]]
+
+    def _begin_cascade(self) -> None:
+        """Make the step that has just ended the prompt; a text ends where the next medium opens."""
+        space = self.grammar.token_space
+        end = len(self.ids) if self.state.phase is CONTENT else len(self.ids) - 1
+        step = self.ids[self.begin : end]
+        self._prompt = [space.bos, space.user, *step, space.end, space.assistant]
+        self.begin, self.restarted = end, True
+
+    def _begin_chain(self, token: int) -> int:
+        """The id that opens the first step before the medium of `token`; `token` if there is none, or no room."""
+        kind = self._kinds.get(token, "text")
+        steps = self.request.planned_chains.get(kind, ())
+        if steps:
+            state = self.request.initial_state(self.grammar, (*steps, kind))
+            if self.grammar.min_remaining(state) <= self.budget:
+                self.state, self.num_steps, self.cascade = state, len(steps), isinstance(steps, Cascade)
+                return self.grammar.token_space.open_token(steps[0])
+        return token
 
     def settle(self) -> list[Token]:
         """Append ids as long as there is only one choice."""

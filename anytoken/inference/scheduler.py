@@ -39,10 +39,19 @@ class RunningRequest(GrammarWalk):
 
     def append(self, token: int, logprob: float = 0.0) -> Token:
         """Add an id to the reply and to its sequences."""
-        self.slot.ids.append(token)
-        if self.uncond is not None:
-            self.uncond.ids.append(token)
-        return super().append(token, logprob)
+        added = super().append(token, logprob)
+        for sequence in filter(None, (self.slot, self.uncond)):
+            sequence.ids.append(added.id)
+        return added
+
+    @property
+    def sequences(self) -> list[BatchSequence]:
+        """The sequences of the request in the batch."""
+        return [self.slot] if self.uncond is None else [self.slot, self.uncond]
+
+    def restart(self) -> None:
+        """Begin with new sequences, as in a cascade after each step."""
+        self.slot, self.uncond, self.restarted = BatchSequence(self.context_ids), None, False
 
 
 class Scheduler:
@@ -125,13 +134,17 @@ class Scheduler:
         if not tokens and self._rows:
             for row in self._rows:
                 if row.uncond is None and row.setting.cfg_scale != 1:
-                    row.uncond = self._batch.add([*(row.request.null_prompt or ()), *row.ids])
+                    row.uncond = self._batch.add([*(row.request.null_prompt or ()), *row.ids[row.begin :]])
             features = self._batch.forward(self.max_prefill_tokens)
             read = set(self._batch.decoded)
             ready = [row for row in self._rows if {row.slot, row.uncond or row.slot} <= read]
             for row, (token, logprob) in zip(ready, self._choose(ready, features), strict=True):
                 tokens.append(row.append(token, logprob))
                 tokens += row.settle()
+                if row.restarted and not row.finished:
+                    self._batch.drop(row.sequences)
+                    row.restart()
+                    self._batch.slots.append(row.slot)
         self._leave([row for row in self._rows if row.finished])
         return tokens
 
@@ -144,8 +157,7 @@ class Scheduler:
     def _leave(self, rows: list[RunningRequest]) -> None:
         if rows:
             self._rows = [row for row in self._rows if row not in rows]
-            slots = [slot for row in rows for slot in (row.slot, row.uncond) if slot in self._batch.slots]
-            self._batch.drop([slot for slot in slots if slot is not None])
+            self._batch.drop([slot for row in rows for slot in row.sequences if slot in self._batch.slots])
 
     def _choose(self, chosen: list[RunningRequest], features: Tensor | None) -> list[tuple[int, float]]:
         """The next ids of some rows; those with the same choices and settings are sampled together.

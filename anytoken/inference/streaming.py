@@ -97,13 +97,13 @@ def finish(events: Generator[Event, None, T], see: Callable[[Event], None] | Non
 class SegmentStream:
     """Converts ids to events, one id at a time, and collects the finished segments.
 
-    The first `num_steps` segments are collected as `steps` and cause no events.
+    Segments that are steps of a chain are collected as `steps` and cause no events.
     """
 
-    def __init__(self, processor: Processor, num_steps: int = 0) -> None:
+    def __init__(self, processor: Processor) -> None:
         self.segments: list[Segment] = []
         self.steps: list[Segment] = []
-        self._num_steps, self._hidden = num_steps, num_steps
+        self._is_step = False  # of the segment in progress
         self._processor = processor
         space = processor.token_space
         self._opens = {space.open_token(name): name for name in space.modalities}
@@ -113,38 +113,31 @@ class SegmentStream:
         self._text: list[str] | None = None
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token: int) -> list[Event]:
-        """The events that the next id causes."""
-        return self._shown(self._events(token)) if self._hidden else self._events(token)
-
-    def _shown(self, events: list[Event]) -> list[Event]:
-        """The events without those of steps."""
-        shown = []
-        for event in events:
-            if not self._hidden:
-                shown.append(event)
-            elif isinstance(event, SegmentFinished):
-                self._hidden -= 1
-        return shown
-
-    def _collect(self, segment: Segment) -> None:
-        (self.segments if len(self.steps) == self._num_steps else self.steps).append(segment)
-
-    def _events(self, token: int) -> list[Event]:
+    def push(self, token: int, step: bool = False) -> list[Event]:
+        """The events that the next id causes; step: whether the segment that it begins is a step of a chain."""
         if self._medium is not None:
             if token not in self._closes:
-                return list(self._medium.push(token))
+                return self._shown(list(self._medium.push(token)))
             return self._finish_medium(self._medium)
         if token in self._opens:
             self._medium = _Medium(self._processor, self._opens[token])
-            return [*self._finish_text(), SegmentStarted(self._opens[token])]
+            events = self._finish_text()
+            self._is_step = step
+            return [*events, *self._shown([SegmentStarted(self._opens[token])])]
         if token == self._end:
             return self._finish_text()
-        events: list[Event] = []
+        events = []
         if self._text is None:
-            self._text = []
+            self._text, self._is_step = [], step
             events.append(SegmentStarted("text"))
-        return events + self._delta(self._bytes.decode(self._processor.text_tokenizer.id_bytes(token)))
+        piece = self._bytes.decode(self._processor.text_tokenizer.id_bytes(token))
+        return self._shown([*events, *self._delta(piece)])
+
+    def _shown(self, events: list[Event]) -> list[Event]:
+        return [] if self._is_step else events
+
+    def _collect(self, segment: Segment) -> None:
+        (self.steps if self._is_step else self.segments).append(segment)
 
     def _delta(self, piece: str) -> list[Event]:
         if not piece or self._text is None:
@@ -159,14 +152,14 @@ class SegmentStream:
         text, self._text = Text("".join(self._text)), None
         self._bytes.reset()
         self._collect(text)
-        return [*events, SegmentFinished(text)]
+        return self._shown([*events, SegmentFinished(text)])
 
     def _finish_medium(self, medium: "_Medium") -> list[Event]:
         with torch.no_grad():
             segment = medium.tokenizer.decode(medium.codes())
         self._medium = None
         self._collect(segment)
-        return [*medium.rest(), SegmentFinished(segment)]
+        return self._shown([*medium.rest(), SegmentFinished(segment)])
 
 
 class _Medium:

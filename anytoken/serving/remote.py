@@ -91,7 +91,7 @@ class Stretch(GrammarWalk):
         inside, one = set(ids), self.setting
         stops = [token for token in self._controls if token in inside]
         return {
-            "prompt": [*self.request.prompt, *self.ids], "allowed_token_ids": ids, "stop_token_ids": stops,
+            "prompt": self.context_ids, "allowed_token_ids": ids, "stop_token_ids": stops,
             "max_tokens": self._length(self.ranges, set(stops)), "ignore_eos": True, "temperature": one.temperature,
             "top_p": one.top_p, "top_k": one.top_k or -1, "min_p": one.min_p,
             "repetition_penalty": one.repetition_penalty,

@@ -45,22 +45,23 @@ class PendingReply:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        segments = SegmentStream(self._model.processor, self.job.request.num_steps)
+        segments = SegmentStream(self._model.processor)
         held = _StopText(self._stops)
         finished: list[Segment] = []
         ids: list[int] = []
         reason: str | None = None
         while reason is None:
-            tokens = [await self._queue.get()]
+            items, tokens = [await self._queue.get()], []
             while not self._queue.empty():
-                tokens.append(self._queue.get_nowait())
-            for item in tokens:
+                items.append(self._queue.get_nowait())
+            for item in items:
                 if isinstance(item, Exception):
                     raise _as_api_error(item)
+                tokens.append(item)
                 ids.append(item.id)
                 reason = item.finish_reason or reason
             # decoding a medium takes long enough to keep others waiting
-            events = await asyncio.to_thread(_push, segments, ids[-len(tokens) :])
+            events = await asyncio.to_thread(_push, segments, tokens)
             for event in held.pass_on(events):
                 if isinstance(event, SegmentFinished):
                     finished.append(event.segment)
@@ -76,8 +77,8 @@ class PendingReply:
         self.reply = GenerationOutput(finished, ids, usage, reason or "stop", segments.steps)
 
 
-def _push(segments: SegmentStream, ids: Sequence[int]) -> list[Event]:
-    return [event for token in ids for event in segments.push(token)]
+def _push(segments: SegmentStream, tokens: Sequence[Token]) -> list[Event]:
+    return [event for token in tokens for event in segments.push(token.id, token.step)]
 
 
 class _StopText:

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import anytoken
 from anytoken import Image, Speech, Text
-from anytoken.inference.chains import load_chains, prompt_kind
+from anytoken.inference.chains import Cascade, load_chains, prompt_kind
 from anytoken.inference.streaming import SegmentFinished, SegmentStarted, TextDelta
 from anytoken.utils.errors import RequestError
 
@@ -83,16 +84,106 @@ def test_a_conversation_goes_on_after_a_chain(model: anytoken.AnyToken, tmp_path
     assert again.send("What is this?", output="text").ids == chat.send("What is this?", output="text").ids
 
 
+def two_calls(model: anytoken.AnyToken, text: str, kinds: tuple[str, str], **options: Any) -> list[int]:
+    """The ids of a medium, and of what the model makes of it as a prompt."""
+    first = model.generate(text, output=kinds[0], **options).ids
+    space, step = model.token_space, first[:-1]
+    prompt = [space.bos, space.user, *step, space.end, space.assistant]
+    return [*step, *model.generate_ids([prompt], kinds[1], **options)[0].ids]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_cascade_is_one_call_after_the_other(model: anytoken.AnyToken, scale: float) -> None:
+    options = {"temperature": 0.0, "cfg_scale": scale}
+    reply = model.generate("a fox", output="video", via="image", cascade=True, **options)
+    assert [one.kind for one in reply.steps] == ["image"] and [one.kind for one in reply.segments] == [
+        "video"
+    ]
+    assert reply.ids == two_calls(model, "a fox", ("image", "video"), **options)
+
+
+def test_a_cascade_passes_on_text(model: anytoken.AnyToken) -> None:
+    reply = model.generate(PIXELS, output="image", via="text", cascade=True, temperature=0.0)
+    [text], [image] = reply.steps, reply.segments
+    assert isinstance(text, Text)
+    again = model.generate(text.text, output="image", temperature=0.0)
+    assert np.array_equal(image.pixels, again.segments[0].pixels)
+
+
+def test_a_longer_cascade_reads_the_last_step_only(model: anytoken.AnyToken) -> None:
+    options = {"cascade": True, "temperature": 0.0}
+    reply = model.generate(SPOKEN, output="video", via=["text", "image"], **options)
+    [text, image] = reply.steps
+    assert isinstance(text, Text) and isinstance(image, Image)
+    later = model.generate(text.text, output="video", via="image", **options).ids
+    assert reply.ids[-len(later) :] == later
+
+
+def test_a_cascade_in_company_is_that_on_its_own(model: anytoken.AnyToken) -> None:
+    model.chains = {("text", "video"): Cascade(["image"])}
+    prompts = ["a fox", SPOKEN, "a bear"]
+    found = model.generate(prompts, output="video", batch=True, seed=0)
+    assert [len(one.steps) for one in found] == [1, 0, 1]
+    assert [one.ids for one in found] == [model.generate(one, output="video", seed=0).ids for one in prompts]
+
+
+@pytest.fixture
+def mover(model: anytoken.AnyToken) -> anytoken.AnyToken:
+    """A model that draws before it animates."""
+    model.chains = {("text", "video"): Cascade(["image"])}
+    return model
+
+
+def test_a_reply_that_the_model_decides_takes_the_steps(mover: anytoken.AnyToken) -> None:
+    request = "Make a video of a fox"
+    reply = mover.generate(request, temperature=0.0)
+    assert [one.kind for one in reply.segments] == ["video"]
+    assert [one.kind for one in reply.steps] == ["image"]
+    assert reply.ids == mover.generate(request, output="video", temperature=0.0).ids
+    events = list(mover.stream(request, temperature=0.0))
+    assert [one.kind for one in events if isinstance(one, SegmentStarted)] == ["video"]
+    assert not mover.generate(request, temperature=0.0, via=[]).steps
+    assert [one.kind for one in mover.generate("Draw a fox", temperature=0.0).segments] == ["image"]
+
+
+def test_no_room_for_a_step_is_no_step(mover: anytoken.AnyToken) -> None:
+    grammar = mover.processor.grammar
+    least = grammar.min_remaining(grammar.reply(["image", "video"]))
+    for room, steps in ((least, 1), (least - 1, 0)):
+        reply = mover.generate("Make a video of a fox", seed=0, max_new_tokens=room)
+        assert [one.kind for one in reply.segments] == ["video"] and len(reply.steps) == steps
+
+
+def test_an_image_that_is_there_is_not_drawn_again(mover: anytoken.AnyToken) -> None:
+    chat = mover.chat()
+    chat.send(PIXELS, output="text", seed=0)
+    assert not chat.send("Animate it", output="video", seed=0).steps
+
+
+def test_a_cascade_needs_steps_that_can_be_passed_on(model: anytoken.AnyToken) -> None:
+    with pytest.raises(RequestError, match="cascade=True needs steps"):
+        model.generate("a fox", output="video", cascade=True)
+    with pytest.raises(RequestError, match="call generate twice"):
+        model.generate("a fox", output="text", via="video", cascade=True)
+
+
 def test_a_checkpoint_keeps_its_chains(model: anytoken.AnyToken, tmp_path: Path) -> None:
     folder = model.save_pretrained(tmp_path / "saved")
     assert json.loads((folder / "chains.json").read_text()) == {"speech->image": ["text"]}
     assert anytoken.load(folder).chains == model.chains
+    model.chains = {("text", "video"): Cascade(["image"])}
+    model.save_pretrained(folder)
+    [steps] = anytoken.load(folder).chains.values()
+    assert isinstance(steps, Cascade) and steps == ("image",)
     model.chains = {}
     model.save_pretrained(folder)
     assert not (folder / "chains.json").exists() and anytoken.load(folder).chains == {}
 
 
-@pytest.mark.parametrize("content", ["[]", '{"speech": ["text"]}', '{"speech->image": "text', '{"a->b": []}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"speech": ["text"]}', '{"speech->image": "text', '{"a->b": []}', '{"a->b": {"steps": []}}'],
+)
 def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "chains.json").write_text(content)
     with pytest.raises(RequestError, match=r"chains\.json.*copy the checkpoint again"):

@@ -36,6 +36,7 @@ class Generate(Part):
     via: list[str] | None = Field(
         default=None, description="kinds generated first, as steps; by default the checkpoint's; []: none"
     )
+    cascade: bool | None = Field(default=None, description="with via: generate from each step alone")
     best_of: int | None = Field(default=None, ge=2, description="replies per prompt, of which one is scored")
     rerank: Literal["prompt"] | None = Field(
         default=None, description="prompt: the reply from which the prompt's text can best be read back"
@@ -63,7 +64,17 @@ class Generate(Part):
     @property
     def options(self) -> dict[str, Any]:
         """The options for `AnyToken.generate`."""
-        names = ("via", "best_of", "rerank", "max_new_tokens", "temperature", "top_k", "top_p", "cfg_scale")
+        names = (
+            "via",
+            "cascade",
+            "best_of",
+            "rerank",
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "cfg_scale",
+        )
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
