@@ -289,7 +289,7 @@ class GenerationMixin:
                 f'sizes is {{kind: whole numbers}}, as {{"image": (8, 8)}}; received {sizes!r}.'
             )
         output_kinds = self._output_kinds(output)
-        steps, planned = self._steps(prompt, output_kinds, options.get("via"), options.get("cascade"))
+        steps, planned = self._steps(prompt, output_kinds, options.get("via"), options.get("cascade"), limit)
         if output_kinds is not None:
             output_kinds = (*steps, *output_kinds)
         return GenerationRequest(
@@ -306,12 +306,17 @@ class GenerationMixin:
         )
 
     def _steps(
-        self, prompt: Sequence[int], output_kinds: tuple[str, ...] | None, via: Output, cascade: bool | None
+        self,
+        prompt: Sequence[int],
+        output_kinds: tuple[str, ...] | None,
+        via: Output,
+        cascade: bool | None,
+        limit: int | None,
     ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
         """The kinds before the output, and without an output those before each kind that the model may choose.
 
-        Steps are those asked for, else those of the checkpoint for the kinds of this prompt and output. Where the model
-        chooses the output, it also writes steps of text by itself.
+        Steps are those asked for, else those of the checkpoint for the kinds of this prompt and output, if they fit
+        into `limit` and the context. Where the model chooses the output, steps of text are left to it.
         """
         direct = isinstance(via, list | tuple) and not via
         if via and not output_kinds:
@@ -329,7 +334,9 @@ class GenerationMixin:
         if direct or not self.chains or (output_kinds is not None and len(output_kinds) > 1):
             return (), {}
         chains = default_chains(self.chains, prompt, self.token_space)
-        ends = {end: steps for (_, end), steps in chains.items()}
+        room = self.engine.context - len(prompt)
+        room = min(room, limit) if isinstance(limit, int) else room
+        ends = {end: steps for (_, end), steps in chains.items() if self._media_tokens((*steps, end)) <= room}
         if output_kinds is None:
             return (), {end: steps for end, steps in ends.items() if steps[0] != "text"}
         return ends.get(output_kinds[0], ()), {}
@@ -356,10 +363,12 @@ class GenerationMixin:
         """Room for TEXT_TOKENS per text segment and any size of each medium; None is the rest of the context."""
         if output_kinds is None:
             return None
+        return TEXT_TOKENS * output_kinds.count("text") + self._media_tokens(output_kinds)
+
+    def _media_tokens(self, output_kinds: Sequence[str]) -> int:
+        """The most ids that the media of a reply take, with its end."""
         tokenizers = self.processor.tokenizers
-        return 1 + sum(
-            TEXT_TOKENS if kind == "text" else longest_segment(tokenizers[kind]) for kind in output_kinds
-        )
+        return 1 + sum(longest_segment(tokenizers[kind]) for kind in output_kinds if kind != "text")
 
     def lm_inputs(
         self,
@@ -394,7 +403,7 @@ class GenerationMixin:
         prompt: ids of the user's turn; with `via`, they decide on steps before the output.
         """
         output_kinds = self._output_kinds(output)
-        steps, _ = self._steps(prompt, output_kinds, via, None)
+        steps, _ = self._steps(prompt, output_kinds, via, None, max_new_tokens)
         limit = self._limit(output_kinds and (*steps, *output_kinds)) or TEXT_TOKENS
         return min(limit, max_new_tokens) if isinstance(max_new_tokens, int) else limit
 

@@ -46,10 +46,10 @@ class GenerationRequest:
     prompt: ids to continue. output_kinds: the kinds of the reply in order; None: the model decides. num_steps: the
     number of kinds, from the first, that are steps of a chain (`chains.py`). cascade: whether what follows a step is
     generated from that step alone. planned_chains: the steps to insert if the model decides and begins with the medium
-    of a key. sampling: settings by kind. max_new_tokens: limit of the whole reply; None is up to the context. seed,
-    draw: the random numbers of the reply depend on both alone; without a seed they differ each time. null_prompt: the
-    unconditional prompt of guidance. sizes: pins the grid of a kind. prefixes: keeps what is decoded for prompts that
-    continue it. scored: asks for log-probabilities. Nothing is checked before `start`.
+    of a key; they have to fit the limit. sampling: settings by kind. max_new_tokens: limit of the whole reply; None is
+    up to the context. seed, draw: the random numbers of the reply depend on both alone; without a seed they differ
+    each time. null_prompt: the unconditional prompt of guidance. sizes: pins the grid of a kind. prefixes: keeps what
+    is decoded for prompts that continue it. scored: asks for log-probabilities. Nothing is checked before `start`.
     """
 
     prompt: Sequence[int]
@@ -174,15 +174,14 @@ class GrammarWalk:
         self.begin, self.restarted = end, True
 
     def _begin_chain(self, token: int) -> int:
-        """The id that opens the first step before the medium of `token`; `token` if there is none, or no room."""
+        """The id that opens the first step before the medium of `token`; `token` itself without a step."""
         kind = self._kinds.get(token, "text")
         steps = self.request.planned_chains.get(kind, ())
-        if steps:
-            state = self.request.initial_state(self.grammar, (*steps, kind))
-            if self.grammar.min_remaining(state) <= self.budget:
-                self.state, self.num_steps, self.cascade = state, len(steps), isinstance(steps, Cascade)
-                return self.grammar.token_space.open_token(steps[0])
-        return token
+        if not steps:
+            return token
+        self.state = self.request.initial_state(self.grammar, (*steps, kind))
+        self.num_steps, self.cascade = len(steps), isinstance(steps, Cascade)
+        return self.grammar.token_space.open_token(steps[0])
 
     def settle(self) -> list[Token]:
         """Append ids as long as there is only one choice."""
