@@ -142,6 +142,17 @@ def test_replies_are_those_of_our_own_engine(mini, served, engine, fault):
     assert {header for _, header in engine.requests} == {"Bearer secret"}
 
 
+def test_a_cascade_asks_the_engine_with_each_step_as_the_prompt(mini, served, engine):
+    [image] = mini.generate("a fox, 3d", output="video", temperature=0, cfg_scale=1, seed=0).steps
+    answer = ask(served[0], ["video"]).json()["choices"][0]
+    assert [part["type"] for part in answer["message"]["segments"]] == ["video_url"]
+    space, prompt = mini.token_space, engine.requests[-1][0]["prompt"]
+    begin, end = prompt.index(space.open_token("image")), prompt.index(space.close_token("image")) + 1
+    assert prompt[:begin] == [space.bos, space.user]
+    [drawn] = mini.detokenize(prompt[begin:end])
+    assert np.array_equal(drawn.pixels, image.pixels)
+
+
 def test_other_endpoints_and_the_models_choice(served, engine):
     image = httpx.post(
         f"{served[0]}/v1/images/generations",
