@@ -64,18 +64,7 @@ class Generate(Part):
     @property
     def options(self) -> dict[str, Any]:
         """The options for `AnyToken.generate`."""
-        names = (
-            "via",
-            "cascade",
-            "best_of",
-            "rerank",
-            "max_new_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "cfg_scale",
-        )
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return self.model_dump(exclude={"how", "output", "extract"}, exclude_none=True)
 
 
 class Classify(Part):
