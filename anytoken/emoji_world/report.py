@@ -63,6 +63,10 @@ def evaluate(
         elif cases := world.cases(direction, "test", count, seed):
             replies = answer(model, cases, direction, seed, batch)
             scores[direction.name] = score(world, direction, cases, replies, model, seed)
+            if tried := model.best_of.get((*direction.sources, direction.target)):
+                single = [_answer(direction, one) for one in answer(model, cases, direction, seed, batch, 1)]
+                shares = _shares(_judge_all(world, direction, cases, single))
+                scores[direction.name]["best_of"] = {"replies": tried.replies, "single": shares}
     if (first := scores.get(FIRST)) and (second := scores.get(SECOND)):
         second["share_of_first_turn"] = _quotient(second["model"], first["model"])
     return {
@@ -78,14 +82,19 @@ def evaluate(
 
 
 def answer(
-    model: "AnyToken", cases: Sequence[EvalExample], direction: Direction, seed: int, batch: int = 20
+    model: "AnyToken",
+    cases: Sequence[EvalExample],
+    direction: Direction,
+    seed: int,
+    batch: int = 20,
+    best_of: int | None = None,
 ) -> list["GenerationOutput"]:
-    """The model's replies to the cases, in batches; the checkpoint's own sampling."""
+    """The model's replies to the cases, in batches; the checkpoint's own sampling, and its own best of several."""
     replies: list[GenerationOutput] = []
     for start in range(0, len(cases), batch):
         prompts = [list(case.asked) for case in cases[start : start + batch]]
         kind = None if direction.free else direction.target
-        replies += model.generate(prompts, kind, batch=True, seed=seed + start)
+        replies += model.generate(prompts, kind, batch=True, seed=seed + start, best_of=best_of)
     return replies
 
 
@@ -334,6 +343,17 @@ def _caveats(report: dict[str, Any]) -> list[str]:
             "Accuracy of naming an image in a second turn: "
             f"{percent(second['share_of_first_turn'])} of the first turn's."
         )
+    if several := {name: one["best_of"] for name, one in report["directions"].items() if "best_of" in one}:
+        each = "; ".join(
+            f"{name} {one['replies']} replies, {_with_interval(one['single']['right'])} for a single one"
+            + "".join(
+                f", {part} {percent(one['single'][part]['value'])}"
+                for part in ("concept", "words")
+                if part in one["single"]
+            )
+            for name, one in several.items()
+        )
+        lines.append(f"The best of several replies, as the model ranks them itself: {each}.")
     checked = {name: one["controls"] for name, one in report["directions"].items() if one.get("controls")}
     if checked:
         passed = {name: max(share["value"] for share in found.values()) for name, found in checked.items()}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from anytoken.inference import hub
 from anytoken.inference.adapters import Adapters
 from anytoken.inference.best_answers import best_answers
+from anytoken.inference.best_of import BestOfDefaults, load_best_of, save_best_of
 from anytoken.inference.chains import Chains, load_chains, save_chains
 from anytoken.inference.chat import Chat
 from anytoken.inference.checkpoint import CHECKPOINT, find_checkpoint, is_bare_head, load_folder, pick_device
@@ -60,6 +61,7 @@ class AnyToken(GenerationMixin):
         self.processor = processor
         self.sampling = dict(sampling or {})
         self.chains: Chains = {}
+        self.best_of: BestOfDefaults = {}
         self.card: str | None = None
         self.compiled = False
         self._engine: Engine | None = None
@@ -97,6 +99,7 @@ class AnyToken(GenerationMixin):
         processor.media_root = media_root
         model = cls(lm, processor, load_sampling(folder / "sampling.json"))
         model.chains = load_chains(folder)
+        model.best_of = load_best_of(folder)
         card = folder / "README.md"
         model.card = card.read_text(encoding="utf-8") if card.is_file() else None
         for source in (folder, *([] if adapter is None else [Path(adapter)])):
@@ -351,6 +354,7 @@ class AnyToken(GenerationMixin):
             self.processor.save_pretrained(folder, dtype)
             save_sampling(self.sampling, folder / "sampling.json")
             save_chains(self.chains, folder)
+            save_best_of(self.best_of, folder)
             if None in self.embedding_heads:
                 self.embedding_heads[None].save(folder)
             if self.card is not None:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import anytoken.model  # noqa: F401  (registers the architecture with the Auto classes)
+from anytoken.inference.best_of import FILE as BEST_OF
 from anytoken.inference.chains import FILE as CHAINS
 from anytoken.model.attention import use_attention
 from anytoken.model.embedding_head import FILE as EMBEDDING
@@ -49,7 +50,7 @@ CHECKPOINT = FolderKind(
     (
         "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
         "model.safetensors.index.json", "token_space.json", "fingerprints.json", "sampling.json", PROMPTS, CHAINS,
-        EMBEDDING,
+        BEST_OF, EMBEDDING,
         "text_tokenizer/tokenizer.json", "tokenizers/*/config.json", "tokenizers/*/model.safetensors",
         "tokenizers/*/*.py",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",  # an export's

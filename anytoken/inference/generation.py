@@ -9,12 +9,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 from operator import itemgetter
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from transformers import PreTrainedModel
 
 from anytoken import moved
+from anytoken.inference.best_of import BestOfDefaults, several
 from anytoken.inference.chains import Cascade, Chains, default_chains
 from anytoken.inference.engine import Engine
 from anytoken.inference.kv_cache import PrefixCache
@@ -73,6 +75,7 @@ class GenerationMixin:
     processor: Processor
     sampling: dict[str, Sampling]
     chains: Chains
+    best_of: BestOfDefaults
     compiled: bool
     _engine: Engine | None
 
@@ -142,7 +145,9 @@ class GenerationMixin:
         the model decide. num_return > 1 returns a list of this number of replies for each prompt. best_of generates
         this number and returns the best `num_return` of them, best first: by the mean log-probability of their ids
         (0 for ids without an alternative), or by `rerank`: a function of the output where higher is better, or
-        "prompt" for how well this model reads the text of the prompt back from the generated media.
+        "prompt" for how well this model reads the text of the prompt back from the generated media. By default a
+        prompt of text alone, or a chain by way of text, gets the best of as many as the checkpoint says for the output
+        (`model.best_of`), by "prompt"; best_of=1 is a single reply, and the one that `stream` gives.
         Options: see `Options`. RequestError says what is wrong.
         """
         _check_count("num_return", num_return)
@@ -161,13 +166,19 @@ class GenerationMixin:
         requests = [
             replace(self.request(ids, output, **options), scored=best_of is not None) for ids in prompts
         ]
-        scored = self._replies([replace(one, draw=number) for one in requests for number in range(samples)])
+        if best_of is None and samples == 1:
+            own = options.get("temperature") is not None or options.get("sampling") is not None
+            groups = [several(one, self.best_of, self.token_space, own) for one in requests]
+            rerank = "prompt"
+        else:
+            groups = [[replace(one, draw=draw) for draw in range(samples)] for one in requests]
+        scored = iter(self._replies([one for group in groups for one in group]))
         found = []
-        for start in range(0, len(scored), samples):
-            group = scored[start : start + samples]
-            if best_of is not None:
-                if rerank is not None:
-                    group = [(one, self._rank(rerank, requests[start // samples], one)) for one, _ in group]
+        for drawn in groups:
+            group = list(islice(scored, len(drawn)))
+            if rerank is not None and len(group) > 1:
+                group = [(one, self._rank(rerank, drawn[0], one)) for one, _ in group]
+            if best_of is not None or len(group) > samples:
                 group = sorted(group, key=itemgetter(1), reverse=True)
             replies = [reply for reply, _ in group[:num_return]]
             if len({tuple(reply.ids) for reply, _ in group}) == 1 < samples:

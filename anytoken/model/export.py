@@ -65,7 +65,7 @@ def export_qwen3_moe(checkpoint: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
     _name_for_older_readers(out, config)
     processor.save_pretrained(out)
-    for name in ("sampling.json", "chains.json", "README.md"):
+    for name in ("sampling.json", "chains.json", "best_of.json", "README.md"):
         if (checkpoint / name).is_file():
             shutil.copy(checkpoint / name, out)
 

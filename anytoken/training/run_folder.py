@@ -79,8 +79,9 @@ def _finish(trainer: StageTrainer) -> None:
         return
     if trainer.stage.lora is None and trainer.stage.trainable:
         write_file(final / "sampling.json", _kept(trainer.stage, "sampling.json") or "{}")
-        if chains := _kept(trainer.stage, "chains.json"):
-            write_file(final / "chains.json", chains)
+        for name in ("chains.json", "best_of.json"):
+            if kept := _kept(trainer.stage, name):
+                write_file(final / name, kept)
     elif trainer.stage.lora is not None:
         facts = json.loads((trainer.folder / FACTS).read_text(encoding="utf-8"))
         entries = read_metrics(trainer.folder / "metrics.jsonl")
