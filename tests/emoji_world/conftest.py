@@ -116,19 +116,23 @@ def world(sets):
 
 
 class FakeModel:
-    """Answers each prompt by a function of it; a reply's one id stands for its segments."""
+    """Answers each prompt by a function of it; a reply's one id stands for its segments.
+
+    single: the function that answers if the best of one reply is asked for, by default the same.
+    """
 
     kinds = ("text", "image", "speech", "video", "dna")
     token_space = SimpleNamespace(end=-1)
 
-    def __init__(self, function, folder="nowhere"):
-        self.function = function
+    def __init__(self, function, folder="nowhere", single=None):
+        self.function, self.single = function, single or function
+        self.best_of = {}
         config = SimpleNamespace(_name_or_path=str(folder))
         self.lm = SimpleNamespace(config=config, num_parameters=lambda: 7)
         self.memory = []
 
-    def _reply(self, prompt, output):
-        self.memory.append(self.function(prompt, output))
+    def _reply(self, prompt, output, best_of=None):
+        self.memory.append((self.single if best_of == 1 else self.function)(prompt, output))
         usage = SimpleNamespace(new_tokens=3)
         return SimpleNamespace(
             segments=self.memory[-1],
@@ -138,8 +142,9 @@ class FakeModel:
             usage=usage,
         )
 
-    def generate(self, prompt, output, batch=False, seed=None):
-        return [self._reply(one, output) for one in prompt] if batch else self._reply(prompt, output)
+    def generate(self, prompt, output, batch=False, seed=None, best_of=None):
+        found = [self._reply(one, output, best_of) for one in (prompt if batch else [prompt])]
+        return found if batch else found[0]
 
     def detokenize(self, ids):
         [place] = ids

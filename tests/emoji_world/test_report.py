@@ -9,6 +9,7 @@ from anytoken.emoji_world.tasks import (
     EvalDatasets,
     features,
 )
+from anytoken.inference.best_of import BestOf
 from anytoken.segments import Text
 from anytoken.utils.errors import EvaluationError
 
@@ -56,6 +57,22 @@ def test_knowing_all_is_the_ceiling_and_knowing_nothing_is_nothing(world, fake_m
     assert set(best["directions"]["image->text"]["by_holdout"]) == {"pair", "style"}
     for name in ("image->text", "speech->text", "dna->text"):
         assert best["directions"][name]["ceiling"]["value"] == 1, name
+
+
+def test_single_replies_are_judged_beside_the_best_of_several(world, fake_model, anything):
+    cases = {case.prompt[0].text: case.answer for case in world.cases(DIRECTIONS["text->image"], "test", 20)}
+    model = fake_model(
+        lambda prompt, output: [cases[prompt[0].text]], single=lambda prompt, output: [anything(output)]
+    )
+    model.best_of = {("text", "image"): BestOf(5, 1.0)}
+    found = report.evaluate(model, world, ["text->image"], count=20, progress=False)
+    one = found["directions"]["text->image"]
+    assert one["model"] == one["ceiling"] and one["best_of"]["replies"] == 5
+    assert one["best_of"]["single"]["right"]["value"] == 0
+    assert "text->image 5 replies, 0.0 % (0" in report.markdown(found)
+    model.best_of = {("text", "speech"): BestOf(5, 1.0)}
+    found = report.evaluate(model, world, ["text->image"], count=20, progress=False)
+    assert "best_of" not in found["directions"]["text->image"] and "replies" not in report.markdown(found)
 
 
 def test_cases_are_held_out_repeatable_and_differ_from_training(world):
