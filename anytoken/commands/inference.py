@@ -119,7 +119,10 @@ def generate(
     out: Out = Path("out"),
     num_return: Annotated[int, typer.Option(help="Number of replies.")] = 1,
     best_of: Annotated[
-        int | None, typer.Option(help="Sample N replies and return the --num-return most likely.")
+        int | None,
+        typer.Option(
+            help="Sample N replies and return the --num-return most likely; by default as the checkpoint says."
+        ),
     ] = None,
     rerank: Annotated[
         Literal["prompt"] | None,

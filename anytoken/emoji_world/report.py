@@ -63,7 +63,7 @@ def evaluate(
         elif cases := world.cases(direction, "test", count, seed):
             replies = answer(model, cases, direction, seed, batch)
             scores[direction.name] = score(world, direction, cases, replies, model, seed)
-            if tried := model.best_of.get((*direction.sources, direction.target)):
+            if tried := model.best_of.get((",".join(direction.sources), direction.target)):
                 single = [_answer(direction, one) for one in answer(model, cases, direction, seed, batch, 1)]
                 shares = _shares(_judge_all(world, direction, cases, single))
                 scores[direction.name]["best_of"] = {"replies": tried.replies, "single": shares}

@@ -2,8 +2,7 @@
 
 `best_of.json` says how many replies `generate` makes for a direction, and how varied they are:
 ``{"text->image": {"replies": 8, "temperature": 0.5}}``. They are ranked as by ``rerank="prompt"``, see
-`likeliest_prompt.py`.
-Replies that are streamed or served are single ones, at the temperatures of `sampling.json`.
+`likeliest_prompt.py`. Replies that are streamed or served are single ones, at the temperatures of `sampling.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from anytoken.inference.chains import prompt_kind
+from anytoken.inference.chains import prompt_kind, read_ways
 from anytoken.inference.request import GenerationRequest
 from anytoken.token_space import TokenSpace
 from anytoken.utils.errors import RequestError
@@ -23,7 +22,7 @@ FILE = "best_of.json"
 
 @dataclass(frozen=True)
 class BestOf:
-    """How many replies are generated, and the temperature of their media."""
+    """How many replies (1 or more) are generated, and the temperature (above 0) of their media; else RequestError."""
 
     replies: int
     temperature: float
@@ -31,33 +30,21 @@ class BestOf:
     def __post_init__(self) -> None:
         count, heat = self.replies, self.temperature
         if type(count) is not int or count < 1 or type(heat) not in (int, float) or not heat > 0:
-            raise ValueError(f"{asdict(self)}")
+            raise RequestError(
+                f"replies must be an integer of at least 1 and temperature a number above 0; received {asdict(self)}."
+            )
 
 
-BestOfDefaults = dict[tuple[str, ...], BestOf]  # by kind of the prompt and kind of the reply
+BestOfDefaults = dict[tuple[str, str], BestOf]  # by kind of the prompt and kind of the reply
 
 
 def load_best_of(folder: Path) -> BestOfDefaults:
     """The defaults of a checkpoint; {} if it has none. RequestError for a damaged file."""
-    path = folder / FILE
-    if not path.is_file():
-        return {}
-    try:
-        found: BestOfDefaults = {}
-        for way, settings in json.loads(path.read_text(encoding="utf-8")).items():
-            source, _, target = way.partition("->")
-            if not (source and target):
-                raise ValueError(f"{way!r}")
-            found[source, target] = BestOf(**settings)
-        return found
-    except (ValueError, AttributeError, TypeError) as error:
-        raise RequestError(
-            f'{path} does not hold settings such as {{"text->image": {{"replies": 8, "temperature": 0.5}}}} ({error}); '
-            "copy the checkpoint again."
-        ) from error
+    example = '{"text->image": {"replies": 8, "temperature": 0.5}}'
+    return read_ways(folder / FILE, lambda settings: BestOf(**settings), example)
 
 
-def save_best_of(defaults: Mapping[tuple[str, ...], BestOf], folder: Path) -> None:
+def save_best_of(defaults: Mapping[tuple[str, str], BestOf], folder: Path) -> None:
     """Write the defaults of a checkpoint, if there are any."""
     if defaults:
         data = {"->".join(way): asdict(one) for way, one in defaults.items()}

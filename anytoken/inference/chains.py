@@ -10,15 +10,16 @@ reply's ids, but not of its segments.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anytoken.token_space import TokenSpace
 from anytoken.utils.errors import RequestError
 
 FILE = "chains.json"
+T = TypeVar("T")
 
 
 class Cascade(tuple[str, ...]):
@@ -30,21 +31,34 @@ Chains = dict[tuple[str, str], tuple[str, ...]]  # (kind of the prompt, kind of 
 
 def load_chains(folder: Path) -> Chains:
     """The default chains of a checkpoint; {} if it has none. RequestError for a damaged file."""
-    path = folder / FILE
+
+    def steps_of(value: Any) -> tuple[str, ...]:
+        kinds = value["cascade"] if isinstance(value, dict) else value
+        if not kinds or not all(isinstance(one, str) for one in kinds):
+            raise ValueError(f"{value!r}")
+        return Cascade(kinds) if isinstance(value, dict) else tuple(kinds)
+
+    return read_ways(folder / FILE, steps_of, '{"speech->image": ["text"]}')
+
+
+def read_ways(path: Path, read: Callable[[Any], T], example: str) -> dict[tuple[str, str], T]:
+    """A checkpoint's file of settings by kind of prompt and reply ("text->image"), each read by `read`.
+
+    {} if there is none; RequestError with an example for a damaged one.
+    """
     if not path.is_file():
         return {}
     try:
         found = {}
-        for way, steps in json.loads(path.read_text(encoding="utf-8")).items():
-            source, arrow, target = way.partition("->")
-            kinds = steps["cascade"] if isinstance(steps, dict) else steps
-            if not (source and arrow and target and kinds and all(isinstance(one, str) for one in kinds)):
-                raise ValueError(f"{way!r}: {steps!r}")
-            found[source, target] = Cascade(kinds) if isinstance(steps, dict) else tuple(kinds)
+        for way, value in json.loads(path.read_text(encoding="utf-8")).items():
+            source, _, target = way.partition("->")
+            if not (source and target):
+                raise ValueError(f"{way!r}")
+            found[source, target] = read(value)
         return found
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise RequestError(
-            f'{path} does not hold chains, such as {{"speech->image": ["text"]}} ({error}); copy the checkpoint again.'
+            f"{path} does not hold settings such as {example} ({error}); copy the checkpoint again."
         ) from error
 
 
